@@ -1,0 +1,36 @@
+"""Causal Attribution Pruning (CAP) for transformers models.
+
+Importing this package teaches `from_pretrained` the keyword `pruning_config` and the quantization
+method `"cap"`. It imports neither torch nor transformers: the registration waits until transformers
+loads its modelling code, so that `optimum-cli --help` stays quick.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from optimum_cap._registration import register_with_transformers
+from optimum_cap.version import __version__
+
+if TYPE_CHECKING:
+    from optimum_cap.config import CAPConfig
+    from optimum_cap.pruner import CAPPruner
+
+__all__ = ["CAPConfig", "CAPPruner", "__version__"]
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because both import transformers and torch.
+    if name == "CAPConfig":
+        from optimum_cap.config import CAPConfig
+
+        return CAPConfig
+    if name == "CAPPruner":
+        from optimum_cap.pruner import CAPPruner
+
+        return CAPPruner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

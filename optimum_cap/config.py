@@ -1,0 +1,227 @@
+"""`CAPConfig`: what to prune, how, and on which evidence. Validated, versioned, JSON in and out."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_cap.formats import FORMATS, check_format_version
+
+CONFIG_VERSION = 1
+"""Version of the fields below. A reader refuses a newer one instead of guessing at its fields."""
+
+RECIPES = ("paper",)
+AGGREGATIONS = ("median", "mean")
+KV_COMBINATIONS = ("mean", "max")
+SCORED_TOKENS = ("answer", "all")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
+_SIZE_UNITS = {
+    unit + suffix: factor**power
+    for suffix, factor in (("b", 1000), ("ib", 1024))
+    for power, unit in enumerate(("", "k", "m", "g", "t"))
+}
+
+
+@dataclass
+class CAPConfig(QuantizationConfigMixin):
+    """Configuration of Causal Attribution Pruning.
+
+    Args:
+        sparsity: Fraction of the prunable weights that become zero, strictly between 0 and 1.
+        recipe: How scores become masks. `"paper"`: importance of a weight is its magnitude times
+            the importance of its head, one global threshold (arXiv 2606.19350, Eq. 1-4).
+        dataset: Calibration data. A preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
+            Hub id, a local json/jsonl/csv/parquet/txt file, a `datasets.Dataset`, a list of texts,
+            of prompt/completion pairs or of chat messages; or a list of names and files, which mix
+            evenly. See `optimum_cap.calibration`.
+        num_samples: Number of calibration examples.
+        subsets: Number K of disjoint subsets of the calibration set (Eq. 2).
+        aggregation: How the masked losses of the subsets combine: `"median"` or `"mean"`.
+        seed: Seed of the selection of examples and of their split into subsets.
+        kv_combination: How a key/value row takes the importances of the query heads that share it
+            under grouped-query attention: `"mean"` or `"max"`.
+        scored_tokens: Which tokens count in the loss: `"answer"` (never the prompt) or `"all"`.
+        max_length: Longest example, in tokens; longer ones are passed over. `None`: 2048, or what
+            the model can take if that is less.
+        memory_budget: Memory for activations while scoring, in bytes or as `"4GB"`; `"auto"` takes
+            half of what is free.
+        modules_to_leave_dense: Names of modules (or trailing parts of names, such as `"layers.0"`
+            or `"o_proj"`) that are not pruned, beside embeddings, norms, routers and the LM head,
+            which never are.
+        checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
+            `"dense"` (zeros stored, loads without this plugin).
+        tokenizer: A tokenizer, or the name of one; `None` takes the model's own. Not saved.
+        config_version: Version of these fields.
+
+    Raises:
+        ValueError: A value is outside what is described above; the message names it.
+        TypeError: An unknown field.
+    """
+
+    quant_method: str = field(default="cap", init=False)
+    sparsity: float
+    recipe: str = "paper"
+    dataset: Any = "gsm8k"
+    num_samples: int = 128
+    subsets: int = 3
+    aggregation: str = "median"
+    seed: int = 0
+    kv_combination: str = "mean"
+    scored_tokens: str = "answer"
+    max_length: int | None = None
+    memory_budget: int | str = "auto"
+    modules_to_leave_dense: list[str] = field(default_factory=list)
+    checkpoint_format: str = "packed"
+    tokenizer: Any = None
+    config_version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        if isinstance(self.config_version, int) and self.config_version > CONFIG_VERSION:
+            raise ValueError(
+                f"this pruning config has config_version {self.config_version}, but this "
+                f"optimum-cap reads up to {CONFIG_VERSION}: upgrade optimum-cap"
+            )
+        self._check_sparsity()
+        _check_choice("recipe", self.recipe, RECIPES)
+        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        _check_choice("kv_combination", self.kv_combination, KV_COMBINATIONS)
+        _check_choice("scored_tokens", self.scored_tokens, SCORED_TOKENS)
+        _check_choice("checkpoint_format", self.checkpoint_format, tuple(FORMATS))
+        _check_integer("num_samples", self.num_samples, at_least=1)
+        _check_integer("subsets", self.subsets, at_least=1)
+        _check_integer("seed", self.seed, at_least=0)
+        if self.max_length is not None:
+            _check_integer("max_length", self.max_length, at_least=2)
+        if self.subsets > self.num_samples:
+            raise ValueError(
+                f"subsets is {self.subsets}, but num_samples is only {self.num_samples}: "
+                "every subset needs at least one example"
+            )
+        if isinstance(self.dataset, os.PathLike):
+            self.dataset = os.fspath(self.dataset)
+        if self.dataset is None or (isinstance(self.dataset, str) and not self.dataset.strip()):
+            raise ValueError(
+                "dataset is empty: name a preset, a Hub id or a file, or pass examples"
+            )
+        if self.memory_budget != "auto":
+            parse_size(self.memory_budget, "memory_budget")
+        names = self.modules_to_leave_dense
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"modules_to_leave_dense must be a list of module names, got {names!r}"
+            )
+        self.modules_to_leave_dense = list(names)
+
+    def _check_sparsity(self) -> None:
+        valid = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
+        if not valid or not math.isfinite(self.sparsity) or not 0 < self.sparsity < 1:
+            raise ValueError(
+                f"sparsity must be a number strictly between 0 and 1 (0.2 prunes 20 % of the "
+                f"weights), got {self.sparsity!r}"
+            )
+        self.sparsity = float(self.sparsity)
+
+    @property
+    def dequantize(self) -> bool:
+        """Tells transformers to detach its quantizer after loading: the model is a float model."""
+        return True
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Build a config from the dictionary that `to_dict` gives.
+
+        Args:
+            config_dict: The dictionary; `quant_method` may be there or not.
+            return_unused_kwargs: Return `(config, unused)` as transformers' configs do.
+            **kwargs: Fields that replace those of the dictionary.
+
+        Raises:
+            ValueError: A field is unknown (perhaps from a newer version) or has a bad value.
+        """
+        values = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        if "format_version" in values:  # in the config.json of a packed checkpoint
+            check_format_version(values.pop("format_version"), "the checkpoint")
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        values.update({key: kwargs.pop(key) for key in list(kwargs) if key in known})
+        unknown = sorted(set(values) - known)
+        version = values.get("config_version", CONFIG_VERSION)
+        if unknown and not (isinstance(version, int) and version > CONFIG_VERSION):
+            raise ValueError(
+                f"unknown field(s) in the pruning config: {', '.join(unknown)}; this optimum-cap "
+                f"(config_version {CONFIG_VERSION}) knows {', '.join(sorted(known))}"
+            )
+        config = cls(**{key: value for key, value in values.items() if key in known})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values.
+
+        Data passed in memory is described (`in-memory, 128 rows, sha256 ...`) instead of copied,
+        and the tokenizer is left out.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["tokenizer"]
+        values["dataset"] = describe_dataset(self.dataset)
+        return copy.deepcopy(values)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def describe_dataset(dataset: Any) -> Any:
+    """Return `dataset` itself if it is a name, specification or list of them, else a summary."""
+    if isinstance(dataset, str | dict):
+        return dataset
+    if isinstance(dataset, list) and all(is_dataset_name(entry) for entry in dataset):
+        return dataset
+    rows = list(dataset)
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    return f"in-memory, {len(rows)} rows, sha256 {digest[:16]}"
+
+
+def is_dataset_name(entry: Any) -> bool:
+    """Whether `entry` names a data set (preset, Hub id, file, specification) and is no text of one.
+
+    A name has no white space and is a word like `gsm8k`, `owner/name`, or a file with a known
+    ending; a dictionary is a specification if it has the key `path`.
+    """
+    if isinstance(entry, dict):
+        return "path" in entry
+    return isinstance(entry, str) and bool(
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry)
+        or re.search(r"\.(jsonl?|csv|parquet|txt)$", entry)
+    )
+
+
+def parse_size(size: Any, name: str = "size") -> int:
+    """Return a number of bytes from an integer or from text such as `"512MB"` or `"1.5GiB"`.
+
+    Raises:
+        ValueError: Neither of them, or not positive.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if match and (value := int(float(match[1]) * _SIZE_UNITS[match[2].lower()])) > 0:
+        return value
+    raise ValueError(f'{name} must be a number of bytes or text such as "4GB", got {size!r}')
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")

@@ -1,0 +1,110 @@
+"""The record of one pruning: everything that a reader of the checkpoint may want to know."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatrixSparsity:
+    """How many weights of one matrix are zero.
+
+    Attributes:
+        name: Name of the parameter; an expert of a 3-D parameter adds its index, as in
+            `model.layers.0.mlp.experts.down_proj[3]`.
+        zeros: Number of weights that are exactly zero.
+        total: Number of weights.
+    """
+
+    name: str
+    zeros: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.total
+
+
+@dataclass(frozen=True)
+class UnitScore:
+    """Causal score of one unit.
+
+    Attributes:
+        site: Name of the mixing projection at whose input the unit was masked.
+        unit: Index of the unit in its site (the head).
+        layer: Index of the decoder layer.
+        score: Loss with the unit masked minus loss intact, in nats per token. `None` if every
+            masked loss was non-finite.
+        standard_error: Standard error of the mean paired difference over examples, in nats.
+        importance: Importance that the recipe made of the score.
+        nonfinite: Number of examples whose masked loss was not finite.
+    """
+
+    site: str
+    unit: int
+    layer: int
+    score: float | None
+    standard_error: float | None
+    importance: float
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class PruningRecord:
+    """What was pruned, how, and from which model. Plain JSON values throughout.
+
+    Attributes:
+        config: The `CAPConfig`, as its `to_dict` gives it.
+        base_model: Hub id or path of the dense model, if known.
+        base_revision: Commit of the dense model on the Hub, if known.
+        matrices: Zeros per prunable matrix, in the order of the model.
+        scores: Causal score per unit, in the order of the model.
+        calibration: Which examples were used: sources, indices, content hashes.
+        versions: Version per library.
+        threshold: Importance up to which weights were pruned, where one threshold decided.
+        intact_loss: Loss of the dense model on the calibration set, nats per scored token.
+    """
+
+    config: dict[str, Any]
+    base_model: str | None
+    base_revision: str | None
+    matrices: list[MatrixSparsity]
+    scores: list[UnitScore]
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    threshold: float | None = None
+    intact_loss: float | None = None
+
+    @property
+    def zeros(self) -> int:
+        return sum(matrix.zeros for matrix in self.matrices)
+
+    @property
+    def total(self) -> int:
+        return sum(matrix.total for matrix in self.matrices)
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved fraction of zeros among the prunable weights."""
+        return self.zeros / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PruningRecord":
+        """Rebuild a record from `to_dict`.
+
+        Raises:
+            ValueError: A field is missing or unknown.
+        """
+        try:
+            return cls(
+                **{
+                    **values,
+                    "matrices": [MatrixSparsity(**matrix) for matrix in values["matrices"]],
+                    "scores": [UnitScore(**score) for score in values["scores"]],
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is not a pruning record of a known version: {error}") from error

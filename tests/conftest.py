@@ -1,0 +1,40 @@
+"""Fixtures for all tests: no network, tiny models, nothing left behind."""
+
+import os
+
+# Before anything imports huggingface_hub: a test that reaches for the Hub fails at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Name of one supported architecture; a test that asks for it runs on all of them."""
+    return request.param
+
+
+@pytest.fixture
+def model(architecture: str) -> PreTrainedModel:
+    """A tiny random model of each supported architecture."""
+    return tiny_model(architecture)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
