@@ -1,0 +1,151 @@
+"""Context managers that record or mask parts of a forward pass, and restore all that they touch."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.architectures import Site, Unit
+
+
+@contextmanager
+def masked_unit(model: PreTrainedModel, site: Site, unit: Unit) -> Iterator[None]:
+    """Mask one unit: its slice of the mixing projection's input is exactly zero (paper, step 2).
+
+    A projection that is a module gets a forward pre-hook. An expert of a 3-D parameter has no
+    module to hook, so the columns that would multiply the slice are zeroed instead, which is the
+    same product, and restored bit for bit.
+    """
+    if site.expert is None:
+        start, stop = unit.channels
+
+        def mask(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            masked = args[0].clone()
+            masked[..., start:stop] = 0
+            return (masked, *args[1:])
+
+        handle = model.get_submodule(site.projection).register_forward_pre_hook(mask)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+
+    columns = unit.region[0].of(model.get_parameter(unit.region[0].parameter).data)
+    saved = columns.clone()
+    columns.zero_()
+    try:
+        yield
+    finally:
+        columns.copy_(saved)
+
+
+@dataclass
+class RecordedCall:
+    """One call of a module during a forward pass.
+
+    Attributes:
+        hidden: The first tensor argument.
+        args: The other positional arguments.
+        kwargs: The keyword arguments, without `hidden_states`.
+        output: What the module returned.
+    """
+
+    hidden: torch.Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+
+
+@contextmanager
+def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, RecordedCall]]:
+    """Record the calls of `modules`, by the same names, into the dictionary that is yielded."""
+    calls: dict[str, RecordedCall] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, rest, named = split_hidden(args, kwargs)
+            calls[name] = RecordedCall(hidden, rest, named)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls[name].output = output
+
+        return hook
+
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Split the hidden states from the other arguments of a layer or branch."""
+    if args:
+        return args[0], args[1:], kwargs
+    return (
+        kwargs["hidden_states"],
+        (),
+        {key: value for key, value in kwargs.items() if key != "hidden_states"},
+    )
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `module` run `forward` instead of its own, which may itself sit on the instance."""
+    had_own = "forward" in module.__dict__
+    own = module.forward
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = own
+        else:
+            del module.forward
+
+
+@contextmanager
+def float32_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Compute in float32 on the CPU: half-precision weights are widened, and narrowed again.
+
+    Many CPUs multiply bfloat16 matrices hundreds of times slower than float32 ones. Widening and
+    narrowing again is exact, so the weights come back bit for bit.
+    """
+    narrow = (torch.bfloat16, torch.float16)
+    widened: list[tuple[torch.Tensor, torch.dtype]] = []
+    try:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.dtype in narrow:
+                widened.append((tensor, tensor.dtype))
+                tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in widened:
+            tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off and gradients out; each module gets its training flag back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
