@@ -1,0 +1,492 @@
+"""Causal scores: what the loss on the calibration set gains when a unit is masked.
+
+`exact_losses` measures every unit exactly at about half the cost of one forward pass per unit,
+because masking a unit of layer l changes nothing before its site: it starts from the recorded
+intact input of layer l, and the masked streams of many units travel through the later layers as
+rows of one batch. `plain_losses` is the definition, one hooked forward pass per unit, kept as the
+reference that tests and benchmarks compare with.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.architectures import Site, Unit, decoder_layers
+from optimum_cap.calibration import CalibrationExample
+from optimum_cap.config import parse_size
+from optimum_cap.interventions import (
+    evaluation_mode,
+    float32_on_cpu,
+    masked_unit,
+    recorded_calls,
+    replaced_forward,
+    split_hidden,
+)
+
+logger = logging.get_logger(__name__)
+
+# Rows beyond this many tokens bring no more speed, only memory: the matrix products are saturated.
+_TOKENS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
+_LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class UnitLosses:
+    """Losses with each unit masked, and intact.
+
+    Attributes:
+        units: The units, each with its site.
+        intact: Mean loss over the scored tokens of each example, nats, float64 `[examples]`.
+        masked: The same with each unit masked, float64 `[units, examples]`.
+    """
+
+    units: list[tuple[Site, Unit]]
+    intact: torch.Tensor
+    masked: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CausalScores:
+    """Causal score per unit, in nats per scored token; larger means the task needs the unit more.
+
+    Attributes:
+        units: The units, each with its site.
+        scores: Score of each unit (Eq. 1-2), float64 `[units]`; NaN where no masked loss is finite.
+        standard_errors: Standard error of the mean paired difference over examples, `[units]`.
+        nonfinite: Number of examples whose masked loss is not finite, int64 `[units]`. They are
+            left out of the score, never averaged in.
+        intact_loss: Mean over subsets of the intact loss.
+    """
+
+    units: list[tuple[Site, Unit]]
+    scores: torch.Tensor
+    standard_errors: torch.Tensor
+    nonfinite: torch.Tensor
+    intact_loss: float
+
+
+def causal_scores(
+    losses: UnitLosses, subsets: int = 3, aggregation: str = "median"
+) -> CausalScores:
+    """Reduce losses to scores (paper, Eq. 2).
+
+    The examples, which come in random order, are cut into `subsets` consecutive parts. A score is
+    the median (or mean) over subsets of the mean masked loss, minus the mean over subsets of the
+    mean intact loss.
+
+    Args:
+        losses: Losses per unit and example.
+        subsets: Number K of disjoint subsets.
+        aggregation: `"median"` or `"mean"`.
+
+    Raises:
+        ValueError: An intact loss is not finite, or there are fewer examples than subsets.
+    """
+    if bad := int((~losses.intact.isfinite()).sum()):
+        raise ValueError(
+            f"the loss of the intact model is not finite on {bad} of {len(losses.intact)} "
+            "calibration examples: check the weights and the dtype of the model"
+        )
+    if len(losses.intact) < subsets:
+        raise ValueError(
+            f"{len(losses.intact)} calibration examples cannot be split into {subsets} subsets"
+        )
+    finite = losses.masked.isfinite()
+    masked = losses.masked.where(finite, torch.nan)
+    parts = np.array_split(np.arange(len(losses.intact)), subsets)
+    per_subset = torch.stack([masked[:, part].nanmean(dim=1) for part in parts], dim=1)
+    if aggregation == "median":
+        # Not torch.nanmedian, which takes the lower of two middle values.
+        central = per_subset.nanquantile(0.5, dim=1)
+    else:
+        central = per_subset.nanmean(dim=1)
+    intact = torch.stack([losses.intact[part].mean() for part in parts]).mean()
+
+    differences = masked - losses.intact
+    count = finite.sum(dim=1)
+    centred = differences - differences.nanmean(dim=1, keepdim=True)
+    variance = centred.square().nansum(dim=1) / (count - 1).clamp(min=1)
+    standard_errors = (variance / count.clamp(min=1)).sqrt()
+    standard_errors[count < 2] = torch.nan
+    return CausalScores(
+        units=losses.units,
+        scores=central - intact,
+        standard_errors=standard_errors,
+        nonfinite=(~finite).sum(dim=1),
+        intact_loss=float(intact),
+    )
+
+
+def exact_losses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+) -> UnitLosses:
+    """Measure the loss with each unit of the attention and MLP sites among `sites` masked.
+
+    Args:
+        model: A causal language model; it comes back as it was.
+        sites: All sites of the model (`find_sites`); those of kind `"expert"` are passed over.
+        examples: The calibration examples.
+        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
+            free.
+
+    Returns:
+        The losses, in the order of the sites' units and of the examples.
+    """
+    layers = decoder_layers(model, sites)
+    jobs = _jobs(sites)
+    budget = _bytes(memory_budget, model.device)
+    batches = _batches(examples, _examples_per_batch(model, examples, budget))
+    intact = torch.empty(len(examples), dtype=torch.float64)
+    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
+    tokens = sum(len(example.input_ids) for example in examples)
+    work = tokens * sum(len(layers) - site.layer for site, _ in jobs)
+    with (
+        evaluation_mode(model),
+        float32_on_cpu(model),
+        logging.tqdm(total=work, desc="Scoring", unit="tok", unit_scale=True) as progress,
+    ):
+        for batch in batches:
+            wavefront = _Wavefront(model, layers, sites, batch)
+            intact[batch.positions] = wavefront.intact_losses()
+            rows = _streams_per_chunk(model, batch, budget)
+            for start in range(0, len(jobs), rows):
+                chunk = jobs[start : start + rows]
+                masked[start : start + len(chunk), batch.positions] = wavefront.masked_losses(chunk)
+                done = sum(len(examples[position].input_ids) for position in batch.positions)
+                progress.update(done * sum(len(layers) - site.layer for site, _ in chunk))
+    return UnitLosses(jobs, intact, masked)
+
+
+def plain_losses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+) -> UnitLosses:
+    """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
+    jobs = _jobs(sites)
+    budget = _bytes(memory_budget, model.device)
+    intact = torch.empty(len(examples), dtype=torch.float64)
+    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
+    with (
+        evaluation_mode(model),
+        float32_on_cpu(model),
+        logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
+    ):
+        for batch in _batches(examples, _examples_per_batch(model, examples, budget)):
+            intact[batch.positions] = _forward_losses(model, batch)
+            progress.update(len(batch.positions))
+            for index, (site, unit) in enumerate(jobs):
+                with masked_unit(model, site, unit):
+                    masked[index, batch.positions] = _forward_losses(model, batch)
+                progress.update(len(batch.positions))
+    return UnitLosses(jobs, intact, masked)
+
+
+def _jobs(sites: list[Site]) -> list[tuple[Site, Unit]]:
+    scored = (site for site in sites if site.kind != "expert")
+    return [(site, unit) for site in scored for unit in site.units]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Examples of similar length, padded on the right.
+
+    Padding needs no attention mask: under causal attention no real token sees what comes after it,
+    and padded positions are never scored.
+
+    Attributes:
+        positions: Index of each example in the calibration set.
+        input_ids: int64 `[examples, tokens]`.
+        rows, columns: Positions of the hidden states that predict scored tokens, int64 `[scored]`.
+        targets: The scored tokens, int64 `[scored]`.
+    """
+
+    positions: list[int]
+    input_ids: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+
+    def example_means(self, token_losses: torch.Tensor) -> torch.Tensor:
+        """Average `[..., scored]` losses over the tokens of each example: `[..., examples]`."""
+        rows = self.rows.cpu()
+        counts = torch.bincount(rows, minlength=len(self.positions))
+        sums = torch.zeros(*token_losses.shape[:-1], len(self.positions), dtype=torch.float64)
+        sums.index_add_(-1, rows, token_losses.double().cpu())
+        return sums / counts
+
+
+def _batches(examples: list[CalibrationExample], size: int) -> list[_Batch]:
+    """Group examples by length, the longest first so that memory runs out early if it does."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    batches = []
+    for start in range(0, len(order), size):
+        positions = order[start : start + size]
+        longest = len(examples[positions[0]].input_ids)
+        input_ids = torch.zeros(len(positions), longest, dtype=torch.long)
+        scored = torch.zeros(len(positions), longest, dtype=torch.bool)
+        for row, position in enumerate(positions):
+            example = examples[position]
+            input_ids[row, : len(example.input_ids)] = example.input_ids
+            scored[row, : len(example.input_ids)] = example.scored
+        rows, targets_at = scored.nonzero(as_tuple=True)
+        batches.append(
+            _Batch(positions, input_ids, rows, targets_at - 1, input_ids[rows, targets_at])
+        )
+    return batches
+
+
+class _Wavefront:
+    """The masked streams of one batch, started from the recorded intact stream.
+
+    Args:
+        model: The model, in evaluation mode.
+        layers: Its decoder layers.
+        sites: All sites of the model.
+        batch: The examples.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: list[nn.Module], sites: list[Site], batch: _Batch
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.batch = batch
+        self.size = len(batch.positions)
+        self._tokens = batch.input_ids.numel()
+        self.attention = {site.layer: site for site in sites if site.kind == "attention"}
+        modules = {f"layer {index}": layer for index, layer in enumerate(layers)}
+        for layer, site in self.attention.items():
+            modules[f"attention {layer}"] = model.get_submodule(site.branch)
+            modules[f"site {layer}"] = model.get_submodule(site.projection)
+        with recorded_calls(modules) as self.calls:
+            model(
+                input_ids=batch.input_ids.to(model.device),
+                use_cache=False,
+                **_only_last_logits(model),
+            )
+
+    def intact_losses(self) -> torch.Tensor:
+        """Losses of the intact model, float64 `[examples]`."""
+        output = _hidden(self.calls[f"layer {len(self.layers) - 1}"].output)
+        return self._losses(output)[0]
+
+    def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+        """Losses with each unit masked, float64 `[units, examples]`; `jobs` by rising layer."""
+        first = jobs[0][0].layer
+        streams = self.calls[f"layer {first}"].hidden[:0]
+        for index in range(first, len(self.layers)):
+            starting = [job for job in jobs if job[0].layer == index]
+            streams = self._through_layer(index, streams, starting)
+        return self._losses(streams)
+
+    def _through_layer(
+        self, index: int, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
+    ) -> torch.Tensor:
+        """Push carried streams and those that start in this layer through it.
+
+        Streams are rows `[streams * examples, tokens, hidden]`. A starting stream enters with the
+        intact input of the layer (for the residual connection), and where the attention would run
+        gets its result instead: the projection of the masked site input, or, for a unit of the MLP,
+        the recorded intact attention.
+        """
+        call = self.calls[f"layer {index}"]
+        heads = [job for job in starting if job[0].kind == "attention"]
+        channels = [job for job in starting if job[0].kind != "attention"]
+        rows = call.hidden.repeat(len(starting), 1, 1)
+        rows = torch.cat([carried.to(rows.device), rows])
+        streams = len(carried) // self.size
+        args = _expanded(call.args, self.size, streams)
+        kwargs = {name: _expanded(value, self.size, streams) for name, value in call.kwargs.items()}
+        with ExitStack() as stack:
+            if starting:
+                results = self._attention_results(index, heads, len(channels))
+                branch = self.model.get_submodule(self.attention[index].branch)
+                stack.enter_context(_given_last_rows(branch, len(carried), results))
+            if channels:
+                projection = self.model.get_submodule(channels[0][0].projection)
+                stack.enter_context(_masked_last_streams(projection, channels, self._tokens))
+            return _hidden(self.layers[index](rows, *args, **kwargs))
+
+    def _attention_results(
+        self, index: int, heads: list[tuple[Site, Unit]], intact_streams: int
+    ) -> Any:
+        """What the attention branch returns for starting streams, in the form of its own output."""
+        recorded = self.calls[f"attention {index}"].output
+        results = []
+        if heads:
+            site_input = self.calls[f"site {index}"].hidden
+            masked = site_input.repeat(len(heads), 1, 1).view(len(heads), *site_input.shape)
+            for stream, (_, unit) in enumerate(heads):
+                masked[stream, ..., slice(*unit.channels)] = 0
+            projection = self.model.get_submodule(self.attention[index].projection)
+            results.append(projection(masked.flatten(0, 1)))
+        if intact_streams:
+            results.append(_hidden(recorded).repeat(intact_streams, 1, 1))
+        return _like(recorded, torch.cat(results))
+
+    def _losses(self, streams: torch.Tensor) -> torch.Tensor:
+        """Mean loss per stream and example: `[streams, examples]`, float64.
+
+        Only scored positions go through the rest of the model (final norm, head, soft-capping),
+        which is position-wise: each is run as a sequence of one token, with the decoder layers
+        short-circuited.
+        """
+        hidden = streams.view(-1, self.size, *streams.shape[1:])
+        rows, columns = self.batch.rows.to(hidden.device), self.batch.columns.to(hidden.device)
+        hidden = hidden[:, rows, columns]
+        count, scored, width = hidden.shape
+        hidden = hidden.reshape(-1, 1, width)
+        targets = self.batch.targets.repeat(count).to(self.model.device)
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 23) // vocabulary)
+        losses = [
+            _token_losses(self._logits(hidden[start : start + step]), targets[start : start + step])
+            for start in range(0, len(hidden), step)
+        ]
+        return self.batch.example_means(torch.cat(losses).view(count, scored))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
+        final = len(self.layers) - 1
+        recorded = self.calls[f"layer {final}"].output
+
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return _like(recorded, split_hidden(args, kwargs)[0])
+
+        def give(*args: Any, **kwargs: Any) -> Any:
+            return _like(recorded, hidden)
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                stack.enter_context(replaced_forward(layer, give if index == final else skip))
+            return self.model(input_ids=tokens, use_cache=False).logits[:, 0]
+
+
+def _given_last_rows(
+    branch: nn.Module, carried_rows: int, given: Any
+) -> AbstractContextManager[None]:
+    """Let `branch` compute only its first `carried_rows` rows and return `given` for the others."""
+    own = branch.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if carried_rows == 0:
+            return given
+        hidden, args, kwargs = split_hidden(args, kwargs)
+        computed = own(hidden[:carried_rows], *args, **kwargs)
+        return _like(computed, torch.cat([_hidden(computed), _hidden(given)]))
+
+    return replaced_forward(branch, forward)
+
+
+@contextmanager
+def _masked_last_streams(
+    projection: nn.Module, jobs: list[tuple[Site, Unit]], tokens: int
+) -> Iterator[None]:
+    """Mask one unit of `projection`'s input in each of the last streams of `tokens` tokens."""
+
+    def mask(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        masked = args[0].clone()
+        streams = masked.view(-1, tokens, masked.shape[-1])[-len(jobs) :]
+        for stream, (_, unit) in zip(streams, jobs, strict=True):
+            stream[:, slice(*unit.channels)] = 0
+        return (masked, *args[1:])
+
+    handle = projection.register_forward_pre_hook(mask)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer or branch returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _like(output: Any, hidden: torch.Tensor) -> Any:
+    """`hidden` in the form of `output`: alone, or first in a tuple of as many entries."""
+    return (hidden, *[None] * (len(output) - 1)) if isinstance(output, tuple) else hidden
+
+
+def _expanded(value: Any, batch: int, times: int) -> Any:
+    """Repeat along the batch dimension what was recorded for `batch` rows.
+
+    A tensor belongs to the batch if it has at least two dimensions and `batch` rows; one row
+    broadcasts by itself, and transformers passes layers no other tensor of two or more dimensions.
+    """
+    if isinstance(value, tuple):
+        return tuple(_expanded(entry, batch, times) for entry in value)
+    if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == batch > 1:
+        return value.repeat(times, *[1] * (value.ndim - 1))
+    return value
+
+
+def _forward_losses(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+    """Mean loss per example of an ordinary forward pass, float64 `[examples]`."""
+    logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
+    scored = logits[batch.rows.to(logits.device), batch.columns.to(logits.device)]
+    return batch.example_means(_token_losses(scored, batch.targets.to(logits.device)))
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy per position in float32, whatever the dtype of the logits: `[positions]`."""
+    return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+
+
+def _only_last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """The argument that spares logits nobody reads, where the model has it."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
+
+
+def _bytes(memory_budget: int | str, device: torch.device) -> int:
+    if memory_budget != "auto":
+        return parse_size(memory_budget, "memory_budget")
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return int(psutil.virtual_memory().available) // 2
+
+
+def _examples_per_batch(
+    model: PreTrainedModel, examples: list[CalibrationExample], budget: int
+) -> int:
+    """Examples per batch, so that what is recorded of the intact pass takes half of the budget."""
+    config = model.config.get_text_config(decoder=True)
+    longest = max(len(example.input_ids) for example in examples)
+    # Input of the layer, input and output of the attention, and input of its projection.
+    per_example = longest * config.num_hidden_layers * 4 * config.hidden_size * 4
+    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 4096) // 4 // longest
+    return max(1, min(wanted, budget // 2 // per_example, len(examples)))
+
+
+def _streams_per_chunk(model: PreTrainedModel, batch: _Batch, budget: int) -> int:
+    """Streams that travel together, so that their activations take half of the budget."""
+    config = model.config.get_text_config(decoder=True)
+    count, tokens = batch.input_ids.shape
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_token = 4 * (8 * config.hidden_size + 4 * wide)
+    # Attention that is not fused keeps its probabilities and a widened copy of them.
+    per_token += 8 * config.num_attention_heads * tokens
+    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 4096) // (count * tokens)
+    return max(1, min(wanted, budget // 2 // (count * tokens * per_token)))
+
+
+Attribution = Callable[
+    [PreTrainedModel, list[Site], list[CalibrationExample], int | str], UnitLosses
+]
+
+ATTRIBUTIONS: dict[str, Attribution] = {"exact": exact_losses, "plain": plain_losses}
