@@ -1,0 +1,75 @@
+"""The exact k-th value and the masks made from it."""
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+
+from optimum_cap import masking
+from optimum_cap.masking import Threshold, apply_mask_, keep_masks, kth_smallest
+
+
+def source(*tensors: torch.Tensor) -> Callable[[], Iterable[torch.Tensor]]:
+    return lambda: iter(tensors)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_sorting(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Rounded, so that there are many ties; spread over many exponents; with zeros.
+    values = torch.randn(3000, generator=generator).mul(3).exp().mul(4).round() / 4
+    parts = values[:1000].view(10, 100), values[1000:1007], values[1007:]
+    for k in (1, 2, 7, 1499, 1500, 2999, 3000):
+        threshold = kth_smallest(source(*parts), k)
+        assert threshold.value == float(values.sort().values[k - 1])
+        masks = list(keep_masks(parts, threshold))
+        assert [mask.shape for mask in masks] == [part.shape for part in parts]
+        kept = torch.cat([mask.flatten() for mask in masks])
+        expected = torch.ones(3000, dtype=torch.bool)
+        expected[values.sort(stable=True).indices[:k]] = False  # stable: ties by position
+        assert torch.equal(kept, expected)
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    whole = kth_smallest(source(values), 300)
+    monkeypatch.setattr(masking, "_CHUNK", 7)
+    assert kth_smallest(source(values), 300) == whole
+
+
+def test_all_equal_prunes_the_first() -> None:
+    parts = torch.ones(4), torch.ones(3)
+    threshold = kth_smallest(source(*parts), 5)
+    assert threshold == Threshold(1.0, 5)
+    masks = list(keep_masks(parts, threshold))
+    assert masks[0].tolist() == [False] * 4
+    assert masks[1].tolist() == [False, True, True]
+
+
+def test_subnormal_and_infinite_importances() -> None:
+    values = torch.tensor([float("inf"), 1e-45, 0.0, 3e38])
+    assert [kth_smallest(source(values), k).value for k in (1, 2, 3, 4)] == [
+        0.0,
+        float(values[1]),
+        float(values[3]),
+        float("inf"),
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0])
+def test_negative_or_nan_is_an_error(bad: float) -> None:
+    with pytest.raises(ValueError, match="negative or NaN"):
+        kth_smallest(source(torch.tensor([1.0, bad])), 1)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_impossible_count_is_an_error(k: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot prune {k} of 2 weights"):
+        kth_smallest(source(torch.ones(2)), k)
+
+
+def test_apply_mask_gives_positive_zero() -> None:
+    weight = torch.tensor([-1.0, -2.0, 3.0])
+    apply_mask_(weight, torch.tensor([False, True, True]))
+    assert weight.tolist() == [0.0, -2.0, 3.0]
+    assert not weight[0].signbit()
