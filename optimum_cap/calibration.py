@@ -1,0 +1,609 @@
+"""Calibration data: presets, files and Python objects -> seeded examples with scored tokens.
+
+Every row becomes a short conversation, or a plain text. Answers are scored, prompts are not. Which
+rows were taken is recorded by index and by a hash of their content, so that an evaluation can leave
+them out.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from optimum_cap.config import CAPConfig, is_dataset_name
+
+_DEFAULT_MAX_LENGTH = 2048
+_PASSAGE_CHARACTERS = 4000
+_SEPARATOR = "\n"  # between prompt and answer where the tokenizer has no chat template
+
+
+@dataclass(frozen=True)
+class CalibrationExample:
+    """One tokenised example, without padding.
+
+    Attributes:
+        input_ids: int64 `[tokens]`.
+        scored: bool `[tokens]`, True where a token counts as a target of the loss; never the first
+            one, which nothing predicts.
+        source: Name of the data set.
+        index: Row in that data set.
+        digest: `row_digest` of the row.
+    """
+
+    input_ids: torch.Tensor
+    scored: torch.Tensor
+    source: str
+    index: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The calibration examples and the record of their selection.
+
+    Attributes:
+        examples: In random order: consecutive slices are random subsets.
+        record: Plain JSON: seed, lengths, per source the rows that were taken, and all digests.
+    """
+
+    examples: list[CalibrationExample]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row as turns of `(role, text)`; a plain text is one turn of the role `"text"`."""
+
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def digest(self) -> str:
+        *before, (_, answer) = self.turns
+        return row_digest("\n".join(text for _, text in before), answer)
+
+
+def row_digest(prompt: str, answer: str) -> str:
+    """Return the sha256 by which a row is recognised, whatever the tokenizer.
+
+    Args:
+        prompt: The question (the turns before the last one, joined by line feeds); empty for text.
+        answer: The last answer, or the text.
+    """
+    return hashlib.sha256(json.dumps([prompt, answer]).encode()).hexdigest()
+
+
+def build_calibration_set(
+    config: CAPConfig, tokenizer: Any, *, max_length: int | None = None, dataset: Any = None
+) -> CalibrationSet:
+    """Select, tokenise and mark `config.num_samples` examples.
+
+    Args:
+        config: Says which data, how many, which seed, what is scored.
+        tokenizer: The model's tokenizer. Its chat template is used where there is one; a padding
+            token is not needed.
+        max_length: Tokens that the model can take.
+        dataset: Data that replaces `config.dataset`.
+
+    Raises:
+        ValueError: No tokenizer; an unknown data set; a file without rows or without the columns;
+            fewer usable rows than asked for.
+        FileNotFoundError: A file that does not exist.
+        ImportError: The data set needs the package `datasets`, which is not installed.
+    """
+    if tokenizer is None:
+        raise ValueError("calibration needs the model's tokenizer, got None: pass a tokenizer")
+    limit = _effective_length(config, tokenizer, max_length)
+    sources = _sources(config.dataset if dataset is None else dataset)
+    chosen: list[CalibrationExample] = []
+    records = []
+    with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
+        for position, source in enumerate(sources):
+            share = config.num_samples // len(sources)
+            share += position < config.num_samples % len(sources)
+            order = np.random.default_rng([config.seed, position]).permutation(len(source.rows))
+            examples, too_long = _take(source, order, share, tokenizer, limit, config, progress)
+            chosen += examples
+            records.append(
+                {
+                    "name": source.name,
+                    **source.details,
+                    "rows": len(source.rows),
+                    "selected": [example.index for example in examples],
+                    "too_long": too_long,
+                }
+            )
+    if len(sources) > 1:
+        mixed = np.random.default_rng([config.seed, len(sources)]).permutation(len(chosen))
+        chosen = [chosen[index] for index in mixed]
+    digests = [example.digest for example in chosen]
+    record = {
+        "seed": config.seed,
+        "scored_tokens": config.scored_tokens,
+        "max_length": limit,
+        "tokens": sum(len(example.input_ids) for example in chosen),
+        "sources": records,
+        "digests": digests,
+        "sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
+    }
+    return CalibrationSet(chosen, record)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One data set: its rows, how to read one, and what to record of it."""
+
+    name: str
+    rows: Sequence[Any]
+    read: Callable[[Any], Conversation]
+    details: dict[str, Any]
+
+
+def _take(
+    source: _Source,
+    order: Iterable[int],
+    count: int,
+    tokenizer: Any,
+    limit: int,
+    config: CAPConfig,
+    progress: Any,
+) -> tuple[list[CalibrationExample], int]:
+    """Tokenise rows in `order` until `count` are usable; return them and the number too long."""
+    examples: list[CalibrationExample] = []
+    too_long = 0
+    for index in map(int, order):
+        if len(examples) == count:
+            break
+        conversation = source.read(source.rows[index])
+        input_ids, scored = _encode(conversation, tokenizer, limit)
+        if len(input_ids) > limit:
+            too_long += 1
+            continue
+        if config.scored_tokens == "all":
+            scored[:] = True
+        scored[:1] = False
+        if not scored.any():
+            continue
+        examples.append(
+            CalibrationExample(input_ids, scored, source.name, index, conversation.digest)
+        )
+        progress.update()
+    if len(examples) < count:
+        reason = f" ({too_long} are longer than {limit} tokens)" if too_long else ""
+        raise ValueError(
+            f"data set {source.name!r} has {len(examples)} usable rows of {len(source.rows)}"
+            f"{reason}, but {count} are needed: lower num_samples"
+            + (" or raise max_length" if too_long else "")
+        )
+    return examples, too_long
+
+
+def _effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None) -> int:
+    # Tokenizers without a limit claim an astronomical one, which min() passes over.
+    limits = [config.max_length or _DEFAULT_MAX_LENGTH, max_length]
+    limits.append(getattr(tokenizer, "model_max_length", None))
+    return min(int(limit) for limit in limits if limit)
+
+
+# Tokens
+
+
+def _encode(
+    conversation: Conversation, tokenizer: Any, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `(input_ids, scored)` of a conversation. A plain text is cut at `limit` tokens."""
+    roles = [role for role, _ in conversation.turns]
+    if roles == ["text"]:
+        ids = _tokens(tokenizer, conversation.turns[0][1])[:limit]
+        spans = [(0, len(ids))]
+    elif getattr(tokenizer, "chat_template", None):
+        ids, spans = _encode_chat(conversation, tokenizer)
+    else:
+        ids, spans = _encode_plain(conversation, tokenizer)
+    scored = torch.zeros(len(ids), dtype=torch.bool)
+    for start, stop in spans:
+        scored[start:stop] = True
+    return torch.tensor(ids, dtype=torch.long), scored
+
+
+def _encode_chat(
+    conversation: Conversation, tokenizer: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Render with the chat template; the spans are the assistant's turns, with their end token."""
+    messages = [{"role": role, "content": text} for role, text in conversation.turns]
+
+    def rendered(count: int, generation_prompt: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            messages[:count], add_generation_prompt=generation_prompt, tokenize=False
+        )
+        return _tokens(tokenizer, text, special=False)
+
+    ids = rendered(len(messages), False)
+    spans = []
+    for turn, (role, _) in enumerate(conversation.turns):
+        if role == "assistant":
+            # A template need not render a shorter conversation as an exact prefix of a longer one.
+            start = _common_prefix(ids, rendered(turn, True))
+            spans.append((start, _common_prefix(ids, rendered(turn + 1, False))))
+    return ids, spans
+
+
+def _encode_plain(
+    conversation: Conversation, tokenizer: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Join the turns by line feeds and end with the end-of-sequence token, if there is one."""
+    text, spans = "", []
+    for role, turn in conversation.turns:
+        before = text + _SEPARATOR if text else ""
+        text = before + turn
+        if role == "assistant":
+            spans.append((before, text))
+    end = getattr(tokenizer, "eos_token_id", None)
+    ids = _tokens(tokenizer, text)
+    if end is not None and ids[-1:] != [end]:
+        ids = [*ids, end]
+    ranges = [
+        (
+            _common_prefix(ids, _tokens(tokenizer, before)) if before else 0,
+            len(ids) if after == text else _common_prefix(ids, _tokens(tokenizer, after)),
+        )
+        for before, after in spans
+    ]
+    return ids, ranges
+
+
+def _tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    # verbose=False: rows that are too long are counted by us, not warned of one by one.
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+# Sources
+
+
+def _sources(dataset: Any) -> list[_Source]:
+    """Turn whatever was passed as data into sources."""
+    if isinstance(dataset, str | Path | Mapping) and is_dataset_name(_plain(dataset)):
+        return [_named(dataset)]
+    if isinstance(dataset, list | tuple) and dataset and all(map(is_dataset_name, dataset)):
+        return [_named(entry) for entry in dataset]
+    if isinstance(dataset, str):
+        raise ValueError(f"unknown data set {dataset!r}: {_KNOWN}")
+    if type(dataset).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__} with the splits {', '.join(dataset)}: "
+            "pass one of them"
+        )
+    try:
+        rows = dataset if hasattr(dataset, "column_names") else list(dataset)
+    except TypeError:
+        raise ValueError(f"dataset is a {type(dataset).__name__}: {_KNOWN}") from None
+    if len(rows) == 0:
+        raise ValueError("dataset is empty: it holds no rows")
+    return [_Source("in-memory", rows, _reader("in-memory", rows[0], {}), {})]
+
+
+def _plain(name: Any) -> Any:
+    return str(name) if isinstance(name, Path) else name
+
+
+def _named(entry: Any) -> _Source:
+    """Load a data set by preset name, `preset=file`, file, Hub id or specification."""
+    options = dict(entry) if isinstance(entry, Mapping) else {"path": str(entry)}
+    if unknown := sorted(set(options) - _OPTIONS):
+        raise ValueError(
+            f"unknown key(s) {', '.join(unknown)} in the data set specification {entry!r}; known: "
+            f"{', '.join(sorted(_OPTIONS))}"
+        )
+    path = str(options["path"])
+    if path.partition("=")[0] in PRESETS and "=" in path:
+        options["preset"], _, path = path.partition("=")
+    if (chosen := options.get("preset")) is not None and chosen not in PRESETS:
+        raise ValueError(f"unknown preset {chosen!r}: choose one of {', '.join(PRESETS)}")
+    if path in PRESETS and chosen is None and not Path(path).is_file():
+        return _preset_from_hub(path, options)
+    if Path(path).suffix in _READERS or Path(path).is_file():
+        rows = _read_file(Path(path))
+        name = f"{options['preset']}={Path(path).name}" if "preset" in options else Path(path).name
+        details: dict[str, Any] = {"file": Path(path).name}
+    else:
+        if "/" not in path:
+            raise ValueError(f"unknown data set {path!r}: {_KNOWN}")
+        rows, details = _load_from_hub(
+            path, options.get("name"), options.get("split", "train"), options.get("revision")
+        )
+        name = path
+    if "preset" in options:
+        preset = PRESETS[options["preset"]]
+        return _Source(name, preset.prepare(rows), _checked(name, preset.read), details)
+    return _Source(name, rows, _reader(name, rows[0], options), details)
+
+
+def _preset_from_hub(name: str, options: dict[str, Any]) -> _Source:
+    preset = PRESETS[name]
+    rows, details = _load_from_hub(
+        preset.hub_id,
+        options.get("name", preset.config_name),
+        options.get("split", preset.split),
+        options.get("revision", preset.revision),
+    )
+    return _Source(name, preset.prepare(rows), _checked(name, preset.read), details)
+
+
+def _load_from_hub(
+    hub_id: str, config_name: str | None, split: str, revision: str | None
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"data set {hub_id!r} is loaded through the package `datasets`: "
+            "pip install optimum-cap[data]"
+        ) from error
+    try:
+        rows = datasets.load_dataset(hub_id, config_name, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"data set {hub_id!r} (split {split!r}, revision {revision!r}) could not be loaded "
+            f"from the Hub ({type(error).__name__}): {_KNOWN}"
+        ) from error
+    if len(rows) == 0:
+        raise ValueError(f"data set {hub_id!r} is empty: split {split!r} holds no rows")
+    details = {"hub_id": hub_id, "name": config_name, "split": split, "revision": revision}
+    return rows, details
+
+
+def _read_file(path: Path) -> Sequence[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    if path.suffix not in _READERS:
+        raise ValueError(f"data file {path} must end in one of {', '.join(_READERS)}")
+    try:
+        rows = _READERS[path.suffix](path)
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"data file {path} is no valid {path.suffix[1:]} file: {error}") from error
+    if len(rows) == 0:
+        raise ValueError(f"data file {path} is empty: it holds no rows")
+    return rows
+
+
+def _read_json(path: Path) -> list[Any]:
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        return []
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        return _read_jsonl(path)
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_parquet(path: Path) -> Sequence[Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is read through the package `datasets`: pip install optimum-cap[data]"
+        ) from error
+    rows: Sequence[Any] = datasets.Dataset.from_parquet(str(path))
+    return rows
+
+
+def _read_txt(path: Path) -> list[str]:
+    """Return the paragraphs between blank lines, or the lines where there are no blank ones."""
+    text = path.read_text(encoding="utf-8").strip()
+    parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
+    return [part.strip() for part in parts if part.strip()]
+
+
+# Rows
+
+
+def _reader(name: str, first: Any, options: Mapping[str, Any]) -> Callable[[Any], Conversation]:
+    """Choose how to read rows that look like `first`."""
+    if isinstance(first, str):
+        return _checked(name, lambda row: Conversation((("text", row),)))
+    if isinstance(first, list | tuple):
+        if first and isinstance(first[0], Mapping):
+            return _checked(name, _chat)
+        return _checked(name, lambda row: _pair(*row))
+    if not isinstance(first, Mapping):
+        raise ValueError(
+            f"rows of data set {name!r} must be texts, pairs, chats or mappings, got "
+            f"{type(first).__name__}"
+        )
+    return _checked(name, _column_reader(name, list(first), options))
+
+
+def _column_reader(
+    name: str, columns: list[str], options: Mapping[str, Any]
+) -> Callable[[Any], Conversation]:
+    named = {key: options[key] for key in options if key.endswith("_column")}
+    for key, column in named.items():
+        if column not in columns:
+            raise ValueError(
+                f"data set {name!r} has no column {column!r} ({key}); its columns are "
+                f"{', '.join(columns)}"
+            )
+    if "text_column" in named:
+        return lambda row: Conversation((("text", row[named["text_column"]]),))
+    if "messages_column" in named:
+        return lambda row: _chat(row[named["messages_column"]])
+    if {"prompt_column", "answer_column"} <= set(named):
+        return lambda row: _pair(row[named["prompt_column"]], row[named["answer_column"]])
+    if "messages" in columns:
+        return lambda row: _chat(row["messages"])
+    for prompt, answer in _COLUMN_PAIRS:
+        if prompt in columns and answer in columns:
+            extra = "input" if prompt == "instruction" and "input" in columns else None
+            return lambda row: _pair(
+                "\n".join(filter(None, (row[prompt], row[extra] if extra else ""))), row[answer]
+            )
+    if "text" in columns:
+        return lambda row: Conversation((("text", row["text"]),))
+    raise ValueError(
+        f"data set {name!r} has no columns that are known to hold prompts and answers (found "
+        f"{', '.join(columns)}): name them in a specification such as "
+        '{"path": ..., "prompt_column": ..., "answer_column": ...} or {"path": ..., '
+        '"text_column": ...}'
+    )
+
+
+def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
+    """Say which data set a row is from that cannot be read."""
+
+    def checked(row: Any) -> Conversation:
+        try:
+            conversation = read(row)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            keys = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(
+                f"a row of data set {name!r} cannot be read ({type(error).__name__}: {error}); it "
+                f"holds {keys}"
+            ) from error
+        if not all(isinstance(text, str) for _, text in conversation.turns):
+            raise ValueError(f"a row of data set {name!r} holds something else than text: {row!r}")
+        return conversation
+
+    return checked
+
+
+def _pair(prompt: str, answer: str) -> Conversation:
+    return Conversation((("user", prompt), ("assistant", answer)))
+
+
+def _chat(messages: Iterable[Mapping[str, str]]) -> Conversation:
+    return Conversation(tuple((message["role"], message["content"]) for message in messages))
+
+
+# Presets
+
+
+def _gsm8k(row: Mapping[str, Any]) -> Conversation:
+    # The calculator annotations `<<48/2=24>>` stay, as published and as models are trained on it.
+    return _pair(row["question"], row["answer"])
+
+
+def _strategyqa(row: Mapping[str, Any]) -> Conversation:
+    facts = row["facts"] if isinstance(row["facts"], str) else " ".join(row["facts"])
+    return _pair(row["question"], f"{facts}\n#### {'yes' if row['answer'] else 'no'}")
+
+
+def _arc(row: Mapping[str, Any]) -> Conversation:
+    """Read the layout as published (`question.stem`) and that of the Hub (parallel lists)."""
+    if isinstance(row["question"], Mapping):
+        stem = row["question"]["stem"]
+        choices = [(choice["label"], choice["text"]) for choice in row["question"]["choices"]]
+    else:
+        stem = row["question"]
+        choices = list(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
+    answer = dict(choices)[row["answerKey"]]
+    listed = "\n".join(f"({label}) {text}" for label, text in choices)
+    return _pair(f"{stem}\n{listed}", f"{answer}\n#### {row['answerKey']}")
+
+
+def _as_is(rows: Sequence[Any]) -> Sequence[Any]:
+    return rows
+
+
+def _passages(rows: Sequence[Any]) -> list[str]:
+    """Join consecutive lines to passages long enough to fill an example."""
+    passages, current, size = [], [], 0
+    for row in rows:
+        line = (row["text"] if isinstance(row, Mapping) else row).strip()
+        if line:
+            current.append(line)
+            size += len(line)
+        if size >= _PASSAGE_CHARACTERS:
+            passages.append("\n".join(current))
+            current, size = [], 0
+    return passages or ["\n".join(current)]
+
+
+def _text(row: str) -> Conversation:
+    return Conversation((("text", row),))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A known data set.
+
+    Attributes:
+        hub_id: Repository on the Hub.
+        config_name: Name of its configuration, if it has several.
+        split: Split that calibration draws from.
+        revision: Commit, so that the data never change underneath a result.
+        read: Reads a row, in the layout of the Hub or of the files as published.
+        prepare: Regroups the rows before they are drawn from.
+    """
+
+    hub_id: str
+    config_name: str | None
+    split: str
+    revision: str
+    read: Callable[[Any], Conversation]
+    prepare: Callable[[Sequence[Any]], Sequence[Any]] = _as_is
+
+
+_OPTIONS = {"path", "preset", "name", "split", "revision"} | {
+    f"{kind}_column" for kind in ("prompt", "answer", "text", "messages")
+}
+_COLUMN_PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "output"),
+)
+_READERS: dict[str, Callable[[Path], Sequence[Any]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+PRESETS: dict[str, Preset] = {
+    "gsm8k": Preset(
+        "openai/gsm8k", "main", "train", "e53f048856ff4f594e959d75785d2c2d37b678ee", _gsm8k
+    ),
+    # No commit of this repository is documented anywhere we could check, hence its branch.
+    "strategyqa": Preset("ChilleD/StrategyQA", None, "train", "main", _strategyqa),
+    "arc_challenge": Preset(
+        "allenai/ai2_arc",
+        "ARC-Challenge",
+        "train",
+        "210d026faf9955653af8916fad021475a3f00453",
+        _arc,
+    ),
+    "wikitext2": Preset(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "train",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        _text,
+        _passages,
+    ),
+}
+_KNOWN = (
+    f"expected a preset ({', '.join(PRESETS)}), preset=FILE, a Hub id (owner/name), a "
+    "json/jsonl/csv/parquet/txt file, or rows in memory"
+)
