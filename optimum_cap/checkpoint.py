@@ -1,0 +1,483 @@
+"""Sparse checkpoints: save, inspect and convert. Knows files and folders, but no tensor format."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from optimum_cap.architectures import Matrix
+from optimum_cap.formats import FORMAT_VERSION, FORMATS, check_format_version, unpack
+from optimum_cap.model_card import model_card
+from optimum_cap.record import MatrixSparsity, PruningRecord
+
+RECORD_NAME = "pruning_record.json"
+CONFIG_NAME = "config.json"
+
+
+def attach(model: PreTrainedModel, record: PruningRecord) -> None:
+    """Make `model` a pruned model: it knows its record, and saves itself as a sparse checkpoint.
+
+    The class and transformers stay untouched: `save_pretrained` and `push_to_hub` are replaced on
+    the instance alone.
+    """
+    model.pruning_record = record
+    model.config.pruning_config = record.config
+    model.save_pretrained = SavePruned(model)
+    model.push_to_hub = PushPruned(model)
+
+
+class SavePruned:
+    """`save_pretrained` of a pruned model; copies and pickles along with the model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the checkpoint, its metadata and its model card, all or nothing.
+
+        Args:
+            save_directory: Folder. Files in it that are no part of a checkpoint (a tokenizer, say)
+                are kept.
+            is_main_process: Only the main process writes.
+            push_to_hub: Push the folder afterwards, to `repo_id` or the name of the folder.
+            token: Token for the Hub.
+            **kwargs: As for transformers' `save_pretrained`; with `push_to_hub` also as for
+                `push_to_hub`.
+
+        Raises:
+            FileExistsError: The folder holds the weights of another model.
+            OSError: The folder cannot be written; it is as it was before.
+        """
+        stock = type(self.model).save_pretrained
+        if getattr(self.model, "_hf_peft_config_loaded", False) or not is_main_process:
+            # Adapters are saved as adapters; another process than the main one writes nothing.
+            stock(self.model, save_directory, is_main_process=is_main_process, **kwargs)
+            return
+        hub = {key: kwargs.pop(key) for key in list(kwargs) if key in _HUB_ARGUMENTS}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        record = _as_it_is_now(self.model)
+        with _replaced_folder(Path(save_directory)) as folder:
+            stock(self.model, folder, **kwargs)
+            _transcode(folder, record, record.config["checkpoint_format"])
+            card = model_card(record, type(self.model).__name__, token)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        self.model.pruning_record = record
+        if push_to_hub:
+            _upload(Path(save_directory), repo_id, token=token, **hub)
+
+
+class PushPruned:
+    """`push_to_hub` of a pruned model; copies and pickles along with the model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save to a temporary folder and upload it, model card included.
+
+        Args:
+            repo_id: Repository, made if it does not exist.
+            token: Token for the Hub.
+            max_shard_size: Largest size of a file of weights.
+            tags: Further tags of the model card.
+            **kwargs: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`.
+
+        Returns:
+            The commit's information, as transformers' `push_to_hub`.
+        """
+        if unknown := sorted(set(kwargs) - _HUB_ARGUMENTS):
+            raise TypeError(f"push_to_hub got unexpected argument(s): {', '.join(unknown)}")
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "model"
+            self.model.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
+            if tags:
+                card = model_card(self.model.pruning_record, type(self.model).__name__, token, tags)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+            return _upload(folder, repo_id, token=token, **kwargs)
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What is known of a checkpoint without loading its weights.
+
+    Attributes:
+        record: What was pruned, how, from which model.
+        checkpoint_format: `"packed"` or `"dense"`.
+        format_version: Version of the files.
+        weight_bytes: Size of all weight files.
+        dense_bytes: Size that the tensors have when stored dense.
+    """
+
+    record: PruningRecord
+    checkpoint_format: str
+    format_version: int
+    weight_bytes: int
+    dense_bytes: int
+
+
+def inspect_checkpoint(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> CheckpointSummary:
+    """Read the record and the sizes of a checkpoint; no weights are read or downloaded.
+
+    Args:
+        path_or_repo: Folder, or repository on the Hub.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the Hub.
+        cache_dir: Cache for downloads.
+
+    Raises:
+        ValueError: It is no CAP checkpoint, or one of a newer version.
+    """
+    name = os.fspath(path_or_repo)
+    if Path(name).is_dir():
+        record_file = Path(name) / RECORD_NAME
+        sizes = [path.stat().st_size for path in _weight_files(Path(name))]
+    elif Path(name).exists():
+        raise ValueError(f"{name} is a file: name the folder of a checkpoint")
+    else:
+        info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
+        files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        sizes = [size for file, size in files.items() if file.endswith(".safetensors")]
+        record_file = Path(name) / RECORD_NAME
+        if RECORD_NAME in files:
+            record_file = Path(
+                hf_hub_download(
+                    name, RECORD_NAME, revision=info.sha, token=token, cache_dir=cache_dir
+                )
+            )
+    record, files_info = read_record(record_file, name)
+    return CheckpointSummary(
+        record,
+        files_info["checkpoint_format"],
+        files_info["format_version"],
+        sum(sizes),
+        files_info["dense_bytes"],
+    )
+
+
+def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:
+    """Read a record file: the record, and what it says of the files beside it.
+
+    Args:
+        path: The record file.
+        name: Name of the checkpoint, for the error message.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, or of a newer version.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{name} is not a CAP checkpoint: it has no {RECORD_NAME}, which save_pretrained of a "
+            "pruned model writes"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        files = values.pop("files")
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; save or download it again") from error
+    check_format_version(files.get("format_version"), name)
+    return PruningRecord.from_dict(values), files
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    checkpoint_format: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Write a checkpoint in another format, file by file, with the same weights bit for bit.
+
+    Args:
+        source: Folder, or repository on the Hub.
+        target: New folder.
+        checkpoint_format: `"packed"` or `"dense"`.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the Hub.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        ValueError: `source` is no CAP checkpoint, or the format is unknown.
+        FileExistsError: `target` exists and is not empty.
+    """
+    if checkpoint_format not in FORMATS:
+        raise ValueError(
+            f"unknown checkpoint format {checkpoint_format!r}: choose one of {', '.join(FORMATS)}"
+        )
+    folder, target = Path(source), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty: choose a new folder")
+    if not folder.is_dir():
+        folder = Path(snapshot_download(os.fspath(source), revision=revision, token=token))
+    record, _ = read_record(folder / RECORD_NAME, os.fspath(source))
+    validate_shards(_weight_files(folder))
+    config = {**record.config, "checkpoint_format": checkpoint_format}
+    record = dataclasses.replace(record, config=config)
+    with _replaced_folder(target) as made:
+        shutil.copytree(folder, made, dirs_exist_ok=True)
+        _transcode(made, record, checkpoint_format)
+        class_name = _read_json(made / CONFIG_NAME).get("architectures", [""])[0]
+        (made / "README.md").write_text(model_card(record, class_name, token), encoding="utf-8")
+    return target
+
+
+def validate_shards(files: list[Path]) -> None:
+    """Check that every file is as long as its header says.
+
+    Raises:
+        ValueError: A file is truncated or no safetensors file; the message names it.
+    """
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            try:
+                if header_size > size:
+                    raise ValueError
+                header = json.loads(stream.read(header_size))
+                ends = [
+                    entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"
+                ]
+                expected = 8 + header_size + max(ends, default=0)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(
+                    f"{file} is damaged ({size} bytes, without a whole header): download or copy "
+                    "it again"
+                ) from None
+        if size != expected:
+            raise ValueError(
+                f"{file} is damaged: its header describes {expected} bytes, it has {size}: "
+                "download or copy it again"
+            )
+
+
+def _as_it_is_now(model: PreTrainedModel) -> PruningRecord:
+    """Return the record with zeros counted anew: weights may have changed since pruning."""
+    record: PruningRecord = model.pruning_record
+    parameters = dict(model.named_parameters())
+    matrices = []
+    for known in record.matrices:
+        name, _, expert = known.name.partition("[")
+        matrix = Matrix(name, int(expert[:-1]) if expert else None)
+        parameter = parameters.get(name)
+        if parameter is not None and parameter.device.type != "meta":
+            zeros = int((matrix.of(parameter.data) == 0).sum())
+            known = MatrixSparsity(known.name, zeros, known.total)
+        matrices.append(known)
+    config = model.config.pruning_config
+    return dataclasses.replace(record, matrices=matrices, config=config)
+
+
+def _transcode(folder: Path, record: PruningRecord, checkpoint_format: str) -> None:
+    """Bring all weights in `folder` into one format, and write config and record to match."""
+    encode = FORMATS[checkpoint_format]
+    weight_map: dict[str, str] = {}
+    dense_bytes = stored_bytes = 0
+    for file in _weight_files(folder):
+        encoded: dict[str, torch.Tensor] = {}
+        for name, weight in _dense_tensors(file):
+            dense_bytes += weight.nbytes
+            encoded.update(encode(name, weight))
+        stored_bytes += sum(tensor.nbytes for tensor in encoded.values())
+        weight_map.update(dict.fromkeys(encoded, file.name))
+        replacement = file.with_suffix(".new")
+        save_file(encoded, replacement, metadata={"format": "pt"})
+        replacement.replace(file)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists():
+        values = _read_json(index)
+        values["metadata"]["total_size"] = stored_bytes
+        _write_json(index, {**values, "weight_map": weight_map})
+    files = {
+        "checkpoint_format": checkpoint_format,
+        "format_version": FORMAT_VERSION,
+        "dense_bytes": dense_bytes,
+    }
+    _write_json(folder / RECORD_NAME, {**record.to_dict(), "files": files})
+    config = _read_json(folder / CONFIG_NAME)
+    config["pruning_config"] = record.config
+    config.pop("quantization_config", None)
+    if checkpoint_format != "dense":
+        # What makes transformers hand the loading to the plugin, or warn where it is missing.
+        config["quantization_config"] = {**record.config, "format_version": FORMAT_VERSION}
+    _write_json(folder / CONFIG_NAME, config)
+
+
+def _dense_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a file one by one, packed ones unpacked."""
+    with safe_open(file, framework="pt") as tensors:
+        names = sorted(tensors.keys())
+        for name in names:
+            if name.endswith((".weight_mask", ".weight_shape")):
+                continue
+            tensor = tensors.get_tensor(name)
+            if f"{name}_mask" in names:
+                mask, shape = (
+                    tensors.get_tensor(f"{name}_mask"),
+                    tensors.get_tensor(f"{name}_shape"),
+                )
+                tensor = unpack(tensor, mask, shape, name)
+            yield name, tensor
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Folders, all or nothing
+
+
+@contextmanager
+def _replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` if all goes well.
+
+    Files of `target` that are no part of a checkpoint come along. On any error `target` is left as
+    it was, and nothing else is left behind.
+    """
+    target = target.absolute()
+    _check_target(target)
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("saving", "replaced"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)  # what a killed save may have left
+        new.mkdir()
+        yield new
+        if not target.exists():
+            new.rename(target)
+            return
+        for entry in target.iterdir():
+            if not (new / entry.name).exists() and not _is_weight_file(entry.name):
+                _link(entry, new / entry.name)
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"could not save to {target} ({error}); it is as it was before: make room, or choose a "
+            "folder that can be written",
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file: choose a folder to save to")
+    if not target.is_dir():
+        return
+    if Path.cwd().is_relative_to(target):
+        raise FileExistsError(f"{target} is or holds the current folder: choose a folder in it")
+    weights = [entry.name for entry in target.iterdir() if _is_weight_file(entry.name)]
+    if weights and not (target / RECORD_NAME).exists():
+        raise FileExistsError(
+            f"{target} holds the weights of another model ({weights[0]}), which is no CAP "
+            "checkpoint: choose another folder, so that they are not lost"
+        )
+
+
+def _is_weight_file(name: str) -> bool:
+    """Whether a file is one that loading a model could pick up as its weights."""
+    return name.startswith(("model", "pytorch_model")) and name.endswith(
+        (".safetensors", ".bin", ".index.json")
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file or folder a second name; copy it where the file system cannot."""
+
+    def link(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, copy_function=link, symlinks=True)
+    else:
+        link(os.fspath(source), os.fspath(target))
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message or "Upload pruned model",
+        **kwargs,
+    )
+
+
+_HUB_ARGUMENTS = {
+    "private",
+    "revision",
+    "create_pr",
+    "commit_message",
+    "commit_description",
+}
