@@ -1,0 +1,263 @@
+"""Plugs CAP into transformers: the quantization method "cap" and the keyword `pruning_config`."""
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
+
+from optimum_cap.config import CAPConfig
+
+# What the caller of from_pretrained said about where files come from: the tokenizer and the record
+# come from the same place.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+)
+_hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
+
+
+def register() -> None:
+    """Register with transformers; a second call changes nothing."""
+    if "cap" in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config("cap")(CAPConfig)
+    register_quantizer("cap")(CAPQuantizer)
+    stock = PreTrainedModel.__dict__["from_pretrained"].__func__
+    PreTrainedModel.from_pretrained = classmethod(_with_pruning_config(stock))
+
+
+def _with_pruning_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `from_pretrained`: route `pruning_config` to the native hook, keep the record."""
+
+    @functools.wraps(stock)
+    def from_pretrained(
+        cls: type[PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        pruning_config = _pruning_config(kwargs, str(pretrained_model_name_or_path))
+        if pruning_config is not None:
+            kwargs["quantization_config"] = pruning_config
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if "trust_remote_code" in kwargs:
+            hub["trust_remote_code"] = kwargs["trust_remote_code"]
+        reset = _hub_arguments.set(hub)
+        try:
+            loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if getattr(model.config, "pruning_config", None) and not _is_pruned(model):
+                _attach_saved_record(model)
+            return loaded
+        finally:
+            _hub_arguments.reset(reset)
+
+    return from_pretrained
+
+
+def _pruning_config(kwargs: dict[str, Any], name: str) -> CAPConfig | None:
+    """Take `pruning_config` out of the keywords of `from_pretrained`."""
+    given = kwargs.pop("pruning_config", None)
+    # An Auto class hands a keyword that config.json knows to the model's config.
+    config = kwargs.get("config")
+    swallowed = getattr(config, "pruning_config", None)
+    if isinstance(swallowed, CAPConfig):
+        raise ValueError(
+            f"{name} is already pruned: load it without pruning_config, or prune its dense base "
+            "model instead (CAPPruner prunes a loaded model further)"
+        )
+    if given is None:
+        return None
+    if isinstance(given, dict):
+        given = CAPConfig.from_dict(given)
+    if not isinstance(given, CAPConfig):
+        raise TypeError(
+            f"pruning_config must be a CAPConfig or a dictionary of its fields, got "
+            f"{type(given).__name__}"
+        )
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "pruning_config and quantization_config cannot be given together: prune first, save, "
+            "and quantize the saved model when loading it"
+        )
+    return given
+
+
+class CAPQuantizer(HfQuantizer):
+    """Prunes after loading a dense model, or unpacks while loading a packed one.
+
+    Either way it detaches itself at the end: a pruned model is an ordinary float model.
+    """
+
+    quantization_config: CAPConfig
+    serialized_names = {"weight": ["weight", "weight_mask", "weight_shape"]}  # noqa: RUF012
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.errors: list[str] = []
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing beyond this package is needed."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if self.pre_quantized and checkpoint_files:
+            from optimum_cap.checkpoint import validate_shards
+
+            files = [Path(file) for file in checkpoint_files]
+            validate_shards([file for file in files if file.suffix == ".safetensors"])
+        return model
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"dequantize": Unpack}
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Cast values while they are read, as for any model; masks and shapes keep their dtype."""
+        name = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        return dtype if name.startswith(("F", "BF", "torch.float", "torch.bfloat")) else None
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Detach from the model, then prune it or give it its record."""
+        if self.errors:
+            raise ValueError("; ".join(self.errors))
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.__dict__.pop("is_quantized", None)
+                module.config.__dict__.pop("_is_quantized", None)
+                module.config.__dict__.pop("quantization_config", None)
+        if self.pre_quantized:
+            _forget_unpacking(model)
+            _attach_saved_record(model)
+        else:
+            from optimum_cap.pruner import CAPPruner
+
+            config = self.quantization_config
+            tokenizer = config.tokenizer or model.name_or_path
+            if isinstance(tokenizer, str):
+                tokenizer = _load_tokenizer(tokenizer)
+            CAPPruner(config).prune(model, tokenizer)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class Unpack(ConversionOps):
+    """Loading step that puts packed weights together, before experts are merged."""
+
+    def __init__(self, hf_quantizer: CAPQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "weight", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Unpack the weights of every source; masks and shapes belong to the packed ones in order.
+
+        A list holds one tensor per expert. Among them a dense one has no mask: it is told by its
+        two dimensions.
+        """
+        from optimum_cap.formats import unpack
+
+        unpacked: dict[str, Any] = {}
+        for pattern, weights in input_dict.items():
+            if pattern.endswith(("weight_mask", "weight_shape")):
+                continue
+            masks = input_dict.get(f"{pattern}_mask", [])
+            shapes = iter(input_dict.get(f"{pattern}_shape", []))
+            if not masks:
+                unpacked[pattern] = weights
+                continue
+            remaining = iter(masks)
+            try:
+                whole = [
+                    weight
+                    if weight.ndim > 1
+                    else unpack(weight, next(remaining), next(shapes), full_layer_name)
+                    for weight in weights
+                ]
+            except (ValueError, StopIteration) as error:
+                # transformers gathers what conversions raise and prints it as a table; the reason
+                # is said once more, in one sentence, when loading ends.
+                self.hf_quantizer.errors.append(
+                    str(error) or f"{full_layer_name} is damaged: a mask is missing"
+                )
+                raise ValueError(str(error)) from error
+            unpacked[pattern] = whole
+        if list(unpacked) == ["weight"]:
+            return {full_layer_name: unpacked["weight"]}
+        return unpacked
+
+
+def _forget_unpacking(model: PreTrainedModel) -> None:
+    """Take the unpacking out of the conversions that saving reverts: it saves dense tensors."""
+    kept = []
+    for conversion in model._weight_conversions:
+        operations = getattr(conversion, "operations", None)
+        if operations and isinstance(operations[0], Unpack):
+            if len(operations) == 1:
+                continue
+            sources = [
+                source
+                for source in conversion._original_source_patterns
+                if not source.endswith(("weight_mask", "weight_shape"))
+            ]
+            targets = conversion._original_target_patterns
+            conversion = WeightConverter.copy(
+                conversion, sources, targets, operations=operations[1:]
+            )
+        kept.append(conversion)
+    model._weight_conversions = kept
+
+
+def _attach_saved_record(model: PreTrainedModel) -> None:
+    """Attach the record that lies beside the weights, so that saving again keeps it."""
+    from optimum_cap.checkpoint import RECORD_NAME, attach, read_record
+
+    hub = dict(_hub_arguments.get({}))
+    hub.pop("trust_remote_code", None)
+    if (commit := getattr(model.config, "_commit_hash", None)) is not None:
+        hub["revision"] = commit
+    file = cached_file(
+        model.name_or_path, RECORD_NAME, _raise_exceptions_for_missing_entries=False, **hub
+    )
+    if file is not None:
+        attach(model, read_record(Path(file), model.name_or_path)[0])
+
+
+def _load_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, **_hub_arguments.get({}))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer could be loaded from {name!r}, and calibration needs one: pass "
+            "CAPConfig(tokenizer=...)"
+        ) from error
+
+
+def _is_pruned(model: PreTrainedModel) -> bool:
+    return getattr(model, "pruning_record", None) is not None
