@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from transformers.utils import logging
@@ -95,12 +96,23 @@ def build_calibration_set(
         ValueError: No tokenizer; an unknown data set; a file without rows or without the columns;
             fewer usable rows than asked for.
         FileNotFoundError: A file that does not exist.
+        TypeError: The tokenizer, or what was passed as data, is no such thing.
         ImportError: The data set needs the package `datasets`, which is not installed.
     """
     if tokenizer is None:
         raise ValueError("calibration needs the model's tokenizer, got None: pass a tokenizer")
+    if not callable(tokenizer):
+        raise TypeError(
+            f"calibration needs a tokenizer object, got {tokenizer!r}: load it with "
+            "AutoTokenizer.from_pretrained"
+        )
     limit = _effective_length(config, tokenizer, max_length)
     sources = _sources(config.dataset if dataset is None else dataset)
+    if config.num_samples < len(sources):
+        raise ValueError(
+            f"num_samples is {config.num_samples}, but {len(sources)} data sets are mixed: every "
+            "data set needs at least one example"
+        )
     chosen: list[CalibrationExample] = []
     records = []
     with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
@@ -156,7 +168,7 @@ def _take(
 ) -> tuple[list[CalibrationExample], int]:
     """Tokenise rows in `order` until `count` are usable; return them and the number too long."""
     examples: list[CalibrationExample] = []
-    too_long = 0
+    too_long = unscored = 0
     for index in map(int, order):
         if len(examples) == count:
             break
@@ -168,14 +180,18 @@ def _take(
         if config.scored_tokens == "all":
             scored[:] = True
         scored[:1] = False
-        if not scored.any():
+        # An empty answer would score nothing but the end token.
+        if not conversation.turns[-1][1].strip() or not scored.any():
+            unscored += 1
             continue
         examples.append(
             CalibrationExample(input_ids, scored, source.name, index, conversation.digest)
         )
         progress.update()
     if len(examples) < count:
-        reason = f" ({too_long} are longer than {limit} tokens)" if too_long else ""
+        reasons = [f"{too_long} are longer than {limit} tokens"] if too_long else []
+        reasons += [f"{unscored} hold nothing to score"] if unscored else []
+        reason = f" ({', '.join(reasons)})" if reasons else ""
         raise ValueError(
             f"data set {source.name!r} has {len(examples)} usable rows of {len(source.rows)}"
             f"{reason}, but {count} are needed: lower num_samples"
@@ -219,9 +235,16 @@ def _encode_chat(
     messages = [{"role": role, "content": text} for role, text in conversation.turns]
 
     def rendered(count: int, generation_prompt: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(
-            messages[:count], add_generation_prompt=generation_prompt, tokenize=False
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages[:count], add_generation_prompt=generation_prompt, tokenize=False
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(role for role, _ in conversation.turns)
+            raise ValueError(
+                f"the tokenizer's chat template does not take a chat with the roles {roles} "
+                f"({error}): change the chat, or set tokenizer.chat_template = None"
+            ) from error
         return _tokens(tokenizer, text, special=False)
 
     ids = rendered(len(messages), False)
@@ -284,10 +307,19 @@ def _sources(dataset: Any) -> list[_Source]:
             f"dataset is a {type(dataset).__name__} with the splits {', '.join(dataset)}: "
             "pass one of them"
         )
-    try:
-        rows = dataset if hasattr(dataset, "column_names") else list(dataset)
-    except TypeError:
-        raise ValueError(f"dataset is a {type(dataset).__name__}: {_KNOWN}") from None
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"a data set specification needs the key 'path', got {', '.join(map(str, dataset))}"
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}, which cannot be drawn from at random: {_KNOWN}"
+        )
+    rows = dataset if hasattr(dataset, "column_names") else list(dataset)
+    if names := [row for row in rows if isinstance(row, str) and row in PRESETS]:
+        raise ValueError(
+            f"dataset mixes texts with the preset name {names[0]!r}: pass either names or texts"
+        )
     if len(rows) == 0:
         raise ValueError("dataset is empty: it holds no rows")
     return [_Source("in-memory", rows, _reader("in-memory", rows[0], {}), {})]
@@ -352,10 +384,12 @@ def _load_from_hub(
         ) from error
     try:
         rows = datasets.load_dataset(hub_id, config_name, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    # A wrong id, name or split, no network, a data set that is a script: there is no common class.
+    except Exception as error:
+        cause = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"data set {hub_id!r} (split {split!r}, revision {revision!r}) could not be loaded "
-            f"from the Hub ({type(error).__name__}): {_KNOWN}"
+            f"from the Hub ({type(error).__name__}: {cause}): {_KNOWN}"
         ) from error
     if len(rows) == 0:
         raise ValueError(f"data set {hub_id!r} is empty: split {split!r} holds no rows")
@@ -378,7 +412,7 @@ def _read_file(path: Path) -> Sequence[Any]:
 
 
 def _read_json(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         return []
     try:
@@ -389,12 +423,12 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_jsonl(path: Path) -> list[Any]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     return [json.loads(line) for line in lines if line.strip()]
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -411,7 +445,7 @@ def _read_parquet(path: Path) -> Sequence[Any]:
 
 def _read_txt(path: Path) -> list[str]:
     """Return the paragraphs between blank lines, or the lines where there are no blank ones."""
-    text = path.read_text(encoding="utf-8").strip()
+    text = path.read_text(encoding="utf-8-sig").strip()
     parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
     return [part.strip() for part in parts if part.strip()]
 
@@ -445,6 +479,11 @@ def _column_reader(
                 f"data set {name!r} has no column {column!r} ({key}); its columns are "
                 f"{', '.join(columns)}"
             )
+    if len({"prompt_column", "answer_column"} & set(named)) == 1:
+        raise ValueError(
+            f"the specification of data set {name!r} has {next(iter(named))!r} alone: "
+            "prompt_column and answer_column go together"
+        )
     if "text_column" in named:
         return lambda row: Conversation((("text", row[named["text_column"]]),))
     if "messages_column" in named:
@@ -481,6 +520,8 @@ def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], 
                 f"a row of data set {name!r} cannot be read ({type(error).__name__}: {error}); it "
                 f"holds {keys}"
             ) from error
+        if not conversation.turns:
+            raise ValueError(f"a row of data set {name!r} is a chat without messages")
         if not all(isinstance(text, str) for _, text in conversation.turns):
             raise ValueError(f"a row of data set {name!r} holds something else than text: {row!r}")
         return conversation
@@ -585,8 +626,13 @@ PRESETS: dict[str, Preset] = {
     "gsm8k": Preset(
         "openai/gsm8k", "main", "train", "e53f048856ff4f594e959d75785d2c2d37b678ee", _gsm8k
     ),
-    # No commit of this repository is documented anywhere we could check, hence its branch.
-    "strategyqa": Preset("ChilleD/StrategyQA", None, "train", "main", _strategyqa),
+    "strategyqa": Preset(
+        "ChilleD/StrategyQA",
+        None,
+        "train",
+        "705562638fe1d8ca6bb98c66fc8f94d45fda8c83",
+        _strategyqa,
+    ),
     "arc_challenge": Preset(
         "allenai/ai2_arc",
         "ARC-Challenge",
