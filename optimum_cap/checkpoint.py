@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -84,7 +91,7 @@ class SavePruned:
             (folder / "README.md").write_text(card, encoding="utf-8")
         self.model.pruning_record = record
         if push_to_hub:
-            _upload(Path(save_directory), repo_id, token=token, **hub)
+            upload(Path(save_directory), repo_id, token=token, **hub)
 
 
 class PushPruned:
@@ -122,7 +129,7 @@ class PushPruned:
             if tags:
                 card = model_card(self.model.pruning_record, type(self.model).__name__, token, tags)
                 (folder / "README.md").write_text(card, encoding="utf-8")
-            return _upload(folder, repo_id, token=token, **kwargs)
+            return upload(folder, repo_id, token=token, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -381,7 +388,7 @@ def _replaced_folder(target: Path) -> Iterator[Path]:
     it was, and nothing else is left behind.
     """
     target = target.absolute()
-    _check_target(target)
+    check_target(target)
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("saving", "replaced"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -414,7 +421,12 @@ def _replaced_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Check that a checkpoint may be saved to `target`, an absolute path.
+
+    Raises:
+        FileExistsError: It is a file, holds the current folder, or the weights of another model.
+    """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose a folder to save to")
     if not target.is_dir():
@@ -451,25 +463,50 @@ def _link(source: Path, target: Path) -> None:
         link(os.fspath(source), os.fspath(target))
 
 
-def _upload(
+def upload(
     folder: Path,
     repo_id: str,
+    names: list[str] | None = None,
     *,
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
     **kwargs: Any,
-) -> Any:
+) -> CommitInfo:
+    """Upload a checkpoint in one commit, which also removes weights of an older one.
+
+    Args:
+        folder: Folder of the checkpoint.
+        repo_id: Repository, made if it does not exist.
+        names: Paths of the files in `folder`; `None` uploads all of them.
+        token: Token for the Hub.
+        private: Whether a new repository is private.
+        revision: Branch, made if it does not exist.
+        commit_message: Message of the commit.
+        **kwargs: As for `HfApi.create_commit`.
+
+    Returns:
+        The commit's information.
+    """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
+    if names is None:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        names = [path.relative_to(folder).as_posix() for path in files]
+    # An older model.safetensors would win over new shards when the repository is loaded.
+    present = api.list_repo_files(repo_id, revision=revision)
+    stale = [name for name in present if _is_weight_file(name) and name not in names]
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, str(folder / name)) for name in names),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
+        commit_message=commit_message or "Upload the pruned model (optimum-cap)",
         revision=revision,
-        commit_message=commit_message or "Upload pruned model",
         **kwargs,
     )
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -16,6 +17,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
+from transformers.utils.hub import resolve_revision
 
 from optimum_cap.config import CAPConfig
 
@@ -29,6 +31,7 @@ _HUB_ARGUMENTS = (
     "revision",
     "subfolder",
 )
+_REVISION_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir")
 _hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
 
 
@@ -38,28 +41,39 @@ def register() -> None:
         return
     register_quantization_config("cap")(CAPConfig)
     register_quantizer("cap")(CAPQuantizer)
-    stock = PreTrainedModel.__dict__["from_pretrained"].__func__
-    PreTrainedModel.from_pretrained = classmethod(_with_pruning_config(stock))
+    for owner, wrap in (
+        (PreTrainedModel, _prunes_and_keeps_the_record),
+        (_BaseAutoModelClass, _hands_on_the_pruning_config),
+    ):
+        stock = owner.__dict__["from_pretrained"].__func__
+        owner.from_pretrained = classmethod(wrap(stock))
 
 
-def _with_pruning_config(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `from_pretrained`: route `pruning_config` to the native hook, keep the record."""
+def _prunes_and_keeps_the_record(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `PreTrainedModel.from_pretrained`, where the Auto classes end as well.
+
+    It routes `pruning_config` to the native hook, and gives models that are loaded from a dense CAP
+    checkpoint, of which the native hook hears nothing, their record.
+    """
 
     @functools.wraps(stock)
     def from_pretrained(
         cls: type[PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        pruning_config = _pruning_config(kwargs, str(pretrained_model_name_or_path))
-        if pruning_config is not None:
-            kwargs["quantization_config"] = pruning_config
+        _route_pruning_config(kwargs)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        where = {name: hub[name] for name in _REVISION_ARGUMENTS if name in hub}
+        hub["revision"] = resolve_revision(pretrained_model_name_or_path, **where)
+        if isinstance(kwargs.get("quantization_config"), CAPConfig):
+            _check_not_pruned(pretrained_model_name_or_path, hub)
         if "trust_remote_code" in kwargs:
             hub["trust_remote_code"] = kwargs["trust_remote_code"]
         reset = _hub_arguments.set(hub)
         try:
             loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            if getattr(model.config, "pruning_config", None) and not _is_pruned(model):
+            is_pruned = getattr(model, "pruning_record", None) is not None
+            if getattr(model.config, "pruning_config", None) and not is_pruned:
                 _attach_saved_record(model)
             return loaded
         finally:
@@ -68,19 +82,26 @@ def _with_pruning_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _pruning_config(kwargs: dict[str, Any], name: str) -> CAPConfig | None:
-    """Take `pruning_config` out of the keywords of `from_pretrained`."""
+def _hands_on_the_pruning_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the Auto classes' `from_pretrained`, which would give the keyword to the wrong one.
+
+    They hand a keyword that `config.json` knows to the model's config, and the `config.json` of a
+    model that is already pruned knows `pruning_config`.
+    """
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        _route_pruning_config(kwargs)
+        return stock(cls, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _route_pruning_config(kwargs: dict[str, Any]) -> None:
+    """Turn the keyword `pruning_config` into `quantization_config`, the native hook."""
     given = kwargs.pop("pruning_config", None)
-    # An Auto class hands a keyword that config.json knows to the model's config.
-    config = kwargs.get("config")
-    swallowed = getattr(config, "pruning_config", None)
-    if isinstance(swallowed, CAPConfig):
-        raise ValueError(
-            f"{name} is already pruned: load it without pruning_config, or prune its dense base "
-            "model instead (CAPPruner prunes a loaded model further)"
-        )
     if given is None:
-        return None
+        return
     if isinstance(given, dict):
         given = CAPConfig.from_dict(given)
     if not isinstance(given, CAPConfig):
@@ -93,7 +114,17 @@ def _pruning_config(kwargs: dict[str, Any], name: str) -> CAPConfig | None:
             "pruning_config and quantization_config cannot be given together: prune first, save, "
             "and quantize the saved model when loading it"
         )
-    return given
+    kwargs["quantization_config"] = given
+
+
+def _check_not_pruned(name: Any, hub: dict[str, Any]) -> None:
+    values, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    if (pruned := values.get("pruning_config")) is not None:
+        raise ValueError(
+            f"{name} is already pruned to sparsity {pruned.get('sparsity')}: load it without "
+            "pruning_config, or prune its dense base model instead (CAPPruner prunes a loaded "
+            "model further)"
+        )
 
 
 class CAPQuantizer(HfQuantizer):
@@ -152,7 +183,8 @@ class CAPQuantizer(HfQuantizer):
             tokenizer = config.tokenizer or model.name_or_path
             if isinstance(tokenizer, str):
                 tokenizer = _load_tokenizer(tokenizer)
-            CAPPruner(config).prune(model, tokenizer)
+            commit = getattr(_hub_arguments.get({}).get("revision"), "resolved", None)
+            CAPPruner(config).prune(model, tokenizer, base_revision=commit)
         return model
 
     def is_serializable(self) -> bool:
@@ -173,6 +205,10 @@ class Unpack(ConversionOps):
     def __init__(self, hf_quantizer: CAPQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Unpack":
+        # transformers copies the step for every weight; all report to the one quantizer.
+        return Unpack(self.hf_quantizer)
+
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "weight", **kwargs: Any
     ) -> dict[str, Any]:
@@ -181,36 +217,34 @@ class Unpack(ConversionOps):
         A list holds one tensor per expert. Among them a dense one has no mask: it is told by its
         two dimensions.
         """
-        from optimum_cap.formats import unpack
-
         unpacked: dict[str, Any] = {}
         for pattern, weights in input_dict.items():
             if pattern.endswith(("weight_mask", "weight_shape")):
                 continue
-            masks = input_dict.get(f"{pattern}_mask", [])
+            masks = iter(input_dict.get(f"{pattern}_mask", []))
             shapes = iter(input_dict.get(f"{pattern}_shape", []))
-            if not masks:
-                unpacked[pattern] = weights
-                continue
-            remaining = iter(masks)
-            try:
-                whole = [
-                    weight
-                    if weight.ndim > 1
-                    else unpack(weight, next(remaining), next(shapes), full_layer_name)
-                    for weight in weights
-                ]
-            except (ValueError, StopIteration) as error:
-                # transformers gathers what conversions raise and prints it as a table; the reason
-                # is said once more, in one sentence, when loading ends.
-                self.hf_quantizer.errors.append(
-                    str(error) or f"{full_layer_name} is damaged: a mask is missing"
-                )
-                raise ValueError(str(error)) from error
-            unpacked[pattern] = whole
+            unpacked[pattern] = [
+                weight
+                if weight.ndim > 1 or (mask := next(masks, None)) is None
+                else self._unpack(weight, mask, next(shapes), full_layer_name)
+                for weight in weights
+            ]
         if list(unpacked) == ["weight"]:
             return {full_layer_name: unpacked["weight"]}
         return unpacked
+
+    def _unpack(
+        self, values: torch.Tensor, mask: torch.Tensor, shape: torch.Tensor, name: str
+    ) -> torch.Tensor:
+        from optimum_cap.formats import unpack
+
+        try:
+            return unpack(values, mask, shape, name)
+        except ValueError as error:
+            # Raised here, it would end in a table of tracebacks. Loading goes on with NaNs, and
+            # `postprocess_model` raises it before anybody gets the model.
+            self.hf_quantizer.errors.append(str(error))
+            return values.new_full(shape.tolist(), torch.nan)
 
 
 def _forget_unpacking(model: PreTrainedModel) -> None:
@@ -240,8 +274,6 @@ def _attach_saved_record(model: PreTrainedModel) -> None:
 
     hub = dict(_hub_arguments.get({}))
     hub.pop("trust_remote_code", None)
-    if (commit := getattr(model.config, "_commit_hash", None)) is not None:
-        hub["revision"] = commit
     file = cached_file(
         model.name_or_path, RECORD_NAME, _raise_exceptions_for_missing_entries=False, **hub
     )
@@ -257,7 +289,3 @@ def _load_tokenizer(name: str) -> Any:
             f"no tokenizer could be loaded from {name!r}, and calibration needs one: pass "
             "CAPConfig(tokenizer=...)"
         ) from error
-
-
-def _is_pruned(model: PreTrainedModel) -> bool:
-    return getattr(model, "pruning_record", None) is not None

@@ -1,5 +1,6 @@
 """`CAPPruner.prune()` reads like the way of the data: open this file first."""
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +45,12 @@ class CAPPruner:
         self.config = config
 
     def prune(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, dataset: Any = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        dataset: Any = None,
+        base_revision: str | None = None,
     ) -> PreTrainedModel:
         """Score, rank and zero the weights of `model`, in place.
 
@@ -56,6 +62,7 @@ class CAPPruner:
             tokenizer: Its tokenizer, or the name of one; `None` takes the config's, then the one
                 that is saved with the model.
             dataset: Calibration data that replaces the config's.
+            base_revision: Commit of the dense model on the Hub, for the record.
 
         Returns:
             The same model, an ordinary float model with a `pruning_record`, whose
@@ -65,6 +72,8 @@ class CAPPruner:
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
         """
         config = self.config
+        if dataset is not None:
+            config = dataclasses.replace(config, dataset=dataset)
         sites = find_sites(model)
         matrices = _to_prune(sites, config.modules_to_leave_dense)
         _check_weights(model, matrices)
@@ -72,7 +81,6 @@ class CAPPruner:
             config,
             _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer),
             max_length=_max_length(model),
-            dataset=dataset,
         )
 
         attention = [site for site in sites if site.kind == "attention"]
@@ -92,7 +100,8 @@ class CAPPruner:
         for matrix, keep in zip(matrices, keep_masks(importances(), threshold), strict=True):
             apply_mask_(_weight(model, matrix), keep)
 
-        attach(model, _record(model, config, matrices, scores, heads, calibration, threshold))
+        record = _record(model, config, matrices, scores, heads, calibration, threshold)
+        attach(model, dataclasses.replace(record, base_revision=base_revision))
         return model
 
 
@@ -190,7 +199,7 @@ def _record(
     return PruningRecord(
         config=config.to_dict(),
         base_model=model.name_or_path or None,
-        base_revision=getattr(model.config, "_commit_hash", None),
+        base_revision=None,
         matrices=[
             MatrixSparsity(matrix.name, count, _weight(model, matrix).numel())
             for matrix, count in zip(matrices, zeros, strict=True)

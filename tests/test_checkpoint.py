@@ -1,0 +1,417 @@
+"""Sparse checkpoints: lossless, reproducible, atomic; convert and inspect."""
+
+import copy
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_cap import CAPConfig, checkpoint
+from optimum_cap.checkpoint import attach, convert_checkpoint, inspect_checkpoint
+from optimum_cap.record import MatrixSparsity, PruningRecord
+
+
+def pruned(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
+    """A tiny model with 30 % random zeros in its large matrices, and a record to match."""
+    settings = {"checkpoint_format": changes.pop("checkpoint_format", "packed")}
+    model = tiny_model(architecture, **changes)
+    generator = torch.Generator().manual_seed(0)
+    matrices = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and ("proj" in name or "fc" in name or "dense" in name):
+            mask = torch.rand(parameter.shape, generator=generator) < 0.3
+            parameter.data[mask] = 0
+            experts = parameter if parameter.ndim == 3 else [parameter]
+            matrices += [
+                MatrixSparsity(
+                    f"{name}[{index}]" if parameter.ndim == 3 else name,
+                    int((matrix == 0).sum()),
+                    matrix.numel(),
+                )
+                for index, matrix in enumerate(experts)
+            ]
+    config = CAPConfig(sparsity=0.3, dataset="gsm8k", **settings).to_dict()
+    calibration = {"sources": [{"name": "gsm8k", "hub_id": "openai/gsm8k"}], "digests": []}
+    attach(model, PruningRecord(config, None, None, matrices, [], calibration, {"torch": "0"}))
+    return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def same_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
+
+
+def test_round_trip_is_bit_identical(architecture: str, tmp_path: Path) -> None:
+    model = pruned(architecture)
+    model.save_pretrained(tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert type(loaded) is type(model)
+    assert same_weights(loaded, model)
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.pruning_record == model.pruning_record
+    loaded.save_pretrained(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_same_model_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    model.save_pretrained(tmp_path / "a")  # over itself
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert os.listdir(tmp_path) == ["a", "b"] or sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_every_pruned_matrix_is_packed(architecture: str, tmp_path: Path) -> None:
+    model = pruned(architecture)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    packed = {name.removesuffix("_mask") for name in tensors if name.endswith("weight_mask")}
+    assert len(packed) >= len(model.pruning_record.matrices)  # fused experts are separate on disk
+    for name in packed:
+        assert tensors[name].ndim == 1
+        assert len(tensors[name]) < int(tensors[f"{name}_shape"].prod())
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_sharded(name: str, tmp_path: Path) -> None:
+    model = pruned(name)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    stored = {key: path.name for path in shards for key in load_file(path)}
+    assert stored == index["weight_map"]
+    sizes = [t.nbytes for path in shards for t in load_file(path).values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    model.save_pretrained(tmp_path)  # one file again: no shard of the old ones may remain
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = pruned(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert same_weights(wide, copy.deepcopy(model).float())
+
+
+def test_fully_zero_and_fully_dense_matrices(tmp_path: Path) -> None:
+    model = pruned()
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(2.5)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight"].shape == (0,)
+    assert tensors["model.layers.1.mlp.up_proj.weight"].shape == (20, 24)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same_weights(loaded, model)
+
+
+def test_one_dense_expert_among_packed_ones(tmp_path: Path) -> None:
+    model = pruned("mixtral")
+    model.model.layers[1].mlp.experts.down_proj.data[2] = 1.5
+    model.model.layers[1].mlp.experts.gate_up_proj.data[0].zero_()
+    model.save_pretrained(tmp_path)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    model = pruned("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_record_counts_what_is_there_not_what_was(tmp_path: Path) -> None:
+    model = pruned()
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(1)  # as fine-tuning may
+    model.save_pretrained(tmp_path)
+    matrices = {m.name: m for m in inspect_checkpoint(tmp_path).record.matrices}
+    assert matrices["model.layers.0.mlp.up_proj.weight"].zeros == 0
+    assert matrices["model.layers.1.mlp.up_proj.weight"].zeros > 0
+
+
+def test_a_copy_saves_itself(tmp_path: Path) -> None:
+    model = pruned()
+    duplicate = copy.deepcopy(model)
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    duplicate.save_pretrained(tmp_path / "copy")
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "copy"), duplicate)
+    pickled = pickle.loads(pickle.dumps(duplicate))
+    pickled.save_pretrained(tmp_path / "pickled")
+    assert contents(tmp_path / "copy") == contents(tmp_path / "pickled")
+
+
+def test_another_process_than_the_main_one_writes_nothing(tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path / "out", is_main_process=False)
+    assert not list((tmp_path / "out").iterdir())
+
+
+# Convert and inspect
+
+
+def test_convert_there_and_back(architecture: str, tmp_path: Path) -> None:
+    model = pruned(architecture)
+    model.save_pretrained(tmp_path / "packed")
+    (tmp_path / "packed" / "tokenizer.json").write_text("{}")
+    convert_checkpoint(tmp_path / "packed", tmp_path / "dense", "dense")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "again", "packed")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "again")
+    model.config.pruning_config = {**model.config.pruning_config, "checkpoint_format": "dense"}
+    model.save_pretrained(tmp_path / "saved_dense")
+    expected = contents(tmp_path / "saved_dense")
+    assert {**expected, "tokenizer.json": b"{}"} == contents(tmp_path / "dense")
+
+
+def test_dense_format_keeps_the_record(tmp_path: Path) -> None:
+    model = pruned(checkpoint_format="dense")
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same_weights(loaded, model)
+    assert loaded.pruning_record == model.pruning_record
+
+
+def test_inspect(tmp_path: Path) -> None:
+    model = pruned(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    summary = inspect_checkpoint(tmp_path)
+    assert summary.record == model.pruning_record
+    assert summary.checkpoint_format == "packed"
+    assert summary.format_version == 1
+    assert summary.weight_bytes == (tmp_path / "model.safetensors").stat().st_size
+    assert summary.dense_bytes == sum(t.nbytes for t in model.state_dict().values())
+
+
+def test_inspect_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a CAP checkpoint: it has no pruning_record"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        inspect_checkpoint(tmp_path / "file")
+
+
+def test_inspect_of_a_damaged_record(tmp_path: Path) -> None:
+    (tmp_path / "pruning_record.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pruning_record\.json is damaged"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "pruning_record.json").write_text('{"files": {"format_version": 1}}')
+    with pytest.raises(ValueError, match="not a pruning record of a known version"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_convert_refuses_bad_targets_and_formats(tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path / "in")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match="full exists and is not empty"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "full", "dense")
+    with pytest.raises(ValueError, match="unknown checkpoint format 'zip': choose one of packed"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", "zip")
+    assert not (tmp_path / "out").exists()
+
+
+# All or nothing
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / "notes").mkdir(parents=True)
+    (target / "notes" / "a.txt").write_text("a")
+    (target / "tokenizer.json").write_text("{}")
+    pruned().save_pretrained(target)
+    assert (target / "notes" / "a.txt").read_text() == "a"
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert (target / "model.safetensors").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_weights_of_another_model_are_not_overwritten(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="holds the weights of another model"):
+        pruned().save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_or_the_current_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file: choose a folder"):
+        pruned().save_pretrained(tmp_path / "file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="is or holds the current folder"):
+        pruned().save_pretrained(".")
+
+
+FAILURES: list[tuple[BaseException, type[BaseException], str | None]] = [
+    (OSError(errno.ENOSPC, "No space left on device"), OSError, "could not save to .* as it was"),
+    (OSError(errno.EROFS, "Read-only file system"), OSError, "could not save to .* as it was"),
+    (KeyboardInterrupt(), KeyboardInterrupt, None),
+]
+
+
+@pytest.mark.parametrize(("failure", "expected", "message"), FAILURES)
+@pytest.mark.parametrize("where", ["save_file", "model_card", "_write_json"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failing_save_leaves_the_old_folder_or_none(
+    failure: BaseException,
+    expected: type[BaseException],
+    message: str | None,
+    where: str,
+    existing: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = pruned()
+    if existing:
+        model.save_pretrained(tmp_path / "out")
+        model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    before = contents(tmp_path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(checkpoint, where, fail)
+    with pytest.raises(expected, match=message):
+        model.save_pretrained(tmp_path / "out")
+    assert contents(tmp_path) == before
+    assert os.listdir(tmp_path) == (["out"] if existing else [])
+
+
+def test_a_swap_that_fails_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path / "out")
+    before = contents(tmp_path)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".saving"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="could not save to"):
+        model.save_pretrained(tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+SAVE_IN_A_PROCESS = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_checkpoint import pruned
+model = pruned()
+{limit}
+try:
+    model.save_pretrained({target!r})
+except OSError as error:
+    print("OSError:", error)
+"""
+
+
+def run(code: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk that is really full."""
+    code = SAVE_IN_A_PROCESS.format(
+        tests=str(Path(__file__).parent),
+        target=str(tmp_path / "out"),
+        limit="import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))",
+    )
+    result = run(code)
+    assert "OSError: " in result.stdout, result.stderr
+    assert f"could not save to {tmp_path / 'out'}" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("point", ["save_file", "model_card", "rename"])
+def test_kill_9_leaves_the_old_folder_or_none(point: str, tmp_path: Path) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    patched = {
+        "save_file": f"checkpoint.save_file = lambda *a, **k: {kill}",
+        "model_card": f"checkpoint.model_card = lambda *a, **k: {kill}",
+        "rename": f"checkpoint.Path.rename = lambda *a, **k: {kill}",
+    }[point]
+    code = SAVE_IN_A_PROCESS.format(
+        tests=str(Path(__file__).parent),
+        target=str(tmp_path / "out"),
+        limit=f"import os, signal\nfrom optimum_cap import checkpoint\n{patched}",
+    )
+    assert run(code).returncode == -signal.SIGKILL
+    assert contents(tmp_path / "out") == before
+    model.save_pretrained(tmp_path / "out")  # the next save works, and clears up
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# Damage
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path)
+    shard = tmp_path / "model.safetensors"
+    data = shard.read_bytes()
+    for kept in (len(data) - 10, 100, 4, 0):
+        shard.write_bytes(data[:kept])
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged.*again"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged.*again"):
+            convert_checkpoint(tmp_path, tmp_path.parent / "converted", "dense")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_mask_and_values_that_disagree(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    pruned(name).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    mask = next(key for key in tensors if key.endswith("weight_mask"))
+    tensors[mask][0] ^= 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is damaged: its mask keeps \d+ weights, but"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_newer_format_version(tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format version 2, but this optimum-cap reads up to 1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

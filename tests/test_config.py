@@ -1,0 +1,115 @@
+"""CAPConfig: validation, versions, round trips."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimum_cap import CAPConfig
+from optimum_cap.config import parse_size
+
+
+@pytest.mark.parametrize(
+    "sparsity", [0, 1, -0.1, 1.5, float("nan"), float("inf"), "20", True, None]
+)
+def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
+    with pytest.raises(ValueError, match="sparsity must be a number strictly between 0 and 1"):
+        CAPConfig(sparsity=sparsity)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("recipe", "magic", "recipe must be one of paper, got 'magic'"),
+        ("aggregation", "mode", "aggregation must be one of median, mean, got 'mode'"),
+        ("kv_combination", "sum", "kv_combination must be one of mean, max, got 'sum'"),
+        ("scored_tokens", "prompt", "scored_tokens must be one of answer, all, got 'prompt'"),
+        ("checkpoint_format", "zip", "checkpoint_format must be one of packed, dense, got 'zip'"),
+        ("num_samples", 0, "num_samples must be an integer of at least 1, got 0"),
+        ("num_samples", 1.5, "num_samples must be an integer of at least 1, got 1.5"),
+        ("subsets", 0, "subsets must be an integer of at least 1"),
+        ("subsets", 129, "subsets is 129, but num_samples is only 128"),
+        ("seed", -1, "seed must be an integer of at least 0"),
+        ("max_length", 1, "max_length must be an integer of at least 2"),
+        ("memory_budget", "much", 'memory_budget must be a number of bytes or text such as "4GB"'),
+        ("memory_budget", 0, "memory_budget must be a number of bytes"),
+        ("dataset", "", "dataset is empty"),
+        ("dataset", None, "dataset is empty"),
+        ("modules_to_leave_dense", "o_proj", "must be a list of module names, got 'o_proj'"),
+    ],
+)
+def test_bad_value_is_named(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CAPConfig(sparsity=0.2, **{field: value})
+
+
+def test_unknown_argument() -> None:
+    with pytest.raises(TypeError, match="sparcity"):
+        CAPConfig(sparsity=0.2, sparcity=0.3)  # type: ignore[call-arg]
+
+
+def test_round_trips_through_json() -> None:
+    config = CAPConfig(
+        sparsity=0.35,
+        dataset=["gsm8k", {"path": "rows.jsonl", "prompt_column": "q", "answer_column": "a"}],
+        num_samples=7,
+        subsets=2,
+        max_length=99,
+        memory_budget="2GB",
+        modules_to_leave_dense=["layers.0"],
+        checkpoint_format="dense",
+    )
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["quant_method"] == "cap"
+    assert CAPConfig.from_dict(values) == config
+    assert CAPConfig.from_dict(values).to_dict() == config.to_dict()
+
+
+def test_from_dict_replaces_fields_and_returns_the_unused() -> None:
+    config, unused = CAPConfig.from_dict(
+        {"sparsity": 0.2}, return_unused_kwargs=True, seed=3, other=1
+    )
+    assert config.seed == 3
+    assert unused == {"other": 1}
+
+
+def test_unknown_field_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"unknown field\(s\) in the pruning config: warmth"):
+        CAPConfig.from_dict({"sparsity": 0.2, "warmth": 1})
+
+
+def test_newer_version_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="config_version 2, but this optimum-cap reads up to 1"):
+        CAPConfig.from_dict({"sparsity": 0.2, "config_version": 2, "field_of_the_future": 1})
+
+
+def test_newer_checkpoint_format_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="format version 99, but this optimum-cap reads up to 1"):
+        CAPConfig.from_dict({"sparsity": 0.2, "format_version": 99})
+
+
+def test_data_in_memory_are_described_not_copied() -> None:
+    described = CAPConfig(sparsity=0.2, dataset=[("2+2=", "4")]).to_dict()["dataset"]
+    assert described.startswith("in-memory, 1 rows, sha256 ")
+    same = CAPConfig(sparsity=0.2, dataset=[("2+2=", "4")]).to_dict()["dataset"]
+    other = CAPConfig(sparsity=0.2, dataset=[("2+2=", "5")]).to_dict()["dataset"]
+    assert described == same != other
+
+
+def test_paths_become_text(tmp_path: Path) -> None:
+    assert CAPConfig(sparsity=0.2, dataset=tmp_path / "a.jsonl").dataset == str(
+        tmp_path / "a.jsonl"
+    )
+
+
+def test_the_tokenizer_is_not_saved() -> None:
+    assert "tokenizer" not in CAPConfig(sparsity=0.2, tokenizer=object()).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(5, 5), ("5B", 5), ("2KB", 2000), ("1.5GiB", 3 << 29), ("3 mb", 3_000_000)],
+)
+def test_parse_size(size: Any, expected: int) -> None:
+    assert parse_size(size) == expected

@@ -1,0 +1,112 @@
+"""Packing is lossless for any tensor, small, and refuses damaged parts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_cap import formats
+from optimum_cap.formats import encode_packed, pack, unpack
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.numel() == 0 or torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def sparse(shape: tuple[int, ...], sparsity: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    return weight.masked_fill(torch.rand(shape, generator=generator) < sparsity, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 13), min_size=1, max_size=3),
+    sparsity=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+def test_round_trip(shape: list[int], sparsity: float, dtype: torch.dtype, seed: int) -> None:
+    weight = sparse(tuple(shape), sparsity, seed).to(dtype)
+    before = weight.clone()
+    parts = pack(weight)
+    assert same_bits(unpack(parts["weight"], parts["weight_mask"], parts["weight_shape"]), weight)
+    assert same_bits(weight, before)
+    assert parts["weight"].ndim == 1
+    assert len(parts["weight_mask"]) == -(-weight.numel() // 8)
+
+
+def test_negative_zero_nan_and_infinity_survive() -> None:
+    weight = torch.tensor([[-0.0, 0.0, float("nan"), float("inf"), 1e-45]])
+    parts = pack(weight)
+    assert len(parts["weight"]) == 4
+    assert same_bits(unpack(*parts.values()), weight)
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = sparse((37, 53), 0.4)
+    whole = pack(weight)
+    monkeypatch.setattr(formats, "_CHUNK", 64)
+    chunked = pack(weight)
+    assert all(torch.equal(whole[name], chunked[name]) for name in whole)
+    assert same_bits(unpack(*chunked.values()), weight)
+
+
+def test_bit_order_is_as_documented() -> None:
+    parts = pack(torch.tensor([[1.0, 0, 0, 2], [0, 0, 0, 0], [3, 0, 0, 0]]))
+    assert parts["weight_mask"].tolist() == [0b00001001, 0b00000001]
+    assert parts["weight"].tolist() == [1, 2, 3]
+    assert parts["weight_shape"].tolist() == [3, 4]
+
+
+def test_views_are_packed_as_they_look() -> None:
+    weight = sparse((6, 10), 0.5).t()
+    assert same_bits(unpack(*pack(weight).values()), weight.contiguous())
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_size_is_one_bit_per_weight_over_the_kept_values(
+    sparsity: float, dtype: torch.dtype
+) -> None:
+    weight = sparse((512, 1000), sparsity).to(dtype)
+    size = sum(part.nbytes for part in encode_packed("x.weight", weight).values())
+    zeros = float((weight == 0).float().mean())
+    assert size <= 1.01 * (weight.nbytes * (1 - zeros) + weight.numel() / 8)
+
+
+def test_only_matrices_that_shrink_are_packed() -> None:
+    dense, norm, bias = torch.ones(8, 8), torch.zeros(64), torch.zeros(8, 8)
+    assert list(encode_packed("x.weight", dense)) == ["x.weight"]
+    assert list(encode_packed("norm.weight", norm)) == ["norm.weight"]
+    assert list(encode_packed("x.bias", bias)) == ["x.bias"]
+    packed = encode_packed("x.weight", torch.zeros(8, 8))
+    assert list(packed) == ["x.weight", "x.weight_mask", "x.weight_shape"]
+    assert packed["x.weight"].shape == (0,)
+
+
+def test_damaged_parts_are_refused() -> None:
+    values, mask, shape = pack(sparse((5, 5), 0.5)).values()
+    with pytest.raises(ValueError, match=r"layer\.weight is damaged: its mask keeps \d+ weights"):
+        unpack(values[:-1], mask, shape, "layer.weight")
+    with pytest.raises(ValueError, match="needs a mask of 4 bytes, found"):
+        unpack(values, mask[:-1], shape)
+    with pytest.raises(ValueError, match="needs a mask of 5 bytes"):
+        unpack(values, mask, torch.tensor([5, 7]))
+    stray = mask.clone()
+    stray[-1] |= 0x80
+    with pytest.raises(ValueError, match="keeps weights beyond shape"):
+        unpack(torch.cat([values, values[:1]]), stray, shape)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_values_on_a_gpu_unpack_to_it() -> None:
+    weight = sparse((33, 65), 0.5).cuda()
+    parts = pack(weight)
+    unpacked = unpack(parts["weight"].cuda(), parts["weight_mask"].cuda(), parts["weight_shape"])
+    assert unpacked.is_cuda
+    assert same_bits(unpacked.cpu(), weight.cpu())

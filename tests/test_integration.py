@@ -1,0 +1,327 @@
+"""`from_pretrained` prunes and loads ordinary models; stock transformers stays safe."""
+
+import copy
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    pipeline,
+)
+
+from optimum_cap import CAPConfig
+from optimum_cap.integration import register
+
+ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
+IDS = torch.arange(4, 24)[None]
+
+
+def config(**changes: Any) -> CAPConfig:
+    return CAPConfig(**{"sparsity": 0.3, "dataset": ROWS, "num_samples": 12, **changes})
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A dense tiny Llama with its tokenizer, on disk."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def packed(base: Path, tmp_path: Path) -> Path:
+    """The same, pruned and packed."""
+    model = AutoModelForCausalLM.from_pretrained(base, pruning_config=config())
+    model.save_pretrained(tmp_path / "packed")
+    tiny_tokenizer().save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def assert_ordinary(model: PreTrainedModel) -> None:
+    assert getattr(model, "hf_quantizer", None) is None
+    assert not getattr(model, "is_quantized", False)
+    assert not hasattr(model, "quantization_method")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            assert not hasattr(module.config, "quantization_config")
+            assert not getattr(module.config, "_is_quantized", False)
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LlamaForCausalLM])
+@pytest.mark.parametrize("keyword", ["pruning_config", "quantization_config"])
+def test_prunes_while_loading(loader: Any, keyword: str, base: Path) -> None:
+    model = loader.from_pretrained(base, **{keyword: config()})
+    assert type(model) is LlamaForCausalLM
+    assert model.pruning_record.zeros == round(0.3 * model.pruning_record.total)
+    assert model.pruning_record.base_model == str(base)
+    assert not model.training
+    assert_ordinary(model)
+
+
+def test_all_ways_give_the_same_model(base: Path) -> None:
+    from optimum_cap import CAPPruner
+
+    ways = [
+        AutoModelForCausalLM.from_pretrained(base, pruning_config=config()),
+        AutoModelForCausalLM.from_pretrained(base, pruning_config=config().to_dict() | _rows(base)),
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=config()),
+        CAPPruner(config()).prune(LlamaForCausalLM.from_pretrained(base), tiny_tokenizer()),
+        pipeline(
+            "text-generation", model=str(base), model_kwargs={"pruning_config": config()}
+        ).model,
+    ]
+    for model in ways[1:]:
+        pairs = zip(ways[0].state_dict().values(), model.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def _rows(base: Path) -> dict[str, Any]:
+    """The same rows as a file: a dictionary of JSON values cannot hold them in memory."""
+    file = base / "rows.jsonl"
+    lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in ROWS]
+    file.write_text("\n".join(lines))
+    return {"dataset": str(file)}
+
+
+def test_none_is_ignored(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, pruning_config=None)
+    assert not hasattr(model, "pruning_record")
+
+
+def test_loading_info_is_still_returned(base: Path) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        base, pruning_config=config(), output_loading_info=True
+    )
+    assert model.pruning_record
+    assert not info["missing_keys"]
+
+
+def test_bfloat16_prunes(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, pruning_config=config()
+    )
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("bad", ["gsm8k", 0.2, object()])
+def test_a_bad_pruning_config(bad: Any, base: Path) -> None:
+    with pytest.raises(TypeError, match="pruning_config must be a CAPConfig or a dictionary"):
+        AutoModelForCausalLM.from_pretrained(base, pruning_config=bad)
+
+
+def test_both_configs(base: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be given together"):
+        AutoModelForCausalLM.from_pretrained(
+            base, pruning_config=config(), quantization_config=config()
+        )
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LlamaForCausalLM])
+def test_pruning_what_is_already_pruned(loader: Any, packed: Path) -> None:
+    with pytest.raises(ValueError, match=r"is already pruned to sparsity 0\.3: load it without"):
+        loader.from_pretrained(packed, pruning_config=config())
+
+
+def test_model_without_tokenizer(base: Path) -> None:
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
+        AutoModelForCausalLM.from_pretrained(base, pruning_config=config())
+    given = config(tokenizer=tiny_tokenizer())
+    assert AutoModelForCausalLM.from_pretrained(base, pruning_config=given).pruning_record
+
+
+def test_model_without_language_head(base: Path) -> None:
+    with pytest.raises(ValueError, match="load the model with AutoModelForCausalLM"):
+        AutoModel.from_pretrained(base, pruning_config=config())
+
+
+def test_the_signature_is_kept_and_registration_is_idempotent() -> None:
+    wrapped = PreTrainedModel.from_pretrained
+    register()
+    assert PreTrainedModel.from_pretrained == wrapped
+    parameters = inspect.signature(PreTrainedModel.from_pretrained).parameters
+    assert {"config", "cache_dir", "token", "revision", "use_safetensors"} <= set(parameters)
+
+
+# Loading packed checkpoints
+
+
+def test_a_packed_checkpoint_is_an_ordinary_model(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert_ordinary(model)
+    assert model.pruning_record.zeros > 0
+    assert model.config.pruning_config["sparsity"] == 0.3
+
+
+def test_other_heads_load_a_packed_checkpoint(packed: Path) -> None:
+    full = AutoModelForCausalLM.from_pretrained(packed)
+    backbone = AutoModel.from_pretrained(packed)
+    with torch.no_grad():
+        assert torch.equal(backbone(IDS).last_hidden_state, full.model(IDS).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(packed)
+    up = classifier.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(up, full.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
+def test_device_map(device_map: Any, packed: Path) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(packed)
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map=device_map)
+    pairs = zip(model.state_dict().values(), expected.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_disk_offload(name: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    from optimum_cap import CAPPruner
+
+    CAPPruner(config()).prune(model, tokenizer).save_pretrained(tmp_path / "packed")
+    stack = "transformer.h" if name == "gpt2" else "model.layers"
+    device_map = {module: "cpu" for module, _ in model.named_modules() if module.count(".") == 1}
+    device_map |= {"lm_head": "cpu", f"{stack}.0": "cpu"}
+    device_map |= {f"{stack}.1": "disk", f"{stack}.2": "disk"}
+    del device_map[stack]
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(IDS).logits, model(IDS).logits)
+
+
+def test_an_ordinary_float_model(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    zeros = {name: tensor == 0 for name, tensor in model.state_dict().items()}
+    for changed in (
+        copy.deepcopy(model).half(),
+        copy.deepcopy(model).to(torch.bfloat16),
+        copy.deepcopy(model).double(),
+    ):
+        for name, tensor in changed.state_dict().items():
+            assert (tensor[zeros[name]] == 0).all()
+    generated = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape[1] <= IDS.shape[1] + 4
+
+
+def test_lora(packed: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    before = copy.deepcopy(model.state_dict())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(loaded.state_dict()[name], before[name])
+    assert torch.equal(loaded.state_dict()[name], merged.state_dict()[name])
+    filled = {matrix.name: matrix.zeros for matrix in loaded.pruning_record.matrices}
+    assert filled[name] == 0  # LoRA filled the zeros in, and the record does not claim otherwise
+
+
+@pytest.mark.slow
+def test_trainer(packed: Path, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]} for _ in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    pairs = zip(model.state_dict().values(), saved.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_compile(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        torch.testing.assert_close(torch.compile(model)(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+# Where the plugin is not imported
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_the_plugin_packed_checkpoints_stop_with_an_error(tmp_path: Path) -> None:
+    """All architectures: merged experts fail in another way than plain matrices."""
+    from optimum_cap import CAPPruner
+
+    for name in ARCHITECTURES:
+        model = CAPPruner(config()).prune(tiny_model(name), tiny_tokenizer())
+        model.save_pretrained(tmp_path / name)
+    result = run(
+        f"""
+import sys
+from transformers import AutoModel, AutoModelForCausalLM
+for name in {ARCHITECTURES!r}:
+    for loader in (AutoModelForCausalLM, AutoModel):
+        try:
+            loader.from_pretrained({str(tmp_path)!r} + "/" + name)
+        except Exception as error:
+            print(name, "stopped:", type(error).__name__)
+        else:
+            print(name, "LOADED")
+assert "optimum_cap" not in sys.modules
+"""
+    )
+    assert result.returncode == 0, result.stderr
+    assert "LOADED" not in result.stdout, result.stdout
+    assert result.stdout.count("stopped") == 2 * len(ARCHITECTURES)
+
+
+def test_without_the_plugin_dense_exports_give_the_same_logits(tmp_path: Path) -> None:
+    from optimum_cap import CAPPruner
+
+    for name in ARCHITECTURES:
+        model = tiny_model(name)
+        CAPPruner(config(checkpoint_format="dense")).prune(model, tiny_tokenizer())
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            torch.save(model(IDS).logits, tmp_path / name / "logits.pt")
+    result = run(
+        f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+for name in {ARCHITECTURES!r}:
+    folder = {str(tmp_path)!r} + "/" + name
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(4, 24)[None]).logits
+    assert torch.equal(logits, torch.load(folder + "/logits.pt")), name
+assert "optimum_cap" not in sys.modules
+print("same")
+"""
+    )
+    assert result.stdout.strip() == "same", result.stderr

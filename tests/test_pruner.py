@@ -1,0 +1,212 @@
+"""The whole way of the data in memory: `CAPPruner.prune`."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.architectures import find_sites, prunable_matrices
+from optimum_cap.attribution import causal_scores, plain_losses
+from optimum_cap.calibration import build_calibration_set
+
+ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
+
+
+def config(**changes: Any) -> CAPConfig:
+    values = {"sparsity": 0.3, "dataset": ROWS, "num_samples": 12, **changes}
+    return CAPConfig(**values)
+
+
+def test_zeros_are_exactly_the_rounded_target(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    pruned = CAPPruner(config()).prune(model, tokenizer)
+    assert pruned is model
+    record = pruned.pruning_record
+    prunable = {matrix.parameter for matrix in prunable_matrices(find_sites(model))}
+    zeros = total = 0
+    for name, tensor in model.state_dict().items():
+        changed = tensor != before[name]
+        if name in prunable:
+            assert (tensor[changed] == 0).all(), "kept weights are untouched"
+            zeros += int((tensor == 0).sum())
+            total += tensor.numel()
+        else:
+            assert not changed.any(), f"{name} is not prunable"
+    assert zeros == record.zeros == round(0.3 * total)
+    assert total == record.total
+
+
+def paper_zeros(model: PreTrainedModel, tokenizer: Any, settings: CAPConfig) -> dict[str, Any]:
+    """The paper's recipe for a Llama, spelled out: hooked passes, a sort, loops over heads."""
+    examples = build_calibration_set(settings, tokenizer).examples
+    sites = [site for site in find_sites(model) if site.kind == "attention"]
+    scores = causal_scores(plain_losses(model, sites, examples), settings.subsets).scores
+    low, high = scores.min(), scores.max()
+    importance = (1 + 9 * (scores - low) / (high - low)).view(len(model.model.layers), -1)
+    weighted = {}
+    for layer, heads in zip(model.model.layers, importance, strict=True):
+        attention, size = layer.self_attn, layer.self_attn.head_dim
+        shared = heads.view(-1, attention.num_key_value_groups).mean(1)
+        by_row = {"q_proj": heads, "k_proj": shared, "v_proj": shared}
+        for name, values in by_row.items():
+            weight = getattr(attention, name).weight
+            weighted[weight] = weight.abs() * values.float().repeat_interleave(size)[:, None]
+        columns = heads.float().repeat_interleave(size)[None, :]
+        weighted[attention.o_proj.weight] = attention.o_proj.weight.abs() * columns
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = getattr(layer.mlp, name).weight
+            weighted[weight] = weight.abs() * heads.mean().float()
+    flat = torch.cat([value.flatten() for value in weighted.values()])
+    threshold = flat.sort().values[round(settings.sparsity * len(flat)) - 1]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[weight]: value <= threshold for weight, value in weighted.items()}
+
+
+def test_recipe_paper_is_the_papers() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with torch.no_grad():
+        expected = paper_zeros(model, tokenizer, config())
+    CAPPruner(config()).prune(model, tokenizer)
+    for name, pruned in expected.items():
+        assert torch.equal(model.get_parameter(name) == 0, pruned), name
+
+
+def test_record_says_what_was_done(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    CAPPruner(config(checkpoint_format="dense")).prune(llama, tokenizer)
+    record = llama.pruning_record
+    assert record.config == config(checkpoint_format="dense").to_dict()
+    assert llama.config.pruning_config == record.config
+    assert len(record.scores) == 12
+    importances = [unit.importance for unit in record.scores]
+    assert min(importances) == 1
+    assert max(importances) == 10
+    assert all(unit.standard_error > 0 for unit in record.scores)
+    assert len(record.calibration["digests"]) == 12
+    assert record.versions["torch"] == torch.__version__
+    assert record.intact_loss > 0
+    names = [matrix.name for matrix in record.matrices]
+    assert len(names) == len(set(names)) == 21
+
+
+def test_experts_are_recorded_one_by_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = CAPPruner(config()).prune(tiny_model("mixtral"), tokenizer)
+    names = [matrix.name for matrix in model.pruning_record.matrices]
+    assert "model.layers.0.mlp.experts.down_proj[3]" in names
+
+
+def test_same_inputs_give_the_same_bytes(
+    architecture: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first = CAPPruner(config()).prune(tiny_model(architecture), tokenizer)
+    second = CAPPruner(config()).prune(tiny_model(architecture), tokenizer)
+    assert first.pruning_record == second.pruning_record
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_dtype(
+    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    CAPPruner(config()).prune(model, tokenizer)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.pruning_record.zeros == round(0.3 * model.pruning_record.total)
+
+
+def test_modules_can_be_left_dense(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    CAPPruner(config(modules_to_leave_dense=["layers.0", "o_proj"])).prune(llama, tokenizer)
+    names = [matrix.name for matrix in llama.pruning_record.matrices]
+    assert names
+    assert not any("layers.0." in name or "o_proj" in name for name in names)
+    assert not (llama.model.layers[0].mlp.up_proj.weight == 0).any()
+    assert llama.pruning_record.zeros == round(0.3 * llama.pruning_record.total)
+
+
+def test_pruning_further(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    CAPPruner(config(sparsity=0.2)).prune(llama, tokenizer)
+    CAPPruner(config(sparsity=0.5)).prune(llama, tokenizer)
+    assert llama.pruning_record.zeros == round(0.5 * llama.pruning_record.total)
+
+
+def test_the_dataset_argument_replaces_the_configs(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    CAPPruner(config(dataset="gsm8k")).prune(llama, tokenizer, dataset=ROWS)
+    assert llama.pruning_record.calibration["sources"][0]["name"] == "in-memory"
+    assert llama.pruning_record.config["dataset"].startswith("in-memory, 81 rows")
+
+
+def _broken(model: PreTrainedModel, value: float) -> PreTrainedModel:
+    model.model.layers[1].mlp.up_proj.weight.data[2, 3] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_weights(
+    value: float, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+        CAPPruner(config()).prune(_broken(llama, value), tokenizer)
+
+
+def test_a_head_that_overflows_is_survived(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimum_cap import pruner
+
+    measure = pruner.exact_losses
+
+    def overflowing(*args: Any) -> Any:
+        losses = measure(*args)
+        losses.masked[5] = float("inf")
+        return losses
+
+    monkeypatch.setattr(pruner, "exact_losses", overflowing)
+    CAPPruner(config()).prune(llama, tokenizer)
+    unit = llama.pruning_record.scores[5]
+    assert unit.score is None
+    assert unit.importance == 10
+    assert unit.nonfinite == 12
+
+
+def test_no_tokenizer(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="no tokenizer"):
+        CAPPruner(config()).prune(llama)
+
+
+def test_a_name_that_covers_nothing(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match="modules_to_leave_dense names 'z_proj'"):
+        CAPPruner(config(modules_to_leave_dense=["z_proj"])).prune(llama, tokenizer)
+
+
+def test_everything_left_dense(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="leaves nothing to prune"):
+        CAPPruner(config(modules_to_leave_dense=["layers"])).prune(llama, tokenizer)
+
+
+def test_weights_on_the_meta_device(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="is not in memory"):
+        CAPPruner(config()).prune(tiny_model("llama").to("meta"), tokenizer)
+
+
+def test_an_error_leaves_the_model_as_it_was(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = copy.deepcopy(llama.state_dict())
+    with pytest.raises(ValueError, match="lower num_samples"):
+        CAPPruner(config(num_samples=1000)).prune(llama, tokenizer)
+    assert all(torch.equal(before[name], t) for name, t in llama.state_dict().items())
+    assert not hasattr(llama, "pruning_record")
