@@ -1,0 +1,5 @@
+"""The commands `optimum-cli cap prune`, `inspect` and `convert`, one file each.
+
+`optimum-cli` imports this package at every start, so torch and transformers are imported only when
+a command runs.
+"""

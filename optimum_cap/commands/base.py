@@ -1,0 +1,118 @@
+"""What the commands share: one clear line for a failure, and checks of the output folder."""
+
+import os
+import sys
+import tempfile
+from abc import abstractmethod
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any, NoReturn
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+EXIT_FAILURE = 1
+EXIT_BAD_ARGUMENTS = 2  # what argparse uses
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# Raised on purpose by us and by the libraries below us, with a message for the user. Anything else
+# is a bug, and says so.
+_EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
+
+
+class CAPSubcommand(BaseOptimumCLICommand):
+    """A child of `optimum-cli cap`: check the arguments first, then work; no traceback either way.
+
+    A child supplies `prepare` and `execute`. A bad value or a missing file that `prepare` finds
+    exits with status 2, every other failure with 1, Ctrl-C with 130. `--debug` or
+    `OPTIMUM_CAP_DEBUG=1` shows the traceback instead.
+    """
+
+    @abstractmethod
+    def prepare(self) -> Any:
+        """Check all that can be checked before the work, and return what `execute` needs."""
+
+    @abstractmethod
+    def execute(self, prepared: Any) -> None:
+        """Do the work and print the result to stdout."""
+
+    def run(self) -> None:
+        """Run both steps. Called by `optimum-cli`."""
+        preparing = True
+        try:
+            prepared = self.prepare()
+            preparing = False
+            self.execute(prepared)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # ends the line of a progress bar or of the terminal's ^C
+            self._exit("interrupted", EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # The reader (`| head`) has gone. Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_FAILURE)
+        except Exception as error:
+            if self.args.debug or os.environ.get("OPTIMUM_CAP_DEBUG", "0") not in ("", "0"):
+                raise
+            bad_arguments = preparing and isinstance(error, ValueError | FileNotFoundError)
+            status = EXIT_BAD_ARGUMENTS if bad_arguments else EXIT_FAILURE
+            self._exit(f"error: {_one_line(error)}", status)
+
+    def _exit(self, message: str, status: int) -> NoReturn:
+        sys.stdout.flush()
+        print(f"{self.parser.prog}: {message}", file=sys.stderr)
+        sys.exit(status)
+
+
+def add_common_flags(parser: ArgumentParser) -> None:
+    """Add the flags that every command has."""
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
+    parser.add_argument("--token", help="Hub access token (default: that of `hf auth login`)")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error (default: one line)"
+    )
+
+
+def check_output_folder(output: Path, source: str, overwrite: bool | None = None) -> None:
+    """Check that a checkpoint can be written to `output`, without leaving anything there.
+
+    Args:
+        output: The folder.
+        source: Name of the model that is read.
+        overwrite: Whether `output` may hold files; `None` if the command has no such flag.
+
+    Raises:
+        ValueError: `output` is a file, is the folder of the source model, or holds files and
+            `overwrite` is not true.
+        OSError: Nothing can be written there.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output {output} is a file, a folder is needed")
+    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output):
+        raise ValueError(f"the output {output} is the folder of the model itself: name another one")
+    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if names and not overwrite:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ValueError(
+            f"the output folder {output} is not empty (it holds {shown}): name another one"
+            + (
+                ", or pass --overwrite to replace the checkpoint in it"
+                if overwrite is False
+                else ""
+            )
+        )
+    if output.resolve().is_mount():
+        # A checkpoint is made beside the folder that it then replaces.
+        raise ValueError(f"the output {output} is a mount point: name a folder in it")
+    # Trying is the only reliable test: permission bits say nothing to root or on a full disk.
+    parent = next(path for path in output.absolute().parents if path.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise OSError(f"cannot write to the output folder {output}: {error.strerror}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, _EXPECTED):
+        return text
+    return f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)"

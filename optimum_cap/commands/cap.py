@@ -1,0 +1,20 @@
+"""`optimum-cli cap`: the parent of the commands below."""
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from optimum_cap.commands.convert import ConvertCommand
+from optimum_cap.commands.inspect import InspectCommand
+from optimum_cap.commands.prune import PruneCommand
+
+
+class CAPCommand(BaseOptimumCLICommand):
+    """Prints its help; the work is in its children."""
+
+    COMMAND = CommandInfo(name="cap", help="Prune a model by causal attribution, inspect, convert.")
+    # optimum 2.3 refuses a (child, parent) pair in REGISTER_COMMANDS if the parent is registered
+    # by the same list, so the children are declared here.
+    SUBCOMMANDS = (
+        CommandInfo("prune", "Prune a causal language model.", PruneCommand),
+        CommandInfo("inspect", "Show what was pruned in a checkpoint, and how.", InspectCommand),
+        CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
+    )

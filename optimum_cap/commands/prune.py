@@ -1,0 +1,251 @@
+"""`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
+
+import time
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum_cap.commands.base import CAPSubcommand, add_common_flags, check_output_folder
+from optimum_cap.commands.summary import print_summary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from optimum_cap.config import CAPConfig
+
+
+def _size(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+# Flag, field of CAPConfig, type, help. A flag that is not given is not passed on, so the defaults
+# live in CAPConfig alone; a test compares the words here with them.
+_CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
+    ("--sparsity", "sparsity", float, "fraction of the weights to zero, between 0 and 1"),
+    ("--recipe", "recipe", str, "how scores become masks: paper (default: paper)"),
+    ("--num-samples", "num_samples", int, "number of calibration examples (default: 128)"),
+    ("--subsets", "subsets", int, "number of disjoint calibration subsets (default: 3)"),
+    (
+        "--aggregation",
+        "aggregation",
+        str,
+        "how the losses of the subsets combine: median or mean (default: median)",
+    ),
+    (
+        "--kv-combination",
+        "kv_combination",
+        str,
+        "importance of a key/value head from its query heads: mean or max (default: mean)",
+    ),
+    (
+        "--scored-tokens",
+        "scored_tokens",
+        str,
+        "tokens that count in the loss: answer or all (default: answer)",
+    ),
+    (
+        "--max-length",
+        "max_length",
+        int,
+        "longest example used, in tokens (default: 2048 or the limit of the model)",
+    ),
+    (
+        "--memory-budget",
+        "memory_budget",
+        _size,
+        "memory for activations, in bytes or as 4GB; auto is half of what is free (default: auto)",
+    ),
+    ("--seed", "seed", int, "seed of the selection of examples (default: 0)"),
+    (
+        "--format",
+        "checkpoint_format",
+        str,
+        "packed, or dense, which loads without this plugin (default: packed)",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    config: "CAPConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+class PruneCommand(CAPSubcommand):
+    """Checks all it can before it loads the model: a long job must not fail at its end."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the flags."""
+        parser.description = "Prune a causal language model by causal attribution and save it."
+        add = parser.add_argument
+        add("-m", "--model", required=True, help="Hub id or folder of the model to prune")
+        add("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write")
+        for flag, field, kind, text in _CONFIG_FLAGS:
+            add(
+                flag,
+                dest=field,
+                type=kind,
+                required=field == "sparsity",
+                default=SUPPRESS,
+                metavar=flag.split("-")[-1].upper(),
+                help=text,
+            )
+        add(
+            "--dataset",
+            nargs="+",
+            default=SUPPRESS,
+            help="data: preset, preset=path, Hub id or file; several mix evenly (default: gsm8k)",
+        )
+        add(
+            "--leave-dense",
+            dest="modules_to_leave_dense",
+            nargs="+",
+            default=SUPPRESS,
+            metavar="NAME",
+            help="modules not to prune, by part of their name, as layers.0 o_proj (default: none)",
+        )
+        add(
+            "--dtype",
+            default="auto",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            help="type of the weights; auto is that of the checkpoint (default: auto)",
+        )
+        add(
+            "--device-map",
+            default="auto",
+            metavar="DEVICE",
+            help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
+        )
+        add("--max-shard-size", metavar="SIZE", help="largest weight file, as 5GB (default: 50GB)")
+        add(
+            "--overwrite",
+            action="store_true",
+            help="replace the checkpoint in a folder that is not empty; other files stay",
+        )
+        add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
+        add(
+            "--trust-remote-code",
+            action="store_true",
+            help="run the code that the model's repository ships",
+        )
+        add("--push-to-hub", metavar="REPO", help="Hub id to upload the result to")
+        add("--private", action="store_true", help="make that repository private if it is new")
+        add_common_flags(parser)
+
+    def prepare(self) -> _Prepared:
+        """Check output, configuration, Hub access, tokenizer and data."""
+        args = self.args
+        check_output_folder(args.output, args.model, args.overwrite)
+        if args.private and not args.push_to_hub:
+            raise ValueError("--private is about the uploaded repository: it needs --push-to-hub")
+
+        from transformers import AutoTokenizer
+
+        from optimum_cap.calibration import build_calibration_set
+        from optimum_cap.checkpoint import check_target
+        from optimum_cap.config import CAPConfig
+
+        config = CAPConfig(**_config_values(vars(args)))
+        # Saving checks this again: weights of another model in the folder are never replaced.
+        check_target(args.output.absolute())
+        if args.push_to_hub:
+            _check_hub_access(args.push_to_hub, args.token)
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.tokenizer or args.model,
+            # A revision is one of the model's repository.
+            revision=(None if args.tokenizer else args.revision) or "main",
+            trust_remote_code=args.trust_remote_code,
+            token=args.token,
+        )
+        config.tokenizer = tokenizer
+        # Made again when the model prunes; here it shows what is wrong with the data in a second.
+        build_calibration_set(config, tokenizer)
+        return _Prepared(config, tokenizer)
+
+    def execute(self, prepared: _Prepared) -> None:
+        """Prune, save, print what was done, upload."""
+        from transformers import AutoModelForCausalLM
+
+        from optimum_cap.checkpoint import inspect_checkpoint
+
+        args = self.args
+        start = time.monotonic()
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model,
+            dtype=args.dtype,
+            device_map=args.device_map,
+            revision=args.revision or "main",
+            trust_remote_code=args.trust_remote_code,
+            token=args.token,
+            pruning_config=prepared.config,
+        )
+        before = _file_stamps(args.output)
+        limit = {"max_shard_size": args.max_shard_size} if args.max_shard_size else {}
+        model.save_pretrained(args.output, **limit)
+        prepared.tokenizer.save_pretrained(args.output)
+
+        print_summary(inspect_checkpoint(str(args.output)))
+        print(f"time          {time.monotonic() - start:.1f} s")
+        print(f"saved         {args.output}")
+        if args.push_to_hub:
+            # What was in the folder before is not ours to publish.
+            ours = [
+                name
+                for name, stamp in _file_stamps(args.output).items()
+                if before.get(name) != stamp
+            ]
+            url = _upload(args.output, ours, args.push_to_hub, args.private, args.token)
+            print(f"uploaded      {url}")
+        _print_how_to_load(args.push_to_hub or str(args.output), prepared.config.checkpoint_format)
+
+
+def _config_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `CAPConfig` that were given on the command line."""
+    fields = [field for _, field, _, _ in _CONFIG_FLAGS] + ["modules_to_leave_dense"]
+    values = {field: given[field] for field in fields if field in given}
+    if "dataset" in given:
+        names = given["dataset"]
+        values["dataset"] = names[0] if len(names) == 1 else names
+    return values
+
+
+def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of change per file, by its path inside `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def _check_hub_access(repo: str, token: str | None) -> None:
+    """Check that there is a valid token and that `repo` is a possible name."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.whoami()
+    api.repo_exists(repo)
+
+
+def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str | None) -> str:
+    from optimum_cap.checkpoint import upload
+
+    try:
+        return upload(folder, repo, names, private=private or None, token=token).repo_url
+    except Exception as error:
+        raise OSError(f"the model is saved in {folder}, but not uploaded: {error}") from error
+
+
+def _print_how_to_load(name: str, checkpoint_format: str) -> None:
+    plugin = (
+        "import optimum_cap  # reads the packed format\n" if checkpoint_format == "packed" else ""
+    )
+    print(
+        f"\nLoad it with\n\n{plugin}"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})"
+    )

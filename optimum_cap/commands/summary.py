@@ -1,0 +1,115 @@
+"""What the commands print about a checkpoint."""
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optimum_cap.checkpoint import CheckpointSummary
+    from optimum_cap.record import MatrixSparsity, UnitScore
+
+_HEADS_SHOWN = 5
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def print_summary(summary: "CheckpointSummary") -> None:
+    """Print one line per fact: heads, weights, sparsity, threshold, size."""
+    record = summary.record
+    heads = f"{len(record.scores)} scored"
+    if record.scores:
+        heads += f" in {len({score.layer for score in record.scores})} layers"
+    print(f"heads         {heads}")
+    for label, ranked in _ranked(record.scores):
+        print(f"{label:13} {ranked}")
+    print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
+    asked = record.config.get("sparsity")
+    print(f"sparsity      {record.sparsity:.6f} ({asked} asked)")
+    if record.threshold is not None:
+        print(f"threshold     {record.threshold:.6g} (importance)")
+    share = summary.weight_bytes / summary.dense_bytes
+    print(
+        f"size          {format_size(summary.weight_bytes)} {summary.checkpoint_format}, "
+        f"{share:.1%} of {format_size(summary.dense_bytes)} dense"
+    )
+
+
+def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
+    """Return a table of the sparsity per layer (rows) and projection (columns).
+
+    The experts of a layer share one cell; `-` marks a projection that a layer does not have or that
+    was left dense.
+    """
+    counts: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
+    for matrix in matrices:
+        cell = counts[_layer_and_projection(matrix.name)]
+        cell[0] += matrix.zeros
+        cell[1] += matrix.total
+    layers = sorted({layer for layer, _ in counts})
+    projections = list(dict.fromkeys(projection for _, projection in counts))
+
+    def share(cells: list[list[int]]) -> str:
+        total = sum(total for _, total in cells)
+        return f"{sum(zeros for zeros, _ in cells) / total:.3f}" if total else "-"
+
+    def row(name: str, of: list[int]) -> list[str]:
+        cells = [
+            [counts[layer, projection] for layer in of if (layer, projection) in counts]
+            for projection in projections
+        ]
+        return [name, *map(share, cells), share([cell for column in cells for cell in column])]
+
+    rows = [["layer", *_short(projections), "all"]]
+    rows += [row(str(layer), [layer]) for layer in layers]
+    rows.append(row("all", layers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        for cells in rows
+    )
+
+
+def format_size(size: int) -> str:
+    """Return a number of bytes for people, such as `"12.3 MB"`."""
+    if size < 1000:
+        return f"{size} bytes"
+    value = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _ranked(scores: "list[UnitScore]") -> list[tuple[str, str]]:
+    """Return the most and the least needed heads as two labelled lines."""
+    finite = sorted(
+        (score for score in scores if score.score is not None),
+        key=lambda score: score.score or 0.0,
+        reverse=True,
+    )
+    if not finite:
+        return []
+
+    def line(chosen: "list[UnitScore]") -> str:
+        return ", ".join(f"{head.layer}.{head.unit} ({head.score:+.4f})" for head in chosen)
+
+    return [
+        ("most needed", line(finite[:_HEADS_SHOWN]) + "  layer.head (nats per token)"),
+        ("least needed", line(finite[: -_HEADS_SHOWN - 1 : -1])),
+    ]
+
+
+def _layer_and_projection(name: str) -> tuple[int, str]:
+    """Split `model.layers.3.mlp.experts.down_proj[7]` into 3 and `mlp.experts.down_proj`."""
+    name = re.sub(r"\[\d+\]$", "", name).removesuffix(".weight")
+    match = _LAYER.search(name)
+    return (int(match[1]), name[match.end() :]) if match else (0, name)
+
+
+def _short(projections: list[str]) -> list[str]:
+    """Return the last part of each name where that is unambiguous, else the whole."""
+    last = [name.rpartition(".")[2] for name in projections]
+    return [
+        short if last.count(short) == 1 else name
+        for name, short in zip(projections, last, strict=True)
+    ]
