@@ -1,0 +1,86 @@
+"""`import optimum_cap` and `optimum-cli --help` stay light, and the registration still happens."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run_python(code: str) -> str:
+    """Run `code` in a fresh interpreter where warnings are errors; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_neither_torch_nor_transformers() -> None:
+    run_python(
+        "import sys, optimum_cap\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["cap", "--help"], ["cap", "prune", "--help"], ["cap", "inspect", "-h"]],
+    ids=" ".join,
+)
+def test_help_loads_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    out = run_python(
+        "import sys\n"
+        "from optimum.commands.optimum_cli import main\n"
+        f"sys.argv = ['optimum-cli', *{arguments!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as done:\n"
+        "    assert done.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    assert "usage: optimum-cli" in out
+
+
+CHECK_REGISTRATION = """
+import importlib.machinery
+import inspect
+import transformers.modeling_utils as module
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+assert AUTO_QUANTIZATION_CONFIG_MAPPING["cap"].__module__ == "optimum_cap.config"
+assert AUTO_QUANTIZER_MAPPING["cap"].__module__ == "optimum_cap.integration"
+assert not [finder for finder in sys.meta_path if "optimum_cap" in type(finder).__module__]
+assert all(finder in sys.meta_path for finder in finders_before)
+
+# The module of transformers looks as if nobody had watched its import.
+assert type(module.__spec__.loader) is importlib.machinery.SourceFileLoader, module.__spec__
+assert type(module.__loader__) is importlib.machinery.SourceFileLoader, module.__loader__
+assert module.__spec__.origin == module.__file__
+assert "class PreTrainedModel" in inspect.getsource(module)
+
+# Once is enough.
+loader = module.PreTrainedModel.from_pretrained.__func__
+optimum_cap._registration.register_with_transformers()
+assert module.PreTrainedModel.from_pretrained.__func__ is loader
+"""
+
+
+def test_registers_when_transformers_is_imported_later() -> None:
+    run_python(
+        "import sys\n"
+        "finders_before = list(sys.meta_path)\n"
+        "import optimum_cap\n"
+        "assert len(sys.meta_path) == len(finders_before) + 1\n"
+        "optimum_cap._registration.register_with_transformers()\n"
+        "assert len(sys.meta_path) == len(finders_before) + 1\n" + CHECK_REGISTRATION
+    )
+
+
+def test_registers_at_once_when_transformers_is_there() -> None:
+    run_python(
+        "import sys, transformers.modeling_utils\n"
+        "finders_before = list(sys.meta_path)\n"
+        "import optimum_cap\n" + CHECK_REGISTRATION
+    )
