@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from optimum_cap.calibration import CalibrationExample
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from optimum_cap.architectures import find_sites
 from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses, plain_losses
+from optimum_cap.calibration import CalibrationExample
 
 
 def examples(count: int = 7, longest: int = 24, seed: int = 0) -> list[CalibrationExample]:
