@@ -41,7 +41,7 @@ class CAPConfig(QuantizationConfigMixin):
         dataset: Calibration data. A preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
             Hub id, a local json/jsonl/csv/parquet/txt file, a `datasets.Dataset`, a list of texts,
             of prompt/completion pairs or of chat messages; or a list of names and files, which mix
-            evenly. See `optimum_cap.calibration`.
+            evenly. See `optimum_cap.data_sources`.
         num_samples: Number of calibration examples.
         subsets: Number K of disjoint subsets of the calibration set (Eq. 2).
         aggregation: How the masked losses of the subsets combine: `"median"` or `"mean"`.

@@ -1,0 +1,406 @@
+"""Data sources: presets, files, Hub ids and Python objects -> rows that read as conversations."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimum_cap.config import is_dataset_name
+
+_PASSAGE_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row as turns of `(role, text)`; a plain text is one turn of the role `"text"`."""
+
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def digest(self) -> str:
+        *before, (_, answer) = self.turns
+        return row_digest("\n".join(text for _, text in before), answer)
+
+
+def row_digest(prompt: str, answer: str) -> str:
+    """Return the sha256 by which a row is recognised, whatever the tokenizer.
+
+    Args:
+        prompt: The question (the turns before the last one, joined by line feeds); empty for text.
+        answer: The last answer, or the text.
+    """
+    return hashlib.sha256(json.dumps([prompt, answer]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: its rows, how to read one, and what to record of it."""
+
+    name: str
+    rows: Sequence[Any]
+    read: Callable[[Any], Conversation]
+    details: dict[str, Any]
+
+
+def load_sources(dataset: Any) -> list[Source]:
+    """Turn whatever was passed as data into sources."""
+    if isinstance(dataset, str | Path | Mapping) and is_dataset_name(_plain(dataset)):
+        return [_named(dataset)]
+    if isinstance(dataset, list | tuple) and dataset and all(map(is_dataset_name, dataset)):
+        return [_named(entry) for entry in dataset]
+    if isinstance(dataset, str):
+        raise ValueError(f"unknown data set {dataset!r}: {_KNOWN}")
+    if type(dataset).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__} with the splits {', '.join(dataset)}: "
+            "pass one of them"
+        )
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"a data set specification needs the key 'path', got {', '.join(map(str, dataset))}"
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}, which cannot be drawn from at random: {_KNOWN}"
+        )
+    rows = dataset if hasattr(dataset, "column_names") else list(dataset)
+    if names := [row for row in rows if isinstance(row, str) and row in PRESETS]:
+        raise ValueError(
+            f"dataset mixes texts with the preset name {names[0]!r}: pass either names or texts"
+        )
+    if len(rows) == 0:
+        raise ValueError("dataset is empty: it holds no rows")
+    return [Source("in-memory", rows, _reader("in-memory", rows[0], {}), {})]
+
+
+def _plain(name: Any) -> Any:
+    return str(name) if isinstance(name, Path) else name
+
+
+def _named(entry: Any) -> Source:
+    """Load a data set by preset name, `preset=file`, file, Hub id or specification."""
+    options = dict(entry) if isinstance(entry, Mapping) else {"path": str(entry)}
+    if unknown := sorted(set(options) - _OPTIONS):
+        raise ValueError(
+            f"unknown key(s) {', '.join(unknown)} in the data set specification {entry!r}; known: "
+            f"{', '.join(sorted(_OPTIONS))}"
+        )
+    path = str(options["path"])
+    if path.partition("=")[0] in PRESETS and "=" in path:
+        options["preset"], _, path = path.partition("=")
+    if (chosen := options.get("preset")) is not None and chosen not in PRESETS:
+        raise ValueError(f"unknown preset {chosen!r}: choose one of {', '.join(PRESETS)}")
+    if path in PRESETS and chosen is None and not Path(path).is_file():
+        return _preset_from_hub(path, options)
+    if Path(path).suffix in _READERS or Path(path).is_file():
+        rows = _read_file(Path(path))
+        name = f"{options['preset']}={Path(path).name}" if "preset" in options else Path(path).name
+        details: dict[str, Any] = {"file": Path(path).name}
+    else:
+        if "/" not in path:
+            raise ValueError(f"unknown data set {path!r}: {_KNOWN}")
+        rows, details = _load_from_hub(
+            path, options.get("name"), options.get("split", "train"), options.get("revision")
+        )
+        name = path
+    if "preset" in options:
+        preset = PRESETS[options["preset"]]
+        return Source(name, preset.prepare(rows), _checked(name, preset.read), details)
+    return Source(name, rows, _reader(name, rows[0], options), details)
+
+
+def _preset_from_hub(name: str, options: dict[str, Any]) -> Source:
+    preset = PRESETS[name]
+    rows, details = _load_from_hub(
+        preset.hub_id,
+        options.get("name", preset.config_name),
+        options.get("split", preset.split),
+        options.get("revision", preset.revision),
+    )
+    return Source(name, preset.prepare(rows), _checked(name, preset.read), details)
+
+
+def _load_from_hub(
+    hub_id: str, config_name: str | None, split: str, revision: str | None
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"data set {hub_id!r} is loaded through the package `datasets`: "
+            "pip install optimum-cap[data]"
+        ) from error
+    try:
+        rows = datasets.load_dataset(hub_id, config_name, split=split, revision=revision)
+    # A wrong id, name or split, no network, a data set that is a script: there is no common class.
+    except Exception as error:
+        cause = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"data set {hub_id!r} (split {split!r}, revision {revision!r}) could not be loaded "
+            f"from the Hub ({type(error).__name__}: {cause}): {_KNOWN}"
+        ) from error
+    if len(rows) == 0:
+        raise ValueError(f"data set {hub_id!r} is empty: split {split!r} holds no rows")
+    details = {"hub_id": hub_id, "name": config_name, "split": split, "revision": revision}
+    return rows, details
+
+
+def _read_file(path: Path) -> Sequence[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    if path.suffix not in _READERS:
+        raise ValueError(f"data file {path} must end in one of {', '.join(_READERS)}")
+    try:
+        rows = _READERS[path.suffix](path)
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"data file {path} is no valid {path.suffix[1:]} file: {error}") from error
+    if len(rows) == 0:
+        raise ValueError(f"data file {path} is empty: it holds no rows")
+    return rows
+
+
+def _read_json(path: Path) -> list[Any]:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return []
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        return _read_jsonl(path)
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_parquet(path: Path) -> Sequence[Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is read through the package `datasets`: pip install optimum-cap[data]"
+        ) from error
+    rows: Sequence[Any] = datasets.Dataset.from_parquet(str(path))
+    return rows
+
+
+def _read_txt(path: Path) -> list[str]:
+    """Return the paragraphs between blank lines, or the lines where there are no blank ones."""
+    text = path.read_text(encoding="utf-8-sig").strip()
+    parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
+    return [part.strip() for part in parts if part.strip()]
+
+
+# Rows
+
+
+def _reader(name: str, first: Any, options: Mapping[str, Any]) -> Callable[[Any], Conversation]:
+    """Choose how to read rows that look like `first`."""
+    if isinstance(first, str):
+        return _checked(name, lambda row: Conversation((("text", row),)))
+    if isinstance(first, list | tuple):
+        if first and isinstance(first[0], Mapping):
+            return _checked(name, _chat)
+        return _checked(name, lambda row: _pair(*row))
+    if not isinstance(first, Mapping):
+        raise ValueError(
+            f"rows of data set {name!r} must be texts, pairs, chats or mappings, got "
+            f"{type(first).__name__}"
+        )
+    return _checked(name, _column_reader(name, list(first), options))
+
+
+def _column_reader(
+    name: str, columns: list[str], options: Mapping[str, Any]
+) -> Callable[[Any], Conversation]:
+    named = {key: options[key] for key in options if key.endswith("_column")}
+    for key, column in named.items():
+        if column not in columns:
+            raise ValueError(
+                f"data set {name!r} has no column {column!r} ({key}); its columns are "
+                f"{', '.join(columns)}"
+            )
+    if len({"prompt_column", "answer_column"} & set(named)) == 1:
+        raise ValueError(
+            f"the specification of data set {name!r} has {next(iter(named))!r} alone: "
+            "prompt_column and answer_column go together"
+        )
+    if "text_column" in named:
+        return lambda row: Conversation((("text", row[named["text_column"]]),))
+    if "messages_column" in named:
+        return lambda row: _chat(row[named["messages_column"]])
+    if {"prompt_column", "answer_column"} <= set(named):
+        return lambda row: _pair(row[named["prompt_column"]], row[named["answer_column"]])
+    if "messages" in columns:
+        return lambda row: _chat(row["messages"])
+    for prompt, answer in _COLUMN_PAIRS:
+        if prompt in columns and answer in columns:
+            extra = "input" if prompt == "instruction" and "input" in columns else None
+            return lambda row: _pair(
+                "\n".join(filter(None, (row[prompt], row[extra] if extra else ""))), row[answer]
+            )
+    if "text" in columns:
+        return lambda row: Conversation((("text", row["text"]),))
+    raise ValueError(
+        f"data set {name!r} has no columns that are known to hold prompts and answers (found "
+        f"{', '.join(columns)}): name them in a specification such as "
+        '{"path": ..., "prompt_column": ..., "answer_column": ...} or {"path": ..., '
+        '"text_column": ...}'
+    )
+
+
+def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
+    """Say which data set a row is from that cannot be read."""
+
+    def checked(row: Any) -> Conversation:
+        try:
+            conversation = read(row)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            keys = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(
+                f"a row of data set {name!r} cannot be read ({type(error).__name__}: {error}); it "
+                f"holds {keys}"
+            ) from error
+        if not conversation.turns:
+            raise ValueError(f"a row of data set {name!r} is a chat without messages")
+        if not all(isinstance(text, str) for _, text in conversation.turns):
+            raise ValueError(f"a row of data set {name!r} holds something else than text: {row!r}")
+        return conversation
+
+    return checked
+
+
+def _pair(prompt: str, answer: str) -> Conversation:
+    return Conversation((("user", prompt), ("assistant", answer)))
+
+
+def _chat(messages: Iterable[Mapping[str, str]]) -> Conversation:
+    return Conversation(tuple((message["role"], message["content"]) for message in messages))
+
+
+# Presets
+
+
+def _gsm8k(row: Mapping[str, Any]) -> Conversation:
+    # The calculator annotations `<<48/2=24>>` stay, as published and as models are trained on it.
+    return _pair(row["question"], row["answer"])
+
+
+def _strategyqa(row: Mapping[str, Any]) -> Conversation:
+    facts = row["facts"] if isinstance(row["facts"], str) else " ".join(row["facts"])
+    return _pair(row["question"], f"{facts}\n#### {'yes' if row['answer'] else 'no'}")
+
+
+def _arc(row: Mapping[str, Any]) -> Conversation:
+    """Read the layout as published (`question.stem`) and that of the Hub (parallel lists)."""
+    if isinstance(row["question"], Mapping):
+        stem = row["question"]["stem"]
+        choices = [(choice["label"], choice["text"]) for choice in row["question"]["choices"]]
+    else:
+        stem = row["question"]
+        choices = list(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
+    answer = dict(choices)[row["answerKey"]]
+    listed = "\n".join(f"({label}) {text}" for label, text in choices)
+    return _pair(f"{stem}\n{listed}", f"{answer}\n#### {row['answerKey']}")
+
+
+def _as_is(rows: Sequence[Any]) -> Sequence[Any]:
+    return rows
+
+
+def _passages(rows: Sequence[Any]) -> list[str]:
+    """Join consecutive lines to passages long enough to fill an example."""
+    passages, current, size = [], [], 0
+    for row in rows:
+        line = (row["text"] if isinstance(row, Mapping) else row).strip()
+        if line:
+            current.append(line)
+            size += len(line)
+        if size >= _PASSAGE_CHARACTERS:
+            passages.append("\n".join(current))
+            current, size = [], 0
+    return passages or ["\n".join(current)]
+
+
+def _text(row: str) -> Conversation:
+    return Conversation((("text", row),))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A known data set.
+
+    Attributes:
+        hub_id: Repository on the Hub.
+        config_name: Name of its configuration, if it has several.
+        split: Split that calibration draws from.
+        revision: Commit, so that the data never change underneath a result.
+        read: Reads a row, in the layout of the Hub or of the files as published.
+        prepare: Regroups the rows before they are drawn from.
+    """
+
+    hub_id: str
+    config_name: str | None
+    split: str
+    revision: str
+    read: Callable[[Any], Conversation]
+    prepare: Callable[[Sequence[Any]], Sequence[Any]] = _as_is
+
+
+_OPTIONS = {"path", "preset", "name", "split", "revision"} | {
+    f"{kind}_column" for kind in ("prompt", "answer", "text", "messages")
+}
+_COLUMN_PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "output"),
+)
+_READERS: dict[str, Callable[[Path], Sequence[Any]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+PRESETS: dict[str, Preset] = {
+    "gsm8k": Preset(
+        "openai/gsm8k", "main", "train", "e53f048856ff4f594e959d75785d2c2d37b678ee", _gsm8k
+    ),
+    "strategyqa": Preset(
+        "ChilleD/StrategyQA",
+        None,
+        "train",
+        "705562638fe1d8ca6bb98c66fc8f94d45fda8c83",
+        _strategyqa,
+    ),
+    "arc_challenge": Preset(
+        "allenai/ai2_arc",
+        "ARC-Challenge",
+        "train",
+        "210d026faf9955653af8916fad021475a3f00453",
+        _arc,
+    ),
+    "wikitext2": Preset(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "train",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        _text,
+        _passages,
+    ),
+}
+_KNOWN = (
+    f"expected a preset ({', '.join(PRESETS)}), preset=FILE, a Hub id (owner/name), a "
+    "json/jsonl/csv/parquet/txt file, or rows in memory"
+)
