@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import platform
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -24,15 +28,16 @@ from huggingface_hub import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from optimum_cap.architectures import Matrix
-from optimum_cap.formats import FORMAT_VERSION, FORMATS, check_format_version, unpack
+from optimum_cap.formats import FORMAT_VERSION, FORMATS, check_format_version, check_parts, decode
 from optimum_cap.model_card import model_card
 from optimum_cap.record import MatrixSparsity, PruningRecord
 
 RECORD_NAME = "pruning_record.json"
 CONFIG_NAME = "config.json"
+_MAX_SHARD_SIZE = "5GB"  # one file is held in memory while it is packed
+_INDEX_PATTERN = "*.safetensors.index*.json"  # with or without a variant
 
 
 def attach(model: PreTrainedModel, record: PruningRecord) -> None:
@@ -57,17 +62,27 @@ class SavePruned:
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = _MAX_SHARD_SIZE,
+        variant: str | None = None,
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the checkpoint, its metadata and its model card, all or nothing.
 
+        A model that holds PEFT adapters, or that was quantized after it was pruned, is saved by
+        transformers alone.
+
         Args:
             save_directory: Folder. Files in it that are no part of a checkpoint (a tokenizer, say)
                 are kept.
             is_main_process: Only the main process writes.
+            state_dict: Weights to save instead of the model's.
             push_to_hub: Push the folder afterwards, to `repo_id` or the name of the folder.
+            max_shard_size: Largest size of a file of weights, before it is packed. One file at a
+                time is held in memory.
+            variant: Weights are saved as `model.<variant>.safetensors`.
             token: Token for the Hub.
             **kwargs: As for transformers' `save_pretrained`; with `push_to_hub` also as for
                 `push_to_hub`.
@@ -76,20 +91,29 @@ class SavePruned:
             FileExistsError: The folder holds the weights of another model.
             OSError: The folder cannot be written; it is as it was before.
         """
-        stock = type(self.model).save_pretrained
-        if getattr(self.model, "_hf_peft_config_loaded", False) or not is_main_process:
-            # Adapters are saved as adapters; another process than the main one writes nothing.
-            stock(self.model, save_directory, is_main_process=is_main_process, **kwargs)
+        model = self.model
+        stock = type(model).save_pretrained
+        options = {
+            "state_dict": state_dict,
+            "max_shard_size": max_shard_size,
+            "variant": variant,
+            **kwargs,
+        }
+        if not is_main_process or _is_for_transformers(model, kwargs):
+            options |= {"push_to_hub": push_to_hub, "token": token}
+            stock(model, save_directory, is_main_process=is_main_process, **options)
             return
-        hub = {key: kwargs.pop(key) for key in list(kwargs) if key in _HUB_ARGUMENTS}
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-        record = _as_it_is_now(self.model)
+        hub = {key: options.pop(key) for key in list(options) if key in _HUB_ARGUMENTS}
+        repo_id = options.pop("repo_id", Path(save_directory).name)
+        # Packed files hold one matrix per expert, whatever the caller prefers.
+        options["save_original_format"] = True
+        record = _as_it_is_now(model, state_dict)
         with _replaced_folder(Path(save_directory)) as folder:
-            stock(self.model, folder, **kwargs)
+            stock(model, folder, **options)
             _transcode(folder, record, record.config["checkpoint_format"])
-            card = model_card(record, type(self.model).__name__, token)
+            card = model_card(record, type(model).__name__, token)
             (folder / "README.md").write_text(card, encoding="utf-8")
-        self.model.pruning_record = record
+        model.pruning_record = record
         if push_to_hub:
             upload(Path(save_directory), repo_id, token=token, **hub)
 
@@ -105,7 +129,7 @@ class PushPruned:
         repo_id: str,
         *,
         token: str | bool | None = None,
-        max_shard_size: int | str = "50GB",
+        max_shard_size: int | str = _MAX_SHARD_SIZE,
         tags: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -251,6 +275,8 @@ def convert_checkpoint(
     folder, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty: choose a new folder")
+    if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
+        raise FileExistsError(f"{target} is in the checkpoint itself: choose a folder elsewhere")
     if not folder.is_dir():
         folder = Path(snapshot_download(os.fspath(source), revision=revision, token=token))
     record, _ = read_record(folder / RECORD_NAME, os.fspath(source))
@@ -266,7 +292,7 @@ def convert_checkpoint(
 
 
 def validate_shards(files: list[Path]) -> None:
-    """Check that every file is as long as its header says.
+    """Check that every file is as long as its header says, and its packed weights are complete.
 
     Raises:
         ValueError: A file is truncated or no safetensors file; the message names it.
@@ -293,23 +319,63 @@ def validate_shards(files: list[Path]) -> None:
                 f"{file} is damaged: its header describes {expected} bytes, it has {size}: "
                 "download or copy it again"
             )
+        with safe_open(file, framework="pt") as tensors:
+            try:
+                check_parts(tensors.keys(), tensors.get_tensor)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}; download or copy it again") from None
 
 
-def _as_it_is_now(model: PreTrainedModel) -> PruningRecord:
-    """Return the record with zeros counted anew: weights may have changed since pruning."""
+def _is_for_transformers(model: PreTrainedModel, options: dict[str, Any]) -> bool:
+    """Whether the files to save are none of a float model, so that nothing is to be packed."""
+    return bool(
+        getattr(model, "_hf_peft_config_loaded", False)  # adapters are saved as adapters
+        or getattr(model, "hf_quantizer", None) is not None
+        or options.get("distributed_checkpoint")
+    )
+
+
+def _as_it_is_now(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None
+) -> PruningRecord:
+    """Return the record with zeros counted anew: weights may have changed since pruning.
+
+    Only matrices that are there are listed: a model with another head, or none, has fewer.
+    """
     record: PruningRecord = model.pruning_record
-    parameters = dict(model.named_parameters())
     matrices = []
     for known in record.matrices:
         name, _, expert = known.name.partition("[")
         matrix = Matrix(name, int(expert[:-1]) if expert else None)
-        parameter = parameters.get(name)
-        if parameter is not None and parameter.device.type != "meta":
-            zeros = int((matrix.of(parameter.data) == 0).sum())
-            known = MatrixSparsity(known.name, zeros, known.total)
-        matrices.append(known)
-    config = model.config.pruning_config
+        parameter = _find_weight(model, name, state_dict)
+        if parameter is not None:
+            weight = matrix.of(parameter.detach())
+            zeros = int((weight == 0).sum())
+            matrices.append(MatrixSparsity(known.name, zeros, weight.numel()))
+    config = getattr(model.config, "pruning_config", None) or record.config
     return dataclasses.replace(record, matrices=matrices, config=config)
+
+
+def _find_weight(
+    model: PreTrainedModel, name: str, state_dict: dict[str, torch.Tensor] | None
+) -> torch.Tensor | None:
+    """Return the weight called `name` when the model was pruned, or `None` if it has none.
+
+    The backbone alone lacks the prefix that the whole model has.
+    """
+    for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+        if state_dict is not None and candidate in state_dict:
+            return state_dict[candidate]
+        owner, _, attribute = candidate.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue
+        with align_module_device(module):  # brings weights back that are offloaded
+            weight: torch.Tensor | None = getattr(module, attribute, None)
+            if weight is not None:
+                return weight.detach()
+    return None
 
 
 def _transcode(folder: Path, record: PruningRecord, checkpoint_format: str) -> None:
@@ -319,16 +385,16 @@ def _transcode(folder: Path, record: PruningRecord, checkpoint_format: str) -> N
     dense_bytes = stored_bytes = 0
     for file in _weight_files(folder):
         encoded: dict[str, torch.Tensor] = {}
-        for name, weight in _dense_tensors(file):
-            dense_bytes += weight.nbytes
-            encoded.update(encode(name, weight))
+        with safe_open(file, framework="pt") as tensors:
+            for name, weight in decode(tensors.keys(), tensors.get_tensor):
+                dense_bytes += weight.nbytes
+                encoded.update(encode(name, weight))
         stored_bytes += sum(tensor.nbytes for tensor in encoded.values())
         weight_map.update(dict.fromkeys(encoded, file.name))
         replacement = file.with_suffix(".new")
         save_file(encoded, replacement, metadata={"format": "pt"})
         replacement.replace(file)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.exists():
+    for index in folder.glob(_INDEX_PATTERN):
         values = _read_json(index)
         values["metadata"]["total_size"] = stored_bytes
         _write_json(index, {**values, "weight_map": weight_map})
@@ -345,23 +411,6 @@ def _transcode(folder: Path, record: PruningRecord, checkpoint_format: str) -> N
         # What makes transformers hand the loading to the plugin, or warn where it is missing.
         config["quantization_config"] = {**record.config, "format_version": FORMAT_VERSION}
     _write_json(folder / CONFIG_NAME, config)
-
-
-def _dense_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a file one by one, packed ones unpacked."""
-    with safe_open(file, framework="pt") as tensors:
-        names = sorted(tensors.keys())
-        for name in names:
-            if name.endswith((".weight_mask", ".weight_shape")):
-                continue
-            tensor = tensors.get_tensor(name)
-            if f"{name}_mask" in names:
-                mask, shape = (
-                    tensors.get_tensor(f"{name}_mask"),
-                    tensors.get_tensor(f"{name}_shape"),
-                )
-                tensor = unpack(tensor, mask, shape, name)
-            yield name, tensor
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -387,28 +436,31 @@ def _replaced_folder(target: Path) -> Iterator[Path]:
     Files of `target` that are no part of a checkpoint come along. On any error `target` is left as
     it was, and nothing else is left behind.
     """
-    target = target.absolute()
+    # Of a link, the folder that it stands for is replaced: it may be on another disk on purpose.
+    target = target.resolve()
+    old = target.with_name(f".{target.name}.replaced")
+    if not target.exists() and old.is_dir():
+        old.rename(target)  # a save was killed between its two renames
     check_target(target)
-    new, old = (target.with_name(f".{target.name}.{word}") for word in ("saving", "replaced"))
+    # A mount point cannot be renamed, nor can a folder in one that is read-only.
+    renamable = not target.exists() or (
+        not os.path.ismount(target) and os.access(target.parent, os.W_OK)
+    )
+    home = target.parent if renamable else target
+    prefix = f".{target.name}.saving-{platform.node()}-"
+    new = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)  # what a killed save may have left
+        home.mkdir(parents=True, exist_ok=True)
+        _clear_up(home, prefix)
+        # One of its own for every save: processes that save to one place do not mix their files.
+        new = home / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
         new.mkdir()
         yield new
-        if not target.exists():
-            new.rename(target)
-            return
-        for entry in target.iterdir():
-            if not (new / entry.name).exists() and not _is_weight_file(entry.name):
-                _link(entry, new / entry.name)
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        _flush(new)
+        if renamable:
+            _swap_folders(new, target, old)
+        else:
+            _swap_files(new, target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, FileExistsError):
             raise
@@ -418,7 +470,74 @@ def _replaced_folder(target: Path) -> Iterator[Path]:
             "folder that can be written",
         ) from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _swap_folders(new: Path, target: Path, old: Path) -> None:
+    """Put folder `new` in the place of `target`, which is `old` in between."""
+    if not target.exists():
+        new.rename(target)
+        return
+    for entry in target.iterdir():
+        if not (new / entry.name).exists() and not _is_weight_file(entry.name):
+            _link(entry, new / entry.name)
+    shutil.copymode(target, new)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap_files(new: Path, target: Path) -> None:
+    """Put the files of `new`, a folder in `target`, in the place of those in `target`.
+
+    The config goes first and comes last: if the process is killed in between, the folder does not
+    load, rather than load old and new files together.
+    """
+
+    def config_last(name: str) -> bool:
+        return name == CONFIG_NAME
+
+    come = sorted((entry.name for entry in new.iterdir()), key=config_last)
+    stale = {entry.name for entry in target.iterdir() if _is_weight_file(entry.name)}
+    stale |= {name for name in come if (target / name).exists()}
+    replaced = new / "replaced"
+    replaced.mkdir()
+    moves = [(target / name, replaced / name) for name in sorted(stale, key=config_last)[::-1]]
+    moves += [(new / name, target / name) for name in come]
+    done = []
+    try:
+        for source, place in moves:
+            done.append((source, place))
+            source.rename(place)
+    except BaseException:
+        for source, place in reversed(done):
+            if not source.exists():
+                place.rename(source)
+        raise
+
+
+def _clear_up(home: Path, prefix: str) -> None:
+    """Remove what saves that were killed left: the process in the name is no more."""
+    for folder in home.iterdir():
+        if folder.name.startswith(prefix):
+            process = folder.name.removeprefix(prefix).partition("-")[0]
+            if not psutil.pid_exists(int(process)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Have the files written to the disk: a folder must not take its place before them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
 
 
 def check_target(target: Path) -> None:
@@ -443,8 +562,8 @@ def check_target(target: Path) -> None:
 
 def _is_weight_file(name: str) -> bool:
     """Whether a file is one that loading a model could pick up as its weights."""
-    return name.startswith(("model", "pytorch_model")) and name.endswith(
-        (".safetensors", ".bin", ".index.json")
+    return name.startswith(("model", "pytorch_model")) and (
+        name.endswith((".safetensors", ".bin")) or (".index." in name and name.endswith(".json"))
     )
 
 

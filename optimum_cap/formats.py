@@ -9,7 +9,9 @@ The name `x.weight` for a one-dimensional tensor is on purpose: where this plugi
 transformers stops at the size mismatch, instead of finding no `x.weight` and making one up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -69,15 +71,23 @@ def unpack(
     Raises:
         ValueError: The three disagree, so the file is damaged.
     """
-    size = tuple(shape.tolist())
+    size = _check_layout(mask, shape, name)
     count = prod(size)
     packed = mask.cpu().numpy()
-    if mask.dtype != torch.uint8 or len(packed) != -(-count // 8):
-        raise ValueError(
-            f"{name} is damaged: shape {size} needs a mask of {-(-count // 8)} bytes, found "
-            f"{tuple(mask.shape)} of {mask.dtype}"
+    # One part per thread; numpy lets go of the interpreter lock in all that follows.
+    threads = max(1, min(torch.get_num_threads(), count // (4 * _CHUNK)))
+    bounds = [count * part // threads // _CHUNK * _CHUNK for part in range(threads)] + [count]
+    starts, stops = bounds[:-1], bounds[1:]
+    kept_before = list(
+        accumulate(
+            (
+                int(_ONES[packed[start // 8 : -(-stop // 8)]].sum(dtype=np.int64))
+                for start, stop in zip(starts, stops, strict=True)
+            ),
+            initial=0,
         )
-    kept = int(_ONES[packed].sum(dtype=np.int64))
+    )
+    kept = kept_before[-1]
     if values.ndim != 1 or kept != len(values):
         raise ValueError(
             f"{name} is damaged: its mask keeps {kept} weights, but {tuple(values.shape)} values "
@@ -87,15 +97,22 @@ def unpack(
         raise ValueError(f"{name} is damaged: its mask keeps weights beyond shape {size}")
     source = _as_bits(values.detach().cpu().contiguous())
     weight = np.zeros(count, dtype=source.dtype)
-    done = 0
-    for start in range(0, count, _CHUNK):
-        chunk = weight[start : start + _CHUNK]
-        keep = np.unpackbits(
-            packed[start // 8 : (start + _CHUNK) // 8], bitorder="little", count=len(chunk)
-        )
-        positions = np.flatnonzero(keep.view(bool))
-        chunk[positions] = source[done : done + len(positions)]
-        done += len(positions)
+
+    def fill(first: int, stop: int, done: int) -> None:
+        for start in range(first, stop, _CHUNK):
+            chunk = weight[start : min(start + _CHUNK, stop)]
+            keep = np.unpackbits(
+                packed[start // 8 : (start + _CHUNK) // 8], bitorder="little", count=len(chunk)
+            )
+            positions = np.flatnonzero(keep.view(bool))
+            chunk[positions] = source[done : done + len(positions)]
+            done += len(positions)
+
+    if threads == 1:
+        fill(0, count, 0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, starts, stops, kept_before))
     return torch.from_numpy(weight).view(values.dtype).view(size).to(values.device)
 
 
@@ -117,6 +134,66 @@ def encode_packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def encode_dense(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensor as it is, zeros and all."""
     return {name: weight}
+
+
+def decode(
+    names: Iterable[str], read: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight of a file, packed or not, whole and one by one in the order of the names.
+
+    Args:
+        names: Names of all tensors in the file.
+        read: Reads one of them.
+
+    Raises:
+        ValueError: The parts of a packed weight disagree.
+    """
+    names = sorted(names)
+    known = set(names)
+    for name in names:
+        if name.endswith((".weight_mask", ".weight_shape")):
+            continue
+        weight = read(name)
+        if f"{name}_mask" in known:
+            weight = unpack(weight, read(f"{name}_mask"), read(f"{name}_shape"), name)
+        yield name, weight
+
+
+def check_parts(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+    """Check what can be checked of the packed weights of a file without reading their values.
+
+    Args:
+        names: Names of all tensors in the file.
+        read: Reads one of them.
+
+    Raises:
+        ValueError: A part is missing, or mask and shape disagree. Without its values, a weight
+            would be one that transformers makes up.
+    """
+    known = set(names)
+    companions = (".weight_mask", ".weight_shape")
+    for name in sorted({name.rpartition("_")[0] for name in known if name.endswith(companions)}):
+        parts = (name, f"{name}_mask", f"{name}_shape")
+        if missing := [part for part in parts if part not in known]:
+            raise ValueError(f"{name} is damaged: {', '.join(missing)} is missing")
+        _check_layout(read(f"{name}_mask"), read(f"{name}_shape"), name)
+
+
+def _check_layout(mask: torch.Tensor, shape: torch.Tensor, name: str) -> tuple[int, ...]:
+    """Return the shape of a packed weight if it is one, and the mask as large as it needs."""
+    if shape.dtype != torch.int64 or shape.ndim != 1 or bool((shape < 0).any()):
+        raise ValueError(
+            f"{name} is damaged: its shape must be a list of sizes in int64, found "
+            f"{shape.tolist()} of {shape.dtype}"
+        )
+    size = tuple(shape.tolist())
+    needed = -(-prod(size) // 8)
+    if mask.dtype != torch.uint8 or mask.shape != (needed,):
+        raise ValueError(
+            f"{name} is damaged: shape {size} needs a mask of {needed} bytes, found "
+            f"{tuple(mask.shape)} of {mask.dtype}"
+        )
+    return size
 
 
 def check_format_version(version: Any, name: str) -> None:

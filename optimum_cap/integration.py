@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -43,7 +42,7 @@ def register() -> None:
     register_quantizer("cap")(CAPQuantizer)
     for owner, wrap in (
         (PreTrainedModel, _prunes_and_keeps_the_record),
-        (_BaseAutoModelClass, _hands_on_the_pruning_config),
+        (AutoConfig, _hands_on_the_pruning_config),
     ):
         stock = owner.__dict__["from_pretrained"].__func__
         owner.from_pretrained = classmethod(wrap(stock))
@@ -73,7 +72,9 @@ def _prunes_and_keeps_the_record(stock: Callable[..., Any]) -> Callable[..., Any
             loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             is_pruned = getattr(model, "pruning_record", None) is not None
-            if getattr(model.config, "pruning_config", None) and not is_pruned:
+            # Without a name, the model was made of a config and weights in memory.
+            has_files = pretrained_model_name_or_path is not None
+            if has_files and getattr(model.config, "pruning_config", None) and not is_pruned:
                 _attach_saved_record(model)
             return loaded
         finally:
@@ -83,16 +84,20 @@ def _prunes_and_keeps_the_record(stock: Callable[..., Any]) -> Callable[..., Any
 
 
 def _hands_on_the_pruning_config(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the Auto classes' `from_pretrained`, which would give the keyword to the wrong one.
+    """Wrap `AutoConfig.from_pretrained`, which would keep the keyword to itself.
 
-    They hand a keyword that `config.json` knows to the model's config, and the `config.json` of a
-    model that is already pruned knows `pruning_config`.
+    It sets every keyword that `config.json` knows, and the `config.json` of a model that is already
+    pruned knows `pruning_config`. The Auto classes and `pipeline` all ask it, in whatever order
+    they and this package were imported.
     """
 
     @functools.wraps(stock)
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        _route_pruning_config(kwargs)
-        return stock(cls, *args, **kwargs)
+    def from_pretrained(cls: type[AutoConfig], *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.pop("pruning_config", None)
+        loaded = stock(cls, *args, **kwargs)
+        if given is not None and isinstance(loaded, tuple):  # (config, keywords for the model)
+            loaded[1]["pruning_config"] = given
+        return loaded
 
     return from_pretrained
 

@@ -1,10 +1,13 @@
 """Sparse checkpoints: lossless, reproducible, atomic; convert and inspect."""
 
 import copy
+import dataclasses
 import errno
+import inspect
 import json
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -13,9 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    PreTrainedModel,
+)
+from transformers.quantizers.base import HfQuantizer
 
 from optimum_cap import CAPConfig, checkpoint
 from optimum_cap.checkpoint import attach, convert_checkpoint, inspect_checkpoint
@@ -121,6 +130,62 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert same_weights(wide, copy.deepcopy(model).float())
 
 
+def test_arguments_are_those_of_transformers(tmp_path: Path) -> None:
+    stock, ours = (
+        list(inspect.signature(function).parameters)
+        for function in (PreTrainedModel.save_pretrained, pruned().save_pretrained)
+    )
+    assert ours[:7] == stock[1:8]
+    model = pruned()
+    weights = {name: torch.full_like(w, 2) for name, w in model.state_dict().items()}
+    model.save_pretrained(tmp_path, True, weights)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all((weight == 2).all() for weight in loaded.state_dict().values())
+    assert loaded.pruning_record.zeros == 0
+
+
+def test_variant(tmp_path: Path) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path, variant="small", max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.small.json").read_text())
+    assert any(name.endswith("weight_mask") for name in index["weight_map"])
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path, variant="small"), model)
+
+
+def test_experts_are_packed_whatever_format_is_asked_for(tmp_path: Path) -> None:
+    model = pruned("mixtral")
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", save_original_format=False)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_adapters_are_saved_by_transformers(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = pruned()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not list(tmp_path.glob("model*"))
+    assert not (tmp_path / "pruning_record.json").exists()
+
+
+def test_a_model_quantized_later_is_saved_by_transformers(tmp_path: Path) -> None:
+    class Other(HfQuantizer):
+        is_trainable = True
+
+        def is_serializable(self) -> bool:
+            return True
+
+    model = pruned()
+    model.config.quantization_config = FineGrainedFP8Config()
+    model.hf_quantizer = Other(model.config.quantization_config)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "fp8"
+    assert not any(name.endswith("_mask") for name in load_file(tmp_path / "model.safetensors"))
+
+
 def test_fully_zero_and_fully_dense_matrices(tmp_path: Path) -> None:
     model = pruned()
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
@@ -156,6 +221,48 @@ def test_record_counts_what_is_there_not_what_was(tmp_path: Path) -> None:
     matrices = {m.name: m for m in inspect_checkpoint(tmp_path).record.matrices}
     assert matrices["model.layers.0.mlp.up_proj.weight"].zeros == 0
     assert matrices["model.layers.1.mlp.up_proj.weight"].zeros > 0
+
+
+def test_record_of_a_backbone(tmp_path: Path) -> None:
+    """Its parameters lack the prefix that they had in the model that was pruned."""
+    model = pruned()
+    model.save_pretrained(tmp_path / "a")
+    backbone = AutoModel.from_pretrained(tmp_path / "a")
+    backbone.layers[0].mlp.up_proj.weight.data.fill_(1)
+    backbone.save_pretrained(tmp_path / "b")
+    record = inspect_checkpoint(tmp_path / "b").record
+    filled = "model.layers.0.mlp.up_proj.weight"
+    for matrix, before in zip(record.matrices, model.pruning_record.matrices, strict=True):
+        assert matrix.name == before.name
+        assert matrix.zeros == (0 if matrix.name == filled else before.zeros)
+
+
+def test_record_lists_only_what_is_there(tmp_path: Path) -> None:
+    model = pruned()
+    del model.model.layers[2]
+    model.save_pretrained(tmp_path)
+    names = [matrix.name for matrix in inspect_checkpoint(tmp_path).record.matrices]
+    assert names
+    assert not any(name.startswith("model.layers.2.") for name in names)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_record_of_offloaded_weights(tmp_path: Path) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path / "a")
+    # The claim is wrong, and the weights that show it are on the disk.
+    claimed = model.pruning_record
+    wrong = [dataclasses.replace(matrix, zeros=matrix.total) for matrix in claimed.matrices]
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    places |= {"lm_head": "cpu", "model.layers.0": "cpu"}
+    places |= {"model.layers.1": "disk", "model.layers.2": "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    loaded.pruning_record = dataclasses.replace(claimed, matrices=wrong)
+    loaded.save_pretrained(tmp_path / "b")
+    assert inspect_checkpoint(tmp_path / "b").record == claimed
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), model)
 
 
 def test_a_copy_saves_itself(tmp_path: Path) -> None:
@@ -235,7 +342,10 @@ def test_convert_refuses_bad_targets_and_formats(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "in", tmp_path / "full", "dense")
     with pytest.raises(ValueError, match="unknown checkpoint format 'zip': choose one of packed"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out", "zip")
+    with pytest.raises(FileExistsError, match="is in the checkpoint itself"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "in" / "dense", "dense")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "in" / "dense").exists()
 
 
 # All or nothing
@@ -316,7 +426,7 @@ def test_a_swap_that_fails_puts_the_old_folder_back(
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.name.endswith(".saving"):
+        if ".saving-" in self.name:
             raise OSError(errno.EBUSY, "Device or resource busy")
         return rename(self, target)
 
@@ -324,6 +434,112 @@ def test_a_swap_that_fails_puts_the_old_folder_back(
     with pytest.raises(OSError, match="could not save to"):
         model.save_pretrained(tmp_path / "out")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("failing_name", ["out", ".saving-"])
+def test_an_interrupt_between_the_renames_puts_the_old_folder_back(
+    failing_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path / "out")
+    before = contents(tmp_path)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if failing_name in self.name and ".replaced" not in self.name:
+            if failing_name == "out":
+                rename(self, target)
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_a_save_that_was_killed_between_the_renames_is_undone_by_the_next(tmp_path: Path) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_saves_of_other_processes_are_let_alone(tmp_path: Path) -> None:
+    alive = tmp_path / f".out.saving-{platform.node()}-{os.getpid()}-abc"
+    gone = tmp_path / f".out.saving-{platform.node()}-999999999-abc"
+    elsewhere = tmp_path / ".out.saving-another.host-999999999-abc"
+    for folder in (alive, gone, elsewhere):
+        folder.mkdir()
+    pruned().save_pretrained(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere, tmp_path / "out"])
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):
+        pruned().save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert os.listdir(tmp_path / "disk") == ["real"]
+    assert (tmp_path / "disk" / "real" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that says it is a mount point, and that cannot be renamed."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    rename = Path.rename
+
+    def refusing(self: Path, target: Path) -> Path:
+        assert self != folder
+        return rename(self, target)
+
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    monkeypatch.setattr(Path, "rename", refusing)
+    return folder
+
+
+def test_saving_to_a_mount_point(mounted: Path, tmp_path: Path) -> None:
+    model = pruned()
+    (mounted / "lost+found").mkdir()
+    (mounted / "tokenizer.json").write_text("{}")
+    model.save_pretrained(mounted, max_shard_size="20KB")
+    model.save_pretrained(mounted)
+    model.save_pretrained(tmp_path / "elsewhere")
+    expected = contents(tmp_path / "elsewhere") | {"tokenizer.json": b"{}"}
+    assert contents(mounted) == expected
+    assert (mounted / "lost+found").is_dir()
+
+
+@pytest.mark.parametrize("failing_move", range(10))
+def test_a_mount_point_is_as_it_was_after_a_failure(
+    failing_move: int, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned()
+    model.save_pretrained(mounted)
+    before = contents(mounted)
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    rename, moves = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".saving-" in f"{self} {target}":
+            moves.append(self)
+            if len(moves) == failing_move + 1:
+                raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="could not save to"):
+        model.save_pretrained(mounted)
+    assert contents(mounted) == before
+    # Without a config nothing loads: it goes first and comes last.
+    assert moves[0].name == "config.json"
+    assert (moves[failing_move].name == "config.json") == (failing_move in {0, 9})
 
 
 SAVE_IN_A_PROCESS = """
@@ -397,14 +613,25 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_mask_and_values_that_disagree(name: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     pruned(name).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     mask = next(key for key in tensors if key.endswith("weight_mask"))
     tensors[mask][0] ^= 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"is damaged: its mask keeps \d+ weights, but"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["", "_mask", "_shape"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_part_that_is_missing(name: str, part: str, tmp_path: Path) -> None:
+    """Without the values transformers would make the weight up."""
+    pruned(name).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    weight = next(key for key in tensors if key.endswith("weight_mask")).removesuffix("_mask")
+    del tensors[f"{weight}{part}"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*weight{part} is missing"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

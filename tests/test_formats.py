@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_cap import formats
-from optimum_cap.formats import encode_packed, pack, unpack
+from optimum_cap.formats import check_parts, encode_packed, pack, unpack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
 
@@ -56,6 +56,17 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_bits(unpack(*chunked.values()), weight)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("shape", [(37, 53), (1, 2048), (5, 7), (0, 4)])
+def test_threads_do_not_matter(
+    threads: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_CHUNK", 64)
+    torch.set_num_threads(threads)
+    weight = sparse(shape, 0.4)
+    assert same_bits(unpack(*pack(weight).values()), weight)
+
+
 def test_bit_order_is_as_documented() -> None:
     parts = pack(torch.tensor([[1.0, 0, 0, 2], [0, 0, 0, 0], [3, 0, 0, 0]]))
     assert parts["weight_mask"].tolist() == [0b00001001, 0b00000001]
@@ -101,6 +112,29 @@ def test_damaged_parts_are_refused() -> None:
     stray[-1] |= 0x80
     with pytest.raises(ValueError, match="keeps weights beyond shape"):
         unpack(torch.cat([values, values[:1]]), stray, shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        (torch.tensor([-5, -5]), r"found \[-5, -5\] of torch.int64"),
+        (torch.tensor([5.0, 5.0]), r"found \[5.0, 5.0\] of torch.float32"),
+        (torch.tensor(25), "found 25 of torch.int64"),
+    ],
+)
+def test_what_is_no_shape_is_refused(shape: torch.Tensor, found: str) -> None:
+    values, mask, _ = pack(sparse((5, 5), 0.5)).values()
+    with pytest.raises(ValueError, match=f"must be a list of sizes in int64, {found}"):
+        unpack(values, mask, shape)
+
+
+@pytest.mark.parametrize("lost", ["x.weight", "x.weight_mask", "x.weight_shape"])
+def test_a_packed_weight_has_all_three_parts(lost: str) -> None:
+    tensors = encode_packed("x.weight", sparse((8, 8), 0.5)) | {"y.weight": torch.ones(3, 3)}
+    check_parts(tensors, tensors.__getitem__)
+    del tensors[lost]
+    with pytest.raises(ValueError, match=rf"x\.weight is damaged: {lost} is missing"):
+        check_parts(tensors, tensors.__getitem__)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

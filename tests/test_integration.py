@@ -20,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from optimum_cap import CAPConfig
+from optimum_cap import CAPConfig, integration
 from optimum_cap.integration import register
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
@@ -99,6 +99,24 @@ def test_none_is_ignored(base: Path) -> None:
     assert not hasattr(model, "pruning_record")
 
 
+def test_none_is_ignored_on_a_pruned_model(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed, pruning_config=None)
+    assert model.pruning_record.zeros > 0
+    assert model.config.pruning_config["sparsity"] == 0.3
+
+
+def test_weights_and_config_in_memory_need_no_files(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    # With a network, this asks the Hub for a repository called "None", and raises.
+    monkeypatch.setattr(integration, "cached_file", lambda *a, **k: pytest.fail("asked for a file"))
+    again = LlamaForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict()
+    )
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 def test_loading_info_is_still_returned(base: Path) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(
         base, pruning_config=config(), output_loading_info=True
@@ -136,6 +154,30 @@ def test_both_configs(base: Path) -> None:
 def test_pruning_what_is_already_pruned(loader: Any, packed: Path) -> None:
     with pytest.raises(ValueError, match=r"is already pruned to sparsity 0\.3: load it without"):
         loader.from_pretrained(packed, pruning_config=config())
+
+
+@pytest.mark.parametrize(
+    "order", [("optimum_cap", "transformers"), ("transformers", "optimum_cap")]
+)
+def test_the_order_of_imports_does_not_matter(order: tuple[str, str], packed: Path) -> None:
+    imports = {
+        "optimum_cap": "import optimum_cap",
+        "transformers": "from transformers import AutoModelForCausalLM, LlamaForCausalLM",
+    }
+    result = run(
+        f"""
+{imports[order[0]]}
+{imports[order[1]]}
+config = optimum_cap.CAPConfig(sparsity=0.3)
+for loader in (AutoModelForCausalLM, LlamaForCausalLM):
+    for given in (config, config.to_dict()):
+        try:
+            loader.from_pretrained({str(packed)!r}, pruning_config=given)
+        except ValueError as error:
+            print(error)
+"""
+    )
+    assert result.stdout.count("is already pruned to sparsity 0.3") == 4, result.stderr
 
 
 def test_model_without_tokenizer(base: Path) -> None:
@@ -265,6 +307,17 @@ def test_compile(packed: Path) -> None:
     with torch.no_grad():
         expected = model(IDS).logits
         torch.testing.assert_close(torch.compile(model)(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_reader_in_the_documentation(packed: Path) -> None:
+    page = Path(__file__).parents[1] / "docs" / "checkpoint_format.md"
+    scope: dict[str, Any] = {}
+    exec(page.read_text().split("```python\n")[1].split("```")[0], scope)
+    weights = scope["read"](packed / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(packed).state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert torch.equal(torch.from_numpy(weight), expected[name])
 
 
 # Where the plugin is not imported
