@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
-from optimum_cap.calibration import CalibrationExample
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from optimum_cap.architectures import find_sites
 from optimum_cap.attribution import causal_scores, exact_losses, plain_losses
+from optimum_cap.calibration import CalibrationExample
 
 
 def random_llama(layers: int, heads: int, hidden: int) -> LlamaForCausalLM:
