@@ -9,8 +9,10 @@ The name `x.weight` for a one-dimensional tensor is on purpose: where this plugi
 transformers stops at the size mismatch, instead of finding no `x.weight` and making one up.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -21,8 +23,7 @@ import torch
 FORMAT_VERSION = 1
 """Version of the files on disk. A reader refuses a newer one."""
 
-_CHUNK = 1 << 16  # weights at a time, so that index arrays stay in the cache; a multiple of 8
-_ONES = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
+_CHUNK = 1 << 17  # weights at a time, so that index arrays stay in the cache; a multiple of 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -81,7 +82,7 @@ def unpack(
     kept_before = list(
         accumulate(
             (
-                int(_ONES[packed[start // 8 : -(-stop // 8)]].sum(dtype=np.int64))
+                int(np.bitwise_count(packed[start // 8 : -(-stop // 8)]).sum(dtype=np.int64))
                 for start, stop in zip(starts, stops, strict=True)
             ),
             initial=0,
@@ -111,9 +112,18 @@ def unpack(
     if threads == 1:
         fill(0, count, 0)
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, starts, stops, kept_before))
+        list(_pool(threads).map(fill, starts, stops, kept_before))
     return torch.from_numpy(weight).view(values.dtype).view(size).to(values.device)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: starting them anew for each of hundreds of matrices takes its time."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="optimum-cap")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process inherits the pool, but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def is_packable(name: str, weight: torch.Tensor) -> bool:
