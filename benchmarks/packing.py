@@ -149,7 +149,8 @@ def measure_loading(megabytes: int, runs: int) -> None:
     print("|---|---|---|---|")
     for (cache, name), taken in times.items():
         ratios = [a / b for a, b in zip(times[cache, "packed"], taken, strict=True)]
-        print(f"| {cache} | {name} | {spread(taken, 2)} | {spread(ratios, 2)} times as long |")
+        ratio = "" if name == "packed" else f"{spread(ratios, 2)} times as long"
+        print(f"| {cache} | {name} | {spread(taken, 2)} | {ratio} |")
 
 
 def drop_from_page_cache(folder: Path) -> None:

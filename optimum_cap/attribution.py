@@ -35,8 +35,10 @@ from optimum_cap.interventions import (
 logger = logging.get_logger(__name__)
 
 # Rows beyond this many tokens bring no more speed, only memory: the matrix products are saturated.
-_TOKENS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
-_LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}
+# On the CPU larger tensors even cost: the allocator returns them to the system each time, and the
+# next one is paged in anew.
+_TOKENS_PER_CHUNK = {"cpu": 2048, "cuda": 65536}
+_LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -282,16 +284,17 @@ class _Wavefront:
     def intact_losses(self) -> torch.Tensor:
         """Losses of the intact model, float64 `[examples]`."""
         output = _hidden(self.calls[f"layer {len(self.layers) - 1}"].output)
-        return self._losses(output)[0]
+        return self._losses(self._at_scored(output))[0]
 
     def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
         """Losses with each unit masked, float64 `[units, examples]`; `jobs` by rising layer."""
-        first = jobs[0][0].layer
+        first, last = jobs[0][0].layer, len(self.layers) - 1
         streams = self.calls[f"layer {first}"].hidden[:0]
-        for index in range(first, len(self.layers)):
+        for index in range(first, last):
             starting = [job for job in jobs if job[0].layer == index]
             streams = self._through_layer(index, streams, starting)
-        return self._losses(streams)
+        starting = [job for job in jobs if job[0].layer == last]
+        return self._losses(self._through_last_layer(streams, starting))
 
     def _through_layer(
         self, index: int, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
@@ -304,62 +307,103 @@ class _Wavefront:
         the recorded intact attention.
         """
         call = self.calls[f"layer {index}"]
-        heads = [job for job in starting if job[0].kind == "attention"]
-        channels = [job for job in starting if job[0].kind != "attention"]
-        rows = call.hidden.repeat(len(starting), 1, 1)
-        rows = torch.cat([carried.to(rows.device), rows])
-        streams = len(carried) // self.size
-        args = _expanded(call.args, self.size, streams)
-        kwargs = {name: _expanded(value, self.size, streams) for name, value in call.kwargs.items()}
+        rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
+        args, kwargs = self._arguments(index, len(carried))
+        branch = self.model.get_submodule(self.attention[index].branch)
         with ExitStack() as stack:
             if starting:
-                results = self._attention_results(index, heads, len(channels))
-                branch = self.model.get_submodule(self.attention[index].branch)
-                stack.enter_context(_given_last_rows(branch, len(carried), results))
-            if channels:
-                projection = self.model.get_submodule(channels[0][0].projection)
-                stack.enter_context(_masked_last_streams(projection, channels, self._tokens))
+                results = self._attention_results(index, starting, _every_position)
+                given = _like(self.calls[f"attention {index}"].output, results)
+                stack.enter_context(_given_last_rows(branch, len(carried), given))
+                stack.enter_context(_masked_last_streams(self.model, starting, self._tokens))
             return _hidden(self.layers[index](rows, *args, **kwargs))
 
-    def _attention_results(
-        self, index: int, heads: list[tuple[Site, Unit]], intact_streams: int
-    ) -> Any:
-        """What the attention branch returns for starting streams, in the form of its own output."""
+    def _through_last_layer(
+        self, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
+    ) -> torch.Tensor:
+        """Do the same in the last layer, whose output matters at scored positions only.
+
+        What follows the attention is position-wise. So only the attention sees whole sequences; the
+        rest of the layer runs on scored positions, each as a sequence of one token.
+
+        Returns:
+            Output of the layer, `[streams * scored, 1, hidden]`.
+        """
+        index = len(self.layers) - 1
         recorded = self.calls[f"attention {index}"].output
+        branch = self.model.get_submodule(self.attention[index].branch)
+        intact = self.calls[f"layer {index}"].hidden
+        rows, attended = [], []
+        if len(carried):
+            carried = carried.to(intact.device)
+            args, kwargs = self._arguments(index, len(carried))
+            output = _output_of(branch, self.layers[index], carried, *args, **kwargs)
+            rows.append(self._at_scored(carried))
+            attended.append(self._at_scored(_hidden(output)))
+        if starting:
+            rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
+            attended.append(self._attention_results(index, starting, self._at_scored))
+        given = _like(recorded, torch.cat(attended))
+        args, kwargs = self._arguments(index, self.size)
+        with (
+            replaced_forward(branch, lambda *args, **kwargs: given),
+            _masked_last_streams(self.model, starting, len(self.batch.targets)),
+        ):
+            return _hidden(self.layers[index](torch.cat(rows), *args, **kwargs))
+
+    def _arguments(self, index: int, rows: int) -> tuple[Any, dict[str, Any]]:
+        """The recorded arguments of a layer beside its input, for a number of rows."""
+        call = self.calls[f"layer {index}"]
+        streams = rows // self.size
+        args = _expanded(call.args, self.size, streams)
+        return args, {
+            name: _expanded(value, self.size, streams) for name, value in call.kwargs.items()
+        }
+
+    def _attention_results(
+        self,
+        index: int,
+        starting: list[tuple[Site, Unit]],
+        select: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Output of the attention for starting streams, at the positions that `select` keeps."""
+        heads = [unit for site, unit in starting if site.kind == "attention"]
         results = []
         if heads:
-            site_input = self.calls[f"site {index}"].hidden
+            site_input = select(self.calls[f"site {index}"].hidden)
             masked = site_input.repeat(len(heads), 1, 1).view(len(heads), *site_input.shape)
-            for stream, (_, unit) in enumerate(heads):
-                masked[stream, ..., slice(*unit.channels)] = 0
+            for stream, unit in zip(masked, heads, strict=True):
+                stream[..., slice(*unit.channels)] = 0
             projection = self.model.get_submodule(self.attention[index].projection)
             results.append(projection(masked.flatten(0, 1)))
-        if intact_streams:
-            results.append(_hidden(recorded).repeat(intact_streams, 1, 1))
-        return _like(recorded, torch.cat(results))
+        if intact_streams := len(starting) - len(heads):
+            intact = select(_hidden(self.calls[f"attention {index}"].output))
+            results.append(intact.repeat(intact_streams, 1, 1))
+        return torch.cat(results)
 
-    def _losses(self, streams: torch.Tensor) -> torch.Tensor:
-        """Mean loss per stream and example: `[streams, examples]`, float64.
-
-        Only scored positions go through the rest of the model (final norm, head, soft-capping),
-        which is position-wise: each is run as a sequence of one token, with the decoder layers
-        short-circuited.
-        """
-        hidden = streams.view(-1, self.size, *streams.shape[1:])
+    def _at_scored(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The positions whose logits are scored: `[streams * scored, 1, hidden]`."""
+        streams = hidden.view(-1, self.size, *hidden.shape[1:])
         rows, columns = self.batch.rows.to(hidden.device), self.batch.columns.to(hidden.device)
-        hidden = hidden[:, rows, columns]
-        count, scored, width = hidden.shape
-        hidden = hidden.reshape(-1, 1, width)
-        targets = self.batch.targets.repeat(count).to(self.model.device)
+        return streams[:, rows, columns].view(-1, 1, hidden.shape[-1])
+
+    def _losses(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mean loss per stream and example, from `[streams * scored, 1, hidden]`: float64.
+
+        The rest of the model (final norm, head, soft-capping) is position-wise.
+        """
+        scored = len(self.batch.targets)
+        targets = self.batch.targets.repeat(len(hidden) // scored).to(self.model.device)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 23) // vocabulary)
+        step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 21) // vocabulary)
         losses = [
             _token_losses(self._logits(hidden[start : start + step]), targets[start : start + step])
             for start in range(0, len(hidden), step)
         ]
-        return self.batch.example_means(torch.cat(losses).view(count, scored))
+        return self.batch.example_means(torch.cat(losses).view(-1, scored))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of sequences of one token, with the decoder layers short-circuited."""
         tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
         final = len(self.layers) - 1
         recorded = self.calls[f"layer {final}"].output
@@ -392,24 +436,55 @@ def _given_last_rows(
     return replaced_forward(branch, forward)
 
 
+class _ReachedError(Exception):
+    """Carries the output of a module out of the forward pass that was running."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def _output_of(branch: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What `branch` returns while `layer` runs on these arguments; the rest is not computed."""
+    own = branch.forward
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise _ReachedError(own(*args, **kwargs))
+
+    with replaced_forward(branch, stop):
+        try:
+            layer(*args, **kwargs)
+        except _ReachedError as reached:
+            return reached.output
+    raise RuntimeError(f"{type(layer).__name__} did not run its {type(branch).__name__}")
+
+
 @contextmanager
 def _masked_last_streams(
-    projection: nn.Module, jobs: list[tuple[Site, Unit]], tokens: int
+    model: PreTrainedModel, starting: list[tuple[Site, Unit]], positions: int
 ) -> Iterator[None]:
-    """Mask one unit of `projection`'s input in each of the last streams of `tokens` tokens."""
+    """Mask the MLP units of `starting`, each in one of the last streams of so many positions."""
+    channels = [job for job in starting if job[0].kind != "attention"]
+    if not channels:
+        yield
+        return
 
     def mask(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         masked = args[0].clone()
-        streams = masked.view(-1, tokens, masked.shape[-1])[-len(jobs) :]
-        for stream, (_, unit) in zip(streams, jobs, strict=True):
+        streams = masked.view(-1, positions, masked.shape[-1])[-len(channels) :]
+        for stream, (_, unit) in zip(streams, channels, strict=True):
             stream[:, slice(*unit.channels)] = 0
         return (masked, *args[1:])
 
+    projection = model.get_submodule(channels[0][0].projection)
     handle = projection.register_forward_pre_hook(mask)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _every_position(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
 
 
 def _hidden(output: Any) -> torch.Tensor:
@@ -469,7 +544,7 @@ def _examples_per_batch(
     longest = max(len(example.input_ids) for example in examples)
     # Input of the layer, input and output of the attention, and input of its projection.
     per_example = longest * config.num_hidden_layers * 4 * config.hidden_size * 4
-    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 4096) // 4 // longest
+    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 2048) // 4 // longest
     return max(1, min(wanted, budget // 2 // per_example, len(examples)))
 
 
@@ -481,7 +556,7 @@ def _streams_per_chunk(model: PreTrainedModel, batch: _Batch, budget: int) -> in
     per_token = 4 * (8 * config.hidden_size + 4 * wide)
     # Attention that is not fused keeps its probabilities and a widened copy of them.
     per_token += 8 * config.num_attention_heads * tokens
-    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 4096) // (count * tokens)
+    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 2048) // (count * tokens)
     return max(1, min(wanted, budget // 2 // (count * tokens * per_token)))
 
 
