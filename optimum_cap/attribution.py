@@ -148,8 +148,6 @@ def exact_losses(
     """
     layers = decoder_layers(model, sites)
     jobs = _jobs(sites)
-    budget = _bytes(memory_budget, model.device)
-    batches = _batches(examples, _examples_per_batch(model, examples, budget))
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     tokens = sum(len(example.input_ids) for example in examples)
@@ -159,7 +157,8 @@ def exact_losses(
         float32_on_cpu(model),
         logging.tqdm(total=work, desc="Scoring", unit="tok", unit_scale=True) as progress,
     ):
-        for batch in batches:
+        budget = _bytes(memory_budget, model.device)  # of what is free when weights are widened
+        for batch in _batches(examples, _examples_per_batch(model, examples, budget)):
             wavefront = _Wavefront(model, layers, sites, batch)
             intact[batch.positions] = wavefront.intact_losses()
             rows = _streams_per_chunk(model, batch, budget)
@@ -179,7 +178,6 @@ def plain_losses(
 ) -> UnitLosses:
     """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
     jobs = _jobs(sites)
-    budget = _bytes(memory_budget, model.device)
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     with (
@@ -187,6 +185,7 @@ def plain_losses(
         float32_on_cpu(model),
         logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
     ):
+        budget = _bytes(memory_budget, model.device)
         for batch in _batches(examples, _examples_per_batch(model, examples, budget)):
             intact[batch.positions] = _forward_losses(model, batch)
             progress.update(len(batch.positions))

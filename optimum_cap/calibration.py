@@ -19,6 +19,9 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data_sources import Conversation, Source, load_sources
 
 _DEFAULT_MAX_LENGTH = 2048
+# Some templates (Llama 3) print the date; calibration must not change from day to day. The date is
+# the one that they fall back to; the empty output keeps a line feed that the template starts with.
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 _SEPARATOR = "\n"  # between prompt and answer where the tokenizer has no chat template
 
 
@@ -198,11 +201,17 @@ def _encode_chat(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Render with the chat template; the spans are the assistant's turns, with their end token."""
     messages = [{"role": role, "content": text} for role, text in conversation.turns]
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _FIXED_DATE + template
 
     def rendered(count: int, generation_prompt: bool) -> list[int]:
         try:
             text = tokenizer.apply_chat_template(
-                messages[:count], add_generation_prompt=generation_prompt, tokenize=False
+                messages[:count],
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(role for role, _ in conversation.turns)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -200,6 +203,7 @@ def inspect_checkpoint(
     elif Path(name).exists():
         raise ValueError(f"{name} is a file: name the folder of a checkpoint")
     else:
+        _check_repo_id(name)
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
         files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
         sizes = [size for file, size in files.items() if file.endswith(".safetensors")]
@@ -278,6 +282,7 @@ def convert_checkpoint(
     if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
         raise FileExistsError(f"{target} is in the checkpoint itself: choose a folder elsewhere")
     if not folder.is_dir():
+        _check_repo_id(os.fspath(source))
         folder = Path(snapshot_download(os.fspath(source), revision=revision, token=token))
     record, _ = read_record(folder / RECORD_NAME, os.fspath(source))
     validate_shards(_weight_files(folder))
@@ -289,6 +294,16 @@ def convert_checkpoint(
         class_name = _read_json(made / CONFIG_NAME).get("architectures", [""])[0]
         (made / "README.md").write_text(model_card(record, class_name, token), encoding="utf-8")
     return target
+
+
+def _check_repo_id(name: str) -> None:
+    """Tell a folder that is not there from a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder here nor the name of a repository on the Hub"
+        ) from error
 
 
 def validate_shards(files: list[Path]) -> None:
@@ -527,8 +542,9 @@ def _clear_up(home: Path, prefix: str) -> None:
     """Remove what saves that were killed left: the process in the name is no more."""
     for folder in home.iterdir():
         if folder.name.startswith(prefix):
-            process = folder.name.removeprefix(prefix).partition("-")[0]
-            if not psutil.pid_exists(int(process)):
+            # Of a host whose name only starts like this one's, another part stands here.
+            process = re.fullmatch(r"(\d+)-[0-9a-f]{8}", folder.name.removeprefix(prefix))
+            if process and not psutil.pid_exists(int(process[1])):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -105,8 +105,7 @@ class CAPConfig(QuantizationConfigMixin):
                 f"subsets is {self.subsets}, but num_samples is only {self.num_samples}: "
                 "every subset needs at least one example"
             )
-        if isinstance(self.dataset, os.PathLike):
-            self.dataset = os.fspath(self.dataset)
+        self.dataset = _with_plain_paths(self.dataset)
         if self.dataset is None or (isinstance(self.dataset, str) and not self.dataset.strip()):
             raise ValueError(
                 "dataset is empty: name a preset, a Hub id or a file, or pass examples"
@@ -176,6 +175,18 @@ class CAPConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def _with_plain_paths(dataset: Any) -> Any:
+    """Turn paths into text, and a tuple of names into a list, as JSON has them."""
+    if isinstance(dataset, os.PathLike):
+        return os.fspath(dataset)
+    if isinstance(dataset, dict) and "path" in dataset:
+        return {**dataset, "path": _with_plain_paths(dataset["path"])}
+    if isinstance(dataset, list | tuple):
+        plain = [_with_plain_paths(entry) for entry in dataset]
+        return plain if all(map(is_dataset_name, plain)) else dataset
+    return dataset
 
 
 def describe_dataset(dataset: Any) -> Any:

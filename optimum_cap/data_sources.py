@@ -62,6 +62,10 @@ def load_sources(dataset: Any) -> list[Source]:
         raise ValueError(
             f"a data set specification needs the key 'path', got {', '.join(map(str, dataset))}"
         )
+    if hasattr(dataset, "iterrows"):
+        raise TypeError(
+            "dataset is a pandas DataFrame: pass its rows, dataset=frame.to_dict('records')"
+        )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"dataset is a {type(dataset).__name__}, which cannot be drawn from at random: {_KNOWN}"

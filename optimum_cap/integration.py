@@ -32,6 +32,8 @@ _HUB_ARGUMENTS = (
 )
 _REVISION_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir")
 _hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
+_PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
+_parallel: ContextVar[list[str]] = ContextVar("parallel")
 
 
 def register() -> None:
@@ -68,6 +70,8 @@ def _prunes_and_keeps_the_record(stock: Callable[..., Any]) -> Callable[..., Any
         if "trust_remote_code" in kwargs:
             hub["trust_remote_code"] = kwargs["trust_remote_code"]
         reset = _hub_arguments.set(hub)
+        parallel = [name for name in _PARALLEL_ARGUMENTS if kwargs.get(name) is not None]
+        reset_parallel = _parallel.set(parallel)
         try:
             loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -79,6 +83,7 @@ def _prunes_and_keeps_the_record(stock: Callable[..., Any]) -> Callable[..., Any
             return loaded
         finally:
             _hub_arguments.reset(reset)
+            _parallel.reset(reset_parallel)
 
     return from_pretrained
 
@@ -116,8 +121,8 @@ def _route_pruning_config(kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("quantization_config") is not None:
         raise ValueError(
-            "pruning_config and quantization_config cannot be given together: prune first, save, "
-            "and quantize the saved model when loading it"
+            "pruning_config and quantization_config cannot be given together: prune first, save "
+            "with checkpoint_format='dense', and quantize the saved model when loading it"
         )
     kwargs["quantization_config"] = given
 
@@ -151,6 +156,18 @@ class CAPQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        parallel = _parallel.get([])
+        if (
+            parallel
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            what = "load a packed checkpoint" if self.pre_quantized else "prune a model"
+            raise ValueError(
+                f"cannot {what} whose matrices are split over devices ({', '.join(parallel)}): do "
+                "it on one process, save with checkpoint_format='dense' (or `optimum-cli cap "
+                "convert --format dense`), and load that in parallel"
+            )
         if self.pre_quantized and checkpoint_files:
             from optimum_cap.checkpoint import validate_shards
 

@@ -77,6 +77,13 @@ class CAPPruner:
         sites = find_sites(model)
         matrices = _to_prune(sites, config.modules_to_leave_dense)
         _check_weights(model, matrices)
+        total = sum(_weight(model, matrix).numel() for matrix in matrices)
+        zeros = round(config.sparsity * total)
+        if not 0 < zeros < total:
+            raise ValueError(
+                f"sparsity {config.sparsity} of {total} prunable weights is {zeros} zeros: ask for "
+                "a sparsity that prunes some weights and keeps some"
+            )
         calibration = build_calibration_set(
             config,
             _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer),
@@ -95,8 +102,7 @@ class CAPPruner:
             for matrix in matrices:
                 yield magnitude_times_importance(_weight(model, matrix), multipliers[matrix])
 
-        total = sum(_weight(model, matrix).numel() for matrix in matrices)
-        threshold = kth_smallest(importances, round(config.sparsity * total))
+        threshold = kth_smallest(importances, zeros)
         for matrix, keep in zip(matrices, keep_masks(importances(), threshold), strict=True):
             apply_mask_(_weight(model, matrix), keep)
 

@@ -136,6 +136,14 @@ def test_template_that_is_no_prefix_falls_back_to_the_common_prefix() -> None:
     assert parts(calibration, tokenizer) == [("a?;", "b;")]
 
 
+def test_template_that_prints_the_date_gives_the_same_tokens_every_day() -> None:
+    tokenizer = tiny_tokenizer(
+        "\n{{ strftime_now('%d %b %Y') }};{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    )
+    calibration = build([("a?", "b")], tokenizer, num_samples=1)
+    assert parts(calibration, tokenizer) == [("\n26 <unk>ul 2024;a?;", "b;")]
+
+
 def test_text_and_scored_tokens_all_score_everything_but_the_first_token() -> None:
     for calibration in (build(["one two"] * 4), build(PAIRS, scored_tokens="all")):
         for example in calibration.examples:
@@ -348,6 +356,12 @@ def test_bad_data_is_refused(dataset: Any, message: str) -> None:
 def test_what_is_no_data_is_refused(dataset: Any) -> None:
     with pytest.raises(TypeError, match="cannot be drawn from at random: expected a preset"):
         build(dataset)
+
+
+def test_a_data_frame_is_refused_instead_of_reading_its_column_names() -> None:
+    frame = datasets.Dataset.from_list(QUESTIONS).to_pandas()
+    with pytest.raises(TypeError, match=r"frame.to_dict\('records'\)"):
+        build(frame)
 
 
 def test_iterable_dataset_is_refused() -> None:

@@ -469,13 +469,17 @@ def test_a_save_that_was_killed_between_the_renames_is_undone_by_the_next(tmp_pa
 
 
 def test_saves_of_other_processes_are_let_alone(tmp_path: Path) -> None:
-    alive = tmp_path / f".out.saving-{platform.node()}-{os.getpid()}-abc"
-    gone = tmp_path / f".out.saving-{platform.node()}-999999999-abc"
-    elsewhere = tmp_path / ".out.saving-another.host-999999999-abc"
-    for folder in (alive, gone, elsewhere):
+    alive = tmp_path / f".out.saving-{platform.node()}-{os.getpid()}-0123abcd"
+    gone = tmp_path / f".out.saving-{platform.node()}-999999999-0123abcd"
+    elsewhere = [
+        tmp_path / ".out.saving-another.host-999999999-0123abcd",
+        tmp_path / f".out.saving-{platform.node()}-blue-999999999-0123abcd",
+        tmp_path / f".out.saving-{platform.node()}-7-999999999-0123abcd",
+    ]
+    for folder in (alive, gone, *elsewhere):
         folder.mkdir()
     pruned().save_pretrained(tmp_path / "out")
-    assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere, tmp_path / "out"])
+    assert sorted(tmp_path.iterdir()) == sorted([alive, *elsewhere, tmp_path / "out"])
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

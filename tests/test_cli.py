@@ -16,6 +16,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
+from optimum_cap.checkpoint import _MAX_SHARD_SIZE
 from optimum_cap.commands.prune import _CONFIG_FLAGS, PruneCommand
 from optimum_cap.commands.summary import format_size, sparsity_table
 from optimum_cap.record import MatrixSparsity
@@ -197,6 +198,7 @@ BAD_ARGUMENTS = {
     "--memory-budget plenty": 'memory_budget must be a number of bytes or text such as "4GB"',
     "--format zip": "checkpoint_format must be one of packed, dense, got 'zip'",
     "--dtype int8": "argument --dtype: invalid choice: 'int8'",
+    "--max-shard-size 3XB": "--max-shard-size must be a size such as 500MB, got '3XB'",
     "--private": "--private .* needs --push-to-hub",
 }
 
@@ -288,7 +290,11 @@ def test_failures_exit_with_1_and_one_line(
 
     status, _, err = cap("convert", tmp_path / "none", "--format", "dense", "-o", output)
     assert status == 1
-    assert re.fullmatch(r"optimum-cli cap convert: error: .*none.*", err)
+    assert re.fullmatch(r"optimum-cli cap convert: error: .*none' is neither a folder .*", err)
+
+    status, _, err = cap("inspect", tmp_path / "none")
+    assert status == 1
+    assert re.fullmatch(r"optimum-cli cap inspect: error: .*none' is neither a folder .*", err)
 
     status, _, err = cap("convert", dense, "--format", "zip", "-o", output)
     assert status == 2
@@ -354,6 +360,8 @@ def test_help_of_every_flag_is_one_line_with_the_default_of_the_config() -> None
         default = defaults[field]
         if default not in (dataclasses.MISSING, None):
             assert f"(default: {default})" in text, flag
+    (shards,) = (action for action in parser._actions if action.dest == "max_shard_size")
+    assert f"(default: {_MAX_SHARD_SIZE})" in shards.help
 
 
 def test_choices_in_the_help_are_those_of_the_config() -> None:

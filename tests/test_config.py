@@ -101,6 +101,11 @@ def test_paths_become_text(tmp_path: Path) -> None:
     assert CAPConfig(sparsity=0.2, dataset=tmp_path / "a.jsonl").dataset == str(
         tmp_path / "a.jsonl"
     )
+    names = [tmp_path / "a.jsonl", {"path": tmp_path / "b.csv", "text_column": "t"}, "gsm8k"]
+    expected = [f"{tmp_path}/a.jsonl", {"path": f"{tmp_path}/b.csv", "text_column": "t"}, "gsm8k"]
+    for dataset in (names, tuple(names)):
+        config = CAPConfig(sparsity=0.2, dataset=dataset)
+        assert config.to_dict()["dataset"] == json.loads(json.dumps(expected))
 
 
 def test_the_tokenizer_is_not_saved() -> None:

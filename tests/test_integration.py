@@ -378,3 +378,23 @@ print("same")
 """
     )
     assert result.stdout.strip() == "same", result.stderr
+
+
+@pytest.mark.slow
+def test_a_packed_checkpoint_is_not_split_over_ranks_while_it_is_read(packed: Path) -> None:
+    """Two real ranks: each is told what to do, instead of reading half a mask."""
+    script = packed.parent / "load.py"
+    script.write_text(
+        f"""
+import optimum_cap
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({str(packed)!r}, tp_plan="auto")
+except ValueError as error:
+    assert "save with checkpoint_format='dense'" in str(error), error
+    print("refused")
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["refused"] * 2, result.stderr

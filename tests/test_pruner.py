@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap import CAPConfig, CAPPruner, pruner
 from optimum_cap.architectures import find_sites, prunable_matrices
 from optimum_cap.attribution import causal_scores, plain_losses
 from optimum_cap.calibration import build_calibration_set
@@ -210,3 +210,12 @@ def test_an_error_leaves_the_model_as_it_was(
         CAPPruner(config(num_samples=1000)).prune(llama, tokenizer)
     assert all(torch.equal(before[name], t) for name, t in llama.state_dict().items())
     assert not hasattr(llama, "pruning_record")
+
+
+@pytest.mark.parametrize("sparsity", [1e-9, 1 - 1e-9])
+def test_a_sparsity_that_prunes_nothing_or_all_is_refused_before_scoring(
+    sparsity: float, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruner, "exact_losses", lambda *a: pytest.fail("scored"))
+    with pytest.raises(ValueError, match=f"sparsity {sparsity} of .* weights is .* zeros"):
+        CAPPruner(config(sparsity=sparsity)).prune(llama, tiny_tokenizer())

@@ -119,7 +119,11 @@ class PruneCommand(CAPSubcommand):
             metavar="DEVICE",
             help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
         )
-        add("--max-shard-size", metavar="SIZE", help="largest weight file, as 5GB (default: 50GB)")
+        add(
+            "--max-shard-size",
+            metavar="SIZE",
+            help="largest weight file before packing, as 500MB (default: 5GB)",
+        )
         add(
             "--overwrite",
             action="store_true",
@@ -149,6 +153,8 @@ class PruneCommand(CAPSubcommand):
         from optimum_cap.config import CAPConfig
 
         config = CAPConfig(**_config_values(vars(args)))
+        if args.max_shard_size:
+            _check_shard_size(args.max_shard_size)
         # Saving checks this again: weights of another model in the folder are never replaced.
         check_target(args.output.absolute())
         if args.push_to_hub:
@@ -200,6 +206,16 @@ class PruneCommand(CAPSubcommand):
             url = _upload(args.output, ours, args.push_to_hub, args.private, args.token)
             print(f"uploaded      {url}")
         _print_how_to_load(args.push_to_hub or str(args.output), prepared.config.checkpoint_format)
+
+
+def _check_shard_size(size: str) -> None:
+    """Let a size be read by what reads it when the model is saved, at the end of a long job."""
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    try:
+        parse_size_to_int(size)
+    except ValueError as error:
+        raise ValueError(f"--max-shard-size must be a size such as 500MB, got {size!r}") from error
 
 
 def _config_values(given: Mapping[str, Any]) -> dict[str, Any]:
