@@ -150,6 +150,26 @@ def prunable_matrices(sites: Iterable[Site]) -> list[Matrix]:
     return list(dict.fromkeys(Matrix(block.parameter, block.expert) for block in blocks))
 
 
+def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
+    """Return the weights of a matrix as a view `[out, in]`, whichever way they are stored."""
+    weight = matrix.of(model.get_parameter(matrix.parameter).data)
+    return weight.T if is_transposed(model, matrix) else weight
+
+
+def is_transposed(model: PreTrainedModel, matrix: Matrix) -> bool:
+    """Whether a matrix is stored as `[in, out]`."""
+    return isinstance(model.get_submodule(matrix.parameter.rpartition(".")[0]), Conv1D)
+
+
+def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
+    """Return the prunable matrices of each decoder layer."""
+    sites = list(sites)
+    layers = sorted({site.layer for site in sites})
+    return {
+        layer: prunable_matrices(site for site in sites if site.layer == layer) for layer in layers
+    }
+
+
 def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Module]:
     """Return the decoder layers of `model` in order, as named by its `sites`."""
     names = {site.layer: site.layer_name for site in sites}

@@ -7,7 +7,6 @@ rows of one batch. `plain_losses` is the definition, one hooked forward pass per
 reference that tests and benchmarks compare with.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, decoder_layers
-from optimum_cap.calibration import CalibrationExample
+from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.config import parse_size
 from optimum_cap.interventions import (
     evaluation_mode,
     float32_on_cpu,
+    hidden_of,
+    in_form_of,
     masked_unit,
+    only_last_logits,
     recorded_calls,
     replaced_forward,
     split_hidden,
@@ -158,7 +160,7 @@ def exact_losses(
         logging.tqdm(total=work, desc="Scoring", unit="tok", unit_scale=True) as progress,
     ):
         budget = _bytes(memory_budget, model.device)  # of what is free when weights are widened
-        for batch in _batches(examples, _examples_per_batch(model, examples, budget)):
+        for batch in batches(examples, _examples_per_batch(model, examples, budget)):
             wavefront = _Wavefront(model, layers, sites, batch)
             intact[batch.positions] = wavefront.intact_losses()
             rows = _streams_per_chunk(model, batch, budget)
@@ -186,7 +188,7 @@ def plain_losses(
         logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
     ):
         budget = _bytes(memory_budget, model.device)
-        for batch in _batches(examples, _examples_per_batch(model, examples, budget)):
+        for batch in batches(examples, _examples_per_batch(model, examples, budget)):
             intact[batch.positions] = _forward_losses(model, batch)
             progress.update(len(batch.positions))
             for index, (site, unit) in enumerate(jobs):
@@ -202,52 +204,32 @@ def _jobs(sites: list[Site]) -> list[tuple[Site, Unit]]:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Examples of similar length, padded on the right.
-
-    Padding needs no attention mask: under causal attention no real token sees what comes after it,
-    and padded positions are never scored.
+class _Targets:
+    """The scored tokens of a batch.
 
     Attributes:
-        positions: Index of each example in the calibration set.
-        input_ids: int64 `[examples, tokens]`.
+        examples: Number of examples.
         rows, columns: Positions of the hidden states that predict scored tokens, int64 `[scored]`.
-        targets: The scored tokens, int64 `[scored]`.
+        ids: The scored tokens, int64 `[scored]`.
     """
 
-    positions: list[int]
-    input_ids: torch.Tensor
+    examples: int
     rows: torch.Tensor
     columns: torch.Tensor
-    targets: torch.Tensor
+    ids: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Targets":
+        rows, columns = batch.scored.nonzero(as_tuple=True)
+        return cls(len(batch.positions), rows, columns - 1, batch.input_ids[rows, columns])
 
     def example_means(self, token_losses: torch.Tensor) -> torch.Tensor:
         """Average `[..., scored]` losses over the tokens of each example: `[..., examples]`."""
         rows = self.rows.cpu()
-        counts = torch.bincount(rows, minlength=len(self.positions))
-        sums = torch.zeros(*token_losses.shape[:-1], len(self.positions), dtype=torch.float64)
+        counts = torch.bincount(rows, minlength=self.examples)
+        sums = torch.zeros(*token_losses.shape[:-1], self.examples, dtype=torch.float64)
         sums.index_add_(-1, rows, token_losses.double().cpu())
         return sums / counts
-
-
-def _batches(examples: list[CalibrationExample], size: int) -> list[_Batch]:
-    """Group examples by length, the longest first so that memory runs out early if it does."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    batches = []
-    for start in range(0, len(order), size):
-        positions = order[start : start + size]
-        longest = len(examples[positions[0]].input_ids)
-        input_ids = torch.zeros(len(positions), longest, dtype=torch.long)
-        scored = torch.zeros(len(positions), longest, dtype=torch.bool)
-        for row, position in enumerate(positions):
-            example = examples[position]
-            input_ids[row, : len(example.input_ids)] = example.input_ids
-            scored[row, : len(example.input_ids)] = example.scored
-        rows, targets_at = scored.nonzero(as_tuple=True)
-        batches.append(
-            _Batch(positions, input_ids, rows, targets_at - 1, input_ids[rows, targets_at])
-        )
-    return batches
 
 
 class _Wavefront:
@@ -261,11 +243,11 @@ class _Wavefront:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: list[nn.Module], sites: list[Site], batch: _Batch
+        self, model: PreTrainedModel, layers: list[nn.Module], sites: list[Site], batch: Batch
     ) -> None:
         self.model = model
         self.layers = layers
-        self.batch = batch
+        self.targets = _Targets.of(batch)
         self.size = len(batch.positions)
         self._tokens = batch.input_ids.numel()
         self.attention = {site.layer: site for site in sites if site.kind == "attention"}
@@ -277,12 +259,12 @@ class _Wavefront:
             model(
                 input_ids=batch.input_ids.to(model.device),
                 use_cache=False,
-                **_only_last_logits(model),
+                **only_last_logits(model),
             )
 
     def intact_losses(self) -> torch.Tensor:
         """Losses of the intact model, float64 `[examples]`."""
-        output = _hidden(self.calls[f"layer {len(self.layers) - 1}"].output)
+        output = hidden_of(self.calls[f"layer {len(self.layers) - 1}"].output)
         return self._losses(self._at_scored(output))[0]
 
     def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
@@ -312,10 +294,10 @@ class _Wavefront:
         with ExitStack() as stack:
             if starting:
                 results = self._attention_results(index, starting, _every_position)
-                given = _like(self.calls[f"attention {index}"].output, results)
+                given = in_form_of(self.calls[f"attention {index}"].output, results)
                 stack.enter_context(_given_last_rows(branch, len(carried), given))
                 stack.enter_context(_masked_last_streams(self.model, starting, self._tokens))
-            return _hidden(self.layers[index](rows, *args, **kwargs))
+            return hidden_of(self.layers[index](rows, *args, **kwargs))
 
     def _through_last_layer(
         self, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
@@ -338,17 +320,17 @@ class _Wavefront:
             args, kwargs = self._arguments(index, len(carried))
             output = _output_of(branch, self.layers[index], carried, *args, **kwargs)
             rows.append(self._at_scored(carried))
-            attended.append(self._at_scored(_hidden(output)))
+            attended.append(self._at_scored(hidden_of(output)))
         if starting:
             rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
             attended.append(self._attention_results(index, starting, self._at_scored))
-        given = _like(recorded, torch.cat(attended))
+        given = in_form_of(recorded, torch.cat(attended))
         args, kwargs = self._arguments(index, self.size)
         with (
             replaced_forward(branch, lambda *args, **kwargs: given),
-            _masked_last_streams(self.model, starting, len(self.batch.targets)),
+            _masked_last_streams(self.model, starting, len(self.targets.ids)),
         ):
-            return _hidden(self.layers[index](torch.cat(rows), *args, **kwargs))
+            return hidden_of(self.layers[index](torch.cat(rows), *args, **kwargs))
 
     def _arguments(self, index: int, rows: int) -> tuple[Any, dict[str, Any]]:
         """The recorded arguments of a layer beside its input, for a number of rows."""
@@ -376,14 +358,14 @@ class _Wavefront:
             projection = self.model.get_submodule(self.attention[index].projection)
             results.append(projection(masked.flatten(0, 1)))
         if intact_streams := len(starting) - len(heads):
-            intact = select(_hidden(self.calls[f"attention {index}"].output))
+            intact = select(hidden_of(self.calls[f"attention {index}"].output))
             results.append(intact.repeat(intact_streams, 1, 1))
         return torch.cat(results)
 
     def _at_scored(self, hidden: torch.Tensor) -> torch.Tensor:
         """The positions whose logits are scored: `[streams * scored, 1, hidden]`."""
         streams = hidden.view(-1, self.size, *hidden.shape[1:])
-        rows, columns = self.batch.rows.to(hidden.device), self.batch.columns.to(hidden.device)
+        rows, columns = self.targets.rows.to(hidden.device), self.targets.columns.to(hidden.device)
         return streams[:, rows, columns].view(-1, 1, hidden.shape[-1])
 
     def _losses(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -391,15 +373,15 @@ class _Wavefront:
 
         The rest of the model (final norm, head, soft-capping) is position-wise.
         """
-        scored = len(self.batch.targets)
-        targets = self.batch.targets.repeat(len(hidden) // scored).to(self.model.device)
+        scored = len(self.targets.ids)
+        targets = self.targets.ids.repeat(len(hidden) // scored).to(self.model.device)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 21) // vocabulary)
         losses = [
             _token_losses(self._logits(hidden[start : start + step]), targets[start : start + step])
             for start in range(0, len(hidden), step)
         ]
-        return self.batch.example_means(torch.cat(losses).view(-1, scored))
+        return self.targets.example_means(torch.cat(losses).view(-1, scored))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of sequences of one token, with the decoder layers short-circuited."""
@@ -408,10 +390,10 @@ class _Wavefront:
         recorded = self.calls[f"layer {final}"].output
 
         def skip(*args: Any, **kwargs: Any) -> Any:
-            return _like(recorded, split_hidden(args, kwargs)[0])
+            return in_form_of(recorded, split_hidden(args, kwargs)[0])
 
         def give(*args: Any, **kwargs: Any) -> Any:
-            return _like(recorded, hidden)
+            return in_form_of(recorded, hidden)
 
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
@@ -430,7 +412,7 @@ def _given_last_rows(
             return given
         hidden, args, kwargs = split_hidden(args, kwargs)
         computed = own(hidden[:carried_rows], *args, **kwargs)
-        return _like(computed, torch.cat([_hidden(computed), _hidden(given)]))
+        return in_form_of(computed, torch.cat([hidden_of(computed), hidden_of(given)]))
 
     return replaced_forward(branch, forward)
 
@@ -486,16 +468,6 @@ def _every_position(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def _hidden(output: Any) -> torch.Tensor:
-    """The hidden states in what a layer or branch returned."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _like(output: Any, hidden: torch.Tensor) -> Any:
-    """`hidden` in the form of `output`: alone, or first in a tuple of as many entries."""
-    return (hidden, *[None] * (len(output) - 1)) if isinstance(output, tuple) else hidden
-
-
 def _expanded(value: Any, batch: int, times: int) -> Any:
     """Repeat along the batch dimension what was recorded for `batch` rows.
 
@@ -509,22 +481,17 @@ def _expanded(value: Any, batch: int, times: int) -> Any:
     return value
 
 
-def _forward_losses(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Mean loss per example of an ordinary forward pass, float64 `[examples]`."""
     logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
-    scored = logits[batch.rows.to(logits.device), batch.columns.to(logits.device)]
-    return batch.example_means(_token_losses(scored, batch.targets.to(logits.device)))
+    targets = _Targets.of(batch)
+    scored = logits[targets.rows.to(logits.device), targets.columns.to(logits.device)]
+    return targets.example_means(_token_losses(scored, targets.ids.to(logits.device)))
 
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy per position in float32, whatever the dtype of the logits: `[positions]`."""
     return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-
-
-def _only_last_logits(model: PreTrainedModel) -> dict[str, int]:
-    """The argument that spares logits nobody reads, where the model has it."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if known else {}
 
 
 def _bytes(memory_budget: int | str, device: torch.device) -> int:
@@ -547,7 +514,7 @@ def _examples_per_batch(
     return max(1, min(wanted, budget // 2 // per_example, len(examples)))
 
 
-def _streams_per_chunk(model: PreTrainedModel, batch: _Batch, budget: int) -> int:
+def _streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:
     """Streams that travel together, so that their activations take half of the budget."""
     config = model.config.get_text_config(decoder=True)
     count, tokens = batch.input_ids.shape

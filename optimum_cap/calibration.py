@@ -1,4 +1,4 @@
-"""Calibration data: rows -> seeded, tokenised examples with scored tokens.
+"""Calibration data: rows -> seeded, tokenised examples with scored tokens, and batches of them.
 
 Every row is a short conversation, or a plain text. Answers are scored, prompts are not. Which rows
 were taken is recorded by index and by a hash of their content, so that an evaluation can leave
@@ -56,6 +56,50 @@ class CalibrationSet:
 
     examples: list[CalibrationExample]
     record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of similar length, padded on the right.
+
+    Padding needs no attention mask: under causal attention no real token sees what comes after it.
+
+    Attributes:
+        positions: Index of each example in the calibration set.
+        input_ids: int64 `[examples, tokens]`.
+        real: bool `[examples, tokens]`, False where there is padding.
+        scored: bool `[examples, tokens]`, True where a token is a target of the loss.
+    """
+
+    positions: list[int]
+    input_ids: torch.Tensor
+    real: torch.Tensor
+    scored: torch.Tensor
+
+
+def batches(examples: list[CalibrationExample], size: int) -> list[Batch]:
+    """Group examples by length, the longest first so that memory runs out early if it does.
+
+    Args:
+        examples: The examples.
+        size: Examples per batch; the last one may have fewer.
+    """
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    made = []
+    for start in range(0, len(order), size):
+        positions = order[start : start + size]
+        longest = len(examples[positions[0]].input_ids)
+        input_ids = torch.zeros(len(positions), longest, dtype=torch.long)
+        real = torch.zeros(len(positions), longest, dtype=torch.bool)
+        scored = torch.zeros(len(positions), longest, dtype=torch.bool)
+        for row, position in enumerate(positions):
+            example = examples[position]
+            tokens = len(example.input_ids)
+            input_ids[row, :tokens] = example.input_ids
+            real[row, :tokens] = True
+            scored[row, :tokens] = example.scored
+        made.append(Batch(positions, input_ids, real, scored))
+    return made
 
 
 def build_calibration_set(

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from optimum_cap.architectures import Matrix
 from optimum_cap.formats import FORMAT_VERSION, FORMATS, check_format_version, check_parts, decode
 from optimum_cap.model_card import model_card
-from optimum_cap.record import MatrixSparsity, PruningRecord
+from optimum_cap.record import PruningRecord
 
 RECORD_NAME = "pruning_record.json"
 CONFIG_NAME = "config.json"
@@ -366,7 +366,7 @@ def _as_it_is_now(
         if parameter is not None:
             weight = matrix.of(parameter.detach())
             zeros = int((weight == 0).sum())
-            matrices.append(MatrixSparsity(known.name, zeros, weight.numel()))
+            matrices.append(dataclasses.replace(known, zeros=zeros, total=weight.numel()))
     config = getattr(model.config, "pruning_config", None) or record.config
     return dataclasses.replace(record, matrices=matrices, config=config)
 

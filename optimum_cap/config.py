@@ -13,11 +13,44 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_cap.formats import FORMATS, check_format_version
+from optimum_cap.masking import parse_pattern
 
 CONFIG_VERSION = 1
 """Version of the fields below. A reader refuses a newer one instead of guessing at its fields."""
 
-RECIPES = ("paper",)
+CRITERIA = ("cap", "magnitude", "random", "wanda", "sparsegpt")
+ALLOCATIONS = ("global", "uniform", "owl")
+_LAYER_BY_LAYER = ("wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are ranked, and how many zeros each matrix gets."""
+
+    criterion: str
+    allocation: str
+
+    @property
+    def layer_by_layer(self) -> bool:
+        """Whether a layer is pruned before the next one is looked at."""
+        return self.criterion in _LAYER_BY_LAYER
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything is measured on calibration data."""
+        return self.criterion not in ("magnitude", "random") or self.allocation == "owl"
+
+
+RECIPES = {
+    "paper": Method("cap", "global"),
+    "magnitude": Method("magnitude", "uniform"),
+    "magnitude_global": Method("magnitude", "global"),
+    "random": Method("random", "uniform"),
+    "wanda": Method("wanda", "uniform"),
+    "sparsegpt": Method("sparsegpt", "uniform"),
+    "owl_wanda": Method("wanda", "owl"),
+    "owl_sparsegpt": Method("sparsegpt", "owl"),
+}
 AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
@@ -36,8 +69,19 @@ class CAPConfig(QuantizationConfigMixin):
 
     Args:
         sparsity: Fraction of the prunable weights that become zero, strictly between 0 and 1.
-        recipe: How scores become masks. `"paper"`: importance of a weight is its magnitude times
-            the importance of its head, one global threshold (arXiv 2606.19350, Eq. 1-4).
+        recipe: A criterion with an allocation. `"paper"`: importance of a weight is its magnitude
+            times the importance of its head, one global threshold (arXiv 2606.19350, Eq. 1-4).
+            The others, to compare with: `"magnitude"`, `"magnitude_global"`, `"random"`,
+            `"wanda"`, `"sparsegpt"`, `"owl_wanda"`, `"owl_sparsegpt"`. See `docs/baselines.md`.
+        criterion: Ranks the weights, instead of the recipe's: `"cap"`, `"magnitude"`, `"random"`,
+            `"wanda"` or `"sparsegpt"`, which also updates the weights it keeps.
+        allocation: How many zeros each matrix gets, instead of the recipe's: `"global"` (one
+            threshold over all weights), `"uniform"` (the same sparsity everywhere) or `"owl"`
+            (less in layers with more outliers).
+        pattern: `"unstructured"`, or `"N:M"`: N weights kept of every M consecutive inputs, as
+            `"2:4"`; the sparsity is then 1 - N/M.
+        owl_outlier_ratio: An outlier of OWL is this many times the mean importance of its layer.
+        owl_bound: OWL lets the sparsities of two layers differ by at most twice this.
         dataset: Calibration data. A preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
             Hub id, a local json/jsonl/csv/parquet/txt file, a `datasets.Dataset`, a list of texts,
             of prompt/completion pairs or of chat messages; or a list of names and files, which mix
@@ -69,6 +113,11 @@ class CAPConfig(QuantizationConfigMixin):
     quant_method: str = field(default="cap", init=False)
     sparsity: float
     recipe: str = "paper"
+    criterion: str | None = None
+    allocation: str | None = None
+    pattern: str = "unstructured"
+    owl_outlier_ratio: float = 5.0
+    owl_bound: float = 0.08
     dataset: Any = "gsm8k"
     num_samples: int = 128
     subsets: int = 3
@@ -90,7 +139,8 @@ class CAPConfig(QuantizationConfigMixin):
                 f"optimum-cap reads up to {CONFIG_VERSION}: upgrade optimum-cap"
             )
         self._check_sparsity()
-        _check_choice("recipe", self.recipe, RECIPES)
+        _check_choice("recipe", self.recipe, tuple(RECIPES))
+        self._check_method()
         _check_choice("aggregation", self.aggregation, AGGREGATIONS)
         _check_choice("kv_combination", self.kv_combination, KV_COMBINATIONS)
         _check_choice("scored_tokens", self.scored_tokens, SCORED_TOKENS)
@@ -127,6 +177,46 @@ class CAPConfig(QuantizationConfigMixin):
                 f"weights), got {self.sparsity!r}"
             )
         self.sparsity = float(self.sparsity)
+
+    def _check_method(self) -> None:
+        if self.criterion is not None:
+            _check_choice("criterion", self.criterion, CRITERIA)
+        if self.allocation is not None:
+            _check_choice("allocation", self.allocation, ALLOCATIONS)
+        _check_positive("owl_outlier_ratio", self.owl_outlier_ratio)
+        _check_positive("owl_bound", self.owl_bound)
+        method, pattern = self.method, parse_pattern(self.pattern)
+        if method.layer_by_layer and method.allocation == "global":
+            raise ValueError(
+                f"criterion {method.criterion!r} prunes layer by layer, so there is no global "
+                "threshold: choose allocation 'uniform' or 'owl'"
+            )
+        if pattern is None:
+            return
+        kept, of = pattern
+        if method.allocation != "uniform":
+            raise ValueError(
+                f"pattern {self.pattern!r} gives every matrix the same sparsity: choose allocation "
+                f"'uniform', got {method.allocation!r}"
+            )
+        if not math.isclose(self.sparsity, 1 - kept / of, abs_tol=1e-9):
+            raise ValueError(
+                f"pattern {self.pattern!r} keeps {kept} of every {of} weights, which is sparsity "
+                f"{1 - kept / of:g}, got sparsity {self.sparsity}"
+            )
+
+    @property
+    def method(self) -> Method:
+        """Criterion and allocation: as given, else the recipe's.
+
+        A criterion that was given without an allocation is combined with `"uniform"`, and so is a
+        pattern with a recipe that has one global threshold.
+        """
+        recipe = RECIPES[self.recipe]
+        allocation = self.allocation or ("uniform" if self.criterion else recipe.allocation)
+        if self.pattern != "unstructured" and self.allocation is None and allocation == "global":
+            allocation = "uniform"
+        return Method(self.criterion or recipe.criterion, allocation)
 
     @property
     def dequantize(self) -> bool:
@@ -231,6 +321,11 @@ def parse_size(size: Any, name: str = "size") -> int:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def _check_integer(name: str, value: Any, at_least: int) -> None:

@@ -1,5 +1,6 @@
 """Context managers that record or mask parts of a forward pass, and restore all that they touch."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,6 +102,22 @@ def split_hidden(
         (),
         {key: value for key, value in kwargs.items() if key != "hidden_states"},
     )
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer or branch returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def in_form_of(output: Any, hidden: torch.Tensor) -> Any:
+    """`hidden` in the form of `output`: alone, or first in a tuple of as many entries."""
+    return (hidden, *[None] * (len(output) - 1)) if isinstance(output, tuple) else hidden
+
+
+def only_last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """The argument that spares logits nobody reads, where the model has it."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
 
 
 @contextmanager

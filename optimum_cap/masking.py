@@ -1,8 +1,9 @@
-"""Masks: the exact k-th smallest importance of any number of weights, and its application.
+"""Masks: the exact k-th smallest importance of any number of weights, and the patterns of a matrix.
 
 A mask is True where the weight is kept.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -80,6 +81,76 @@ def keep_masks(importances: Iterable[torch.Tensor], threshold: Threshold) -> Ite
         yield keep
 
 
+def lowest_in_matrix(importance: torch.Tensor, zeros: int) -> torch.Tensor:
+    """Mask the least important weights of a matrix; ties go by position.
+
+    Args:
+        importance: float32 `[out, in]`; higher means keep.
+        zeros: Number of weights to prune.
+
+    Returns:
+        bool `[out, in]`.
+    """
+    if zeros == 0:
+        return torch.ones_like(importance, dtype=torch.bool)
+    threshold = kth_smallest(lambda: (importance,), zeros)
+    return next(keep_masks((importance,), threshold))
+
+
+def lowest_in_rows(importance: torch.Tensor, zeros: int) -> torch.Tensor:
+    """Mask the least important weights of each row, as Wanda does; ties go by position.
+
+    The rows get the same number of zeros if that divides, and numbers that differ by one if not.
+
+    Args:
+        importance: float32 `[out, in]`; higher means keep.
+        zeros: Number of weights to prune in the whole matrix.
+    """
+    counts = shares(zeros, [importance.shape[1]] * len(importance))
+    order = importance.argsort(dim=1, stable=True)
+    columns = torch.arange(importance.shape[1], device=importance.device)
+    pruned = columns < torch.tensor(counts, device=importance.device).unsqueeze(1)
+    return torch.empty_like(pruned).scatter_(1, order, ~pruned)
+
+
+def most_of_each(importance: torch.Tensor, kept: int, of: int) -> torch.Tensor:
+    """Keep the `kept` most important of every `of` consecutive weights of a row; ties by position.
+
+    Args:
+        importance: float32 `[out, in]`, where `of` divides `in`; higher means keep.
+        kept: N of N:M.
+        of: M of N:M.
+    """
+    groups = importance.reshape(-1, of)
+    return lowest_in_rows(groups, len(groups) * (of - kept)).view(importance.shape)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """Return `(N, M)` of a pattern "N:M", N kept of every M; `None` of `"unstructured"`.
+
+    Raises:
+        ValueError: Neither of them.
+    """
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if match and 0 < int(match[1]) < int(match[2]):
+        return int(match[1]), int(match[2])
+    raise ValueError(
+        f'pattern must be "unstructured" or "N:M" with N weights kept of every M (such as "2:4"), '
+        f"got {pattern!r}"
+    )
+
+
+def shares(zeros: int, sizes: list[int]) -> list[int]:
+    """Split a number of zeros over parts by their sizes; each is off its share by less than one."""
+    total, before, given = sum(sizes), 0, []
+    for size in sizes:
+        given.append(zeros * (before + size) // total - zeros * before // total)
+        before += size
+    return given
+
+
 def apply_mask_(weight: torch.Tensor, keep: torch.Tensor) -> None:
     """Set `weight` to exactly +0 where `keep` is False, in place."""
     weight.masked_fill_(~keep, 0)
@@ -100,3 +171,9 @@ def _bin_of(histogram: torch.Tensor, k: int) -> tuple[int, int]:
     cumulative = histogram.cumsum(0)
     index = int(torch.searchsorted(cumulative, k))
     return index, int(cumulative[index - 1]) if index else 0
+
+
+SELECTIONS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "matrix": lowest_in_matrix,
+    "row": lowest_in_rows,
+}

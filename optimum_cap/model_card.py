@@ -7,9 +7,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from optimum_cap.config import CAPConfig
 from optimum_cap.record import MatrixSparsity, PruningRecord
 
-_TAGS = ["optimum-cap", "pruning", "sparse", "causal-attribution-pruning"]
+_TAGS = ["optimum-cap", "pruning", "sparse"]
+_TITLES = {
+    "cap": "Causal Attribution Pruning (arXiv 2606.19350)",
+    "magnitude": "magnitude pruning",
+    "random": "random pruning",
+    "wanda": "Wanda (arXiv 2306.11695)",
+    "sparsegpt": "SparseGPT (arXiv 2301.00774)",
+}
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
 
@@ -28,6 +36,7 @@ def model_card(
         tags: Further tags.
     """
     config = record.config
+    method = CAPConfig.from_dict(config).method
     base = record.base_model
     base_repo = base if base and _is_repo_id(base) else None
     pipelines = [task for ending, task in _PIPELINES.items() if class_name.endswith(ending)]
@@ -39,20 +48,24 @@ def model_card(
         # The Hub knows no relation "pruned"; its "quantized" stands for any compressed version.
         base_model_relation="quantized" if base_repo else None,
         datasets=_hub_datasets(record) or None,
-        tags=[*_TAGS, *(tags or [])],
+        tags=[
+            *_TAGS,
+            *(["causal-attribution-pruning"] if method.criterion == "cap" else []),
+            *(tags or []),
+        ],
     )
     packed = config["checkpoint_format"] == "packed"
     base_line = f"[{base}](https://huggingface.co/{base})" if base_repo else _local_name(base)
     if record.base_revision:
         base_line += f" at revision `{record.base_revision}`"
+    owl = " and OWL (arXiv 2310.05175)" if method.allocation == "owl" else ""
     sources = ", ".join(str(source["name"]) for source in record.calibration.get("sources", []))
     rows = {
         "Base model": base_line,
         "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero",
-        "Recipe": f"`{config['recipe']}`",
-        "Calibration": f"{config['num_samples']} examples of {sources or config['dataset']}, "
-        f"{config['subsets']} subsets, {config['aggregation']}, seed {config['seed']}",
-        "Scored": f"{len(record.scores)} attention heads, on {config['scored_tokens']} tokens",
+        "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
+        f"`{method.allocation}`, pattern `{config['pattern']}`)",
+        **_evidence(record, sources),
         "Left dense": ", ".join(
             ["embeddings", "norms", "routers", "LM head", *config["modules_to_leave_dense"]]
         ),
@@ -61,8 +74,8 @@ def model_card(
     lines = [
         "# Pruned model",
         "",
-        "Pruned by [optimum-cap](https://github.com/optimum-cap/optimum-cap) with Causal "
-        "Attribution Pruning (arXiv 2606.19350), without training.",
+        "Pruned by [optimum-cap](https://github.com/optimum-cap/optimum-cap) with "
+        f"{_TITLES[method.criterion]}{owl}, without training.",
         "",
         "| | |",
         "|---|---|",
@@ -81,11 +94,28 @@ def model_card(
             for name, (zeros, total) in by_projection(record.matrices).items()
         ),
         "",
-        "Scores of the heads, zeros per matrix and the calibration examples are in "
-        "`pruning_record.json`.",
+        "More is in `pruning_record.json`: zeros per matrix, scores of the heads and calibration "
+        "examples where there are any.",
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
+    """What the importances rest on."""
+    config = record.config
+    rows = {}
+    if record.calibration:
+        rows["Calibration"] = (
+            f"{config['num_samples']} examples of {sources or config['dataset']}, seed "
+            f"{config['seed']}"
+        )
+    if record.scores:
+        rows["Scored"] = (
+            f"{len(record.scores)} attention heads, on {config['scored_tokens']} tokens; "
+            f"{config['aggregation']} of {config['subsets']} subsets"
+        )
+    return rows
 
 
 def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:

@@ -2,26 +2,48 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.architectures import Matrix, Site, find_sites, prunable_matrices
+from optimum_cap.activations import InputStatistics, LayerWalk
+from optimum_cap.allocation import ALLOCATIONS
+from optimum_cap.architectures import (
+    Matrix,
+    Site,
+    decoder_layers,
+    find_sites,
+    is_transposed,
+    matrices_by_layer,
+    oriented,
+    prunable_matrices,
+)
 from optimum_cap.attribution import CausalScores, causal_scores, exact_losses
-from optimum_cap.calibration import CalibrationSet, build_calibration_set
+from optimum_cap.calibration import CalibrationExample, CalibrationSet, build_calibration_set
 from optimum_cap.checkpoint import attach
 from optimum_cap.config import CAPConfig
 from optimum_cap.criteria import (
+    CRITERIA,
+    Criterion,
+    Evidence,
     UnitKey,
     head_importances,
-    magnitude_times_importance,
     region_importances,
     unit_importances,
 )
-from optimum_cap.masking import Threshold, apply_mask_, keep_masks, kth_smallest
+from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.masking import (
+    SELECTIONS,
+    apply_mask_,
+    keep_masks,
+    kth_smallest,
+    most_of_each,
+    parse_pattern,
+)
+from optimum_cap.reconstruction import RECONSTRUCTIONS
 from optimum_cap.record import MatrixSparsity, PruningRecord, UnitScore
 
 logger = logging.get_logger(__name__)
@@ -55,7 +77,8 @@ class CAPPruner:
         """Score, rank and zero the weights of `model`, in place.
 
         Nothing is changed before everything is known: an error or an interrupt before the last step
-        leaves the model as it was.
+        leaves the model as it was. Criteria that prune layer by layer (Wanda, SparseGPT) cannot do
+        so: interrupted, they leave the first layers pruned, and say so.
 
         Args:
             model: A decoder-only causal language model in any float dtype.
@@ -77,38 +100,176 @@ class CAPPruner:
         sites = find_sites(model)
         matrices = _to_prune(sites, config.modules_to_leave_dense)
         _check_weights(model, matrices)
-        total = sum(_weight(model, matrix).numel() for matrix in matrices)
+        total = sum(oriented(model, matrix).numel() for matrix in matrices)
         zeros = round(config.sparsity * total)
         if not 0 < zeros < total:
             raise ValueError(
                 f"sparsity {config.sparsity} of {total} prunable weights is {zeros} zeros: ask for "
                 "a sparsity that prunes some weights and keeps some"
             )
-        calibration = build_calibration_set(
-            config,
-            _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer),
-            max_length=_max_length(model),
-        )
+        _check_pattern(model, matrices, config.pattern)
+        calibration = None
+        if config.method.needs_data:
+            tokenizer = _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer)
+            calibration = build_calibration_set(config, tokenizer, max_length=_max_length(model))
+        work = _Work(model, config, sites, matrices, calibration.examples if calibration else [])
 
-        attention = [site for site in sites if site.kind == "attention"]
-        losses = exact_losses(model, attention, calibration.examples, config.memory_budget)
-        scores = causal_scores(losses, config.subsets, config.aggregation)
-        heads = _head_importances(scores)
-        multipliers = region_importances(
-            sites, unit_importances(sites, heads), config.kv_combination
-        )
+        if config.method.criterion == "cap":
+            work.score_heads()
+        if config.method.allocation == "global":
+            work.prune_below_one_threshold_(zeros)
+        else:
+            allocate = ALLOCATIONS[config.method.allocation]
+            shares = allocate(model, sites, work.layers, zeros, work.examples, config)
+            if config.method.layer_by_layer:
+                work.prune_layer_by_layer_(shares)
+            else:
+                work.prune_each_matrix_(shares)
 
-        def importances() -> Iterator[torch.Tensor]:
-            for matrix in matrices:
-                yield magnitude_times_importance(_weight(model, matrix), multipliers[matrix])
-
-        threshold = kth_smallest(importances, zeros)
-        for matrix, keep in zip(matrices, keep_masks(importances(), threshold), strict=True):
-            apply_mask_(_weight(model, matrix), keep)
-
-        record = _record(model, config, matrices, scores, heads, calibration, threshold)
+        record = work.record(calibration)
         attach(model, dataclasses.replace(record, base_revision=base_revision))
         return model
+
+
+class _Work:
+    """One run of the pruner: what is known so far, and the steps that change the weights."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: CAPConfig,
+        sites: list[Site],
+        matrices: list[Matrix],
+        examples: list[CalibrationExample],
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.sites = sites
+        self.matrices = matrices
+        self.examples = examples
+        chosen = set(matrices)
+        self.layers = {
+            layer: [matrix for matrix in own if matrix in chosen]
+            for layer, own in matrices_by_layer(sites).items()
+        }
+        self.pattern = parse_pattern(config.pattern)
+        self.scores: CausalScores | None = None
+        self.heads: dict[UnitKey, float] = {}
+        self.threshold: float | None = None
+        self.tokens: dict[Matrix, int] = {}
+        self._regions: dict[Matrix, torch.Tensor] = {}
+
+    def score_heads(self) -> None:
+        """Measure the causal scores, and spread the importances of the heads over the weights."""
+        config = self.config
+        attention = [site for site in self.sites if site.kind == "attention"]
+        losses = exact_losses(self.model, attention, self.examples, config.memory_budget)
+        self.scores = causal_scores(losses, config.subsets, config.aggregation)
+        self.heads = _head_importances(self.scores)
+        importances = unit_importances(self.sites, self.heads)
+        self._regions = region_importances(self.sites, importances, config.kv_combination)
+
+    def prune_below_one_threshold_(self, zeros: int) -> None:
+        """Zero the least important weights of the whole model."""
+
+        def importances() -> Iterator[torch.Tensor]:
+            return (self._importance(matrix) for matrix in self.matrices)
+
+        threshold = kth_smallest(importances, zeros)
+        for matrix, keep in zip(self.matrices, keep_masks(importances(), threshold), strict=True):
+            apply_mask_(oriented(self.model, matrix), keep)
+        self.threshold = threshold.value
+
+    def prune_each_matrix_(self, shares: Mapping[Matrix, int]) -> None:
+        """Zero so many of the least important weights of each matrix."""
+        for matrix, zeros in shares.items():
+            self._mask_(matrix, self._importance(matrix), zeros)
+
+    def prune_layer_by_layer_(self, shares: Mapping[Matrix, int]) -> None:
+        """Do the same by what the inputs of each matrix are when all layers before are pruned."""
+        model, method = self.model, self.config.method
+        reconstruct = RECONSTRUCTIONS.get(method.criterion)
+        count = len(decoder_layers(model, self.sites))
+        with (
+            evaluation_mode(model),
+            float32_on_cpu(model),
+            logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
+        ):
+            walk = LayerWalk(model, self.sites, self.examples)
+            for index in range(count):
+                try:
+                    own = self.layers[index]
+                    statistics = walk.statistics(index, own, gram=reconstruct is not None)
+                    for matrix in own:
+                        inputs, zeros = statistics[matrix], shares[matrix]
+                        self.tokens[matrix] = inputs.tokens
+                        if reconstruct is None:
+                            self._mask_(matrix, self._importance(matrix, inputs), zeros)
+                            continue
+                        weight = oriented(model, matrix)
+                        weight.copy_(reconstruct(weight, inputs, zeros, self.pattern, matrix.name))
+                    walk.advance(index)
+                except BaseException:
+                    logger.warning(
+                        f"pruning stopped in layer {index} of {count}; the layers before it are "
+                        "pruned already: load the model again before you use or prune it"
+                    )
+                    raise
+                progress.update()
+        self._warn_of_few_tokens()
+
+    def record(self, calibration: CalibrationSet | None) -> PruningRecord:
+        """Say what was done."""
+        return PruningRecord(
+            config=self.config.to_dict(),
+            base_model=self.model.name_or_path or None,
+            base_revision=None,
+            matrices=[
+                MatrixSparsity(
+                    matrix.name,
+                    int((oriented(self.model, matrix) == 0).sum()),
+                    oriented(self.model, matrix).numel(),
+                    self.tokens.get(matrix),
+                )
+                for matrix in self.matrices
+            ],
+            scores=_unit_scores(self.scores, self.heads) if self.scores else [],
+            calibration=calibration.record if calibration else {},
+            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            threshold=self.threshold,
+            intact_loss=self.scores.intact_loss if self.scores else None,
+        )
+
+    @property
+    def criterion(self) -> Criterion:
+        return CRITERIA[self.config.method.criterion]
+
+    def _importance(self, matrix: Matrix, inputs: InputStatistics | None = None) -> torch.Tensor:
+        regions = self._regions.get(matrix)
+        if regions is not None and is_transposed(self.model, matrix):
+            regions = regions.T
+        evidence = Evidence(matrix.name, self.config.seed, regions, inputs)
+        return self.criterion.importance(oriented(self.model, matrix), evidence)
+
+    def _mask_(self, matrix: Matrix, importance: torch.Tensor, zeros: int) -> None:
+        if self.pattern is None:
+            keep = SELECTIONS[self.criterion.compared](importance, zeros)
+        else:
+            keep = most_of_each(importance, *self.pattern)
+        apply_mask_(oriented(self.model, matrix), keep)
+
+    def _warn_of_few_tokens(self) -> None:
+        few = [
+            matrix.name
+            for matrix, tokens in self.tokens.items()
+            if tokens < oriented(self.model, matrix).shape[1]
+        ]
+        if few:
+            logger.warning(
+                f"{len(few)} of {len(self.tokens)} matrices saw fewer calibration tokens than they "
+                f"have inputs ({', '.join(few[:3])}{', ...' if len(few) > 3 else ''}); the record "
+                "has the numbers: more or longer calibration examples help"
+            )
 
 
 def _to_prune(sites: list[Site], leave_dense: list[str]) -> list[Matrix]:
@@ -130,13 +291,21 @@ def _to_prune(sites: list[Site], leave_dense: list[str]) -> list[Matrix]:
     return kept
 
 
-def _weight(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
-    return matrix.of(model.get_parameter(matrix.parameter).data)
+def _check_pattern(model: PreTrainedModel, matrices: list[Matrix], pattern: str) -> None:
+    if (parsed := parse_pattern(pattern)) is None:
+        return
+    for matrix in matrices:
+        if (inputs := oriented(model, matrix).shape[1]) % parsed[1]:
+            raise ValueError(
+                f"pattern {pattern!r} does not fit {matrix.name}, which has {inputs} inputs, no "
+                f"multiple of {parsed[1]}: leave it dense (modules_to_leave_dense), or choose "
+                "another pattern"
+            )
 
 
 def _check_weights(model: PreTrainedModel, matrices: list[Matrix]) -> None:
     for matrix in matrices:
-        weight = _weight(model, matrix)
+        weight = oriented(model, matrix)
         if weight.device.type == "meta":
             raise ValueError(
                 f"{matrix.name} is not in memory (offloaded to disk, or on the meta device): load "
@@ -192,41 +361,19 @@ def _head_importances(scores: CausalScores) -> dict[UnitKey, float]:
     }
 
 
-def _record(
-    model: PreTrainedModel,
-    config: CAPConfig,
-    matrices: list[Matrix],
-    scores: CausalScores,
-    heads: dict[UnitKey, float],
-    calibration: CalibrationSet,
-    threshold: Threshold,
-) -> PruningRecord:
-    zeros = [int((_weight(model, matrix) == 0).sum()) for matrix in matrices]
-    return PruningRecord(
-        config=config.to_dict(),
-        base_model=model.name_or_path or None,
-        base_revision=None,
-        matrices=[
-            MatrixSparsity(matrix.name, count, _weight(model, matrix).numel())
-            for matrix, count in zip(matrices, zeros, strict=True)
-        ],
-        scores=[
-            UnitScore(
-                site=site.name,
-                unit=unit.index,
-                layer=site.layer,
-                score=_finite(scores.scores[index]),
-                standard_error=_finite(scores.standard_errors[index]),
-                importance=heads[site.name, unit.index],
-                nonfinite=int(scores.nonfinite[index]),
-            )
-            for index, (site, unit) in enumerate(scores.units)
-        ],
-        calibration=calibration.record,
-        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
-        threshold=threshold.value,
-        intact_loss=scores.intact_loss,
-    )
+def _unit_scores(scores: CausalScores, heads: Mapping[UnitKey, float]) -> list[UnitScore]:
+    return [
+        UnitScore(
+            site=site.name,
+            unit=unit.index,
+            layer=site.layer,
+            score=_finite(scores.scores[index]),
+            standard_error=_finite(scores.standard_errors[index]),
+            importance=heads[site.name, unit.index],
+            nonfinite=int(scores.nonfinite[index]),
+        )
+        for index, (site, unit) in enumerate(scores.units)
+    ]
 
 
 def _finite(value: torch.Tensor) -> float | None:

@@ -14,11 +14,13 @@ class MatrixSparsity:
             `model.layers.0.mlp.experts.down_proj[3]`.
         zeros: Number of weights that are exactly zero.
         total: Number of weights.
+        tokens: Number of calibration tokens that its inputs were measured on, where they were.
     """
 
     name: str
     zeros: int
     total: int
+    tokens: int | None = None
 
     @property
     def sparsity(self) -> float:

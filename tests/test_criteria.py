@@ -6,6 +6,7 @@ from tiny_models import tiny_model
 
 from optimum_cap.architectures import Matrix, find_sites
 from optimum_cap.criteria import (
+    Evidence,
     head_importances,
     magnitude_times_importance,
     region_importances,
@@ -64,7 +65,7 @@ def test_importances_broadcast_against_every_matrix(architecture: str) -> None:
     for matrix, importance in region_importances(sites, unit_importances(sites, heads)).items():
         weight = matrix.of(model.get_parameter(matrix.parameter))
         before = weight.detach().clone()
-        product = magnitude_times_importance(weight, importance)
+        product = magnitude_times_importance(weight, Evidence("", regions=importance))
         assert product.dtype == torch.float32
         torch.testing.assert_close(product, before.abs())
         assert torch.equal(weight, before)

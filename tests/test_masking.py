@@ -4,9 +4,21 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optimum_cap import masking
-from optimum_cap.masking import Threshold, apply_mask_, keep_masks, kth_smallest
+from optimum_cap.masking import (
+    Threshold,
+    apply_mask_,
+    keep_masks,
+    kth_smallest,
+    lowest_in_matrix,
+    lowest_in_rows,
+    most_of_each,
+    parse_pattern,
+    shares,
+)
 
 
 def source(*tensors: torch.Tensor) -> Callable[[], Iterable[torch.Tensor]]:
@@ -73,3 +85,63 @@ def test_apply_mask_gives_positive_zero() -> None:
     apply_mask_(weight, torch.tensor([False, True, True]))
     assert weight.tolist() == [0.0, -2.0, 3.0]
     assert not weight[0].signbit()
+
+
+# Patterns of one matrix
+
+
+def by_rows(importance: torch.Tensor, counts: list[int]) -> list[list[bool]]:
+    """The definition, one row after the other: the lowest go, of equals the first."""
+    kept = []
+    for row, count in zip(importance.tolist(), counts, strict=True):
+        order = sorted(range(len(row)), key=lambda column: (row[column], column))
+        kept.append([column not in order[:count] for column in range(len(row))])
+    return kept
+
+
+# Few distinct values: there are many ties.
+matrices = st.integers(0, 10_000).map(
+    lambda seed: torch.randint(0, 6, (5, 12), generator=torch.Generator().manual_seed(seed)).float()
+)
+
+
+@given(matrices, st.integers(0, 60))
+def test_lowest_in_matrix(importance: torch.Tensor, zeros: int) -> None:
+    (expected,) = by_rows(importance.reshape(1, -1), [zeros])
+    assert lowest_in_matrix(importance, zeros).flatten().tolist() == expected
+
+
+@given(matrices, st.integers(0, 60))
+def test_lowest_in_rows(importance: torch.Tensor, zeros: int) -> None:
+    counts = [zeros * (row + 1) // 5 - zeros * row // 5 for row in range(5)]
+    assert sum(counts) == zeros
+    assert lowest_in_rows(importance, zeros).tolist() == by_rows(importance, counts)
+
+
+@given(matrices, st.sampled_from([(2, 4), (1, 4), (3, 4), (4, 6), (1, 2), (1, 12)]))
+def test_most_of_each(importance: torch.Tensor, pattern: tuple[int, int]) -> None:
+    kept, of = pattern
+    groups = importance.view(-1, of)
+    expected = torch.tensor(by_rows(groups, [of - kept] * len(groups))).view(5, 12)
+    assert torch.equal(most_of_each(importance, kept, of), expected)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=20), st.floats(0, 1))
+def test_shares_add_up_and_are_proportional(sizes: list[int], fraction: float) -> None:
+    zeros = round(fraction * sum(sizes))
+    parts = shares(zeros, sizes)
+    assert sum(parts) == zeros
+    for part, size in zip(parts, sizes, strict=True):
+        assert 0 <= part <= size
+        assert abs(part - zeros * size / sum(sizes)) < 1 + 1e-9
+
+
+def test_patterns_are_parsed() -> None:
+    assert parse_pattern("unstructured") is None
+    assert parse_pattern("2:4") == (2, 4)
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "0:4", "4:4", "2/4", "", None, 2])
+def test_what_is_no_pattern_is_refused(pattern: object) -> None:
+    with pytest.raises(ValueError, match=f'"N:M" with N weights kept .* got {pattern!r}'):
+        parse_pattern(pattern)

@@ -24,7 +24,31 @@ def _size(text: str) -> int | str:
 # live in CAPConfig alone; a test compares the words here with them.
 _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--sparsity", "sparsity", float, "fraction of the weights to zero, between 0 and 1"),
-    ("--recipe", "recipe", str, "how scores become masks: paper (default: paper)"),
+    (
+        "--recipe",
+        "recipe",
+        str,
+        "paper, magnitude, magnitude_global, random, wanda, sparsegpt, owl_wanda, owl_sparsegpt "
+        "(default: paper)",
+    ),
+    (
+        "--criterion",
+        "criterion",
+        str,
+        "ranks the weights: cap, magnitude, random, wanda, sparsegpt (default: that of the recipe)",
+    ),
+    (
+        "--allocation",
+        "allocation",
+        str,
+        "zeros per matrix: global threshold, uniform or owl (default: that of the recipe)",
+    ),
+    (
+        "--pattern",
+        "pattern",
+        str,
+        "unstructured, or N:M, N weights kept of every M, as 2:4 (default: unstructured)",
+    ),
     ("--num-samples", "num_samples", int, "number of calibration examples (default: 128)"),
     ("--subsets", "subsets", int, "number of disjoint calibration subsets (default: 3)"),
     (
@@ -79,7 +103,7 @@ class PruneCommand(CAPSubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
-        parser.description = "Prune a causal language model by causal attribution and save it."
+        parser.description = "Prune a causal language model and save it."
         add = parser.add_argument
         add("-m", "--model", required=True, help="Hub id or folder of the model to prune")
         add("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write")
@@ -167,8 +191,10 @@ class PruneCommand(CAPSubcommand):
             token=args.token,
         )
         config.tokenizer = tokenizer
-        # Made again when the model prunes; here it shows what is wrong with the data in a second.
-        build_calibration_set(config, tokenizer)
+        if config.method.needs_data:
+            # Made again when the model prunes; here it shows what is wrong with the data in a
+            # second.
+            build_calibration_set(config, tokenizer)
         return _Prepared(config, tokenizer)
 
     def execute(self, prepared: _Prepared) -> None:

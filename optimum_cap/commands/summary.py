@@ -15,10 +15,9 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 def print_summary(summary: "CheckpointSummary") -> None:
     """Print one line per fact: heads, weights, sparsity, threshold, size."""
     record = summary.record
-    heads = f"{len(record.scores)} scored"
     if record.scores:
-        heads += f" in {len({score.layer for score in record.scores})} layers"
-    print(f"heads         {heads}")
+        layers = len({score.layer for score in record.scores})
+        print(f"heads         {len(record.scores)} scored in {layers} layers")
     for label, ranked in _ranked(record.scores):
         print(f"{label:13} {ranked}")
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")

@@ -1,0 +1,250 @@
+"""What the inputs of the prunable matrices look like on the calibration set, layer by layer.
+
+`LayerWalk` takes the calibration set through the model one decoder layer at a time, so that a layer
+can be pruned before the next one is looked at, as the reference codes of Wanda and SparseGPT do
+(https://github.com/locuslab/wanda, `lib/prune.py`). Only the hidden states between two layers are
+kept.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.architectures import Matrix, Site, decoder_layers
+from optimum_cap.calibration import CalibrationExample, batches
+from optimum_cap.interventions import (
+    hidden_of,
+    in_form_of,
+    only_last_logits,
+    recorded_calls,
+    replaced_forward,
+    split_hidden,
+)
+
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass
+class InputStatistics:
+    """Second moments of the input of a matrix, summed over the calibration tokens that reach it.
+
+    Padding does not count. Of a mixture of experts, an expert's matrices see the tokens that are
+    routed to it.
+
+    Attributes:
+        tokens: Number of tokens.
+        squares: Sum of x_i^2, float32 `[in]`.
+        gram: Sum of x_i x_j, float32 `[in, in]`; `None` where it was not asked for.
+    """
+
+    tokens: int
+    squares: torch.Tensor
+    gram: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device, gram: bool) -> "InputStatistics":
+        """Statistics of no tokens yet."""
+        return cls(
+            0,
+            torch.zeros(width, device=device),
+            torch.zeros(width, width, device=device) if gram else None,
+        )
+
+    def add_(self, inputs: torch.Tensor) -> None:
+        """Add tokens, `[tokens, in]`."""
+        inputs = inputs.float()
+        self.tokens += len(inputs)
+        if self.gram is None:
+            self.squares += inputs.square().sum(dim=0)
+        else:
+            self.gram.addmm_(inputs.T, inputs)
+            self.squares = self.gram.diagonal().clone()
+
+
+class LayerWalk:
+    """The calibration set on its way through the decoder layers of a model.
+
+    Args:
+        model: The model, in evaluation mode and without gradients.
+        sites: All sites of the model.
+        examples: The calibration examples.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, sites: list[Site], examples: list[CalibrationExample]
+    ) -> None:
+        self.model = model
+        self.layers = decoder_layers(model, sites)
+        longest = max(len(example.input_ids) for example in examples)
+        size = max(1, _TOKENS_PER_BATCH.get(model.device.type, 2048) // longest)
+        self._streams = [
+            _Stream(batch.real, *_first_input(model, self.layers, batch.input_ids))
+            for batch in batches(examples, size)
+        ]
+
+    def statistics(
+        self, index: int, matrices: Iterable[Matrix], gram: bool = False, advance: bool = False
+    ) -> dict[Matrix, InputStatistics]:
+        """Run layer `index` as it is now and return the statistics of its matrices' inputs.
+
+        Args:
+            index: The layer; all before it have been passed with `advance`.
+            matrices: Prunable matrices of this layer. Those that have the same input share their
+                statistics.
+            gram: Whether to sum x_i x_j too.
+            advance: Whether to pass the layer as well, as `advance` does.
+
+        Raises:
+            ValueError: A matrix is run in a way whose inputs cannot be seen.
+        """
+        collector = _Collector(self.model, list(matrices), gram)
+        for stream in self._streams:
+            with collector.collecting(stream.real):
+                output = self._run(index, stream)
+            if advance:
+                stream.hidden = output
+        return collector.statistics
+
+    def advance(self, index: int) -> None:
+        """Run layer `index` as it is now; its outputs become the inputs of the next one."""
+        for stream in self._streams:
+            stream.hidden = self._run(index, stream)
+
+    def _run(self, index: int, stream: "_Stream") -> torch.Tensor:
+        args, kwargs = stream.arguments[index]
+        return hidden_of(self.layers[index](stream.hidden, *args, **kwargs))
+
+
+@dataclass
+class _Stream:
+    """One batch between two layers: which positions are real, hidden states, layer arguments."""
+
+    real: torch.Tensor
+    hidden: torch.Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _first_input(
+    model: PreTrainedModel, layers: list[nn.Module], input_ids: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Input of the first layer, and the other arguments of every layer; no layer runs."""
+    # How each layer returns its output is seen on a single token.
+    named = {str(index): layer for index, layer in enumerate(layers)}
+    with recorded_calls(named) as calls:
+        model(input_ids=input_ids[:1, :1].to(model.device), use_cache=False)
+    inputs: list[torch.Tensor] = []
+    arguments = []
+
+    def skip(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest, keywords = split_hidden(args, kwargs)
+            inputs.append(hidden)
+            arguments.append((rest, keywords))
+            return in_form_of(calls[str(index)].output, hidden)
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(replaced_forward(layer, skip(index)))
+        model(input_ids=input_ids.to(model.device), use_cache=False, **only_last_logits(model))
+    return inputs[0], arguments
+
+
+class _Collector:
+    """Adds up statistics while a layer runs."""
+
+    def __init__(self, model: PreTrainedModel, matrices: list[Matrix], gram: bool) -> None:
+        self.statistics: dict[Matrix, InputStatistics] = {}
+        self._gram = gram
+        self._projections: list[tuple[nn.Module, Matrix]] = []
+        self._experts: dict[nn.Module, list[Matrix]] = {}
+        for matrix in matrices:
+            owner, _, name = matrix.parameter.rpartition(".")
+            module = model.get_submodule(owner)
+            if matrix.expert is None:
+                self._projections.append((module, matrix))
+            elif name in _EXPERT_INPUTS:
+                self._experts.setdefault(module, []).append(matrix)
+            else:
+                raise ValueError(
+                    f"{matrix.name}: how an expert's input of {name!r} comes about is not known "
+                    f"(known: {', '.join(_EXPERT_INPUTS)}); criteria that look at inputs cannot "
+                    "prune it. Add it to _EXPERT_INPUTS in optimum_cap/activations.py"
+                )
+
+    @contextmanager
+    def collecting(self, real: torch.Tensor) -> Iterator[None]:
+        """Add what the layer sees in this context at the positions that are `real`."""
+        flat = real.flatten()
+        seen: list[tuple[torch.Tensor, InputStatistics]] = []
+
+        def projection_hook(matrix: Matrix) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                inputs = args[0]
+                for tensor, statistics in seen:
+                    if tensor is inputs:
+                        self.statistics[matrix] = statistics
+                        return
+                rows = inputs.reshape(-1, inputs.shape[-1])
+                if len(rows) != len(flat):
+                    raise ValueError(
+                        f"{matrix.name} saw {len(rows)} tokens of {len(flat)}: which of them are "
+                        "padding cannot be told, so criteria that look at inputs cannot prune it"
+                    )
+                statistics = self._of(matrix, rows)
+                statistics.add_(rows[flat.to(rows.device)])
+                seen.append((inputs, statistics))
+
+            return hook
+
+        def experts_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            hidden, chosen = args[0], args[1]
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            is_real = flat.to(rows.device)
+            for matrix in self._experts[module]:
+                routed = (chosen == matrix.expert).any(dim=-1) & is_real
+                inputs = _EXPERT_INPUTS[matrix.parameter.rpartition(".")[2]](
+                    module, matrix, rows[routed]
+                )
+                self._of(matrix, inputs).add_(inputs)
+
+        with ExitStack() as stack:
+            for module, matrix in self._projections:
+                handle = module.register_forward_pre_hook(projection_hook(matrix))
+                stack.callback(handle.remove)
+            for module in self._experts:
+                stack.callback(module.register_forward_pre_hook(experts_hook).remove)
+            yield
+
+    def _of(self, matrix: Matrix, inputs: torch.Tensor) -> InputStatistics:
+        if matrix not in self.statistics:
+            self.statistics[matrix] = InputStatistics.empty(
+                inputs.shape[-1], inputs.device, self._gram
+            )
+        return self.statistics[matrix]
+
+
+# Inputs of an expert's projection, from the tokens `[tokens, hidden]` that are routed to it.
+
+
+def _hidden_states(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def _gated(module: Any, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    activated: torch.Tensor = module._apply_gate(
+        nn.functional.linear(hidden, module.gate_up_proj[matrix.expert])
+    )
+    return activated
+
+
+_EXPERT_INPUTS: dict[str, Callable[[Any, Matrix, torch.Tensor], torch.Tensor]] = {
+    "gate_up_proj": _hidden_states,
+    "down_proj": _gated,
+}
