@@ -5,12 +5,14 @@ method `"cap"`. It imports neither torch nor transformers: the registration wait
 loads its modelling code, so that `optimum-cli --help` stays quick.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from optimum_cap._registration import register_with_transformers
 from optimum_cap.version import __version__
 
 if TYPE_CHECKING:
+    from optimum_cap import evaluation as evaluation
     from optimum_cap.config import CAPConfig
     from optimum_cap.pruner import CAPPruner
 
@@ -20,7 +22,7 @@ register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, because both import transformers and torch.
+    # Lazy, because all of them import transformers and torch.
     if name == "CAPConfig":
         from optimum_cap.config import CAPConfig
 
@@ -29,6 +31,8 @@ def __getattr__(name: str) -> Any:
         from optimum_cap.pruner import CAPPruner
 
         return CAPPruner
+    if name == "evaluation":
+        return importlib.import_module("optimum_cap.evaluation")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

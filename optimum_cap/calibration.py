@@ -22,7 +22,7 @@ _DEFAULT_MAX_LENGTH = 2048
 # Some templates (Llama 3) print the date; calibration must not change from day to day. The date is
 # the one that they fall back to; the empty output keeps a line feed that the template starts with.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
-_SEPARATOR = "\n"  # between prompt and answer where the tokenizer has no chat template
+SEPARATOR = "\n"  # between prompt and answer where the tokenizer has no chat template
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _encode_plain(
     """Join the turns by line feeds and end with the end-of-sequence token, if there is one."""
     text, spans = "", []
     for role, turn in conversation.turns:
-        before = text + _SEPARATOR if text else ""
+        before = text + SEPARATOR if text else ""
         text = before + turn
         if role == "assistant":
             spans.append((before, text))

@@ -37,12 +37,21 @@ def row_digest(prompt: str, answer: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set: its rows, how to read one, and what to record of it."""
+    """One data set.
+
+    Attributes:
+        name: What to call it.
+        rows: What is drawn from.
+        read: Reads a row.
+        details: What to record of it.
+        published: The rows of a preset before they were regrouped; empty for other data.
+    """
 
     name: str
     rows: Sequence[Any]
     read: Callable[[Any], Conversation]
     details: dict[str, Any]
+    published: Sequence[Any] = ()
 
 
 def load_sources(dataset: Any) -> list[Source]:
@@ -112,7 +121,7 @@ def _named(entry: Any) -> Source:
         name = path
     if "preset" in options:
         preset = PRESETS[options["preset"]]
-        return Source(name, preset.prepare(rows), _checked(name, preset.read), details)
+        return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows)
     return Source(name, rows, _reader(name, rows[0], options), details)
 
 
@@ -124,7 +133,7 @@ def _preset_from_hub(name: str, options: dict[str, Any]) -> Source:
         options.get("split", preset.split),
         options.get("revision", preset.revision),
     )
-    return Source(name, preset.prepare(rows), _checked(name, preset.read), details)
+    return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows)
 
 
 def _load_from_hub(

@@ -1,0 +1,449 @@
+"""Accuracy and perplexity of a model, dense or pruned, with lm-evaluation-harness as the engine.
+
+`evaluate` reads like the way of the data: tasks, model, exclusions, responses or losses, results.
+"""
+
+import copy
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from optimum_cap.calibration import SEPARATOR
+from optimum_cap.evaluation_results import (
+    AccuracyResult,
+    Answer,
+    Evaluation,
+    PerplexityResult,
+    Window,
+)
+from optimum_cap.evaluation_tasks import (
+    DEFAULT_TASKS,
+    TASKS,
+    Question,
+    Text,
+    extract_of,
+    load_questions,
+    load_text,
+    resolve_tasks,
+)
+from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+
+_LONGEST_WINDOW = 2048  # tokens; as in the papers on pruning and quantization
+_LEAST_ANSWER = 16  # tokens that must be left for an answer after the longest question
+_VERSIONED = ("optimum-cap", "lm-eval", "torch", "transformers")
+
+TaskData = dict[str, tuple[Any, dict[str, Any]]]
+_T = TypeVar("_T")
+
+
+def load_task_data(tasks: str | Iterable[str], data_dir: str | Path | None = None) -> TaskData:
+    """Read the data of tasks, so that what is wrong with them shows before a model is loaded.
+
+    Args:
+        tasks: Names of tasks or groups; a text may hold several, separated by commas.
+        data_dir: Folder that holds the files of the data sets; `None` takes them from the Hub.
+
+    Returns:
+        Questions, or the text, and where they are from, per task.
+
+    Raises:
+        ValueError: An unknown task, or data that cannot be used.
+        FileNotFoundError: A file that does not exist; the message says where it was looked for.
+        ImportError: lm-evaluation-harness is not installed.
+    """
+    names = resolve_tasks(tasks)
+    _harness("lm_eval")
+    folder = None if data_dir is None else Path(data_dir)
+    return {
+        name: (load_text if TASKS[name].extract is None else load_questions)(name, folder)
+        for name in names
+    }
+
+
+def check_counts(limit: int | None, batch_size: int) -> None:
+    """Raise a `ValueError` for a count that `evaluate` cannot take."""
+    for label, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{label} must be an integer of at least 1, got {value!r}")
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    tokenizer: Any = None,
+    *,
+    tasks: str | Iterable[str] = DEFAULT_TASKS,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    data: TaskData | None = None,
+    **load_options: Any,
+) -> Evaluation:
+    """Measure accuracy with worked answers, and perplexity.
+
+    A question is put without examples, through the tokenizer's chat template where there is one,
+    with the same prompt as in calibration. Decoding is greedy. What a pruned model was calibrated
+    on (`model.pruning_record`) is left out.
+
+    Args:
+        model: A causal language model, or the name of one. It is left as it was.
+        tokenizer: Its tokenizer; `None` loads the one that is saved with the model.
+        tasks: Names of tasks or groups; a text may hold several, separated by commas.
+        data_dir: Folder that holds the files of the data sets; `None` takes them from the Hub.
+        limit: Number of questions, or windows of text, per task; `None` takes all. The same
+            `seed` draws the same ones for every model, as far as they are not left out.
+        batch_size: Questions answered at a time. Windows are batched up to 2048 tokens.
+        seed: Seed of the draw.
+        data: What `load_task_data` returned; replaces `tasks` and `data_dir`.
+        **load_options: For `from_pretrained`, if `model` is a name: `dtype`, `revision`, ...
+
+    Returns:
+        Accuracies in fractions of 1, losses in nats. A perplexity that is not finite is `None`,
+        with an entry in `errors`; the other tasks keep their results.
+
+    Raises:
+        ValueError: An unknown task; data that cannot be used or are all in the calibration set; a
+            question that leaves no room for an answer; a number out of range.
+        FileNotFoundError: A file that does not exist.
+        ImportError: lm-evaluation-harness is not installed.
+    """
+    check_counts(limit, batch_size)
+    data = load_task_data(tasks, data_dir) if data is None else data
+    start = time.monotonic()
+    model, tokenizer = _loaded(model, tokenizer, load_options)
+    length = _length(model, tokenizer)
+    draw = _Draw(_calibration_digests(model), limit, seed)
+    work = {name: _prepare(name, *data[name], tokenizer, length, draw) for name in data}
+
+    with float32_on_cpu(model), evaluation_mode(model), _greedy(model), _quiet_lm_eval():
+        lm = _language_model(model, tokenizer, length, batch_size)
+        results = _answer(lm, {n: job for n, job in work.items() if isinstance(job, _Questions)})
+        results |= {n: _score(lm, job) for n, job in work.items() if isinstance(job, _Windows)}
+    return Evaluation(
+        model=model.name_or_path or type(model).__name__,
+        tasks={name: results[name] for name in work},
+        settings={
+            "seed": seed,
+            "limit": limit,
+            "batch_size": batch_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "chat_template": bool(getattr(tokenizer, "chat_template", None)),
+            "calibration_digests": len(draw.seen),
+        },
+        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+        seconds=time.monotonic() - start,
+    )
+
+
+def _loaded(
+    model: PreTrainedModel | str | Path, tokenizer: Any, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    if isinstance(model, str | Path):
+        loaded = AutoModelForCausalLM.from_pretrained(model, **options)
+    elif options:
+        raise ValueError(
+            f"{', '.join(options)} are for loading a model by its name, got a "
+            f"{type(model).__name__} that is loaded"
+        )
+    else:
+        loaded = model
+    if tokenizer is None:
+        shared = ("revision", "token", "trust_remote_code")
+        found = {name: options[name] for name in shared if name in options}
+        tokenizer = AutoTokenizer.from_pretrained(loaded.name_or_path, **found)
+    return loaded, tokenizer
+
+
+def _length(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Return how many tokens model and tokenizer take; without any limit, the longest window."""
+    config = model.config.get_text_config(decoder=True)
+    position_limit = getattr(config, "max_position_embeddings", None)
+    # Tokenizers without a limit claim an astronomical one.
+    token_limit = min(getattr(tokenizer, "model_max_length", None) or 10**12, 10**12)
+    limit = min(position_limit or 10**12, token_limit)
+    return _LONGEST_WINDOW if limit >= 10**12 else int(limit)
+
+
+# What is asked
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Which items are evaluated: those that calibration has not seen, and of these a sample."""
+
+    seen: frozenset[str]
+    limit: int | None
+    seed: int
+
+    def sample(self, items: Sequence[_T], digests: Sequence[str]) -> list[_T]:
+        """Keep `limit` items, in their order.
+
+        The order of the draw is that of a hash, so that leaving an item out replaces one item and
+        moves no other: what two models share stays as large as it can be.
+        """
+        if self.limit is None or self.limit >= len(items):
+            return list(items)
+        ranks = [hashlib.sha256(f"{self.seed} {digest}".encode()).digest() for digest in digests]
+        chosen = sorted(sorted(range(len(items)), key=ranks.__getitem__)[: self.limit])
+        return [items[index] for index in chosen]
+
+
+@dataclass(frozen=True)
+class _Questions:
+    name: str
+    questions: list[Question]
+    prompts: list[str]
+    excluded: int
+    max_new_tokens: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Windows:
+    windows: list[list[int]]
+    excluded: int
+    size: int
+    source: dict[str, Any]
+
+
+def _calibration_digests(model: PreTrainedModel) -> frozenset[str]:
+    record = getattr(model, "pruning_record", None)
+    return frozenset(record.calibration["digests"] if record is not None else ())
+
+
+def _prepare(
+    name: str, what: Any, source: dict[str, Any], tokenizer: Any, length: int, draw: _Draw
+) -> "_Questions | _Windows":
+    if isinstance(what, Text):
+        return _windows(name, what, source, tokenizer, min(_LONGEST_WINDOW, length), draw)
+    unseen = [question for question in what if question.digest not in draw.seen]
+    if not unseen:
+        raise ValueError(
+            f"task {name}: the model was calibrated on all {len(what)} questions, so none is left "
+            "to evaluate on: use another split or file"
+        )
+    questions = draw.sample(unseen, [question.digest for question in unseen])
+    prompts = [render_prompt(question.prompt, tokenizer) for question in questions]
+    special = not getattr(tokenizer, "chat_template", None)
+    encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
+    longest = max(map(len, encoded))
+    if length - longest < _LEAST_ANSWER:
+        raise ValueError(
+            f"task {name}: the longest question takes {longest} tokens of the {length} that the "
+            f"model takes; an answer needs at least {_LEAST_ANSWER} more: choose another task"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"task {name}: the tokenizer has no end-of-sequence token, so an answer would never "
+            "end: set tokenizer.eos_token"
+        )
+    room = min(TASKS[name].max_new_tokens, length - longest)
+    return _Questions(name, questions, prompts, len(what) - len(unseen), room, source)
+
+
+def render_prompt(prompt: str, tokenizer: Any) -> str:
+    """Return the text that a response continues, as in calibration."""
+    if not getattr(tokenizer, "chat_template", None):
+        return prompt + SEPARATOR
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return rendered
+
+
+def _windows(
+    name: str, what: Text, source: dict[str, Any], tokenizer: Any, size: int, draw: _Draw
+) -> _Windows:
+    """Cut a text into windows of `size` tokens; a shorter rest is dropped, as in the field."""
+    seen = [(start, stop) for start, stop, digest in what.passages if digest in draw.seen]
+    if seen and not tokenizer.is_fast:
+        raise ValueError(
+            f"task {name}: leaving out what the model was calibrated on needs a fast tokenizer, "
+            f"got {type(tokenizer).__name__}"
+        )
+    encoding = tokenizer(what.text, verbose=False, return_offsets_mapping=bool(seen))
+    ids = list(encoding["input_ids"])
+    if len(ids) < 2:
+        raise ValueError(f"task {name}: the text has {len(ids)} tokens, at least 2 are needed")
+    starts = range(0, len(ids) - size + 1, size) if len(ids) >= size else range(1)
+    kept = list(starts)
+    if seen:
+        offsets = encoding["offset_mapping"]
+
+        def unseen(start: int) -> bool:
+            first, last = offsets[start][0], offsets[min(start + size, len(ids)) - 1][1]
+            return not any(first < stop and begin < last for begin, stop in seen)
+
+        kept = [start for start in starts if unseen(start)]
+    if not kept:
+        raise ValueError(
+            f"task {name}: the model was calibrated on text in all {len(starts)} windows, so none "
+            "is left to evaluate on: use another split or file"
+        )
+    windows = [ids[start : start + size] for start in kept]
+    chosen = draw.sample(windows, [_tokens_digest(window) for window in windows])
+    return _Windows(chosen, len(starts) - len(kept), size, source)
+
+
+def _tokens_digest(ids: list[int]) -> str:
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+# The engine
+
+
+def _harness(module: str) -> Any:
+    """Import a module of lm-evaluation-harness, late: it takes seconds."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"evaluation needs lm-evaluation-harness ({error}): pip install optimum-cap[eval]"
+        ) from error
+
+
+def _language_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_size: int) -> Any:
+    return _harness("lm_eval.models.huggingface").HFLM(
+        pretrained=model,
+        # It sets a padding token and a padding side.
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=batch_size,
+        max_length=length,
+        # A chat template writes its own special tokens; None lets the tokenizer add what it adds.
+        add_bos_token=False if getattr(tokenizer, "chat_template", None) else None,
+        softmax_dtype="float32",
+    )
+
+
+def _answer(lm: Any, jobs: dict[str, _Questions]) -> "dict[str, AccuracyResult | PerplexityResult]":
+    """Generate the responses to all questions, batched by length across tasks."""
+    if not jobs:
+        return {}
+    manager = _harness("lm_eval.tasks").TaskManager(include_defaults=False)
+    loaded = manager.load([_harness_task(job) for job in jobs.values()])
+    # Not `simple_evaluate`: it seeds the caller's generators and runs git in the current folder.
+    found = _harness("lm_eval").evaluate(lm, loaded, bootstrap_iters=0)
+    return {
+        name: AccuracyResult(
+            tuple(
+                _graded(name, job.questions[sample["doc_id"]], sample["resps"][0][0])
+                for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+            ),
+            job.excluded,
+            job.max_new_tokens,
+            job.source,
+        )
+        for name, job in jobs.items()
+    }
+
+
+def _graded(name: str, question: Question, response: str) -> Answer:
+    answer = extract_of(name)(response)
+    expected = extract_of(name)(question.answer)
+    fallback = TASKS[name].fallback
+    return Answer(
+        question.digest,
+        answer == expected,
+        answer,
+        None if fallback is None else fallback(response) == expected,
+    )
+
+
+def _harness_task(job: _Questions) -> Any:
+    """Describe a task to lm-evaluation-harness: prompts that are ready, greedy, one metric."""
+    import datasets
+
+    rows = [
+        {"prompt": prompt, "target": question.answer}
+        for prompt, question in zip(job.prompts, job.questions, strict=True)
+    ]
+    extract = extract_of(job.name)
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        return {"test": datasets.Dataset.from_list(rows)}
+
+    def grade(row: dict[str, str], responses: list[str]) -> dict[str, float]:
+        return {"accuracy": float(extract(responses[0]) == extract(row["target"]))}
+
+    return _harness("lm_eval.api.task").ConfigurableTask(
+        config={
+            "task": job.name,
+            "custom_dataset": dataset,
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": "target",
+            "num_fewshot": 0,
+            "process_results": grade,
+            "metric_list": [
+                {"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}
+            ],
+            "generation_kwargs": {
+                "until": list(TASKS[job.name].until),
+                "do_sample": False,
+                "max_gen_toks": job.max_new_tokens,
+            },
+        }
+    )
+
+
+def _score(lm: Any, job: _Windows) -> PerplexityResult:
+    """Measure the loss on every window: its first token is given, the others are predicted.
+
+    The harness's own perplexity tasks predict the first token too and take text, which would be
+    tokenised anew for each window, so its scoring of tokens is called.
+    """
+    requests = [(None, window[:1], window[1:]) for window in job.windows]
+    per_batch = max(1, _LONGEST_WINDOW // job.size)
+    lm.batch_size_per_gpu, before = per_batch, lm.batch_size_per_gpu
+    try:
+        scored = lm._loglikelihood_tokens(requests)
+    finally:
+        lm.batch_size_per_gpu = before
+    items = []
+    for window, (log_likelihood, _) in zip(job.windows, scored, strict=True):
+        finite = bool(torch.isfinite(torch.tensor(log_likelihood)))
+        nll = -log_likelihood if finite else None
+        items.append(Window(_tokens_digest(window), nll, len(window) - 1))
+    return PerplexityResult(tuple(items), job.excluded, job.size, job.source)
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Generate greedily, whatever sampling, penalties or lengths the checkpoint asks for."""
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _quiet_lm_eval() -> Iterator[None]:
+    """Silence the harness's remarks on how it is called, which are about us, not about the user."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

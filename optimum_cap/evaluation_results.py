@@ -1,0 +1,322 @@
+"""What an evaluation found: items, the numbers made of them, JSON and a table. Needs no torch."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+_LAYOUT = 1  # of the JSON file; a reader refuses any other
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion (Wilson 1927), within 0 and 1."""
+    share = right / total
+    centre = (share + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
+    spread = share * (1 - share) / total + _Z**2 / (4 * total**2)
+    half = _Z * math.sqrt(spread) / (1 + _Z**2 / total)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one question was answered.
+
+    Attributes:
+        digest: `row_digest` of the question and its worked answer.
+        correct: Whether the final answer is right.
+        answer: The final answer that was found; `None` without a marker `####` and an answer
+            behind it, which counts as wrong.
+        fallback: Whether the answer is right by the task's lenient reading; `None` where the task
+            has none.
+    """
+
+    digest: str
+    correct: bool
+    answer: str | None
+    fallback: bool | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """The loss on one window of text.
+
+    Attributes:
+        digest: sha256 of its token ids.
+        nll: Summed negative log likelihood in nats; `None` where it is not finite.
+        tokens: Number of tokens that were predicted: all but the first.
+    """
+
+    digest: str
+    nll: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class AccuracyResult:
+    """Accuracy on one task.
+
+    Attributes:
+        items: One entry per question.
+        excluded: Number of questions left out because calibration has used them.
+        max_new_tokens: Longest answer that could be generated, in tokens.
+        source: Where the questions are from.
+    """
+
+    metric: ClassVar[str] = "accuracy"
+
+    items: tuple[Answer, ...]
+    excluded: int
+    max_new_tokens: int
+    source: dict[str, Any]
+
+    @property
+    def correct(self) -> int:
+        return sum(item.correct for item in self.items)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / len(self.items)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        return wilson_interval(self.correct, len(self.items))
+
+    @property
+    def without_answer(self) -> int:
+        """Number of responses without a marker and an answer behind it."""
+        return sum(item.answer is None for item in self.items)
+
+    @property
+    def fallback_accuracy(self) -> float | None:
+        """Accuracy by the task's lenient reading, if it has one."""
+        if self.items[0].fallback is None:
+            return None
+        return sum(bool(item.fallback) for item in self.items) / len(self.items)
+
+    @property
+    def error(self) -> str | None:
+        """Always `None`: every response is right or wrong."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "n": len(self.items),
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "correct": self.correct,
+            "without_answer": self.without_answer,
+            "fallback_accuracy": self.fallback_accuracy,
+            "excluded": self.excluded,
+            "max_new_tokens": self.max_new_tokens,
+            "source": self.source,
+            "items": [asdict(item) for item in self.items],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AccuracyResult":
+        items = tuple(Answer(**item) for item in values["items"])
+        return cls(items, values["excluded"], values["max_new_tokens"], values["source"])
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity over one text.
+
+    Attributes:
+        items: One entry per window.
+        excluded: Number of windows left out because they overlap what calibration has used.
+        window: Length of a window in tokens.
+        source: Where the text is from.
+    """
+
+    metric: ClassVar[str] = "perplexity"
+
+    items: tuple[Window, ...]
+    excluded: int
+    window: int
+    source: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that were predicted."""
+        return sum(item.tokens for item in self.items)
+
+    @property
+    def perplexity(self) -> float | None:
+        """The exponential of the mean loss per token; `None` if that is not finite."""
+        losses = [item.nll for item in self.items if item.nll is not None]
+        if len(losses) < len(self.items):
+            return None
+        try:
+            return math.exp(math.fsum(losses) / self.tokens)
+        except OverflowError:
+            return None
+
+    @property
+    def error(self) -> str | None:
+        """Why there is no perplexity, if there is none."""
+        if self.perplexity is not None:
+            return None
+        broken = sum(item.nll is None for item in self.items)
+        if broken:
+            reason = f"the loss is NaN or infinite in {broken} of {len(self.items)} windows"
+        else:
+            reason = "the mean loss per token is too large for its exponential"
+        return (
+            f"the perplexity is not finite: {reason}; look for NaN or huge weights, or try "
+            "dtype float32"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "n": len(self.items),
+            "perplexity": self.perplexity,
+            "error": self.error,
+            "tokens": self.tokens,
+            "window": self.window,
+            "excluded": self.excluded,
+            "source": self.source,
+            "items": [asdict(item) for item in self.items],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PerplexityResult":
+        items = tuple(Window(**item) for item in values["items"])
+        return cls(items, values["excluded"], values["window"], values["source"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one model.
+
+    Attributes:
+        model: Its name.
+        tasks: Result per task, in the order they were asked for.
+        settings: Seed, limit, batch size, dtype, whether a chat template was used.
+        versions: Version per library.
+        seconds: Time that the evaluation took.
+    """
+
+    model: str
+    tasks: "dict[str, AccuracyResult | PerplexityResult]"
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What went wrong, per task."""
+        return {name: result.error for name, result in self.tasks.items() if result.error}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, without NaN."""
+        return {
+            "evaluation_layout": _LAYOUT,
+            "model": self.model,
+            "settings": self.settings,
+            "versions": self.versions,
+            "seconds": self.seconds,
+            "tasks": {name: result.to_dict() for name, result in self.tasks.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Evaluation":
+        """Rebuild an evaluation from `to_dict`.
+
+        Raises:
+            ValueError: The values are no evaluation, or one of another layout.
+        """
+        layout = values.get("evaluation_layout") if isinstance(values, dict) else None
+        if layout != _LAYOUT:
+            raise ValueError(
+                f"expected the JSON that `optimum-cli cap eval -o` writes (evaluation_layout "
+                f"{_LAYOUT}), got evaluation_layout {layout}: evaluate the model again"
+            )
+        try:
+            return cls(
+                values["model"],
+                {
+                    name: _RESULTS[task["metric"]].from_dict(task)
+                    for name, task in values["tasks"].items()
+                },
+                values["settings"],
+                values["versions"],
+                values["seconds"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"this is no complete evaluation ({type(error).__name__}: {error}): evaluate the "
+                "model again"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Evaluation":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: The file holds something else.
+            FileNotFoundError: There is no such file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"the evaluation file {path} does not exist")
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read as an evaluation: {error}") from error
+
+    def table(self) -> str:
+        """Return a table for the terminal, one line per task."""
+        rows = [["task", "n", "result", "95 % interval", "no answer", "left out"]]
+        notes = []
+        for name, result in self.tasks.items():
+            if isinstance(result, AccuracyResult):
+                low, high = result.interval
+                missing = result.without_answer / len(result.items)
+                cells = [f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{missing:.1%}"]
+                if result.fallback_accuracy is not None:
+                    notes.append(
+                        f"{name}: {result.fallback_accuracy:.1%} if the last number of the "
+                        "response is taken as its answer (flexible extraction)"
+                    )
+                counted = "questions"
+            else:
+                value = result.perplexity
+                cells = ["not finite" if value is None else f"ppl {value:.4g}", "-", "-"]
+                counted = f"windows of {result.window} tokens, {result.tokens:,} tokens predicted"
+                notes.append(f"{name}: {len(result.items)} {counted}")
+                counted = "windows"
+            rows.append([name, str(len(result.items)), *cells, str(result.excluded)])
+            if result.excluded:
+                notes.append(
+                    f"{name}: {result.excluded} {counted} left out, because the model was "
+                    "calibrated on them"
+                )
+        return "\n".join([aligned(rows), *notes])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines with aligned columns; the first column is left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+
+    return "\n".join(map(line, rows))
+
+
+_RESULTS: "dict[str, type[AccuracyResult] | type[PerplexityResult]]" = {
+    AccuracyResult.metric: AccuracyResult,
+    PerplexityResult.metric: PerplexityResult,
+}
