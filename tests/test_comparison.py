@@ -1,0 +1,153 @@
+"""Comparison: statistics against published values and simulation, pairing, what is refused."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from optimum_cap.comparison import (
+    bootstrap_interval,
+    compare,
+    comparison_table,
+    mcnemar_p_value,
+    newcombe_interval,
+)
+from optimum_cap.evaluation_results import (
+    AccuracyResult,
+    Answer,
+    Evaluation,
+    PerplexityResult,
+    Window,
+)
+
+
+def evaluation(model: str, **tasks: AccuracyResult | PerplexityResult) -> Evaluation:
+    return Evaluation(model, tasks, {}, {}, 0.0)
+
+
+def answers(right: str, digests: str | None = None) -> AccuracyResult:
+    """One item per character: `1` is right; the digests are letters."""
+    digests = digests or "abcdefghijklmnopqrstuvwxyz"[: len(right)]
+    items = (Answer(d, r == "1", None) for d, r in zip(digests, right, strict=True))
+    return AccuracyResult(tuple(items), 0, 8, {})
+
+
+def windows(*losses: float | None, tokens: int = 10) -> PerplexityResult:
+    items = (Window(str(index), nll, tokens) for index, nll in enumerate(losses))
+    return PerplexityResult(tuple(items), 0, tokens + 1, {})
+
+
+@pytest.mark.parametrize(
+    ("won", "lost"), [(0, 0), (1, 0), (5, 5), (2, 12), (12, 2), (0, 10), (30, 45)]
+)
+def test_mcnemar_is_the_exact_binomial_test(won: int, lost: int) -> None:
+    total = won + lost
+    chances = [math.comb(total, k) / 2**total for k in range(total + 1)]
+    # Outcomes as likely as the observed one, or less.
+    expected = sum(chance for chance in chances if chance <= chances[won] * (1 + 1e-9))
+    assert mcnemar_p_value(won, lost) == pytest.approx(min(1.0, expected))
+
+
+def test_newcombe_interval_is_the_published_one() -> None:
+    # Newcombe 1998, table II, method 10, for 36, 12, 2, 0 pairs.
+    assert newcombe_interval(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+def test_newcombe_interval_is_antisymmetric_and_holds_the_difference() -> None:
+    for both, won, lost, neither in itertools.product((0, 1, 7), repeat=4):
+        if not (total := both + won + lost + neither):
+            continue
+        low, high = newcombe_interval(both, won, lost, neither)
+        assert low - 1e-9 <= (won - lost) / total <= high + 1e-9
+        assert newcombe_interval(both, lost, won, neither) == pytest.approx((-high, -low))
+
+
+def test_newcombe_interval_covers_the_truth_in_95_per_cent() -> None:
+    chances = np.array([0.6, 0.15, 0.05, 0.2])
+    drawn = np.random.default_rng(0).multinomial(100, chances, size=2000)
+    inside = [low <= 0.1 <= high for low, high in (newcombe_interval(*map(int, d)) for d in drawn)]
+    assert 0.93 <= np.mean(inside) <= 0.98
+
+
+def test_bootstrap_interval_covers_the_truth_in_about_95_per_cent() -> None:
+    generator = np.random.default_rng(0)
+    tokens = np.full(40, 100.0)
+    inside = []
+    for _ in range(60):
+        text = generator.normal(2.0, 0.3, 40)  # what both models find hard
+        dense, pruned = (text + generator.normal(shift, 0.02, 40) for shift in (0.0, 0.1))
+        low, high = bootstrap_interval(100 * np.stack([dense, pruned], axis=1), tokens)
+        truth = math.exp(2.1) - math.exp(2.0)
+        inside.append(low <= truth <= high)
+        # Paired: far narrower than the spread of the text itself would make it.
+        assert high - low < 0.5
+    assert np.mean(inside) >= 0.85
+
+
+def test_items_are_paired_by_digest() -> None:
+    found = compare(
+        evaluation("dense", task=answers("1100", "abcd")),
+        evaluation("pruned", task=answers("10111", "dcbxy")),
+    )["task"]
+    assert not isinstance(found, str)
+    assert (found.n, found.only_dense, found.only_pruned) == (3, 1, 2)
+    # b: right, right; c: wrong, wrong; d: wrong, right.
+    assert (found.dense, found.pruned) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert found.p_value == 1.0
+    assert found.interval == newcombe_interval(1, 1, 0, 1)
+
+
+def test_equal_items_pair_in_their_order() -> None:
+    found = compare(
+        evaluation("dense", task=answers("10", "aa")), evaluation("pruned", task=answers("0", "a"))
+    )["task"]
+    assert not isinstance(found, str)
+    assert (found.n, found.only_dense, found.dense, found.pruned) == (1, 1, 1.0, 0.0)
+
+
+def test_perplexities_over_common_windows() -> None:
+    dense = evaluation("dense", text=windows(10.0, 20.0, 30.0, 90.0))
+    pruned = evaluation("pruned", text=windows(11.0, 22.0, 33.0))
+    found = compare(dense, pruned)["text"]
+    assert not isinstance(found, str)
+    assert (found.n, found.only_dense, found.p_value) == (3, 1, None)
+    assert found.dense == pytest.approx(math.exp(2.0))
+    assert found.pruned == pytest.approx(math.exp(2.2))
+    assert found.interval is not None
+    assert 0 < found.interval[0] < found.difference < found.interval[1]
+    table = comparison_table(dense, pruned, None)
+    assert "text: dropped 1 items that only the dense model has and 0" in table
+    same = compare(dense, dense)["text"]
+    assert not isinstance(same, str)
+    assert same.interval == (0.0, 0.0)
+
+
+def test_one_window_has_no_interval() -> None:
+    one = evaluation("one", text=windows(10.0))
+    found = compare(one, one)["text"]
+    assert not isinstance(found, str)
+    assert found.interval is None
+
+
+def test_a_perplexity_that_is_not_finite_is_said_and_the_rest_compared() -> None:
+    dense = evaluation("dense", task=answers("10"), text=windows(10.0, 20.0))
+    pruned = evaluation("pruned", task=answers("11"), text=windows(10.0, None))
+    found = compare(dense, pruned)
+    assert isinstance(found["text"], str)
+    assert "of pruned the perplexity is not finite" in found["text"]
+    assert not isinstance(found["task"], str)
+    huge = evaluation("huge", text=windows(1e5, 1e5))
+    assert "too large" in huge.errors["text"]
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    dense = evaluation("dense", task=answers("10"))
+    with pytest.raises(ValueError, match="dense and pruned have no task in common: task against"):
+        compare(dense, evaluation("pruned", other=answers("10")))
+    with pytest.raises(ValueError, match="evaluation of dense has no task 'other', only task"):
+        compare(dense, evaluation("pruned", task=answers("1"), other=answers("10")), ["other"])
+    with pytest.raises(ValueError, match="dense and pruned have no item in common"):
+        compare(dense, evaluation("pruned", task=answers("11", "xy")))
+    with pytest.raises(ValueError, match="by accuracy in dense and by perplexity in pruned"):
+        compare(dense, evaluation("pruned", task=windows(1.0)))
