@@ -1,5 +1,6 @@
 """`optimum-cli cap`: the main flows through the executable, the error cases in this process."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
 from optimum_cap.checkpoint import _MAX_SHARD_SIZE
+from optimum_cap.commands.compare import CompareCommand
+from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.prune import _CONFIG_FLAGS, PruneCommand
 from optimum_cap.commands.summary import format_size, sparsity_table
 from optimum_cap.record import MatrixSparsity
@@ -327,6 +330,105 @@ def test_a_bug_says_that_it_is_one(
     assert "unexpected KeyError: 'scores' (run again with --debug for the traceback)" in err
 
 
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of two evaluation tasks."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "gsm8k").mkdir()
+    rows = [{"question": f"{n}+{n}?", "answer": f"#### {2 * n}"} for n in range(12)]
+    (folder / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "wikitext-2").mkdir()
+    lines = [f" line {n} tells about the number {n} . \n" for n in range(40)]
+    (folder / "wikitext-2" / "test.txt").write_text("".join(lines))
+    return folder
+
+
+def test_eval_and_compare(dense: Path, data_dir: Path, tmp_path: Path) -> None:
+    pruned, flags = tmp_path / "pruned", ["--tasks", "gsm8k,wikitext2", "--data-dir", data_dir]
+    data = f"gsm8k={data_dir / 'gsm8k' / 'test.jsonl'}"
+    options = ["--dataset", data, "--num-samples", "4", "--subsets", "1", "--sparsity", "0.5"]
+    done = run_executable("prune", "-m", dense, "-o", pruned, *options)
+    assert done.returncode == 0, done.stderr
+    outputs = {}
+    for model in (dense, pruned):
+        file = tmp_path / f"{model.name}.json"
+        done = run_executable("eval", model, *flags, "-o", file)
+        assert (done.returncode, complaints(done.stderr)) == (0, [])
+        assert re.search(r"^gsm8k +\d+ +\d+\.\d% .*%", done.stdout, re.MULTILINE)
+        assert re.search(r"^wikitext2 +\d+ +ppl [\d.]+ ", done.stdout, re.MULTILINE)
+        outputs[model.name] = json.loads(file.read_text())["tasks"]
+    assert outputs["dense"]["gsm8k"]["n"] == 12
+    assert (outputs["pruned"]["gsm8k"]["n"], outputs["pruned"]["gsm8k"]["excluded"]) == (8, 4)
+
+    files = [tmp_path / "dense.json", tmp_path / "pruned.json"]
+    from_files = run_executable("compare", *files)
+    assert (from_files.returncode, from_files.stderr) == (0, "")
+    assert "gsm8k: dropped 4 items that only the dense model has and 0" in from_files.stdout
+    row = re.search(r"^wikitext2 +(.*)$", from_files.stdout, re.MULTILINE)
+    assert row
+    n, _, before, _, after, difference, *_ = row[1].split()
+    assert int(n) == outputs["dense"]["wikitext2"]["n"]
+    assert float(before) == pytest.approx(outputs["dense"]["wikitext2"]["perplexity"], rel=1e-3)
+    assert float(difference) == pytest.approx(float(after) - float(before), abs=0.1)
+    # A model in the place of its file gives the same table, for the tasks of the file.
+    mixed = run_executable("compare", dense, files[1], "--data-dir", data_dir)
+    assert (mixed.returncode, complaints(mixed.stderr)) == (0, [])
+    assert mixed.stdout == from_files.stdout
+
+
+def test_eval_and_compare_say_what_is_wrong_in_one_line(
+    cap: Callable[..., tuple[int, str, str]],
+    dense: Path,
+    data_dir: Path,
+    tmp_path: Path,
+) -> None:
+    local = ["--data-dir", data_dir]
+
+    def refused(message: str, *arguments: str | Path, status: int = 2) -> None:
+        got, _, err = cap(*arguments)
+        assert got == status, err
+        assert re.fullmatch(rf"optimum-cli cap {arguments[0]}: error: .*{message}.*", err), err
+
+    refused("unknown task 'gsm': choose from .*gsm8k", "eval", dense, "--tasks", "gsm", *local)
+    refused("limit must be .*got 0", "eval", dense, "--tasks", "gsm8k", "--limit", "0", *local)
+    refused("none does not exist", "eval", dense, "--data-dir", tmp_path / "none")
+    refused("strategyqa: no data file; looked for", "eval", dense, *local)
+    refused("must end in .json", "eval", dense, "--tasks", "gsm8k", *local, "-o", tmp_path / "a")
+    refused("of the output does not exist", "eval", dense, "-o", tmp_path / "no" / "a.json")
+    refused("none", "eval", tmp_path / "none", "--tasks", "gsm8k", *local, status=1)
+
+    refused("no.json does not exist", "compare", dense, tmp_path / "no.json")
+    (tmp_path / "odd.json").write_text("[]")
+    refused("odd.json cannot be read as an evaluation", "compare", dense, tmp_path / "odd.json")
+    refused("unknown task", "compare", dense, dense, "--tasks", "gsm", *local)
+    file = tmp_path / "one.json"
+    assert cap("eval", dense, "--tasks", "gsm8k", *local, "-o", file, "--limit", "2")[0] == 0
+    refused("holds no task 'wikitext2', only gsm8k", "compare", file, file, "--tasks", "wikitext2")
+    refused("none", "compare", file, tmp_path / "none", *local, status=1)
+
+
+def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
+    cap: Callable[..., tuple[int, str, str]], data_dir: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    file = tmp_path / "broken.json"
+    flags = ["--tasks", "gsm8k,wikitext2", "--data-dir", data_dir]
+    status, out, err = cap("eval", tmp_path / "broken", *flags, "-o", file)
+    assert status == 1
+    assert "error: wikitext2: the perplexity is not finite: the loss is NaN or infinite" in err
+    assert re.search(r"^wikitext2 .* not finite ", out, re.MULTILINE)
+    assert re.search(r"^gsm8k +12 +\d", out, re.MULTILINE)
+    assert json.loads(file.read_text())["tasks"]["gsm8k"]["n"] == 12
+    status, out, err = cap("compare", file, file)
+    assert status == 1
+    assert "wikitext2: not compared: of" in out
+    assert "error: wikitext2 of" in err
+
+
 def test_interrupt_exits_with_130_and_leaves_nothing(settings: list[str], tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in range(400)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -347,8 +449,6 @@ def test_interrupt_exits_with_130_and_leaves_nothing(settings: list[str], tmp_pa
 
 
 def test_help_of_every_flag_is_one_line_with_the_default_of_the_config() -> None:
-    import argparse
-
     parser = argparse.ArgumentParser()
     PruneCommand.parse_args(parser)
     defaults = {field.name: field.default for field in dataclasses.fields(CAPConfig)}
@@ -362,6 +462,19 @@ def test_help_of_every_flag_is_one_line_with_the_default_of_the_config() -> None
             assert f"(default: {default})" in text, flag
     (shards,) = (action for action in parser._actions if action.dest == "max_shard_size")
     assert f"(default: {_MAX_SHARD_SIZE})" in shards.help
+
+
+@pytest.mark.parametrize("command", [EvalCommand, CompareCommand])
+def test_help_of_eval_and_compare(command: type[EvalCommand] | type[CompareCommand]) -> None:
+    from optimum_cap.evaluation_tasks import DEFAULT_TASKS
+
+    parser = argparse.ArgumentParser()
+    command.parse_args(parser)
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        assert len(action.help) <= 100, action.help
+    if command is EvalCommand:
+        assert parser.get_default("tasks") == ",".join(DEFAULT_TASKS)
 
 
 def test_choices_in_the_help_are_those_of_the_config() -> None:

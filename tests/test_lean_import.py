@@ -25,7 +25,14 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["cap", "--help"], ["cap", "prune", "--help"], ["cap", "inspect", "-h"]],
+    [
+        ["--help"],
+        ["cap", "--help"],
+        ["cap", "prune", "--help"],
+        ["cap", "inspect", "-h"],
+        ["cap", "eval", "-h"],
+        ["cap", "compare", "-h"],
+    ],
     ids=" ".join,
 )
 def test_help_loads_neither_torch_nor_transformers(arguments: list[str]) -> None:

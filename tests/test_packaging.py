@@ -75,6 +75,6 @@ def test_installed_wheel_extends_optimum_cli(wheel: Path, tmp_path: Path) -> Non
     # The genuine executable, run by the new environment's interpreter.
     cli = Path(sysconfig.get_path("scripts")) / "optimum-cli"
     text = run(python, cli, "cap", "--help", cwd=tmp_path)
-    assert all(command in text for command in ("prune", "inspect", "convert"))
+    assert all(command in text for command in ("prune", "inspect", "convert", "eval", "compare"))
     where = "import optimum_cap.commands.cap as c; print(c.__file__)"
     assert Path(run(python, "-c", where, cwd=tmp_path).strip()).is_relative_to(environment)

@@ -1,0 +1,131 @@
+"""`optimum-cli cap eval`: accuracy and perplexity of a model."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum_cap.commands.base import CAPSubcommand, add_common_flags
+
+if TYPE_CHECKING:
+    from optimum_cap.evaluation import TaskData
+    from optimum_cap.evaluation_results import Evaluation
+
+
+class EvalCommand(CAPSubcommand):
+    """Reads the data before it loads the model, and writes the file before it reports an error."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the flags."""
+        parser.description = (
+            "Measure accuracy with worked answers, and perplexity. What the model was calibrated "
+            "on is left out."
+        )
+        parser.add_argument("model", help="Hub id or folder of the model, dense or pruned")
+        parser.add_argument(
+            "--tasks",
+            default="gsm8k,strategyqa,arc_challenge,wikitext2",
+            help="tasks, with commas; tiny_reasoner is another (default: %(default)s)",
+        )
+        parser.add_argument(
+            "-o", "--output", type=Path, metavar="FILE", help="JSON file to write, for compare"
+        )
+        add_evaluation_flags(parser)
+        add_common_flags(parser)
+
+    def prepare(self) -> "TaskData":
+        """Check the output file and the numbers, and read the data."""
+        args = self.args
+        if args.output is not None:
+            _check_output_file(args.output)
+        from optimum_cap.evaluation import check_counts, load_task_data
+
+        check_counts(args.limit, args.batch_size)
+        data = load_task_data(args.tasks, args.data_dir)
+        check_model(args.model, args)
+        return data
+
+    def execute(self, prepared: "TaskData") -> None:
+        """Evaluate, print the table, write the file."""
+        found = evaluate_model(self.args.model, prepared, self.args)
+        if self.args.output is not None:
+            found.save(self.args.output)
+        print(found.table())
+        print(f"time: {found.seconds:.1f} s")
+        if self.args.output is not None:
+            print(f"saved: {self.args.output}")
+        if found.errors:
+            raise RuntimeError("; ".join(f"{name}: {text}" for name, text in found.errors.items()))
+
+
+def add_evaluation_flags(parser: ArgumentParser) -> None:
+    """Add the flags that say how a model is evaluated."""
+    add = parser.add_argument
+    add("--limit", type=int, metavar="N", help="questions or windows per task (default: all)")
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the files of the data sets (default: the Hub)",
+    )
+    add("--batch-size", type=int, default=32, metavar="N", help="questions at a time (default: 32)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of the weights; auto is that of the checkpoint (default: auto)",
+    )
+    add(
+        "--device-map",
+        default="auto",
+        metavar="DEVICE",
+        help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
+    )
+    add("--seed", type=int, default=0, help="seed of the draw that --limit makes (default: 0)")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that the model's repository ships",
+    )
+
+
+def check_model(name: str, args: Namespace) -> None:
+    """Read the configuration of a model, which shows a wrong name before hours of work."""
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(
+        name,
+        revision=args.revision or "main",
+        trust_remote_code=args.trust_remote_code,
+        token=args.token,
+    )
+
+
+def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation":
+    """Load a model and evaluate it as the flags say."""
+    from optimum_cap.evaluation import evaluate
+
+    options: dict[str, Any] = {
+        "dtype": args.dtype,
+        "device_map": args.device_map,
+        "revision": args.revision or "main",
+        "trust_remote_code": args.trust_remote_code,
+        "token": args.token,
+    }
+    return evaluate(
+        name,
+        data=data,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        **options,
+    )
+
+
+def _check_output_file(path: Path) -> None:
+    if path.suffix != ".json":
+        raise ValueError(f"the output {path} must end in .json, by which compare knows it")
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a folder, a file is needed")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.absolute().parent} of the output does not exist")
