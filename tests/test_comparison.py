@@ -1,10 +1,11 @@
-"""Comparison: statistics against published values and simulation, pairing, what is refused."""
+"""Comparison: statistics against their definitions and simulation, pairing, what is refused."""
 
 import itertools
 import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from optimum_cap.comparison import (
     bootstrap_interval,
@@ -49,9 +50,31 @@ def test_mcnemar_is_the_exact_binomial_test(won: int, lost: int) -> None:
     assert mcnemar_p_value(won, lost) == pytest.approx(min(1.0, expected))
 
 
-def test_newcombe_interval_is_the_published_one() -> None:
-    # Newcombe 1998, table II, method 10, for 36, 12, 2, 0 pairs.
-    assert newcombe_interval(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+@pytest.mark.parametrize(
+    ("both", "won", "lost", "neither"), [(2, 9, 7, 3), (36, 12, 2, 10), (60, 5, 9, 40)]
+)
+def test_newcombe_interval_joins_wilson_intervals_with_the_correlation(
+    both: int, won: int, lost: int, neither: int
+) -> None:
+    counts = np.array([both, won, lost, neither])
+    first, second = (np.repeat(flags, counts) for flags in ([1, 0, 1, 0], [1, 1, 0, 0]))
+    total, excess = counts.sum(), both * neither - won * lost
+    correlation = np.corrcoef(first, second)[0, 1]
+    if excess > 0:  # corrected for continuity, towards 0
+        correlation *= max(excess - total / 2, 0) / excess
+    limits = [
+        binomtest(int(flags.sum()), int(total)).proportion_ci(0.95, method="wilson")
+        for flags in (first, second)
+    ]
+    p, q = first.mean(), second.mean()
+    below = np.array([q - limits[1].low, limits[0].high - p])
+    above = np.array([limits[1].high - q, p - limits[0].low])
+    joined = np.array([[1, -correlation], [-correlation, 1]])
+    expected = (
+        q - p - np.sqrt(below @ joined @ below),
+        q - p + np.sqrt(above @ joined @ above),
+    )
+    assert newcombe_interval(both, won, lost, neither) == pytest.approx(expected, abs=1e-6)
 
 
 def test_newcombe_interval_is_antisymmetric_and_holds_the_difference() -> None:

@@ -252,8 +252,10 @@ def by_hand(model: PreTrainedModel, tokenizer: Any, text: str, size: int) -> flo
     return math.exp(sum(losses) / len(losses))
 
 
-def test_perplexity_is_that_of_windows_one_after_the_other(data_dir: Path) -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+def test_perplexity_is_that_of_windows_one_after_the_other(
+    model: PreTrainedModel, data_dir: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
     result = evaluate(model, tokenizer, tasks="wikitext2", data_dir=data_dir).tasks["wikitext2"]
     text = "\n\n".join(line if line.strip() else "" for line in LINES)
     assert result.window == 64
