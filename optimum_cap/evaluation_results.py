@@ -289,17 +289,19 @@ class Evaluation:
                         f"{name}: {result.fallback_accuracy:.1%} if the last number of the "
                         "response is taken as its answer (flexible extraction)"
                     )
-                counted = "questions"
+                items = "questions"
             else:
                 value = result.perplexity
                 cells = ["not finite" if value is None else f"ppl {value:.4g}", "-", "-"]
-                counted = f"windows of {result.window} tokens, {result.tokens:,} tokens predicted"
-                notes.append(f"{name}: {len(result.items)} {counted}")
-                counted = "windows"
+                notes.append(
+                    f"{name}: {len(result.items)} windows of {result.window} tokens, "
+                    f"{result.tokens:,} tokens predicted"
+                )
+                items = "windows"
             rows.append([name, str(len(result.items)), *cells, str(result.excluded)])
             if result.excluded:
                 notes.append(
-                    f"{name}: {result.excluded} {counted} left out, because the model was "
+                    f"{name}: {result.excluded} {items} left out, because the model was "
                     "calibrated on them"
                 )
         return "\n".join([aligned(rows), *notes])

@@ -410,9 +410,7 @@ def test_missing_files_say_where_was_looked(
 
 
 def test_embedded_problems_are_found_in_a_checkout_and_in_a_data_folder() -> None:
-    for folder in (None, REASONER, REASONER.parent, REASONER / "data"):
-        if folder == REASONER:
-            continue  # its files are one folder below
+    for folder in (None, REASONER.parent, REASONER / "data"):
         data = load_task_data("tiny_reasoner", folder)
         assert [len(questions) for questions, _ in data.values()] == [300, 300, 300]
 
