@@ -19,8 +19,7 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data_sources import Conversation, Source, load_sources
 
 _DEFAULT_MAX_LENGTH = 2048
-# Some templates (Llama 3) print the date; calibration must not change from day to day. The date is
-# the one that they fall back to; the empty output keeps a line feed that the template starts with.
+# The empty output keeps a line feed that a template starts with.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 SEPARATOR = "\n"  # between prompt and answer where the tokenizer has no chat template
 
@@ -240,14 +239,22 @@ def _encode(
     return torch.tensor(ids, dtype=torch.long), scored
 
 
+def chat_template(tokenizer: Any) -> str:
+    """The chat template of a tokenizer that has one, without today's date.
+
+    Some templates (Llama 3) print the date, and neither calibration nor evaluation may change from
+    day to day. The date that stands there instead is the one that these templates fall back to.
+    """
+    template: str = tokenizer.get_chat_template()
+    return _FIXED_DATE + template if "strftime_now" in template else template
+
+
 def _encode_chat(
     conversation: Conversation, tokenizer: Any
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Render with the chat template; the spans are the assistant's turns, with their end token."""
     messages = [{"role": role, "content": text} for role, text in conversation.turns]
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _FIXED_DATE + template
+    template = chat_template(tokenizer)
 
     def rendered(count: int, generation_prompt: bool) -> list[int]:
         try:

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from optimum_cap.calibration import SEPARATOR
+from optimum_cap.calibration import SEPARATOR, chat_template
 from optimum_cap.evaluation_results import (
     AccuracyResult,
     Answer,
@@ -225,7 +225,8 @@ class _Windows:
 
 def _calibration_digests(model: PreTrainedModel) -> frozenset[str]:
     record = getattr(model, "pruning_record", None)
-    return frozenset(record.calibration["digests"] if record is not None else ())
+    # A criterion that looks at no data leaves no calibration record.
+    return frozenset(record.calibration.get("digests", ()) if record is not None else ())
 
 
 def _prepare(
@@ -263,7 +264,10 @@ def render_prompt(prompt: str, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return prompt + SEPARATOR
     rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        [{"role": "user", "content": prompt}],
+        chat_template=chat_template(tokenizer),
+        add_generation_prompt=True,
+        tokenize=False,
     )
     return rendered
 

@@ -122,7 +122,7 @@ def test_items_are_graded_as_the_example_grades_them() -> None:
     assert {item.digest: item.correct for item in items} == expected
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("template", [None, TEMPLATE, "{{ strftime_now('%d') }}" + TEMPLATE])
 def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     tokenizer = tiny_tokenizer(template)
     config = CAPConfig(sparsity=0.5, dataset=[("what?", "so.")], num_samples=1, subsets=1)
@@ -318,6 +318,12 @@ def test_what_a_pruned_model_was_calibrated_on_is_left_out(data_dir: Path) -> No
     assert not seen & {item.digest for item in result.items}
     assert found.tasks["strategyqa"].excluded == 0
     assert "gsm8k: 5 questions left out" in found.table()
+
+
+def test_of_a_model_that_was_pruned_without_data_nothing_is_left_out(data_dir: Path) -> None:
+    model = CAPPruner(CAPConfig(sparsity=0.5, recipe="magnitude")).prune(tiny_model("llama"))
+    found = evaluate(model, tiny_tokenizer(), tasks="gsm8k", data_dir=data_dir)
+    assert (found.tasks["gsm8k"].excluded, len(found.tasks["gsm8k"].items)) == (0, len(SUMS))
 
 
 def test_windows_over_a_calibration_passage_are_left_out(data_dir: Path) -> None:
