@@ -198,6 +198,20 @@ def plain_losses(
     return UnitLosses(jobs, intact, masked)
 
 
+def example_losses(
+    model: PreTrainedModel,
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+) -> torch.Tensor:
+    """Return the mean loss over the scored tokens of each example, nats, float64 `[examples]`."""
+    losses = torch.empty(len(examples), dtype=torch.float64)
+    with evaluation_mode(model), float32_on_cpu(model):
+        budget = _bytes(memory_budget, model.device)
+        for batch in batches(examples, _examples_per_batch(model, examples, budget)):
+            losses[batch.positions] = _forward_losses(model, batch)
+    return losses
+
+
 def _jobs(sites: list[Site]) -> list[tuple[Site, Unit]]:
     scored = (site for site in sites if site.kind != "expert")
     return [(site, unit) for site in scored for unit in site.units]

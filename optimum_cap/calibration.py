@@ -184,7 +184,7 @@ def _take(
         if len(examples) == count:
             break
         conversation = source.read(source.rows[index])
-        input_ids, scored = _encode(conversation, tokenizer, limit)
+        input_ids, scored = encode(conversation, tokenizer, limit)
         if len(input_ids) > limit:
             too_long += 1
             continue
@@ -221,10 +221,13 @@ def _effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None)
 # Tokens
 
 
-def _encode(
+def encode(
     conversation: Conversation, tokenizer: Any, limit: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `(input_ids, scored)` of a conversation. A plain text is cut at `limit` tokens."""
+    """Return `(input_ids, scored)` of a conversation, int64 and bool `[tokens]`.
+
+    Answers are scored. A plain text is cut at `limit` tokens, a conversation never.
+    """
     roles = [role for role, _ in conversation.turns]
     if roles == ["text"]:
         ids = _tokens(tokenizer, conversation.turns[0][1])[:limit]

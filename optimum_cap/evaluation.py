@@ -24,7 +24,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from optimum_cap.calibration import SEPARATOR, chat_template
+from optimum_cap.attribution import example_losses
+from optimum_cap.calibration import SEPARATOR, CalibrationExample, chat_template, encode
+from optimum_cap.data_sources import Conversation
 from optimum_cap.evaluation_results import (
     AccuracyResult,
     Answer,
@@ -129,9 +131,8 @@ def evaluate(
     model, tokenizer = _loaded(model, tokenizer, load_options)
     length = _length(model, tokenizer)
     draw = _Draw(_calibration_digests(model), limit, seed)
-    work = {name: _prepare(name, *data[name], tokenizer, length, draw) for name in data}
-
     with float32_on_cpu(model), evaluation_mode(model), _greedy(model), _quiet_lm_eval():
+        work = {name: _prepare(name, *data[name], model, tokenizer, length, draw) for name in data}
         lm = _language_model(model, tokenizer, length, batch_size)
         results = _answer(lm, {n: job for n, job in work.items() if isinstance(job, _Questions)})
         results |= {n: _score(lm, job) for n, job in work.items() if isinstance(job, _Windows)}
@@ -210,6 +211,7 @@ class _Questions:
     name: str
     questions: list[Question]
     prompts: list[str]
+    losses: list[float | None]
     excluded: int
     max_new_tokens: int
     source: dict[str, Any]
@@ -230,7 +232,13 @@ def _calibration_digests(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _prepare(
-    name: str, what: Any, source: dict[str, Any], tokenizer: Any, length: int, draw: _Draw
+    name: str,
+    what: Any,
+    source: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    length: int,
+    draw: _Draw,
 ) -> "_Questions | _Windows":
     if isinstance(what, Text):
         return _windows(name, what, source, tokenizer, min(_LONGEST_WINDOW, length), draw)
@@ -256,7 +264,28 @@ def _prepare(
             "end: set tokenizer.eos_token"
         )
     room = min(TASKS[name].max_new_tokens, length - longest)
-    return _Questions(name, questions, prompts, len(what) - len(unseen), room, source)
+    losses = _answer_losses(model, tokenizer, questions, length)
+    return _Questions(name, questions, prompts, losses, len(what) - len(unseen), room, source)
+
+
+def _answer_losses(
+    model: PreTrainedModel, tokenizer: Any, questions: list[Question], length: int
+) -> list[float | None]:
+    """Mean loss over the tokens of each worked answer; `None` where there is none."""
+    losses: list[float | None] = [None] * len(questions)
+    examples, positions = [], []
+    for position, question in enumerate(questions):
+        turns = (("user", question.prompt), ("assistant", question.answer))
+        input_ids, scored = encode(Conversation(turns), tokenizer, length)
+        if len(input_ids) <= length:
+            examples.append(
+                CalibrationExample(input_ids, scored, "evaluation", position, question.digest)
+            )
+            positions.append(position)
+    if examples:
+        for position, loss in zip(positions, example_losses(model, examples), strict=True):
+            losses[position] = float(loss) if loss.isfinite() else None
+    return losses
 
 
 def render_prompt(prompt: str, tokenizer: Any) -> str:
@@ -347,7 +376,7 @@ def _answer(lm: Any, jobs: dict[str, _Questions]) -> "dict[str, AccuracyResult |
     return {
         name: AccuracyResult(
             tuple(
-                _graded(name, job.questions[sample["doc_id"]], sample["resps"][0][0])
+                _graded(job, sample["doc_id"], sample["resps"][0][0])
                 for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
             ),
             job.excluded,
@@ -358,15 +387,17 @@ def _answer(lm: Any, jobs: dict[str, _Questions]) -> "dict[str, AccuracyResult |
     }
 
 
-def _graded(name: str, question: Question, response: str) -> Answer:
-    answer = extract_of(name)(response)
-    expected = extract_of(name)(question.answer)
-    fallback = TASKS[name].fallback
+def _graded(job: _Questions, position: int, response: str) -> Answer:
+    question = job.questions[position]
+    answer = extract_of(job.name)(response)
+    expected = extract_of(job.name)(question.answer)
+    fallback = TASKS[job.name].fallback
     return Answer(
         question.digest,
         answer == expected,
         answer,
         None if fallback is None else fallback(response) == expected,
+        job.losses[position],
     )
 
 

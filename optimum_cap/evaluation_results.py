@@ -31,12 +31,15 @@ class Answer:
             behind it, which counts as wrong.
         fallback: Whether the answer is right by the task's lenient reading; `None` where the task
             has none.
+        loss: Mean loss over the tokens of the published worked answer, in nats; `None` where it is
+            not finite or the model cannot take the whole answer.
     """
 
     digest: str
     correct: bool
     answer: str | None
     fallback: bool | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ class AccuracyResult:
         return sum(bool(item.fallback) for item in self.items) / len(self.items)
 
     @property
+    def answer_loss(self) -> float | None:
+        """Mean over the questions of the loss on the worked answer, in nats per token.
+
+        It moves long before accuracy does. Questions without a loss are left out; `None` if that
+        leaves none.
+        """
+        losses = [item.loss for item in self.items if item.loss is not None]
+        return math.fsum(losses) / len(losses) if losses else None
+
+    @property
     def error(self) -> str | None:
         """Always `None`: every response is right or wrong."""
         return None
@@ -111,6 +124,7 @@ class AccuracyResult:
             "correct": self.correct,
             "without_answer": self.without_answer,
             "fallback_accuracy": self.fallback_accuracy,
+            "answer_loss": self.answer_loss,
             "excluded": self.excluded,
             "max_new_tokens": self.max_new_tokens,
             "source": self.source,
@@ -277,13 +291,15 @@ class Evaluation:
 
     def table(self) -> str:
         """Return a table for the terminal, one line per task."""
-        rows = [["task", "n", "result", "95 % interval", "no answer", "left out"]]
+        rows = [["task", "n", "result", "95 % interval", "no answer", "loss", "left out"]]
         notes = []
         for name, result in self.tasks.items():
             if isinstance(result, AccuracyResult):
                 low, high = result.interval
                 missing = result.without_answer / len(result.items)
-                cells = [f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{missing:.1%}"]
+                loss = "-" if result.answer_loss is None else f"{result.answer_loss:.4f}"
+                interval = f"{low:.1%} to {high:.1%}"
+                cells = [f"{result.accuracy:.1%}", interval, f"{missing:.1%}", loss]
                 if result.fallback_accuracy is not None:
                     notes.append(
                         f"{name}: {result.fallback_accuracy:.1%} if the last number of the "
@@ -292,7 +308,7 @@ class Evaluation:
                 items = "questions"
             else:
                 value = result.perplexity
-                cells = ["not finite" if value is None else f"ppl {value:.4g}", "-", "-"]
+                cells = ["not finite" if value is None else f"ppl {value:.4g}", "-", "-", "-"]
                 notes.append(
                     f"{name}: {len(result.items)} windows of {result.window} tokens, "
                     f"{result.tokens:,} tokens predicted"

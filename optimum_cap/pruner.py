@@ -21,7 +21,7 @@ from optimum_cap.architectures import (
     oriented,
     prunable_matrices,
 )
-from optimum_cap.attribution import CausalScores, causal_scores, exact_losses
+from optimum_cap.attribution import CausalScores, UnitLosses, causal_scores, exact_losses
 from optimum_cap.calibration import CalibrationExample, CalibrationSet, build_calibration_set
 from optimum_cap.checkpoint import attach
 from optimum_cap.config import CAPConfig
@@ -72,6 +72,7 @@ class CAPPruner:
         tokenizer: Any = None,
         *,
         dataset: Any = None,
+        losses: UnitLosses | None = None,
         base_revision: str | None = None,
     ) -> PreTrainedModel:
         """Score, rank and zero the weights of `model`, in place.
@@ -85,6 +86,8 @@ class CAPPruner:
             tokenizer: Its tokenizer, or the name of one; `None` takes the config's, then the one
                 that is saved with the model.
             dataset: Calibration data that replaces the config's.
+            losses: What `measure` returned for this model, data and seed: the criterion `cap` does
+                not measure again, whatever the sparsity, subsets and aggregation.
             base_revision: Commit of the dense model on the Hub, for the record.
 
         Returns:
@@ -115,7 +118,7 @@ class CAPPruner:
         work = _Work(model, config, sites, matrices, calibration.examples if calibration else [])
 
         if config.method.criterion == "cap":
-            work.score_heads()
+            work.score_heads(losses)
         if config.method.allocation == "global":
             work.prune_below_one_threshold_(zeros)
         else:
@@ -129,6 +132,23 @@ class CAPPruner:
         record = work.record(calibration)
         attach(model, dataclasses.replace(record, base_revision=base_revision))
         return model
+
+    def measure(self, model: PreTrainedModel, tokenizer: Any = None) -> UnitLosses:
+        """Measure the losses with each head masked, which the criterion `cap` makes its scores of.
+
+        Args:
+            model: A decoder-only causal language model; it comes back as it was.
+            tokenizer: As for `prune`.
+
+        Raises:
+            ValueError: As `prune`.
+        """
+        sites = find_sites(model)
+        matrices = prunable_matrices(sites)
+        _check_weights(model, matrices)
+        tokenizer = _tokenizer(model, self.config.tokenizer if tokenizer is None else tokenizer)
+        calibration = build_calibration_set(self.config, tokenizer, max_length=_max_length(model))
+        return _Work(model, self.config, sites, matrices, calibration.examples).measure()
 
 
 class _Work:
@@ -159,15 +179,22 @@ class _Work:
         self.tokens: dict[Matrix, int] = {}
         self._regions: dict[Matrix, torch.Tensor] = {}
 
-    def score_heads(self) -> None:
+    def score_heads(self, losses: UnitLosses | None) -> None:
         """Measure the causal scores, and spread the importances of the heads over the weights."""
         config = self.config
-        attention = [site for site in self.sites if site.kind == "attention"]
-        losses = exact_losses(self.model, attention, self.examples, config.memory_budget)
+        if losses is None:
+            losses = self.measure()
+        else:
+            _check_losses(losses, self.sites, len(self.examples))
         self.scores = causal_scores(losses, config.subsets, config.aggregation)
         self.heads = _head_importances(self.scores)
         importances = unit_importances(self.sites, self.heads)
         self._regions = region_importances(self.sites, importances, config.kv_combination)
+
+    def measure(self) -> UnitLosses:
+        """Measure the losses with each head masked."""
+        attention = [site for site in self.sites if site.kind == "attention"]
+        return exact_losses(self.model, attention, self.examples, self.config.memory_budget)
 
     def prune_below_one_threshold_(self, zeros: int) -> None:
         """Zero the least important weights of the whole model."""
@@ -289,6 +316,18 @@ def _to_prune(sites: list[Site], leave_dense: list[str]) -> list[Matrix]:
     if not kept:
         raise ValueError(f"modules_to_leave_dense {leave_dense} leaves nothing to prune")
     return kept
+
+
+def _check_losses(losses: UnitLosses, sites: list[Site], examples: int) -> None:
+    """Check that losses are of this model's heads, and of as many examples."""
+    heads = [(site.name, u.index) for site in sites if site.kind == "attention" for u in site.units]
+    given = [(site.name, unit.index) for site, unit in losses.units]
+    if given != heads or len(losses.intact) != examples:
+        raise ValueError(
+            f"the losses are of {len(given)} units and {len(losses.intact)} examples, but the "
+            f"model has {len(heads)} heads and the calibration set {examples} examples: measure "
+            "them with the same model and config"
+        )
 
 
 def _check_pattern(model: PreTrainedModel, matrices: list[Matrix], pattern: str) -> None:

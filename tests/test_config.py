@@ -21,7 +21,7 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("recipe", "magic", "recipe must be one of paper, got 'magic'"),
+        ("recipe", "magic", "recipe must be one of paper, magnitude, .*, got 'magic'"),
         ("aggregation", "mode", "aggregation must be one of median, mean, got 'mode'"),
         ("kv_combination", "sum", "kv_combination must be one of mean, max, got 'sum'"),
         ("scored_tokens", "prompt", "scored_tokens must be one of answer, all, got 'prompt'"),

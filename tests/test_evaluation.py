@@ -122,6 +122,39 @@ def test_items_are_graded_as_the_example_grades_them() -> None:
     assert {item.digest: item.correct for item in items} == expected
 
 
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_the_loss_is_that_on_the_worked_answer(template: str | None, data_dir: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(template)
+    found = evaluate(model, tokenizer, tasks="gsm8k", data_dir=data_dir).tasks["gsm8k"]
+    rows = f"gsm8k={data_dir / 'gsm8k' / 'test.jsonl'}"
+    config = CAPConfig(sparsity=0.5, dataset=rows, num_samples=len(SUMS))
+    expected = {}
+    for example in build_calibration_set(config, tokenizer).examples:
+        with torch.no_grad():
+            logprobs = model(example.input_ids[None]).logits[0].double().log_softmax(-1)
+        targets = example.scored.nonzero().flatten()
+        chosen = logprobs[targets - 1, example.input_ids[targets]]
+        expected[example.digest] = -float(chosen.mean())
+    losses = {item.digest: item.loss for item in found.items}
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert found.answer_loss == pytest.approx(sum(expected.values()) / len(SUMS), rel=1e-5)
+    assert (
+        f"{found.answer_loss:.4f}"
+        in evaluate(model, tokenizer, tasks="gsm8k", data_dir=data_dir).table()
+    )
+
+
+def test_answers_that_the_model_cannot_take_have_no_loss(data_dir: Path) -> None:
+    model = tiny_model("llama", max_position_embeddings=23)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 23
+    found = evaluate(model, tokenizer, tasks="gsm8k", data_dir=data_dir).tasks["gsm8k"]
+    losses = [item.loss for item in found.items]
+    assert None in losses
+    assert all(loss > 0 for loss in losses if loss is not None)
+    assert found.answer_loss is not None
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE, "{{ strftime_now('%d') }}" + TEMPLATE])
 def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     tokenizer = tiny_tokenizer(template)
@@ -154,7 +187,8 @@ def test_a_model_without_markers_is_wrong_and_the_rate_is_shown(data_dir: Path) 
     assert found.tasks["strategyqa"].fallback_accuracy is None
     assert found.tasks["gsm8k"].fallback_accuracy is not None
     (row,) = [line for line in found.table().splitlines() if line.startswith("strategyqa")]
-    assert row.split() == ["strategyqa", "4", "0.0%", "0.0%", "to", "49.0%", "100.0%", "0"]
+    loss = f"{found.tasks['strategyqa'].answer_loss:.4f}"
+    assert row.split() == ["strategyqa", "4", "0.0%", "0.0%", "to", "49.0%", "100.0%", loss, "0"]
 
 
 def test_generation_ends_with_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,7 +508,7 @@ def test_json_round_trip(data_dir: Path, tmp_path: Path) -> None:
     assert set(values["versions"]) == {"optimum-cap", "lm-eval", "torch", "transformers"}
     task = values["tasks"]["gsm8k"]
     assert (task["n"], len(task["items"])) == (4, 4)
-    assert set(task["items"][0]) == {"digest", "correct", "answer", "fallback"}
+    assert set(task["items"][0]) == {"digest", "correct", "answer", "fallback", "loss"}
     assert task["source"] == {"file": "test.jsonl"}
 
 

@@ -219,3 +219,28 @@ def test_a_sparsity_that_prunes_nothing_or_all_is_refused_before_scoring(
     monkeypatch.setattr(pruner, "exact_losses", lambda *a: pytest.fail("scored"))
     with pytest.raises(ValueError, match=f"sparsity {sparsity} of .* weights is .* zeros"):
         CAPPruner(config(sparsity=sparsity)).prune(llama, tiny_tokenizer())
+
+
+def test_losses_are_measured_once_for_several_sparsities(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    losses = CAPPruner(config()).measure(tiny_model("mixtral"), tokenizer)
+    expected = [
+        CAPPruner(config(sparsity=sparsity)).prune(tiny_model("mixtral"), tokenizer)
+        for sparsity in (0.2, 0.4)
+    ]
+    monkeypatch.setattr(pruner, "exact_losses", lambda *a: pytest.fail("measured again"))
+    for sparsity, other in zip((0.2, 0.4), expected, strict=True):
+        model = tiny_model("mixtral")
+        CAPPruner(config(sparsity=sparsity)).prune(model, tokenizer, losses=losses)
+        assert model.pruning_record == other.pruning_record
+        pairs = zip(model.parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_losses_of_something_else_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    losses = CAPPruner(config()).measure(tiny_model("llama"), tokenizer)
+    with pytest.raises(ValueError, match=r"12 units and 12 examples, .* 13 examples: measure them"):
+        CAPPruner(config(num_samples=13)).prune(tiny_model("llama"), tokenizer, losses=losses)
+    with pytest.raises(ValueError, match="losses are of 12 units"):
+        CAPPruner(config()).prune(tiny_model("gpt2"), tokenizer, losses=losses)
