@@ -32,6 +32,7 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
         ["cap", "inspect", "-h"],
         ["cap", "eval", "-h"],
         ["cap", "compare", "-h"],
+        ["cap", "study", "-h"],
     ],
     ids=" ".join,
 )

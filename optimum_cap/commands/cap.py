@@ -7,6 +7,7 @@ from optimum_cap.commands.convert import ConvertCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.inspect import InspectCommand
 from optimum_cap.commands.prune import PruneCommand
+from optimum_cap.commands.study import StudyCommand
 
 
 class CAPCommand(BaseOptimumCLICommand):
@@ -21,4 +22,5 @@ class CAPCommand(BaseOptimumCLICommand):
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),
         CommandInfo("compare", "Compare models over the same questions.", CompareCommand),
+        CommandInfo("study", "Measure many recipes side by side.", StudyCommand),
     )

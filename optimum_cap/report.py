@@ -1,0 +1,271 @@
+"""What a person looks at of a study: a table in markdown, and pictures."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from optimum_cap.study import DENSE, Study, read_cells
+
+Row = dict[str, Any]
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (any table of the distribution).
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T_MORE = 1.96
+_METRICS = {
+    "accuracy": "accuracy",
+    "loss": "loss on worked answers, nats per token",
+    "perplexity": "perplexity",
+}
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARKERS = "osD^vPX*"
+
+
+def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path]:
+    """Write `results.md`, and pictures where there is anything to draw.
+
+    Args:
+        study: The study.
+        rows: What `run_study` returned.
+        folder: Where to write.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: matplotlib is not installed; the table is written all the same.
+    """
+    folder = Path(folder)
+    table = folder / "results.md"
+    table.write_text(markdown(rows), encoding="utf-8")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            f"the table is in {table}, but pictures need matplotlib ({error}): pip install "
+            "optimum-cap[report]"
+        ) from error
+    matplotlib.use("Agg")
+    return [table, *_curves(rows, folder), *_heat_maps(study, folder)]
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean over seeds and half the width of its 95 % interval (Student's t).
+
+    Returns:
+        The mean, and `None` as half width where there are fewer than two values.
+    """
+    if len(values) < 2:
+        return values[0], None
+    freedom = len(values) - 1
+    quantile = _T[freedom - 1] if freedom <= len(_T) else _T_MORE
+    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return one table per model, calibration set, task and metric: recipes by sparsities.
+
+    Numbers are means over seeds with 95 % intervals; the last lines name the cells that failed.
+    """
+    lines = ["# Results", ""]
+    for (model, calibration, task, metric), group in _groups(rows).items():
+        dense = _values(group, DENSE, 0.0)
+        sparsities = sorted({row["sparsity"] for row in group if row["recipe"] != DENSE})
+        recipes = list(dict.fromkeys(row["recipe"] for row in group if row["recipe"] != DENSE))
+        seeds = len({row["seed"] for row in group if row["recipe"] != DENSE})
+        lines.append(f"## {model}: {task}, {_METRICS[metric]}")
+        lines.append("")
+        known = f"dense {_number(metric, dense)}" if dense else "dense unknown"
+        lines.append(f"Calibrated on {calibration}, {seeds} seed(s); {known}.")
+        lines.append("")
+        lines.append(f"| recipe | {' | '.join(f'{value:.0%}' for value in sparsities)} |")
+        lines.append("|---" * (len(sparsities) + 1) + "|")
+        for recipe in recipes:
+            cells = [_number(metric, _values(group, recipe, value)) for value in sparsities]
+            lines.append(f"| {recipe} | {' | '.join(cells)} |")
+        lines.append("")
+    failed = [row for row in rows if row["error"]]
+    if failed:
+        lines += ["## Failed", ""]
+        lines += [
+            f"- {row['model']} {row['recipe']} {row['sparsity']:g} {row['calibration']} seed "
+            f"{row['seed']}{' ' + row['task'] if row['task'] else ''}: {row['error']}"
+            for row in failed
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _groups(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """Rows by model, calibration set, task and metric; those of the dense model in each."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    measured = [row for row in rows if row["metric"] in _METRICS]
+    for row in measured:
+        if row["recipe"] != DENSE:
+            key = (row["model"], row["calibration"], row["task"], row["metric"])
+            groups.setdefault(key, []).append(row)
+    for (model, _, task, metric), group in groups.items():
+        group += [
+            row
+            for row in measured
+            if row["recipe"] == DENSE
+            and (row["model"], row["task"], row["metric"]) == (model, task, metric)
+        ]
+    return groups
+
+
+def _values(group: Iterable[Row], recipe: str, sparsity: float) -> list[float]:
+    return [
+        row["value"]
+        for row in group
+        if (row["recipe"], row["sparsity"]) == (recipe, sparsity) and row["value"] is not None
+    ]
+
+
+def _number(metric: str, values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean, half = mean_and_interval(values)
+    if metric == "accuracy":
+        return f"{mean:.1%}" + ("" if half is None else f" ± {100 * half:.1f}")
+    return f"{mean:.4g}" + ("" if half is None else f" ± {half:.2g}")
+
+
+def _curves(rows: list[Row], folder: Path) -> list[Path]:
+    """Draw value against sparsity: a picture per model, calibration set and metric."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    pictures: dict[tuple[str, str, str], list[tuple[str, list[Row]]]] = {}
+    for (model, calibration, task, metric), group in _groups(rows).items():
+        pictures.setdefault((model, calibration, metric), []).append((task, group))
+    files = []
+    for (model, calibration, metric), tasks in pictures.items():
+        figure, axes = pyplot.subplots(
+            1,
+            len(tasks),
+            figsize=(1.2 + 4.0 * len(tasks), 3.9),
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, (task, group) in zip(axes[0], tasks, strict=True):
+            _curve(axis, metric, group)
+            axis.set_title(task.removeprefix("tiny_reasoner_"))
+            axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_xlabel("sparsity")
+            if metric == "accuracy":
+                axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            else:
+                axis.set_yscale("log")
+        if metric == "accuracy":
+            lowest = min(axis.get_ylim()[0] for axis in axes[0])
+            for axis in axes[0]:
+                axis.set_ylim(max(-0.03, lowest), 1.02)
+        axes[0][0].set_ylabel(_METRICS[metric])
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False)
+        figure.suptitle(f"{model}, calibrated on {calibration}")
+        path = folder / f"{_slug(model)}_{_slug(calibration)}_{metric}.png"
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+        files.append(path)
+    return files
+
+
+def _curve(axis: Any, metric: str, group: list[Row]) -> None:
+    """Draw a line per recipe, with the interval over seeds, or of the one accuracy."""
+    if dense := _values(group, DENSE, 0.0):
+        axis.axhline(dense[0], color="#666666", linestyle=":", linewidth=1.2, label=DENSE)
+    recipes = list(dict.fromkeys(row["recipe"] for row in group if row["recipe"] != DENSE))
+    for index, recipe in enumerate(recipes):
+        own = [row for row in group if row["recipe"] == recipe and row["value"] is not None]
+        sparsities = sorted({row["sparsity"] for row in own})
+        means, lows, highs = [], [], []
+        for sparsity in sparsities:
+            values = _values(own, recipe, sparsity)
+            mean, half = mean_and_interval(values)
+            low, high = mean, mean
+            if half is not None:
+                low, high = mean - half, mean + half
+            elif metric == "accuracy":
+                (row,) = [row for row in own if row["sparsity"] == sparsity]
+                low, high = row["low"], row["high"]
+            means.append(mean)
+            lows.append(max(0.0, mean - low))
+            highs.append(max(0.0, high - mean))
+        axis.errorbar(
+            sparsities,
+            means,
+            yerr=(lows, highs),
+            color=_COLORS[index % len(_COLORS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4.5,
+            linewidth=1.4,
+            elinewidth=0.9,
+            capsize=2.5,
+            label=recipe,
+        )
+    axis.grid(alpha=0.25)
+
+
+def _heat_maps(study: Study, folder: Path) -> list[Path]:
+    """Draw the causal scores, layers by heads: a picture per model and calibration set."""
+    import numpy as np
+    from matplotlib import pyplot
+    from matplotlib.colors import SymLogNorm
+
+    found: dict[tuple[str, str], dict[int | None, list[dict[str, Any]]]] = {}
+    for cell, measured in read_cells(study, folder):
+        if measured["scores"] and cell.calibration is not None:
+            by_seed = found.setdefault((cell.label, cell.calibration), {})
+            by_seed.setdefault(cell.seed, measured["scores"])
+    files = []
+    for (model, calibration), by_seed in found.items():
+        seed, scores = next(iter(by_seed.items()))
+        layers = 1 + max(score["layer"] for score in scores)
+        heads = 1 + max(score["unit"] for score in scores)
+        values = np.full((layers, heads), np.nan)
+        for score in scores:
+            if score["score"] is not None:
+                values[score["layer"], score["unit"]] = score["score"]
+        figure, axis = pyplot.subplots(
+            figsize=(2.6 + 0.55 * heads, 1.8 + 0.42 * layers), layout="constrained"
+        )
+        limit = float(np.nanmax(np.abs(values))) or 1.0
+        picture = axis.imshow(
+            values,
+            cmap="RdBu_r",
+            norm=SymLogNorm(limit / 20, vmin=-limit, vmax=limit),
+            aspect="auto",
+        )
+        if layers * heads <= 400:
+            for (layer, head), value in np.ndenumerate(values):
+                strong = abs(value) > limit / 5
+                axis.text(
+                    head,
+                    layer,
+                    f"{value:.2g}" if abs(value) < 0.01 else f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if strong else "black",
+                )
+        axis.set_xticks(range(heads))
+        axis.set_yticks(range(layers))
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        axis.set_title(f"{model}, {calibration}, seed {seed}", fontsize=10)
+        ticks = [-limit, -limit / 10, 0.0, limit / 10, limit]
+        bar = figure.colorbar(picture, ticks=ticks, format="%.2g")
+        bar.minorticks_off()
+        bar.set_label("causal score, nats per token")
+        path = folder / f"{_slug(model)}_{_slug(calibration)}_scores.png"
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+        files.append(path)
+    return files
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)

@@ -1,0 +1,441 @@
+"""Studies: models x recipes x sparsities x calibration sets x seeds, every cell measured once.
+
+A study is a YAML file (`docs/study.md`). Its cells are cached one by one under a key of all that
+determines them, so a study that was killed goes on where it was, and one that grows measures only
+what is new. A cell that fails is recorded with its error, and the others go on.
+"""
+
+import csv
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.architectures import find_sites
+from optimum_cap.attribution import UnitLosses
+from optimum_cap.config import RECIPES, CAPConfig
+from optimum_cap.evaluation import TaskData, check_counts, evaluate, load_task_data
+from optimum_cap.evaluation_results import AccuracyResult, Evaluation
+from optimum_cap.pruner import CAPPruner
+
+logger = logging.get_logger(__name__)
+
+DENSE = "dense"
+_LAYOUT = 1  # of a cell's file; part of its key
+_OF_A_CELL = ("sparsity", "dataset", "seed")  # fields of CAPConfig that the axes decide
+_COLUMNS = (
+    "model",
+    "recipe",
+    "sparsity",
+    "calibration",
+    "seed",
+    "task",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "n",
+    "error",
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured.
+
+    Attributes:
+        models: Label -> Hub id or folder of a dense model.
+        recipes: Label -> fields of `CAPConfig`.
+        sparsities: Fractions of zeros.
+        calibration: Label -> data set, as `CAPConfig` takes it.
+        tasks: Names of evaluation tasks or groups.
+        seeds: Seeds of the calibration examples.
+        settings: Fields of `CAPConfig` for all recipes.
+        data_dir: Folder of the evaluation data; `None` is the Hub.
+        limit: Questions or windows per task.
+        batch_size: Questions at a time.
+        dtype: Of the weights.
+        device_map: Where the models are placed.
+    """
+
+    models: dict[str, str]
+    recipes: dict[str, dict[str, Any]]
+    sparsities: list[float]
+    calibration: dict[str, Any]
+    tasks: list[str]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    settings: dict[str, Any] = field(default_factory=dict)
+    data_dir: str | None = None
+    limit: int | None = None
+    batch_size: int = 32
+    dtype: str = "auto"
+    device_map: str = "auto"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """Read a study from YAML.
+
+        Raises:
+            ValueError: An unknown or missing key, or a value that cannot be used; the message names
+                it. Every recipe is checked with every sparsity.
+            FileNotFoundError: There is no such file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"the study file {path} does not exist")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(map(str, values)) - set(known)):
+            raise ValueError(
+                f"unknown key(s) {', '.join(unknown)} in {path}; known: {', '.join(known)}"
+            )
+        needed = ("models", "recipes", "sparsities", "calibration", "tasks")
+        if missing := [name for name in needed if not values.get(name)]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        study = cls(
+            **{
+                **values,
+                "models": _labelled("models", values["models"]),
+                "recipes": _recipes(values["recipes"]),
+                "calibration": _labelled("calibration", values["calibration"]),
+                "sparsities": _list("sparsities", values["sparsities"]),
+                "tasks": _list("tasks", values["tasks"]),
+                "seeds": _list("seeds", values.get("seeds", [0])),
+            }
+        )
+        check_counts(study.limit, study.batch_size)
+        for cell in study.cells():
+            cell.config()
+        return study
+
+    def cells(self) -> "Iterator[Cell]":
+        """Yield every cell, model by model, the dense one first."""
+        for label, model in self.models.items():
+            yield Cell(label, model, DENSE, {}, None, None, None, None)
+            axes = (self.calibration.items(), self.seeds, self.recipes.items(), self.sparsities)
+            for (data, dataset), seed, (recipe, changes), sparsity in itertools.product(*axes):
+                settings = {**self.settings, **changes}
+                yield Cell(label, model, recipe, settings, sparsity, data, dataset, seed)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, pruned in one way, or dense."""
+
+    label: str
+    model: str
+    recipe: str
+    settings: dict[str, Any]
+    sparsity: float | None
+    calibration: str | None
+    dataset: Any
+    seed: int | None
+
+    def config(self) -> CAPConfig | None:
+        """The configuration of the pruner; `None` of the dense model."""
+        if self.recipe == DENSE:
+            return None
+        try:
+            return CAPConfig(
+                **{
+                    **self.settings,
+                    "sparsity": self.sparsity,
+                    "dataset": self.dataset,
+                    "seed": self.seed,
+                }
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"recipe {self.recipe!r} of the study: {error}") from error
+
+    def __str__(self) -> str:
+        if self.recipe == DENSE:
+            return f"{self.label} dense"
+        return f"{self.label} {self.recipe} {self.sparsity:g} {self.calibration} seed {self.seed}"
+
+
+def run_study(study: Study, folder: str | Path) -> list[dict[str, Any]]:
+    """Measure every cell that is not measured yet, and write all results.
+
+    Args:
+        study: What to measure.
+        folder: Where `cells/`, `scores/` and `results.csv` are, or will be.
+
+    Returns:
+        The rows of `results.csv`: one per cell, task and metric.
+    """
+    folder = Path(folder)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    data = load_task_data(",".join(study.tasks), study.data_dir)
+    evaluated = {"tasks": _digest_of_tasks(data), "limit": study.limit, "dtype": study.dtype}
+    cells = list(study.cells())
+    rows: list[dict[str, Any]] = []
+    with logging.tqdm(total=len(cells), desc="Study", unit="cell") as progress:
+        for cell in cells:
+            file = folder / "cells" / f"{_key(cell, evaluated)}.json"
+            found = _read(file)
+            if found is None or found["error"]:
+                progress.set_postfix_str(str(cell))
+                found = _measured(cell, study, data, folder)
+                _write_text(file, json.dumps(found, indent=1))
+            rows += _rows(cell, found)
+            progress.update()
+    lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
+    temporary = folder / "results.csv.part"
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(lines)
+    temporary.replace(folder / "results.csv")
+    return rows
+
+
+def _measured(cell: Cell, study: Study, data: TaskData, folder: Path) -> dict[str, Any]:
+    """Measure one cell; what goes wrong is part of the result."""
+    start = time.monotonic()
+    evaluation = record = None
+    error = None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            cell.model, dtype=study.dtype, device_map=study.device_map
+        )
+        tokenizer = AutoTokenizer.from_pretrained(cell.model)
+        if (config := cell.config()) is not None:
+            losses = None
+            if config.method.criterion == "cap":
+                losses = _losses(cell, config, model, tokenizer, folder)
+            CAPPruner(config).prune(model, tokenizer, losses=losses)
+            record = model.pruning_record.to_dict()
+        evaluation = evaluate(
+            model, tokenizer, data=data, limit=study.limit, batch_size=study.batch_size
+        )
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+        logger.warning(f"{cell}: {error}")
+    return {
+        "cell": asdict(cell),
+        "evaluation": evaluation.to_dict() if evaluation else None,
+        "scores": record["scores"] if record else None,
+        "matrices": record["matrices"] if record else None,
+        "seconds": time.monotonic() - start,
+        "error": error,
+    }
+
+
+def _losses(
+    cell: Cell, config: CAPConfig, model: PreTrainedModel, tokenizer: Any, folder: Path
+) -> UnitLosses:
+    """Losses with each head masked: measured once per model and calibration set."""
+    decisive = {
+        name: getattr(config, name)
+        for name in ("num_samples", "seed", "scored_tokens", "max_length")
+    }
+    named = {
+        "layout": _LAYOUT,
+        "model": _fingerprint(cell.model),
+        "dataset": _fingerprint(cell.dataset),
+        "dtype": str(model.dtype),
+        **decisive,
+    }
+    file = folder / "scores" / f"{_digest(named)}.safetensors"
+    if file.is_file():
+        saved = load_file(file)
+        units = [
+            (site, unit)
+            for site in find_sites(model)
+            if site.kind == "attention"
+            for unit in site.units
+        ]
+        return UnitLosses(units, saved["intact"], saved["masked"])
+    losses = CAPPruner(config).measure(model, tokenizer)
+    file.parent.mkdir(exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    save_file({"intact": losses.intact, "masked": losses.masked}, part)
+    part.replace(file)
+    return losses
+
+
+def _rows(cell: Cell, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numbers of one cell: a row per task and metric, or one with the error."""
+    where = {
+        "model": cell.label,
+        "recipe": cell.recipe,
+        "sparsity": cell.sparsity if cell.sparsity is not None else 0.0,
+        "calibration": cell.calibration,
+        "seed": cell.seed,
+    }
+    empty = dict.fromkeys(_COLUMNS)
+    if found["error"]:
+        return [{**empty, **where, "error": found["error"]}]
+    rows = []
+    for task, result in Evaluation.from_dict(found["evaluation"]).tasks.items():
+        common = {**empty, **where, "task": task, "n": len(result.items), "error": result.error}
+        if isinstance(result, AccuracyResult):
+            low, high = result.interval
+            accuracy = {"metric": "accuracy", "value": result.accuracy, "low": low, "high": high}
+            missing = result.without_answer / len(result.items)
+            rows.append({**common, **accuracy})
+            rows.append({**common, "metric": "loss", "value": result.answer_loss})
+            rows.append({**common, "metric": "no_answer", "value": missing})
+        else:
+            rows.append({**common, "metric": "perplexity", "value": result.perplexity})
+    return rows
+
+
+# Keys
+
+
+def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
+    config = cell.config()
+    values = config.to_dict() if config is not None else {}
+    return _digest(
+        {
+            "layout": _LAYOUT,
+            "version": importlib.metadata.version("optimum-cap"),
+            "model": _fingerprint(cell.model),
+            "config": {**values, "dataset": None, "memory_budget": None},
+            "dataset": _fingerprint(cell.dataset),
+            "evaluated": evaluated,
+        }
+    )
+
+
+def _fingerprint(name: Any) -> Any:
+    """What tells a model, a data set or a list of them from another: of files, their content."""
+    if isinstance(name, list):
+        return [_fingerprint(entry) for entry in name]
+    if isinstance(name, dict):
+        return {**name, "path": _fingerprint(name.get("path"))}
+    preset, _, path = str(name).rpartition("=")
+    place = Path(path)
+    if place.is_file():
+        return [preset, _file_digest(place)]
+    if place.is_dir():
+        wanted = {".safetensors", ".json", ".jinja"}
+        files = sorted(file for file in place.iterdir() if file.suffix in wanted)
+        return [[file.name, _file_digest(file)] for file in files]
+    return name
+
+
+_digests: dict[tuple[str, int, int], str] = {}
+
+
+def _file_digest(path: Path) -> str:
+    status = path.stat()
+    known = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if known not in _digests:
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+            _digests[known] = digest.hexdigest()
+    return _digests[known]
+
+
+def _digest_of_tasks(data: TaskData) -> dict[str, str]:
+    return {
+        name: _digest([getattr(item, "digest", None) for item in what])
+        if isinstance(what, tuple)
+        else _digest(what.text)
+        for name, (what, _) in data.items()
+    }
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
+
+
+# Files
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Read a cell; one that cannot be read is measured again."""
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        logger.warning(f"{file} is damaged: its cell is measured again")
+        return None
+    return values
+
+
+def _write_text(file: Path, text: str) -> None:
+    """Write all or nothing."""
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def read_cells(study: Study, folder: str | Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Yield the measured cells of a study with what their files hold."""
+    data = load_task_data(",".join(study.tasks), study.data_dir)
+    evaluated = {"tasks": _digest_of_tasks(data), "limit": study.limit, "dtype": study.dtype}
+    for cell in study.cells():
+        found = _read(Path(folder) / "cells" / f"{_key(cell, evaluated)}.json")
+        if found is not None:
+            yield cell, found
+
+
+# The values of the file
+
+
+def _list(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} of the study must be a list, got {values!r}")
+    if len({json.dumps(value) for value in values}) < len(values):
+        raise ValueError(f"{name} of the study names a value twice: {values}")
+    return values
+
+
+def _labelled(name: str, values: Any) -> dict[str, Any]:
+    """Give a bare name, or each of a list of them, its last part as label."""
+    if isinstance(values, dict):
+        return {str(label): value for label, value in values.items()}
+    names = values if isinstance(values, list) else [values]
+    labelled = {Path(str(value)).name: value for value in names}
+    if len(labelled) < len(names):
+        raise ValueError(
+            f"{name} of the study have the same last part: label them, as in "
+            f"`{name}: {{first: {names[0]}}}`"
+        )
+    return labelled
+
+
+def _recipes(values: Any) -> dict[str, dict[str, Any]]:
+    """A list of names of recipes, or labels with fields of `CAPConfig`."""
+    if isinstance(values, list):
+        if unknown := [name for name in values if name not in RECIPES]:
+            raise ValueError(
+                f"unknown recipe {unknown[0]!r} in the study: choose from {', '.join(RECIPES)}, or "
+                "give labels with fields of CAPConfig"
+            )
+        return {name: {"recipe": name} for name in _list("recipes", values)}
+    if not isinstance(values, dict):
+        raise ValueError(f"recipes of the study must be a list or labels, got {values!r}")
+    recipes = {}
+    for label, changes in values.items():
+        changes = {"recipe": label} if changes is None else changes
+        if not isinstance(changes, dict) or set(changes) & set(_OF_A_CELL):
+            raise ValueError(
+                f"recipe {label!r} of the study must be fields of CAPConfig other than "
+                f"{', '.join(_OF_A_CELL)}, got {changes!r}"
+            )
+        recipes[str(label)] = changes
+    if DENSE in recipes:
+        raise ValueError(
+            f"no recipe of the study can be called {DENSE!r}: that is the model itself"
+        )
+    return recipes

@@ -1,0 +1,262 @@
+"""Studies: what is measured, what is cached, what is refused, and the table and pictures of it."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_models import tiny_model, tiny_tokenizer
+
+from optimum_cap import pruner, study
+from optimum_cap.report import markdown, mean_and_interval, write_report
+from optimum_cap.study import Study, run_study
+
+SUMS = [{"question": f"{n}+{n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(12)]
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    """A study of a tiny model: two recipes, two sparsities, one seed."""
+    tiny_model("llama").save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    lines = [json.dumps(row) for row in SUMS]
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text("\n".join(lines))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:6]))
+    return {
+        "models": [str(tmp_path / "tiny")],
+        "recipes": ["paper", "wanda"],
+        "sparsities": [0.2, 0.5],
+        "calibration": {"sums": str(tmp_path / "rows.jsonl")},
+        "tasks": ["gsm8k"],
+        "data_dir": str(tmp_path / "data"),
+        "settings": {"num_samples": 4},
+    }
+
+
+def load(values: dict[str, Any], tmp_path: Path) -> Study:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return Study.load(file)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cells that are measured from now on."""
+    names: list[str] = []
+    stock = study._measured
+    monkeypatch.setattr(
+        study, "_measured", lambda cell, *args: (names.append(str(cell)), stock(cell, *args))[1]
+    )
+    return names
+
+
+def test_every_cell_has_its_rows(values: dict[str, Any], tmp_path: Path) -> None:
+    rows = run_study(load(values, tmp_path), tmp_path / "out")
+    cells = {(row["recipe"], row["sparsity"]) for row in rows}
+    assert cells == {
+        ("dense", 0.0),
+        *((recipe, sparsity) for recipe in ("paper", "wanda") for sparsity in (0.2, 0.5)),
+    }
+    assert {row["metric"] for row in rows} == {"accuracy", "loss", "no_answer"}
+    assert len(rows) == 15
+    assert not any(row["error"] for row in rows)
+    losses = [row for row in rows if row["metric"] == "loss"]
+    assert len({row["value"] for row in losses}) == 5
+    # Of 12 questions, 4 are in the calibration set.
+    assert [row["n"] for row in losses] == [12, 8, 8, 8, 8]
+    with (tmp_path / "out" / "results.csv").open() as file:
+        saved = list(csv.DictReader(file))
+    assert [row["value"] for row in saved] == [str(row["value"]) for row in rows]
+
+
+def test_scores_are_measured_once_per_calibration_set(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    stock = pruner.exact_losses
+    monkeypatch.setattr(pruner, "exact_losses", lambda *args: (runs.append(1), stock(*args))[1])
+    values["recipes"] = {"paper": None, "K=1": {"subsets": 1}, "max": {"kv_combination": "max"}}
+    values["seeds"] = [0, 1]
+    run_study(load(values, tmp_path), tmp_path / "out")
+    assert len(runs) == 2
+
+
+def test_a_second_run_measures_only_what_is_new(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_study(load(values, tmp_path), tmp_path / "out")
+    names = counted(monkeypatch)
+    assert run_study(load(values, tmp_path), tmp_path / "out") == first
+    assert names == []
+
+    values["sparsities"].append(0.3)
+    run_study(load(values, tmp_path), tmp_path / "out")
+    assert names == ["tiny paper 0.3 sums seed 0", "tiny wanda 0.3 sums seed 0"]
+
+
+def test_a_study_that_was_stopped_goes_on_where_it_was(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_study(load(values, tmp_path), tmp_path / "undisturbed")
+    stock = study._measured
+
+    def stopped(cell: Any, *args: Any) -> Any:
+        if str(cell) == "tiny wanda 0.2 sums seed 0":
+            raise KeyboardInterrupt
+        return stock(cell, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_measured", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(load(values, tmp_path), tmp_path / "out")
+    names = counted(monkeypatch)
+    assert run_study(load(values, tmp_path), tmp_path / "out") == expected
+    assert names == ["tiny wanda 0.2 sums seed 0", "tiny wanda 0.5 sums seed 0"]
+
+
+@pytest.mark.parametrize("changed", ["model", "calibration", "evaluation", "limit"])
+def test_what_changed_is_measured_again(
+    changed: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_study(load(values, tmp_path), tmp_path / "out")
+    names = counted(monkeypatch)
+    if changed == "model":
+        tiny_model("llama", seed=1).save_pretrained(tmp_path / "tiny")
+    elif changed == "calibration":
+        lines = [json.dumps(row) for row in SUMS[3:9]]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    elif changed == "evaluation":
+        lines = [json.dumps(row) for row in SUMS[1:]]
+        (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text("\n".join(lines))
+    else:
+        values["limit"] = 3
+    run_study(load(values, tmp_path), tmp_path / "out")
+    assert len(names) == (4 if changed == "calibration" else 5)
+
+
+def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["recipes"] = {"4:8": {"recipe": "wanda", "pattern": "4:8"}, "wanda": None}
+    values["sparsities"] = [0.5]
+    loaded = load(values, tmp_path)
+    rows = run_study(loaded, tmp_path / "out")
+    (failed,) = [row for row in rows if row["error"]]
+    assert failed["recipe"] == "4:8"
+    assert "ValueError: pattern '4:8' does not fit" in failed["error"]
+    assert any(row["recipe"] == "wanda" and row["value"] is not None for row in rows)
+    text = markdown(rows)
+    assert "- tiny 4:8 0.5 sums seed 0: ValueError: pattern '4:8' does not fit" in text
+    # A failure is tried again, a result is not.
+    names = counted(monkeypatch)
+    run_study(loaded, tmp_path / "out")
+    assert names == ["tiny 4:8 0.5 sums seed 0"]
+
+
+def test_a_damaged_cell_is_measured_again(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_study(load(values, tmp_path), tmp_path / "out")
+    for file in (tmp_path / "out" / "cells").iterdir():
+        file.write_text(file.read_text()[:50])
+    names = counted(monkeypatch)
+    assert run_study(load(values, tmp_path), tmp_path / "out") == expected
+    assert len(names) == 5
+
+
+def test_table_and_pictures(values: dict[str, Any], tmp_path: Path) -> None:
+    values["seeds"] = [0, 1]
+    loaded = load(values, tmp_path)
+    files = write_report(loaded, run_study(loaded, tmp_path / "out"), tmp_path / "out")
+    assert [file.name for file in files] == [
+        "results.md",
+        "tiny_sums_accuracy.png",
+        "tiny_sums_loss.png",
+        "tiny_sums_scores.png",
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[1:])
+    text = files[0].read_text()
+    assert "## tiny: gsm8k, loss on worked answers, nats per token" in text
+    assert "| recipe | 20% | 50% |" in text
+    assert "Calibrated on sums, 2 seed(s); dense " in text
+
+
+def test_the_table_shows_means_over_seeds_with_their_interval() -> None:
+    def row(recipe: str, sparsity: float, seed: int | None, value: float) -> dict[str, Any]:
+        return {
+            **dict.fromkeys(study._COLUMNS),
+            "model": "m",
+            "recipe": recipe,
+            "sparsity": sparsity,
+            "calibration": None if recipe == "dense" else "c",
+            "seed": seed,
+            "task": "t",
+            "metric": "accuracy",
+            "value": value,
+        }
+
+    rows = [row("dense", 0.0, None, 0.9)]
+    rows += [row("paper", 0.2, seed, value) for seed, value in enumerate((0.7, 0.8, 0.9))]
+    text = markdown(rows)
+    assert "3 seed(s); dense 90.0%." in text
+    assert "| paper | 80.0% ± 24.8 |" in text  # 4.303 * 0.1 / sqrt(3)
+
+
+def test_mean_and_interval() -> None:
+    assert mean_and_interval([0.5]) == (0.5, None)
+    mean, half = mean_and_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "x"}, r"unknown key\(s\) model in .*; known: models, recipes"),
+        ({"recipes": None}, "lacks recipes"),
+        ({"recipes": ["magic"]}, "unknown recipe 'magic' in the study: choose from paper"),
+        ({"recipes": {"a": {"sparsity": 0.3}}}, "must be fields of CAPConfig other than sparsity"),
+        ({"recipes": {"a": {"magic": 1}}}, "recipe 'paper|a' of the study: .*magic"),
+        ({"recipes": {"dense": None}}, "no recipe of the study can be called 'dense'"),
+        ({"sparsities": 0.5}, r"sparsities of the study must be a list, got 0\.5"),
+        ({"sparsities": [0.5, 0.5]}, "names a value twice"),
+        ({"sparsities": [1.5]}, "sparsity must be a number strictly between 0 and 1"),
+        ({"models": ["a/x", "b/x"]}, "have the same last part: label them"),
+        ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({"settings": {"num_samples": 0}}, "num_samples must be an integer of at least 1"),
+    ],
+)
+def test_a_bad_study_is_refused_before_anything_is_measured(
+    changes: dict[str, Any], message: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load({**values, **changes}, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text"])
+def test_what_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        Study.load(tmp_path / "bad.yaml")
+
+
+def test_the_examples_are_valid() -> None:
+    folder = Path(__file__).parents[1] / "examples" / "studies"
+    for file in folder.glob("*.yaml"):
+        assert list(Study.load(file).cells())
+
+
+def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**values, "recipes": ["magnitude"]}))
+    command = [str(Path(sys.executable).with_name("optimum-cli")), "cap", "study", str(file)]
+    dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
+    assert dry.stdout.splitlines()[-1] == "3 cells"
+    output = tmp_path / "out"
+    subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=True)
+    assert (output / "results.md").read_text().startswith("# Results")
