@@ -203,7 +203,7 @@ class CAPQuantizer(HfQuantizer):
 
             config = self.quantization_config
             tokenizer = config.tokenizer or model.name_or_path
-            if isinstance(tokenizer, str):
+            if isinstance(tokenizer, str) and config.method.needs_data:
                 tokenizer = _load_tokenizer(tokenizer)
             commit = getattr(_hub_arguments.get({}).get("revision"), "resolved", None)
             CAPPruner(config).prune(model, tokenizer, base_revision=commit)

@@ -117,6 +117,14 @@ def test_weights_and_config_in_memory_need_no_files(
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_recipes_without_data_need_no_tokenizer(base: Path) -> None:
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    settings = CAPConfig(sparsity=0.3, recipe="magnitude")
+    model = AutoModelForCausalLM.from_pretrained(base, pruning_config=settings)
+    assert model.pruning_record.zeros == round(0.3 * model.pruning_record.total)
+
+
 def test_loading_info_is_still_returned(base: Path) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(
         base, pruning_config=config(), output_loading_info=True
