@@ -72,6 +72,28 @@ def add_common_flags(parser: ArgumentParser) -> None:
     )
 
 
+def add_loading_flags(parser: ArgumentParser) -> None:
+    """Add the flags that say how a model is loaded."""
+    add = parser.add_argument
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of the weights; auto is that of the checkpoint (default: auto)",
+    )
+    add(
+        "--device-map",
+        default="auto",
+        metavar="DEVICE",
+        help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
+    )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that the model's repository ships",
+    )
+
+
 def check_output_folder(output: Path, source: str, overwrite: bool | None = None) -> None:
     """Check that a checkpoint can be written to `output`, without leaving anything there.
 

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_cap.commands.base import CAPSubcommand, add_common_flags
+from optimum_cap.commands.base import CAPSubcommand, add_common_flags, add_loading_flags
 
 if TYPE_CHECKING:
     from optimum_cap.evaluation import TaskData
@@ -69,24 +69,8 @@ def add_evaluation_flags(parser: ArgumentParser) -> None:
         help="folder with the files of the data sets (default: the Hub)",
     )
     add("--batch-size", type=int, default=32, metavar="N", help="questions at a time (default: 32)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="type of the weights; auto is that of the checkpoint (default: auto)",
-    )
-    add(
-        "--device-map",
-        default="auto",
-        metavar="DEVICE",
-        help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
-    )
     add("--seed", type=int, default=0, help="seed of the draw that --limit makes (default: 0)")
-    add(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the code that the model's repository ships",
-    )
+    add_loading_flags(parser)
 
 
 def check_model(name: str, args: Namespace) -> None:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_cap.commands.base import CAPSubcommand, add_common_flags, check_output_folder
+from optimum_cap.commands.base import (
+    CAPSubcommand,
+    add_common_flags,
+    add_loading_flags,
+    check_output_folder,
+)
 from optimum_cap.commands.summary import print_summary
 
 if TYPE_CHECKING:
@@ -132,18 +137,6 @@ class PruneCommand(CAPSubcommand):
             help="modules not to prune, by part of their name, as layers.0 o_proj (default: none)",
         )
         add(
-            "--dtype",
-            default="auto",
-            choices=("auto", "float32", "bfloat16", "float16"),
-            help="type of the weights; auto is that of the checkpoint (default: auto)",
-        )
-        add(
-            "--device-map",
-            default="auto",
-            metavar="DEVICE",
-            help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
-        )
-        add(
             "--max-shard-size",
             metavar="SIZE",
             help="largest weight file before packing, as 500MB (default: 5GB)",
@@ -154,11 +147,7 @@ class PruneCommand(CAPSubcommand):
             help="replace the checkpoint in a folder that is not empty; other files stay",
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
-        add(
-            "--trust-remote-code",
-            action="store_true",
-            help="run the code that the model's repository ships",
-        )
+        add_loading_flags(parser)
         add("--push-to-hub", metavar="REPO", help="Hub id to upload the result to")
         add("--private", action="store_true", help="make that repository private if it is new")
         add_common_flags(parser)
