@@ -82,8 +82,13 @@ class LayerWalk:
         self.layers = decoder_layers(model, sites)
         longest = max(len(example.input_ids) for example in examples)
         size = max(1, _TOKENS_PER_BATCH.get(model.device.type, 2048) // longest)
+        # How each layer returns its output is seen on a single token.
+        named = {str(index): layer for index, layer in enumerate(self.layers)}
+        with recorded_calls(named) as calls:
+            model(input_ids=examples[0].input_ids[None, :1].to(model.device), use_cache=False)
+        forms = [calls[name].output for name in named]
         self._streams = [
-            _Stream(batch.real, *_first_input(model, self.layers, batch.input_ids))
+            _Stream(batch.real, *_first_input(model, self.layers, forms, batch.input_ids))
             for batch in batches(examples, size)
         ]
 
@@ -130,28 +135,27 @@ class _Stream:
 
 
 def _first_input(
-    model: PreTrainedModel, layers: list[nn.Module], input_ids: torch.Tensor
+    model: PreTrainedModel, layers: list[nn.Module], forms: list[Any], input_ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Input of the first layer, and the other arguments of every layer; no layer runs."""
-    # How each layer returns its output is seen on a single token.
-    named = {str(index): layer for index, layer in enumerate(layers)}
-    with recorded_calls(named) as calls:
-        model(input_ids=input_ids[:1, :1].to(model.device), use_cache=False)
+    """Input of the first layer, and the other arguments of every layer; no layer runs.
+
+    `forms` are outputs of the layers, which say how each returns its hidden states.
+    """
     inputs: list[torch.Tensor] = []
     arguments = []
 
-    def skip(index: int) -> Callable[..., Any]:
+    def skip(form: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest, keywords = split_hidden(args, kwargs)
             inputs.append(hidden)
             arguments.append((rest, keywords))
-            return in_form_of(calls[str(index)].output, hidden)
+            return in_form_of(form, hidden)
 
         return forward
 
     with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(replaced_forward(layer, skip(index)))
+        for layer, form in zip(layers, forms, strict=True):
+            stack.enter_context(replaced_forward(layer, skip(form)))
         model(input_ids=input_ids.to(model.device), use_cache=False, **only_last_logits(model))
     return inputs[0], arguments
 

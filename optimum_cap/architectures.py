@@ -150,6 +150,11 @@ def prunable_matrices(sites: Iterable[Site]) -> list[Matrix]:
     return list(dict.fromkeys(Matrix(block.parameter, block.expert) for block in blocks))
 
 
+def heads(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
+    """Return the attention heads among the units of `sites`, each with its site, in order."""
+    return [(site, unit) for site in sites if site.kind == "attention" for unit in site.units]
+
+
 def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
     """Return the weights of a matrix as a view `[out, in]`, whichever way they are stored."""
     weight = matrix.of(model.get_parameter(matrix.parameter).data)

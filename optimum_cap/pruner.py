@@ -16,6 +16,7 @@ from optimum_cap.architectures import (
     Site,
     decoder_layers,
     find_sites,
+    heads,
     is_transposed,
     matrices_by_layer,
     oriented,
@@ -111,10 +112,7 @@ class CAPPruner:
                 "a sparsity that prunes some weights and keeps some"
             )
         _check_pattern(model, matrices, config.pattern)
-        calibration = None
-        if config.method.needs_data:
-            tokenizer = _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer)
-            calibration = build_calibration_set(config, tokenizer, max_length=_max_length(model))
+        calibration = _calibration(model, config, tokenizer) if config.method.needs_data else None
         work = _Work(model, config, sites, matrices, calibration.examples if calibration else [])
 
         if config.method.criterion == "cap":
@@ -144,11 +142,9 @@ class CAPPruner:
             ValueError: As `prune`.
         """
         sites = find_sites(model)
-        matrices = prunable_matrices(sites)
-        _check_weights(model, matrices)
-        tokenizer = _tokenizer(model, self.config.tokenizer if tokenizer is None else tokenizer)
-        calibration = build_calibration_set(self.config, tokenizer, max_length=_max_length(model))
-        return _Work(model, self.config, sites, matrices, calibration.examples).measure()
+        _check_weights(model, prunable_matrices(sites))
+        calibration = _calibration(model, self.config, tokenizer)
+        return _measure(model, self.config, sites, calibration.examples)
 
 
 class _Work:
@@ -183,18 +179,13 @@ class _Work:
         """Measure the causal scores, and spread the importances of the heads over the weights."""
         config = self.config
         if losses is None:
-            losses = self.measure()
+            losses = _measure(self.model, config, self.sites, self.examples)
         else:
             _check_losses(losses, self.sites, len(self.examples))
         self.scores = causal_scores(losses, config.subsets, config.aggregation)
         self.heads = _head_importances(self.scores)
         importances = unit_importances(self.sites, self.heads)
         self._regions = region_importances(self.sites, importances, config.kv_combination)
-
-    def measure(self) -> UnitLosses:
-        """Measure the losses with each head masked."""
-        attention = [site for site in self.sites if site.kind == "attention"]
-        return exact_losses(self.model, attention, self.examples, self.config.memory_budget)
 
     def prune_below_one_threshold_(self, zeros: int) -> None:
         """Zero the least important weights of the whole model."""
@@ -318,14 +309,31 @@ def _to_prune(sites: list[Site], leave_dense: list[str]) -> list[Matrix]:
     return kept
 
 
+def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:
+    tokenizer = _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer)
+    return build_calibration_set(config, tokenizer, max_length=_max_length(model))
+
+
+def _measure(
+    model: PreTrainedModel,
+    config: CAPConfig,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+) -> UnitLosses:
+    """Measure the losses with each head masked."""
+    attention = [site for site in sites if site.kind == "attention"]
+    return exact_losses(model, attention, examples, config.memory_budget)
+
+
 def _check_losses(losses: UnitLosses, sites: list[Site], examples: int) -> None:
     """Check that losses are of this model's heads, and of as many examples."""
-    heads = [(site.name, u.index) for site in sites if site.kind == "attention" for u in site.units]
-    given = [(site.name, unit.index) for site, unit in losses.units]
-    if given != heads or len(losses.intact) != examples:
+    wanted, given = (
+        [(site.name, unit.index) for site, unit in units] for units in (heads(sites), losses.units)
+    )
+    if given != wanted or len(losses.intact) != examples:
         raise ValueError(
             f"the losses are of {len(given)} units and {len(losses.intact)} examples, but the "
-            f"model has {len(heads)} heads and the calibration set {examples} examples: measure "
+            f"model has {len(wanted)} heads and the calibration set {examples} examples: measure "
             "them with the same model and config"
         )
 

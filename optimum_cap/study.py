@@ -8,6 +8,7 @@ what is new. A cell that fails is recorded with its error, and the others go on.
 import csv
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.architectures import find_sites
+from optimum_cap.architectures import find_sites, heads
 from optimum_cap.attribution import UnitLosses
 from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.evaluation import TaskData, check_counts, evaluate, load_task_data
@@ -181,12 +182,10 @@ def run_study(study: Study, folder: str | Path) -> list[dict[str, Any]]:
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     data = load_task_data(",".join(study.tasks), study.data_dir)
-    evaluated = {"tasks": _digest_of_tasks(data), "limit": study.limit, "dtype": study.dtype}
-    cells = list(study.cells())
+    files = _cell_files(study, data, folder)
     rows: list[dict[str, Any]] = []
-    with logging.tqdm(total=len(cells), desc="Study", unit="cell") as progress:
-        for cell in cells:
-            file = folder / "cells" / f"{_key(cell, evaluated)}.json"
+    with logging.tqdm(total=len(files), desc="Study", unit="cell") as progress:
+        for cell, file in files:
             found = _read(file)
             if found is None or found["error"]:
                 progress.set_postfix_str(str(cell))
@@ -195,10 +194,9 @@ def run_study(study: Study, folder: str | Path) -> list[dict[str, Any]]:
             rows += _rows(cell, found)
             progress.update()
     lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
-    temporary = folder / "results.csv.part"
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(lines)
-    temporary.replace(folder / "results.csv")
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    _write_text(folder / "results.csv", text.getvalue())
     return rows
 
 
@@ -252,13 +250,7 @@ def _losses(
     file = folder / "scores" / f"{_digest(named)}.safetensors"
     if file.is_file():
         saved = load_file(file)
-        units = [
-            (site, unit)
-            for site in find_sites(model)
-            if site.kind == "attention"
-            for unit in site.units
-        ]
-        return UnitLosses(units, saved["intact"], saved["masked"])
+        return UnitLosses(heads(find_sites(model)), saved["intact"], saved["masked"])
     losses = CAPPruner(config).measure(model, tokenizer)
     file.parent.mkdir(exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
@@ -375,18 +367,22 @@ def _read(file: Path) -> dict[str, Any] | None:
 def _write_text(file: Path, text: str) -> None:
     """Write all or nothing."""
     part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", newline="")
     part.replace(file)
 
 
 def read_cells(study: Study, folder: str | Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Yield the measured cells of a study with what their files hold."""
     data = load_task_data(",".join(study.tasks), study.data_dir)
-    evaluated = {"tasks": _digest_of_tasks(data), "limit": study.limit, "dtype": study.dtype}
-    for cell in study.cells():
-        found = _read(Path(folder) / "cells" / f"{_key(cell, evaluated)}.json")
-        if found is not None:
+    for cell, file in _cell_files(study, data, Path(folder)):
+        if (found := _read(file)) is not None:
             yield cell, found
+
+
+def _cell_files(study: Study, data: TaskData, folder: Path) -> list[tuple[Cell, Path]]:
+    """Every cell, and the file that holds it, or will."""
+    evaluated = {"tasks": _digest_of_tasks(data), "limit": study.limit, "dtype": study.dtype}
+    return [(cell, folder / "cells" / f"{_key(cell, evaluated)}.json") for cell in study.cells()]
 
 
 # The values of the file

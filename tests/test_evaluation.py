@@ -35,7 +35,7 @@ from optimum_cap.evaluation_tasks import (
 
 SHARED = Path(__file__).parents[2] / "shared"
 REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
-sys.path.insert(0, str(REASONER))
+sys.path.insert(0, str(REASONER))  # the examples are scripts, no package
 from evaluate import correct_answers, load_problems  # noqa: E402
 
 TEMPLATE = (

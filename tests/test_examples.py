@@ -18,7 +18,7 @@ REASONER = EXAMPLES / "tiny_reasoner"
 MODEL = REASONER / "model"
 CALIBRATION = REASONER / "data" / "calibration.jsonl"
 
-sys.path.insert(0, str(REASONER))
+sys.path.insert(0, str(REASONER))  # the examples are scripts, no package
 from evaluate import accuracy, load_problems, wilson_interval  # noqa: E402
 from tasks import KINDS, extract_answer, make_split, read_jsonl, split_of  # noqa: E402
 

@@ -4,7 +4,6 @@ python examples/tiny_reasoner/evaluate.py MODEL_FOLDER [--split test] [--limit 3
 """
 
 import argparse
-import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+
+from optimum_cap.evaluation_results import wilson_interval
 
 DATA = Path(__file__).parent / "data"
 
@@ -97,15 +98,6 @@ def answer_loss(
             sums[row.kind] += float(values.sum())
             counts[row.kind] += int((targets != -100).sum())
     return {kind: sums[kind] / counts[kind] for kind in KINDS if counts[kind]}
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson score)."""
-    z, share = 1.96, right / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    spread = share * (1 - share) / total + z * z / (4 * total**2)
-    half = z * math.sqrt(spread) / (1 + z * z / total)
-    return centre - half, centre + half
 
 
 def load_problems(split: str, limit: int | None = None) -> list[Problem]:
