@@ -430,9 +430,9 @@ def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
 
 
 def test_interrupt_exits_with_130_and_leaves_nothing(settings: list[str], tmp_path: Path) -> None:
-    rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in range(3000)]
+    rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in [*range(400)] * 8]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    slowly = ["--dataset", tmp_path / "many.jsonl", "--num-samples", "3000", "--memory-budget", "1"]
+    slowly = ["--dataset", tmp_path / "many.jsonl", "--num-samples", "3200", "--memory-budget", "1"]
     command = [OPTIMUM_CLI, "cap", "prune", *map(str, [*settings, *slowly, "-o", tmp_path / "out"])]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
