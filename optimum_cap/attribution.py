@@ -1,46 +1,32 @@
 """Causal scores: what the loss on the calibration set gains when a unit is masked.
 
-`exact_losses` measures every unit exactly at about half the cost of one forward pass per unit,
-because masking a unit of layer l changes nothing before its site: it starts from the recorded
-intact input of layer l, and the masked streams of many units travel through the later layers as
-rows of one batch. `plain_losses` is the definition, one hooked forward pass per unit, kept as the
+`exact_losses` measures every unit exactly at about half the cost of one forward pass per unit
+(`wavefront.py`). `plain_losses` is the definition, one hooked forward pass per unit, kept as the
 reference that tests and benchmarks compare with.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, decoder_layers
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.config import parse_size
-from optimum_cap.interventions import (
-    evaluation_mode,
-    float32_on_cpu,
-    hidden_of,
-    in_form_of,
-    masked_unit,
-    only_last_logits,
-    recorded_calls,
-    replaced_forward,
-    split_hidden,
+from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
+from optimum_cap.wavefront import (
+    TOKENS_PER_CHUNK,
+    Targets,
+    Wavefront,
+    streams_per_chunk,
+    token_losses,
 )
 
 logger = logging.get_logger(__name__)
-
-# Rows beyond this many tokens bring no more speed, only memory: the matrix products are saturated.
-# On the CPU larger tensors even cost: the allocator returns them to the system each time, and the
-# next one is paged in anew.
-_TOKENS_PER_CHUNK = {"cpu": 2048, "cuda": 65536}
-_LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -135,6 +121,7 @@ def exact_losses(
     sites: list[Site],
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
+    units: list[tuple[Site, Unit]] | None = None,
 ) -> UnitLosses:
     """Measure the loss with each unit of the attention and MLP sites among `sites` masked.
 
@@ -144,12 +131,13 @@ def exact_losses(
         examples: The calibration examples.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free.
+        units: Which units to mask, by rising layer; `None` masks all of these sites.
 
     Returns:
-        The losses, in the order of the sites' units and of the examples.
+        The losses, in the order of the units and of the examples.
     """
     layers = decoder_layers(model, sites)
-    jobs = _jobs(sites)
+    jobs = _jobs(sites) if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     tokens = sum(len(example.input_ids) for example in examples)
@@ -161,9 +149,9 @@ def exact_losses(
     ):
         budget = _bytes(memory_budget, model.device)  # of what is free when weights are widened
         for batch in batches(examples, _examples_per_batch(model, examples, budget)):
-            wavefront = _Wavefront(model, layers, sites, batch)
+            wavefront = Wavefront(model, layers, sites, batch)
             intact[batch.positions] = wavefront.intact_losses()
-            rows = _streams_per_chunk(model, batch, budget)
+            rows = streams_per_chunk(model, batch, budget)
             for start in range(0, len(jobs), rows):
                 chunk = jobs[start : start + rows]
                 masked[start : start + len(chunk), batch.positions] = wavefront.masked_losses(chunk)
@@ -177,9 +165,10 @@ def plain_losses(
     sites: list[Site],
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
+    units: list[tuple[Site, Unit]] | None = None,
 ) -> UnitLosses:
     """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
-    jobs = _jobs(sites)
+    jobs = _jobs(sites) if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     with (
@@ -217,295 +206,12 @@ def _jobs(sites: list[Site]) -> list[tuple[Site, Unit]]:
     return [(site, unit) for site in scored for unit in site.units]
 
 
-@dataclass(frozen=True)
-class _Targets:
-    """The scored tokens of a batch.
-
-    Attributes:
-        examples: Number of examples.
-        rows, columns: Positions of the hidden states that predict scored tokens, int64 `[scored]`.
-        ids: The scored tokens, int64 `[scored]`.
-    """
-
-    examples: int
-    rows: torch.Tensor
-    columns: torch.Tensor
-    ids: torch.Tensor
-
-    @classmethod
-    def of(cls, batch: Batch) -> "_Targets":
-        rows, columns = batch.scored.nonzero(as_tuple=True)
-        return cls(len(batch.positions), rows, columns - 1, batch.input_ids[rows, columns])
-
-    def example_means(self, token_losses: torch.Tensor) -> torch.Tensor:
-        """Average `[..., scored]` losses over the tokens of each example: `[..., examples]`."""
-        rows = self.rows.cpu()
-        counts = torch.bincount(rows, minlength=self.examples)
-        sums = torch.zeros(*token_losses.shape[:-1], self.examples, dtype=torch.float64)
-        sums.index_add_(-1, rows, token_losses.double().cpu())
-        return sums / counts
-
-
-class _Wavefront:
-    """The masked streams of one batch, started from the recorded intact stream.
-
-    Args:
-        model: The model, in evaluation mode.
-        layers: Its decoder layers.
-        sites: All sites of the model.
-        batch: The examples.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, layers: list[nn.Module], sites: list[Site], batch: Batch
-    ) -> None:
-        self.model = model
-        self.layers = layers
-        self.targets = _Targets.of(batch)
-        self.size = len(batch.positions)
-        self._tokens = batch.input_ids.numel()
-        self.attention = {site.layer: site for site in sites if site.kind == "attention"}
-        modules = {f"layer {index}": layer for index, layer in enumerate(layers)}
-        for layer, site in self.attention.items():
-            modules[f"attention {layer}"] = model.get_submodule(site.branch)
-            modules[f"site {layer}"] = model.get_submodule(site.projection)
-        with recorded_calls(modules) as self.calls:
-            model(
-                input_ids=batch.input_ids.to(model.device),
-                use_cache=False,
-                **only_last_logits(model),
-            )
-
-    def intact_losses(self) -> torch.Tensor:
-        """Losses of the intact model, float64 `[examples]`."""
-        output = hidden_of(self.calls[f"layer {len(self.layers) - 1}"].output)
-        return self._losses(self._at_scored(output))[0]
-
-    def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
-        """Losses with each unit masked, float64 `[units, examples]`; `jobs` by rising layer."""
-        first, last = jobs[0][0].layer, len(self.layers) - 1
-        streams = self.calls[f"layer {first}"].hidden[:0]
-        for index in range(first, last):
-            starting = [job for job in jobs if job[0].layer == index]
-            streams = self._through_layer(index, streams, starting)
-        starting = [job for job in jobs if job[0].layer == last]
-        return self._losses(self._through_last_layer(streams, starting))
-
-    def _through_layer(
-        self, index: int, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
-    ) -> torch.Tensor:
-        """Push carried streams and those that start in this layer through it.
-
-        Streams are rows `[streams * examples, tokens, hidden]`. A starting stream enters with the
-        intact input of the layer (for the residual connection), and where the attention would run
-        gets its result instead: the projection of the masked site input, or, for a unit of the MLP,
-        the recorded intact attention.
-        """
-        call = self.calls[f"layer {index}"]
-        rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
-        args, kwargs = self._arguments(index, len(carried))
-        branch = self.model.get_submodule(self.attention[index].branch)
-        with ExitStack() as stack:
-            if starting:
-                results = self._attention_results(index, starting, _every_position)
-                given = in_form_of(self.calls[f"attention {index}"].output, results)
-                stack.enter_context(_given_last_rows(branch, len(carried), given))
-                stack.enter_context(_masked_last_streams(self.model, starting, self._tokens))
-            return hidden_of(self.layers[index](rows, *args, **kwargs))
-
-    def _through_last_layer(
-        self, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
-    ) -> torch.Tensor:
-        """Do the same in the last layer, whose output matters at scored positions only.
-
-        What follows the attention is position-wise. So only the attention sees whole sequences; the
-        rest of the layer runs on scored positions, each as a sequence of one token.
-
-        Returns:
-            Output of the layer, `[streams * scored, 1, hidden]`.
-        """
-        index = len(self.layers) - 1
-        recorded = self.calls[f"attention {index}"].output
-        branch = self.model.get_submodule(self.attention[index].branch)
-        intact = self.calls[f"layer {index}"].hidden
-        rows, attended = [], []
-        if len(carried):
-            carried = carried.to(intact.device)
-            args, kwargs = self._arguments(index, len(carried))
-            output = _output_of(branch, self.layers[index], carried, *args, **kwargs)
-            rows.append(self._at_scored(carried))
-            attended.append(self._at_scored(hidden_of(output)))
-        if starting:
-            rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
-            attended.append(self._attention_results(index, starting, self._at_scored))
-        given = in_form_of(recorded, torch.cat(attended))
-        args, kwargs = self._arguments(index, self.size)
-        with (
-            replaced_forward(branch, lambda *args, **kwargs: given),
-            _masked_last_streams(self.model, starting, len(self.targets.ids)),
-        ):
-            return hidden_of(self.layers[index](torch.cat(rows), *args, **kwargs))
-
-    def _arguments(self, index: int, rows: int) -> tuple[Any, dict[str, Any]]:
-        """The recorded arguments of a layer beside its input, for a number of rows."""
-        call = self.calls[f"layer {index}"]
-        streams = rows // self.size
-        args = _expanded(call.args, self.size, streams)
-        return args, {
-            name: _expanded(value, self.size, streams) for name, value in call.kwargs.items()
-        }
-
-    def _attention_results(
-        self,
-        index: int,
-        starting: list[tuple[Site, Unit]],
-        select: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        """Output of the attention for starting streams, at the positions that `select` keeps."""
-        heads = [unit for site, unit in starting if site.kind == "attention"]
-        results = []
-        if heads:
-            site_input = select(self.calls[f"site {index}"].hidden)
-            masked = site_input.repeat(len(heads), 1, 1).view(len(heads), *site_input.shape)
-            for stream, unit in zip(masked, heads, strict=True):
-                stream[..., slice(*unit.channels)] = 0
-            projection = self.model.get_submodule(self.attention[index].projection)
-            results.append(projection(masked.flatten(0, 1)))
-        if intact_streams := len(starting) - len(heads):
-            intact = select(hidden_of(self.calls[f"attention {index}"].output))
-            results.append(intact.repeat(intact_streams, 1, 1))
-        return torch.cat(results)
-
-    def _at_scored(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The positions whose logits are scored: `[streams * scored, 1, hidden]`."""
-        streams = hidden.view(-1, self.size, *hidden.shape[1:])
-        rows, columns = self.targets.rows.to(hidden.device), self.targets.columns.to(hidden.device)
-        return streams[:, rows, columns].view(-1, 1, hidden.shape[-1])
-
-    def _losses(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mean loss per stream and example, from `[streams * scored, 1, hidden]`: float64.
-
-        The rest of the model (final norm, head, soft-capping) is position-wise.
-        """
-        scored = len(self.targets.ids)
-        targets = self.targets.ids.repeat(len(hidden) // scored).to(self.model.device)
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 21) // vocabulary)
-        losses = [
-            _token_losses(self._logits(hidden[start : start + step]), targets[start : start + step])
-            for start in range(0, len(hidden), step)
-        ]
-        return self.targets.example_means(torch.cat(losses).view(-1, scored))
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of sequences of one token, with the decoder layers short-circuited."""
-        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
-        final = len(self.layers) - 1
-        recorded = self.calls[f"layer {final}"].output
-
-        def skip(*args: Any, **kwargs: Any) -> Any:
-            return in_form_of(recorded, split_hidden(args, kwargs)[0])
-
-        def give(*args: Any, **kwargs: Any) -> Any:
-            return in_form_of(recorded, hidden)
-
-        with ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                stack.enter_context(replaced_forward(layer, give if index == final else skip))
-            return self.model(input_ids=tokens, use_cache=False).logits[:, 0]
-
-
-def _given_last_rows(
-    branch: nn.Module, carried_rows: int, given: Any
-) -> AbstractContextManager[None]:
-    """Let `branch` compute only its first `carried_rows` rows and return `given` for the others."""
-    own = branch.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if carried_rows == 0:
-            return given
-        hidden, args, kwargs = split_hidden(args, kwargs)
-        computed = own(hidden[:carried_rows], *args, **kwargs)
-        return in_form_of(computed, torch.cat([hidden_of(computed), hidden_of(given)]))
-
-    return replaced_forward(branch, forward)
-
-
-class _ReachedError(Exception):
-    """Carries the output of a module out of the forward pass that was running."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
-def _output_of(branch: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What `branch` returns while `layer` runs on these arguments; the rest is not computed."""
-    own = branch.forward
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        raise _ReachedError(own(*args, **kwargs))
-
-    with replaced_forward(branch, stop):
-        try:
-            layer(*args, **kwargs)
-        except _ReachedError as reached:
-            return reached.output
-    raise RuntimeError(f"{type(layer).__name__} did not run its {type(branch).__name__}")
-
-
-@contextmanager
-def _masked_last_streams(
-    model: PreTrainedModel, starting: list[tuple[Site, Unit]], positions: int
-) -> Iterator[None]:
-    """Mask the MLP units of `starting`, each in one of the last streams of so many positions."""
-    channels = [job for job in starting if job[0].kind != "attention"]
-    if not channels:
-        yield
-        return
-
-    def mask(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        masked = args[0].clone()
-        streams = masked.view(-1, positions, masked.shape[-1])[-len(channels) :]
-        for stream, (_, unit) in zip(streams, channels, strict=True):
-            stream[:, slice(*unit.channels)] = 0
-        return (masked, *args[1:])
-
-    projection = model.get_submodule(channels[0][0].projection)
-    handle = projection.register_forward_pre_hook(mask)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _every_position(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
-
-
-def _expanded(value: Any, batch: int, times: int) -> Any:
-    """Repeat along the batch dimension what was recorded for `batch` rows.
-
-    A tensor belongs to the batch if it has at least two dimensions and `batch` rows; one row
-    broadcasts by itself, and transformers passes layers no other tensor of two or more dimensions.
-    """
-    if isinstance(value, tuple):
-        return tuple(_expanded(entry, batch, times) for entry in value)
-    if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == batch > 1:
-        return value.repeat(times, *[1] * (value.ndim - 1))
-    return value
-
-
 def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Mean loss per example of an ordinary forward pass, float64 `[examples]`."""
     logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
-    targets = _Targets.of(batch)
+    targets = Targets.of(batch)
     scored = logits[targets.rows.to(logits.device), targets.columns.to(logits.device)]
-    return targets.example_means(_token_losses(scored, targets.ids.to(logits.device)))
-
-
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy per position in float32, whatever the dtype of the logits: `[positions]`."""
-    return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+    return targets.example_means(token_losses(scored, targets.ids.to(logits.device)))
 
 
 def _bytes(memory_budget: int | str, device: torch.device) -> int:
@@ -524,24 +230,10 @@ def _examples_per_batch(
     longest = max(len(example.input_ids) for example in examples)
     # Input of the layer, input and output of the attention, and input of its projection.
     per_example = longest * config.num_hidden_layers * 4 * config.hidden_size * 4
-    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 2048) // 4 // longest
+    wanted = TOKENS_PER_CHUNK.get(model.device.type, 2048) // 4 // longest
     return max(1, min(wanted, budget // 2 // per_example, len(examples)))
 
 
-def _streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:
-    """Streams that travel together, so that their activations take half of the budget."""
-    config = model.config.get_text_config(decoder=True)
-    count, tokens = batch.input_ids.shape
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_token = 4 * (8 * config.hidden_size + 4 * wide)
-    # Attention that is not fused keeps its probabilities and a widened copy of them.
-    per_token += 8 * config.num_attention_heads * tokens
-    wanted = _TOKENS_PER_CHUNK.get(model.device.type, 2048) // (count * tokens)
-    return max(1, min(wanted, budget // 2 // (count * tokens * per_token)))
-
-
-Attribution = Callable[
-    [PreTrainedModel, list[Site], list[CalibrationExample], int | str], UnitLosses
-]
+Attribution = Callable[..., UnitLosses]
 
 ATTRIBUTIONS: dict[str, Attribution] = {"exact": exact_losses, "plain": plain_losses}
