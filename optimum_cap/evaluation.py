@@ -37,11 +37,11 @@ from optimum_cap.evaluation_results import (
 from optimum_cap.evaluation_tasks import (
     DEFAULT_TASKS,
     TASKS,
+    Document,
     Question,
     Text,
     extract_of,
-    load_questions,
-    load_text,
+    load_items,
     resolve_tasks,
 )
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
@@ -62,7 +62,7 @@ def load_task_data(tasks: str | Iterable[str], data_dir: str | Path | None = Non
         data_dir: Folder that holds the files of the data sets; `None` takes them from the Hub.
 
     Returns:
-        Questions, or the text, and where they are from, per task.
+        Questions or texts, and where they are from, per task.
 
     Raises:
         ValueError: An unknown task, or data that cannot be used.
@@ -72,10 +72,7 @@ def load_task_data(tasks: str | Iterable[str], data_dir: str | Path | None = Non
     names = resolve_tasks(tasks)
     _harness("lm_eval")
     folder = None if data_dir is None else Path(data_dir)
-    return {
-        name: (load_text if TASKS[name].extract is None else load_questions)(name, folder)
-        for name in names
-    }
+    return {name: load_items(name, folder) for name in names}
 
 
 def check_counts(limit: int | None, batch_size: int) -> None:
@@ -242,13 +239,19 @@ def _prepare(
 ) -> "_Questions | _Windows":
     if isinstance(what, Text):
         return _windows(name, what, source, tokenizer, min(_LONGEST_WINDOW, length), draw)
-    unseen = [question for question in what if question.digest not in draw.seen]
+    unseen = [item for item in what if item.digest not in draw.seen]
     if not unseen:
+        what_kind = "documents" if TASKS[name].documents else "questions"
         raise ValueError(
-            f"task {name}: the model was calibrated on all {len(what)} questions, so none is left "
-            "to evaluate on: use another split or file"
+            f"task {name}: the model was calibrated on all {len(what)} {what_kind}, so none is "
+            "left to evaluate on: use another split or file"
         )
-    questions = draw.sample(unseen, [question.digest for question in unseen])
+    chosen = draw.sample(unseen, [item.digest for item in unseen])
+    excluded = len(what) - len(unseen)
+    if TASKS[name].documents:
+        size = min(_LONGEST_WINDOW, length)
+        return _Windows(_documents(name, chosen, tokenizer, size), excluded, size, source)
+    questions: list[Question] = chosen
     prompts = [render_prompt(question.prompt, tokenizer) for question in questions]
     special = not getattr(tokenizer, "chat_template", None)
     encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
@@ -265,7 +268,7 @@ def _prepare(
         )
     room = min(TASKS[name].max_new_tokens, length - longest)
     losses = _answer_losses(model, tokenizer, questions, length)
-    return _Questions(name, questions, prompts, losses, len(what) - len(unseen), room, source)
+    return _Questions(name, questions, prompts, losses, excluded, room, source)
 
 
 def _answer_losses(
@@ -333,6 +336,20 @@ def _windows(
     windows = [ids[start : start + size] for start in kept]
     chosen = draw.sample(windows, [_tokens_digest(window) for window in windows])
     return _Windows(chosen, len(starts) - len(kept), size, source)
+
+
+def _documents(name: str, documents: list[Document], tokenizer: Any, size: int) -> list[list[int]]:
+    """Tokenise documents as calibration does, each cut at `size` tokens."""
+    windows = []
+    for document in documents:
+        ids, _ = encode(Conversation((("text", document.text),)), tokenizer, size)
+        if len(ids) < 2:
+            raise ValueError(
+                f"task {name}: the document {document.text!r} has {len(ids)} tokens, at least 2 "
+                "are needed to predict one: remove it from the file"
+            )
+        windows.append(ids.tolist())
+    return windows
 
 
 def _tokens_digest(ids: list[int]) -> str:

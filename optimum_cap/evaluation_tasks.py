@@ -16,7 +16,7 @@ Extract = Callable[[str], str | None]
 
 _MARKER = "####"
 _ROOT = Path(__file__).resolve().parents[1]  # of a checkout
-_REASONER_DATA = Path("examples", "tiny_reasoner", "data")
+_REASONER_TEST = Path("examples", "tiny_reasoner", "data", "test.jsonl")
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,33 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Document:
+    """A text to predict on its own.
+
+    Attributes:
+        text: The text as published.
+        digest: By which calibration recognises the row.
+    """
+
+    text: str
+    digest: str
+
+
+Items = tuple[Question, ...] | tuple[Document, ...] | Text
+"""What a task asks: questions, documents, or one long text."""
+
+
+@dataclass(frozen=True)
 class Task:
     """An evaluation task.
 
     Attributes:
         files: Paths below the data folder where its file may be, the first that exists counts.
-        preset: The data set's preset in `data_sources`; `None` for data that are on no Hub.
-        extract: Takes the final answer from a response, or from the worked answer; `None` for a
-            text to predict.
+        preset: The data set's preset in `data_sources`; `None` for files that are read as they are.
+        embedded: Where its file is in a checkout of this code, if it is part of it.
+        extract: Takes the final answer from a response, or from the worked answer; `None` for
+            texts to predict.
+        documents: Whether each row is a text of its own; else the rows are lines of one text.
         fallback: A lenient reading beside `extract`, reported but never counted.
         kind: Of the rows, only those with this `kind`.
         max_new_tokens: Longest response in tokens.
@@ -64,7 +83,9 @@ class Task:
 
     files: tuple[str, ...]
     preset: str | None = None
+    embedded: Path | None = None
     extract: Extract | None = None
+    documents: bool = False
     fallback: Extract | None = None
     kind: str | None = None
     max_new_tokens: int = 0
@@ -94,18 +115,28 @@ def _valid() -> str:
     return ", ".join([*GROUPS, *TASKS])
 
 
-def load_questions(name: str, data_dir: Path | None) -> tuple[tuple[Question, ...], dict[str, Any]]:
-    """Return the questions of a task and the record of where they are from.
+def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]:
+    """Return what a task asks, and the record of where it is from.
 
     Args:
-        name: A task with an `extract` function.
-        data_dir: Folder of the files; `None` takes the split `test` from the Hub, or for the
-            embedded problems the files of a checkout.
+        name: A task.
+        data_dir: Folder of the files; `None` takes the split `test` from the Hub, or what is part
+            of a checkout.
 
     Raises:
         FileNotFoundError: There is no file of this task; the message says where it was looked for.
-        ValueError: The file holds no question of this task, or an answer without a result.
+        ValueError: The file cannot be used for this task.
     """
+    task = TASKS[name]
+    if task.extract is not None:
+        return _load_questions(name, data_dir)
+    return (_load_documents if task.documents else _load_text)(name, data_dir)
+
+
+def _load_questions(
+    name: str, data_dir: Path | None
+) -> tuple[tuple[Question, ...], dict[str, Any]]:
+    """Return the questions of a task; an answer without a result is a `ValueError`."""
     task = TASKS[name]
     source, details = _load(name, data_dir)
     rows = source.rows
@@ -130,14 +161,26 @@ def load_questions(name: str, data_dir: Path | None) -> tuple[tuple[Question, ..
     return tuple(questions), details
 
 
-def load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
-    r"""Return the text of a task and the record of where it is from.
+def _load_documents(
+    name: str, data_dir: Path | None
+) -> tuple[tuple[Document, ...], dict[str, Any]]:
+    """Return the texts of a task, one per row."""
+    source, details = _load(name, data_dir)
+    conversations = [source.read(row) for row in source.rows]
+    return (
+        tuple(
+            Document(conversation.turns[-1][1], conversation.digest)
+            for conversation in conversations
+        ),
+        details,
+    )
+
+
+def _load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
+    r"""Return the one text of a task.
 
     The lines, with their line feeds, are joined by a blank line, as in the field
     (`"\n\n".join(dataset["text"])` over the Hub's rows, where blank lines are empty).
-
-    Raises:
-        FileNotFoundError: There is no file of this task; the message says where it was looked for.
     """
     source, details = _load(name, data_dir)
     if data_dir is not None:
@@ -177,15 +220,16 @@ def _find(name: str, data_dir: Path | None) -> Path:
         raise FileNotFoundError(f"the data folder {data_dir} does not exist")
     task = TASKS[name]
     places = [data_dir / file for file in task.files] if data_dir is not None else []
-    if task.preset is None:
-        # Data on no Hub are part of a checkout: that of this code, or the current folder.
-        places += [root / _REASONER_DATA / "test.jsonl" for root in (_ROOT, Path.cwd())]
+    if task.embedded is not None:
+        # The checkout is that of this code, or the current folder.
+        places += [root / task.embedded for root in (_ROOT, Path.cwd())]
     for path in places:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"task {name}: no data file; looked for {', '.join(map(str, dict.fromkeys(places)))}: "
-        "put the file there, or name its folder with --data-dir"
+        f"task {name}: no data file; looked for "
+        f"{', '.join(map(str, dict.fromkeys(places or task.files)))}: put the file there, or name "
+        "its folder with --data-dir"
     )
 
 
@@ -276,9 +320,14 @@ TASKS: dict[str, Task] = {
         ("wikitext-2/test.txt", "wikitext2/test.txt"),
         preset="wikitext2",
     ),
+    "tinystories": Task(("tinystories/stories_clean.jsonl",), documents=True),
     **{
         f"tiny_reasoner_{kind}": Task(
-            _REASONER_FILES, extract=extract_marked, kind=kind, max_new_tokens=96
+            _REASONER_FILES,
+            embedded=_REASONER_TEST,
+            extract=extract_marked,
+            kind=kind,
+            max_new_tokens=96,
         )
         for kind in ("arithmetic", "yes_no", "multiple_choice")
     },

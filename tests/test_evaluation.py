@@ -28,8 +28,7 @@ from optimum_cap.evaluation_tasks import (
     extract_marked,
     extract_number,
     extract_yes_no,
-    load_questions,
-    load_text,
+    load_items,
     resolve_tasks,
 )
 
@@ -112,7 +111,7 @@ def test_items_are_graded_as_the_example_grades_them() -> None:
     }
     assert 0 < sum(right) < len(right)
 
-    data = {name: load_questions(name, None) for name in GROUPS["tiny_reasoner"]}
+    data = {name: load_items(name, None) for name in GROUPS["tiny_reasoner"]}
     data = {
         name: (tuple(q for q in questions if q.digest in expected), source)
         for name, (questions, source) in data.items()
@@ -298,6 +297,37 @@ def test_perplexity_is_that_of_windows_one_after_the_other(
     assert result.perplexity == pytest.approx(by_hand(model, tokenizer, text, 64), rel=1e-5)
 
 
+def test_documents_are_predicted_one_by_one(model: PreTrainedModel, data_dir: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [f"a story of {n} words" + " and more" * n for n in range(8)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (data_dir / "tinystories").mkdir()
+    (data_dir / "tinystories" / "stories_clean.jsonl").write_text(rows)
+    seen = calibrated(model, [row_digest("", texts[0])])
+    result = evaluate(seen, tokenizer, tasks="tinystories", data_dir=data_dir).tasks["tinystories"]
+    assert (len(result.items), result.excluded) == (7, 1)
+    total = count = 0
+    for text in texts[1:]:
+        ids = torch.tensor([tokenizer(text)["input_ids"][:64]])
+        with torch.no_grad():
+            total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert result.tokens == count
+    assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_a_document_without_anything_to_predict_is_refused(data_dir: Path) -> None:
+    (data_dir / "tinystories").mkdir()
+    (data_dir / "tinystories" / "stories_clean.jsonl").write_text('{"text": "a"}\n{"text": "ab"}\n')
+    with pytest.raises(ValueError, match="tinystories: the document 'a' has 1 tokens"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), tasks="tinystories", data_dir=data_dir)
+    every = calibrated(tiny_model("llama"), [row_digest("", "a"), row_digest("", "ab")])
+    with pytest.raises(ValueError, match="calibrated on all 2 documents"):
+        evaluate(every, tiny_tokenizer(), tasks="tinystories", data_dir=data_dir)
+    with pytest.raises(FileNotFoundError, match=r"looked for tinystories/stories_clean\.jsonl"):
+        load_task_data("tinystories")
+
+
 def test_a_text_shorter_than_a_window_is_one_window(data_dir: Path) -> None:
     (data_dir / "wikitext-2" / "test.txt").write_text(" short text \n")
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
@@ -368,7 +398,7 @@ def test_windows_over_a_calibration_passage_are_left_out(data_dir: Path) -> None
     model = calibrated(tiny_model("llama"), [example.digest])
     result = evaluate(model, tokenizer, tasks="wikitext2", data_dir=data_dir).tasks["wikitext2"]
 
-    text, _ = load_text("wikitext2", data_dir)
+    text, _ = load_items("wikitext2", data_dir)
     ((start, stop, _),) = [part for part in text.passages if part[2] == example.digest]
     passage = " ".join(text.text[start:stop].split())
     assert passage.startswith(" ".join(tokenizer.decode(example.input_ids).split())[:20])
@@ -379,13 +409,13 @@ def test_windows_over_a_calibration_passage_are_left_out(data_dir: Path) -> None
 
 def test_nothing_left_is_an_error(data_dir: Path) -> None:
     digests = [row_digest(row["question"], row["answer"]) for row in SUMS]
-    text, _ = load_text("wikitext2", data_dir)
+    text, _ = load_items("wikitext2", data_dir)
     digests += [digest for *_, digest in text.passages]
     model = calibrated(tiny_model("llama"), digests)
     with pytest.raises(ValueError, match="gsm8k: the model was calibrated on all 12 questions"):
         evaluate(model, tiny_tokenizer(), tasks="gsm8k", data_dir=data_dir)
     (data_dir / "wikitext-2" / "test.txt").write_text("".join(LINES[:60]))
-    text, _ = load_text("wikitext2", data_dir)
+    text, _ = load_items("wikitext2", data_dir)
     model = calibrated(tiny_model("llama"), [digest for *_, digest in text.passages])
     with pytest.raises(ValueError, match="wikitext2: the model was calibrated on text in all"):
         evaluate(model, tiny_tokenizer(), tasks="wikitext2", data_dir=data_dir)
