@@ -155,6 +155,21 @@ def heads(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
     return [(site, unit) for site in sites if site.kind == "attention" for unit in site.units]
 
 
+def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[Block]:
+    """Return the part of a head's region that can be zero without any effect on other heads.
+
+    Where queries or keys are normalised over all heads at once (OLMoE), their rows cannot.
+    """
+    branch = model.get_submodule(site.branch)
+    start, stop = unit.channels
+    joined = set()
+    for norm, projection in NORMS.items():
+        weight = getattr(getattr(branch, norm, None), "weight", None)
+        if weight is not None and weight.numel() > stop - start:
+            joined.add(f"{site.branch}.{projection}.weight")
+    return [block for block in unit.region if block.parameter not in joined]
+
+
 def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
     """Return the weights of a matrix as a view `[out, in]`, whichever way they are stored."""
     weight = matrix.of(model.get_parameter(matrix.parameter).data)
@@ -388,6 +403,9 @@ ROW_LAYOUTS: dict[str, Layout] = {
     "c_fc": _one_to_one,
     "fc1": _one_to_one,
 }
+
+# Norms inside an attention, and the projections whose outputs they normalise.
+NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 # Tensor-parallel plans in transformers' notation, for architectures where transformers has none.
 PLANS: dict[str, dict[str, str]] = {

@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_cap.formats import FORMATS, check_format_version
-from optimum_cap.masking import parse_pattern
+from optimum_cap.masking import WHOLE_HEADS, parse_pattern
 
 CONFIG_VERSION = 1
 """Version of the fields below. A reader refuses a newer one instead of guessing at its fields."""
@@ -78,8 +78,10 @@ class CAPConfig(QuantizationConfigMixin):
         allocation: How many zeros each matrix gets, instead of the recipe's: `"global"` (one
             threshold over all weights), `"uniform"` (the same sparsity everywhere) or `"owl"`
             (less in layers with more outliers).
-        pattern: `"unstructured"`, or `"N:M"`: N weights kept of every M consecutive inputs, as
-            `"2:4"`; the sparsity is then 1 - N/M.
+        pattern: `"unstructured"`; `"N:M"`: N weights kept of every M consecutive inputs, as
+            `"2:4"`, where the sparsity is 1 - N/M; or `"heads"`: whole attention heads are removed
+            and MLPs stay dense, where the sparsity is the fraction of heads. By `"cap"` those with
+            the lowest scores, by other criteria those with the lowest mean importance of a weight.
         owl_outlier_ratio: An outlier of OWL is this many times the mean importance of its layer.
         owl_bound: OWL lets the sparsities of two layers differ by at most twice this.
         dataset: Calibration data. A preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
@@ -186,6 +188,12 @@ class CAPConfig(QuantizationConfigMixin):
         _check_positive("owl_outlier_ratio", self.owl_outlier_ratio)
         _check_positive("owl_bound", self.owl_bound)
         method, pattern = self.method, parse_pattern(self.pattern)
+        if self.pattern == WHOLE_HEADS and (method.layer_by_layer or self.allocation is not None):
+            raise ValueError(
+                "pattern 'heads' ranks all heads of the model against each other: choose criterion "
+                f"'cap', 'magnitude' or 'random' and no allocation, got {method.criterion!r} with "
+                f"allocation {self.allocation!r}"
+            )
         if method.layer_by_layer and method.allocation == "global":
             raise ValueError(
                 f"criterion {method.criterion!r} prunes layer by layer, so there is no global "
@@ -210,9 +218,11 @@ class CAPConfig(QuantizationConfigMixin):
         """Criterion and allocation: as given, else the recipe's.
 
         A criterion that was given without an allocation is combined with `"uniform"`, and so is a
-        pattern with a recipe that has one global threshold.
+        pattern N:M with a recipe that has one global threshold. All heads compete in one list.
         """
         recipe = RECIPES[self.recipe]
+        if self.pattern == WHOLE_HEADS:
+            return Method(self.criterion or recipe.criterion, "global")
         allocation = self.allocation or ("uniform" if self.criterion else recipe.allocation)
         if self.pattern != "unstructured" and self.allocation is None and allocation == "global":
             allocation = "uniform"

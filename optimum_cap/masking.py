@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+WHOLE_HEADS = "heads"
+"""The pattern that takes whole heads out instead of single weights."""
+
 _CHUNK = 1 << 22  # weights looked at together: bounds the extra memory to a few times 16 MB
 _BINS = 1 << 16
 _INFINITY = 0x7F800000  # bit pattern; only NaNs lie above
@@ -126,19 +129,19 @@ def most_of_each(importance: torch.Tensor, kept: int, of: int) -> torch.Tensor:
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Return `(N, M)` of a pattern "N:M", N kept of every M; `None` of `"unstructured"`.
+    """Return `(N, M)` of a pattern "N:M", N kept of every M; `None` of the other patterns.
 
     Raises:
-        ValueError: Neither of them.
+        ValueError: Neither `"unstructured"`, nor `"heads"`, nor N:M.
     """
-    if pattern == "unstructured":
+    if pattern in ("unstructured", WHOLE_HEADS):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if match and 0 < int(match[1]) < int(match[2]):
         return int(match[1]), int(match[2])
     raise ValueError(
-        f'pattern must be "unstructured" or "N:M" with N weights kept of every M (such as "2:4"), '
-        f"got {pattern!r}"
+        'pattern must be "unstructured", "heads", or "N:M" with N weights kept of every M (such as '
+        f'"2:4"), got {pattern!r}'
     )
 
 

@@ -14,6 +14,7 @@ from optimum_cap.allocation import ALLOCATIONS
 from optimum_cap.architectures import (
     Matrix,
     Site,
+    Unit,
     decoder_layers,
     find_sites,
     heads,
@@ -21,6 +22,7 @@ from optimum_cap.architectures import (
     matrices_by_layer,
     oriented,
     prunable_matrices,
+    separable,
 )
 from optimum_cap.attribution import CausalScores, UnitLosses, causal_scores, exact_losses
 from optimum_cap.calibration import CalibrationExample, CalibrationSet, build_calibration_set
@@ -38,6 +40,7 @@ from optimum_cap.criteria import (
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.masking import (
     SELECTIONS,
+    WHOLE_HEADS,
     apply_mask_,
     keep_masks,
     kth_smallest,
@@ -102,8 +105,10 @@ class CAPPruner:
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
         sites = find_sites(model)
-        matrices = _to_prune(sites, config.modules_to_leave_dense)
+        matrices = _to_prune(model, sites, config)
         _check_weights(model, matrices)
+        if config.pattern == WHOLE_HEADS:
+            _count_of_heads(_removable_heads(model, sites, matrices), config.sparsity)
         total = sum(oriented(model, matrix).numel() for matrix in matrices)
         zeros = round(config.sparsity * total)
         if not 0 < zeros < total:
@@ -117,7 +122,9 @@ class CAPPruner:
 
         if config.method.criterion == "cap":
             work.score_heads(losses)
-        if config.method.allocation == "global":
+        if config.pattern == WHOLE_HEADS:
+            work.remove_heads_()
+        elif config.method.allocation == "global":
             work.prune_below_one_threshold_(zeros)
         else:
             allocate = ALLOCATIONS[config.method.allocation]
@@ -197,6 +204,45 @@ class _Work:
         for matrix, keep in zip(self.matrices, keep_masks(importances(), threshold), strict=True):
             apply_mask_(oriented(self.model, matrix), keep)
         self.threshold = threshold.value
+
+    def remove_heads_(self) -> None:
+        """Zero all weights that belong to the least important heads, and to no other one."""
+        candidates = _removable_heads(self.model, self.sites, self.matrices)
+        count = _count_of_heads(candidates, self.config.sparsity)
+        ranks = self._ranks(candidates)
+        order = sorted(range(len(candidates)), key=ranks.__getitem__)
+        removed = {candidates[index] for index in order[:count]}
+        attention = [site for site in self.sites if site.kind == "attention"]
+        kept = {
+            (site.name, unit.index): float((site, unit) not in removed)
+            for site, unit in heads(attention)
+        }
+        # A key/value head goes with the last of the query heads that share it.
+        regions = region_importances(attention, kept, "max")
+        for matrix in self.matrices:
+            stored = matrix.of(self.model.get_parameter(matrix.parameter).data)
+            apply_mask_(stored, regions[matrix].bool().to(stored.device))
+
+    def _ranks(self, candidates: list[tuple[Site, Unit]]) -> list[float]:
+        """Importances of heads: of their scores, or the mean over the weights of their regions."""
+        if self.heads:
+            return [self.heads[site.name, unit.index] for site, unit in candidates]
+        found = {}
+        for matrix in self.matrices:
+            importance = self._importance(matrix)
+            stored = importance.T if is_transposed(self.model, matrix) else importance
+            found[matrix] = stored.double()
+        ranks = []
+        for site, unit in candidates:
+            pieces = [
+                found[Matrix(block.parameter)].narrow(
+                    block.dim, block.start, block.stop - block.start
+                )
+                for block in separable(self.model, site, unit)
+            ]
+            total = sum(float(piece.sum()) for piece in pieces)
+            ranks.append(total / sum(piece.numel() for piece in pieces))
+        return ranks
 
     def prune_each_matrix_(self, shares: Mapping[Matrix, int]) -> None:
         """Zero so many of the least important weights of each matrix."""
@@ -290,9 +336,14 @@ class _Work:
             )
 
 
-def _to_prune(sites: list[Site], leave_dense: list[str]) -> list[Matrix]:
-    """Return the prunable matrices without those that a name in `leave_dense` covers."""
+def _to_prune(model: PreTrainedModel, sites: list[Site], config: CAPConfig) -> list[Matrix]:
+    """Return the prunable matrices without those that are to stay dense."""
+    leave_dense = config.modules_to_leave_dense
     matrices = prunable_matrices(sites)
+    if config.pattern == WHOLE_HEADS:
+        blocks = (block for job in heads(sites) for block in separable(model, *job))
+        of_heads = {Matrix(block.parameter) for block in blocks}
+        matrices = [matrix for matrix in matrices if matrix in of_heads]
     for name in leave_dense:
         if not any(f".{name}." in f".{matrix.parameter}." for matrix in matrices):
             raise ValueError(
@@ -307,6 +358,30 @@ def _to_prune(sites: list[Site], leave_dense: list[str]) -> list[Matrix]:
     if not kept:
         raise ValueError(f"modules_to_leave_dense {leave_dense} leaves nothing to prune")
     return kept
+
+
+def _removable_heads(
+    model: PreTrainedModel, sites: list[Site], matrices: list[Matrix]
+) -> list[tuple[Site, Unit]]:
+    """Return the heads none of whose weights is to stay dense."""
+    chosen = {matrix.name for matrix in matrices}
+    return [
+        (site, unit)
+        for site, unit in heads(sites)
+        if all(block.parameter in chosen for block in separable(model, site, unit))
+    ]
+
+
+def _count_of_heads(candidates: list[tuple[Site, Unit]], sparsity: float) -> int:
+    """Return how many heads to remove."""
+    total = len(candidates)
+    count = round(sparsity * total)
+    if not 0 < count < total:
+        raise ValueError(
+            f"sparsity {sparsity} of {total} heads is {count} heads: ask for a sparsity that "
+            "removes some heads and keeps some"
+        )
+    return count
 
 
 def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:

@@ -34,6 +34,7 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
         ("max_length", 1, "max_length must be an integer of at least 2"),
         ("memory_budget", "much", 'memory_budget must be a number of bytes or text such as "4GB"'),
         ("memory_budget", 0, "memory_budget must be a number of bytes"),
+        ("pattern", "rows", 'pattern must be "unstructured", "heads", or "N:M"'),
         ("dataset", "", "dataset is empty"),
         ("dataset", None, "dataset is empty"),
         ("modules_to_leave_dense", "o_proj", "must be a list of module names, got 'o_proj'"),
@@ -118,3 +119,9 @@ def test_the_tokenizer_is_not_saved() -> None:
 )
 def test_parse_size(size: Any, expected: int) -> None:
     assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("changes", [{"recipe": "wanda"}, {"allocation": "uniform"}])
+def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="pattern 'heads' ranks all heads"):
+        CAPConfig(sparsity=0.2, pattern="heads", **changes)

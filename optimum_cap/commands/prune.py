@@ -52,7 +52,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--pattern",
         "pattern",
         str,
-        "unstructured, or N:M, N weights kept of every M, as 2:4 (default: unstructured)",
+        "unstructured; N:M, N weights kept of every M, as 2:4; or heads, whole ones (default: "
+        "unstructured)",
     ),
     ("--num-samples", "num_samples", int, "number of calibration examples (default: 128)"),
     ("--subsets", "subsets", int, "number of disjoint calibration subsets (default: 3)"),

@@ -14,6 +14,8 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 def print_summary(summary: "CheckpointSummary") -> None:
     """Print one line per fact: heads, weights, sparsity, threshold, size."""
+    from optimum_cap.masking import WHOLE_HEADS
+
     record = summary.record
     if record.scores:
         layers = len({score.layer for score in record.scores})
@@ -21,7 +23,9 @@ def print_summary(summary: "CheckpointSummary") -> None:
     for label, ranked in _ranked(record.scores):
         print(f"{label:13} {ranked}")
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
-    asked = record.config.get("sparsity")
+    asked = f"{record.config.get('sparsity')}"
+    if record.config.get("pattern") == WHOLE_HEADS:
+        asked += " of the heads"
     print(f"sparsity      {record.sparsity:.6f} ({asked} asked)")
     if record.threshold is not None:
         print(f"threshold     {record.threshold:.6g} (importance)")
