@@ -11,14 +11,18 @@ import importlib.metadata
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -84,8 +88,12 @@ class Study:
     device_map: str = "auto"
 
     @classmethod
-    def load(cls, path: str | Path) -> "Study":
+    def load(cls, path: str | Path, models: dict[str, str] | None = None) -> "Study":
         """Read a study from YAML.
+
+        Args:
+            path: The file.
+            models: Label -> Hub id or folder, instead of the models that the file names.
 
         Raises:
             ValueError: An unknown or missing key, or a value that cannot be used; the message names
@@ -111,7 +119,7 @@ class Study:
         study = cls(
             **{
                 **values,
-                "models": _labelled("models", values["models"]),
+                "models": models or _labelled("models", values["models"]),
                 "recipes": _recipes(values["recipes"]),
                 "calibration": _labelled("calibration", values["calibration"]),
                 "sparsities": _list("sparsities", values["sparsities"]),
@@ -169,35 +177,94 @@ class Cell:
         return f"{self.label} {self.recipe} {self.sparsity:g} {self.calibration} seed {self.seed}"
 
 
-def run_study(study: Study, folder: str | Path) -> list[dict[str, Any]]:
+def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str, Any]]:
     """Measure every cell that is not measured yet, and write all results.
 
     Args:
         study: What to measure.
         folder: Where `cells/`, `scores/` and `results.csv` are, or will be.
+        jobs: Cells measured at a time, each in a process of its own with its share of the cores.
+            Small models gain; another number of threads may round differently.
 
     Returns:
         The rows of `results.csv`: one per cell, task and metric.
+
+    Raises:
+        ValueError: `jobs` is no positive number, or data of a task cannot be used.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs must be an integer of at least 1, got {jobs}")
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     data = load_task_data(",".join(study.tasks), study.data_dir)
     files = _cell_files(study, data, folder)
-    rows: list[dict[str, Any]] = []
-    with logging.tqdm(total=len(files), desc="Study", unit="cell") as progress:
-        for cell, file in files:
-            found = _read(file)
-            if found is None or found["error"]:
-                progress.set_postfix_str(str(cell))
-                found = _measured(cell, study, data, folder)
-                _write_text(file, json.dumps(found, indent=1))
-            rows += _rows(cell, found)
+    known = {file: _read(file) for _, file in files}
+    missing = {file: cell for cell, file in files if _is_missing(known[file])}
+    found = {file: cell for file, cell in known.items() if cell is not None}
+    with logging.tqdm(
+        total=len(known), initial=len(known) - len(missing), desc="Study", unit="cell"
+    ) as progress:
+        for file, measured in _measure_all(missing, study, data, jobs):
+            found[file] = measured
+            progress.set_postfix_str(str(missing[file]))
             progress.update()
+    rows = [row for cell, file in files for row in _rows(cell, found[file])]
     lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
     text = io.StringIO(newline="")
     csv.writer(text).writerows(lines)
     _write_text(folder / "results.csv", text.getvalue())
     return rows
+
+
+def _is_missing(found: dict[str, Any] | None) -> bool:
+    return found is None or bool(found["error"])
+
+
+def _measure_all(
+    missing: dict[Path, Cell], study: Study, data: TaskData, jobs: int
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Measure cells and write each to its file as soon as it is done; yield file and result."""
+    if jobs == 1 or len(missing) < 2:
+        for file, cell in missing.items():
+            yield file, _measured_and_written(cell, file, study, data)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Read when a process starts. The bars of several processes would overwrite each other.
+    with (
+        _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"),
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        running = {
+            file: pool.submit(_measured_and_written, cell, file, study, data)
+            for file, cell in missing.items()
+        }
+        try:
+            for file, future in running.items():
+                yield file, future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the processes that start in this context."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _measured_and_written(cell: Cell, file: Path, study: Study, data: TaskData) -> dict[str, Any]:
+    found = _measured(cell, study, data, file.parents[1])
+    _write_text(file, json.dumps(found, indent=1))
+    return found
 
 
 def _measured(cell: Cell, study: Study, data: TaskData, folder: Path) -> dict[str, Any]:
@@ -248,14 +315,15 @@ def _losses(
         **decisive,
     }
     file = folder / "scores" / f"{_digest(named)}.safetensors"
-    if file.is_file():
-        saved = load_file(file)
-        return UnitLosses(heads(find_sites(model)), saved["intact"], saved["masked"])
-    losses = CAPPruner(config).measure(model, tokenizer)
     file.parent.mkdir(exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    save_file({"intact": losses.intact, "masked": losses.masked}, part)
-    part.replace(file)
+    with FileLock(file.with_suffix(".lock")):  # another cell may be measuring the same
+        if file.is_file():
+            saved = load_file(file)
+            return UnitLosses(heads(find_sites(model)), saved["intact"], saved["masked"])
+        losses = CAPPruner(config).measure(model, tokenizer)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        save_file({"intact": losses.intact, "masked": losses.masked}, part)
+        part.replace(file)
     return losses
 
 
@@ -291,14 +359,20 @@ def _rows(cell: Cell, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
     config = cell.config()
-    values = config.to_dict() if config is not None else {}
+    values, dataset = {}, None
+    if config is not None:
+        values = {**config.to_dict(), "dataset": None, "memory_budget": None}
+        if config.method.needs_data:
+            dataset = _fingerprint(cell.dataset)
+        elif config.method.criterion != "random":
+            values["seed"] = None  # one cell serves all calibration sets and seeds
     return _digest(
         {
             "layout": _LAYOUT,
             "version": importlib.metadata.version("optimum-cap"),
             "model": _fingerprint(cell.model),
-            "config": {**values, "dataset": None, "memory_budget": None},
-            "dataset": _fingerprint(cell.dataset),
+            "config": values,
+            "dataset": dataset,
             "evaluated": evaluated,
         }
     )

@@ -74,6 +74,36 @@ def test_every_cell_has_its_rows(values: dict[str, Any], tmp_path: Path) -> None
     assert [row["value"] for row in saved] == [str(row["value"]) for row in rows]
 
 
+def test_several_processes_measure_the_same(values: dict[str, Any], tmp_path: Path) -> None:
+    one = run_study(load(values, tmp_path), tmp_path / "one")
+    two = run_study(load(values, tmp_path), tmp_path / "two", jobs=2)
+    for first, second in zip(one, two, strict=True):
+        assert second == {**first, "value": pytest.approx(first["value"])}
+    assert len(list((tmp_path / "two" / "scores").glob("*.safetensors"))) == 1
+    assert not [*(tmp_path / "two").rglob("*.part")]
+    with pytest.raises(ValueError, match="jobs must be an integer of at least 1, got 0"):
+        run_study(load(values, tmp_path), tmp_path / "two", jobs=0)
+
+
+def test_recipes_without_data_are_measured_once_for_all_seeds(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = counted(monkeypatch)
+    values |= {"recipes": ["magnitude", "random"], "sparsities": [0.5], "seeds": [0, 1]}
+    rows = run_study(load(values, tmp_path), tmp_path / "out")
+    assert [name.split()[1] for name in measured] == ["dense", "magnitude", "random", "random"]
+    seeds = [row["seed"] for row in rows if (row["recipe"], row["metric"]) == ("magnitude", "loss")]
+    assert seeds == [0, 1]
+
+
+def test_the_models_of_a_study_can_be_others(values: dict[str, Any], tmp_path: Path) -> None:
+    values["models"] = {"large": "owner/large"}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(values))
+    (label,) = {cell.label for cell in Study.load(file, {"small": "here"}).cells()}
+    assert label == "small"
+
+
 def test_scores_are_measured_once_per_calibration_set(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +287,11 @@ def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Pat
     command = [str(Path(sys.executable).with_name("optimum-cli")), "cap", "study", str(file)]
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
     assert dry.stdout.splitlines()[-1] == "3 cells"
+    bad = subprocess.run([*command, "--models", "tiny"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "--models takes LABEL=NAME" in bad.stderr
     output = tmp_path / "out"
-    subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=True)
+    subprocess.run(
+        [*command, "-o", str(output), "--jobs", "2"], capture_output=True, text=True, check=True
+    )
     assert (output / "results.md").read_text().startswith("# Results")

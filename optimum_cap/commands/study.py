@@ -29,6 +29,19 @@ class StudyCommand(CAPSubcommand):
             metavar="DIR",
             help="folder of cells, table and pictures (default: runs/ and the name of the file)",
         )
+        add(
+            "--models",
+            nargs="+",
+            metavar="LABEL=NAME",
+            help="models to measure instead of those of the file (default: those of the file)",
+        )
+        add(
+            "--jobs",
+            type=int,
+            default=1,
+            metavar="N",
+            help="cells to measure at a time, each with its share of the cores (default: 1)",
+        )
         add("--dry-run", action="store_true", help="check the file, print the cells, measure none")
         add("--debug", action="store_true", help="show tracebacks")
 
@@ -36,7 +49,9 @@ class StudyCommand(CAPSubcommand):
         """Read the study, and check every cell of it."""
         from optimum_cap.study import Study
 
-        return Study.load(self.args.study)
+        if self.args.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {self.args.jobs}")
+        return Study.load(self.args.study, _models(self.args.models or []))
 
     def execute(self, prepared: "Study") -> None:
         """Measure what is missing; write table and pictures."""
@@ -50,12 +65,25 @@ class StudyCommand(CAPSubcommand):
         from optimum_cap.study import run_study
 
         folder = self.args.output or Path("runs") / self.args.study.stem
-        rows = run_study(prepared, folder)
+        rows = run_study(prepared, folder, self.args.jobs)
         print(f"saved: {folder / 'results.csv'}")
         for file in write_report(prepared, rows, folder):
             print(f"saved: {file}")
         if failed := len({tuple(row[axis] for axis in _AXES) for row in rows if row["error"]}):
             raise RuntimeError(f"{failed} of {len(cells)} cells failed; results.md names them")
+
+
+def _models(labelled: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in labelled]
+    for text, (label, equals, name) in zip(labelled, pairs, strict=True):
+        if not (label and equals and name):
+            raise ValueError(
+                f"--models takes LABEL=NAME, such as small=./small-model, got {text!r}"
+            )
+    models = {label: name for label, _, name in pairs}
+    if len(models) < len(pairs):
+        raise ValueError(f"--models names a label twice: {' '.join(labelled)}")
+    return models
 
 
 _AXES = ("model", "recipe", "sparsity", "calibration", "seed")
