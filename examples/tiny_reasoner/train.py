@@ -34,7 +34,25 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPLITS = {"calibration": 128, "validation": 200, "test": 300}
-ARCHITECTURES = ("llama", "mistral")
+# One set of problems serves all. The second and the third are nearer to their capacity, so that
+# what pruning takes from them shows.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6},
+    "mistral": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_attention_heads": 4,
+        "sliding_window": 48,
+    },
+    "mixtral": {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.01,
+    },
+}
 STEPS = 1400
 BATCH = 32  # problems of each kind in a step
 POOL = 8  # batches of a kind that are drawn and sorted by length at a time
@@ -80,15 +98,13 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 def build_model(
     tokenizer: PreTrainedTokenizerBase, seed: int, architecture: str = "llama"
 ) -> PreTrainedModel:
-    """A decoder of 2.5 million parameters with 6 query heads on 2 key/value heads."""
+    """A decoder of 6 layers and one to three million parameters, with 2 key/value heads."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         architecture,
+        **ARCHITECTURES[architecture],
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=256,
@@ -173,25 +189,25 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum"].lerp_(matrix.grad, 1 - beta)
                 update = orthogonalise(matrix.grad.lerp(average, beta))
                 matrix.mul_(1 - rate * group["weight_decay"])
-                matrix.add_(update, alpha=-0.2 * rate * max(matrix.shape) ** 0.5)
+                matrix.add_(update, alpha=-0.2 * rate * max(matrix.shape[-2:]) ** 0.5)
 
 
 def orthogonalise(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Bring all singular values close to one, by Newton-Schulz iterations."""
-    tall = matrix.shape[0] > matrix.shape[1]
+    """Bring all singular values of the last two dimensions close to one, by Newton-Schulz."""
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
-        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return x.mT if tall else x
 
 
 def make_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
+    """Muon for the matrices of the layers and of experts, AdamW for the embedding and the norms."""
     embedding = model.get_input_embeddings().weight
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
-    others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and p is not embedding]
+    others = [p for p in model.parameters() if p.ndim < 2 or p is embedding]
     return [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
@@ -213,6 +229,8 @@ def train(
             optimizer.load_state_dict(state)
         first, running, seconds, log = (saved[k] for k in ("step", "running", "seconds", "log"))
         print(f"continuing at step {first}", flush=True)
+    # The loss of a mixture of experts asks for balance too.
+    balance = {"output_router_logits": True} if hasattr(model.config, "num_local_experts") else {}
     data = {kind: batches(tokenizer, kind, seed, first) for kind in KINDS}
     start = time.perf_counter()
     model.train()
@@ -224,7 +242,7 @@ def train(
                 group["lr"] = rate
         for kind in KINDS:
             input_ids, labels = next(data[kind])
-            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False, **balance).loss
             (loss / len(KINDS)).backward()
             value = loss.item()
             running[kind] = value if step == 0 else 0.95 * running[kind] + 0.05 * value
