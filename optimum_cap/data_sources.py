@@ -54,6 +54,38 @@ class Source:
     published: Sequence[Any] = ()
 
 
+def local_presets(dataset: Any, folder: Path) -> Any:
+    """Name the files of presets in a data folder, as `preset=FILE`; other data stay as they are.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds no file of a preset.
+    """
+    if isinstance(dataset, list):
+        return [local_presets(entry, folder) for entry in dataset]
+    if not isinstance(dataset, str) or dataset not in PRESETS:
+        return dataset
+    check_folder(folder)
+    places = [folder / file for file in PRESETS[dataset].files]
+    return f"{dataset}={first_file(f'data set {dataset}', places)}"
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a data folder exists."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the data folder {folder} does not exist")
+
+
+def first_file(what: str, places: Sequence[Path]) -> Path:
+    """Return the first of the places that is a file."""
+    for path in places:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{what}: no data file; looked for {', '.join(map(str, dict.fromkeys(places)))}: put the "
+        "file there, or name its folder with --data-dir"
+    )
+
+
 def load_sources(dataset: Any) -> list[Source]:
     """Turn whatever was passed as data into sources."""
     if isinstance(dataset, str | Path | Mapping) and is_dataset_name(_plain(dataset)):
@@ -358,6 +390,7 @@ class Preset:
         config_name: Name of its configuration, if it has several.
         split: Split that calibration draws from.
         revision: Commit, so that the data never change underneath a result.
+        files: Paths below a data folder where its file may be, the first that exists counts.
         read: Reads a row, in the layout of the Hub or of the files as published.
         prepare: Regroups the rows before they are drawn from.
     """
@@ -366,6 +399,7 @@ class Preset:
     config_name: str | None
     split: str
     revision: str
+    files: tuple[str, ...]
     read: Callable[[Any], Conversation]
     prepare: Callable[[Sequence[Any]], Sequence[Any]] = _as_is
 
@@ -388,13 +422,19 @@ _READERS: dict[str, Callable[[Path], Sequence[Any]]] = {
 
 PRESETS: dict[str, Preset] = {
     "gsm8k": Preset(
-        "openai/gsm8k", "main", "train", "e53f048856ff4f594e959d75785d2c2d37b678ee", _gsm8k
+        "openai/gsm8k",
+        "main",
+        "train",
+        "e53f048856ff4f594e959d75785d2c2d37b678ee",
+        ("gsm8k/train.jsonl",),
+        _gsm8k,
     ),
     "strategyqa": Preset(
         "ChilleD/StrategyQA",
         None,
         "train",
         "705562638fe1d8ca6bb98c66fc8f94d45fda8c83",
+        ("strategyqa/train.jsonl", "strategyqa/strategyqa_all_2290.json"),
         _strategyqa,
     ),
     "arc_challenge": Preset(
@@ -402,6 +442,7 @@ PRESETS: dict[str, Preset] = {
         "ARC-Challenge",
         "train",
         "210d026faf9955653af8916fad021475a3f00453",
+        ("arc_challenge/ARC-Challenge-Train.jsonl", "arc_challenge/train.jsonl"),
         _arc,
     ),
     "wikitext2": Preset(
@@ -409,6 +450,7 @@ PRESETS: dict[str, Preset] = {
         "wikitext-2-raw-v1",
         "train",
         "b08601e04326c79dfdd32d625aee71d232d685c3",
+        ("wikitext-2/train.txt", "wikitext2/train.txt", "wikitext-2/valid.txt"),
         _text,
         _passages,
     ),

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_cap.data_sources import Conversation, Source, load_sources, row_digest
+from optimum_cap.data_sources import (
+    Conversation,
+    Source,
+    check_folder,
+    first_file,
+    load_sources,
+    row_digest,
+)
 
 Extract = Callable[[str], str | None]
 
@@ -216,21 +223,16 @@ def _load(name: str, data_dir: Path | None) -> tuple[Source, dict[str, Any]]:
 
 
 def _find(name: str, data_dir: Path | None) -> Path:
-    if data_dir is not None and not data_dir.is_dir():
-        raise FileNotFoundError(f"the data folder {data_dir} does not exist")
     task = TASKS[name]
-    places = [data_dir / file for file in task.files] if data_dir is not None else []
+    places = [Path(file) for file in task.files]
+    if data_dir is not None:
+        check_folder(data_dir)
+        places = [data_dir / file for file in places]
     if task.embedded is not None:
         # The checkout is that of this code, or the current folder.
-        places += [root / task.embedded for root in (_ROOT, Path.cwd())]
-    for path in places:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"task {name}: no data file; looked for "
-        f"{', '.join(map(str, dict.fromkeys(places or task.files)))}: put the file there, or name "
-        "its folder with --data-dir"
-    )
+        embedded = [root / task.embedded for root in (_ROOT, Path.cwd())]
+        places = embedded if data_dir is None else places + embedded
+    return first_file(f"task {name}", places)
 
 
 def _passage_spans(lines: Sequence[str], passages: Iterable[str]) -> Iterable[tuple[int, int, str]]:

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from optimum_cap.architectures import find_sites, heads
 from optimum_cap.attribution import UnitLosses
 from optimum_cap.config import RECIPES, CAPConfig
+from optimum_cap.data_sources import local_presets
 from optimum_cap.evaluation import TaskData, check_counts, evaluate, load_task_data
 from optimum_cap.evaluation_results import AccuracyResult, Evaluation
 from optimum_cap.pruner import CAPPruner
@@ -67,7 +68,8 @@ class Study:
         tasks: Names of evaluation tasks or groups.
         seeds: Seeds of the calibration examples.
         settings: Fields of `CAPConfig` for all recipes.
-        data_dir: Folder of the evaluation data; `None` is the Hub.
+        data_dir: Folder of the evaluation data, and of the presets among the calibration data;
+            `None` is the Hub.
         limit: Questions or windows per task.
         batch_size: Questions at a time.
         dtype: Of the weights.
@@ -88,17 +90,17 @@ class Study:
     device_map: str = "auto"
 
     @classmethod
-    def load(cls, path: str | Path, models: dict[str, str] | None = None) -> "Study":
+    def load(cls, path: str | Path, **changes: Any) -> "Study":
         """Read a study from YAML.
 
         Args:
             path: The file.
-            models: Label -> Hub id or folder, instead of the models that the file names.
+            changes: Values that replace those of the file, under the same keys.
 
         Raises:
             ValueError: An unknown or missing key, or a value that cannot be used; the message names
                 it. Every recipe is checked with every sparsity.
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: There is no such file, or none of a preset in the data folder.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"the study file {path} does not exist")
@@ -108,6 +110,7 @@ class Study:
             raise ValueError(f"{path} is no YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
+        values |= changes
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(map(str, values)) - set(known)):
             raise ValueError(
@@ -116,12 +119,15 @@ class Study:
         needed = ("models", "recipes", "sparsities", "calibration", "tasks")
         if missing := [name for name in needed if not values.get(name)]:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
+        calibration = _labelled("calibration", values["calibration"])
+        if (folder := values.get("data_dir")) is not None:
+            calibration = {k: local_presets(v, Path(folder)) for k, v in calibration.items()}
         study = cls(
             **{
                 **values,
-                "models": models or _labelled("models", values["models"]),
+                "models": _labelled("models", values["models"]),
                 "recipes": _recipes(values["recipes"]),
-                "calibration": _labelled("calibration", values["calibration"]),
+                "calibration": calibration,
                 "sparsities": _list("sparsities", values["sparsities"]),
                 "tasks": _list("tasks", values["tasks"]),
                 "seeds": _list("seeds", values.get("seeds", [0])),

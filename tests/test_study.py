@@ -13,6 +13,7 @@ import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap import pruner, study
+from optimum_cap.data_sources import PRESETS
 from optimum_cap.report import markdown, mean_and_interval, write_report
 from optimum_cap.study import Study, run_study
 
@@ -100,8 +101,23 @@ def test_the_models_of_a_study_can_be_others(values: dict[str, Any], tmp_path: P
     values["models"] = {"large": "owner/large"}
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(values))
-    (label,) = {cell.label for cell in Study.load(file, {"small": "here"}).cells()}
+    (label,) = {cell.label for cell in Study.load(file, models={"small": "here"}).cells()}
     assert label == "small"
+
+
+def test_presets_are_found_in_the_data_folder(values: dict[str, Any], tmp_path: Path) -> None:
+    values["calibration"] = {"sums": ["gsm8k", str(tmp_path / "rows.jsonl")], "one": "gsm8k"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(FileNotFoundError, match=r"data set gsm8k: no data file; .*train"):
+        Study.load(tmp_path / "study.yaml")
+    other = tmp_path / "other"
+    (other / "gsm8k").mkdir(parents=True)
+    (other / "gsm8k" / "train.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    loaded = Study.load(tmp_path / "study.yaml", data_dir=other)
+    preset = f"gsm8k={other / 'gsm8k' / 'train.jsonl'}"
+    assert loaded.calibration == {"sums": [preset, values["calibration"]["sums"][1]], "one": preset}
+    with pytest.raises(FileNotFoundError, match=r"the data folder .+ does not exist"):
+        Study.load(tmp_path / "study.yaml", data_dir=tmp_path / "nowhere")
 
 
 def test_scores_are_measured_once_per_calibration_set(
@@ -275,10 +291,13 @@ def test_what_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
         Study.load(tmp_path / "bad.yaml")
 
 
-def test_the_examples_are_valid() -> None:
+def test_the_examples_are_valid(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "examples" / "studies"
+    for preset in PRESETS.values():
+        (tmp_path / preset.files[0]).parent.mkdir(exist_ok=True)
+        (tmp_path / preset.files[0]).touch()
     for file in folder.glob("*.yaml"):
-        assert list(Study.load(file).cells())
+        assert list(Study.load(file, data_dir=tmp_path).cells())
 
 
 def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Path) -> None:

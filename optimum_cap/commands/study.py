@@ -36,6 +36,17 @@ class StudyCommand(CAPSubcommand):
             help="models to measure instead of those of the file (default: those of the file)",
         )
         add(
+            "--data-dir",
+            metavar="DIR",
+            help="folder of evaluation data and calibration presets (default: that of the file)",
+        )
+        add(
+            "--limit",
+            type=int,
+            metavar="N",
+            help="questions, documents or windows per task (default: as the file says)",
+        )
+        add(
             "--jobs",
             type=int,
             default=1,
@@ -51,7 +62,13 @@ class StudyCommand(CAPSubcommand):
 
         if self.args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.args.jobs}")
-        return Study.load(self.args.study, _models(self.args.models or []))
+        changes = {
+            "models": _models(self.args.models or []),
+            "data_dir": self.args.data_dir,
+            "limit": self.args.limit,
+        }
+        given = {key: value for key, value in changes.items() if value not in (None, {})}
+        return Study.load(self.args.study, **given)
 
     def execute(self, prepared: "Study") -> None:
         """Measure what is missing; write table and pictures."""
