@@ -1,7 +1,7 @@
-"""Prune with llm-compressor. Runs in the peer's environment, called by agreement.py.
+"""Prune with llm-compressor. Runs in the peer's environment, called by agreement.py and pruning.py.
 
 Reads `job.json` in a folder (model, method, sparsity, pattern, input_ids) and writes
-`pruned.safetensors` there.
+`pruned.safetensors` and `measured.json` there.
 """
 
 import json
@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from measured import measured
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,17 +32,20 @@ def main() -> None:
         **settings,
     )
     rows = job["input_ids"]
-    oneshot(
-        model=model,
-        tokenizer=AutoTokenizer.from_pretrained(job["model"]),
-        recipe=modifier,
-        dataset=Dataset.from_dict(
-            {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
-        ),
-        max_seq_length=max(map(len, rows)),
-        num_calibration_samples=len(rows),
-        shuffle_calibration_samples=False,
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    dataset = Dataset.from_dict(
+        {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
     )
+    with measured(folder / "measured.json"):
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=modifier,
+            dataset=dataset,
+            max_seq_length=max(map(len, rows)),
+            num_calibration_samples=len(rows),
+            shuffle_calibration_samples=False,
+        )
     save_file(
         {
             name: weight.clone(memory_format=torch.contiguous_format)

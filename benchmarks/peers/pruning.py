@@ -1,0 +1,139 @@
+"""A whole prune, scores cached, against llm-compressor's Wanda and SparseGPT: time and memory.
+
+Each run is a process of its own on the same random Llama and the same calibration tokens; the
+methods take turns. Counted is pruning alone, neither imports nor loading; the peak is the resident
+memory of the process while it prunes, model included.
+
+    python benchmarks/peers/pruning.py --peer .venv-peer/bin/python
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from optimum_cap import CAPConfig
+from optimum_cap.architectures import find_sites, heads
+from optimum_cap.calibration import build_calibration_set
+
+REASONER = Path(__file__).parents[2] / "examples" / "tiny_reasoner"
+HERE = Path(__file__).parent
+METHODS = (
+    ("optimum-cap", "paper"),
+    ("optimum-cap", "wanda"),
+    ("optimum-cap", "sparsegpt"),
+    ("llm-compressor", "wanda"),
+    ("llm-compressor", "sparsegpt"),
+)
+
+
+def make_model(folder: Path, layers: int, hidden: int, examples: int) -> None:
+    """Write a random Llama with the embedded model's tokenizer, and random losses of its heads.
+
+    What the losses are changes nothing in the work of pruning by them.
+    """
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(REASONER / "model")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3 // 8 * 8,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 128,
+            max_position_embeddings=256,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    count = len(heads(find_sites(model)))
+    losses = {
+        "intact": torch.rand(examples, dtype=torch.float64),
+        "masked": torch.rand(count, examples, dtype=torch.float64),
+    }
+    save_file(losses, folder / "scores")
+
+
+def run(package: str, job: dict[str, Any], peer: str) -> dict[str, float]:
+    """Prune once in a process of its own; return its seconds and its peak in bytes."""
+    python, script = (sys.executable, "run_ours.py")
+    if package == "llm-compressor":
+        python, script = (peer, "run_llmcompressor.py")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "job.json").write_text(json.dumps(job))
+        subprocess.run(
+            [Path(python).absolute(), (HERE / script).resolve(), folder],
+            check=True,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        measured: dict[str, float] = json.loads(Path(folder, "measured.json").read_text())
+        return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", required=True, help="python with llmcompressor installed")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder)
+        make_model(model, arguments.layers, arguments.hidden, arguments.examples)
+        config = {
+            "sparsity": 0.5,
+            "dataset": str(REASONER / "data" / "calibration.jsonl"),
+            "num_samples": arguments.examples,
+        }
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        examples = build_calibration_set(CAPConfig(**config), tokenizer).examples
+        found: dict[tuple[str, str], list[dict[str, float]]] = {method: [] for method in METHODS}
+        for _ in range(arguments.runs):
+            for package, method in METHODS:
+                job = {
+                    "model": folder,
+                    "method": method,
+                    "sparsity": 0.5,
+                    "pattern": "0:0",
+                    "input_ids": [example.input_ids.tolist() for example in examples],
+                    "config": {**config, "recipe": method},
+                    "scores": str(model / "scores") if method == "paper" else None,
+                }
+                found[package, method].append(run(package, job, arguments.peer))
+
+    tokens = sum(len(example.input_ids) for example in examples)
+    print(f"{arguments.layers} layers, hidden size {arguments.hidden}, {tokens} tokens\n")
+    print(
+        "| package | method | seconds, median (range) | peak, MB | paper takes |\n|---"
+        + "|---" * 4
+        + "|"
+    )
+    ours = [each["seconds"] for each in found["optimum-cap", "paper"]]
+    for (package, method), runs in found.items():
+        seconds = [each["seconds"] for each in runs]
+        ratios = [mine / theirs for mine, theirs in zip(ours, seconds, strict=True)]
+        print(
+            f"| {package} | {method} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to "
+            f"{max(seconds):.2f}) | {statistics.median(each['peak'] for each in runs) / 1e6:.0f} | "
+            f"{statistics.median(ratios):.3f} times as long ({min(ratios):.3f} to "
+            f"{max(ratios):.3f}) |"
+        )
+
+
+if __name__ == "__main__":
+    main()
