@@ -19,9 +19,10 @@ from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.config import parse_size
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
 from optimum_cap.wavefront import (
-    TOKENS_PER_CHUNK,
     Targets,
     Wavefront,
+    examples_per_batch,
+    prefix_to_share,
     streams_per_chunk,
     token_losses,
 )
@@ -148,7 +149,9 @@ def exact_losses(
         logging.tqdm(total=work, desc="Scoring", unit="tok", unit_scale=True) as progress,
     ):
         budget = _bytes(memory_budget, model.device)  # of what is free when weights are widened
-        for batch in batches(examples, _examples_per_batch(model, examples, budget)):
+        prefix = prefix_to_share(model, layers, sites, examples)
+        size = examples_per_batch(model, examples, budget, prefix)
+        for batch in batches(examples, size, prefix):
             wavefront = Wavefront(model, layers, sites, batch)
             intact[batch.positions] = wavefront.intact_losses()
             rows = streams_per_chunk(model, batch, budget)
@@ -177,7 +180,7 @@ def plain_losses(
         logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
     ):
         budget = _bytes(memory_budget, model.device)
-        for batch in batches(examples, _examples_per_batch(model, examples, budget)):
+        for batch in batches(examples, examples_per_batch(model, examples, budget)):
             intact[batch.positions] = _forward_losses(model, batch)
             progress.update(len(batch.positions))
             for index, (site, unit) in enumerate(jobs):
@@ -196,7 +199,7 @@ def example_losses(
     losses = torch.empty(len(examples), dtype=torch.float64)
     with evaluation_mode(model), float32_on_cpu(model):
         budget = _bytes(memory_budget, model.device)
-        for batch in batches(examples, _examples_per_batch(model, examples, budget)):
+        for batch in batches(examples, examples_per_batch(model, examples, budget)):
             losses[batch.positions] = _forward_losses(model, batch)
     return losses
 
@@ -220,18 +223,6 @@ def _bytes(memory_budget: int | str, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return int(psutil.virtual_memory().available) // 2
-
-
-def _examples_per_batch(
-    model: PreTrainedModel, examples: list[CalibrationExample], budget: int
-) -> int:
-    """Examples per batch, so that what is recorded of the intact pass takes half of the budget."""
-    config = model.config.get_text_config(decoder=True)
-    longest = max(len(example.input_ids) for example in examples)
-    # Input of the layer, input and output of the attention, and input of its projection.
-    per_example = longest * config.num_hidden_layers * 4 * config.hidden_size * 4
-    wanted = TOKENS_PER_CHUNK.get(model.device.type, 2048) // 4 // longest
-    return max(1, min(wanted, budget // 2 // per_example, len(examples)))
 
 
 Attribution = Callable[..., UnitLosses]

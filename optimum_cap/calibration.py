@@ -68,20 +68,53 @@ class Batch:
         input_ids: int64 `[examples, tokens]`.
         real: bool `[examples, tokens]`, False where there is padding.
         scored: bool `[examples, tokens]`, True where a token is a target of the loss.
+        prefix: Number of tokens that all examples begin with and that are to be computed once.
     """
 
     positions: list[int]
     input_ids: torch.Tensor
     real: torch.Tensor
     scored: torch.Tensor
+    prefix: int = 0
+
+    @property
+    def split(self) -> tuple["Batch", "Batch"]:
+        """The prefix as a batch of one row, and what follows it in each example."""
+        return (
+            self._part(slice(1), slice(self.prefix)),
+            self._part(slice(None), slice(self.prefix, None)),
+        )
+
+    def _part(self, rows: slice, columns: slice) -> "Batch":
+        return Batch(
+            self.positions[rows],
+            self.input_ids[rows, columns],
+            self.real[rows, columns],
+            self.scored[rows, columns],
+        )
 
 
-def batches(examples: list[CalibrationExample], size: int) -> list[Batch]:
+def shared_prefix(examples: list[CalibrationExample]) -> int:
+    """Number of tokens that all examples begin with and whose hidden states predict nothing scored.
+
+    A few-shot block, a system prompt or a first special token is such a prefix. It ends before the
+    token that predicts the first scored one, so that at least these two follow it in each example.
+    """
+    first = examples[0].input_ids
+    length = min(int(example.scored[1:].int().argmax()) for example in examples)
+    for example in examples:
+        differs = example.input_ids[:length] != first[:length]
+        length = int(differs.int().argmax()) if differs.any() else length
+    return length
+
+
+def batches(examples: list[CalibrationExample], size: int, prefix: int = 0) -> list[Batch]:
     """Group examples by length, the longest first so that memory runs out early if it does.
 
     Args:
         examples: The examples.
         size: Examples per batch; the last one may have fewer.
+        prefix: Tokens, at most `shared_prefix(examples)`, to be computed once per batch.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
     made = []
@@ -97,7 +130,7 @@ def batches(examples: list[CalibrationExample], size: int) -> list[Batch]:
             input_ids[row, :tokens] = example.input_ids
             real[row, :tokens] = True
             scored[row, :tokens] = example.scored
-        made.append(Batch(positions, input_ids, real, scored))
+        made.append(Batch(positions, input_ids, real, scored, prefix))
     return made
 
 

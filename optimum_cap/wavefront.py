@@ -3,6 +3,9 @@
 Masking a unit of layer l changes nothing before its site. So a stream starts from the recorded
 intact input of layer l, and the streams of many units travel through the later layers as rows of
 one batch. Logits are computed at scored positions only.
+
+Tokens that all examples begin with are computed once per stream: they run as one row, whose keys
+and values the rows of the examples then read.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit
-from optimum_cap.calibration import Batch
+from optimum_cap.calibration import Batch, CalibrationExample, batches, shared_prefix
 from optimum_cap.interventions import (
+    RecordedCall,
     hidden_of,
     in_form_of,
     only_last_logits,
@@ -25,11 +30,10 @@ from optimum_cap.interventions import (
     split_hidden,
 )
 
-# Rows beyond this many tokens bring no more speed, only memory: the matrix products are saturated.
-# On the CPU larger tensors even cost: the allocator returns them to the system each time, and the
-# next one is paged in anew.
-TOKENS_PER_CHUNK = {"cpu": 2048, "cuda": 65536}
+logger = logging.get_logger(__name__)
+
 _LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
+_WORTHWHILE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,46 @@ class Targets:
         return sums / counts
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """The intact pass over consecutive tokens: a shared prefix, or all that follows.
+
+    Attributes:
+        rows: Number of rows, one for a prefix.
+        positions: Number of positions, all rows together.
+        calls: What the layers, attentions and sites of attention got and returned.
+    """
+
+    rows: int
+    positions: int
+    calls: dict[str, RecordedCall]
+
+
+class _PrefixCache(DynamicCache):
+    """Keys and values of a prefix, kept from the first call of each layer.
+
+    Later calls bring the rows that follow it, some for each row of the prefix. They get its keys
+    and values before their own, which are not kept.
+    """
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = (
+            torch.cat([kept.repeat_interleave(len(new) // len(kept), dim=0), new], dim=-2)
+            for kept, new in ((layer.keys, key_states), (layer.values, value_states))
+        )
+        return keys, values
+
+
 class Wavefront:
     """The masked streams of one batch, started from the recorded intact stream.
 
@@ -68,7 +112,7 @@ class Wavefront:
         model: The model, in evaluation mode.
         layers: Its decoder layers.
         sites: All sites of the model.
-        batch: The examples.
+        batch: The examples; their shared prefix, if they have one, is computed once per stream.
     """
 
     def __init__(
@@ -76,60 +120,85 @@ class Wavefront:
     ) -> None:
         self.model = model
         self.layers = layers
-        self.targets = Targets.of(batch)
-        self.size = len(batch.positions)
-        self._tokens = batch.input_ids.numel()
         self.attention = {site.layer: site for site in sites if site.kind == "attention"}
-        modules = {f"layer {index}": layer for index, layer in enumerate(layers)}
+        self._config = model.config if batch.prefix else None
+        if batch.prefix:
+            prefix, suffix = batch.split
+            # The last token predicts nothing.
+            inputs = [prefix.input_ids, suffix.input_ids[:, :-1]]
+        else:
+            suffix, inputs = batch, [batch.input_ids]
+        self.targets = Targets.of(suffix)
+        cache = self._cache()
+        self.segments = [self._record(input_ids, cache) for input_ids in inputs]
+        self.suffix = self.segments[-1]
+
+    def _record(self, input_ids: torch.Tensor, cache: Cache | None) -> _Segment:
+        modules = {f"layer {index}": layer for index, layer in enumerate(self.layers)}
         for layer, site in self.attention.items():
-            modules[f"attention {layer}"] = model.get_submodule(site.branch)
-            modules[f"site {layer}"] = model.get_submodule(site.projection)
-        with recorded_calls(modules) as self.calls:
-            model(
-                input_ids=batch.input_ids.to(model.device),
-                use_cache=False,
-                **only_last_logits(model),
+            modules[f"attention {layer}"] = self.model.get_submodule(site.branch)
+            modules[f"site {layer}"] = self.model.get_submodule(site.projection)
+        cached = {} if cache is None else {"past_key_values": cache}
+        with recorded_calls(modules) as calls:
+            self.model(
+                input_ids=input_ids.to(self.model.device),
+                use_cache=cache is not None,
+                **cached,
+                **only_last_logits(self.model),
             )
+        return _Segment(len(input_ids), input_ids.numel(), calls)
+
+    def _cache(self) -> _PrefixCache | None:
+        return None if self._config is None else _PrefixCache(config=self._config)
 
     def intact_losses(self) -> torch.Tensor:
         """Losses of the intact model, float64 `[examples]`."""
-        output = hidden_of(self.calls[f"layer {len(self.layers) - 1}"].output)
+        output = hidden_of(self.suffix.calls[f"layer {len(self.layers) - 1}"].output)
         return self._losses(self._at_scored(output))[0]
 
     def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
         """Losses with each unit masked, float64 `[units, examples]`; `jobs` by rising layer."""
         first, last = jobs[0][0].layer, len(self.layers) - 1
-        streams = self.calls[f"layer {first}"].hidden[:0]
+        streams = [segment.calls[f"layer {first}"].hidden[:0] for segment in self.segments]
         for index in range(first, last):
             starting = [job for job in jobs if job[0].layer == index]
-            streams = self._through_layer(index, streams, starting)
+            cache = self._cache()
+            streams = [
+                self._through_layer(segment, index, carried, starting, cache)
+                for segment, carried in zip(self.segments, streams, strict=True)
+            ]
         starting = [job for job in jobs if job[0].layer == last]
         return self._losses(self._through_last_layer(streams, starting))
 
     def _through_layer(
-        self, index: int, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
+        self,
+        segment: _Segment,
+        index: int,
+        carried: torch.Tensor,
+        starting: list[tuple[Site, Unit]],
+        cache: Cache | None,
     ) -> torch.Tensor:
         """Push carried streams and those that start in this layer through it.
 
-        Streams are rows `[streams * examples, tokens, hidden]`. A starting stream enters with the
-        intact input of the layer (for the residual connection), and where the attention would run
-        gets its result instead: the projection of the masked site input, or, for a unit of the MLP,
-        the recorded intact attention.
+        Streams are rows `[streams * rows of the segment, tokens, hidden]`. A starting stream enters
+        with the intact input of the layer (for the residual connection), and where the attention
+        would run gets its result instead: the projection of the masked site input, or, for a unit
+        of the MLP, the recorded intact attention.
         """
-        call = self.calls[f"layer {index}"]
+        call = segment.calls[f"layer {index}"]
         rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
-        args, kwargs = self._arguments(index, len(carried))
+        args, kwargs = _arguments(segment, index, len(carried), cache)
         branch = self.model.get_submodule(self.attention[index].branch)
         with ExitStack() as stack:
             if starting:
-                results = self._attention_results(index, starting, _every_position)
-                given = in_form_of(self.calls[f"attention {index}"].output, results)
+                results = self._attention_results(segment, index, starting, _every_position)
+                given = in_form_of(segment.calls[f"attention {index}"].output, results)
                 stack.enter_context(_given_last_rows(branch, len(carried), given))
-                stack.enter_context(_masked_last_streams(self.model, starting, self._tokens))
+                stack.enter_context(_masked_last_streams(self.model, starting, segment.positions))
             return hidden_of(self.layers[index](rows, *args, **kwargs))
 
     def _through_last_layer(
-        self, carried: torch.Tensor, starting: list[tuple[Site, Unit]]
+        self, streams: list[torch.Tensor], starting: list[tuple[Site, Unit]]
     ) -> torch.Tensor:
         """Do the same in the last layer, whose output matters at scored positions only.
 
@@ -140,38 +209,32 @@ class Wavefront:
             Output of the layer, `[streams * scored, 1, hidden]`.
         """
         index = len(self.layers) - 1
-        recorded = self.calls[f"attention {index}"].output
+        recorded = self.suffix.calls[f"attention {index}"].output
         branch = self.model.get_submodule(self.attention[index].branch)
-        intact = self.calls[f"layer {index}"].hidden
+        intact = self.suffix.calls[f"layer {index}"].hidden
         rows, attended = [], []
-        if len(carried):
-            carried = carried.to(intact.device)
-            args, kwargs = self._arguments(index, len(carried))
-            output = _output_of(branch, self.layers[index], carried, *args, **kwargs)
+        if len(streams[-1]):
+            cache = self._cache()
+            for segment, carried in zip(self.segments, streams, strict=True):
+                carried = carried.to(intact.device)
+                args, kwargs = _arguments(segment, index, len(carried), cache)
+                output = _output_of(branch, self.layers[index], carried, *args, **kwargs)
             rows.append(self._at_scored(carried))
             attended.append(self._at_scored(hidden_of(output)))
         if starting:
             rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
-            attended.append(self._attention_results(index, starting, self._at_scored))
+            attended.append(self._attention_results(self.suffix, index, starting, self._at_scored))
         given = in_form_of(recorded, torch.cat(attended))
-        args, kwargs = self._arguments(index, self.size)
+        args, kwargs = _arguments(self.suffix, index, self.suffix.rows, None)
         with (
             replaced_forward(branch, lambda *args, **kwargs: given),
             _masked_last_streams(self.model, starting, len(self.targets.ids)),
         ):
             return hidden_of(self.layers[index](torch.cat(rows), *args, **kwargs))
 
-    def _arguments(self, index: int, rows: int) -> tuple[Any, dict[str, Any]]:
-        """The recorded arguments of a layer beside its input, for a number of rows."""
-        call = self.calls[f"layer {index}"]
-        streams = rows // self.size
-        args = _expanded(call.args, self.size, streams)
-        return args, {
-            name: _expanded(value, self.size, streams) for name, value in call.kwargs.items()
-        }
-
     def _attention_results(
         self,
+        segment: _Segment,
         index: int,
         starting: list[tuple[Site, Unit]],
         select: Callable[[torch.Tensor], torch.Tensor],
@@ -180,20 +243,20 @@ class Wavefront:
         heads = [unit for site, unit in starting if site.kind == "attention"]
         results = []
         if heads:
-            site_input = select(self.calls[f"site {index}"].hidden)
+            site_input = select(segment.calls[f"site {index}"].hidden)
             masked = site_input.repeat(len(heads), 1, 1).view(len(heads), *site_input.shape)
             for stream, unit in zip(masked, heads, strict=True):
                 stream[..., slice(*unit.channels)] = 0
             projection = self.model.get_submodule(self.attention[index].projection)
             results.append(projection(masked.flatten(0, 1)))
         if intact_streams := len(starting) - len(heads):
-            intact = select(hidden_of(self.calls[f"attention {index}"].output))
+            intact = select(hidden_of(segment.calls[f"attention {index}"].output))
             results.append(intact.repeat(intact_streams, 1, 1))
         return torch.cat(results)
 
     def _at_scored(self, hidden: torch.Tensor) -> torch.Tensor:
         """The positions whose logits are scored: `[streams * scored, 1, hidden]`."""
-        streams = hidden.view(-1, self.size, *hidden.shape[1:])
+        streams = hidden.view(-1, self.suffix.rows, *hidden.shape[1:])
         rows, columns = self.targets.rows.to(hidden.device), self.targets.columns.to(hidden.device)
         return streams[:, rows, columns].view(-1, 1, hidden.shape[-1])
 
@@ -216,7 +279,7 @@ class Wavefront:
         """Logits of sequences of one token, with the decoder layers short-circuited."""
         tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
         final = len(self.layers) - 1
-        recorded = self.calls[f"layer {final}"].output
+        recorded = self.suffix.calls[f"layer {final}"].output
 
         def skip(*args: Any, **kwargs: Any) -> Any:
             return in_form_of(recorded, split_hidden(args, kwargs)[0])
@@ -297,14 +360,28 @@ def _every_position(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def _expanded(value: Any, batch: int, times: int) -> Any:
-    """Repeat along the batch dimension what was recorded for `batch` rows.
+def _arguments(
+    segment: _Segment, index: int, rows: int, cache: Cache | None
+) -> tuple[Any, dict[str, Any]]:
+    """The recorded arguments of a layer beside its input, for a number of rows and their cache."""
+    call = segment.calls[f"layer {index}"]
+
+    def expanded(value: Any) -> Any:
+        return _expanded(value, segment.rows, rows // segment.rows, cache)
+
+    return expanded(call.args), {name: expanded(value) for name, value in call.kwargs.items()}
+
+
+def _expanded(value: Any, batch: int, times: int, cache: Cache | None) -> Any:
+    """Repeat along the batch dimension what was recorded for `batch` rows; exchange the cache.
 
     A tensor belongs to the batch if it has at least two dimensions and `batch` rows; one row
     broadcasts by itself, and transformers passes layers no other tensor of two or more dimensions.
     """
     if isinstance(value, tuple):
-        return tuple(_expanded(entry, batch, times) for entry in value)
+        return tuple(_expanded(entry, batch, times, cache) for entry in value)
+    if isinstance(value, Cache):
+        return cache
     if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == batch > 1:
         return value.repeat(times, *[1] * (value.ndim - 1))
     return value
@@ -315,13 +392,76 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
+def prefix_to_share(
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    sites: list[Site],
+    examples: list[CalibrationExample],
+) -> int:
+    """Tokens to compute once for all examples: their shared prefix where it pays, otherwise 0.
+
+    A prefix is computed apart only by a model that gives the same losses that way, which is tried
+    on the longest examples. A model need not: some change their position encoding when a sequence
+    gets long, others make no use of the keys and values that they are given.
+    """
+    prefix = shared_prefix(examples)
+    longest = max(len(example.input_ids) for example in examples)
+    if len(examples) == 1 or prefix < _WORTHWHILE_SHARE * longest:
+        return 0
+    unit = next((site, site.units[0]) for site in sites if site.kind == "attention")
+    apart, whole = (
+        _intact_and_masked(Wavefront(model, layers, sites, batches(examples, 2, length)[0]), unit)
+        for length in (prefix, 0)
+    )
+    tolerance = torch.finfo(model.dtype).eps ** 0.5
+    if torch.allclose(apart, whole, rtol=tolerance, atol=0, equal_nan=True):
+        return prefix
+    logger.warning_once(
+        f"{type(model).__name__} gives other losses when the {prefix} tokens that all examples "
+        "begin with are computed apart: they are computed again for each example."
+    )
+    return 0
+
+
+def _intact_and_masked(wavefront: Wavefront, unit: tuple[Site, Unit]) -> torch.Tensor:
+    return torch.stack([wavefront.intact_losses(), wavefront.masked_losses([unit])[0]])
+
+
+def tokens_per_chunk(model: PreTrainedModel) -> int:
+    """Tokens that travel together; more bring no more speed, only memory.
+
+    On the CPU larger tensors even cost: the allocator returns them to the system each time, and the
+    next one is paged in anew.
+    """
+    if model.device.type == "cuda":
+        return 65536
+    return 2048
+
+
+def examples_per_batch(
+    model: PreTrainedModel, examples: list[CalibrationExample], budget: int, prefix: int = 0
+) -> int:
+    """Examples per batch, so that what is recorded of the intact pass takes half of the budget."""
+    config = model.config.get_text_config(decoder=True)
+    suffix = max(len(example.input_ids) for example in examples) - prefix
+    # Input of the layer, input and output of the attention, and input of its projection.
+    per_token = config.num_hidden_layers * 4 * config.hidden_size * 4
+    # Each batch computes the prefix anew, so few large ones are better.
+    wanted = tokens_per_chunk(model) // (suffix if prefix else 4 * suffix)
+    affordable = (budget // 2 // per_token - prefix) // suffix
+    return max(1, min(wanted, affordable, len(examples)))
+
+
 def streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:
     """Streams that travel together, so that their activations take half of the budget."""
     config = model.config.get_text_config(decoder=True)
-    count, tokens = batch.input_ids.shape
+    count, longest = batch.input_ids.shape
+    tokens = batch.prefix + count * (longest - batch.prefix)
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     per_token = 4 * (8 * config.hidden_size + 4 * wide)
     # Attention that is not fused keeps its probabilities and a widened copy of them.
-    per_token += 8 * config.num_attention_heads * tokens
-    wanted = TOKENS_PER_CHUNK.get(model.device.type, 2048) // (count * tokens)
-    return max(1, min(wanted, budget // 2 // (count * tokens * per_token)))
+    per_token += 8 * config.num_attention_heads * longest
+    # Each example reads the keys and values of the prefix, once more for grouped-query attention.
+    read = count * batch.prefix * 4 * 4 * config.hidden_size
+    wanted = tokens_per_chunk(model) // tokens
+    return max(1, min(wanted, budget // 2 // (tokens * per_token + read)))

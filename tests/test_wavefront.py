@@ -1,0 +1,161 @@
+"""The wavefront with a prefix that is computed once per stream equals one hooked pass per unit."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
+
+from optimum_cap import wavefront
+from optimum_cap.architectures import decoder_layers, find_sites
+from optimum_cap.attribution import exact_losses, plain_losses
+from optimum_cap.calibration import CalibrationExample, batches, shared_prefix
+
+
+def example(ids: torch.Tensor, first_scored: int) -> CalibrationExample:
+    scored = torch.zeros(len(ids), dtype=torch.bool)
+    scored[first_scored:] = True
+    return CalibrationExample(ids, scored, "random", 0, "")
+
+
+def examples(
+    prefix: int = 12, suffixes: tuple[int, ...] = (9, 4, 2, 7, 5), seed: int = 0
+) -> list[CalibrationExample]:
+    """Examples that begin alike, and then differ at once; the last half of the rest is scored."""
+    generator = torch.Generator().manual_seed(seed)
+    begin = torch.randint(4, 60, (prefix,), generator=generator)
+    made = []
+    for index, suffix in enumerate(suffixes):
+        own = torch.randint(4, 60, (suffix - 1,), generator=generator)
+        ids = torch.cat([begin, torch.tensor([4 + index]), own])
+        made.append(example(ids, prefix + suffix // 2))
+    return made
+
+
+def assert_exact(
+    model: PreTrainedModel, rows: list[CalibrationExample], memory_budget: int | str = "auto"
+) -> None:
+    sites = find_sites(model, mlp_unit_size=8)
+    exact = exact_losses(model, sites, rows, memory_budget)
+    plain = plain_losses(model, sites, rows)
+    torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
+    torch.testing.assert_close(exact.intact, plain.intact, rtol=1e-5, atol=0)
+    # The agreement means something: masking moves the losses by much more than the tolerance.
+    assert (plain.masked - plain.intact).abs().max() > 1e-2
+
+
+def prefix_of(model: PreTrainedModel, rows: list[CalibrationExample]) -> int:
+    """The prefix that `exact_losses` computes once."""
+    sites = find_sites(model)
+    with torch.no_grad():
+        return wavefront.prefix_to_share(model, decoder_layers(model, sites), sites, rows)
+
+
+# What is shared
+
+
+def test_the_prefix_ends_where_examples_differ() -> None:
+    assert shared_prefix(examples(prefix=12)) == 12
+    assert shared_prefix(examples(prefix=0)) == 0
+
+
+def test_the_prefix_ends_before_what_predicts_a_scored_token() -> None:
+    ids = torch.arange(10)
+    assert shared_prefix([example(ids, 6), example(ids, 4)]) == 3
+    assert shared_prefix([example(ids, 1), example(ids, 9)]) == 0
+
+
+def test_a_prefix_cannot_be_longer_than_an_example() -> None:
+    ids = torch.arange(10)
+    assert shared_prefix([example(ids, 9), example(ids[:4], 3)]) == 2
+    assert shared_prefix([example(ids[:2], 1), example(ids, 9)]) == 0
+
+
+def test_a_batch_splits_into_one_row_of_prefix_and_the_suffixes() -> None:
+    rows = examples(prefix=3, suffixes=(2, 4))
+    prefix, suffix = batches(rows, 2, 3)[0].split
+    assert prefix.input_ids.tolist() == [rows[0].input_ids[:3].tolist()]
+    assert not prefix.scored.any()
+    assert suffix.positions == [1, 0]
+    assert suffix.input_ids[0].tolist() == rows[1].input_ids[3:].tolist()
+    assert suffix.real.tolist() == [[True] * 4, [True, True, False, False]]
+    assert suffix.scored.tolist() == [[False, False, True, True], [False, True, False, False]]
+
+
+# Exactness
+
+
+def test_a_shared_prefix_is_exact(model: PreTrainedModel) -> None:
+    rows = examples()
+    assert prefix_of(model, rows) == 12
+    assert_exact(model, rows)
+
+
+def test_no_shared_prefix_is_exact(model: PreTrainedModel) -> None:
+    rows = examples(prefix=0)
+    assert prefix_of(model, rows) == 0
+    assert_exact(model, rows)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_a_shared_prefix_with_both_attention_implementations(name: str, attention: str) -> None:
+    assert_exact(tiny_model(name, attn_implementation=attention), examples())
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.parametrize("prefix", [3, 6, 7, 8, 9, 17, 30])
+def test_a_prefix_of_about_the_sliding_window(name: str, prefix: int) -> None:
+    model, rows = tiny_model(name, sliding_window=8), examples(prefix)
+    assert prefix_of(model, rows) == prefix
+    assert_exact(model, rows)
+
+
+def test_a_prefix_of_all_but_what_is_scored(llama: PreTrainedModel) -> None:
+    rows = examples(prefix=20, suffixes=(2, 2, 2))
+    assert prefix_of(llama, rows) == 20
+    assert_exact(llama, rows)
+
+
+def test_identical_examples(llama: PreTrainedModel) -> None:
+    rows = examples(suffixes=(6,)) * 3
+    assert prefix_of(llama, rows) == 12 + 2
+    assert_exact(llama, rows)
+
+
+def test_a_single_example_shares_nothing(llama: PreTrainedModel) -> None:
+    rows = examples(suffixes=(6,))
+    assert prefix_of(llama, rows) == 0
+    assert_exact(llama, rows)
+
+
+def test_a_short_prefix_does_not_pay(llama: PreTrainedModel) -> None:
+    assert prefix_of(llama, examples(prefix=1, suffixes=(12, 12))) == 0
+
+
+@pytest.mark.parametrize("budget", [1, 60_000, 200_000])
+def test_a_small_budget_shares_too(llama: PreTrainedModel, budget: int) -> None:
+    assert_exact(llama, examples(), budget)
+
+
+def test_the_prefix_is_computed_once_per_stream(llama: PreTrainedModel) -> None:
+    sites = find_sites(llama)
+    seen = []
+    llama.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    [batch] = batches(examples(prefix=12, suffixes=(9, 9, 5)), 3, 12)
+    with torch.no_grad():
+        waves = wavefront.Wavefront(llama, decoder_layers(llama, sites), sites, batch)
+        waves.masked_losses([(sites[0], unit) for unit in sites[0].units])
+    per_stream = 12 + 3 * (9 - 1)  # the last token predicts nothing
+    assert sum(hidden.shape[:2].numel() for hidden in seen) == (1 + 4) * per_stream
+
+
+def test_a_model_that_needs_whole_sequences_gets_them(caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamic rotary scaling encodes the prefix differently when nothing follows it."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model = tiny_model("llama", max_position_embeddings=16, rope_parameters=scaling)
+    rows = examples(prefix=12, suffixes=(9, 9, 9))
+    wavefront.logger.warning_once.cache_clear()
+    assert prefix_of(model, rows) == 0
+    assert_exact(model, rows)
+    [record] = caplog.records
+    assert "the 12 tokens that all examples begin with" in record.getMessage()
