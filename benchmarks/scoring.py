@@ -1,8 +1,12 @@
 """Exact causal scores against the plain method (one hooked forward pass per head), side by side.
 
 Both run on the same model and examples in one process, taking turns; their scores are compared.
+The floor is the time that matrix products alone would take: the floating-point operations of what
+follows each head, at the rate at which this machine multiplies matrices of the model's shapes,
+which is measured in turn with the methods.
 
     python benchmarks/scoring.py                       # a random 12-layer Llama
+    python benchmarks/scoring.py --hidden 768 --examples 32 --tokens 256 --prefix-share 0.75
     python benchmarks/scoring.py --model DIR --texts FILE.jsonl
 """
 
@@ -13,12 +17,20 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
-from optimum_cap.architectures import find_sites
+from optimum_cap.architectures import Site, decoder_layers, find_sites
 from optimum_cap.attribution import causal_scores, exact_losses, plain_losses
-from optimum_cap.calibration import CalibrationExample
+from optimum_cap.calibration import CalibrationExample, shared_prefix
+from optimum_cap.wavefront import tokens_per_chunk
 
 
 def random_llama(layers: int, heads: int, hidden: int) -> LlamaForCausalLM:
@@ -37,15 +49,25 @@ def random_llama(layers: int, heads: int, hidden: int) -> LlamaForCausalLM:
     ).eval()
 
 
-def random_examples(count: int, tokens: int, vocabulary: int) -> list[CalibrationExample]:
+def random_examples(
+    count: int, tokens: int, vocabulary: int, prefix_share: float
+) -> list[CalibrationExample]:
+    """Examples that begin with the same tokens; half of what follows is scored."""
     generator = torch.Generator().manual_seed(0)
+    prefix = torch.randint(vocabulary, (round(prefix_share * tokens),), generator=generator)
     scored = torch.zeros(tokens, dtype=torch.bool)
-    scored[tokens // 2 :] = True
+    scored[(len(prefix) + tokens) // 2 :] = True
     return [
         CalibrationExample(
-            torch.randint(vocabulary, (tokens,), generator=generator), scored, "random", i, ""
+            torch.cat(
+                [prefix, torch.randint(vocabulary, (tokens - len(prefix),), generator=generator)]
+            ),
+            scored,
+            "random",
+            index,
+            "",
         )
-        for i in range(count)
+        for index in range(count)
     ]
 
 
@@ -61,12 +83,94 @@ def text_examples(path: Path, model_path: str, count: int, tokens: int) -> list[
     return examples
 
 
+def linear_flops(layer: nn.Module) -> dict[str, int]:
+    """Floating-point operations per token of each projection in a layer, by its own name."""
+    return {
+        name.rpartition(".")[2]: 2 * module.weight.numel()
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def floor_flops(
+    model: PreTrainedModel, sites: list[Site], examples: list[CalibrationExample]
+) -> int:
+    """Floating-point operations that exact scores of a Llama's heads cannot do without.
+
+    Those that follow a head: the output projection and MLP of its layer, the layers above, the
+    logits. In the last layer only keys and values are needed at positions that are not scored. A
+    shared prefix counts once per head, the last token of an example, which predicts nothing, not at
+    all, and in the attention each token meets only those before it.
+    """
+    prefix, last = shared_prefix(examples), model.config.num_hidden_layers - 1
+    ends = [len(example.input_ids) - 1 for example in examples]
+    tokens = prefix + sum(end - prefix for end in ends)
+    pairs = (prefix * (prefix + 1) + sum((e - prefix) * (e + prefix + 1) for e in ends)) // 2
+    scored = sum(int(example.scored.sum()) for example in examples)
+    scored_pairs = sum(int(example.scored.nonzero().sum()) for example in examples)
+
+    projections = linear_flops(decoder_layers(model, sites)[0])
+    whole = sum(projections.values())
+    keys_values = projections["k_proj"] + projections["v_proj"]
+    behind = whole - keys_values - projections["q_proj"]
+    pair = 4 * sites[0].width
+    logits = scored * 2 * model.lm_head.weight.numel()
+    last_layer = tokens * keys_values + scored * (whole - keys_values) + scored_pairs * pair
+    total = 0
+    for site in sites:
+        per_head = logits
+        if site.layer == last:
+            per_head += scored * behind
+        else:
+            between = last - site.layer - 1
+            per_head += tokens * behind + between * (tokens * whole + pairs * pair) + last_layer
+        total += len(site.units) * per_head
+    return total
+
+
+def matmul_rate(model: PreTrainedModel, sites: list[Site]) -> float:
+    """Floating-point operations per second of one layer's projections, on a chunk of tokens."""
+    layer = decoder_layers(model, sites)[0]
+    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+    products = [
+        (
+            torch.randn(tokens_per_chunk(model), module.in_features).to(model.device, dtype),
+            module.weight.detach().to(dtype),
+        )
+        for module in layer.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for inputs, weight in products:
+            nn.functional.linear(inputs, weight)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    per_token = sum(linear_flops(layer).values())
+    return tokens_per_chunk(model) * per_token / statistics.median(seconds)
+
+
+def summary(values: list[float], form: str = ".2f") -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def ratios(first: list[float], second: list[float]) -> str:
+    return summary([a / b for a, b in zip(first, second, strict=True)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder or Hub id; default: a random Llama")
     parser.add_argument("--texts", type=Path, help="json lines with a 'text' each")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="tokens per example")
+    parser.add_argument(
+        "--prefix-share", type=float, default=0.0, help="share of an example that all begin with"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights, such as bfloat16")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=384)
@@ -74,19 +178,24 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable_progress_bar()
 
+    dtype = getattr(torch, arguments.dtype)
     if arguments.model:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model)
     else:
         model = random_llama(arguments.layers, arguments.heads, arguments.hidden)
+    model = model.to(arguments.device, dtype)
     if arguments.texts:
         examples = text_examples(
             arguments.texts, arguments.model, arguments.examples, arguments.tokens
         )
     else:
-        examples = random_examples(arguments.examples, arguments.tokens, model.config.vocab_size)
+        examples = random_examples(
+            arguments.examples, arguments.tokens, model.config.vocab_size, arguments.prefix_share
+        )
     sites = [site for site in find_sites(model) if site.kind == "attention"]
 
-    seconds: dict[str, list[float]] = {"exact": [], "plain": []}
+    seconds: dict[str, list[float]] = {"exact": [], "plain": [], "floor": []}
+    flops = floor_flops(model, sites, examples)
     scores = {}
     for _ in range(arguments.runs):
         for name, method in (("exact", exact_losses), ("plain", plain_losses)):
@@ -94,26 +203,24 @@ def main() -> None:
             losses = method(model, sites, examples)
             seconds[name].append(time.perf_counter() - start)
             scores[name] = causal_scores(losses, subsets=min(3, len(examples))).scores
-    ratios = [
-        plain / exact for plain, exact in zip(seconds["plain"], seconds["exact"], strict=True)
-    ]
+        seconds["floor"].append(flops / matmul_rate(model, sites))
     difference = (scores["exact"] - scores["plain"]).abs().max() / scores["plain"].abs().max()
 
     tokens = sum(len(example.input_ids) for example in examples)
     heads = sum(len(site.units) for site in sites)
     print(
         f"{heads} heads in {len(sites)} layers, {len(examples)} examples, {tokens} tokens, "
-        f"{torch.get_num_threads()} threads, {model.device}\n"
+        f"{shared_prefix(examples)} tokens shared, {torch.get_num_threads()} threads, "
+        f"{model.device}, {arguments.dtype}\n"
     )
     print("| method | seconds, median (min to max) |\n|---|---|")
     for name, values in seconds.items():
-        median, low, high = statistics.median(values), min(values), max(values)
-        print(f"| {name} | {median:.2f} ({low:.2f} to {high:.2f}) |")
-    print(
-        f"\nplain / exact: {statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}); largest difference of a score: "
-        f"{float(difference):.1e} of the largest score"
-    )
+        print(f"| {name} | {summary(values)} |")
+    print(f"\nplain / exact: {ratios(seconds['plain'], seconds['exact'])}")
+    rates = [flops / floor / 1e9 for floor in seconds["floor"]]
+    print(f"exact / floor: {ratios(seconds['exact'], seconds['floor'])}")
+    print(f"floor: {flops / 1e12:.2f} TFLOP at {summary(rates, '.0f')} GFLOP/s")
+    print(f"largest difference of a score: {float(difference):.1e} of the largest score")
 
 
 if __name__ == "__main__":
