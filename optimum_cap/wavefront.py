@@ -98,11 +98,14 @@ class _PrefixCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not layer.is_initialized:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        keys, values = (
-            torch.cat([kept.repeat_interleave(len(new) // len(kept), dim=0), new], dim=-2)
-            for kept, new in ((layer.keys, key_states), (layer.values, value_states))
-        )
-        return keys, values
+        return _continued(layer.keys, key_states), _continued(layer.values, value_states)
+
+
+def _continued(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Each row of `kept` before each of the rows of `new` that follow it, copied only once."""
+    new = new.unflatten(0, (len(kept), -1))
+    kept = kept.unsqueeze(1).expand(-1, new.shape[1], *[-1] * (kept.ndim - 1))
+    return torch.cat([kept, new], dim=-2).flatten(0, 1)
 
 
 class Wavefront:
