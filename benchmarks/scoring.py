@@ -162,7 +162,7 @@ def ratios(first: list[float], second: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder or Hub id; default: a random Llama")
+    parser.add_argument("--model", help="a Llama or alike: folder or Hub id; default: a random one")
     parser.add_argument("--texts", type=Path, help="json lines with a 'text' each")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="tokens per example")
