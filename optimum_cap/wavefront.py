@@ -33,6 +33,7 @@ from optimum_cap.interventions import (
 logger = logging.get_logger(__name__)
 
 _LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
+# A shorter prefix costs in masks and copies what it saves.
 _WORTHWHILE_SHARE = 1 / 8
 
 
@@ -416,7 +417,8 @@ def prefix_to_share(
         _intact_and_masked(Wavefront(model, layers, sites, batches(examples, 2, length)[0]), unit)
         for length in (prefix, 0)
     )
-    tolerance = torch.finfo(model.dtype).eps ** 0.5
+    # Far above what rounding does to a mean loss: 2e-5 in float32, 4 % in bfloat16.
+    tolerance = torch.finfo(model.dtype).eps ** (2 / 3)
     if torch.allclose(apart, whole, rtol=tolerance, atol=0, equal_nan=True):
         return prefix
     logger.warning_once(
