@@ -20,6 +20,7 @@ _METRICS = {
 }
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
+_LINES = ("-", "--", ":")  # one after the other, when the colors are used up
 
 
 def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path]:
@@ -200,6 +201,7 @@ def _curve(axis: Any, metric: str, group: list[Row]) -> None:
             yerr=(lows, highs),
             color=_COLORS[index % len(_COLORS)],
             marker=_MARKERS[index % len(_MARKERS)],
+            linestyle=_LINES[index // len(_COLORS) % len(_LINES)],
             markersize=4.5,
             linewidth=1.4,
             elinewidth=0.9,
