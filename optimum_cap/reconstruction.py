@@ -10,7 +10,7 @@ from optimum_cap.masking import lowest_in_matrix, most_of_each, shares
 
 logger = logging.get_logger(__name__)
 
-_BLOCK = 128  # columns
+BLOCK = 128  # columns
 _DAMPING = 0.01  # of the mean of the diagonal
 _MOST_DAMPING = 1.0
 
@@ -45,7 +45,7 @@ def sparsegpt(
     factor = _inverse_factor(inputs, columns, name)
     # Of a channel that is always zero, every weight can go.
     scale = factor.diagonal().masked_fill((inputs.squares == 0) & (inputs.tokens > 0), torch.inf)
-    width = _BLOCK if pattern is None else _BLOCK // pattern[1] * pattern[1] or pattern[1]
+    width = BLOCK if pattern is None else BLOCK // pattern[1] * pattern[1] or pattern[1]
     starts = range(0, columns, width)
     sizes = [rows * (min(start + width, columns) - start) for start in starts]
     for start, block_zeros in zip(starts, shares(zeros, sizes), strict=True):

@@ -72,7 +72,7 @@ def by_definition(
 def test_follows_the_definition(
     zeros: int, pattern: tuple[int, int] | None, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruction, "_BLOCK", width)
+    monkeypatch.setattr(reconstruction, "BLOCK", width)
     inputs, weight = correlated(400, 40), matrix(12, 40)
     new = sparsegpt(weight, statistics_of(inputs), zeros, pattern)
     expected = by_definition(weight, inputs, zeros, pattern, width)

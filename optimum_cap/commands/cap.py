@@ -4,6 +4,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.convert import ConvertCommand
+from optimum_cap.commands.estimate import EstimateCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.inspect import InspectCommand
 from optimum_cap.commands.prune import PruneCommand
@@ -22,5 +23,6 @@ class CAPCommand(BaseOptimumCLICommand):
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),
         CommandInfo("compare", "Compare models over the same questions.", CompareCommand),
+        CommandInfo("estimate", "Say what a model or a study will cost.", EstimateCommand),
         CommandInfo("study", "Measure many recipes side by side.", StudyCommand),
     )

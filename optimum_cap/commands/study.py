@@ -63,7 +63,7 @@ class StudyCommand(CAPSubcommand):
         if self.args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.args.jobs}")
         changes = {
-            "models": _models(self.args.models or []),
+            "models": labelled_models(self.args.models or []),
             "data_dir": self.args.data_dir,
             "limit": self.args.limit,
         }
@@ -90,7 +90,8 @@ class StudyCommand(CAPSubcommand):
             raise RuntimeError(f"{failed} of {len(cells)} cells failed; results.md names them")
 
 
-def _models(labelled: list[str]) -> dict[str, str]:
+def labelled_models(labelled: list[str]) -> dict[str, str]:
+    """Return label -> name of the arguments of `--models`."""
     pairs = [text.partition("=") for text in labelled]
     for text, (label, equals, name) in zip(labelled, pairs, strict=True):
         if not (label and equals and name):

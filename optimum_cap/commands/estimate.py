@@ -1,0 +1,112 @@
+"""`optimum-cli cap estimate`: what a model or a study will cost, before anything runs."""
+
+import json
+from argparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
+
+from optimum_cap.commands.base import CAPSubcommand, add_common_flags
+from optimum_cap.commands.study import labelled_models
+
+if TYPE_CHECKING:
+    from optimum_cap.estimation import Estimate, StudyHours
+
+_STUDY = (".yaml", ".yml")
+
+
+class EstimateCommand(CAPSubcommand):
+    """Builds the model on the meta device, so it costs a second whatever the model."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the flags."""
+        parser.description = (
+            "Estimate operations, time, memory and disk of scoring, pruning and evaluating a "
+            "model, from its configuration alone; or the device hours of a study."
+        )
+        add = parser.add_argument
+        add("model", help="folder, Hub id or configuration file of a model; or a STUDY.yaml")
+        add(
+            "--hardware",
+            default="measured",
+            metavar="NAME",
+            help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, with a count as h100x8; "
+            "measured takes this machine (default: measured)",
+        )
+        add("--num-samples", type=int, default=128, metavar="N", help="examples (default: 128)")
+        add("--tokens", type=int, default=256, metavar="N", help="per example (default: 256)")
+        add("--scored", type=int, metavar="N", help="scored tokens per example (default: half)")
+        add(
+            "--prefix",
+            type=int,
+            default=0,
+            metavar="N",
+            help="tokens that all examples begin with (default: 0)",
+        )
+        add(
+            "--dataset",
+            nargs="+",
+            help="calibration data as for prune, whose lengths replace --tokens and --scored "
+            "(default: none)",
+        )
+        add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
+        add("--sparsity", type=float, default=0.5, help="of the checkpoint (default: 0.5)")
+        add("--mlp-unit-size", type=int, metavar="N", help="channels per unit (default: whole MLP)")
+        add("--limit", type=int, metavar="N", help="questions per task (default: all)")
+        add("--batch-size", type=int, default=32, metavar="N", help="questions (default: 32)")
+        add(
+            "--models",
+            nargs="+",
+            metavar="LABEL=NAME",
+            help="of a study: models instead of those of the file (default: those of the file)",
+        )
+        add("--json", action="store_true", help="print everything as JSON")
+        add_common_flags(parser)
+
+    def prepare(self) -> "Estimate | StudyHours":
+        """Estimate: all of it is a check of what was asked."""
+        args = self.args
+        from optimum_cap.estimation import estimate, study_hours
+        from optimum_cap.study import Study
+
+        options = {"revision": args.revision or "main", "token": args.token}
+        if args.model.endswith(_STUDY):
+            study = Study.load(args.model, labelled_models(args.models or []))
+            return study_hours(study, args.hardware, tokens=args.tokens, **options)
+        if args.models:
+            raise ValueError("--models is about a study: name a STUDY.yaml")
+        return estimate(
+            args.model,
+            args.hardware,
+            examples=args.num_samples,
+            sparsity=args.sparsity,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            mlp_unit_size=args.mlp_unit_size,
+            prefix=args.prefix,
+            **self._lengths(),
+            **options,
+        )
+
+    def execute(self, prepared: "Estimate | StudyHours") -> None:
+        """Print it."""
+        print(json.dumps(prepared.to_dict(), indent=2) if self.args.json else prepared.table())
+
+    def _lengths(self) -> dict[str, Any]:
+        """Tokens and scored tokens per example: as given, or of the data."""
+        args = self.args
+        if not args.dataset:
+            return {"tokens": args.tokens, "scored": args.scored}
+        from transformers import AutoTokenizer
+
+        from optimum_cap.config import CAPConfig
+        from optimum_cap.estimation import lengths_of
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.tokenizer or args.model,
+            revision=(None if args.tokenizer else args.revision) or "main",
+            token=args.token,
+        )
+        config = CAPConfig(
+            sparsity=args.sparsity, dataset=args.dataset, num_samples=args.num_samples, subsets=1
+        )
+        return lengths_of(config, tokenizer)

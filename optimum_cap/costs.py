@@ -1,0 +1,311 @@
+"""What each step costs: the work of a model over the rates of the hardware.
+
+What is assumed is named in capitals here and in `hardware.py`, and explained in `docs/estimate.md`.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from optimum_cap.evaluation_tasks import TASKS
+from optimum_cap.hardware import ROWS, Hardware
+from optimum_cap.work import ModelWork, ObsWork, Shape, Work
+
+SUBSAMPLE = 8  # the control variate measures one in so many examples exactly
+USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
+LAUNCHES_PER_LAYER = 60  # small operations that one run of a layer takes
+LAUNCHES_PER_COLUMN = 15  # the same for a column that SparseGPT prunes
+THRESHOLD_PASSES = 40  # float32 numbers through memory per weight that a threshold is sought among
+RANKING_PASSES = 12  # the same for ranking rows, beside the sort
+CACHE_PASSES = 3  # times that generation moves the keys and values: read, and copied to grow
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step costs.
+
+    Attributes:
+        step: `"score"`, `"prune"` or `"eval"`.
+        name: Of the estimator, the recipe or the tasks.
+        operations: Floating-point operations in products.
+        seconds: On all devices, or on as many as the model needs if there are fewer.
+        memory: Bytes for weights and activations of one copy of the model.
+        disk: Bytes written.
+        devices: Devices that one copy of the model needs at least.
+    """
+
+    step: str
+    name: str
+    operations: float
+    seconds: float
+    memory: float
+    disk: float
+    devices: int
+
+
+class Meter:
+    """Turns the work of a model into the cost of each step.
+
+    Args:
+        work: The work.
+        hardware: What does it.
+        value: Bytes per weight and activation.
+    """
+
+    def __init__(self, work: ModelWork, hardware: Hardware, value: int) -> None:
+        self.work = work
+        self.hardware = hardware
+        self.value = value
+        self.weights = float(work.parameters * value)
+        self.rows = ROWS[hardware.kind]
+
+    def scoring(self, name: str, shape: Shape) -> Cost:
+        """Cost of scoring all heads; the copies of the model that fit share the work."""
+        work = ESTIMATORS[name](self.work, shape)
+        hold = ACTIVATIONS[name]
+        # Chunks shrink to the memory that is there, down to one stream of one example.
+        devices = self._devices(self.weights + hold(self, replace(shape, examples=1), 1))
+        wanted = self.weights + hold(self, shape, self.rows)
+        half_of_free = (self.weights + devices * self.hardware.memory) / 2
+        copies = max(1, self.hardware.count // devices)
+        return Cost(
+            step="score",
+            name=name,
+            operations=work.operations,
+            seconds=self.seconds(work) / copies,
+            memory=min(wanted, half_of_free),
+            disk=8.0 * (1 + self.work.heads) * shape.examples,
+            devices=devices,
+        )
+
+    def pruning(self, criterion: str, shape: Shape, sparsity: float) -> Cost:
+        """Cost of pruning one copy of the model, scores given, and of its packed checkpoint."""
+        operations, seconds, held = PRUNING[criterion](self, shape)
+        memory = self.weights + held
+        return Cost(
+            step="prune",
+            name=criterion,
+            operations=operations,
+            seconds=seconds,
+            memory=memory,
+            disk=self._checkpoint(sparsity),
+            devices=self._devices(memory),
+        )
+
+    def outliers(self, shape: Shape) -> float:
+        """Seconds of the allocation `owl`: one pass through the layers, and all importances."""
+        ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
+        return self.seconds(self.work.layer_walk(shape)) / 2 + ranking
+
+    def paper(self, shape: Shape, sparsity: float) -> Cost:
+        """Cost of the paper's recipe: exact scores, then one threshold."""
+        scoring, pruning = self.scoring("exact", shape), self.pruning("cap", shape, sparsity)
+        return replace(
+            pruning,
+            name="paper",
+            operations=scoring.operations,
+            seconds=scoring.seconds + pruning.seconds,
+            memory=max(scoring.memory, pruning.memory),
+            disk=scoring.disk + pruning.disk,
+            devices=max(scoring.devices, pruning.devices),
+        )
+
+    def evaluation(self, tasks: Iterable[str], limit: int | None, batch_size: int) -> Cost:
+        """Cost of evaluating one copy of the model."""
+        found = [self._task(name, limit, batch_size) for name in tasks]
+        memory = self.weights + max(held for _, _, held in found)
+        return Cost(
+            step="eval",
+            name=", ".join(tasks),
+            operations=sum(operations for operations, _, _ in found),
+            seconds=sum(seconds for _, seconds, _ in found),
+            memory=memory,
+            disk=0.0,
+            devices=self._devices(memory),
+        )
+
+    def seconds(self, work: Work) -> float:
+        """Time of an amount of work in chunks of `rows` tokens, on one device."""
+        hardware = self.hardware
+        computed = work.products / hardware.matmul + work.attention / hardware.attention
+        moved = work.moved * self.value / hardware.bandwidth
+        launched = work.passed / self.rows * LAUNCHES_PER_LAYER * hardware.launch
+        return max(computed + moved, launched)
+
+    def through_memory(self, numbers: float) -> float:
+        """Seconds that so many float32 numbers take through memory."""
+        return 4 * numbers / self.hardware.bandwidth
+
+    def between_layers(self, shape: Shape) -> float:
+        """Bytes of the hidden states of all examples."""
+        return float(shape.examples * shape.tokens * self.work.layers[0].hidden * self.value)
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest matrix."""
+        return max(p.inputs * p.outputs for layer in self.work.layers for p in layer.products)
+
+    @property
+    def per_token(self) -> float:
+        """Bytes that one layer holds per token while it runs."""
+        layer = self.work.layers[0]
+        outputs = sum(product.outputs * product.active for product in layer.products)
+        return float(self.value * (8 * layer.hidden + 2 * outputs))
+
+    @property
+    def per_logits(self) -> float:
+        """Bytes of the logits of a token, with a copy in float32."""
+        return float(self.work.head.outputs * (self.value + 4))
+
+    def _devices(self, memory: float) -> int:
+        return math.ceil(memory / (USABLE * self.hardware.memory))
+
+    def _checkpoint(self, sparsity: float) -> float:
+        """Bytes of kept values, one bit per prunable weight, and all that is not pruned."""
+        prunable = self.work.prunable
+        kept = self.work.parameters - sparsity * prunable
+        return kept * self.value + prunable / 8
+
+    def _task(self, name: str, limit: int | None, batch_size: int) -> tuple[float, float, float]:
+        """Operations, seconds and bytes beside the weights of one evaluation task."""
+        items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
+        tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
+        read = self.work.forward(Shape(items, tokens, 0))
+        if not longest:  # texts to predict
+            held = tokens * (self.per_token + self.per_logits)
+            return read.operations, self.seconds(read), held
+        written = self.work.forward(Shape(items, longest, 0))
+        batch = min(items, batch_size)
+        steps = math.ceil(items / batch) * longest
+        keys = self.value * sum(layer.cached for layer in self.work.layers)
+        cache = batch * (tokens + longest / 2) * keys
+        step = max(
+            (self.weights + CACHE_PASSES * cache) / self.hardware.bandwidth,
+            len(self.work.layers) * LAUNCHES_PER_LAYER * self.hardware.launch,
+            self.seconds(written) / steps,
+        )
+        # Questions are read twice: with the worked answer for its loss, and to be answered.
+        operations = 2 * read.operations + written.operations
+        held = 2 * cache + batch * tokens * (self.per_token + self.per_logits)
+        return operations, 2 * self.seconds(read) + steps * step, held
+
+
+# Estimators
+
+
+def _control_variate(work: ModelWork, shape: Shape) -> Work:
+    subsample = replace(shape, examples=max(1, shape.examples // SUBSAMPLE))
+    return work.first_order(shape) + work.exact(subsample)
+
+
+ESTIMATORS: dict[str, Callable[[ModelWork, Shape], Work]] = {
+    "exact": ModelWork.exact,
+    "plain": ModelWork.plain,
+    "first_order": ModelWork.first_order,
+    "control_variate": _control_variate,
+}
+
+
+# Bytes beside the weights, where chunks have so many tokens
+
+
+def _batch(shape: Shape, rows: int) -> int:
+    """Tokens of a batch: a quarter of a chunk, and one example at least."""
+    return min(shape.examples, max(1, rows // 4 // shape.tokens)) * shape.tokens
+
+
+def _streams(meter: Meter, shape: Shape, rows: int) -> float:
+    """What is recorded of the intact pass of a batch, and a chunk of masked streams."""
+    batch = _batch(shape, rows)
+    layers = meter.work.layers
+    recorded = batch * len(layers) * 4 * layers[0].hidden * meter.value
+    return recorded + max(batch, rows) * meter.per_token
+
+
+def _one_forward(meter: Meter, shape: Shape, rows: int) -> float:
+    return _batch(shape, rows) * (meter.per_token + meter.per_logits)
+
+
+def _all_layers(meter: Meter, shape: Shape, rows: int) -> float:
+    """What every layer keeps of a batch for the backward pass."""
+    kept = len(meter.work.layers) * meter.per_token
+    return _batch(shape, rows) * (kept + meter.per_logits)
+
+
+ACTIVATIONS: dict[str, Callable[[Meter, Shape, int], float]] = {
+    "exact": _streams,
+    "plain": _one_forward,
+    "first_order": _all_layers,
+    "control_variate": _all_layers,
+}
+
+
+# Pruning by a criterion: operations, seconds and bytes beside the weights
+
+
+def _threshold(meter: Meter, shape: Shape) -> tuple[float, float, float]:
+    return 0.0, meter.through_memory(THRESHOLD_PASSES * meter.work.prunable), 12.0 * meter.largest
+
+
+def _wanda(meter: Meter, shape: Shape) -> tuple[float, float, float]:
+    walk = meter.work.layer_walk(shape)
+    weights = meter.work.prunable
+    ranking = weights / meter.hardware.ranked + meter.through_memory(RANKING_PASSES * weights)
+    held = meter.between_layers(shape) + meter.rows * meter.per_token + 24 * meter.largest
+    return walk.operations, meter.seconds(walk) + ranking, held
+
+
+def _sparsegpt(meter: Meter, shape: Shape) -> tuple[float, float, float]:
+    hardware, layer = meter.hardware, meter.work.layers[0]
+    walk = meter.work.layer_walk(shape)
+    obs = ObsWork.of(meter.work, shape.examples * shape.tokens)
+    products = (obs.grams + obs.updates) / hardware.float32 + obs.factors / hardware.factor
+    launched = obs.columns * LAUNCHES_PER_COLUMN * hardware.launch
+    columns = max(meter.through_memory(obs.moved), launched)
+    masks = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
+    grams = sum(4 * product.copies * product.inputs**2 for product in layer.distinct_inputs)
+    factors = 12 * max(product.inputs for product in layer.products) ** 2
+    held = meter.between_layers(shape) + meter.rows * meter.per_token + 12 * meter.largest
+    return (
+        walk.operations + obs.grams + obs.factors + obs.updates,
+        meter.seconds(walk) + products + columns + masks,
+        held + grams + factors,
+    )
+
+
+PRUNING: dict[str, Callable[[Meter, Shape], tuple[float, float, float]]] = {
+    "cap": _threshold,
+    "magnitude": _threshold,
+    "random": _threshold,
+    "wanda": _wanda,
+    "sparsegpt": _sparsegpt,
+}
+
+
+# Evaluation tasks
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much a task asks.
+
+    Attributes:
+        items: Questions, or texts to predict.
+        tokens: Of a question with its worked answer, or of a text; assumed.
+    """
+
+    items: int
+    tokens: int
+
+
+# Items of the published test sets; tokens rounded, as the tokenizers of Llama 2 and 3 make them.
+AMOUNTS: dict[str, Amount] = {
+    "gsm8k": Amount(1319, 220),
+    "strategyqa": Amount(2290, 90),
+    "arc_challenge": Amount(1172, 110),
+    "wikitext2": Amount(166, 2048),
+    "tinystories": Amount(1097, 250),
+    "tiny_reasoner_arithmetic": Amount(300, 60),
+    "tiny_reasoner_yes_no": Amount(300, 60),
+    "tiny_reasoner_multiple_choice": Amount(300, 60),
+}

@@ -1,0 +1,265 @@
+"""What a device can do: from data sheets, or measured on this machine in a few seconds."""
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+# What is reached of the peaks of a data sheet. Assumed, not measured: 60 % in products as large as
+# a layer of a model of billions, half of that in fused attention over short sequences, 80 % of the
+# bandwidth in element-wise kernels, 20 % of float32 in factorisations.
+MATMUL_UTILISATION = 0.6
+ATTENTION_UTILISATION = 0.3
+BANDWIDTH_UTILISATION = 0.8
+FACTOR_UTILISATION = 0.2
+_LAUNCH = 1e-5  # seconds from one kernel to the next where Python launches them; assumed
+_BYTES_PER_SORTED = 160  # an argsort takes about 10 passes over keys and indices; assumed
+_LOADING = 2e9  # bytes per second from a local solid-state disk; assumed
+
+MEASURED = "measured"
+_LARGEST = 4096  # channels: beyond these the rates do not change, only the time it takes
+_LEAST_SECONDS = 0.15  # per measurement
+ROWS = {"cpu": 2048, "cuda": 65536}
+"""Tokens that go through a layer together, by type of device (`wavefront.py`)."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates that last, of one device, and how many devices there are.
+
+    Attributes:
+        name: As the user wrote it.
+        count: Number of devices.
+        memory: Bytes per device.
+        matmul: Operations per second in products with weights.
+        attention: Operations per second in attention.
+        float32: Operations per second in products in float32.
+        factor: Operations per second in inverse Cholesky factors in float32.
+        bandwidth: Bytes per second through memory.
+        ranked: Weights per second that are sorted.
+        launch: Seconds that one small operation takes.
+        kind: Type of the torch device.
+        bytes_per_value: Bytes per weight and activation; `None` is those of the model's dtype.
+        loading: Bytes per second from the disk.
+        source: Where the numbers are from.
+    """
+
+    name: str
+    count: int
+    memory: float
+    matmul: float
+    attention: float
+    float32: float
+    factor: float
+    bandwidth: float
+    ranked: float
+    launch: float
+    kind: str
+    bytes_per_value: int | None
+    loading: float
+    source: str
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """The peaks of a device.
+
+    Attributes:
+        half: Dense bfloat16 or float16 operations per second, accumulated in float32.
+        float32: Operations per second in float32, without tensor cores.
+        memory: Bytes.
+        bandwidth: Bytes per second.
+        source: Where the numbers are published.
+    """
+
+    half: float
+    float32: float
+    memory: float
+    bandwidth: float
+    source: str
+
+
+def find_hardware(name: str, size: "Size") -> Hardware:
+    """Return the rates of a device by its name.
+
+    Args:
+        name: A device of `DATA_SHEETS`, with a count if there are several, as `"h100x8"`; or
+            `"measured"` for this machine.
+        size: What is measured with.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name == MEASURED:
+        return measure(size)
+    match = re.fullmatch(r"(.+?)(?:x([1-9]\d*))?", name.lower())
+    sheet = DATA_SHEETS.get(match[1]) if match else None
+    if match is None or sheet is None:
+        raise ValueError(
+            f"unknown hardware {name!r}: choose from {MEASURED}, {', '.join(DATA_SHEETS)}, with a "
+            "count if there are several, as h100x8"
+        )
+    bandwidth = sheet.bandwidth * BANDWIDTH_UTILISATION
+    return Hardware(
+        name=name,
+        count=int(match[2] or 1),
+        memory=sheet.memory,
+        matmul=sheet.half * MATMUL_UTILISATION,
+        attention=sheet.half * ATTENTION_UTILISATION,
+        float32=sheet.float32 * MATMUL_UTILISATION,
+        factor=sheet.float32 * FACTOR_UTILISATION,
+        bandwidth=bandwidth,
+        ranked=bandwidth / _BYTES_PER_SORTED,
+        launch=_LAUNCH,
+        kind="cuda",
+        bytes_per_value=None,
+        loading=_LOADING,
+        source=(
+            f"{sheet.source}; assumed to reach {MATMUL_UTILISATION:.0%} of the peak in products, "
+            f"{ATTENTION_UTILISATION:.0%} in attention, {BANDWIDTH_UTILISATION:.0%} of the "
+            "bandwidth"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a model that the measurement uses, so that it meets the same rates.
+
+    Attributes:
+        hidden: Channels of the hidden state.
+        wide: Channels of the MLP.
+        heads: Attention heads.
+        tokens: Tokens per example.
+    """
+
+    hidden: int
+    wide: int
+    heads: int
+    tokens: int
+
+
+def measure(size: Size) -> Hardware:
+    """Measure the rates of this machine: its first CUDA device, else the CPU.
+
+    They are measured in the dtype that the models run in: float32 on the CPU, which widens weights
+    of half precision (`interventions.float32_on_cpu`), bfloat16 on a GPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden, wide = min(size.hidden, _LARGEST), min(size.wide, _LARGEST)
+    rows = max(1, ROWS[device.type] // size.tokens) * size.tokens
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    inputs, square, up = random(rows, hidden), random(hidden, hidden), random(wide, hidden)
+    down, between = random(hidden, wide), random(rows, wide)
+    dims = (rows // size.tokens, size.heads, size.tokens, max(1, hidden // size.heads))
+    query, key, value = random(*dims), random(*dims), random(*dims)
+    wide_inputs = inputs.float()
+    gram = wide_inputs.T @ wide_inputs + rows * torch.eye(hidden, device=device)
+    importance = random(max(1, rows // 8), hidden, dtype=torch.float32)
+    small = random(8)
+
+    def products() -> None:
+        nn.functional.linear(inputs, square)
+        nn.functional.linear(inputs, up)
+        nn.functional.linear(between, down)
+
+    def factor() -> None:
+        lower = torch.linalg.cholesky(gram)
+        torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+    with torch.no_grad():
+        products_time = _seconds(products, device)
+        attention_time = _seconds(
+            lambda: nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True),
+            device,
+        )
+        gram_time = _seconds(lambda: wide_inputs.T @ wide_inputs, device)
+        factor_time = _seconds(factor, device)
+        moved_time = _seconds(lambda: inputs * inputs, device)
+        ranked_time = _seconds(lambda: importance.argsort(dim=1, stable=True), device)
+        launch_time = _seconds(lambda: small + small, device)
+    matmul = 2 * rows * (hidden**2 + 2 * hidden * wide) / products_time
+    return Hardware(
+        name=MEASURED,
+        count=torch.cuda.device_count() if device.type == "cuda" else 1,
+        memory=_memory(device),
+        matmul=matmul,
+        attention=4 * rows * size.tokens * hidden / attention_time,
+        float32=2 * rows * hidden**2 / gram_time,
+        factor=4 / 3 * hidden**3 / factor_time,
+        bandwidth=2 * inputs.nbytes / moved_time,
+        ranked=importance.numel() / ranked_time,
+        launch=launch_time,
+        kind=device.type,
+        bytes_per_value=inputs.element_size(),
+        loading=_LOADING,
+        source=(
+            f"this machine, {_device_name(device)}: {matmul / 1e9:,.0f} GFLOP/s in "
+            f"{str(dtype).removeprefix('torch.')} products"
+        ),
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median time of one call, after a first one that is not counted."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    run()
+    times = [run()]
+    while sum(times) < _LEAST_SECONDS or len(times) < 3:
+        times.append(run())
+    return statistics.median(times)
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+DATA_SHEETS: dict[str, DataSheet] = {
+    "h100": DataSheet(
+        989e12, 67e12, 80e9, 3.35e12, "https://www.nvidia.com/en-us/data-center/h100/ (SXM)"
+    ),
+    "h200": DataSheet(
+        989e12, 67e12, 141e9, 4.8e12, "https://www.nvidia.com/en-us/data-center/h200/ (SXM)"
+    ),
+    "a100-80gb": DataSheet(
+        312e12, 19.5e12, 80e9, 2.039e12, "https://www.nvidia.com/en-us/data-center/a100/ (SXM)"
+    ),
+    "a100-40gb": DataSheet(
+        312e12, 19.5e12, 40e9, 1.555e12, "https://www.nvidia.com/en-us/data-center/a100/ (PCIe)"
+    ),
+    "l40s": DataSheet(
+        362e12, 91.6e12, 48e9, 0.864e12, "https://www.nvidia.com/en-us/data-center/l40s/"
+    ),
+    "rtx4090": DataSheet(
+        165.2e12,
+        82.6e12,
+        24e9,
+        1.008e12,
+        "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
+    ),
+}

@@ -1,0 +1,373 @@
+"""Work of a model, counted from the shapes of its weights: no weight is read, none allocated.
+
+The products of weights and the two products of attention are counted exactly, as
+`torch.utils.flop_counter` does: 2 m k n for `[m, k] @ [k, n]`, and attention over all pairs of
+tokens, whatever a kernel spares of them. Of a mixture of experts, the active ones count. What lies
+between the products (norms, activations, residuals) is counted in elements that go through memory.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from optimum_cap.architectures import Site, prunable_matrices
+from optimum_cap.reconstruction import BLOCK as OBS_BLOCK
+
+# Elements read or written per channel of the hidden state and per output of a projection. By
+# reading the code of Llama: norms widen, square, average, scale and narrow; a gate is activated and
+# multiplied, queries and keys are rotated; and both were checked against benchmarks/estimate.py.
+_PER_CHANNEL = 12
+_PER_OUTPUT = 4
+_PER_LOGIT = 6
+BACKWARD = 2
+"""Passes forward that one backward pass costs: each product has a gradient for either factor."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of work; amounts add up, and a number of times an amount is an amount.
+
+    Attributes:
+        products: Operations in products with weights.
+        attention: Operations in products of queries and keys, and of their weights and values.
+        moved: Elements of activations that go through memory between the products.
+        passed: Tokens times the layers that they pass.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    moved: float = 0.0
+    passed: float = 0.0
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations."""
+        return self.products + self.attention
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.moved + other.moved,
+            self.passed + other.passed,
+        )
+
+    def __rmul__(self, times: float) -> "Work":
+        return Work(
+            times * self.products,
+            times * self.attention,
+            times * self.moved,
+            times * self.passed,
+        )
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix of weights, or the same matrix of every expert.
+
+    Attributes:
+        inputs: Its inputs.
+        outputs: Its outputs.
+        pruned: Whether it is prunable.
+        active: Copies that a token goes through.
+        copies: Copies that there are.
+    """
+
+    inputs: int
+    outputs: int
+    pruned: bool
+    active: int = 1
+    copies: int = 1
+
+    @property
+    def per_token(self) -> Work:
+        """Work for one token."""
+        operations = 2.0 * self.inputs * self.outputs * self.active
+        return Work(operations, moved=_PER_OUTPUT * self.outputs * self.active)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.inputs * self.outputs * self.copies
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """A decoder layer.
+
+    Attributes:
+        feeding: Products that feed its attention (queries, keys, values).
+        mixing: The product of its attention site.
+        rest: The other products (MLP, router, experts).
+        hidden: Channels of the hidden state.
+        width: Channels of the attention site.
+        heads: Number of heads.
+        groups: Number of units of its MLP; 0 where it has experts instead.
+        experts: Number of experts.
+    """
+
+    feeding: tuple[Product, ...]
+    mixing: Product
+    rest: tuple[Product, ...]
+    hidden: int
+    width: int
+    heads: int
+    groups: int
+    experts: int
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """All products of the layer."""
+        return (*self.feeding, self.mixing, *self.rest)
+
+    @property
+    def distinct_inputs(self) -> tuple[Product, ...]:
+        """One product for each input of prunable matrices; those with the same input share it."""
+        parts = (self.feeding, (self.mixing,), self.rest)
+        return tuple(
+            product
+            for part in parts
+            for product in {p.inputs: p for p in part if p.pruned}.values()
+        )
+
+    @property
+    def cached(self) -> int:
+        """Keys and values of a token."""
+        return sum(product.outputs for product in self.feeding) - self.width
+
+    def attention(self, tokens: float, pairs: float) -> Work:
+        """Work of the attention: queries, keys and values, their products, and the mixing."""
+        return (
+            tokens * _per_token(self.feeding)
+            + Work(attention=4.0 * self.width * pairs)
+            + tokens * self.mixing.per_token
+        )
+
+    def remainder(self, tokens: float) -> Work:
+        """Work of all but the attention."""
+        norms = Work(moved=_PER_CHANNEL * self.hidden, passed=1)
+        return tokens * (_per_token(self.rest) + norms)
+
+    def forward(self, tokens: float, pairs: float) -> Work:
+        """Work of the layer for tokens that make so many pairs of query and key."""
+        return self.attention(tokens, pairs) + self.remainder(tokens)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Examples that have the same length.
+
+    Attributes:
+        examples: Number of examples.
+        tokens: Tokens per example.
+        scored: Scored tokens per example.
+        prefix: Tokens at the start that all examples share, computed once for all of them.
+    """
+
+    examples: int
+    tokens: int
+    scored: int
+    prefix: int = 0
+
+    @property
+    def rows(self) -> float:
+        """Tokens that are computed."""
+        return self.prefix + self.examples * (self.tokens - self.prefix)
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of query and key."""
+        own = self.examples * (self.tokens - self.prefix) * self.tokens
+        return float(self.prefix**2 + own)
+
+    @property
+    def targets(self) -> float:
+        """Scored tokens of all examples."""
+        return self.examples * self.scored
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """A causal language model.
+
+    Attributes:
+        layers: Its decoder layers.
+        stem: Products outside the layers that every token passes.
+        head: The product that makes logits.
+        parameters: Number of parameters; tied ones count once.
+    """
+
+    layers: tuple[LayerWork, ...]
+    stem: tuple[Product, ...]
+    head: Product
+    parameters: int
+
+    @property
+    def prunable(self) -> int:
+        """Number of prunable weights."""
+        return sum(p.weights for layer in self.layers for p in layer.products if p.pruned)
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return sum(layer.heads for layer in self.layers)
+
+    def logits(self, positions: float) -> Work:
+        """Work of the logits at so many positions."""
+        return positions * Work(self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs)
+
+    def forward(self, shape: Shape, logits: float | None = None) -> Work:
+        """Work of one forward pass.
+
+        Args:
+            shape: The examples.
+            logits: Positions at which logits are computed; `None` is all of them.
+        """
+        work = shape.rows * _per_token(self.stem)
+        for layer in self.layers:
+            work += layer.forward(shape.rows, shape.pairs)
+        return work + self.logits(shape.rows if logits is None else logits)
+
+    def plain(self, shape: Shape) -> Work:
+        """Work of `plain_losses`: one forward pass intact, and one per head."""
+        whole = Shape(shape.examples, shape.tokens, shape.scored)
+        return (1 + self.heads) * self.forward(whole)
+
+    def exact(self, shape: Shape) -> Work:
+        """Work of `exact_losses`: each masked stream from where it leaves the intact one.
+
+        In the last layer, what follows the attention runs at scored positions only.
+        """
+        work = self.forward(shape, logits=shape.examples)
+        streams = 0
+        for layer in self.layers[:-1]:
+            started = shape.rows * layer.mixing.per_token + layer.remainder(shape.rows)
+            work += streams * layer.forward(shape.rows, shape.pairs) + layer.heads * started
+            streams += layer.heads
+        last = self.layers[-1]
+        work += streams * last.attention(shape.rows, shape.pairs)
+        work += last.heads * shape.targets * last.mixing.per_token
+        streams += last.heads
+        work += streams * last.remainder(shape.targets)
+        # Logits come from the model with its layers short-circuited, so the stem runs again.
+        scored = shape.targets * _per_token(self.stem) + self.logits(shape.targets)
+        return work + (1 + streams) * scored
+
+    def first_order(self, shape: Shape) -> Work:
+        """Work of one forward and one backward pass."""
+        whole = Shape(shape.examples, shape.tokens, shape.scored)
+        return (1 + BACKWARD) * self.forward(whole, logits=whole.targets)
+
+    def layer_walk(self, shape: Shape) -> Work:
+        """Work of pruning layer by layer: each layer runs before and after it is pruned."""
+        work = Work()
+        for layer in self.layers:
+            work += 2 * layer.forward(
+                shape.examples * shape.tokens, shape.examples * shape.tokens**2
+            )
+        return work
+
+
+@dataclass(frozen=True)
+class ObsWork:
+    """Work of SparseGPT's statistics and updates (`reconstruction.sparsegpt`), all in float32.
+
+    Attributes:
+        grams: Operations of the sums x_i x_j.
+        factors: Operations of the inverse Cholesky factors, of 4/3 n^3 each.
+        updates: Operations of the updates of the columns behind a block.
+        moved: Elements that go through memory inside the blocks.
+        columns: Columns that are pruned one after the other.
+    """
+
+    grams: float
+    factors: float
+    updates: float
+    moved: float
+    columns: int
+
+    @classmethod
+    def of(cls, work: ModelWork, tokens: float) -> "ObsWork":
+        """Count the work for so many calibration tokens."""
+        inputs = [product for layer in work.layers for product in layer.distinct_inputs]
+        pruned = [p for layer in work.layers for p in layer.products if p.pruned]
+        return cls(
+            grams=sum(2.0 * tokens * product.active * product.inputs**2 for product in inputs),
+            factors=sum(4 / 3 * product.copies * product.inputs**3 for product in pruned),
+            updates=sum(float(product.weights) * product.inputs for product in pruned),
+            # A column changes half of its block on average: products written and read, weights
+            # read and written.
+            moved=sum(4 * OBS_BLOCK / 2 * product.weights for product in pruned),
+            columns=sum(product.copies * product.inputs for product in pruned),
+        )
+
+
+def count_work(model: PreTrainedModel, sites: list[Site]) -> ModelWork:
+    """Count the work of a model, which may be on the meta device.
+
+    Args:
+        model: A causal language model.
+        sites: All its sites (`find_sites`).
+    """
+    attention = {site.layer_name: site for site in sites if site.kind == "attention"}
+    config = model.config.get_text_config(decoder=True)
+    pruned = {matrix.parameter for matrix in prunable_matrices(sites)}
+    found = _products(model, getattr(config, "num_experts_per_tok", None) or 1, pruned)
+    head = found.pop(_name_of(model, model.get_output_embeddings()))
+    layers = []
+    for name, site in attention.items():
+        own = {path: found.pop(path) for path in list(found) if path.startswith(f"{name}.")}
+        mixing = own.pop(site.projection)
+        inside = f"{site.branch}."
+        others = [other for other in sites if other.layer == site.layer and other is not site]
+        layers.append(
+            LayerWork(
+                feeding=tuple(p for path, p in own.items() if path.startswith(inside)),
+                mixing=mixing,
+                rest=tuple(p for path, p in own.items() if not path.startswith(inside)),
+                hidden=config.hidden_size,
+                width=site.width,
+                heads=len(site.units),
+                groups=sum(len(other.units) for other in others if other.kind == "mlp"),
+                experts=sum(other.kind == "expert" for other in others),
+            )
+        )
+    return ModelWork(
+        layers=tuple(layers),
+        stem=tuple(found.values()),
+        head=head,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _products(model: PreTrainedModel, active_experts: int, pruned: set[str]) -> dict[str, Product]:
+    """Return every product of the model by its path: all parameters that are matrices.
+
+    Embeddings are looked up, not multiplied; where one is tied to the head, the head counts.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            *copies, outputs, inputs = parameter.shape
+            if isinstance(module, Conv1D):
+                outputs, inputs = inputs, outputs
+            count = prod(copies)
+            is_pruned = f"{path}.{name}" in pruned
+            product = Product(inputs, outputs, is_pruned, min(active_experts, count), count)
+            found[path if name == "weight" else f"{path}.{name}"] = product
+    return found
+
+
+def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _per_token(products: tuple[Product, ...]) -> Work:
+    return sum((product.per_token for product in products), Work())
