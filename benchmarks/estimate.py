@@ -22,7 +22,7 @@ from optimum_cap.architectures import find_sites
 from optimum_cap.attribution import ATTRIBUTIONS
 from optimum_cap.estimation import estimate
 
-SIZES = {"small": (4, 8, 256), "medium": (8, 12, 384), "large": (12, 12, 768)}
+SIZES = {"small": (4, 8, 384), "medium": (6, 8, 512), "large": (8, 12, 768)}
 _TOLERANCE = 0.3
 
 

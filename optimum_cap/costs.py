@@ -14,9 +14,9 @@ from optimum_cap.work import ModelWork, ObsWork, Shape, Work
 SUBSAMPLE = 8  # the control variate measures one in so many examples exactly
 USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
 LAUNCHES_PER_LAYER = 60  # small operations that one run of a layer takes
-LAUNCHES_PER_COLUMN = 15  # the same for a column that SparseGPT prunes
+LAUNCHES_PER_COLUMN = 12  # the same for a column that SparseGPT prunes
 THRESHOLD_PASSES = 40  # float32 numbers through memory per weight that a threshold is sought among
-RANKING_PASSES = 12  # the same for ranking rows, beside the sort
+RANKING_PASSES = 30  # the same for ranking rows, beside the sort
 CACHE_PASSES = 3  # times that generation moves the keys and values: read, and copied to grow
 
 
@@ -130,7 +130,11 @@ class Meter:
         computed = work.products / hardware.matmul + work.attention / hardware.attention
         moved = work.moved * self.value / hardware.bandwidth
         launched = work.passed / self.rows * LAUNCHES_PER_LAYER * hardware.launch
-        return max(computed + moved, launched)
+        return self.together(computed + moved, launched)
+
+    def together(self, computed: float, launched: float) -> float:
+        """Seconds of both: a GPU computes while Python launches, a CPU does one after the other."""
+        return max(computed, launched) if self.hardware.kind == "cuda" else computed + launched
 
     def through_memory(self, numbers: float) -> float:
         """Seconds that so many float32 numbers take through memory."""
@@ -261,7 +265,7 @@ def _sparsegpt(meter: Meter, shape: Shape) -> tuple[float, float, float]:
     obs = ObsWork.of(meter.work, shape.examples * shape.tokens)
     products = (obs.grams + obs.updates) / hardware.float32 + obs.factors / hardware.factor
     launched = obs.columns * LAUNCHES_PER_COLUMN * hardware.launch
-    columns = max(meter.through_memory(obs.moved), launched)
+    columns = meter.together(meter.through_memory(obs.moved), launched)
     masks = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
     grams = sum(4 * product.copies * product.inputs**2 for product in layer.distinct_inputs)
     factors = 12 * max(product.inputs for product in layer.products) ** 2

@@ -160,32 +160,39 @@ def measure(size: Size) -> Hardware:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     inputs, square, up = random(rows, hidden), random(hidden, hidden), random(wide, hidden)
-    down, between = random(hidden, wide), random(rows, wide)
+    down, wide_inputs = random(hidden, wide), random(rows, wide)
     dims = (rows // size.tokens, size.heads, size.tokens, max(1, hidden // size.heads))
     query, key, value = random(*dims), random(*dims), random(*dims)
-    wide_inputs = inputs.float()
-    gram = wide_inputs.T @ wide_inputs + rows * torch.eye(hidden, device=device)
+    float32_inputs = inputs.float()
+    gram = float32_inputs.T @ float32_inputs + rows * torch.eye(hidden, device=device)
     importance = random(max(1, rows // 8), hidden, dtype=torch.float32)
     small = random(8)
 
     def products() -> None:
         nn.functional.linear(inputs, square)
         nn.functional.linear(inputs, up)
-        nn.functional.linear(between, down)
+        nn.functional.linear(wide_inputs, down)
 
     def factor() -> None:
         lower = torch.linalg.cholesky(gram)
         torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
+    def between_products() -> None:
+        """What a layer of Llama does once between its products."""
+        scale = inputs.float().square().mean(dim=-1, keepdim=True).rsqrt().to(dtype)
+        torch.add(inputs, inputs * scale * inputs[0])
+        torch.mul(nn.functional.silu(wide_inputs), wide_inputs)
+
+    moved = 10 * inputs.numel() + 5 * wide_inputs.numel()
     with torch.no_grad():
         products_time = _seconds(products, device)
         attention_time = _seconds(
             lambda: nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True),
             device,
         )
-        gram_time = _seconds(lambda: wide_inputs.T @ wide_inputs, device)
+        gram_time = _seconds(lambda: float32_inputs.T @ float32_inputs, device)
         factor_time = _seconds(factor, device)
-        moved_time = _seconds(lambda: inputs * inputs, device)
+        moved_time = _seconds(between_products, device)
         ranked_time = _seconds(lambda: importance.argsort(dim=1, stable=True), device)
         launch_time = _seconds(lambda: small + small, device)
     matmul = 2 * rows * (hidden**2 + 2 * hidden * wide) / products_time
@@ -197,7 +204,7 @@ def measure(size: Size) -> Hardware:
         attention=4 * rows * size.tokens * hidden / attention_time,
         float32=2 * rows * hidden**2 / gram_time,
         factor=4 / 3 * hidden**3 / factor_time,
-        bandwidth=2 * inputs.nbytes / moved_time,
+        bandwidth=moved * inputs.element_size() / moved_time,
         ranked=importance.numel() / ranked_time,
         launch=launch_time,
         kind=device.type,

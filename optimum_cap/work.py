@@ -21,7 +21,8 @@ from optimum_cap.reconstruction import BLOCK as OBS_BLOCK
 # multiplied, queries and keys are rotated; and both were checked against benchmarks/estimate.py.
 _PER_CHANNEL = 12
 _PER_OUTPUT = 4
-_PER_LOGIT = 6
+_PER_LOGIT = 2
+_PER_LOSS = 10  # per logit of a scored token: widened, exponentiated, summed
 BACKWARD = 2
 """Passes forward that one backward pass costs: each product has a gradient for either factor."""
 
@@ -219,6 +220,10 @@ class ModelWork:
         """Work of the logits at so many positions."""
         return positions * Work(self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs)
 
+    def losses(self, shape: Shape) -> Work:
+        """Work of the cross-entropies of the scored tokens, their logits given."""
+        return Work(moved=_PER_LOSS * self.head.outputs * shape.targets)
+
     def forward(self, shape: Shape, logits: float | None = None) -> Work:
         """Work of one forward pass.
 
@@ -234,7 +239,7 @@ class ModelWork:
     def plain(self, shape: Shape) -> Work:
         """Work of `plain_losses`: one forward pass intact, and one per head."""
         whole = Shape(shape.examples, shape.tokens, shape.scored)
-        return (1 + self.heads) * self.forward(whole)
+        return (1 + self.heads) * (self.forward(whole) + self.losses(whole))
 
     def exact(self, shape: Shape) -> Work:
         """Work of `exact_losses`: each masked stream from where it leaves the intact one.
@@ -254,12 +259,12 @@ class ModelWork:
         work += streams * last.remainder(shape.targets)
         # Logits come from the model with its layers short-circuited, so the stem runs again.
         scored = shape.targets * _per_token(self.stem) + self.logits(shape.targets)
-        return work + (1 + streams) * scored
+        return work + (1 + streams) * (scored + self.losses(shape))
 
     def first_order(self, shape: Shape) -> Work:
         """Work of one forward and one backward pass."""
         whole = Shape(shape.examples, shape.tokens, shape.scored)
-        return (1 + BACKWARD) * self.forward(whole, logits=whole.targets)
+        return (1 + BACKWARD) * (self.forward(whole, logits=whole.targets) + self.losses(whole))
 
     def layer_walk(self, shape: Shape) -> Work:
         """Work of pruning layer by layer: each layer runs before and after it is pruned."""

@@ -1,0 +1,410 @@
+"""`cap estimate`: counted work against real passes, hardware, memory, studies, the command."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from optimum_cap import estimation
+from optimum_cap.architectures import find_sites
+from optimum_cap.attribution import exact_losses, plain_losses
+from optimum_cap.calibration import CalibrationExample
+from optimum_cap.commands.estimate import EstimateCommand
+from optimum_cap.config import CAPConfig
+from optimum_cap.costs import AMOUNTS, ESTIMATORS, PRUNING
+from optimum_cap.estimation import (
+    estimate,
+    format_duration,
+    lengths_of,
+    load_config,
+    study_hours,
+    work_of,
+)
+from optimum_cap.evaluation_tasks import TASKS
+from optimum_cap.hardware import DATA_SHEETS, Hardware, Size, find_hardware
+from optimum_cap.study import Study
+from optimum_cap.work import Shape, count_work
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+STUDIES = Path(__file__).parents[1] / "examples" / "studies"
+TOKENS = 48
+SHAPE = Shape(examples=4, tokens=TOKENS, scored=20)
+SIZE = Size(hidden=16, wide=32, heads=2, tokens=8)
+
+
+def eager_model(architecture: str) -> PreTrainedModel:
+    """A tiny model whose every product is one that PyTorch counts."""
+    return tiny_model(architecture, attn_implementation="eager", experts_implementation="eager")
+
+
+def examples() -> list[CalibrationExample]:
+    scored = torch.zeros(TOKENS, dtype=torch.bool)
+    scored[-SHAPE.scored :] = True
+    generator = torch.Generator().manual_seed(0)
+    return [
+        CalibrationExample(
+            torch.randint(3, VOCABULARY, (TOKENS,), generator=generator), scored, "", i, ""
+        )
+        for i in range(SHAPE.examples)
+    ]
+
+
+def counted(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+# Work
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_forward_pass_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
+    model = eager_model(architecture)
+    input_ids = torch.stack([example.input_ids for example in examples()])
+    with torch.no_grad():
+        real = counted(lambda: model(input_ids=input_ids, use_cache=False))
+    work = count_work(model, find_sites(model))
+    assert work.forward(SHAPE).operations == pytest.approx(real, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "mixtral"])
+def test_plain_scoring_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
+    model = eager_model(architecture)
+    sites = find_sites(model)
+    heads = [site for site in sites if site.kind == "attention"]
+    real = counted(lambda: plain_losses(model, heads, examples()))
+    assert count_work(model, sites).plain(SHAPE).operations == pytest.approx(real, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exact_scoring_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
+    # Within 5 %: whether the last token, which predicts nothing, is computed is not modelled.
+    model = eager_model(architecture)
+    sites = find_sites(model)
+    heads = [site for site in sites if site.kind == "attention"]
+    real = counted(lambda: exact_losses(model, heads, examples()))
+    assert count_work(model, sites).exact(SHAPE).operations == pytest.approx(real, rel=0.05)
+
+
+def test_a_backward_pass_takes_twice_the_operations_of_a_forward_pass() -> None:
+    model = eager_model("llama")
+    input_ids = torch.stack([example.input_ids for example in examples()])
+    real = counted(lambda: model(input_ids=input_ids, labels=input_ids).loss.backward())
+    work = count_work(model, find_sites(model))
+    every = Shape(SHAPE.examples, TOKENS, TOKENS)
+    assert work.first_order(every).operations == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_meta_and_real_models_count_alike(architecture: str) -> None:
+    model = tiny_model(architecture)
+    work = work_of(model.config)
+    assert work == count_work(model, find_sites(model))
+    assert work.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    work = work_of(tiny_model("llama").config)
+    shared = Shape(SHAPE.examples, TOKENS, SHAPE.scored, prefix=24)
+    assert shared.rows == 24 + 4 * 24
+    assert work.exact(shared).operations < 0.75 * work.exact(SHAPE).operations
+    assert work.plain(shared) == work.plain(SHAPE)
+
+
+def test_of_experts_only_the_active_ones_work() -> None:
+    few = work_of(tiny_model("mixtral").config)
+    many = work_of(tiny_model("mixtral", num_local_experts=8).config)
+    router = 2 * 24 * 4 * len(few.layers) * SHAPE.rows
+    more = many.forward(SHAPE).operations - few.forward(SHAPE).operations
+    assert more == router
+    assert many.prunable > few.prunable
+    assert sum(layer.experts for layer in many.layers) == 24
+
+
+def test_nothing_is_allocated() -> None:
+    class OnlyMeta(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                    assert tensor.nbytes < 1 << 20
+            return result
+
+    with OnlyMeta():
+        assert work_of(load_config(CONFIGS / "llama-3.1-405b.json")).heads == 126 * 128
+
+
+# Hardware
+
+
+def test_a_count_multiplies_devices_and_nothing_else() -> None:
+    one, eight = find_hardware("h100", SIZE), find_hardware("H100x8", SIZE)
+    assert (one.count, eight.count) == (1, 8)
+    assert (one.matmul, one.memory) == (eight.matmul, eight.memory)
+
+
+@pytest.mark.parametrize("name", DATA_SHEETS)
+def test_every_data_sheet_names_its_source(name: str) -> None:
+    hardware = find_hardware(name, SIZE)
+    assert "https://" in hardware.source
+    assert "assumed" in hardware.source
+    assert hardware.matmul < DATA_SHEETS[name].half
+
+
+@pytest.mark.parametrize("name", ["h99", "h100x0", "x8", ""])
+def test_unknown_hardware_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^unknown hardware '{name}': choose from measured, h100"):
+        find_hardware(name, SIZE)
+
+
+def test_this_machine_is_measured() -> None:
+    hardware = find_hardware("measured", SIZE)
+    rates = (hardware.matmul, hardware.attention, hardware.float32, hardware.factor)
+    assert all(rate > 0 for rate in (*rates, hardware.bandwidth, hardware.ranked))
+    assert hardware.launch > 0
+    assert hardware.bytes_per_value == (2 if torch.cuda.is_available() else 4)
+
+
+# Estimates
+
+
+def costs(model: str, hardware: str = "h100", **options: Any) -> dict[str, Any]:
+    found = estimate(CONFIGS / f"{model}.json", hardware, **options)
+    return {cost.name: cost for cost in found.costs}
+
+
+def test_units_and_weights_are_those_of_the_published_models() -> None:
+    billions = {"llama-3-8b": 8.03, "llama-3-70b": 70.6, "llama-3.1-405b": 406}
+    billions |= {"mixtral-8x7b": 46.7, "mistral-7b-instruct-v0.2": 7.24}
+    for name, parameters in billions.items():
+        found = estimate(CONFIGS / f"{name}.json", "h100", mlp_unit_size=1024)
+        assert found.parameters / 1e9 == pytest.approx(parameters, rel=2e-3)
+        assert found.weight_bytes == 2 * found.parameters
+    assert found.heads == 1024
+    assert found.mlp_groups == 32 * 14
+    assert estimate(CONFIGS / "mixtral-8x7b.json", "h100").experts == 256
+
+
+def test_estimators_are_ordered_by_their_work() -> None:
+    found = costs("llama-3-8b")
+    operations = [found[name].operations for name in ("first_order", "control_variate", "exact")]
+    assert operations == sorted(operations)
+    assert found["plain"].operations == pytest.approx(2 * found["exact"].operations, rel=0.05)
+    assert found["paper"].seconds > found["exact"].seconds
+
+
+def test_copies_of_the_model_share_the_scoring_but_not_the_pruning() -> None:
+    one, eight = costs("llama-3-8b"), costs("llama-3-8b", "h100x8")
+    assert eight["exact"].seconds == pytest.approx(one["exact"].seconds / 8)
+    assert eight["sparsegpt"].seconds == one["sparsegpt"].seconds
+
+
+def test_a_model_that_does_not_fit_says_how_many_devices_it_needs() -> None:
+    found = estimate(CONFIGS / "llama-3.1-405b.json", "h100x8")
+    needed = {cost.devices for cost in found.costs}
+    assert min(needed) == 12  # 812 GB over 72 usable ones each
+    assert "does not fit h100x8" in found.table()
+    assert f"needs 12 to {max(needed)} devices of 80.0 GB, there are 8" in found.table()
+    assert "fit" not in estimate(CONFIGS / "llama-3-8b.json", "h100").table()
+
+
+def test_memory_is_that_of_weights_and_activations() -> None:
+    for name in ("llama-3-8b", "mixtral-8x7b"):
+        found = estimate(CONFIGS / f"{name}.json", "h200")
+        for cost in found.costs:
+            assert found.weight_bytes < cost.memory <= cost.devices * found.hardware.memory
+
+
+def test_a_packed_checkpoint_at_half_sparsity_takes_nine_sixteenths_of_the_pruned_weights() -> None:
+    found = estimate(CONFIGS / "llama-3-8b.json", "h100", sparsity=0.5)
+    (wanda,) = (cost for cost in found.costs if cost.name == "wanda")
+    dense = 2 * (found.parameters - found.prunable)
+    assert wanda.disk == pytest.approx(dense + 2 * found.prunable * 9 / 16)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_an_estimate(architecture: str) -> None:
+    found = estimate(tiny_model(architecture).config, "h100")
+    assert len(found.costs) == len(ESTIMATORS) + 4
+    assert all(cost.seconds > 0 for cost in found.costs)
+
+
+def test_every_task_has_an_amount_and_every_criterion_a_cost() -> None:
+    assert AMOUNTS.keys() == TASKS.keys()
+    assert set(PRUNING) == {"cap", "magnitude", "random", "wanda", "sparsegpt"}
+
+
+def test_lengths_come_from_the_data() -> None:
+    config = CAPConfig(sparsity=0.5, dataset=["1+1=2", "10+10=20"], num_samples=2, subsets=1)
+    assert lengths_of(config, tiny_tokenizer())["tokens"] == round((6 + 9) / 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 1}, "^tokens must be at least 2, got 1$"),
+        ({"examples": 0}, "^examples must be at least 1, got 0$"),
+        ({"tokens": 64, "scored": 64}, "^prefix 0 and 64 scored tokens leave no token of 64 "),
+        ({"tokens": 64, "scored": 16, "prefix": 50}, "^prefix 50 and 16 scored tokens leave"),
+        ({"sparsity": 1.5}, "^sparsity must be a number strictly between 0 and 1"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(CONFIGS / "llama-3-8b.json", "h100", **options)
+
+
+def test_a_model_that_cannot_be_found_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^the folder .* holds no config.json"):
+        load_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^no model 'no such model!': it is no folder"):
+        load_config("no such model!")
+    file = tmp_path / "other.json"
+    for text in ("{}", "[1]", "no json", '{"model_type": "unheard-of"}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"^{file} is no configuration of a model: ") as raised:
+            load_config(file)
+        assert "\n" not in str(raised.value)
+
+
+def test_durations_are_for_people() -> None:
+    found = [format_duration(seconds) for seconds in (0.0123, 4.2, 90, 5400, 200000)]
+    assert found == ["12.3 ms", "4.2 s", "1.5 min", "1.5 h", "2.3 days"]
+
+
+# Studies
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    file = tmp_path / "study.yaml"
+    values = {
+        "models": {"llama": str(CONFIGS / "llama-3-8b.json")},
+        "recipes": ["paper", "magnitude", "wanda"],
+        "sparsities": [0.2, 0.5],
+        "calibration": {"sums": "gsm8k"},
+        "tasks": ["gsm8k"],
+        "seeds": [0, 1],
+        "limit": 64,
+    }
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_a_study_scores_once_per_calibration_set_and_measures_equal_cells_once(
+    study: Path,
+) -> None:
+    row = study_hours(study, "h100").rows["llama"]
+    # Dense, paper and Wanda with two sparsities and seeds each, magnitude with two sparsities.
+    assert row["cells"] == 1 + 4 + 4 + 2
+    exact = costs("llama-3-8b")["exact"].seconds
+    assert row["scoring"] == pytest.approx(2 * exact / 3600)
+    task = estimate(CONFIGS / "llama-3-8b.json", "h100", limit=64)
+    assert 0 < row["evaluation"] < row["cells"] * task.costs[-1].seconds / 3600
+
+
+def test_a_model_on_several_devices_takes_the_hours_of_all(study: Path) -> None:
+    large = Study.load(study, {"llama": str(CONFIGS / "llama-3-70b.json")})
+    hours = study_hours(large, "h100")
+    assert hours.total > 2 * study_hours(study, "h100").total
+    assert hours.to_dict()["total"] == hours.total
+
+
+def test_the_studies_of_the_repository_have_an_estimate() -> None:
+    models = {"8b": str(CONFIGS / "llama-3-8b.json")}
+    for file in sorted(STUDIES.glob("*.yaml")):
+        table = study_hours(Study.load(file, models), "h100").table()
+        assert "device hours" in table, file
+
+
+# The command
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `optimum-cli cap estimate` in this process: exit status, stdout, stderr."""
+    from optimum.commands import optimum_cli
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        command = ["optimum-cli", "cap", "estimate", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        status: Any = 0
+        try:
+            optimum_cli.main()
+        except SystemExit as done:
+            status = done.code
+        out, err = capfd.readouterr()
+        return int(status or 0), out, err
+
+    return call
+
+
+def test_the_command_prints_a_table_that_stays_the_same(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    first = run(CONFIGS / "llama-3-8b.json", "--hardware", "h100x8")
+    assert first == run(CONFIGS / "llama-3-8b.json", "--hardware", "h100x8")
+    status, out, err = first
+    assert (status, err) == (0, "")
+    assert "1,024 heads, 32 MLP units" in out
+    steps = [line.split()[:2] for line in out.splitlines() if line[:5] in ("score", "prune")]
+    assert [name for _, name in steps] == [*ESTIMATORS, "paper", "wanda", "sparsegpt"]
+
+
+def test_the_command_prints_json(run: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, _ = run(CONFIGS / "llama-3-8b.json", "--hardware", "l40s", "--json")
+    values = json.loads(out)
+    assert status == 0
+    assert values["heads"] == 1024
+    assert {cost["name"] for cost in values["costs"]} >= set(ESTIMATORS)
+
+
+def test_the_command_takes_a_study(run: Callable[..., tuple[int, str, str]], study: Path) -> None:
+    status, out, _ = run(study, "--hardware", "a100-80gb")
+    assert status == 0
+    assert "device hours" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no/such.json",), "error: no model 'no/such.json'"),
+        ((CONFIGS / "llama-3-8b.json", "--hardware", "tpu"), "error: unknown hardware 'tpu'"),
+        ((CONFIGS / "llama-3-8b.json", "--models", "a=b"), "error: --models is about a study"),
+        ((CONFIGS,), "holds no config.json"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    run: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...], message: str
+) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_words_of_the_flags_match_the_defaults() -> None:
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser()
+    EstimateCommand.parse_args(parser)
+    arguments = parser.parse_args(["model"])
+    assert arguments.num_samples == estimation.EXAMPLES
+    assert arguments.tokens == estimation.TOKENS
+    assert arguments.sparsity == estimation.SPARSITY
+    assert all(name in parser.format_help() for name in DATA_SHEETS)
+    assert isinstance(find_hardware("h100", SIZE), Hardware)
