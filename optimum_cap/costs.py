@@ -11,7 +11,7 @@ from optimum_cap.evaluation_tasks import TASKS
 from optimum_cap.hardware import ROWS, Hardware
 from optimum_cap.work import ModelWork, ObsWork, Shape, Work
 
-SUBSAMPLE = 8  # the control variate measures one in so many examples exactly
+EXACT_EXAMPLES = 16  # that the control variate measures exactly
 USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
 LAUNCHES_PER_LAYER = 60  # small operations that one run of a layer takes
 LAUNCHES_PER_COLUMN = 12  # the same for a column that SparseGPT prunes
@@ -198,7 +198,7 @@ class Meter:
 
 
 def _control_variate(work: ModelWork, shape: Shape) -> Work:
-    subsample = replace(shape, examples=max(1, shape.examples // SUBSAMPLE))
+    subsample = replace(shape, examples=min(shape.examples, EXACT_EXAMPLES))
     return work.first_order(shape) + work.exact(subsample)
 
 

@@ -97,9 +97,11 @@ def find_hardware(name: str, size: "Size") -> Hardware:
     """
     if name == MEASURED:
         return measure(size)
-    match = re.fullmatch(r"(.+?)(?:x([1-9]\d*))?", name.lower())
-    sheet = DATA_SHEETS.get(match[1]) if match else None
-    if match is None or sheet is None:
+    match = re.fullmatch(r"(.+)x([1-9]\d*)", name.lower())
+    single = name.lower() in DATA_SHEETS  # rtx4090 is no count of rt
+    device, count = (name.lower(), 1) if single or not match else (match[1], int(match[2]))
+    sheet = DATA_SHEETS.get(device)
+    if sheet is None:
         raise ValueError(
             f"unknown hardware {name!r}: choose from {MEASURED}, {', '.join(DATA_SHEETS)}, with a "
             "count if there are several, as h100x8"
@@ -107,7 +109,7 @@ def find_hardware(name: str, size: "Size") -> Hardware:
     bandwidth = sheet.bandwidth * BANDWIDTH_UTILISATION
     return Hardware(
         name=name,
-        count=int(match[2] or 1),
+        count=count,
         memory=sheet.memory,
         matmul=sheet.half * MATMUL_UTILISATION,
         attention=sheet.half * ATTENTION_UTILISATION,

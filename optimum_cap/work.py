@@ -23,8 +23,6 @@ _PER_CHANNEL = 12
 _PER_OUTPUT = 4
 _PER_LOGIT = 2
 _PER_LOSS = 10  # per logit of a scored token: widened, exponentiated, summed
-BACKWARD = 2
-"""Passes forward that one backward pass costs: each product has a gradient for either factor."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +260,15 @@ class ModelWork:
         return work + (1 + streams) * (scored + self.losses(shape))
 
     def first_order(self, shape: Shape) -> Work:
-        """Work of one forward and one backward pass."""
+        """Work of one forward and one backward pass.
+
+        The weights are frozen, so a product with weights has one product as its gradient; one of
+        attention has two.
+        """
         whole = Shape(shape.examples, shape.tokens, shape.scored)
-        return (1 + BACKWARD) * (self.forward(whole, logits=whole.targets) + self.losses(whole))
+        work = self.forward(whole, logits=whole.targets) + self.losses(whole)
+        backward = Work(work.products, 2 * work.attention, 2 * work.moved, work.passed)
+        return work + backward
 
     def layer_walk(self, shape: Shape) -> Work:
         """Work of pruning layer by layer: each layer runs before and after it is pruned."""

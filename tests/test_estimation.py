@@ -37,7 +37,7 @@ from optimum_cap.work import Shape, count_work
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 TOKENS = 48
-SHAPE = Shape(examples=4, tokens=TOKENS, scored=20)
+SHAPE = Shape(examples=2, tokens=TOKENS, scored=20)
 SIZE = Size(hidden=16, wide=32, heads=2, tokens=8)
 
 
@@ -77,7 +77,7 @@ def test_a_forward_pass_takes_the_operations_that_pytorch_counts(architecture: s
     assert work.forward(SHAPE).operations == pytest.approx(real, rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_plain_scoring_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
     model = eager_model(architecture)
     sites = find_sites(model)
@@ -86,7 +86,7 @@ def test_plain_scoring_takes_the_operations_that_pytorch_counts(architecture: st
     assert count_work(model, sites).plain(SHAPE).operations == pytest.approx(real, rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "opt", "phi3", "mixtral"])
 def test_exact_scoring_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
     # Within 5 %: whether the last token, which predicts nothing, is computed is not modelled.
     model = eager_model(architecture)
@@ -96,10 +96,12 @@ def test_exact_scoring_takes_the_operations_that_pytorch_counts(architecture: st
     assert count_work(model, sites).exact(SHAPE).operations == pytest.approx(real, rel=0.05)
 
 
-def test_a_backward_pass_takes_twice_the_operations_of_a_forward_pass() -> None:
-    model = eager_model("llama")
+def test_first_order_takes_a_forward_and_a_backward_pass_with_frozen_weights() -> None:
+    # Within 5 %: the gradient stops at the first site, here at the embeddings.
+    model = eager_model("llama").requires_grad_(False)
     input_ids = torch.stack([example.input_ids for example in examples()])
-    real = counted(lambda: model(input_ids=input_ids, labels=input_ids).loss.backward())
+    embedded = model.get_input_embeddings()(input_ids).requires_grad_()
+    real = counted(lambda: model(inputs_embeds=embedded, labels=input_ids).loss.backward())
     work = count_work(model, find_sites(model))
     every = Shape(SHAPE.examples, TOKENS, TOKENS)
     assert work.first_order(every).operations == pytest.approx(real, rel=0.05)
@@ -116,8 +118,8 @@ def test_meta_and_real_models_count_alike(architecture: str) -> None:
 def test_a_shared_prefix_is_computed_once() -> None:
     work = work_of(tiny_model("llama").config)
     shared = Shape(SHAPE.examples, TOKENS, SHAPE.scored, prefix=24)
-    assert shared.rows == 24 + 4 * 24
-    assert work.exact(shared).operations < 0.75 * work.exact(SHAPE).operations
+    assert shared.rows == 24 + 2 * 24
+    assert work.exact(shared).operations < 0.9 * work.exact(SHAPE).operations
     assert work.plain(shared) == work.plain(SHAPE)
 
 
@@ -248,7 +250,7 @@ def test_every_task_has_an_amount_and_every_criterion_a_cost() -> None:
 
 def test_lengths_come_from_the_data() -> None:
     config = CAPConfig(sparsity=0.5, dataset=["1+1=2", "10+10=20"], num_samples=2, subsets=1)
-    assert lengths_of(config, tiny_tokenizer())["tokens"] == round((6 + 9) / 2)
+    assert lengths_of(config, tiny_tokenizer())["tokens"] == round((5 + 8) / 2)
 
 
 @pytest.mark.parametrize(
