@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from optimum_cap.evaluation_tasks import TASKS
-from optimum_cap.hardware import ROWS, Hardware
+from optimum_cap.hardware import ROWS, WALK_ROWS, Hardware
 from optimum_cap.work import ModelWork, ObsWork, Shape, Work
 
 EXACT_EXAMPLES = 16  # that the control variate measures exactly
@@ -140,9 +140,11 @@ class Meter:
         """Seconds that so many float32 numbers take through memory."""
         return 4 * numbers / self.hardware.bandwidth
 
-    def between_layers(self, shape: Shape) -> float:
-        """Bytes of the hidden states of all examples."""
-        return float(shape.examples * shape.tokens * self.work.layers[0].hidden * self.value)
+    def walking(self, shape: Shape) -> float:
+        """Bytes of the hidden states of all examples, and of a layer that runs on some of them."""
+        tokens = shape.examples * shape.tokens
+        hidden = tokens * self.work.layers[0].hidden * self.value
+        return hidden + min(tokens, WALK_ROWS[self.hardware.kind]) * self.per_token
 
     @property
     def largest(self) -> int:
@@ -255,7 +257,7 @@ def _wanda(meter: Meter, shape: Shape) -> tuple[float, float, float]:
     walk = meter.work.layer_walk(shape)
     weights = meter.work.prunable
     ranking = weights / meter.hardware.ranked + meter.through_memory(RANKING_PASSES * weights)
-    held = meter.between_layers(shape) + meter.rows * meter.per_token + 24 * meter.largest
+    held = meter.walking(shape) + 24 * meter.largest
     return walk.operations, meter.seconds(walk) + ranking, held
 
 
@@ -269,7 +271,7 @@ def _sparsegpt(meter: Meter, shape: Shape) -> tuple[float, float, float]:
     masks = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
     grams = sum(4 * product.copies * product.inputs**2 for product in layer.distinct_inputs)
     factors = 12 * max(product.inputs for product in layer.products) ** 2
-    held = meter.between_layers(shape) + meter.rows * meter.per_token + 12 * meter.largest
+    held = meter.walking(shape) + 12 * meter.largest
     return (
         walk.operations + obs.grams + obs.factors + obs.updates,
         meter.seconds(walk) + products + columns + masks,

@@ -17,15 +17,17 @@ MATMUL_UTILISATION = 0.6
 ATTENTION_UTILISATION = 0.3
 BANDWIDTH_UTILISATION = 0.8
 FACTOR_UTILISATION = 0.2
-_LAUNCH = 1e-5  # seconds from one kernel to the next where Python launches them; assumed
-_BYTES_PER_SORTED = 160  # an argsort takes about 10 passes over keys and indices; assumed
-_LOADING = 2e9  # bytes per second from a local solid-state disk; assumed
+LAUNCH = 1e-5  # seconds from one kernel to the next where Python launches them; assumed
+BYTES_PER_SORTED = 160  # an argsort takes about 10 passes over keys and indices; assumed
+LOADING = 2e9  # bytes per second from a local solid-state disk; assumed
 
 MEASURED = "measured"
 _LARGEST = 4096  # channels: beyond these the rates do not change, only the time it takes
 _LEAST_SECONDS = 0.15  # per measurement
 ROWS = {"cpu": 2048, "cuda": 65536}
 """Tokens that go through a layer together, by type of device (`wavefront.py`)."""
+WALK_ROWS = {"cpu": 2048, "cuda": 16384}
+"""The same where a layer is pruned before the next one is looked at (`activations.py`)."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,11 @@ def find_hardware(name: str, size: "Size") -> Hardware:
         float32=sheet.float32 * MATMUL_UTILISATION,
         factor=sheet.float32 * FACTOR_UTILISATION,
         bandwidth=bandwidth,
-        ranked=bandwidth / _BYTES_PER_SORTED,
-        launch=_LAUNCH,
+        ranked=bandwidth / BYTES_PER_SORTED,
+        launch=LAUNCH,
         kind="cuda",
         bytes_per_value=None,
-        loading=_LOADING,
+        loading=LOADING,
         source=(
             f"{sheet.source}; assumed to reach {MATMUL_UTILISATION:.0%} of the peak in products, "
             f"{ATTENTION_UTILISATION:.0%} in attention, {BANDWIDTH_UTILISATION:.0%} of the "
@@ -211,7 +213,7 @@ def measure(size: Size) -> Hardware:
         launch=launch_time,
         kind=device.type,
         bytes_per_value=inputs.element_size(),
-        loading=_LOADING,
+        loading=LOADING,
         source=(
             f"this machine, {_device_name(device)}: {matmul / 1e9:,.0f} GFLOP/s in "
             f"{str(dtype).removeprefix('torch.')} products"

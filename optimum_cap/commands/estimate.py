@@ -70,7 +70,8 @@ class EstimateCommand(CAPSubcommand):
 
         options = {"revision": args.revision or "main", "token": args.token}
         if args.model.endswith(_STUDY):
-            study = Study.load(args.model, labelled_models(args.models or []))
+            models = labelled_models(args.models or [])
+            study = Study.load(args.model, **({"models": models} if models else {}))
             return study_hours(study, args.hardware, tokens=args.tokens, **options)
         if args.models:
             raise ValueError("--models is about a study: name a STUDY.yaml")
