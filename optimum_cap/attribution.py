@@ -5,7 +5,6 @@
 reference that tests and benchmarks compare with.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +36,16 @@ class UnitLosses:
     Attributes:
         units: The units, each with its site.
         intact: Mean loss over the scored tokens of each example, nats, float64 `[examples]`.
-        masked: The same with each unit masked, float64 `[units, examples]`.
+        masked: The same with each unit masked, float64 `[units, examples]`; measured, or estimated
+            (`estimators.py`).
+        standard_errors: Standard error of the mean of masked minus intact, nats, `[units]`, where
+            the masked losses are estimates that do not show it by themselves.
     """
 
     units: list[tuple[Site, Unit]]
     intact: torch.Tensor
     masked: torch.Tensor
+    standard_errors: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,10 @@ def causal_scores(
         central = per_subset.nanmean(dim=1)
     intact = torch.stack([losses.intact[part].mean() for part in parts]).mean()
 
-    differences = masked - losses.intact
-    count = finite.sum(dim=1)
-    centred = differences - differences.nanmean(dim=1, keepdim=True)
-    variance = centred.square().nansum(dim=1) / (count - 1).clamp(min=1)
-    standard_errors = (variance / count.clamp(min=1)).sqrt()
-    standard_errors[count < 2] = torch.nan
+    standard_errors = losses.standard_errors
+    if standard_errors is None:
+        differences = masked - losses.intact
+        standard_errors = (nanvar(differences) / finite.sum(dim=1)).sqrt()
     return CausalScores(
         units=losses.units,
         scores=central - intact,
@@ -115,6 +116,13 @@ def causal_scores(
         nonfinite=(~finite).sum(dim=1),
         intact_loss=float(intact),
     )
+
+
+def nanvar(values: torch.Tensor) -> torch.Tensor:
+    """Sample variance of each row over what is no NaN; NaN for fewer than two values: `[rows]`."""
+    count = (~values.isnan()).sum(dim=1)
+    centred = values - values.nanmean(dim=1, keepdim=True)
+    return (centred.square().nansum(dim=1) / (count - 1)).where(count > 1, torch.nan)
 
 
 def exact_losses(
@@ -138,7 +146,7 @@ def exact_losses(
         The losses, in the order of the units and of the examples.
     """
     layers = decoder_layers(model, sites)
-    jobs = _jobs(sites) if units is None else units
+    jobs = scored_units(sites) if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     tokens = sum(len(example.input_ids) for example in examples)
@@ -148,7 +156,9 @@ def exact_losses(
         float32_on_cpu(model),
         logging.tqdm(total=work, desc="Scoring", unit="tok", unit_scale=True) as progress,
     ):
-        budget = _bytes(memory_budget, model.device)  # of what is free when weights are widened
+        budget = budget_bytes(
+            memory_budget, model.device
+        )  # of what is free when weights are widened
         prefix = prefix_to_share(model, layers, sites, examples)
         size = examples_per_batch(model, examples, budget, prefix)
         for batch in batches(examples, size, prefix):
@@ -171,7 +181,7 @@ def plain_losses(
     units: list[tuple[Site, Unit]] | None = None,
 ) -> UnitLosses:
     """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
-    jobs = _jobs(sites) if units is None else units
+    jobs = scored_units(sites) if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     with (
@@ -179,7 +189,7 @@ def plain_losses(
         float32_on_cpu(model),
         logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
     ):
-        budget = _bytes(memory_budget, model.device)
+        budget = budget_bytes(memory_budget, model.device)
         for batch in batches(examples, examples_per_batch(model, examples, budget)):
             intact[batch.positions] = _forward_losses(model, batch)
             progress.update(len(batch.positions))
@@ -198,13 +208,14 @@ def example_losses(
     """Return the mean loss over the scored tokens of each example, nats, float64 `[examples]`."""
     losses = torch.empty(len(examples), dtype=torch.float64)
     with evaluation_mode(model), float32_on_cpu(model):
-        budget = _bytes(memory_budget, model.device)
+        budget = budget_bytes(memory_budget, model.device)
         for batch in batches(examples, examples_per_batch(model, examples, budget)):
             losses[batch.positions] = _forward_losses(model, batch)
     return losses
 
 
-def _jobs(sites: list[Site]) -> list[tuple[Site, Unit]]:
+def scored_units(sites: list[Site]) -> list[tuple[Site, Unit]]:
+    """Return the units that can be masked at a module's input: all but those of experts."""
     scored = (site for site in sites if site.kind != "expert")
     return [(site, unit) for site in scored for unit in site.units]
 
@@ -217,14 +228,10 @@ def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return targets.example_means(token_losses(scored, targets.ids.to(logits.device)))
 
 
-def _bytes(memory_budget: int | str, device: torch.device) -> int:
+def budget_bytes(memory_budget: int | str, device: torch.device) -> int:
+    """Return the bytes that activations may take; `"auto"` is half of what is free now."""
     if memory_budget != "auto":
         return parse_size(memory_budget, "memory_budget")
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return int(psutil.virtual_memory().available) // 2
-
-
-Attribution = Callable[..., UnitLosses]
-
-ATTRIBUTIONS: dict[str, Attribution] = {"exact": exact_losses, "plain": plain_losses}

@@ -54,6 +54,8 @@ RECIPES = {
 AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
+ESTIMATORS = ("exact", "plain", "first_order", "control_variate", "adaptive")
+_SAMPLING = ("control_variate", "adaptive")  # measure some of the examples exactly
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 _SIZE_UNITS = {
@@ -95,6 +97,13 @@ class CAPConfig(QuantizationConfigMixin):
         kv_combination: How a key/value row takes the importances of the query heads that share it
             under grouped-query attention: `"mean"` or `"max"`.
         scored_tokens: Which tokens count in the loss: `"answer"` (never the prompt) or `"all"`.
+        estimator: How the losses with a head masked are found: `"exact"`; `"plain"`, the same by
+            its definition, slower; or estimated: `"first_order"`, `"control_variate"`,
+            `"adaptive"`. See `docs/estimators.md`.
+        exact_examples: Examples that `"control_variate"` measures exactly, and `"adaptive"` in each
+            of its rounds; at least 2.
+        precision: Where `"adaptive"` stops: 1.96 standard errors of every score, as a fraction of
+            the range of the scores of all heads.
         max_length: Longest example, in tokens; longer ones are passed over. `None`: 2048, or what
             the model can take if that is less.
         memory_budget: Memory for activations while scoring, in bytes or as `"4GB"`; `"auto"` takes
@@ -127,6 +136,9 @@ class CAPConfig(QuantizationConfigMixin):
     seed: int = 0
     kv_combination: str = "mean"
     scored_tokens: str = "answer"
+    estimator: str = "exact"
+    exact_examples: int = 16
+    precision: float = 0.1
     max_length: int | None = None
     memory_budget: int | str = "auto"
     modules_to_leave_dense: list[str] = field(default_factory=list)
@@ -150,6 +162,7 @@ class CAPConfig(QuantizationConfigMixin):
         _check_integer("num_samples", self.num_samples, at_least=1)
         _check_integer("subsets", self.subsets, at_least=1)
         _check_integer("seed", self.seed, at_least=0)
+        self._check_estimator()
         if self.max_length is not None:
             _check_integer("max_length", self.max_length, at_least=2)
         if self.subsets > self.num_samples:
@@ -179,6 +192,17 @@ class CAPConfig(QuantizationConfigMixin):
                 f"weights), got {self.sparsity!r}"
             )
         self.sparsity = float(self.sparsity)
+
+    def _check_estimator(self) -> None:
+        _check_choice("estimator", self.estimator, ESTIMATORS)
+        _check_integer("exact_examples", self.exact_examples, at_least=2)
+        _check_positive("precision", self.precision)
+        if self.estimator in _SAMPLING and self.exact_examples > self.num_samples:
+            raise ValueError(
+                f"estimator {self.estimator!r} measures exact_examples ({self.exact_examples}) of "
+                f"num_samples ({self.num_samples}) examples exactly: lower the first or raise the "
+                "second"
+            )
 
     def _check_method(self) -> None:
         if self.criterion is not None:

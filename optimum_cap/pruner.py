@@ -24,7 +24,7 @@ from optimum_cap.architectures import (
     prunable_matrices,
     separable,
 )
-from optimum_cap.attribution import CausalScores, UnitLosses, causal_scores, exact_losses
+from optimum_cap.attribution import CausalScores, UnitLosses, causal_scores
 from optimum_cap.calibration import CalibrationExample, CalibrationSet, build_calibration_set
 from optimum_cap.checkpoint import attach
 from optimum_cap.config import CAPConfig
@@ -37,6 +37,7 @@ from optimum_cap.criteria import (
     region_importances,
     unit_importances,
 )
+from optimum_cap.estimators import ESTIMATORS
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.masking import (
     SELECTIONS,
@@ -395,9 +396,9 @@ def _measure(
     sites: list[Site],
     examples: list[CalibrationExample],
 ) -> UnitLosses:
-    """Measure the losses with each head masked."""
+    """Measure the losses with each head masked, or estimate them."""
     attention = [site for site in sites if site.kind == "attention"]
-    return exact_losses(model, attention, examples, config.memory_budget)
+    return ESTIMATORS[config.estimator].losses(model, attention, examples, config)
 
 
 def _check_losses(losses: UnitLosses, sites: list[Site], examples: int) -> None:

@@ -311,7 +311,15 @@ def _losses(
     """Losses with each head masked: measured once per model and calibration set."""
     decisive = {
         name: getattr(config, name)
-        for name in ("num_samples", "seed", "scored_tokens", "max_length")
+        for name in (
+            "num_samples",
+            "seed",
+            "scored_tokens",
+            "max_length",
+            "estimator",
+            "exact_examples",
+            "precision",
+        )
     }
     named = {
         "layout": _LAYOUT,

@@ -489,6 +489,7 @@ def test_choices_in_the_help_are_those_of_the_config() -> None:
         "aggregation": config.AGGREGATIONS,
         "kv_combination": config.KV_COMBINATIONS,
         "scored_tokens": config.SCORED_TOKENS,
+        "estimator": config.ESTIMATORS,
         "checkpoint_format": FORMATS,
     }.items():
         assert all(choice in texts[field] for choice in choices), field

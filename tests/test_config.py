@@ -25,6 +25,14 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
         ("aggregation", "mode", "aggregation must be one of median, mean, got 'mode'"),
         ("kv_combination", "sum", "kv_combination must be one of mean, max, got 'sum'"),
         ("scored_tokens", "prompt", "scored_tokens must be one of answer, all, got 'prompt'"),
+        (
+            "estimator",
+            "guess",
+            "estimator must be one of exact, plain, first_order, .* got 'guess'",
+        ),
+        ("exact_examples", 1, "exact_examples must be an integer of at least 2, got 1"),
+        ("precision", 0, "precision must be a positive number, got 0"),
+        ("precision", "high", "precision must be a positive number, got 'high'"),
         ("checkpoint_format", "zip", "checkpoint_format must be one of packed, dense, got 'zip'"),
         ("num_samples", 0, "num_samples must be an integer of at least 1, got 0"),
         ("num_samples", 1.5, "num_samples must be an integer of at least 1, got 1.5"),
@@ -45,6 +53,20 @@ def test_bad_value_is_named(field: str, value: Any, message: str) -> None:
         CAPConfig(sparsity=0.2, **{field: value})
 
 
+@pytest.mark.parametrize("estimator", ["control_variate", "adaptive"])
+def test_more_exact_examples_than_examples(estimator: str) -> None:
+    with pytest.raises(ValueError, match=r"exact_examples \(16\) of num_samples \(6\)"):
+        CAPConfig(sparsity=0.2, num_samples=6, estimator=estimator)
+    assert CAPConfig(sparsity=0.2, num_samples=6).exact_examples == 16
+
+
+def test_a_config_from_before_the_estimators_is_exact() -> None:
+    values = CAPConfig(sparsity=0.2).to_dict()
+    for field in ("estimator", "exact_examples", "precision"):
+        del values[field]
+    assert CAPConfig.from_dict(values).estimator == "exact"
+
+
 def test_unknown_argument() -> None:
     with pytest.raises(TypeError, match="sparcity"):
         CAPConfig(sparsity=0.2, sparcity=0.3)  # type: ignore[call-arg]
@@ -57,6 +79,9 @@ def test_round_trips_through_json() -> None:
         num_samples=7,
         subsets=2,
         max_length=99,
+        estimator="adaptive",
+        exact_examples=3,
+        precision=0.05,
         memory_budget="2GB",
         modules_to_leave_dense=["layers.0"],
         checkpoint_format="dense",

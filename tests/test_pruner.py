@@ -9,11 +9,12 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from optimum_cap import CAPConfig, CAPPruner, pruner
+from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.architectures import find_sites, prunable_matrices
 from optimum_cap.architectures import heads as attention_heads
-from optimum_cap.attribution import causal_scores, plain_losses
+from optimum_cap.attribution import causal_scores, exact_losses, plain_losses
 from optimum_cap.calibration import build_calibration_set
+from optimum_cap.estimators import ESTIMATORS, Estimator
 from optimum_cap.interventions import masked_unit
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
@@ -220,16 +221,12 @@ def test_nonfinite_weights(
 def test_a_head_that_overflows_is_survived(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optimum_cap import pruner
-
-    measure = pruner.exact_losses
-
     def overflowing(*args: Any) -> Any:
-        losses = measure(*args)
+        losses = exact_losses(*args)
         losses.masked[5] = float("inf")
         return losses
 
-    monkeypatch.setattr(pruner, "exact_losses", overflowing)
+    monkeypatch.setitem(ESTIMATORS, "exact", Estimator(overflowing))
     CAPPruner(config()).prune(llama, tokenizer)
     unit = llama.pruning_record.scores[5]
     assert unit.score is None
@@ -273,7 +270,7 @@ def test_an_error_leaves_the_model_as_it_was(
 def test_a_sparsity_that_prunes_nothing_or_all_is_refused_before_scoring(
     sparsity: float, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruner, "exact_losses", lambda *a: pytest.fail("scored"))
+    monkeypatch.setitem(ESTIMATORS, "exact", Estimator(lambda *a: pytest.fail("scored")))
     with pytest.raises(ValueError, match=f"sparsity {sparsity} of .* weights is .* zeros"):
         CAPPruner(config(sparsity=sparsity)).prune(llama, tiny_tokenizer())
 
@@ -286,7 +283,7 @@ def test_losses_are_measured_once_for_several_sparsities(
         CAPPruner(config(sparsity=sparsity)).prune(tiny_model("mixtral"), tokenizer)
         for sparsity in (0.2, 0.4)
     ]
-    monkeypatch.setattr(pruner, "exact_losses", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setitem(ESTIMATORS, "exact", Estimator(lambda *a: pytest.fail("measured again")))
     for sparsity, other in zip((0.2, 0.4), expected, strict=True):
         model = tiny_model("mixtral")
         CAPPruner(config(sparsity=sparsity)).prune(model, tokenizer, losses=losses)

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
-from optimum_cap import pruner, study
+from optimum_cap import study
+from optimum_cap.attribution import exact_losses
 from optimum_cap.data_sources import PRESETS
+from optimum_cap.estimators import ESTIMATORS, Estimator
 from optimum_cap.report import markdown, mean_and_interval, write_report
 from optimum_cap.study import Study, run_study
 
@@ -124,8 +126,8 @@ def test_scores_are_measured_once_per_calibration_set(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    stock = pruner.exact_losses
-    monkeypatch.setattr(pruner, "exact_losses", lambda *args: (runs.append(1), stock(*args))[1])
+    counting = Estimator(lambda *args: (runs.append(1), exact_losses(*args))[1])
+    monkeypatch.setitem(ESTIMATORS, "exact", counting)
     values["recipes"] = {"paper": None, "K=1": {"subsets": 1}, "max": {"kv_combination": "max"}}
     values["seeds"] = [0, 1]
     run_study(load(values, tmp_path), tmp_path / "out")

@@ -76,6 +76,24 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "tokens that count in the loss: answer or all (default: answer)",
     ),
     (
+        "--estimator",
+        "estimator",
+        str,
+        "exact, plain, first_order, control_variate or adaptive scores (default: exact)",
+    ),
+    (
+        "--exact-examples",
+        "exact_examples",
+        int,
+        "examples that control_variate, or a round of adaptive, measures exactly (default: 16)",
+    ),
+    (
+        "--precision",
+        "precision",
+        float,
+        "where adaptive stops: 1.96 errors of a score over the range of all (default: 0.1)",
+    ),
+    (
         "--max-length",
         "max_length",
         int,

@@ -1,0 +1,362 @@
+"""Causal scores for less: estimates of the masked losses, each with a standard error.
+
+`exact` and `plain` (`attribution.py`) measure every masked loss. `first_order` replaces all of them
+by one backward pass. `control_variate` corrects that by exact losses of some examples, and
+`adaptive` goes on until the importances are known as well as was asked. See `docs/estimators.md`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.architectures import Site, Unit
+from optimum_cap.attribution import (
+    UnitLosses,
+    budget_bytes,
+    exact_losses,
+    nanvar,
+    plain_losses,
+    scored_units,
+)
+from optimum_cap.calibration import Batch, CalibrationExample, batches
+from optimum_cap.config import CAPConfig
+from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
+
+_WITHIN = 1.96  # standard errors on either side of a 95 % interval
+
+
+def first_order_losses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+    units: list[tuple[Site, Unit]] | None = None,
+) -> UnitLosses:
+    """Estimate the masked losses to first order, with one backward pass for all units.
+
+    Every channel of a site is multiplied by a gate of value 1. Masking a unit turns its gates to 0,
+    which to first order takes the sum of their gradients from the loss (Michel et al. 2019, arXiv
+    1905.10650, Eq. 2, with the sign kept; attribution patching of a zero,
+    https://www.neelnanda.io/mechanistic-interpretability/attribution-patching). Examples do not
+    interact, so the gates of each example get the gradients of its own loss.
+
+    Args:
+        model: A causal language model, whole in memory; it comes back as it was.
+        sites: All sites of the model (`find_sites`); those of kind `"expert"` are passed over.
+        examples: The calibration examples.
+        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
+            free.
+        units: Which units to mask, by rising layer; `None` masks all of these sites.
+
+    Returns:
+        The losses, in the order of the units and of the examples; the intact ones are measured.
+    """
+    jobs = scored_units(sites) if units is None else units
+    gated = list(dict.fromkeys(site for site, _ in jobs))
+    intact = torch.empty(len(examples), dtype=torch.float64)
+    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
+    with (
+        evaluation_mode(model),
+        float32_on_cpu(model),
+        _frozen(model),
+        logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
+    ):
+        budget = budget_bytes(memory_budget, model.device)
+        for batch in batches(examples, _examples_per_pass(model, examples, budget)):
+            with torch.enable_grad(), _gates(model, gated, len(batch.positions)) as gates:
+                losses = _scored_losses(model, batch)
+                gradients = torch.autograd.grad(losses.sum(), [gates[site.name] for site in gated])
+            intact[batch.positions] = losses.detach()
+            by_site = dict(zip((site.name for site in gated), gradients, strict=True))
+            for index, (site, unit) in enumerate(jobs):
+                gradient = by_site[site.name][:, 0, slice(*unit.channels)].double().sum(dim=1)
+                masked[index, batch.positions] = losses.detach() - gradient.cpu()
+            progress.update(len(batch.positions))
+    return UnitLosses(jobs, intact, masked)
+
+
+def control_variate_losses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+    units: list[tuple[Site, Unit]] | None = None,
+    *,
+    exact_examples: int = 16,
+    seed: int = 0,
+) -> UnitLosses:
+    """Estimate the masked losses to first order, corrected by exact ones of some examples.
+
+    The difference estimator of double sampling (Cochran 1977, Sampling Techniques, chapter 12), per
+    example: the first-order loss, plus, where an example was drawn, the exact minus the first-order
+    loss over the probability that it is drawn. Over the draw, every masked loss is unbiased, and so
+    is every mean of them. The coefficient of the control variate is 1: one that is fitted to the
+    same sample would bias the estimate.
+
+    Args:
+        model: As for `first_order_losses`, and so the next four.
+        sites: All sites of the model.
+        examples: The calibration examples.
+        memory_budget: For activations.
+        units: Which units to mask.
+        exact_examples: Number of examples with exact losses: one drawn from each of as many
+            consecutive blocks, so that all subsets of the calibration set have their share.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: There are fewer examples than that.
+    """
+    estimate = _Estimate(
+        first_order_losses(model, sites, examples, memory_budget, units),
+        _draw(len(examples), exact_examples, seed),
+    )
+    estimate.measure(0, range(len(estimate.units)), model, sites, examples, memory_budget)
+    return estimate.losses()
+
+
+def adaptive_losses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+    units: list[tuple[Site, Unit]] | None = None,
+    *,
+    exact_examples: int = 16,
+    precision: float = 0.1,
+    seed: int = 0,
+) -> UnitLosses:
+    """Estimate as `control_variate_losses`, in rounds, until every importance is known well enough.
+
+    Every round draws one more example from each block, without repetition, and measures the units
+    whose interval is still wide. An interval is narrow when 1.96 standard errors of what the draw
+    leaves open are at most `precision` times the range of the scores of all units, which is what an
+    importance is relative to (Eq. 3). A unit that stays wide to the end is measured exactly.
+
+    Args:
+        model: As for `first_order_losses`, and so the next four.
+        sites: All sites of the model.
+        examples: The calibration examples.
+        memory_budget: For activations.
+        units: Which units to mask.
+        exact_examples: Number of examples of each round.
+        precision: Half the width of the 95 % interval, as a fraction of the range of the scores.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: There are fewer examples than `exact_examples`.
+    """
+    estimate = _Estimate(
+        first_order_losses(model, sites, examples, memory_budget, units),
+        _draw(len(examples), exact_examples, seed),
+    )
+    wide = list(range(len(estimate.units)))
+    for turn in range(estimate.turns):
+        estimate.measure(turn, wide, model, sites, examples, memory_budget)
+        narrow = estimate.narrow(precision)
+        wide = [index for index in wide if not narrow[index]]
+        if not wide:
+            break
+    return estimate.losses()
+
+
+class _Estimate:
+    """First-order losses of all examples, and exact ones of those drawn.
+
+    Args:
+        first_order: The first-order losses.
+        blocks: Positions of the examples, block by block, in the order in which they are drawn.
+    """
+
+    def __init__(self, first_order: UnitLosses, blocks: list[list[int]]) -> None:
+        self.units = first_order.units
+        self.first_order = first_order
+        self.blocks = blocks
+        self.exact = torch.full_like(first_order.masked, torch.nan)
+        self.drawn = torch.zeros_like(first_order.masked, dtype=torch.bool)
+
+    @property
+    def turns(self) -> int:
+        """Rounds after which everything is measured."""
+        return max(map(len, self.blocks))
+
+    def measure(
+        self,
+        turn: int,
+        indices: list[int] | range,
+        model: PreTrainedModel,
+        sites: list[Site],
+        examples: list[CalibrationExample],
+        memory_budget: int | str,
+    ) -> None:
+        """Measure some units on the example that is next in each block."""
+        positions = [block[turn] for block in self.blocks if turn < len(block)]
+        measured = exact_losses(
+            model,
+            sites,
+            [examples[position] for position in positions],
+            memory_budget,
+            [self.units[index] for index in indices],
+        )
+        where = torch.tensor(indices)[:, None], torch.tensor(positions)
+        self.exact[where] = measured.masked
+        self.drawn[where] = True
+
+    def losses(self) -> UnitLosses:
+        """Return the estimate, with standard errors for the draw and the choice of the examples."""
+        masked = self.first_order.masked.clone()
+        for block in self.blocks:
+            drawn = self.drawn[:, block]
+            weights = len(block) / drawn.sum(dim=1, keepdim=True)
+            corrections = weights * (self.exact - self.first_order.masked)[:, block]
+            masked[:, block] += corrections.where(drawn, 0)
+        intact = self.first_order.intact
+        of_examples = nanvar(_finite(self.exact - intact)) / len(intact)
+        standard_errors = (of_examples + self._variance_of_draw()).sqrt()
+        return UnitLosses(self.units, intact, masked, standard_errors)
+
+    def narrow(self, precision: float) -> torch.Tensor:
+        """Whether the draw leaves little of a unit's importance open, bool `[units]`."""
+        scores = _finite(self.losses().masked - self.first_order.intact).nanmean(dim=1)
+        scores = scores[scores.isfinite()]
+        allowed = precision * float(scores.max() - scores.min()) if len(scores) else 0.0
+        return _WITHIN * self._variance_of_draw().sqrt() <= allowed
+
+    def _variance_of_draw(self) -> torch.Tensor:
+        """Variance over the draw of the mean of a unit's estimate, `[units]`.
+
+        A draw of n of N without repetition; that it is spread over blocks is left out of account,
+        because the examples come in random order.
+        """
+        residuals = _finite(self.exact - self.first_order.masked)
+        count = self.drawn.sum(dim=1)
+        return nanvar(residuals) * (1 / count - 1 / len(self.first_order.intact))
+
+
+def _draw(examples: int, blocks: int, seed: int) -> list[list[int]]:
+    """Cut positions into consecutive blocks, each in a random order."""
+    if blocks > examples:
+        raise ValueError(
+            f"exact_examples is {blocks}, but there are only {examples} calibration examples"
+        )
+    random = np.random.default_rng(seed)
+    parts = np.array_split(np.arange(examples), blocks)
+    return [random.permutation(part).tolist() for part in parts]
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    return values.where(values.isfinite(), torch.nan)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient: the backward pass stays as short as it can be."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _gates(
+    model: PreTrainedModel, sites: list[Site], examples: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Multiply the input of each site by gates of value 1, `[examples, 1, channels]`, by its name.
+
+    The dictionary that is yielded fills during the forward pass.
+    """
+    gates: dict[str, torch.Tensor] = {}
+
+    def gate(site: Site) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden, *rest = args
+            gates[site.name] = hidden.new_ones(examples, 1, site.width, requires_grad=True)
+            # Some MLPs see all tokens of a batch as one list.
+            gated = hidden.reshape(examples, -1, site.width) * gates[site.name]
+            return (gated.view(hidden.shape), *rest)
+
+        return hook
+
+    handles = [
+        model.get_submodule(site.projection).register_forward_pre_hook(gate(site)) for site in sites
+    ]
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Mean loss per example, with logits at scored positions only, float64 `[examples]`."""
+    targets = Targets.of(batch)
+
+    def select(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        rows, columns = targets.rows.to(args[0].device), targets.columns.to(args[0].device)
+        return (args[0][rows, columns][None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    return targets.example_means(token_losses(logits, targets.ids.to(logits.device)))
+
+
+def _examples_per_pass(
+    model: PreTrainedModel, examples: list[CalibrationExample], budget: int
+) -> int:
+    """Examples per batch, so that what a backward pass needs of the forward one fits the budget."""
+    config = model.config.get_text_config(decoder=True)
+    longest = max(len(example.input_ids) for example in examples)
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_layer = 4 * (16 * config.hidden_size + 6 * wide)
+    # Attention that is not fused keeps its probabilities and a widened copy of them.
+    per_layer += 8 * config.num_attention_heads * longest
+    per_token = config.num_hidden_layers * per_layer + 12 * config.vocab_size
+    wanted = tokens_per_chunk(model) // longest
+    return max(1, min(wanted, budget // (longest * per_token), len(examples)))
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How masked losses are found.
+
+    Attributes:
+        function: Takes a model, its sites, examples and a memory budget, and returns the losses.
+        settings: The fields of `CAPConfig` that it takes as keywords.
+    """
+
+    function: Callable[..., UnitLosses]
+    settings: tuple[str, ...] = ()
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        sites: list[Site],
+        examples: list[CalibrationExample],
+        config: CAPConfig,
+    ) -> UnitLosses:
+        """Measure or estimate the losses as `config` says."""
+        settings: dict[str, Any] = {name: getattr(config, name) for name in self.settings}
+        return self.function(model, sites, examples, config.memory_budget, **settings)
+
+
+ESTIMATORS = {
+    "exact": Estimator(exact_losses),
+    "plain": Estimator(plain_losses),
+    "first_order": Estimator(first_order_losses),
+    "control_variate": Estimator(control_variate_losses, ("exact_examples", "seed")),
+    "adaptive": Estimator(adaptive_losses, ("exact_examples", "precision", "seed")),
+}

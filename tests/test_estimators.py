@@ -1,0 +1,225 @@
+"""Estimators: gradients against finite differences, unbiasedness by enumeration, coverage."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_attribution import examples
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
+
+from optimum_cap import config, estimators
+from optimum_cap.architectures import Site, Unit, find_sites
+from optimum_cap.attribution import (
+    UnitLosses,
+    causal_scores,
+    exact_losses,
+    example_losses,
+    plain_losses,
+)
+from optimum_cap.estimators import (
+    ESTIMATORS,
+    adaptive_losses,
+    control_variate_losses,
+    first_order_losses,
+)
+
+
+def names(losses: UnitLosses) -> list[tuple[str, int]]:
+    return [(site.name, unit.index) for site, unit in losses.units]
+
+
+def test_the_config_names_all_estimators() -> None:
+    assert set(config.ESTIMATORS) == set(ESTIMATORS)
+
+
+def scaled_losses(model: PreTrainedModel, site: Site, unit: Unit, factor: float) -> torch.Tensor:
+    """Losses with one unit scaled by its columns in the projection, `[examples]`."""
+    columns = unit.region[0].of(model.get_parameter(unit.region[0].parameter).data)
+    saved = columns.clone()
+    columns.mul_(factor)
+    losses = example_losses(model, examples())
+    columns.copy_(saved)
+    return losses
+
+
+def test_first_order_is_the_derivative(model: PreTrainedModel) -> None:
+    """Central differences of the loss in the scale of a unit, on every architecture."""
+    sites = find_sites(model, mlp_unit_size=8)
+    found = first_order_losses(model, sites, examples())
+    assert names(found) == names(plain_losses(model, sites, examples(2)))
+    torch.testing.assert_close(found.intact, example_losses(model, examples()), rtol=1e-5, atol=0)
+    errors = []
+    for index in range(0, len(found.units), 5):
+        up, down = (scaled_losses(model, *found.units[index], factor) for factor in (1.01, 0.99))
+        errors.append(found.masked[index] - found.intact - (down - up) / 0.02)
+    # A router that chooses other experts, or a ReLU at its kink, has no derivative.
+    assert torch.cat(errors).abs().quantile(0.8) < 2e-3
+    assert (found.masked - found.intact).abs().quantile(0.9) > 5e-2
+
+
+def test_first_order_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
+    model.train()
+    learning = [parameter.requires_grad for parameter in model.parameters()]
+    first_order_losses(model, find_sites(model), examples(3))
+    assert all(module.training for module in model.modules())
+    assert [parameter.requires_grad for parameter in model.parameters()] == learning
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_small_budget_gives_the_same_first_order(llama: PreTrainedModel) -> None:
+    sites = find_sites(llama)
+    torch.testing.assert_close(
+        first_order_losses(llama, sites, examples(), memory_budget=20_000).masked,
+        first_order_losses(llama, sites, examples()).masked,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_first_order_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    sites = find_sites(model)
+    narrow = first_order_losses(model, sites, examples())
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    wide = first_order_losses(model.float(), sites, examples())
+    torch.testing.assert_close(narrow.masked, wide.masked, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_control_variate_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over all possible draws is the exact loss, of every unit and every example."""
+    model, rows = tiny_model(name), examples(7)
+    sites = [site for site in find_sites(model) if site.kind == "attention"]
+    blocks = [[0, 1, 2, 3], [4, 5, 6]]
+    estimates = []
+    for draw in itertools.product(*blocks):
+        order = [
+            [first, *(set(block) - {first})] for first, block in zip(draw, blocks, strict=True)
+        ]
+        monkeypatch.setattr(estimators, "_draw", lambda *args, order=order: order)
+        estimates.append(control_variate_losses(model, sites, rows, exact_examples=2).masked)
+    assert len(estimates) == 12
+    exact = plain_losses(model, sites, rows).masked
+    torch.testing.assert_close(torch.stack(estimates).mean(0), exact, rtol=1e-5, atol=1e-6)
+    # The agreement means something: one draw, and the first-order losses, are off by far more.
+    first_order = first_order_losses(model, sites, rows).masked
+    assert (first_order - exact).abs().max() > 1e-2
+    assert (estimates[0] - exact).abs().max() > 1e-2
+
+
+def test_the_draw_takes_one_of_each_block_with_equal_chance() -> None:
+    counts = np.zeros(7)
+    for seed in range(600):
+        blocks = estimators._draw(7, 2, seed)
+        assert [sorted(block) for block in blocks] == [[0, 1, 2, 3], [4, 5, 6]]
+        counts[[block[0] for block in blocks]] += 1
+    assert np.allclose(counts[:4], 150, atol=45)
+    assert np.allclose(counts[4:], 200, atol=50)
+    assert estimators._draw(7, 2, 3) == estimators._draw(7, 2, 3)
+
+
+def test_all_examples_drawn_is_exact(llama: PreTrainedModel) -> None:
+    sites, rows = find_sites(llama), examples(6)
+    exact = exact_losses(llama, sites, rows)
+    for losses in (
+        control_variate_losses(llama, sites, rows, exact_examples=6),
+        adaptive_losses(llama, sites, rows, exact_examples=2, precision=1e-9),
+    ):
+        torch.testing.assert_close(losses.masked, exact.masked, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            causal_scores(losses).standard_errors,
+            causal_scores(exact).standard_errors,
+            rtol=1e-4,
+            atol=1e-7,
+        )
+
+
+def test_more_exact_examples_than_examples(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="exact_examples is 8, but there are only 7"):
+        control_variate_losses(llama, find_sites(llama), examples(7), exact_examples=8)
+
+
+def sampled(exact: UnitLosses, first_order: UnitLosses, rows: np.ndarray, count: int) -> UnitLosses:
+    """The control variate on some examples of losses that are known already."""
+    estimate = estimators._Estimate(
+        UnitLosses(exact.units, first_order.intact[rows], first_order.masked[:, rows]),
+        estimators._draw(len(rows), count, int(rows[0])),
+    )
+    drawn = [block[0] for block in estimate.blocks]
+    estimate.exact[:, drawn] = exact.masked[:, rows][:, drawn]
+    estimate.drawn[:, drawn] = True
+    return estimate.losses()
+
+
+def test_standard_errors_of_the_control_variate_cover() -> None:
+    """Of the mean over all examples there are, about 95 % of the intervals hold it."""
+    model, rows = tiny_model("llama"), examples(300)
+    sites = [site for site in find_sites(model) if site.kind == "attention"]
+    exact, first_order = (
+        method(model, sites, rows) for method in (exact_losses, first_order_losses)
+    )
+    truth = (exact.masked - exact.intact).mean(dim=1)
+    random = np.random.default_rng(0)
+    covered, widths, errors = [], [], []
+    for _ in range(300):
+        losses = sampled(exact, first_order, random.integers(300, size=64), 16)
+        error = (losses.masked - losses.intact).mean(dim=1) - truth
+        assert losses.standard_errors is not None
+        covered.append(error.abs() <= 1.96 * losses.standard_errors)
+        widths.append(losses.standard_errors)
+        errors.append(error)
+    share = torch.stack(covered).double().mean(dim=0)
+    assert 0.88 < float(share.mean()) < 0.98
+    assert (share > 0.82).all()
+    ratio = torch.stack(widths).square().mean(0).sqrt() / torch.stack(errors).std(0)
+    assert 0.85 < float(ratio.mean()) < 1.15
+
+
+def test_adaptive_spends_where_the_interval_is_wide(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[int, int]] = []
+
+    def counting(*args: object) -> UnitLosses:
+        losses = exact_losses(*args)  # type: ignore[arg-type]
+        measured.append(losses.masked.shape)
+        return losses
+
+    monkeypatch.setattr(estimators, "exact_losses", counting)
+    sites = [site for site in find_sites(llama) if site.kind == "attention"]
+    rows = examples(24)
+    loose = adaptive_losses(llama, sites, rows, exact_examples=4, precision=0.2)
+    units = [units for units, _ in measured]
+    assert units == sorted(units, reverse=True)
+    assert units[0] == 12
+    assert len(units) > 1
+    assert sum(math.prod(shape) for shape in measured) < 12 * 24
+    scores = causal_scores(loose, 1, "mean").scores
+    exact = causal_scores(exact_losses(llama, sites, rows), 1, "mean").scores
+    assert (scores - exact).abs().max() < 2 * 0.2 * (exact.max() - exact.min())
+
+    measured.clear()
+    adaptive_losses(llama, sites, rows, exact_examples=4, precision=1e9)
+    assert measured == [(12, 4)], "one round is the least"
+
+
+def test_an_exact_loss_that_overflows_is_left_out(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(*args: object) -> UnitLosses:
+        losses = exact_losses(*args)  # type: ignore[arg-type]
+        losses.masked[2, 0] = math.inf
+        return losses
+
+    monkeypatch.setattr(estimators, "exact_losses", overflowing)
+    rows = examples(12)
+    losses = control_variate_losses(llama, find_sites(llama), rows, exact_examples=4)
+    scores = causal_scores(losses)
+    assert scores.nonfinite.tolist() == [0, 0, 1, *[0] * (len(scores.units) - 3)]
+    assert scores.scores.isfinite().all()
+    assert scores.standard_errors.isfinite().all()
