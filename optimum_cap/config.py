@@ -104,6 +104,8 @@ class CAPConfig(QuantizationConfigMixin):
             of its rounds; at least 2.
         precision: Where `"adaptive"` stops: 1.96 standard errors of every score, as a fraction of
             the range of the scores of all heads.
+        scores: A scores file (`optimum-cli cap score`) of the same model, data and seed, instead of
+            measuring. Not saved.
         max_length: Longest example, in tokens; longer ones are passed over. `None`: 2048, or what
             the model can take if that is less.
         memory_budget: Memory for activations while scoring, in bytes or as `"4GB"`; `"auto"` takes
@@ -139,6 +141,7 @@ class CAPConfig(QuantizationConfigMixin):
     estimator: str = "exact"
     exact_examples: int = 16
     precision: float = 0.1
+    scores: str | os.PathLike[str] | None = None
     max_length: int | None = None
     memory_budget: int | str = "auto"
     modules_to_leave_dense: list[str] = field(default_factory=list)
@@ -202,6 +205,11 @@ class CAPConfig(QuantizationConfigMixin):
                 f"estimator {self.estimator!r} measures exact_examples ({self.exact_examples}) of "
                 f"num_samples ({self.num_samples}) examples exactly: lower the first or raise the "
                 "second"
+            )
+        if self.scores is not None and self.method.criterion != "cap":
+            raise ValueError(
+                f"scores are for criterion 'cap', which uses them, got criterion "
+                f"{self.method.criterion!r}"
             )
 
     def _check_method(self) -> None:
@@ -290,10 +298,10 @@ class CAPConfig(QuantizationConfigMixin):
         """Return the fields as plain JSON values.
 
         Data passed in memory is described (`in-memory, 128 rows, sha256 ...`) instead of copied,
-        and the tokenizer is left out.
+        and the tokenizer and the scores file are left out.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["tokenizer"]
+        del values["tokenizer"], values["scores"]
         values["dataset"] = describe_dataset(self.dataset)
         return copy.deepcopy(values)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ from optimum_cap.masking import (
 )
 from optimum_cap.reconstruction import RECONSTRUCTIONS
 from optimum_cap.record import MatrixSparsity, PruningRecord, UnitScore
+from optimum_cap.score_file import read_scores, save_scores
 
 logger = logging.get_logger(__name__)
 
@@ -139,20 +141,31 @@ class CAPPruner:
         attach(model, dataclasses.replace(record, base_revision=base_revision))
         return model
 
-    def measure(self, model: PreTrainedModel, tokenizer: Any = None) -> UnitLosses:
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        save_to: str | os.PathLike[str] | None = None,
+    ) -> UnitLosses:
         """Measure the losses with each head masked, which the criterion `cap` makes its scores of.
 
         Args:
             model: A decoder-only causal language model; it comes back as it was.
             tokenizer: As for `prune`.
+            save_to: A scores file to write, for `CAPConfig(scores=...)`.
 
         Raises:
             ValueError: As `prune`.
+            OSError: The file cannot be written.
         """
         sites = find_sites(model)
         _check_weights(model, prunable_matrices(sites))
-        calibration = _calibration(model, self.config, tokenizer)
-        return _measure(model, self.config, sites, calibration.examples)
+        examples = _calibration(model, self.config, tokenizer).examples
+        losses = _measure(model, self.config, sites, examples)
+        if save_to is not None:
+            save_scores(save_to, losses, model, examples, self.config)
+        return losses
 
 
 class _Work:
@@ -186,10 +199,13 @@ class _Work:
     def score_heads(self, losses: UnitLosses | None) -> None:
         """Measure the causal scores, and spread the importances of the heads over the weights."""
         config = self.config
-        if losses is None:
-            losses = _measure(self.model, config, self.sites, self.examples)
-        else:
+        if losses is not None:
             _check_losses(losses, self.sites, len(self.examples))
+        elif config.scores is not None:
+            saved = read_scores(config.scores)
+            losses = saved.losses(self.model, self.sites, self.examples, config)
+        else:
+            losses = _measure(self.model, config, self.sites, self.examples)
         self.scores = causal_scores(losses, config.subsets, config.aggregation)
         self.heads = _head_importances(self.scores)
         importances = unit_importances(self.sites, self.heads)

@@ -34,6 +34,7 @@ from optimum_cap.data_sources import local_presets
 from optimum_cap.evaluation import TaskData, check_counts, evaluate, load_task_data
 from optimum_cap.evaluation_results import AccuracyResult, Evaluation
 from optimum_cap.pruner import CAPPruner
+from optimum_cap.score_file import DECISIVE, tensors_of
 
 logger = logging.get_logger(__name__)
 
@@ -309,18 +310,7 @@ def _losses(
     cell: Cell, config: CAPConfig, model: PreTrainedModel, tokenizer: Any, folder: Path
 ) -> UnitLosses:
     """Losses with each head masked: measured once per model and calibration set."""
-    decisive = {
-        name: getattr(config, name)
-        for name in (
-            "num_samples",
-            "seed",
-            "scored_tokens",
-            "max_length",
-            "estimator",
-            "exact_examples",
-            "precision",
-        )
-    }
+    decisive = {name: getattr(config, name) for name in DECISIVE if name != "dataset"}
     named = {
         "layout": _LAYOUT,
         "model": _fingerprint(cell.model),
@@ -332,11 +322,10 @@ def _losses(
     file.parent.mkdir(exist_ok=True)
     with FileLock(file.with_suffix(".lock")):  # another cell may be measuring the same
         if file.is_file():
-            saved = load_file(file)
-            return UnitLosses(heads(find_sites(model)), saved["intact"], saved["masked"])
+            return UnitLosses(heads(find_sites(model)), **load_file(file))
         losses = CAPPruner(config).measure(model, tokenizer)
         part = file.with_suffix(f".{os.getpid()}.part")
-        save_file({"intact": losses.intact, "masked": losses.masked}, part)
+        save_file(tensors_of(losses), part)
         part.replace(file)
     return losses
 

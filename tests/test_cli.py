@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
 from optimum_cap.checkpoint import _MAX_SHARD_SIZE
+from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.prune import _CONFIG_FLAGS, PruneCommand
+from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.commands.summary import format_size, sparsity_table
 from optimum_cap.record import MatrixSparsity
 
@@ -464,8 +466,8 @@ def test_help_of_every_flag_is_one_line_with_the_default_of_the_config() -> None
     assert f"(default: {_MAX_SHARD_SIZE})" in shards.help
 
 
-@pytest.mark.parametrize("command", [EvalCommand, CompareCommand])
-def test_help_of_eval_and_compare(command: type[EvalCommand] | type[CompareCommand]) -> None:
+@pytest.mark.parametrize("command", [EvalCommand, CompareCommand, ScoreCommand])
+def test_help_of_other_commands(command: type[CAPSubcommand]) -> None:
     from optimum_cap.evaluation_tasks import DEFAULT_TASKS
 
     parser = argparse.ArgumentParser()

@@ -60,6 +60,13 @@ def test_more_exact_examples_than_examples(estimator: str) -> None:
     assert CAPConfig(sparsity=0.2, num_samples=6).exact_examples == 16
 
 
+def test_scores_for_a_criterion_without() -> None:
+    with pytest.raises(
+        ValueError, match=r"scores are for criterion 'cap', .* got criterion 'wanda'"
+    ):
+        CAPConfig(sparsity=0.2, recipe="wanda", scores="scores.safetensors")
+
+
 def test_a_config_from_before_the_estimators_is_exact() -> None:
     values = CAPConfig(sparsity=0.2).to_dict()
     for field in ("estimator", "exact_examples", "precision"):

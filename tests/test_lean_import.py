@@ -29,6 +29,7 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
         ["--help"],
         ["cap", "--help"],
         ["cap", "prune", "--help"],
+        ["cap", "score", "-h"],
         ["cap", "inspect", "-h"],
         ["cap", "eval", "-h"],
         ["cap", "compare", "-h"],

@@ -133,6 +133,19 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
         raise OSError(f"cannot write to the output folder {output}: {error.strerror}") from error
 
 
+def check_output_file(path: Path) -> None:
+    """Check that a file can stand at `path`.
+
+    Raises:
+        ValueError: There is a folder.
+        FileNotFoundError: The folder it would be in does not exist.
+    """
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a folder, a file is needed")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.absolute().parent} of the output does not exist")
+
+
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, _EXPECTED):

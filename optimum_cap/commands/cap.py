@@ -8,6 +8,7 @@ from optimum_cap.commands.estimate import EstimateCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.inspect import InspectCommand
 from optimum_cap.commands.prune import PruneCommand
+from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.commands.study import StudyCommand
 
 
@@ -19,6 +20,7 @@ class CAPCommand(BaseOptimumCLICommand):
     # by the same list, so the children are declared here.
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a causal language model.", PruneCommand),
+        CommandInfo("score", "Measure the causal scores of the heads.", ScoreCommand),
         CommandInfo("inspect", "Show what was pruned in a checkpoint, and how.", InspectCommand),
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),

@@ -4,7 +4,12 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_cap.commands.base import CAPSubcommand, add_common_flags, add_loading_flags
+from optimum_cap.commands.base import (
+    CAPSubcommand,
+    add_common_flags,
+    add_loading_flags,
+    check_output_file,
+)
 
 if TYPE_CHECKING:
     from optimum_cap.evaluation import TaskData
@@ -109,7 +114,4 @@ def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation"
 def _check_output_file(path: Path) -> None:
     if path.suffix != ".json":
         raise ValueError(f"the output {path} must end in .json, by which compare knows it")
-    if path.is_dir():
-        raise ValueError(f"the output {path} is a folder, a file is needed")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.absolute().parent} of the output does not exist")
+    check_output_file(path)

@@ -1,8 +1,8 @@
 """`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
 
 import time
-from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Mapping
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,21 +131,12 @@ class PruneCommand(CAPSubcommand):
         add = parser.add_argument
         add("-m", "--model", required=True, help="Hub id or folder of the model to prune")
         add("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write")
-        for flag, field, kind, text in _CONFIG_FLAGS:
-            add(
-                flag,
-                dest=field,
-                type=kind,
-                required=field == "sparsity",
-                default=SUPPRESS,
-                metavar=flag.split("-")[-1].upper(),
-                help=text,
-            )
+        add_config_flags(parser, [field for _, field, _, _ in _CONFIG_FLAGS])
         add(
-            "--dataset",
-            nargs="+",
-            default=SUPPRESS,
-            help="data: preset, preset=path, Hub id or file; several mix evenly (default: gsm8k)",
+            "--scores",
+            type=Path,
+            metavar="FILE",
+            help="scores file of `cap score`, to use instead of measuring, with its data and seed",
         )
         add(
             "--leave-dense",
@@ -165,7 +156,6 @@ class PruneCommand(CAPSubcommand):
             action="store_true",
             help="replace the checkpoint in a folder that is not empty; other files stay",
         )
-        add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
         add_loading_flags(parser)
         add("--push-to-hub", metavar="REPO", help="Hub id to upload the result to")
         add("--private", action="store_true", help="make that repository private if it is new")
@@ -178,27 +168,24 @@ class PruneCommand(CAPSubcommand):
         if args.private and not args.push_to_hub:
             raise ValueError("--private is about the uploaded repository: it needs --push-to-hub")
 
-        from transformers import AutoTokenizer
-
         from optimum_cap.calibration import build_calibration_set
         from optimum_cap.checkpoint import check_target
         from optimum_cap.config import CAPConfig
 
-        config = CAPConfig(**_config_values(vars(args)))
+        values = config_values(vars(args))
+        if args.scores:
+            from optimum_cap.score_file import read_scores
+
+            # What is not given is as in the file; what is given has to be.
+            values = {**read_scores(args.scores).settings, **values, "scores": args.scores}
+        config = CAPConfig(**values)
         if args.max_shard_size:
             _check_shard_size(args.max_shard_size)
         # Saving checks this again: weights of another model in the folder are never replaced.
         check_target(args.output.absolute())
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
-        tokenizer = AutoTokenizer.from_pretrained(
-            args.tokenizer or args.model,
-            # A revision is one of the model's repository.
-            revision=(None if args.tokenizer else args.revision) or "main",
-            trust_remote_code=args.trust_remote_code,
-            token=args.token,
-        )
-        config.tokenizer = tokenizer
+        config.tokenizer = tokenizer = load_tokenizer(args)
         if config.method.needs_data:
             # Made again when the model prunes; here it shows what is wrong with the data in a
             # second.
@@ -252,7 +239,45 @@ def _check_shard_size(size: str) -> None:
         raise ValueError(f"--max-shard-size must be a size such as 500MB, got {size!r}") from error
 
 
-def _config_values(given: Mapping[str, Any]) -> dict[str, Any]:
+def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
+    """Add the flags of some fields of `CAPConfig`, of its data set, and of the tokenizer."""
+    for flag, field, kind, text in _CONFIG_FLAGS:
+        if field in fields:
+            parser.add_argument(
+                flag,
+                dest=field,
+                type=kind,
+                required=field == "sparsity",
+                default=SUPPRESS,
+                metavar=flag.split("-")[-1].upper(),
+                help=text,
+            )
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=SUPPRESS,
+        help="data: preset, preset=path, Hub id or file; several mix evenly (default: gsm8k)",
+    )
+    parser.add_argument(
+        "--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)"
+    )
+
+
+def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that was named, or the model's."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        args.tokenizer or args.model,
+        # A revision is one of the model's repository.
+        revision=(None if args.tokenizer else args.revision) or "main",
+        trust_remote_code=args.trust_remote_code,
+        token=args.token,
+    )
+    return tokenizer
+
+
+def config_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `CAPConfig` that were given on the command line."""
     fields = [field for _, field, _, _ in _CONFIG_FLAGS] + ["modules_to_leave_dense"]
     values = {field: given[field] for field in fields if field in given}

@@ -1,0 +1,113 @@
+"""`optimum-cli cap score`: measure the causal scores of a model and keep them in a file."""
+
+import time
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum_cap.commands.base import (
+    CAPSubcommand,
+    add_common_flags,
+    add_loading_flags,
+    check_output_file,
+)
+from optimum_cap.commands.prune import add_config_flags, config_values, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from optimum_cap.attribution import CausalScores
+    from optimum_cap.config import CAPConfig
+
+_FIELDS = (
+    "num_samples",
+    "subsets",
+    "aggregation",
+    "scored_tokens",
+    "estimator",
+    "exact_examples",
+    "precision",
+    "max_length",
+    "memory_budget",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    config: "CAPConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+class ScoreCommand(CAPSubcommand):
+    """The file serves `cap prune --scores` at any sparsity; subsets and aggregation may change."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the flags."""
+        parser.description = "Measure the causal scores of the attention heads and save them."
+        add = parser.add_argument
+        add("-m", "--model", required=True, help="Hub id or folder of the model to score")
+        add("-o", "--output", required=True, type=Path, metavar="FILE", help="file to write")
+        add("--overwrite", action="store_true", help="replace the file if it is there")
+        add_config_flags(parser, _FIELDS)
+        add_loading_flags(parser)
+        add_common_flags(parser)
+
+    def prepare(self) -> _Prepared:
+        """Check output, configuration, tokenizer and data."""
+        args = self.args
+        check_output_file(args.output)
+        if args.output.exists() and not args.overwrite:
+            raise ValueError(f"the output {args.output} exists: pass --overwrite to replace it")
+
+        from optimum_cap.calibration import build_calibration_set
+        from optimum_cap.config import CAPConfig
+
+        # Scores are the same at every sparsity.
+        config = CAPConfig(sparsity=0.5, **config_values(vars(args)))
+        tokenizer = load_tokenizer(args)
+        build_calibration_set(config, tokenizer)  # shows what is wrong with the data in a second
+        return _Prepared(config, tokenizer)
+
+    def execute(self, prepared: _Prepared) -> None:
+        """Measure, save, print the heads."""
+        from transformers import AutoModelForCausalLM
+
+        from optimum_cap.attribution import causal_scores
+        from optimum_cap.pruner import CAPPruner
+
+        args, config = self.args, prepared.config
+        start = time.monotonic()
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model,
+            dtype=args.dtype,
+            device_map=args.device_map,
+            revision=args.revision or "main",
+            trust_remote_code=args.trust_remote_code,
+            token=args.token,
+        )
+        losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=args.output)
+        scores = causal_scores(losses, config.subsets, config.aggregation)
+        layers = len({site.layer for site, _ in scores.units})
+        print(f"heads         {len(scores.units)} scored in {layers} layers")
+        print(f"estimator     {config.estimator}")
+        print(f"intact loss   {scores.intact_loss:.4f} nats per token")
+        print(f"time          {time.monotonic() - start:.1f} s")
+        print(f"saved         {args.output}")
+        print(f"\n{head_table(scores)}")
+
+
+def head_table(scores: "CausalScores") -> str:
+    """Return a table of the heads with score and standard error, the most needed first."""
+    rows = [["layer.head", "score", "standard error"]]
+    for index in scores.scores.nan_to_num(float("inf")).argsort(descending=True, stable=True):
+        site, unit = scores.units[index]
+        score, error = scores.scores[index], scores.standard_errors[index]
+        rows.append([f"{site.layer}.{unit.index}", f"{score:+.6f}", f"{error:.6f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )

@@ -1,0 +1,211 @@
+"""Scores files: the losses that causal scores are made of, kept for any number of prunings.
+
+One safetensors file: the losses as tensors, and in its metadata what they are of (model,
+calibration examples, units, estimator) with a checksum over all. They serve any sparsity, number of
+subsets and aggregation, and are refused for another model, data set or seed.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.architectures import Site, heads
+from optimum_cap.attribution import UnitLosses
+from optimum_cap.calibration import CalibrationExample
+from optimum_cap.config import CAPConfig
+
+_LAYOUT = 1
+_METADATA = "optimum_cap_scores"
+_VERSIONED = ("optimum-cap", "torch", "transformers")
+DECISIVE = (
+    "dataset",
+    "num_samples",
+    "seed",
+    "scored_tokens",
+    "max_length",
+    "estimator",
+    "exact_examples",
+    "precision",
+)
+"""The fields of `CAPConfig` that losses depend on."""
+
+
+@dataclass(frozen=True)
+class SavedScores:
+    """What a scores file holds.
+
+    Attributes:
+        path: The file.
+        tensors: `intact`, `masked` and perhaps `standard_errors` of `UnitLosses`.
+        metadata: What they are of, as plain JSON values.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `CAPConfig` that the losses were measured with (`DECISIVE`)."""
+        settings: dict[str, Any] = self.metadata["settings"]
+        return settings
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        sites: list[Site],
+        examples: list[CalibrationExample],
+        config: CAPConfig,
+    ) -> UnitLosses:
+        """Return the losses, for the model and data that they are of.
+
+        Raises:
+            ValueError: They are of another model, other calibration examples, other units or
+                another estimator.
+        """
+        settings = self.settings
+        units = [[site.name, unit.index] for site, unit in heads(sites)]
+        if self.metadata["units"] != units or self.metadata["model"] != _model_digest(model):
+            raise ValueError(
+                f"the scores in {self.path} are of another model "
+                f"({self.metadata['base_model'] or 'unnamed'}) than "
+                f"{model.name_or_path or 'this one'}, or of other weights: score this model with "
+                "`optimum-cli cap score`"
+            )
+        if self.metadata["examples"] != _examples_digest(examples):
+            raise ValueError(
+                f"the scores in {self.path} are of other calibration examples (dataset "
+                f"{settings['dataset']}, num_samples {settings['num_samples']}, seed "
+                f"{settings['seed']}) than this config takes (dataset "
+                f"{config.to_dict()['dataset']}, num_samples {config.num_samples}, seed "
+                f"{config.seed}): use the same, or score again"
+            )
+        if settings["estimator"] != config.estimator:
+            raise ValueError(
+                f"the scores in {self.path} are of estimator {settings['estimator']!r}, but the "
+                f"config asks for {config.estimator!r}: use the same, or score again"
+            )
+        return UnitLosses(heads(sites), **self.tensors)
+
+
+def save_scores(
+    path: str | os.PathLike[str],
+    losses: UnitLosses,
+    model: PreTrainedModel,
+    examples: list[CalibrationExample],
+    config: CAPConfig,
+) -> None:
+    """Write a scores file, all or nothing.
+
+    Args:
+        path: The file; one that is there is replaced.
+        losses: What `CAPPruner.measure` returned.
+        model: The model, as it was measured.
+        examples: The calibration examples.
+        config: What was measured with.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    values = config.to_dict()
+    tensors = tensors_of(losses)
+    metadata = {
+        "layout": _LAYOUT,
+        "base_model": model.name_or_path or None,
+        "model": _model_digest(model),
+        "examples": _examples_digest(examples),
+        "rows": [example.digest for example in examples],
+        "units": [[site.name, unit.index] for site, unit in losses.units],
+        "settings": {name: values[name] for name in DECISIVE},
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
+    metadata["sha256"] = _checksum(tensors, metadata)
+    target = Path(path)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, {_METADATA: json.dumps(metadata, sort_keys=True)})
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        part.replace(target)
+    except SafetensorError as error:
+        raise OSError(f"cannot write the scores file {target}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_scores(path: str | os.PathLike[str]) -> SavedScores:
+    """Read a scores file and check that it is whole.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no scores file, of a newer layout, or damaged.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"the scores file {file} does not exist: make it with `optimum-cli cap score`"
+        )
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata = json.loads((stored.metadata() or {}).get(_METADATA, "null"))
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is no scores file, or damaged ({error}): score again") from error
+    if metadata is None:
+        raise ValueError(f"{file} is no scores file: make one with `optimum-cli cap score`")
+    if metadata["layout"] != _LAYOUT:
+        raise ValueError(
+            f"the scores file {file} has layout {metadata['layout']}, but this optimum-cap reads "
+            f"{_LAYOUT}: upgrade optimum-cap or score again"
+        )
+    if metadata.pop("sha256") != _checksum(tensors, metadata):
+        raise ValueError(f"the scores file {file} is damaged (wrong checksum): score again")
+    return SavedScores(file, tensors, metadata)
+
+
+def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:
+    """Return the tensors of losses by name, without those that are not there."""
+    tensors = {"intact": losses.intact, "masked": losses.masked}
+    if losses.standard_errors is not None:
+        tensors["standard_errors"] = losses.standard_errors
+    return tensors
+
+
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        _update(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def _model_digest(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256(type(model).__name__.encode())
+    parameters = dict(model.named_parameters())
+    with logging.tqdm(total=len(parameters), desc="Hashing weights", delay=5) as progress:
+        for name, parameter in parameters.items():
+            _update(digest, name, parameter.data)
+            progress.update()
+    return digest.hexdigest()
+
+
+def _examples_digest(examples: list[CalibrationExample]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        _update(digest, "input_ids", example.input_ids)
+        _update(digest, "scored", example.scored)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
