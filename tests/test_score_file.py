@@ -148,7 +148,10 @@ def run(command: Any, *arguments: Any) -> None:
 
 
 def test_score_then_prune(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "scores.safetensors"
     run(ScoreCommand, *flags, "-o", file, "--seed", 3, "--estimator", "first_order")
@@ -160,6 +163,8 @@ def test_score_then_prune(
     assert len(rows) == 13
 
     # Data, seed and estimator are those of the file.
+    unused = Estimator(lambda *args: pytest.fail("measured again"))
+    monkeypatch.setitem(ESTIMATORS, "first_order", unused)
     run(PruneCommand, "-m", flags[1], "--scores", file, "--sparsity", 0.4, "-o", tmp_path / "dir")
     record = inspect_checkpoint(str(tmp_path / "dir")).record
     assert record.config["seed"] == 3

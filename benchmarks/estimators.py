@@ -1,0 +1,126 @@
+"""Estimators of causal scores against the plain loop (one hooked forward pass per head).
+
+All of them run on the same model and examples in one process, taking turns; each run draws its
+exact examples anew. Their scores are compared with the exact ones by Spearman's rank correlation.
+
+    python benchmarks/estimators.py                       # a random 12-layer Llama
+    python benchmarks/estimators.py --model examples/tiny_reasoner/model \
+        --data examples/tiny_reasoner/data/calibration.jsonl --examples 128
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import torch
+from scoring import random_examples, random_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from optimum_cap import CAPConfig
+from optimum_cap.architectures import find_sites
+from optimum_cap.attribution import UnitLosses, causal_scores
+from optimum_cap.calibration import build_calibration_set
+from optimum_cap.estimators import ESTIMATORS
+
+
+def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Pearson's correlation of the ranks (there are no ties among measured losses)."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def scores_of(losses: UnitLosses, aggregation: str) -> torch.Tensor:
+    subsets = 3 if aggregation == "median" else 1
+    return causal_scores(losses, subsets, aggregation).scores
+
+
+def halves(losses: UnitLosses) -> tuple[UnitLosses, UnitLosses]:
+    """The losses on the first and on the second half of the examples."""
+    middle = len(losses.intact) // 2
+    first, second = (
+        UnitLosses(losses.units, losses.intact[part], losses.masked[:, part])
+        for part in (slice(middle), slice(middle, None))
+    )
+    return first, second
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder or Hub id; default: a random Llama")
+    parser.add_argument("--data", help="calibration data of that model")
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per random example")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--exact-examples", type=int, default=16)
+    parser.add_argument("--precision", type=float, default=0.1)
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+
+    config = CAPConfig(
+        sparsity=0.5,
+        dataset=arguments.data or "random",
+        num_samples=arguments.examples,
+        exact_examples=arguments.exact_examples,
+        precision=arguments.precision,
+    )
+    if arguments.model:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        examples = build_calibration_set(config, tokenizer).examples
+    else:
+        model = random_llama(arguments.layers, arguments.heads, arguments.hidden)
+        examples = random_examples(arguments.examples, arguments.tokens, model.config.vocab_size)
+    sites = [site for site in find_sites(model) if site.kind == "attention"]
+
+    seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+    found: dict[str, list[UnitLosses]] = {name: [] for name in ESTIMATORS}
+    for run in range(arguments.runs):
+        for name, estimator in ESTIMATORS.items():
+            start = time.perf_counter()
+            losses = estimator.losses(model, sites, examples, dataclasses.replace(config, seed=run))
+            seconds[name].append(time.perf_counter() - start)
+            found[name].append(losses)
+
+    exact = found["exact"][0]
+    scores = causal_scores(exact, 1, "mean")
+    clear = int((scores.scores.abs() > 2 * scores.standard_errors).sum())
+    tokens = sum(len(example.input_ids) for example in examples)
+    print(
+        f"{len(exact.units)} heads in {len(sites)} layers, {len(examples)} examples, {tokens} "
+        f"tokens, {torch.get_num_threads()} threads, {model.device}; {arguments.exact_examples} "
+        f"exact examples; {clear} heads have a mean score beyond 2 standard errors\n"
+    )
+    print(
+        "| estimator | seconds | plain / it | Spearman with exact, median of subsets | mean |\n"
+        "|---|---|---|---|---|"
+    )
+    for name in ESTIMATORS:
+        ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)]
+        agreement = [
+            spread([spearman(scores_of(own, how), scores_of(exact, how)) for own in found[name]], 3)
+            for how in ("median", "mean")
+        ]
+        print(
+            f"| {name} | {spread(seconds[name])} | {spread(ratios, 1)} | {' | '.join(agreement)} |"
+        )
+    between = [
+        spearman(*(scores_of(half, how) for half in halves(exact))) for how in ("median", "mean")
+    ]
+    print(
+        "\nexact on the first half of the examples against exact on the second: Spearman "
+        f"{between[0]:.3f} (median of subsets), {between[1]:.3f} (mean)"
+    )
+
+
+if __name__ == "__main__":
+    main()
