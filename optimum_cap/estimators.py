@@ -5,7 +5,7 @@ by one backward pass. `control_variate` corrects that by exact losses of some ex
 `adaptive` goes on until the importances are known as well as was asked. See `docs/estimators.md`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,12 +114,12 @@ def control_variate_losses(
     Raises:
         ValueError: There are fewer examples than that.
     """
-    estimate = _Estimate(
+    sampled = SampledLosses(
         first_order_losses(model, sites, examples, memory_budget, units),
-        _draw(len(examples), exact_examples, seed),
+        draw_blocks(len(examples), exact_examples, seed),
     )
-    estimate.measure(0, range(len(estimate.units)), model, sites, examples, memory_budget)
-    return estimate.losses()
+    _measure(sampled, 0, range(len(sampled.units)), model, sites, examples, memory_budget)
+    return sampled.losses()
 
 
 def adaptive_losses(
@@ -153,22 +153,22 @@ def adaptive_losses(
     Raises:
         ValueError: There are fewer examples than `exact_examples`.
     """
-    estimate = _Estimate(
+    sampled = SampledLosses(
         first_order_losses(model, sites, examples, memory_budget, units),
-        _draw(len(examples), exact_examples, seed),
+        draw_blocks(len(examples), exact_examples, seed),
     )
-    wide = list(range(len(estimate.units)))
-    for turn in range(estimate.turns):
-        estimate.measure(turn, wide, model, sites, examples, memory_budget)
-        narrow = estimate.narrow(precision)
+    wide = list(range(len(sampled.units)))
+    for turn in range(sampled.turns):
+        _measure(sampled, turn, wide, model, sites, examples, memory_budget)
+        narrow = sampled.narrow(precision)
         wide = [index for index in wide if not narrow[index]]
         if not wide:
             break
-    return estimate.losses()
+    return sampled.losses()
 
 
-class _Estimate:
-    """First-order losses of all examples, and exact ones of those drawn.
+class SampledLosses:
+    """First-order losses of all examples, and exact ones of those drawn so far.
 
     Args:
         first_order: The first-order losses.
@@ -187,26 +187,14 @@ class _Estimate:
         """Rounds after which everything is measured."""
         return max(map(len, self.blocks))
 
-    def measure(
-        self,
-        turn: int,
-        indices: list[int] | range,
-        model: PreTrainedModel,
-        sites: list[Site],
-        examples: list[CalibrationExample],
-        memory_budget: int | str,
-    ) -> None:
-        """Measure some units on the example that is next in each block."""
-        positions = [block[turn] for block in self.blocks if turn < len(block)]
-        measured = exact_losses(
-            model,
-            sites,
-            [examples[position] for position in positions],
-            memory_budget,
-            [self.units[index] for index in indices],
-        )
-        where = torch.tensor(indices)[:, None], torch.tensor(positions)
-        self.exact[where] = measured.masked
+    def positions(self, turn: int) -> list[int]:
+        """The examples that are drawn in a round: the next one of each block."""
+        return [block[turn] for block in self.blocks if turn < len(block)]
+
+    def record(self, turn: int, indices: Sequence[int], masked: torch.Tensor) -> None:
+        """Take in the exact losses of some units, by index, in a round: `[units, positions]`."""
+        where = torch.tensor(indices)[:, None], torch.tensor(self.positions(turn))
+        self.exact[where] = masked
         self.drawn[where] = True
 
     def losses(self) -> UnitLosses:
@@ -240,8 +228,12 @@ class _Estimate:
         return nanvar(residuals) * (1 / count - 1 / len(self.first_order.intact))
 
 
-def _draw(examples: int, blocks: int, seed: int) -> list[list[int]]:
-    """Cut positions into consecutive blocks, each in a random order."""
+def draw_blocks(examples: int, blocks: int, seed: int) -> list[list[int]]:
+    """Cut the positions of examples into consecutive blocks, and put each in a random order.
+
+    Raises:
+        ValueError: There are fewer examples than blocks.
+    """
     if blocks > examples:
         raise ValueError(
             f"exact_examples is {blocks}, but there are only {examples} calibration examples"
@@ -249,6 +241,22 @@ def _draw(examples: int, blocks: int, seed: int) -> list[list[int]]:
     random = np.random.default_rng(seed)
     parts = np.array_split(np.arange(examples), blocks)
     return [random.permutation(part).tolist() for part in parts]
+
+
+def _measure(
+    sampled: SampledLosses,
+    turn: int,
+    indices: Sequence[int],
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str,
+) -> None:
+    """Measure some units exactly on the examples of a round."""
+    rows = [examples[position] for position in sampled.positions(turn)]
+    units = [sampled.units[index] for index in indices]
+    exact = exact_losses(model, sites, rows, memory_budget, units)
+    sampled.record(turn, indices, exact.masked)
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,10 @@ from optimum_cap.attribution import (
 )
 from optimum_cap.estimators import (
     ESTIMATORS,
+    SampledLosses,
     adaptive_losses,
     control_variate_losses,
+    draw_blocks,
     first_order_losses,
 )
 
@@ -101,7 +103,7 @@ def test_control_variate_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch)
         order = [
             [first, *(set(block) - {first})] for first, block in zip(draw, blocks, strict=True)
         ]
-        monkeypatch.setattr(estimators, "_draw", lambda *args, order=order: order)
+        monkeypatch.setattr(estimators, "draw_blocks", lambda *args, order=order: order)
         estimates.append(control_variate_losses(model, sites, rows, exact_examples=2).masked)
     assert len(estimates) == 12
     exact = plain_losses(model, sites, rows).masked
@@ -115,12 +117,12 @@ def test_control_variate_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_the_draw_takes_one_of_each_block_with_equal_chance() -> None:
     counts = np.zeros(7)
     for seed in range(600):
-        blocks = estimators._draw(7, 2, seed)
+        blocks = draw_blocks(7, 2, seed)
         assert [sorted(block) for block in blocks] == [[0, 1, 2, 3], [4, 5, 6]]
         counts[[block[0] for block in blocks]] += 1
     assert np.allclose(counts[:4], 150, atol=45)
     assert np.allclose(counts[4:], 200, atol=50)
-    assert estimators._draw(7, 2, 3) == estimators._draw(7, 2, 3)
+    assert draw_blocks(7, 2, 3) == draw_blocks(7, 2, 3)
 
 
 def test_all_examples_drawn_is_exact(llama: PreTrainedModel) -> None:
@@ -146,13 +148,10 @@ def test_more_exact_examples_than_examples(llama: PreTrainedModel) -> None:
 
 def sampled(exact: UnitLosses, first_order: UnitLosses, rows: np.ndarray, count: int) -> UnitLosses:
     """The control variate on some examples of losses that are known already."""
-    estimate = estimators._Estimate(
-        UnitLosses(exact.units, first_order.intact[rows], first_order.masked[:, rows]),
-        estimators._draw(len(rows), count, int(rows[0])),
-    )
-    drawn = [block[0] for block in estimate.blocks]
-    estimate.exact[:, drawn] = exact.masked[:, rows][:, drawn]
-    estimate.drawn[:, drawn] = True
+    own = UnitLosses(exact.units, first_order.intact[rows], first_order.masked[:, rows])
+    estimate = SampledLosses(own, draw_blocks(len(rows), count, int(rows[0])))
+    drawn = exact.masked[:, rows[estimate.positions(0)]]
+    estimate.record(0, range(len(exact.units)), drawn)
     return estimate.losses()
 
 
