@@ -1,5 +1,4 @@
-"""The commands `optimum-cli cap prune`, `inspect`, `convert`, `eval`, `compare`, `estimate` and
-`study`.
+"""The commands below `optimum-cli cap`, one file each.
 
 `optimum-cli` imports this package at every start, so torch and transformers are imported only when
 a command runs.
