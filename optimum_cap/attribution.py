@@ -15,18 +15,18 @@ from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, decoder_layers
 from optimum_cap.calibration import Batch, CalibrationExample, batches
+from optimum_cap.chunks import ExactRun, chunks_of
 from optimum_cap.config import parse_size
+from optimum_cap.distributed import Team, processes_here
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
+from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import (
     Targets,
-    Wavefront,
     examples_per_batch,
     prefix_to_share,
     streams_per_chunk,
     token_losses,
 )
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def exact_losses(
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
     units: list[tuple[Site, Unit]] | None = None,
+    cache: ScoreCache | None = None,
 ) -> UnitLosses:
     """Measure the loss with each unit of the attention and MLP sites among `sites` masked.
 
@@ -141,36 +142,36 @@ def exact_losses(
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free.
         units: Which units to mask, by rising layer; `None` masks all of these sites.
+        cache: Keeps finished chunks of this model, so that a run that was stopped goes on where it
+            was, with the same bytes as an undisturbed one.
 
     Returns:
-        The losses, in the order of the units and of the examples.
+        The losses, in the order of the units and of the examples. Processes that were launched
+        together (`accelerate launch`, `torchrun`) share the work, so that all of them have to call
+        this, and each returns all losses.
+
+    Raises:
+        MemoryError: Memory runs out with a single example and a single unit.
+        ConnectionError: Another process of the launch has stopped.
     """
-    layers = decoder_layers(model, sites)
     jobs = scored_units(sites) if units is None else units
-    intact = torch.empty(len(examples), dtype=torch.float64)
-    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
-    tokens = sum(len(example.input_ids) for example in examples)
-    work = tokens * sum(len(layers) - site.layer for site, _ in jobs)
-    with (
-        evaluation_mode(model),
-        float32_on_cpu(model),
-        logging.tqdm(total=work, desc="Scoring", unit="tok", unit_scale=True) as progress,
-    ):
-        budget = budget_bytes(
-            memory_budget, model.device
-        )  # of what is free when weights are widened
-        prefix = prefix_to_share(model, layers, sites, examples)
-        size = examples_per_batch(model, examples, budget, prefix)
-        for batch in batches(examples, size, prefix):
-            wavefront = Wavefront(model, layers, sites, batch)
-            intact[batch.positions] = wavefront.intact_losses()
-            rows = streams_per_chunk(model, batch, budget)
-            for start in range(0, len(jobs), rows):
-                chunk = jobs[start : start + rows]
-                masked[start : start + len(chunk), batch.positions] = wavefront.masked_losses(chunk)
-                done = sum(len(examples[position].input_ids) for position in batch.positions)
-                progress.update(done * sum(len(layers) - site.layer for site, _ in chunk))
-    return UnitLosses(jobs, intact, masked)
+    team = Team.of_this_run()
+    with evaluation_mode(model), float32_on_cpu(model):
+        # Of what is free when weights are widened.
+        budget = budget_bytes(memory_budget, model.device)
+        if cache and memory_budget == "auto":
+            budget = cache.budget(examples, jobs, budget)
+        budget = team.first(budget)
+        prefix = prefix_to_share(model, decoder_layers(model, sites), sites, examples)
+        made = batches(examples, examples_per_batch(model, examples, budget, prefix), prefix)
+        chunks = [
+            chunk
+            for batch in made
+            for chunk in chunks_of(batch, len(jobs), streams_per_chunk(model, batch, budget))
+        ]
+        run = ExactRun(model, sites, jobs, len(examples), cache, team)
+        run.measure(chunks)
+    return UnitLosses(jobs, run.intact, run.masked)
 
 
 def plain_losses(
@@ -234,4 +235,4 @@ def budget_bytes(memory_budget: int | str, device: torch.device) -> int:
         return parse_size(memory_budget, "memory_budget")
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return int(psutil.virtual_memory().available) // 2
+    return int(psutil.virtual_memory().available) // 2 // processes_here()

@@ -110,6 +110,8 @@ class CAPConfig(QuantizationConfigMixin):
             the model can take if that is less.
         memory_budget: Memory for activations while scoring, in bytes or as `"4GB"`; `"auto"` takes
             half of what is free.
+        cache_dir: Folder that keeps finished parts of the scoring, so that a run that was stopped
+            goes on where it was (`docs/scoring.md`); `None` keeps nothing. Not saved.
         modules_to_leave_dense: Names of modules (or trailing parts of names, such as `"layers.0"`
             or `"o_proj"`) that are not pruned, beside embeddings, norms, routers and the LM head,
             which never are.
@@ -144,6 +146,7 @@ class CAPConfig(QuantizationConfigMixin):
     scores: str | os.PathLike[str] | None = None
     max_length: int | None = None
     memory_budget: int | str = "auto"
+    cache_dir: str | os.PathLike[str] | None = None
     modules_to_leave_dense: list[str] = field(default_factory=list)
     checkpoint_format: str = "packed"
     tokenizer: Any = None
@@ -298,10 +301,10 @@ class CAPConfig(QuantizationConfigMixin):
         """Return the fields as plain JSON values.
 
         Data passed in memory is described (`in-memory, 128 rows, sha256 ...`) instead of copied,
-        and the tokenizer and the scores file are left out.
+        and the tokenizer, the scores file and the cache folder are left out.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["tokenizer"], values["scores"]
+        del values["tokenizer"], values["scores"], values["cache_dir"]
         values["dataset"] = describe_dataset(self.dataset)
         return copy.deepcopy(values)
 

@@ -28,6 +28,7 @@ from optimum_cap.attribution import (
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.config import CAPConfig
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
 
 _WITHIN = 1.96  # standard errors on either side of a 95 % interval
@@ -92,6 +93,7 @@ def control_variate_losses(
     *,
     exact_examples: int = 16,
     seed: int = 0,
+    cache: ScoreCache | None = None,
 ) -> UnitLosses:
     """Estimate the masked losses to first order, corrected by exact ones of some examples.
 
@@ -110,6 +112,7 @@ def control_variate_losses(
         exact_examples: Number of examples with exact losses: one drawn from each of as many
             consecutive blocks, so that all subsets of the calibration set have their share.
         seed: Seed of the draw.
+        cache: Keeps finished chunks of the exact losses.
 
     Raises:
         ValueError: There are fewer examples than that.
@@ -118,7 +121,8 @@ def control_variate_losses(
         first_order_losses(model, sites, examples, memory_budget, units),
         draw_blocks(len(examples), exact_examples, seed),
     )
-    _measure(sampled, 0, range(len(sampled.units)), model, sites, examples, memory_budget)
+    every = range(len(sampled.units))
+    _measure(sampled, 0, every, model, sites, examples, memory_budget, cache)
     return sampled.losses()
 
 
@@ -132,6 +136,7 @@ def adaptive_losses(
     exact_examples: int = 16,
     precision: float = 0.1,
     seed: int = 0,
+    cache: ScoreCache | None = None,
 ) -> UnitLosses:
     """Estimate as `control_variate_losses`, in rounds, until every importance is known well enough.
 
@@ -149,6 +154,7 @@ def adaptive_losses(
         exact_examples: Number of examples of each round.
         precision: Half the width of the 95 % interval, as a fraction of the range of the scores.
         seed: Seed of the draw.
+        cache: Keeps finished chunks of the exact losses.
 
     Raises:
         ValueError: There are fewer examples than `exact_examples`.
@@ -159,7 +165,7 @@ def adaptive_losses(
     )
     wide = list(range(len(sampled.units)))
     for turn in range(sampled.turns):
-        _measure(sampled, turn, wide, model, sites, examples, memory_budget)
+        _measure(sampled, turn, wide, model, sites, examples, memory_budget, cache)
         narrow = sampled.narrow(precision)
         wide = [index for index in wide if not narrow[index]]
         if not wide:
@@ -251,11 +257,12 @@ def _measure(
     sites: list[Site],
     examples: list[CalibrationExample],
     memory_budget: int | str,
+    cache: ScoreCache | None,
 ) -> None:
     """Measure some units exactly on the examples of a round."""
     rows = [examples[position] for position in sampled.positions(turn)]
     units = [sampled.units[index] for index in indices]
-    exact = exact_losses(model, sites, rows, memory_budget, units)
+    exact = exact_losses(model, sites, rows, memory_budget, units, cache)
     sampled.record(turn, indices, exact.masked)
 
 
@@ -344,10 +351,12 @@ class Estimator:
     Attributes:
         function: Takes a model, its sites, examples and a memory budget, and returns the losses.
         settings: The fields of `CAPConfig` that it takes as keywords.
+        resumes: Whether it takes a cache of finished chunks.
     """
 
     function: Callable[..., UnitLosses]
     settings: tuple[str, ...] = ()
+    resumes: bool = True
 
     def losses(
         self,
@@ -358,13 +367,15 @@ class Estimator:
     ) -> UnitLosses:
         """Measure or estimate the losses as `config` says."""
         settings: dict[str, Any] = {name: getattr(config, name) for name in self.settings}
+        if self.resumes and config.cache_dir is not None:
+            settings["cache"] = ScoreCache(config.cache_dir, model)
         return self.function(model, sites, examples, config.memory_budget, **settings)
 
 
 ESTIMATORS = {
     "exact": Estimator(exact_losses),
-    "plain": Estimator(plain_losses),
-    "first_order": Estimator(first_order_losses),
+    "plain": Estimator(plain_losses, resumes=False),
+    "first_order": Estimator(first_order_losses, resumes=False),
     "control_variate": Estimator(control_variate_losses, ("exact_examples", "seed")),
     "adaptive": Estimator(adaptive_losses, ("exact_examples", "precision", "seed")),
 }

@@ -1,8 +1,12 @@
 """Fixtures for all tests: no network, tiny models, nothing left behind."""
 
 import os
+import shutil
+import tempfile
 
-# Before anything imports huggingface_hub: a test that reaches for the Hub fails at once.
+# Before anything imports huggingface_hub: a test that reaches for the Hub fails at once, and no
+# test finds what another run has left in the caches.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="optimum-cap-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +15,10 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap.architectures import find_sites
+from optimum_cap.architectures import Site, Unit, find_sites
 from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses, plain_losses
-from optimum_cap.calibration import CalibrationExample
+from optimum_cap.calibration import Batch, CalibrationExample
+from optimum_cap.wavefront import Wavefront
 
 
 def examples(count: int = 7, longest: int = 24, seed: int = 0) -> list[CalibrationExample]:
@@ -187,3 +189,73 @@ def test_nonfinite_intact_loss_is_an_error() -> None:
 def test_more_subsets_than_examples_is_an_error() -> None:
     with pytest.raises(ValueError, match="2 calibration examples cannot be split into 3"):
         causal_scores(losses_of([[1, 1]], [1, 1]), subsets=3)
+
+
+OUT_OF_MEMORY = {
+    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+    "python": MemoryError(),
+}
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception) -> list[int]:
+    """Let the masked streams of so many tokens raise `error`; return the list of what was tried."""
+    tried = []
+
+    class Limited(Wavefront):
+        def __init__(
+            self, model: PreTrainedModel, layers: list[nn.Module], sites: list[Site], batch: Batch
+        ) -> None:
+            super().__init__(model, layers, sites, batch)
+            self.tokens_of_a_stream = batch.input_ids.numel()
+
+        def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+            tried.append(len(jobs) * self.tokens_of_a_stream)
+            if tried[-1] > tokens:
+                raise error
+            return super().masked_losses(jobs)
+
+    monkeypatch.setattr("optimum_cap.chunks.Wavefront", Limited)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens"),
+    [("cuda", 1000), ("cpu", 100), ("python", 30)],
+    ids=["fewer streams", "one stream", "fewer examples"],
+)
+def test_out_of_memory_goes_on_with_less(
+    device: str,
+    tokens: int,
+    llama: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sites, rows = find_sites(llama, mlp_unit_size=4), examples(12)
+    expected = exact_losses(llama, sites, rows)
+    tried = limit_memory(monkeypatch, tokens, OUT_OF_MEMORY[device])
+    losses = exact_losses(llama, sites, rows)
+    torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-6, atol=0)
+    (said,) = caplog.messages
+    assert f"memory ran out with {tried[0]} tokens" in said
+    assert "a lower memory_budget" in said
+    refused = [count for count in tried if count > tokens]
+    assert len(refused) <= 6, "what was learnt of the memory is kept for the batches that follow"
+
+
+def test_out_of_memory_with_a_single_example_and_unit_is_an_error(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_memory(monkeypatch, 0, OUT_OF_MEMORY["cuda"])
+    with pytest.raises(MemoryError, match=r"a single example of \d+ tokens .* memory_budget"):
+        exact_losses(llama, find_sites(llama), examples(3))
+
+
+def test_another_error_is_no_lack_of_memory(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = limit_memory(monkeypatch, 0, RuntimeError("a wrong shape"))
+    with pytest.raises(RuntimeError, match="a wrong shape"):
+        exact_losses(llama, find_sites(llama), examples(3))
+    assert len(tried) == 1

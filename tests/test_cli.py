@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -431,23 +434,64 @@ def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
     assert "error: wikitext2 of" in err
 
 
-def test_interrupt_exits_with_130_and_leaves_nothing(settings: list[str], tmp_path: Path) -> None:
+def test_interrupt_exits_with_130_and_leaves_what_goes_on(
+    settings: list[str], tmp_path: Path
+) -> None:
     rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in [*range(400)] * 8]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     slowly = ["--dataset", tmp_path / "many.jsonl", "--num-samples", "3200", "--memory-budget", "1"]
+    slowly += ["--cache-dir", tmp_path / "scores"]
     command = [OPTIMUM_CLI, "cap", "prune", *map(str, [*settings, *slowly, "-o", tmp_path / "out"])]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         err = ""
-        while not re.search(r"Scoring.*\]", err):
+        while err.count("Scoring") < 3:  # when the first chunks are done
             character = process.stderr.read(1)
             assert character, f"ended before it scored: {err}"
             err += character
         process.send_signal(signal.SIGINT)
         err += process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert complaints(err) == ["optimum-cli cap prune: interrupted"]
+    kept = f"what is done is kept in {tmp_path / 'scores'}; run the same again to go on from there"
+    assert kept in err
+    assert complaints(err)[-1] == "optimum-cli cap prune: interrupted"
+    assert list((tmp_path / "scores").rglob("*.safetensors"))
     assert not (tmp_path / "out").exists()
+
+
+def test_finished_parts_of_the_scoring_are_kept_in_the_hugging_face_home(pruned: Path) -> None:
+    folder = Path(os.environ["HF_HOME"]) / "optimum_cap" / "scores"
+    assert list(folder.rglob("*.safetensors"))
+    assert str(folder) not in (pruned / "pruning_record.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_pruning_gives_the_same_checkpoint(
+    settings: list[str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in range(60)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    slowly = ["--dataset", tmp_path / "many.jsonl", "--num-samples", "60", "--memory-budget", "1"]
+    checksums, chunks = [], []
+    for name in ("undisturbed", "killed"):
+        scores = tmp_path / f"scores of {name}"
+        flags = [*settings, *slowly, "--cache-dir", scores, "-o", tmp_path / name]
+        if name == "killed":
+            command = [OPTIMUM_CLI, "cap", "prune", *map(str, flags)]
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+                while len(list(scores.rglob("*.safetensors"))) < 40:
+                    assert process.poll() is None
+                    time.sleep(0.001)
+                process.kill()
+            assert not (tmp_path / name).exists()
+        done = run_executable("prune", *flags)
+        assert done.returncode == 0, done.stderr
+        checksums.append(
+            hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
+        )
+        chunks.append({file.name for file in scores.rglob("*.safetensors")})
+    assert checksums[0] == checksums[1]
+    assert chunks[0] == chunks[1]
 
 
 def test_help_of_every_flag_is_one_line_with_the_default_of_the_config() -> None:

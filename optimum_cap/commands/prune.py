@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from optimum_cap.config import CAPConfig
+    from optimum_cap.distributed import Team
 
 
 def _size(text: str) -> int | str:
@@ -105,6 +106,12 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         _size,
         "memory for activations, in bytes or as 4GB; auto is half of what is free (default: auto)",
     ),
+    (
+        "--cache-dir",
+        "cache_dir",
+        str,
+        "finished parts of the scoring are kept here (default: optimum_cap/scores in HF_HOME)",
+    ),
     ("--seed", "seed", int, "seed of the selection of examples (default: 0)"),
     (
         "--format",
@@ -119,6 +126,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
 class _Prepared:
     config: "CAPConfig"
     tokenizer: "PreTrainedTokenizerBase"
+    team: "Team"
 
 
 class PruneCommand(CAPSubcommand):
@@ -171,8 +179,12 @@ class PruneCommand(CAPSubcommand):
         from optimum_cap.calibration import build_calibration_set
         from optimum_cap.checkpoint import check_target
         from optimum_cap.config import CAPConfig
+        from optimum_cap.distributed import Team
+        from optimum_cap.score_cache import default_folder
 
-        values = config_values(vars(args))
+        team = Team.of_this_run()
+        team.quieten()
+        values = {"cache_dir": default_folder(), **config_values(vars(args))}
         if args.scores:
             from optimum_cap.score_file import read_scores
 
@@ -190,7 +202,8 @@ class PruneCommand(CAPSubcommand):
             # Made again when the model prunes; here it shows what is wrong with the data in a
             # second.
             build_calibration_set(config, tokenizer)
-        return _Prepared(config, tokenizer)
+        team.gather(None)  # none may save before all have looked at the output folder
+        return _Prepared(config, tokenizer, team)
 
     def execute(self, prepared: _Prepared) -> None:
         """Prune, save, print what was done, upload."""
@@ -203,12 +216,15 @@ class PruneCommand(CAPSubcommand):
         model = AutoModelForCausalLM.from_pretrained(
             args.model,
             dtype=args.dtype,
-            device_map=args.device_map,
+            device_map=prepared.team.placement(args.device_map),
             revision=args.revision or "main",
             trust_remote_code=args.trust_remote_code,
             token=args.token,
             pruning_config=prepared.config,
         )
+        prepared.team.leave()
+        if prepared.team.rank:
+            return  # the model is the same in every process; the first one saves it
         before = _file_stamps(args.output)
         limit = {"max_shard_size": args.max_shard_size} if args.max_shard_size else {}
         model.save_pretrained(args.output, **limit)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from optimum_cap.attribution import CausalScores
     from optimum_cap.config import CAPConfig
+    from optimum_cap.distributed import Team
 
 _FIELDS = (
     "num_samples",
@@ -30,6 +31,7 @@ _FIELDS = (
     "precision",
     "max_length",
     "memory_budget",
+    "cache_dir",
     "seed",
 )
 
@@ -38,6 +40,7 @@ _FIELDS = (
 class _Prepared:
     config: "CAPConfig"
     tokenizer: "PreTrainedTokenizerBase"
+    team: "Team"
 
 
 class ScoreCommand(CAPSubcommand):
@@ -64,12 +67,17 @@ class ScoreCommand(CAPSubcommand):
 
         from optimum_cap.calibration import build_calibration_set
         from optimum_cap.config import CAPConfig
+        from optimum_cap.distributed import Team
+        from optimum_cap.score_cache import default_folder
 
-        # Scores are the same at every sparsity.
-        config = CAPConfig(sparsity=0.5, **config_values(vars(args)))
+        team = Team.of_this_run()
+        team.quieten()
+        values = {"cache_dir": default_folder(), **config_values(vars(args))}
+        config = CAPConfig(sparsity=0.5, **values)  # scores are the same at every sparsity
         tokenizer = load_tokenizer(args)
         build_calibration_set(config, tokenizer)  # shows what is wrong with the data in a second
-        return _Prepared(config, tokenizer)
+        team.gather(None)  # none may write before all have looked at the output
+        return _Prepared(config, tokenizer, team)
 
     def execute(self, prepared: _Prepared) -> None:
         """Measure, save, print the heads."""
@@ -83,12 +91,17 @@ class ScoreCommand(CAPSubcommand):
         model = AutoModelForCausalLM.from_pretrained(
             args.model,
             dtype=args.dtype,
-            device_map=args.device_map,
+            device_map=prepared.team.placement(args.device_map),
             revision=args.revision or "main",
             trust_remote_code=args.trust_remote_code,
             token=args.token,
         )
-        losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=args.output)
+        # Every process has all losses; the first one saves them.
+        target = None if prepared.team.rank else args.output
+        losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=target)
+        prepared.team.leave()
+        if prepared.team.rank:
+            return
         scores = causal_scores(losses, config.subsets, config.aggregation)
         layers = len({site.layer for site, _ in scores.units})
         print(f"heads         {len(scores.units)} scored in {layers} layers")

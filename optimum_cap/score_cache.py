@@ -1,0 +1,224 @@
+"""Finished chunks of a scoring on disk, so that a run that was stopped goes on where it was.
+
+A chunk lies under a digest of all that its bytes follow from: weights and config of the model, the
+batch, the units, the versions and the machine. Nothing is ever compared or updated, so a changed
+input cannot meet an old chunk, and two runs that share a folder write the same bytes.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate.utils.modeling import align_module_device
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.architectures import Site, Unit
+from optimum_cap.calibration import Batch, CalibrationExample
+
+logger = logging.get_logger(__name__)
+
+_LAYOUT = 1  # of files and keys, and of the way that losses are computed
+_VERSIONED = ("optimum-cap", "torch", "transformers")
+# What config.json says of files, not of the computation, or what the parameters say better.
+_NOT_COMPUTED = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "pruning_config",
+    "quantization_config",
+    "transformers_version",
+)
+
+
+def default_folder() -> Path:
+    """Where the command line keeps chunks: `optimum_cap/scores` in the Hugging Face home."""
+    return Path(constants.HF_HOME) / "optimum_cap" / "scores"
+
+
+class ScoreCache:
+    """The finished chunks of one model.
+
+    Args:
+        folder: Where they are kept; made when there is something to keep. Several models and
+            several processes may share it.
+        model: The model. Its weights are read once, here: a changed model needs a new cache.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
+        self.folder = Path(folder)
+        self._files = TensorFiles(self.folder)
+        self._model = _digest(_computation(model), _weights_digest(model))[:32]
+
+    def losses(self, batch: Batch, units: list[tuple[Site, Unit]]) -> torch.Tensor | None:
+        """Losses of a batch with each unit masked, or intact with no units; `None` if unknown."""
+        return self._files.read(self._chunk(batch, units))
+
+    def keep(self, batch: Batch, units: list[tuple[Site, Unit]], losses: torch.Tensor) -> None:
+        """Keep the losses of a batch with each unit masked, or intact with no units."""
+        self._files.write(self._chunk(batch, units), losses)
+
+    def budget(
+        self, examples: list[CalibrationExample], units: list[tuple[Site, Unit]], measured: int
+    ) -> int:
+        """The memory budget that the run over these began with; `measured` if it begins now.
+
+        A batch of another size gives other last bits, and what is free changes from run to run.
+        """
+        tokens = [[example.input_ids, example.scored] for example in examples]
+        key = self._key("budget", _names(units), tokens)
+        if (known := self._files.read(key)) is None:
+            known = torch.tensor(measured)
+            self._files.write(key, known)
+        return int(known)
+
+    def _chunk(self, batch: Batch, units: list[tuple[Site, Unit]]) -> str:
+        # Where the examples of the batch stand in the calibration set changes no loss.
+        content = {name: value for name, value in vars(batch).items() if name != "positions"}
+        return self._key("chunk", _names(units), content)
+
+    def _key(self, *parts: Any) -> str:
+        return f"{self._model}/{_digest(*parts)[:32]}"
+
+
+class TensorFiles:
+    """Tensors in a folder, one file each, with a checksum.
+
+    Args:
+        folder: Made when the first tensor is written. Several processes may share it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._complained = False
+
+    def read(self, key: str) -> torch.Tensor | None:
+        """Return what was written under `key`; `None` if nothing was, or if it is damaged."""
+        file = self._file(key)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, "pt") as content:
+                tensor: torch.Tensor = content.get_tensor("tensor")
+                if (content.metadata() or {}).get("sha256") == _checksum(key, tensor):
+                    return tensor
+            problem = "its checksum is another one"
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        logger.warning(f"{file} is damaged ({problem}): what it held is measured again")
+        return None
+
+    def write(self, key: str, tensor: torch.Tensor) -> None:
+        """Keep `tensor` under `key`: the file is there as a whole or not at all.
+
+        A folder that cannot be written to does not stop the run, which has its results in memory;
+        the first such failure is said.
+        """
+        file = self._file(key)
+        data = safetensors.torch.save({"tensor": tensor}, {"sha256": _checksum(key, tensor)})
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(file, data)
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning(
+                    f"the score cache {self.folder} cannot be written ({error.strerror}): scoring "
+                    "goes on, but what is measured from here on is lost if it stops; make room, "
+                    "or name another folder as cache_dir"
+                )
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+def _write_whole(file: Path, data: bytes) -> None:
+    unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _names(units: list[tuple[Site, Unit]]) -> list[str]:
+    return [f"{site.name} {unit.channels}" for site, unit in units]
+
+
+def _computation(model: PreTrainedModel) -> dict[str, Any]:
+    """What the losses follow from beside weights and tokens."""
+    config = model.config.to_dict()
+    device = model.device
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        # Matrix products add up in another order with other instructions and threads.
+        else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    )
+    return {
+        "layout": _LAYOUT,
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        "class": type(model).__name__,
+        "config": {name: value for name, value in config.items() if name not in _NOT_COMPUTED},
+        "attention": model.config._attn_implementation,
+        "device": device.type,
+        "machine": machine,
+        "precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _weights_digest(model: PreTrainedModel) -> str:
+    """Digest of all parameters and buffers, one after the other; offloaded ones are fetched."""
+    digest = hashlib.sha256()
+    modules = dict(model.named_modules())
+    with logging.tqdm(total=len(modules), desc="Hashing weights", delay=5) as progress:
+        for name, module in modules.items():
+            with align_module_device(module):
+                own = chain(
+                    module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+                )
+                for tensor_name, tensor in own:
+                    _update(digest, f"{name}.{tensor_name}", tensor)
+            progress.update()
+    return digest.hexdigest()
+
+
+def _checksum(key: str, tensor: torch.Tensor) -> str:
+    return _digest(key, tensor)
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        _update(digest, "", part)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, value: Any) -> None:
+    """Add a name and a value: tensors by their bytes, containers entry by entry, others as JSON."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, list):
+        digest.update(f"{name} [{len(value)}]\n".encode())
+        for entry in value:
+            _update(digest, name, entry)
+    elif isinstance(value, dict):
+        digest.update(f"{name} {{{len(value)}}}\n".encode())
+        for key in sorted(value, key=str):
+            _update(digest, str(key), value[key])
+    else:
+        digest.update(f"{name} {json.dumps(value, default=str)}\n".encode())

@@ -1,0 +1,171 @@
+"""Several processes score together: the bytes of one alone; a dead one stops the others."""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_score_cache import chunk_files, digest, score
+from tiny_models import tiny_model, tiny_tokenizer
+
+from optimum_cap.distributed import Team
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_score_cache import *
+
+def main(folder, dies_after=None):
+    own, measured = Wavefront.masked_losses, []
+
+    def masked_losses(self, jobs):
+        measured.append(jobs)
+        if os.environ["RANK"] == "1" and len(measured) == int(dies_after or -1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(self, jobs)
+
+    Wavefront.masked_losses = masked_losses
+    torch.set_num_threads(1)
+    losses = score(tiny_model("llama"), Path(folder) if folder != "none" else None, count=24)
+    print(digest(losses), len(measured))
+
+main(*sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """As many as a rank has: the last bits may depend on it."""
+    torch.set_num_threads(1)
+
+
+def ranks(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """Run the script in two ranks, without a launcher that ends the others when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent))]
+        processes.append(
+            subprocess.Popen(
+                [*command, *map(str, arguments)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    done = []
+    for process in processes:
+        out, err = process.communicate(timeout=280)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return done
+
+
+@given(costs=st.lists(st.integers(1, 100), max_size=40), size=st.integers(1, 5))
+def test_shares_are_consecutive_complete_and_about_equal(costs: list[int], size: int) -> None:
+    shares = [Team(rank, size).share(costs) for rank in range(size)]
+    assert [index for share in shares for index in share] == list(range(len(costs)))
+    for share in shares:
+        assert sum(costs[index] for index in share) < sum(costs) / size + max(costs, default=1)
+
+
+def test_one_process_is_a_team_of_its_own() -> None:
+    team = Team.of_this_run()
+    assert team == Team(0, 1)
+    assert team.first(3) == 3
+    assert team.gather({"a": 1}) == [{"a": 1}]
+    assert team.share([1, 2, 3]) == [0, 1, 2]
+    assert team.placement("auto") == "auto"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_two_ranks_give_the_losses_of_one_and_a_dead_one_stops_the_other(tmp_path: Path) -> None:
+    expected = digest(score(tiny_model("llama"), tmp_path / "alone", count=24))
+    chunks = len(chunk_files(tmp_path / "alone")) - 24  # of them the intact losses
+
+    survivor, dead = ranks(tmp_path / "scores", 10)
+    assert dead.returncode == -9
+    assert survivor.returncode == 1
+    error = survivor.stderr.strip().splitlines()[-1]
+    assert re.search(r"process 0 of 2 has lost another one, which stopped .*", error), error
+    assert f"kept in {tmp_path / 'scores'}; run the same again to go on from there" in error
+
+    first, second = (done.stdout.split() for done in ranks(tmp_path / "scores"))
+    assert first[0] == second[0] == expected
+    left = int(first[1]) + int(second[1])
+    assert 0 < left < chunks - 10, "what both had finished is not measured again"
+    assert min(int(first[1]), int(second[1])) > left // 4, "what was left is shared out"
+
+    names = [
+        [file.relative_to(folder) for file in chunk_files(folder)]
+        for folder in (tmp_path / "alone", tmp_path / "scores")
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_ranks_without_a_cache() -> None:
+    first, second = ranks("none")
+    assert first.stdout.split()[0] == second.stdout.split()[0]
+    assert first.stdout.split()[0] == digest(score(tiny_model("llama"), None, count=24))
+    assert "Scoring" in first.stderr
+    assert "Scoring" not in second.stderr, "only the first one shows progress"
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    rows = [{"prompt": f"{n}+{n + 1}=", "completion": f"{2 * n + 1}"} for n in range(12)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"-m {tmp_path}/dense --dataset {tmp_path}/sums.jsonl --sparsity 0.5 --num-samples 6"
+    launch = {
+        "one": "-m",
+        "two": "-m torch.distributed.run --standalone --nproc-per-node 2 -m",
+    }
+    for name, how in launch.items():
+        command = f"{how} optimum.commands.optimum_cli cap prune {flags} --memory-budget 20000"
+        paths = ["-o", tmp_path / name, "--cache-dir", tmp_path / f"scores of {name}"]
+        done = subprocess.run(
+            [sys.executable, *command.split(), *paths],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved ") == 1
+    first, second = (
+        {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in (tmp_path / name).iterdir()
+        }
+        for name in launch
+    )
+    assert first["model.safetensors"] == second["model.safetensors"]
+    assert first.keys() == second.keys()
+    assert len(chunk_files(tmp_path / "scores of one")) == len(
+        chunk_files(tmp_path / "scores of two")
+    )

@@ -1,0 +1,354 @@
+"""Scoring that is stopped goes on where it was, with the bytes of an undisturbed run."""
+
+import copy
+import hashlib
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_attribution import OUT_OF_MEMORY, limit_memory
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.architectures import Site, Unit, find_sites
+from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses
+from optimum_cap.calibration import CalibrationExample
+from optimum_cap.score_cache import ScoreCache, TensorFiles
+from optimum_cap.wavefront import Wavefront
+
+ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
+BUDGET = 20_000  # makes several batches of several chunks
+
+
+def examples(count: int = 6) -> list[CalibrationExample]:
+    """Examples of three lengths whose second half is scored."""
+    made = []
+    for index in range(count):
+        ids = torch.arange(12 + 4 * (index % 3)) * (index + 7) % 60 + 4
+        scored = torch.arange(len(ids)) >= len(ids) // 2
+        made.append(CalibrationExample(ids, scored, "sums", index, f"{index:064x}"))
+    return made
+
+
+def score(model: PreTrainedModel, folder: Path | None, count: int = 6) -> UnitLosses:
+    cache = ScoreCache(folder, model) if folder else None
+    return exact_losses(model, find_sites(model), examples(count), BUDGET, cache=cache)
+
+
+def same_bytes(first: UnitLosses, second: UnitLosses) -> bool:
+    return all(
+        one.numpy().tobytes() == other.numpy().tobytes()
+        for one, other in ((first.intact, second.intact), (first.masked, second.masked))
+    )
+
+
+def chunk_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The units of each chunk that is measured from now on."""
+    counts: list[int] = []
+    own = Wavefront.masked_losses
+
+    def masked_losses(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+        losses = own(self, jobs)
+        counts.append(len(jobs))
+        return losses
+
+    monkeypatch.setattr(Wavefront, "masked_losses", masked_losses)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_second_run_measures_nothing(name: str, tmp_path: Path, measured: list[int]) -> None:
+    model = tiny_model(name)
+    expected = score(model, None)
+    assert same_bytes(score(model, tmp_path), expected)
+    chunks = len(measured) // 2
+    assert len(measured) == 2 * chunks > 6
+    assert same_bytes(score(model, tmp_path), expected)
+    assert len(measured) == 2 * chunks
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_half_precision_weights_are_hashed_as_they_are_stored(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    first = score(model, tmp_path)
+    files = chunk_files(tmp_path)
+    assert same_bytes(score(model, tmp_path), first)
+    assert chunk_files(tmp_path) == files
+
+
+def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
+    llama: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = score(llama, None)
+    total = len(measured)
+    with monkeypatch.context() as patch:
+        counting = Wavefront.masked_losses
+
+        def interrupted(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+            if len(measured) == total + 5:
+                raise KeyboardInterrupt
+            return counting(self, jobs)
+
+        patch.setattr(Wavefront, "masked_losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(llama, tmp_path)
+    (said,) = caplog.messages
+    assert f"kept in {tmp_path}; run the same again to go on from there" in said
+    assert same_bytes(score(llama, tmp_path), expected)
+    assert len(measured) == 2 * total
+
+
+def change_weight(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(math.inf))
+
+
+CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
+    "weight": change_weight,
+    "buffer": lambda model: model.model.rotary_emb.inv_freq.mul_(1.001),
+    "config": lambda model: setattr(model.config, "rms_norm_eps", 1e-4),
+    "attention": lambda model: model.set_attn_implementation("eager"),
+    "threads": lambda model: torch.set_num_threads(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_input_meets_no_old_chunk(
+    change: str, llama: PreTrainedModel, tmp_path: Path, measured: list[int]
+) -> None:
+    score(llama, tmp_path)
+    chunks = len(measured)
+    CHANGES[change](llama)
+    assert same_bytes(score(llama, tmp_path), score(llama, None))
+    assert len(measured) == 3 * chunks
+
+
+@pytest.mark.parametrize("change", ["token", "scored", "version"])
+def test_changed_data_or_versions_meet_no_old_chunk(
+    change: str,
+    llama: PreTrainedModel,
+    tmp_path: Path,
+    measured: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    score(llama, tmp_path)
+    first, rows = len(measured), examples()
+    if change == "token":
+        rows[0].input_ids[3] += 1
+    elif change == "scored":
+        rows[0].scored[-1] = False
+    else:
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
+    exact_losses(llama, find_sites(llama), rows, BUDGET, cache=ScoreCache(tmp_path, llama))
+    again = len(measured) - first
+    assert again == (first if change == "version" else first // 6), "of one batch of one example"
+
+
+def test_what_is_free_later_does_not_change_the_chunks(
+    llama: PreTrainedModel, tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites, cache = find_sites(llama), ScoreCache(tmp_path, llama)
+    expected = exact_losses(llama, sites, examples(), "auto", cache=cache)
+    chunks = len(measured)
+    monkeypatch.setattr("optimum_cap.attribution._bytes", lambda budget, device: 1)
+    again = exact_losses(llama, sites, examples(), "auto", cache=cache)
+    assert len(measured) == chunks
+    assert same_bytes(again, expected)
+    other = exact_losses(llama, sites, examples(5), "auto", cache=cache)
+    assert set(measured[chunks:]) == {1}
+    torch.testing.assert_close(other.masked, expected.masked[:, :5], rtol=1e-5, atol=0)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files, stored = TensorFiles(tmp_path), torch.tensor([[1.5, math.inf], [math.nan, 2]]).double()
+    files.write("model/chunk", stored)
+    (file,) = chunk_files(tmp_path)
+    intact = file.read_bytes()
+    for position in range(len(intact)):
+        file.write_bytes(intact[:position] + bytes([intact[position] ^ 4]) + intact[position + 1 :])
+        caplog.clear()
+        found = files.read("model/chunk")
+        assert found is None or found.numpy().tobytes() == stored.numpy().tobytes(), position
+        assert (found is None) == ("is damaged" in caplog.text)
+    for length in range(len(intact)):
+        file.write_bytes(intact[:length])
+        assert files.read("model/chunk") is None
+    file.write_bytes(intact)
+    file.rename(file.with_name("other.safetensors"))
+    assert files.read("model/other") is None, "it is the chunk of another key"
+
+
+def test_a_damaged_chunk_is_said_and_measured_again(
+    llama: PreTrainedModel, tmp_path: Path, measured: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = score(llama, tmp_path)
+    chunks = len(measured)
+    damaged = max(chunk_files(tmp_path), key=lambda file: file.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    assert same_bytes(score(llama, tmp_path), expected)
+    assert len(measured) == chunks + 1
+    (said,) = caplog.messages
+    assert f"{damaged} is damaged (its checksum is another one)" in said
+    caplog.clear()
+    assert same_bytes(score(llama, tmp_path), expected)
+    assert not caplog.messages
+
+
+def test_losses_that_overflow_survive_the_cache(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Wavefront.masked_losses
+
+    def overflowing(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+        losses = own(self, jobs)
+        for row, (site, unit) in enumerate(jobs):
+            if (site.layer, unit.index) == (1, 2):
+                losses[row, 0] = math.inf
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Wavefront, "masked_losses", overflowing)
+        first = score(llama, tmp_path)
+    again = score(llama, tmp_path)
+    assert same_bytes(first, again)
+    scores = causal_scores(again)
+    assert scores.nonfinite.tolist().count(0) == len(again.units) - 1
+    assert scores.nonfinite.sum() == 6, "the six examples are batches of one"
+
+
+def test_out_of_memory_meets_the_cache(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]
+) -> None:
+    """Halves of a batch have chunks of their own, which the next run finds as well."""
+    sites = find_sites(llama)
+    limit_memory(monkeypatch, 40, OUT_OF_MEMORY["cuda"])
+    first = exact_losses(llama, sites, examples(), cache=ScoreCache(tmp_path, llama))
+    chunks = len(measured)
+    again = exact_losses(llama, sites, examples(), cache=ScoreCache(tmp_path, llama))
+    assert len(measured) == chunks
+    assert same_bytes(first, again)
+
+
+def test_pruning_with_a_cache_is_pruning(llama: PreTrainedModel, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    settings = {"dataset": ROWS, "num_samples": 12}
+    expected = CAPPruner(CAPConfig(0.3, **settings)).prune(copy.deepcopy(llama), tokenizer)
+    for sparsity in (0.5, 0.3):
+        config = CAPConfig(sparsity, **settings, cache_dir=tmp_path)
+        pruned = CAPPruner(config).prune(copy.deepcopy(llama), tokenizer)
+    assert all(
+        torch.equal(tensor, pruned.state_dict()[name])
+        for name, tensor in expected.state_dict().items()
+    )
+    assert pruned.pruning_record == expected.pruning_record, "and the folder is not in the record"
+
+
+# Processes
+
+SCRIPT = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_score_cache import *
+
+def main(folder, largest_file=None):
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest_file), resource.RLIM_INFINITY))
+    own = Wavefront.masked_losses
+
+    def masked_losses(self, jobs):
+        losses = own(self, jobs)
+        print("measured", flush=True)
+        return losses
+
+    Wavefront.masked_losses = masked_losses
+    torch.set_num_threads(2)
+    print(digest(score(tiny_model("llama"), Path(folder), count=60)))
+
+main(*sys.argv[1:])
+"""
+
+
+def digest(losses: UnitLosses) -> str:
+    return hashlib.sha256(losses.masked.numpy().tobytes()).hexdigest()
+
+
+def undisturbed() -> str:
+    return digest(score(tiny_model("llama"), None, count=60))
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Score 60 examples of a Llama in a process of its own."""
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Return the digest of the losses, and what was said."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out.splitlines()[-1], err
+
+
+def masked_chunks(folder: Path) -> int:
+    """The number of chunks that hold losses of masked units: they have two dimensions."""
+    return sum(b'"shape":[1]' not in file.read_bytes() for file in chunk_files(folder))
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_at_most_one_chunk(tmp_path: Path, measured: list[int]) -> None:
+    expected = undisturbed()
+    total = len(measured)
+    kept = 0
+    for count in (30, 150):
+        process = start(tmp_path)
+        while len(chunk_files(tmp_path)) < count:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        finished = process.communicate()[0].count("measured")
+        assert finished - 1 <= masked_chunks(tmp_path) - kept <= finished
+        kept = masked_chunks(tmp_path)
+    assert 0 < kept < total
+    assert digest(score(tiny_model("llama"), tmp_path, count=60)) == expected
+    assert len(measured) == total + total - kept
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache(tmp_path: Path) -> None:
+    processes = [start(tmp_path), start(tmp_path)]
+    results = [ended(process) for process in processes]
+    expected = undisturbed()
+    for result, err in results:
+        assert result == expected
+        assert "damaged" not in err
+    assert digest(score(tiny_model("llama"), tmp_path, count=60)) == expected
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path: Path) -> None:
+    result, err = ended(start(tmp_path, 100))
+    assert result == undisturbed()
+    assert err.count("cannot be written (File too large)") == 1
+    assert "what is measured from here on is lost if it stops" in err
+    assert not list(tmp_path.rglob("*.*")), "no part of a file stays"
