@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.architectures import find_sites
-from optimum_cap.attribution import ATTRIBUTIONS
 from optimum_cap.estimation import estimate
+from optimum_cap.estimators import ESTIMATORS
 
 SIZES = {"small": (4, 8, 384), "medium": (6, 8, 512), "large": (8, 12, 768)}
 _TOLERANCE = 0.3
@@ -38,13 +38,13 @@ def steps(
     model: LlamaForCausalLM, count: int, tokens: int
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name -> what makes ready and returns what is timed."""
-    examples = random_examples(count, tokens, model.config.vocab_size)
+    examples = random_examples(count, tokens, model.config.vocab_size, 0.0)
     sites = [site for site in find_sites(model) if site.kind == "attention"]
     tokenizer = number_tokenizer(model.config.vocab_size)
     texts = [" ".join(map(str, example.input_ids.tolist())) for example in examples]
 
     def scoring(name: str) -> Callable[[], Callable[[], object]]:
-        return lambda: lambda: ATTRIBUTIONS[name](model, sites, examples)
+        return lambda: lambda: ESTIMATORS[name].function(model, sites, examples)
 
     def pruning(name: str) -> Callable[[], Callable[[], object]]:
         config = CAPConfig(sparsity=0.5, recipe=name, dataset=texts, num_samples=count, subsets=1)
@@ -55,9 +55,8 @@ def steps(
 
         return ready
 
-    known = [name for name in ("exact", "plain", "first_order") if name in ATTRIBUTIONS]
     return {
-        **{name: scoring(name) for name in known},
+        **{name: scoring(name) for name in ("exact", "plain", "first_order")},
         **{name: pruning(name) for name in ("wanda", "sparsegpt")},
     }
 

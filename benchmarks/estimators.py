@@ -100,7 +100,9 @@ def main() -> None:
         examples = build_calibration_set(config, tokenizer).examples
     else:
         model = random_llama(arguments.layers, arguments.heads, arguments.hidden)
-        examples = random_examples(arguments.examples, arguments.tokens, model.config.vocab_size)
+        examples = random_examples(
+            arguments.examples, arguments.tokens, model.config.vocab_size, 0.0
+        )
     sites = [site for site in find_sites(model) if site.kind == "attention"]
 
     clock = time.process_time if arguments.cpu_time else time.perf_counter

@@ -5,18 +5,13 @@ batch, the units, the versions and the machine. Nothing is ever compared or upda
 input cannot meet an old chunk, and two runs that share a folder write the same bytes.
 """
 
-import hashlib
 import importlib.metadata
-import json
 import os
-import secrets
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate.utils.modeling import align_module_device
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
@@ -24,6 +19,7 @@ from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.calibration import Batch, CalibrationExample
+from optimum_cap.storage import digest_of, weights_digest, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +53,7 @@ class ScoreCache:
     def __init__(self, folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
         self.folder = Path(folder)
         self._files = TensorFiles(self.folder)
-        self._model = _digest(_computation(model), _weights_digest(model))[:32]
+        self._model = digest_of(_computation(model), weights_digest(model))[:32]
 
     def losses(self, batch: Batch, units: list[tuple[Site, Unit]]) -> torch.Tensor | None:
         """Losses of a batch with each unit masked, or intact with no units; `None` if unknown."""
@@ -87,7 +83,7 @@ class ScoreCache:
         return self._key("chunk", _names(units), content)
 
     def _key(self, *parts: Any) -> str:
-        return f"{self._model}/{_digest(*parts)[:32]}"
+        return f"{self._model}/{digest_of(*parts)[:32]}"
 
 
 class TensorFiles:
@@ -109,7 +105,7 @@ class TensorFiles:
         try:
             with safe_open(file, "pt") as content:
                 tensor: torch.Tensor = content.get_tensor("tensor")
-                if (content.metadata() or {}).get("sha256") == _checksum(key, tensor):
+                if (content.metadata() or {}).get("sha256") == digest_of(key, tensor):
                     return tensor
             problem = "its checksum is another one"
         except (OSError, SafetensorError) as error:
@@ -124,10 +120,10 @@ class TensorFiles:
         the first such failure is said.
         """
         file = self._file(key)
-        data = safetensors.torch.save({"tensor": tensor}, {"sha256": _checksum(key, tensor)})
+        data = safetensors.torch.save({"tensor": tensor}, {"sha256": digest_of(key, tensor)})
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(file, data)
+            write_whole(file, data)
         except OSError as error:
             if not self._complained:
                 self._complained = True
@@ -139,19 +135,6 @@ class TensorFiles:
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp")
-    try:
-        with unfinished.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _names(units: list[tuple[Site, Unit]]) -> list[str]:
@@ -178,47 +161,3 @@ def _computation(model: PreTrainedModel) -> dict[str, Any]:
         "machine": machine,
         "precision": torch.get_float32_matmul_precision(),
     }
-
-
-def _weights_digest(model: PreTrainedModel) -> str:
-    """Digest of all parameters and buffers, one after the other; offloaded ones are fetched."""
-    digest = hashlib.sha256()
-    modules = dict(model.named_modules())
-    with logging.tqdm(total=len(modules), desc="Hashing weights", delay=5) as progress:
-        for name, module in modules.items():
-            with align_module_device(module):
-                own = chain(
-                    module.named_parameters(recurse=False), module.named_buffers(recurse=False)
-                )
-                for tensor_name, tensor in own:
-                    _update(digest, f"{name}.{tensor_name}", tensor)
-            progress.update()
-    return digest.hexdigest()
-
-
-def _checksum(key: str, tensor: torch.Tensor) -> str:
-    return _digest(key, tensor)
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        _update(digest, "", part)
-    return digest.hexdigest()
-
-
-def _update(digest: Any, name: str, value: Any) -> None:
-    """Add a name and a value: tensors by their bytes, containers entry by entry, others as JSON."""
-    if isinstance(value, torch.Tensor):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(value, list):
-        digest.update(f"{name} [{len(value)}]\n".encode())
-        for entry in value:
-            _update(digest, name, entry)
-    elif isinstance(value, dict):
-        digest.update(f"{name} {{{len(value)}}}\n".encode())
-        for key in sorted(value, key=str):
-            _update(digest, str(key), value[key])
-    else:
-        digest.update(f"{name} {json.dumps(value, default=str)}\n".encode())

@@ -5,7 +5,6 @@ calibration examples, units, estimator) with a checksum over all. They serve any
 subsets and aggregation, and are refused for another model, data set or seed.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_cap.architectures import Site, heads
 from optimum_cap.attribution import UnitLosses
 from optimum_cap.calibration import CalibrationExample
 from optimum_cap.config import CAPConfig
+from optimum_cap.storage import digest_of, weights_digest, write_whole
 
 _LAYOUT = 1
 _METADATA = "optimum_cap_scores"
@@ -129,18 +128,9 @@ def save_scores(
         "settings": {name: values[name] for name in DECISIVE},
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
-    metadata["sha256"] = _checksum(tensors, metadata)
-    target = Path(path)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part, {_METADATA: json.dumps(metadata, sort_keys=True)})
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        part.replace(target)
-    except SafetensorError as error:
-        raise OSError(f"cannot write the scores file {target}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    metadata["sha256"] = digest_of(tensors, metadata)
+    data = safetensors.torch.save(tensors, {_METADATA: json.dumps(metadata, sort_keys=True)})
+    write_whole(Path(path), data)
 
 
 def read_scores(path: str | os.PathLike[str]) -> SavedScores:
@@ -168,7 +158,7 @@ def read_scores(path: str | os.PathLike[str]) -> SavedScores:
             f"the scores file {file} has layout {metadata['layout']}, but this optimum-cap reads "
             f"{_LAYOUT}: upgrade optimum-cap or score again"
         )
-    if metadata.pop("sha256") != _checksum(tensors, metadata):
+    if metadata.pop("sha256") != digest_of(tensors, metadata):
         raise ValueError(f"the scores file {file} is damaged (wrong checksum): score again")
     return SavedScores(file, tensors, metadata)
 
@@ -181,31 +171,9 @@ def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        _update(digest, name, tensors[name])
-    return digest.hexdigest()
-
-
 def _model_digest(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
-    parameters = dict(model.named_parameters())
-    with logging.tqdm(total=len(parameters), desc="Hashing weights", delay=5) as progress:
-        for name, parameter in parameters.items():
-            _update(digest, name, parameter.data)
-            progress.update()
-    return digest.hexdigest()
+    return digest_of(type(model).__name__, weights_digest(model))
 
 
 def _examples_digest(examples: list[CalibrationExample]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        _update(digest, "input_ids", example.input_ids)
-        _update(digest, "scored", example.scored)
-    return digest.hexdigest()
-
-
-def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest_of([[example.input_ids, example.scored] for example in examples])

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -35,6 +35,7 @@ from optimum_cap.evaluation import TaskData, check_counts, evaluate, load_task_d
 from optimum_cap.evaluation_results import AccuracyResult, Evaluation
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.score_file import DECISIVE, tensors_of
+from optimum_cap.storage import write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -219,7 +220,7 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
     lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
     text = io.StringIO(newline="")
     csv.writer(text).writerows(lines)
-    _write_text(folder / "results.csv", text.getvalue())
+    write_whole(folder / "results.csv", text.getvalue().encode())
     return rows
 
 
@@ -270,7 +271,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 def _measured_and_written(cell: Cell, file: Path, study: Study, data: TaskData) -> dict[str, Any]:
     found = _measured(cell, study, data, file.parents[1])
-    _write_text(file, json.dumps(found, indent=1))
+    write_whole(file, json.dumps(found, indent=1).encode())
     return found
 
 
@@ -324,9 +325,7 @@ def _losses(
         if file.is_file():
             return UnitLosses(heads(find_sites(model)), **load_file(file))
         losses = CAPPruner(config).measure(model, tokenizer)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        save_file(tensors_of(losses), part)
-        part.replace(file)
+        write_whole(file, save(tensors_of(losses)))
     return losses
 
 
@@ -439,13 +438,6 @@ def _read(file: Path) -> dict[str, Any] | None:
         logger.warning(f"{file} is damaged: its cell is measured again")
         return None
     return values
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Write all or nothing."""
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(file)
 
 
 def read_cells(study: Study, folder: str | Path) -> Iterator[tuple[Cell, dict[str, Any]]]:

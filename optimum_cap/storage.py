@@ -1,0 +1,73 @@
+"""Digests of weights and plain values, and files that are written as a whole or not at all."""
+
+import hashlib
+import json
+import os
+import secrets
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.modeling import align_module_device
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file so that it is there with all of `data`, on the disk, or as it was before.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Digest of all parameters and buffers, one after the other; offloaded ones are fetched."""
+    digest = hashlib.sha256()
+    modules = dict(model.named_modules())
+    with logging.tqdm(total=len(modules), desc="Hashing weights", delay=5) as progress:
+        for name, module in modules.items():
+            with align_module_device(module):
+                own = chain(
+                    module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+                )
+                for tensor_name, tensor in own:
+                    _update(digest, f"{name}.{tensor_name}", tensor)
+            progress.update()
+    return digest.hexdigest()
+
+
+def digest_of(*parts: Any) -> str:
+    """Return the sha256 of tensors, plain values, and lists and dictionaries of them."""
+    digest = hashlib.sha256()
+    for part in parts:
+        _update(digest, "", part)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, value: Any) -> None:
+    """Add a name and a value: tensors by their bytes, containers entry by entry, others as JSON."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, list):
+        digest.update(f"{name} [{len(value)}]\n".encode())
+        for entry in value:
+            _update(digest, name, entry)
+    elif isinstance(value, dict):
+        digest.update(f"{name} {{{len(value)}}}\n".encode())
+        for key in sorted(value, key=str):
+            _update(digest, str(key), value[key])
+    else:
+        digest.update(f"{name} {json.dumps(value, default=str)}\n".encode())
