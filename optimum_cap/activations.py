@@ -25,6 +25,7 @@ from optimum_cap.interventions import (
     replaced_forward,
     split_hidden,
 )
+from optimum_cap.offload import brought_in, device_of
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
@@ -81,16 +82,17 @@ class LayerWalk:
         self.model = model
         self.layers = decoder_layers(model, sites)
         longest = max(len(example.input_ids) for example in examples)
-        size = max(1, _TOKENS_PER_BATCH.get(model.device.type, 2048) // longest)
+        size = max(1, _TOKENS_PER_BATCH.get(device_of(model).type, 2048) // longest)
         # How each layer returns its output is seen on a single token.
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         with recorded_calls(named) as calls:
-            model(input_ids=examples[0].input_ids[None, :1].to(model.device), use_cache=False)
+            model(input_ids=examples[0].input_ids[None, :1].to(device_of(model)), use_cache=False)
         forms = [calls[name].output for name in named]
-        self._streams = [
-            _Stream(batch.real, *_first_input(model, self.layers, forms, batch.input_ids))
-            for batch in batches(examples, size)
-        ]
+        with brought_in(model, besides=[*self.layers, model.get_output_embeddings()]):
+            self._streams = [
+                _Stream(batch.real, *_first_input(model, self.layers, forms, batch.input_ids))
+                for batch in batches(examples, size)
+            ]
 
     def statistics(
         self, index: int, matrices: Iterable[Matrix], gram: bool = False, advance: bool = False
@@ -108,17 +110,19 @@ class LayerWalk:
             ValueError: A matrix is run in a way whose inputs cannot be seen.
         """
         collector = _Collector(self.model, list(matrices), gram)
-        for stream in self._streams:
-            with collector.collecting(stream.real):
-                output = self._run(index, stream)
-            if advance:
-                stream.hidden = output
+        with brought_in(self.layers[index]):
+            for stream in self._streams:
+                with collector.collecting(stream.real):
+                    output = self._run(index, stream)
+                if advance:
+                    stream.hidden = output
         return collector.statistics
 
     def advance(self, index: int) -> None:
         """Run layer `index` as it is now; its outputs become the inputs of the next one."""
-        for stream in self._streams:
-            stream.hidden = self._run(index, stream)
+        with brought_in(self.layers[index]):
+            for stream in self._streams:
+                stream.hidden = self._run(index, stream)
 
     def _run(self, index: int, stream: "_Stream") -> torch.Tensor:
         args, kwargs = stream.arguments[index]
@@ -137,7 +141,7 @@ class _Stream:
 def _first_input(
     model: PreTrainedModel, layers: list[nn.Module], forms: list[Any], input_ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Input of the first layer, and the other arguments of every layer; no layer runs.
+    """Input of the first layer, and the other arguments of every layer, which do not run.
 
     `forms` are outputs of the layers, which say how each returns its hidden states.
     """
@@ -154,9 +158,11 @@ def _first_input(
         return forward
 
     with ExitStack() as stack:
+        head = model.get_output_embeddings()
+        stack.enter_context(replaced_forward(head, lambda hidden: hidden))
         for layer, form in zip(layers, forms, strict=True):
             stack.enter_context(replaced_forward(layer, skip(form)))
-        model(input_ids=input_ids.to(model.device), use_cache=False, **only_last_logits(model))
+        model(input_ids=input_ids.to(device_of(model)), use_cache=False, **only_last_logits(model))
     return inputs[0], arguments
 
 

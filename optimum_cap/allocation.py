@@ -12,6 +12,7 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.criteria import Evidence, wanda
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.masking import shares
+from optimum_cap.offload import weights
 
 Layers = Mapping[int, list[Matrix]]
 """The matrices to prune, by decoder layer."""
@@ -101,7 +102,7 @@ def _outlier_shares(
             if not own:
                 continue
             importances = [
-                wanda(oriented(model, matrix), Evidence(matrix.name, inputs=statistics[matrix]))
+                wanda(weights(model, matrix), Evidence(matrix.name, inputs=statistics[matrix]))
                 for matrix in own
             ]
             count = sum(importance.numel() for importance in importances)

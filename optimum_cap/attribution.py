@@ -19,6 +19,7 @@ from optimum_cap.chunks import ExactRun, chunks_of
 from optimum_cap.config import parse_size
 from optimum_cap.distributed import Team, processes_here
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
+from optimum_cap.offload import device_of
 from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import (
     Targets,
@@ -158,7 +159,7 @@ def exact_losses(
     team = Team.of_this_run()
     with evaluation_mode(model), float32_on_cpu(model):
         # Of what is free when weights are widened.
-        budget = budget_bytes(memory_budget, model.device)
+        budget = budget_bytes(memory_budget, device_of(model))
         if cache and memory_budget == "auto":
             budget = cache.budget(examples, jobs, budget)
         budget = team.first(budget)
@@ -190,7 +191,7 @@ def plain_losses(
         float32_on_cpu(model),
         logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
     ):
-        budget = budget_bytes(memory_budget, model.device)
+        budget = budget_bytes(memory_budget, device_of(model))
         for batch in batches(examples, examples_per_batch(model, examples, budget)):
             intact[batch.positions] = _forward_losses(model, batch)
             progress.update(len(batch.positions))
@@ -209,7 +210,7 @@ def example_losses(
     """Return the mean loss over the scored tokens of each example, nats, float64 `[examples]`."""
     losses = torch.empty(len(examples), dtype=torch.float64)
     with evaluation_mode(model), float32_on_cpu(model):
-        budget = budget_bytes(memory_budget, model.device)
+        budget = budget_bytes(memory_budget, device_of(model))
         for batch in batches(examples, examples_per_batch(model, examples, budget)):
             losses[batch.positions] = _forward_losses(model, batch)
     return losses
@@ -223,7 +224,7 @@ def scored_units(sites: list[Site]) -> list[tuple[Site, Unit]]:
 
 def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Mean loss per example of an ordinary forward pass, float64 `[examples]`."""
-    logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
+    logits = model(input_ids=batch.input_ids.to(device_of(model)), use_cache=False).logits
     targets = Targets.of(batch)
     scored = logits[targets.rows.to(logits.device), targets.columns.to(logits.device)]
     return targets.example_means(token_losses(scored, targets.ids.to(logits.device)))

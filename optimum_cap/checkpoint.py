@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import align_module_device
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -31,15 +31,18 @@ from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from optimum_cap.architectures import Matrix
 from optimum_cap.formats import FORMAT_VERSION, FORMATS, check_format_version, check_parts, decode
 from optimum_cap.model_card import model_card
+from optimum_cap.offload import is_offloaded, stored_parameter
 from optimum_cap.record import PruningRecord
 
 RECORD_NAME = "pruning_record.json"
 CONFIG_NAME = "config.json"
 _MAX_SHARD_SIZE = "5GB"  # one file is held in memory while it is packed
+_OFFLOADED_SHARD_SIZE = "300MB"  # where memory is what there is little of
 _INDEX_PATTERN = "*.safetensors.index*.json"  # with or without a variant
 
 
@@ -67,7 +70,7 @@ class SavePruned:
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
-        max_shard_size: int | str = _MAX_SHARD_SIZE,
+        max_shard_size: int | str | None = None,
         variant: str | None = None,
         token: str | bool | None = None,
         **kwargs: Any,
@@ -84,7 +87,7 @@ class SavePruned:
             state_dict: Weights to save instead of the model's.
             push_to_hub: Push the folder afterwards, to `repo_id` or the name of the folder.
             max_shard_size: Largest size of a file of weights, before it is packed. One file at a
-                time is held in memory.
+                time is held in memory. `None` is 5GB, or 300MB if the model is offloaded.
             variant: Weights are saved as `model.<variant>.safetensors`.
             token: Token for the Hub.
             **kwargs: As for transformers' `save_pretrained`; with `push_to_hub` also as for
@@ -98,7 +101,7 @@ class SavePruned:
         stock = type(model).save_pretrained
         options = {
             "state_dict": state_dict,
-            "max_shard_size": max_shard_size,
+            "max_shard_size": _shard_size(model) if max_shard_size is None else max_shard_size,
             "variant": variant,
             **kwargs,
         }
@@ -112,7 +115,12 @@ class SavePruned:
         options["save_original_format"] = True
         record = _as_it_is_now(model, state_dict)
         with _replaced_folder(Path(save_directory)) as folder:
-            stock(model, folder, **options)
+            with _fetching_offloaded_weights(model):
+                if state_dict is None and is_offloaded(model):
+                    # In the order of a model in memory, so that the files are the same.
+                    weights = sorted(model.state_dict().items(), key=_natural_order)
+                    options["state_dict"] = dict(weights)
+                stock(model, folder, **options)
             _transcode(folder, record, record.config["checkpoint_format"])
             card = model_card(record, type(model).__name__, token)
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -132,7 +140,7 @@ class PushPruned:
         repo_id: str,
         *,
         token: str | bool | None = None,
-        max_shard_size: int | str = _MAX_SHARD_SIZE,
+        max_shard_size: int | str | None = None,
         tags: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -141,7 +149,7 @@ class PushPruned:
         Args:
             repo_id: Repository, made if it does not exist.
             token: Token for the Hub.
-            max_shard_size: Largest size of a file of weights.
+            max_shard_size: As for `save_pretrained`.
             tags: Further tags of the model card.
             **kwargs: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`.
 
@@ -350,6 +358,35 @@ def _is_for_transformers(model: PreTrainedModel, options: dict[str, Any]) -> boo
     )
 
 
+def _natural_order(item: tuple[str, torch.Tensor]) -> Any:
+    return dot_natural_key(item[0])
+
+
+def _shard_size(model: PreTrainedModel) -> str:
+    return _OFFLOADED_SHARD_SIZE if is_offloaded(model) else _MAX_SHARD_SIZE
+
+
+@contextmanager
+def _fetching_offloaded_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers fetch what is offloaded while it saves.
+
+    It goes by `hf_device_map`, which accelerate's `disk_offload` and `cpu_offload` do not set, and
+    warns of files of 50 GB, which ours are not.
+    """
+    own = model.__dict__.get("hf_device_map")
+    if is_offloaded(model):
+        model.hf_device_map = {"": "disk"}
+        model.tie_weights()  # accelerate makes a new tensor each time that it offloads one
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            yield
+    finally:
+        model.hf_device_map = own
+        if own is None:
+            del model.hf_device_map
+
+
 def _as_it_is_now(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None
 ) -> PruningRecord:
@@ -386,10 +423,8 @@ def _find_weight(
             module = model.get_submodule(owner)
         except AttributeError:
             continue
-        with align_module_device(module):  # brings weights back that are offloaded
-            weight: torch.Tensor | None = getattr(module, attribute, None)
-            if weight is not None:
-                return weight.detach()
+        if getattr(module, attribute, None) is not None:
+            return stored_parameter(model, candidate)
     return None
 
 

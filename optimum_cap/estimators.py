@@ -28,6 +28,7 @@ from optimum_cap.attribution import (
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.config import CAPConfig
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.offload import is_offloaded
 from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
 
@@ -59,7 +60,15 @@ def first_order_losses(
 
     Returns:
         The losses, in the order of the units and of the examples; the intact ones are measured.
+
+    Raises:
+        ValueError: Weights of the model are offloaded.
     """
+    if is_offloaded(model):
+        raise ValueError(
+            "to first order the weights have to be in memory, all at once, but some of this model "
+            "are offloaded: use estimator 'exact', or load it with a device_map that keeps them"
+        )
     jobs = scored_units(sites) if units is None else units
     gated = list(dict.fromkeys(site for site, _ in jobs))
     intact = torch.empty(len(examples), dtype=torch.float64)

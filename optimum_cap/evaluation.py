@@ -45,6 +45,7 @@ from optimum_cap.evaluation_tasks import (
     resolve_tasks,
 )
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.offload import device_of
 
 _LONGEST_WINDOW = 2048  # tokens; as in the papers on pruning and quantization
 _LEAST_ANSWER = 16  # tokens that must be left for an answer after the longest question
@@ -141,7 +142,7 @@ def evaluate(
             "limit": limit,
             "batch_size": batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
+            "device": device_of(model).type,
             "chat_template": bool(getattr(tokenizer, "chat_template", None)),
             "calibration_digests": len(draw.seen),
         },
@@ -370,7 +371,7 @@ def _harness(module: str) -> Any:
 
 
 def _language_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_size: int) -> Any:
-    return _harness("lm_eval.models.huggingface").HFLM(
+    lm = _harness("lm_eval.models.huggingface").HFLM(
         pretrained=model,
         # It sets a padding token and a padding side.
         tokenizer=copy.deepcopy(tokenizer),
@@ -380,6 +381,8 @@ def _language_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_s
         add_bos_token=False if getattr(tokenizer, "chat_template", None) else None,
         softmax_dtype="float32",
     )
+    lm._device = device_of(model)  # not that of the first weights, which may be offloaded
+    return lm
 
 
 def _answer(lm: Any, jobs: dict[str, _Questions]) -> "dict[str, AccuracyResult | PerplexityResult]":

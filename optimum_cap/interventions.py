@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.architectures import Site, Unit
+from optimum_cap.offload import offloading_hook
 
 
 @contextmanager
@@ -20,6 +22,9 @@ def masked_unit(model: PreTrainedModel, site: Site, unit: Unit) -> Iterator[None
     A projection that is a module gets a forward pre-hook. An expert of a 3-D parameter has no
     module to hook, so the columns that would multiply the slice are zeroed instead, which is the
     same product, and restored bit for bit.
+
+    Raises:
+        ValueError: The expert's weights are offloaded.
     """
     if site.expert is None:
         start, stop = unit.channels
@@ -36,7 +41,13 @@ def masked_unit(model: PreTrainedModel, site: Site, unit: Unit) -> Iterator[None
             handle.remove()
         return
 
-    columns = unit.region[0].of(model.get_parameter(unit.region[0].parameter).data)
+    parameter = model.get_parameter(unit.region[0].parameter)
+    if parameter.device.type == "meta":
+        raise ValueError(
+            f"cannot mask {site.name}: its weights are offloaded; load the model with a device_map "
+            "that keeps this layer in memory"
+        )
+    columns = unit.region[0].of(parameter.data)
     saved = columns.clone()
     columns.zero_()
     try:
@@ -136,23 +147,42 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def float32_on_cpu(model: nn.Module) -> Iterator[None]:
+def float32_on_cpu(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
     """Compute in float32 on the CPU: half-precision weights are widened, and narrowed again.
 
     Many CPUs multiply bfloat16 matrices hundreds of times slower than float32 ones. Widening and
-    narrowing again is exact, so the weights come back bit for bit.
+    narrowing again is exact, so the weights come back bit for bit. Offloaded weights are widened
+    each time they are brought in.
+
+    Yields:
+        The dtypes of what is widened, by name.
     """
-    narrow = (torch.bfloat16, torch.float16)
-    widened: list[tuple[torch.Tensor, torch.dtype]] = []
+    own = dict(_narrow_on_cpu(model))
     try:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.dtype in narrow:
-                widened.append((tensor, tensor.dtype))
-                tensor.data = tensor.data.float()
-        yield
+        for name in own:
+            tensor = attrgetter(name)(model)
+            tensor.data = tensor.data.float()
+        yield own
     finally:
-        for tensor, dtype in widened:
+        # By name: of what is offloaded, accelerate makes a new tensor each time.
+        for name, dtype in own.items():
+            tensor = attrgetter(name)(model)
             tensor.data = tensor.data.to(dtype)
+
+
+def _narrow_on_cpu(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
+    """Names and dtypes of the half-precision parameters and buffers that are used on the CPU."""
+    for path, module in model.named_modules():
+        hook = offloading_hook(module)
+        for name, tensor in (
+            *module.named_parameters(path, recurse=False),
+            *module.named_buffers(path, recurse=False),
+        ):
+            device = tensor.device
+            if device.type == "meta" and hook is not None:
+                device = torch.device(hook.execution_device)
+            if device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16):
+                yield name, tensor.dtype
 
 
 @contextmanager

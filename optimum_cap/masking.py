@@ -156,7 +156,7 @@ def shares(zeros: int, sizes: list[int]) -> list[int]:
 
 def apply_mask_(weight: torch.Tensor, keep: torch.Tensor) -> None:
     """Set `weight` to exactly +0 where `keep` is False, in place."""
-    weight.masked_fill_(~keep, 0)
+    weight.masked_fill_(~keep.to(weight.device), 0)
 
 
 def _bit_patterns(importances: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

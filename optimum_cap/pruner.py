@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import logging
 from optimum_cap.activations import InputStatistics, LayerWalk
 from optimum_cap.allocation import ALLOCATIONS
 from optimum_cap.architectures import (
+    Block,
     Matrix,
     Site,
     Unit,
@@ -49,6 +51,7 @@ from optimum_cap.masking import (
     most_of_each,
     parse_pattern,
 )
+from optimum_cap.offload import weights, writable_weights
 from optimum_cap.reconstruction import RECONSTRUCTIONS
 from optimum_cap.record import MatrixSparsity, PruningRecord, UnitScore
 from optimum_cap.score_file import read_scores, save_scores
@@ -86,7 +89,9 @@ class CAPPruner:
 
         Nothing is changed before everything is known: an error or an interrupt before the last step
         leaves the model as it was. Criteria that prune layer by layer (Wanda, SparseGPT) cannot do
-        so: interrupted, they leave the first layers pruned, and say so.
+        so: interrupted, they leave the first layers pruned, and say so. Of a model with weights on
+        disk, what is pruned goes to copies in its offload folder, never into the files it was
+        loaded from.
 
         Args:
             model: A decoder-only causal language model in any float dtype.
@@ -103,6 +108,7 @@ class CAPPruner:
 
         Raises:
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
+            OSError: There is no room for the pruned weights of a model on disk.
         """
         config = self.config
         if dataset is not None:
@@ -219,7 +225,7 @@ class _Work:
 
         threshold = kth_smallest(importances, zeros)
         for matrix, keep in zip(self.matrices, keep_masks(importances(), threshold), strict=True):
-            apply_mask_(oriented(self.model, matrix), keep)
+            apply_mask_(writable_weights(self.model, matrix), keep)
         self.threshold = threshold.value
 
     def remove_heads_(self) -> None:
@@ -237,29 +243,28 @@ class _Work:
         # A key/value head goes with the last of the query heads that share it.
         regions = region_importances(attention, kept, "max")
         for matrix in self.matrices:
-            stored = matrix.of(self.model.get_parameter(matrix.parameter).data)
-            apply_mask_(stored, regions[matrix].bool().to(stored.device))
+            keep = self._in_orientation(matrix, regions[matrix]).bool()
+            apply_mask_(writable_weights(self.model, matrix), keep)
 
     def _ranks(self, candidates: list[tuple[Site, Unit]]) -> list[float]:
         """Importances of heads: of their scores, or the mean over the weights of their regions."""
         if self.heads:
             return [self.heads[site.name, unit.index] for site, unit in candidates]
-        found = {}
+        regions = [separable(self.model, site, unit) for site, unit in candidates]
+        blocks: dict[str, set[Block]] = {}
+        for block in chain.from_iterable(regions):
+            blocks.setdefault(block.parameter, set()).add(block)
+        sums: dict[Block, float] = {}
+        sizes: dict[Block, int] = {}
         for matrix in self.matrices:
-            importance = self._importance(matrix)
-            stored = importance.T if is_transposed(self.model, matrix) else importance
-            found[matrix] = stored.double()
-        ranks = []
-        for site, unit in candidates:
-            pieces = [
-                found[Matrix(block.parameter)].narrow(
-                    block.dim, block.start, block.stop - block.start
-                )
-                for block in separable(self.model, site, unit)
-            ]
-            total = sum(float(piece.sum()) for piece in pieces)
-            ranks.append(total / sum(piece.numel() for piece in pieces))
-        return ranks
+            importance = self._in_orientation(matrix, self._importance(matrix))
+            for block in blocks.get(matrix.parameter, ()):
+                piece = block.of(importance)
+                sums[block], sizes[block] = float(piece.double().sum()), piece.numel()
+        return [
+            sum(sums[block] for block in region) / sum(sizes[block] for block in region)
+            for region in regions
+        ]
 
     def prune_each_matrix_(self, shares: Mapping[Matrix, int]) -> None:
         """Zero so many of the least important weights of each matrix."""
@@ -273,7 +278,7 @@ class _Work:
         count = len(decoder_layers(model, self.sites))
         with (
             evaluation_mode(model),
-            float32_on_cpu(model),
+            float32_on_cpu(model) as own_dtypes,
             logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
         ):
             walk = LayerWalk(model, self.sites, self.examples)
@@ -287,8 +292,11 @@ class _Work:
                         if reconstruct is None:
                             self._mask_(matrix, self._importance(matrix, inputs), zeros)
                             continue
-                        weight = oriented(model, matrix)
-                        weight.copy_(reconstruct(weight, inputs, zeros, self.pattern, matrix.name))
+                        weight = weights(model, matrix)
+                        new = reconstruct(weight, inputs, zeros, self.pattern, matrix.name)
+                        # As they are stored: later layers are calibrated on what is saved.
+                        new = new.to(own_dtypes.get(matrix.parameter, weight.dtype))
+                        writable_weights(model, matrix).copy_(new)
                     walk.advance(index)
                 except BaseException:
                     logger.warning(
@@ -308,7 +316,7 @@ class _Work:
             matrices=[
                 MatrixSparsity(
                     matrix.name,
-                    int((oriented(self.model, matrix) == 0).sum()),
+                    int((weights(self.model, matrix) == 0).sum()),
                     oriented(self.model, matrix).numel(),
                     self.tokens.get(matrix),
                 )
@@ -327,17 +335,21 @@ class _Work:
 
     def _importance(self, matrix: Matrix, inputs: InputStatistics | None = None) -> torch.Tensor:
         regions = self._regions.get(matrix)
-        if regions is not None and is_transposed(self.model, matrix):
-            regions = regions.T
+        if regions is not None:
+            regions = self._in_orientation(matrix, regions)
         evidence = Evidence(matrix.name, self.config.seed, regions, inputs)
-        return self.criterion.importance(oriented(self.model, matrix), evidence)
+        return self.criterion.importance(weights(self.model, matrix), evidence)
+
+    def _in_orientation(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
+        """Turn values per weight from `[out, in]` to how the matrix is stored, or back."""
+        return values.T if is_transposed(self.model, matrix) else values
 
     def _mask_(self, matrix: Matrix, importance: torch.Tensor, zeros: int) -> None:
         if self.pattern is None:
             keep = SELECTIONS[self.criterion.compared](importance, zeros)
         else:
             keep = most_of_each(importance, *self.pattern)
-        apply_mask_(oriented(self.model, matrix), keep)
+        apply_mask_(writable_weights(self.model, matrix), keep)
 
     def _warn_of_few_tokens(self) -> None:
         few = [
@@ -444,11 +456,11 @@ def _check_pattern(model: PreTrainedModel, matrices: list[Matrix], pattern: str)
 
 def _check_weights(model: PreTrainedModel, matrices: list[Matrix]) -> None:
     for matrix in matrices:
-        weight = oriented(model, matrix)
+        weight = weights(model, matrix)
         if weight.device.type == "meta":
             raise ValueError(
-                f"{matrix.name} is not in memory (offloaded to disk, or on the meta device): load "
-                "the model with a device_map that keeps all weights in memory to prune it"
+                f"{matrix.name} is on the meta device, and nothing says where its values are: "
+                "load the model with from_pretrained; device_map='auto' offloads what has no room"
             )
         if not weight.is_floating_point():
             raise ValueError(

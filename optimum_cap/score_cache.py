@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.calibration import Batch, CalibrationExample
+from optimum_cap.offload import device_of
 from optimum_cap.storage import digest_of, weights_digest, write_whole
 
 logger = logging.get_logger(__name__)
@@ -144,7 +145,7 @@ def _names(units: list[tuple[Site, Unit]]) -> list[str]:
 def _computation(model: PreTrainedModel) -> dict[str, Any]:
     """What the losses follow from beside weights and tokens."""
     config = model.config.to_dict()
-    device = model.device
+    device = device_of(model)
     machine = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -29,6 +29,7 @@ from optimum_cap.interventions import (
     replaced_forward,
     split_hidden,
 )
+from optimum_cap.offload import brought_in, device_of
 
 logger = logging.get_logger(__name__)
 
@@ -145,7 +146,7 @@ class Wavefront:
         cached = {} if cache is None else {"past_key_values": cache}
         with recorded_calls(modules) as calls:
             self.model(
-                input_ids=input_ids.to(self.model.device),
+                input_ids=input_ids.to(device_of(self.model)),
                 use_cache=cache is not None,
                 **cached,
                 **only_last_logits(self.model),
@@ -167,12 +168,15 @@ class Wavefront:
         for index in range(first, last):
             starting = [job for job in jobs if job[0].layer == index]
             cache = self._cache()
-            streams = [
-                self._through_layer(segment, index, carried, starting, cache)
-                for segment, carried in zip(self.segments, streams, strict=True)
-            ]
+            with brought_in(self.layers[index]):
+                streams = [
+                    self._through_layer(segment, index, carried, starting, cache)
+                    for segment, carried in zip(self.segments, streams, strict=True)
+                ]
         starting = [job for job in jobs if job[0].layer == last]
-        return self._losses(self._through_last_layer(streams, starting))
+        with brought_in(self.layers[last]):
+            rows = self._through_last_layer(streams, starting)
+        return self._losses(rows)
 
     def _through_layer(
         self,
@@ -270,18 +274,21 @@ class Wavefront:
         The rest of the model (final norm, head, soft-capping) is position-wise.
         """
         scored = len(self.targets.ids)
-        targets = self.targets.ids.repeat(len(hidden) // scored).to(self.model.device)
+        targets = self.targets.ids.repeat(len(hidden) // scored).to(device_of(self.model))
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 21) // vocabulary)
-        losses = [
-            token_losses(self._logits(hidden[start : start + step]), targets[start : start + step])
-            for start in range(0, len(hidden), step)
-        ]
+        with brought_in(self.model, besides=[*self.layers, self.model.get_input_embeddings()]):
+            losses = [
+                token_losses(
+                    self._logits(hidden[start : start + step]), targets[start : start + step]
+                )
+                for start in range(0, len(hidden), step)
+            ]
         return self.targets.example_means(torch.cat(losses).view(-1, scored))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of sequences of one token, with the decoder layers short-circuited."""
-        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.device)
+        """Logits of sequences of one token, with embeddings and decoder layers short-circuited."""
+        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(self.model))
         final = len(self.layers) - 1
         recorded = self.suffix.calls[f"layer {final}"].output
 
@@ -291,7 +298,10 @@ class Wavefront:
         def give(*args: Any, **kwargs: Any) -> Any:
             return in_form_of(recorded, hidden)
 
+        embeddings = self.model.get_input_embeddings()
+        nothing = hidden.new_zeros(len(hidden), 1, embeddings.embedding_dim, device=tokens.device)
         with ExitStack() as stack:
+            stack.enter_context(replaced_forward(embeddings, lambda *args, **kwargs: nothing))
             for index, layer in enumerate(self.layers):
                 stack.enter_context(replaced_forward(layer, give if index == final else skip))
             return self.model(input_ids=tokens, use_cache=False).logits[:, 0]
@@ -438,7 +448,7 @@ def tokens_per_chunk(model: PreTrainedModel) -> int:
     On the CPU larger tensors even cost: the allocator returns them to the system each time, and the
     next one is paged in anew.
     """
-    if model.device.type == "cuda":
+    if device_of(model).type == "cuda":
         return 65536
     return 2048
 

@@ -246,7 +246,6 @@ def test_record_lists_only_what_is_there(tmp_path: Path) -> None:
     assert not any(name.startswith("model.layers.2.") for name in names)
 
 
-@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_record_of_offloaded_weights(tmp_path: Path) -> None:
     model = pruned()
     model.save_pretrained(tmp_path / "a")

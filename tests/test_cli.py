@@ -208,6 +208,8 @@ BAD_ARGUMENTS = {
     "--dtype int8": "argument --dtype: invalid choice: 'int8'",
     "--max-shard-size 3XB": "--max-shard-size must be a size such as 500MB, got '3XB'",
     "--private": "--private .* needs --push-to-hub",
+    "--max-memory cpu": "argument --max-memory: 'cpu' is no DEVICE=SIZE, such as 0=20GB",
+    "--max-memory cpu=1GB": "--max-memory is for a placement .*, got --device-map cpu",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -225,6 +226,15 @@ def test_the_model_and_the_tokenizer_are_left_as_they_were(data_dir: Path) -> No
     assert tokenizer.pad_token is None
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_offloaded_model(data_dir: Path, tmp_path: Path) -> None:
+    def results(model: PreTrainedModel) -> Any:
+        tasks = ["gsm8k", "wikitext2"]
+        return evaluate(model, tiny_tokenizer(), tasks=tasks, data_dir=data_dir, limit=3).tasks
+
+    expected = results(tiny_model("llama"))
+    assert results(disk_offload(tiny_model("llama"), tmp_path / "offload")) == expected
 
 
 def test_sampling_settings_of_the_checkpoint_change_nothing(data_dir: Path) -> None:

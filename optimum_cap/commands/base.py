@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from abc import abstractmethod
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # Raised on purpose by us and by the libraries below us, with a message for the user. Anything else
 # is a bug, and says so.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
+
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class CAPSubcommand(BaseOptimumCLICommand):
@@ -88,10 +90,61 @@ def add_loading_flags(parser: ArgumentParser) -> None:
         help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
     )
     add(
+        "--max-memory",
+        nargs="+",
+        type=_device_and_size,
+        metavar="DEVICE=SIZE",
+        help="room for weights, as 0=20GB cpu=30GB; the rest stays on disk (default: what is free)",
+    )
+    add(
+        "--offload-folder",
+        type=Path,
+        metavar="DIR",
+        help="folder for weights that have no room (default: the temporary folder of the system)",
+    )
+    add(
         "--trust-remote-code",
         action="store_true",
         help="run the code that the model's repository ships",
     )
+
+
+def _device_and_size(text: str) -> tuple[int | str, int]:
+    from optimum_cap.config import parse_size
+
+    device, _, size = text.partition("=")
+    try:
+        return int(device) if device.isdigit() else device, parse_size(size)
+    except ValueError as error:
+        raise ArgumentTypeError(
+            f"{text!r} is no DEVICE=SIZE, such as 0=20GB for the first GPU or cpu=30GB"
+        ) from error
+
+
+def check_loading_flags(args: Namespace) -> None:
+    """Check that the flags that say how a model is loaded go together.
+
+    Raises:
+        ValueError: Room is given for devices among which nothing is chosen.
+    """
+    if args.max_memory and args.device_map not in _PLACEMENTS:
+        raise ValueError(
+            f"--max-memory is for a placement over devices ({', '.join(_PLACEMENTS)}), got "
+            f"--device-map {args.device_map}"
+        )
+
+
+def loading_options(args: Namespace) -> dict[str, Any]:
+    """Return what the flags say of how a model is loaded, for `from_pretrained`."""
+    return {
+        "dtype": args.dtype,
+        "device_map": args.device_map,
+        "max_memory": dict(args.max_memory) if args.max_memory else None,
+        "offload_folder": args.offload_folder,
+        "revision": args.revision or "main",
+        "trust_remote_code": args.trust_remote_code,
+        "token": args.token,
+    }
 
 
 def check_output_folder(output: Path, source: str, overwrite: bool | None = None) -> None:

@@ -2,13 +2,15 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
     add_loading_flags,
+    check_loading_flags,
     check_output_file,
+    loading_options,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def add_evaluation_flags(parser: ArgumentParser) -> None:
 
 def check_model(name: str, args: Namespace) -> None:
     """Read the configuration of a model, which shows a wrong name before hours of work."""
+    check_loading_flags(args)
     from transformers import AutoConfig
 
     AutoConfig.from_pretrained(
@@ -94,20 +97,13 @@ def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation"
     """Load a model and evaluate it as the flags say."""
     from optimum_cap.evaluation import evaluate
 
-    options: dict[str, Any] = {
-        "dtype": args.dtype,
-        "device_map": args.device_map,
-        "revision": args.revision or "main",
-        "trust_remote_code": args.trust_remote_code,
-        "token": args.token,
-    }
     return evaluate(
         name,
         data=data,
         limit=args.limit,
         batch_size=args.batch_size,
         seed=args.seed,
-        **options,
+        **loading_options(args),
     )
 
 

@@ -11,7 +11,9 @@ from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
     add_loading_flags,
+    check_loading_flags,
     check_output_folder,
+    loading_options,
 )
 from optimum_cap.commands.summary import print_summary
 
@@ -173,6 +175,7 @@ class PruneCommand(CAPSubcommand):
         """Check output, configuration, Hub access, tokenizer and data."""
         args = self.args
         check_output_folder(args.output, args.model, args.overwrite)
+        check_loading_flags(args)
         if args.private and not args.push_to_hub:
             raise ValueError("--private is about the uploaded repository: it needs --push-to-hub")
 
@@ -213,14 +216,10 @@ class PruneCommand(CAPSubcommand):
 
         args = self.args
         start = time.monotonic()
+        options = loading_options(args)
+        options["device_map"] = prepared.team.placement(args.device_map)
         model = AutoModelForCausalLM.from_pretrained(
-            args.model,
-            dtype=args.dtype,
-            device_map=prepared.team.placement(args.device_map),
-            revision=args.revision or "main",
-            trust_remote_code=args.trust_remote_code,
-            token=args.token,
-            pruning_config=prepared.config,
+            args.model, **options, pruning_config=prepared.config
         )
         prepared.team.leave()
         if prepared.team.rank:

@@ -10,7 +10,9 @@ from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
     add_loading_flags,
+    check_loading_flags,
     check_output_file,
+    loading_options,
 )
 from optimum_cap.commands.prune import add_config_flags, config_values, load_tokenizer
 
@@ -62,6 +64,7 @@ class ScoreCommand(CAPSubcommand):
         """Check output, configuration, tokenizer and data."""
         args = self.args
         check_output_file(args.output)
+        check_loading_flags(args)
         if args.output.exists() and not args.overwrite:
             raise ValueError(f"the output {args.output} exists: pass --overwrite to replace it")
 
@@ -88,14 +91,9 @@ class ScoreCommand(CAPSubcommand):
 
         args, config = self.args, prepared.config
         start = time.monotonic()
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model,
-            dtype=args.dtype,
-            device_map=prepared.team.placement(args.device_map),
-            revision=args.revision or "main",
-            trust_remote_code=args.trust_remote_code,
-            token=args.token,
-        )
+        options = loading_options(args)
+        options["device_map"] = prepared.team.placement(args.device_map)
+        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
         # Every process has all losses; the first one saves them.
         target = None if prepared.team.rank else args.output
         losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=target)
