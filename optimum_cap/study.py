@@ -15,7 +15,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -31,8 +33,10 @@ from optimum_cap.architectures import find_sites, heads
 from optimum_cap.attribution import UnitLosses
 from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.data_sources import local_presets
+from optimum_cap.distributed import Team
 from optimum_cap.evaluation import TaskData, check_counts, evaluate, load_task_data
 from optimum_cap.evaluation_results import AccuracyResult, Evaluation
+from optimum_cap.evaluation_tasks import resolve_tasks
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.score_file import DECISIVE, tensors_of
 from optimum_cap.storage import write_whole
@@ -41,7 +45,8 @@ logger = logging.get_logger(__name__)
 
 DENSE = "dense"
 _LAYOUT = 1  # of a cell's file; part of its key
-_OF_A_CELL = ("sparsity", "dataset", "seed")  # fields of CAPConfig that the axes decide
+# Fields of CAPConfig that the axes decide, and one whose file the study keeps itself.
+_OF_A_CELL = ("sparsity", "dataset", "seed", "scores")
 _COLUMNS = (
     "model",
     "recipe",
@@ -135,7 +140,13 @@ class Study:
                 "seeds": _list("seeds", values.get("seeds", [0])),
             }
         )
+        if decided := sorted(set(study.settings) & set(_OF_A_CELL)):
+            raise ValueError(
+                f"settings of {path} hold {', '.join(decided)}, which a study decides per cell: "
+                "leave them out"
+            )
         check_counts(study.limit, study.batch_size)
+        resolve_tasks(study.tasks)
         for cell in study.cells():
             cell.config()
         return study
@@ -198,10 +209,16 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
         The rows of `results.csv`: one per cell, task and metric.
 
     Raises:
-        ValueError: `jobs` is no positive number, or data of a task cannot be used.
+        ValueError: `jobs` is no positive number, several processes were launched, or data of a
+                task cannot be used.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be an integer of at least 1, got {jobs}")
+    if (size := Team.of_this_run().size) > 1:
+        raise ValueError(
+            f"{size} processes were launched, but a study is run by one: start it without "
+            "torchrun or accelerate launch, and ask for several cells at a time with jobs"
+        )
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     data = load_task_data(",".join(study.tasks), study.data_dir)
@@ -236,22 +253,42 @@ def _measure_all(
         for file, cell in missing.items():
             yield file, _measured_and_written(cell, file, study, data)
         return
+    left = dict(missing)
+    while left:
+        for file, found in _measured_in_processes(dict(left), study, data, jobs):
+            del left[file]
+            yield file, found
+        # If a process has died, it is known of which cells after a trial of each by itself.
+        for file, cell in list(left.items())[:jobs]:
+            results = dict(_measured_in_processes({file: cell}, study, data, 1))
+            if not results:
+                error = "the process that measured this cell died: killed, perhaps for its memory"
+                logger.warning(f"{cell}: {error}")
+                results[file] = _result(cell, error=error)
+                write_whole(file, json.dumps(results[file], indent=1).encode())
+            del left[file]
+            yield file, results[file]
+
+
+def _measured_in_processes(
+    cells: dict[Path, Cell], study: Study, data: TaskData, jobs: int
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield cells as they are measured, until all are or one of the processes has died."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # Read when a process starts. The bars of several processes would overwrite each other.
-    with (
-        _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"),
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
-    ):
-        running = {
-            file: pool.submit(_measured_and_written, cell, file, study, data)
-            for file, cell in missing.items()
-        }
+    with _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"):
+        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
         try:
-            for file, future in running.items():
-                yield file, future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            running = {
+                pool.submit(_measured_and_written, cell, file, study, data): file
+                for file, cell in cells.items()
+            }
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BrokenProcessPool:
+            return
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -297,12 +334,23 @@ def _measured(cell: Cell, study: Study, data: TaskData, folder: Path) -> dict[st
     except Exception as failure:
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         logger.warning(f"{cell}: {error}")
+    return _result(cell, evaluation, record, time.monotonic() - start, error)
+
+
+def _result(
+    cell: Cell,
+    evaluation: Evaluation | None = None,
+    record: dict[str, Any] | None = None,
+    seconds: float | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """What the file of a cell holds."""
     return {
         "cell": asdict(cell),
         "evaluation": evaluation.to_dict() if evaluation else None,
         "scores": record["scores"] if record else None,
         "matrices": record["matrices"] if record else None,
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
         "error": error,
     }
 
@@ -314,6 +362,7 @@ def _losses(
     decisive = {name: getattr(config, name) for name in DECISIVE if name != "dataset"}
     named = {
         "layout": _LAYOUT,
+        "version": importlib.metadata.version("optimum-cap"),
         "model": _fingerprint(cell.model),
         "dataset": _fingerprint(cell.dataset),
         "dtype": str(model.dtype),
@@ -323,7 +372,10 @@ def _losses(
     file.parent.mkdir(exist_ok=True)
     with FileLock(file.with_suffix(".lock")):  # another cell may be measuring the same
         if file.is_file():
-            return UnitLosses(heads(find_sites(model)), **load_file(file))
+            try:
+                return UnitLosses(heads(find_sites(model)), **load_file(file))
+            except SafetensorError:
+                logger.warning(f"{file} is damaged: its scores are measured again")
         losses = CAPPruner(config).measure(model, tokenizer)
         write_whole(file, save(tensors_of(losses)))
     return losses
@@ -386,15 +438,14 @@ def _fingerprint(name: Any) -> Any:
         return [_fingerprint(entry) for entry in name]
     if isinstance(name, dict):
         return {**name, "path": _fingerprint(name.get("path"))}
-    preset, _, path = str(name).rpartition("=")
-    place = Path(path)
-    if place.is_file():
-        return [preset, _file_digest(place)]
+    place = Path(str(name))
     if place.is_dir():
-        wanted = {".safetensors", ".json", ".jinja"}
-        files = sorted(file for file in place.iterdir() if file.suffix in wanted)
+        files = sorted(file for file in place.iterdir() if file.is_file())
         return [[file.name, _file_digest(file)] for file in files]
-    return name
+    preset, path = "", place
+    if not place.is_file():
+        preset, path = str(name).partition("=")[0], Path(str(name).partition("=")[2])
+    return [preset, _file_digest(path)] if path.is_file() else name
 
 
 _digests: dict[tuple[str, int, int], str] = {}

@@ -10,6 +10,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="optimum-cap-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +47,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def empty_presets(tmp_path: Path) -> Path:
+    """A data folder with an empty file of each preset."""
+    from optimum_cap.data_sources import PRESETS
+
+    for preset in PRESETS.values():
+        file = tmp_path / "presets" / preset.files[0]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return tmp_path / "presets"

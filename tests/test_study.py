@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,9 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap import study
 from optimum_cap.attribution import exact_losses
-from optimum_cap.data_sources import PRESETS
 from optimum_cap.estimators import ESTIMATORS, Estimator
 from optimum_cap.report import markdown, mean_and_interval, write_report
-from optimum_cap.study import Study, run_study
+from optimum_cap.study import Cell, Study, run_study
 
 SUMS = [{"question": f"{n}+{n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(12)]
 
@@ -88,6 +89,26 @@ def test_several_processes_measure_the_same(values: dict[str, Any], tmp_path: Pa
         run_study(load(values, tmp_path), tmp_path / "two", jobs=0)
 
 
+def killed_in_one_cell(cell: Cell, *args: Any) -> dict[str, Any]:
+    """Measure a cell, in a process that one cell kills."""
+    if (cell.recipe, cell.sparsity) == ("wanda", 0.2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return study._measured_and_written(cell, *args)
+
+
+def test_a_killed_process_is_the_error_of_its_cell(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_measured_and_written", killed_in_one_cell)
+        rows = run_study(load(values, tmp_path), tmp_path / "out", jobs=2)
+    failed = [row for row in rows if row["error"]]
+    assert [(row["recipe"], row["sparsity"]) for row in failed] == [("wanda", 0.2)]
+    assert "the process that measured this cell died" in failed[0]["error"]
+    assert len({(row["recipe"], row["sparsity"]) for row in rows}) == 5
+    assert not any(row["error"] for row in run_study(load(values, tmp_path), tmp_path / "out"))
+
+
 def test_recipes_without_data_are_measured_once_for_all_seeds(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +141,14 @@ def test_presets_are_found_in_the_data_folder(values: dict[str, Any], tmp_path: 
     assert loaded.calibration == {"sums": [preset, values["calibration"]["sums"][1]], "one": preset}
     with pytest.raises(FileNotFoundError, match=r"the data folder .+ does not exist"):
         Study.load(tmp_path / "study.yaml", data_dir=tmp_path / "nowhere")
+
+
+def test_launched_processes_are_refused(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study.Team, "of_this_run", lambda: study.Team(0, 2))
+    with pytest.raises(ValueError, match="2 processes were launched, but a study is run by one"):
+        run_study(load(values, tmp_path), tmp_path / "out")
 
 
 def test_scores_are_measured_once_per_calibration_set(
@@ -275,7 +304,12 @@ def test_mean_and_interval() -> None:
         ({"sparsities": [0.5, 0.5]}, "names a value twice"),
         ({"sparsities": [1.5]}, "sparsity must be a number strictly between 0 and 1"),
         ({"models": ["a/x", "b/x"]}, "have the same last part: label them"),
+        ({"tasks": ["magic"]}, "unknown task 'magic': choose from"),
         ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        (
+            {"settings": {"scores": "a"}},
+            "settings of .* hold scores, which a study decides per cell",
+        ),
         ({"settings": {"num_samples": 0}}, "num_samples must be an integer of at least 1"),
     ],
 )
@@ -293,13 +327,10 @@ def test_what_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
         Study.load(tmp_path / "bad.yaml")
 
 
-def test_the_examples_are_valid(tmp_path: Path) -> None:
+def test_the_examples_are_valid(empty_presets: Path) -> None:
     folder = Path(__file__).parents[1] / "examples" / "studies"
-    for preset in PRESETS.values():
-        (tmp_path / preset.files[0]).parent.mkdir(exist_ok=True)
-        (tmp_path / preset.files[0]).touch()
     for file in folder.glob("*.yaml"):
-        assert list(Study.load(file, data_dir=tmp_path).cells())
+        assert list(Study.load(file, data_dir=empty_presets).cells())
 
 
 def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Path) -> None:
