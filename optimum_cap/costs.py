@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from optimum_cap.config import CAPConfig
 from optimum_cap.evaluation_tasks import TASKS
 from optimum_cap.hardware import ROWS, WALK_ROWS, Hardware
 from optimum_cap.work import ModelWork, ObsWork, Shape, Work
 
-EXACT_EXAMPLES = 16  # that the control variate measures exactly
 USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
 LAUNCHES_PER_LAYER = 60  # small operations that one run of a layer takes
 LAUNCHES_PER_COLUMN = 12  # the same for a column that SparseGPT prunes
@@ -28,7 +28,7 @@ class Cost:
         step: `"score"`, `"prune"` or `"eval"`.
         name: Of the estimator, the recipe or the tasks.
         operations: Floating-point operations in products.
-        seconds: On all devices, or on as many as the model needs if there are fewer.
+        seconds: On as many devices as one copy needs; exact scoring that fits on one, on all.
         memory: Bytes for weights and activations of one copy of the model.
         disk: Bytes written.
         devices: Devices that one copy of the model needs at least.
@@ -59,20 +59,31 @@ class Meter:
         self.weights = float(work.parameters * value)
         self.rows = ROWS[hardware.kind]
 
-    def scoring(self, name: str, shape: Shape) -> Cost:
-        """Cost of scoring all heads; the copies of the model that fit share the work."""
-        work = ESTIMATORS[name](self.work, shape)
+    def scoring(
+        self, name: str, shape: Shape, exact_examples: int = CAPConfig.exact_examples
+    ) -> Cost:
+        """Cost of scoring all heads.
+
+        Processes, each with a whole copy of the model on a device of its own, share what is exact
+        (`distributed.py`); each of them does all of the rest.
+
+        Args:
+            name: The estimator; `"adaptive"` as if it measured every loss, which is at most so.
+            shape: The calibration set.
+            exact_examples: Examples that `"control_variate"` measures exactly.
+        """
+        alone, shared = ESTIMATORS[name](self.work, shape, exact_examples)
         hold = ACTIVATIONS[name]
         # Chunks shrink to the memory that is there, down to one stream of one example.
         devices = self._devices(self.weights + hold(self, replace(shape, examples=1), 1))
         wanted = self.weights + hold(self, shape, self.rows)
         half_of_free = (self.weights + devices * self.hardware.memory) / 2
-        copies = max(1, self.hardware.count // devices)
+        processes = self.hardware.count if devices == 1 else 1
         return Cost(
             step="score",
             name=name,
-            operations=work.operations,
-            seconds=self.seconds(work) / copies,
+            operations=alone.operations + shared.operations,
+            seconds=self.seconds(alone) + self.seconds(shared) / processes,
             memory=min(wanted, half_of_free),
             disk=8.0 * (1 + self.work.heads) * shape.examples,
             devices=devices,
@@ -196,19 +207,37 @@ class Meter:
         return operations, 2 * self.seconds(read) + steps * step, held
 
 
-# Estimators
+# Estimators: work that every process does, and work that processes share
 
 
-def _control_variate(work: ModelWork, shape: Shape) -> Work:
-    subsample = replace(shape, examples=min(shape.examples, EXACT_EXAMPLES))
-    return work.first_order(shape) + work.exact(subsample)
+def _exact(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
+    return Work(), work.exact(shape)
 
 
-ESTIMATORS: dict[str, Callable[[ModelWork, Shape], Work]] = {
-    "exact": ModelWork.exact,
-    "plain": ModelWork.plain,
-    "first_order": ModelWork.first_order,
+def _plain(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
+    return work.plain(shape), Work()
+
+
+def _first_order(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
+    return work.first_order(shape), Work()
+
+
+def _control_variate(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
+    measured = replace(shape, examples=min(shape.examples, exact_examples))
+    return work.first_order(shape), work.exact(measured)
+
+
+def _adaptive(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
+    """At most: no unit is known well enough before all its losses are measured."""
+    return work.first_order(shape), work.exact(shape)
+
+
+ESTIMATORS: dict[str, Callable[[ModelWork, Shape, int], tuple[Work, Work]]] = {
+    "exact": _exact,
+    "plain": _plain,
+    "first_order": _first_order,
     "control_variate": _control_variate,
+    "adaptive": _adaptive,
 }
 
 
@@ -243,6 +272,7 @@ ACTIVATIONS: dict[str, Callable[[Meter, Shape, int], float]] = {
     "plain": _one_forward,
     "first_order": _all_layers,
     "control_variate": _all_layers,
+    "adaptive": _all_layers,
 }
 
 

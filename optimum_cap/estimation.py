@@ -5,7 +5,8 @@ is counted (`work.py`) is divided by what the hardware does (`hardware.py`); `co
 """
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from optimum_cap.architectures import find_sites
-from optimum_cap.calibration import build_calibration_set
+from optimum_cap.calibration import build_calibration_set, shared_prefix
 from optimum_cap.commands.summary import format_size
 from optimum_cap.config import CAPConfig
 from optimum_cap.costs import ESTIMATORS, Cost, Meter
 from optimum_cap.evaluation_tasks import DEFAULT_TASKS, resolve_tasks
 from optimum_cap.hardware import Hardware, Size, find_hardware
+from optimum_cap.score_file import DECISIVE
 from optimum_cap.study import Study
+from optimum_cap.wavefront import WORTHWHILE_SHARE
 from optimum_cap.work import ModelWork, Shape, count_work
 
 EXAMPLES = 128
 TOKENS = 256
 SPARSITY = 0.5
+_ADAPTIVE = "adaptive costs at most this: it stops as soon as the scores are known well enough."
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Estimate:
             )
             for cost in self.costs
         ]
-        return "\n".join([*lines, "", _aligned([header, *rows]), *self._warnings()])
+        return "\n".join([*lines, "", _aligned([header, *rows]), "", _ADAPTIVE, *self._warnings()])
 
     def _warnings(self) -> list[str]:
         hardware = self.hardware
@@ -210,7 +214,10 @@ def size_of(work: ModelWork, tokens: int) -> Size:
 
 
 def lengths_of(config: CAPConfig, tokenizer: Any) -> dict[str, int]:
-    """Return the mean `tokens` and `scored` tokens of calibration examples.
+    """Return the mean `tokens` and `scored` tokens of calibration examples, and their `prefix`.
+
+    The means are rounded up. The prefix is the one that exact scoring computes once for all
+    examples: 0 where that does not pay.
 
     Args:
         config: Says which data, and how many examples.
@@ -221,10 +228,13 @@ def lengths_of(config: CAPConfig, tokenizer: Any) -> dict[str, int]:
         FileNotFoundError: A file that does not exist.
     """
     examples = build_calibration_set(config, tokenizer).examples
-    count = len(examples)
+    count, prefix = len(examples), shared_prefix(examples)
+    lengths = [len(example.input_ids) for example in examples]
+    worthwhile = count > 1 and prefix >= WORTHWHILE_SHARE * max(lengths)
     return {
-        "tokens": round(sum(len(example.input_ids) for example in examples) / count),
-        "scored": round(sum(int(example.scored.sum()) for example in examples) / count),
+        "tokens": math.ceil(sum(lengths) / count),
+        "scored": math.ceil(sum(int(example.scored.sum()) for example in examples) / count),
+        "prefix": prefix if worthwhile else 0,
     }
 
 
@@ -284,11 +294,13 @@ def study_hours(
     """Estimate the device hours of a study whose cells are all still to be measured.
 
     Every cell loads its model, prunes it and evaluates it; losses with masked heads are measured
-    once per model and calibration set, and a cell that looks at no data once for all of them.
+    once for all cells that agree in what they depend on (`score_file.DECISIVE`), and a cell that
+    looks at no data once for all of them. Estimator `"adaptive"` is taken to measure every loss.
 
     Args:
         study: A study, or its file.
-        hardware: As for `estimate`. One device does the work, or as many as the model needs.
+        hardware: As for `estimate`. One device does the work, or as many as the model needs,
+            however many there are.
         tokens: Tokens per calibration example, half of them scored.
         **load_options: As for `estimate`.
 
@@ -303,7 +315,7 @@ def study_hours(
     for label, name in study.models.items():
         config = load_config(name, **load_options)
         meter = _meter(work_of(config), config, hardware, tokens)
-        hardware = meter.hardware  # measured once
+        hardware = meter.hardware = replace(meter.hardware, count=1)  # measured once
         evaluation = meter.evaluation(tasks, study.limit, study.batch_size)
         pruned = _distinct(study, label)
         count = 1 + len(pruned)
@@ -335,14 +347,20 @@ def _distinct(study: Study, label: str) -> list[CAPConfig]:
 
 
 def _scoring(meter: Meter, configs: list[CAPConfig], tokens: int) -> list[float]:
-    """Device seconds of each calibration set whose losses with masked heads are measured."""
-    decisive = ("dataset", "num_samples", "seed", "scored_tokens", "max_length")
-    sets = {
-        str([getattr(config, name) for name in decisive]): config.num_samples
+    """Device seconds of all losses with masked heads; cells that agree in them share them."""
+    measured = {
+        str([getattr(config, name) for name in DECISIVE]): config
         for config in configs
         if config.method.criterion == "cap"
     }
-    return [_used(meter.scoring("exact", _shape(examples, tokens))) for examples in sets.values()]
+    return [
+        _used(
+            meter.scoring(
+                config.estimator, _shape(config.num_samples, tokens), config.exact_examples
+            )
+        )
+        for config in measured.values()
+    ]
 
 
 def _pruning(meter: Meter, config: CAPConfig, tokens: int) -> float:

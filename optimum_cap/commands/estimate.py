@@ -38,15 +38,14 @@ class EstimateCommand(CAPSubcommand):
         add(
             "--prefix",
             type=int,
-            default=0,
             metavar="N",
-            help="tokens that all examples begin with (default: 0)",
+            help="tokens that all examples begin with (default: 0, or those of --dataset)",
         )
         add(
             "--dataset",
             nargs="+",
-            help="calibration data as for prune, whose lengths replace --tokens and --scored "
-            "(default: none)",
+            help="calibration data as for prune, whose lengths replace --tokens and --scored, "
+            "and whose shared beginning is the default of --prefix (default: none)",
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
         add("--sparsity", type=float, default=0.5, help="of the checkpoint (default: 0.5)")
@@ -83,7 +82,6 @@ class EstimateCommand(CAPSubcommand):
             limit=args.limit,
             batch_size=args.batch_size,
             mlp_unit_size=args.mlp_unit_size,
-            prefix=args.prefix,
             **self._lengths(),
             **options,
         )
@@ -93,10 +91,11 @@ class EstimateCommand(CAPSubcommand):
         print(json.dumps(prepared.to_dict(), indent=2) if self.args.json else prepared.table())
 
     def _lengths(self) -> dict[str, Any]:
-        """Tokens and scored tokens per example: as given, or of the data."""
+        """Tokens, scored tokens and shared prefix: as given, or of the data."""
         args = self.args
+        prefix = {} if args.prefix is None else {"prefix": args.prefix}
         if not args.dataset:
-            return {"tokens": args.tokens, "scored": args.scored}
+            return {"tokens": args.tokens, "scored": args.scored, **prefix}
         from transformers import AutoTokenizer
 
         from optimum_cap.config import CAPConfig
@@ -110,4 +109,4 @@ class EstimateCommand(CAPSubcommand):
         config = CAPConfig(
             sparsity=args.sparsity, dataset=args.dataset, num_samples=args.num_samples, subsets=1
         )
-        return lengths_of(config, tokenizer)
+        return {**lengths_of(config, tokenizer), **prefix}
