@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, decoder_layers
 from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.chunks import ExactRun, chunks_of
+from optimum_cap.chunks import ExactRun, chunks_of, is_out_of_memory, settled
 from optimum_cap.config import parse_size
 from optimum_cap.distributed import Team, processes_here
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
@@ -28,6 +30,8 @@ from optimum_cap.wavefront import (
     streams_per_chunk,
     token_losses,
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,21 +160,24 @@ def exact_losses(
         ConnectionError: Another process of the launch has stopped.
     """
     jobs = scored_units(sites) if units is None else units
-    team = Team.of_this_run()
+    layers = decoder_layers(model, sites)
     with evaluation_mode(model), float32_on_cpu(model):
         # Of what is free when weights are widened.
-        budget = budget_bytes(memory_budget, device_of(model))
-        if cache and memory_budget == "auto":
-            budget = cache.budget(examples, jobs, budget)
-        budget = team.first(budget)
-        prefix = prefix_to_share(model, decoder_layers(model, sites), sites, examples)
+        budget = settled_budget(model, memory_budget, examples, jobs, cache)
+        prefix = settled(
+            "prefix",
+            lambda: _prefix(model, layers, sites, examples),
+            examples,
+            jobs,
+            cache,
+        )
         made = batches(examples, examples_per_batch(model, examples, budget, prefix), prefix)
         chunks = [
             chunk
             for batch in made
             for chunk in chunks_of(batch, len(jobs), streams_per_chunk(model, batch, budget))
         ]
-        run = ExactRun(model, sites, jobs, len(examples), cache, team)
+        run = ExactRun(model, sites, jobs, len(examples), cache, Team.of_this_run())
         run.measure(chunks)
     return UnitLosses(jobs, run.intact, run.masked)
 
@@ -228,6 +235,38 @@ def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     targets = Targets.of(batch)
     scored = logits[targets.rows.to(logits.device), targets.columns.to(logits.device)]
     return targets.example_means(token_losses(scored, targets.ids.to(logits.device)))
+
+
+def _prefix(
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    sites: list[Site],
+    examples: list[CalibrationExample],
+) -> int:
+    """Tokens to compute once for all examples; none where there is no memory to try it."""
+    try:
+        return prefix_to_share(model, layers, sites, examples)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    clear_device_cache(garbage_collection=True)
+    logger.warning_once(
+        "memory ran out with two examples: what all examples begin with is computed for each"
+    )
+    return 0
+
+
+def settled_budget(
+    model: PreTrainedModel,
+    memory_budget: int | str,
+    examples: list[CalibrationExample],
+    units: list[tuple[Site, Unit]],
+    cache: ScoreCache | None,
+) -> int:
+    """Return the bytes that activations may take, the same for all processes and later runs."""
+    if memory_budget != "auto":
+        return budget_bytes(memory_budget, device_of(model))
+    return settled("budget", lambda: budget_bytes("auto", device_of(model)), examples, units, cache)
 
 
 def budget_bytes(memory_budget: int | str, device: torch.device) -> int:

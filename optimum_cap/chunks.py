@@ -6,6 +6,7 @@ chunks; here is what survives a lack of memory, an interrupt and the loss of ano
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, decoder_layers
-from optimum_cap.calibration import Batch
+from optimum_cap.calibration import Batch, CalibrationExample
 from optimum_cap.distributed import Team
 from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import Wavefront
@@ -42,6 +43,30 @@ def chunks_of(batch: Batch, units: int, streams: int) -> list[Chunk]:
     starts = range(0, units, streams)
     parts = [range(start, min(start + streams, units)) for start in starts]
     return [Chunk(batch, part) for part in (range(0), *parts)]
+
+
+def settled(
+    what: str,
+    find: Callable[[], int],
+    examples: list[CalibrationExample],
+    units: list[tuple[Site, Unit]],
+    cache: ScoreCache | None,
+) -> int:
+    """Return what the first process finds, or found when a run over these began, to all processes.
+
+    A batch of another size gives other last bits, and what is free changes from run to run.
+
+    Args:
+        what: Name of what is settled.
+        find: Finds it.
+        examples: The examples of the run.
+        units: The units of the run.
+        cache: Remembers what was found.
+    """
+    team = Team.of_this_run()
+    if team.rank:
+        return team.first(0)
+    return team.first(cache.remembered(what, examples, units, find) if cache else find())
 
 
 class ExactRun:
@@ -155,7 +180,7 @@ class ExactRun:
                 self._measure_at_once(batch, left, progress)
                 return
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if not splits:
                     raise MemoryError(
@@ -165,7 +190,7 @@ class ExactRun:
                     ) from error
             # Not in the handler: until it ends, the error keeps what was recorded alive.
             self._take_less(tokens)
-        for half in _halves(batch):
+        for half in halves(batch):
             halved = [replace(chunk, batch=half) for chunk in left]
             missing = [chunk for chunk in halved if not self._recall(chunk)]
             progress.update(self._work(halved) - self._work(missing))
@@ -198,7 +223,7 @@ class ExactRun:
                 steps = [wavefront.masked_losses(jobs[start : start + streams]) for start in starts]
                 return torch.cat(steps)
             except (RuntimeError, MemoryError) as error:
-                if streams == 1 or not _is_out_of_memory(error):
+                if streams == 1 or not is_out_of_memory(error):
                     raise
             self._take_less(streams * tokens)
 
@@ -225,7 +250,8 @@ class ExactRun:
         return int(chunk.batch.real.sum()) * (passed if chunk.units else layers)
 
 
-def _halves(batch: Batch) -> list[Batch]:
+def halves(batch: Batch) -> list[Batch]:
+    """Cut a batch into two."""
     middle = len(batch.positions) // 2
     return [
         replace(
@@ -239,6 +265,7 @@ def _halves(batch: Batch) -> list[Batch]:
     ]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on the CPU or on the GPU."""
     known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
     return known or should_reduce_batch_size(error)

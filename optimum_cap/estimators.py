@@ -5,6 +5,7 @@ by one backward pass. `control_variate` corrects that by exact losses of some ex
 `adaptive` goes on until the importances are known as well as was asked. See `docs/estimators.md`.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -19,18 +21,22 @@ from transformers.utils import logging
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.attribution import (
     UnitLosses,
-    budget_bytes,
     exact_losses,
     nanvar,
     plain_losses,
     scored_units,
+    settled_budget,
 )
 from optimum_cap.calibration import Batch, CalibrationExample, batches
+from optimum_cap.chunks import halves, is_out_of_memory
 from optimum_cap.config import CAPConfig
+from optimum_cap.distributed import Team
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.offload import is_offloaded
 from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
+
+logger = logging.get_logger(__name__)
 
 _WITHIN = 1.96  # standard errors on either side of a 95 % interval
 
@@ -41,6 +47,7 @@ def first_order_losses(
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
     units: list[tuple[Site, Unit]] | None = None,
+    cache: ScoreCache | None = None,
 ) -> UnitLosses:
     """Estimate the masked losses to first order, with one backward pass for all units.
 
@@ -57,9 +64,44 @@ def first_order_losses(
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free.
         units: Which units to mask, by rising layer; `None` masks all of these sites.
+        cache: Remembers the memory budget, so that a run that goes on has the same batches.
 
     Returns:
         The losses, in the order of the units and of the examples; the intact ones are measured.
+
+    Raises:
+        ValueError: Weights of the model are offloaded.
+    """
+    check_in_memory(model)
+    jobs = scored_units(sites) if units is None else units
+    intact = torch.empty(len(examples), dtype=torch.float64)
+    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
+    with (
+        evaluation_mode(model),
+        float32_on_cpu(model),
+        _frozen(model),
+        logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
+    ):
+        budget = settled_budget(model, memory_budget, examples, jobs, cache)
+        left = deque(batches(examples, _examples_per_pass(model, examples, budget)))
+        while left:
+            batch = left.popleft()
+            found = _first_order(model, jobs, batch)
+            if found is None:
+                logger.warning_once("memory ran out: the rest is scored in smaller batches")
+                clear_device_cache(garbage_collection=True)
+                parts = [half for large in (batch, *left) for half in halves(large)]
+                left = deque(part for part in parts if part.positions)
+                continue
+            intact[batch.positions], masked[:, batch.positions] = found
+            progress.update(len(batch.positions))
+    # Every process has done all of it; what follows has to be the same in all.
+    intact, masked = Team.of_this_run().first((intact, masked))
+    return UnitLosses(jobs, intact, masked)
+
+
+def check_in_memory(model: PreTrainedModel) -> None:
+    """Check that a backward pass has all weights that it needs.
 
     Raises:
         ValueError: Weights of the model are offloaded.
@@ -69,28 +111,28 @@ def first_order_losses(
             "to first order the weights have to be in memory, all at once, but some of this model "
             "are offloaded: use estimator 'exact', or load it with a device_map that keeps them"
         )
-    jobs = scored_units(sites) if units is None else units
+
+
+def _first_order(
+    model: PreTrainedModel, jobs: list[tuple[Site, Unit]], batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Losses of a batch, `[examples]` and `[units, examples]`; `None` if it is too large."""
     gated = list(dict.fromkeys(site for site, _ in jobs))
-    intact = torch.empty(len(examples), dtype=torch.float64)
-    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
-    with (
-        evaluation_mode(model),
-        float32_on_cpu(model),
-        _frozen(model),
-        logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
-    ):
-        budget = budget_bytes(memory_budget, model.device)
-        for batch in batches(examples, _examples_per_pass(model, examples, budget)):
-            with torch.enable_grad(), _gates(model, gated, len(batch.positions)) as gates:
-                losses = _scored_losses(model, batch)
-                gradients = torch.autograd.grad(losses.sum(), [gates[site.name] for site in gated])
-            intact[batch.positions] = losses.detach()
-            by_site = dict(zip((site.name for site in gated), gradients, strict=True))
-            for index, (site, unit) in enumerate(jobs):
-                gradient = by_site[site.name][:, 0, slice(*unit.channels)].double().sum(dim=1)
-                masked[index, batch.positions] = losses.detach() - gradient.cpu()
-            progress.update(len(batch.positions))
-    return UnitLosses(jobs, intact, masked)
+    try:
+        with torch.enable_grad(), _gates(model, gated, len(batch.positions)) as gates:
+            losses = _scored_losses(model, batch)
+            gradients = torch.autograd.grad(losses.sum(), [gates[site.name] for site in gated])
+    except (RuntimeError, MemoryError) as error:
+        if len(batch.positions) == 1 or not is_out_of_memory(error):
+            raise
+        return None
+    intact = losses.detach()
+    by_site = dict(zip((site.name for site in gated), gradients, strict=True))
+    masked = [
+        intact - by_site[site.name][:, 0, slice(*unit.channels)].double().sum(dim=1).cpu()
+        for site, unit in jobs
+    ]
+    return intact, torch.stack(masked)
 
 
 def control_variate_losses(
@@ -127,7 +169,7 @@ def control_variate_losses(
         ValueError: There are fewer examples than that.
     """
     sampled = SampledLosses(
-        first_order_losses(model, sites, examples, memory_budget, units),
+        first_order_losses(model, sites, examples, memory_budget, units, cache),
         draw_blocks(len(examples), exact_examples, seed),
     )
     every = range(len(sampled.units))
@@ -169,7 +211,7 @@ def adaptive_losses(
         ValueError: There are fewer examples than `exact_examples`.
     """
     sampled = SampledLosses(
-        first_order_losses(model, sites, examples, memory_budget, units),
+        first_order_losses(model, sites, examples, memory_budget, units, cache),
         draw_blocks(len(examples), exact_examples, seed),
     )
     wide = list(range(len(sampled.units)))
@@ -361,11 +403,13 @@ class Estimator:
         function: Takes a model, its sites, examples and a memory budget, and returns the losses.
         settings: The fields of `CAPConfig` that it takes as keywords.
         resumes: Whether it takes a cache of finished chunks.
+        differentiates: Whether it needs all weights in memory, for a backward pass.
     """
 
     function: Callable[..., UnitLosses]
     settings: tuple[str, ...] = ()
     resumes: bool = True
+    differentiates: bool = False
 
     def losses(
         self,
@@ -376,6 +420,8 @@ class Estimator:
     ) -> UnitLosses:
         """Measure or estimate the losses as `config` says."""
         settings: dict[str, Any] = {name: getattr(config, name) for name in self.settings}
+        if self.differentiates:
+            check_in_memory(model)  # before a cache reads all weights
         if self.resumes and config.cache_dir is not None:
             settings["cache"] = ScoreCache(config.cache_dir, model)
         return self.function(model, sites, examples, config.memory_budget, **settings)
@@ -384,7 +430,11 @@ class Estimator:
 ESTIMATORS = {
     "exact": Estimator(exact_losses),
     "plain": Estimator(plain_losses, resumes=False),
-    "first_order": Estimator(first_order_losses, resumes=False),
-    "control_variate": Estimator(control_variate_losses, ("exact_examples", "seed")),
-    "adaptive": Estimator(adaptive_losses, ("exact_examples", "precision", "seed")),
+    "first_order": Estimator(first_order_losses, differentiates=True),
+    "control_variate": Estimator(
+        control_variate_losses, ("exact_examples", "seed"), differentiates=True
+    ),
+    "adaptive": Estimator(
+        adaptive_losses, ("exact_examples", "precision", "seed"), differentiates=True
+    ),
 }

@@ -404,6 +404,11 @@ def _removable_heads(
 def _count_of_heads(candidates: list[tuple[Site, Unit]], sparsity: float) -> int:
     """Return how many heads to remove."""
     total = len(candidates)
+    if not total:
+        raise ValueError(
+            "modules_to_leave_dense leaves no head whole: pattern 'heads' removes all weights of a "
+            "head, so leave none of them dense but in whole layers, such as layers.0"
+        )
     count = round(sparsity * total)
     if not 0 < count < total:
         raise ValueError(

@@ -7,6 +7,8 @@ input cannot meet an old chunk, and two runs that share a folder write the same 
 
 import importlib.metadata
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,12 @@ from transformers.utils import logging
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.calibration import Batch, CalibrationExample
 from optimum_cap.offload import device_of
-from optimum_cap.storage import digest_of, weights_digest, write_whole
+from optimum_cap.storage import digest_of, model_digest, write_whole
 
 logger = logging.get_logger(__name__)
 
 _LAYOUT = 1  # of files and keys, and of the way that losses are computed
-_VERSIONED = ("optimum-cap", "torch", "transformers")
-# What config.json says of files, not of the computation, or what the parameters say better.
-_NOT_COMPUTED = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "pruning_config",
-    "quantization_config",
-    "transformers_version",
-)
+VERSIONED = ("optimum-cap", "torch", "transformers")
 
 
 def default_folder() -> Path:
@@ -54,7 +47,7 @@ class ScoreCache:
     def __init__(self, folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
         self.folder = Path(folder)
         self._files = TensorFiles(self.folder)
-        self._model = digest_of(_computation(model), weights_digest(model))[:32]
+        self._model = digest_of(_machine(model), model_digest(model))[:32]
 
     def losses(self, batch: Batch, units: list[tuple[Site, Unit]]) -> torch.Tensor | None:
         """Losses of a batch with each unit masked, or intact with no units; `None` if unknown."""
@@ -64,18 +57,20 @@ class ScoreCache:
         """Keep the losses of a batch with each unit masked, or intact with no units."""
         self._files.write(self._chunk(batch, units), losses)
 
-    def budget(
-        self, examples: list[CalibrationExample], units: list[tuple[Site, Unit]], measured: int
+    def remembered(
+        self,
+        what: str,
+        examples: list[CalibrationExample],
+        units: list[tuple[Site, Unit]],
+        find: Callable[[], int],
     ) -> int:
-        """The memory budget that the run over these began with; `measured` if it begins now.
-
-        A batch of another size gives other last bits, and what is free changes from run to run.
-        """
-        tokens = [[example.input_ids, example.scored] for example in examples]
-        key = self._key("budget", _names(units), tokens)
+        """Return what was found when the first run over these began, perhaps this one."""
+        key = self._key(what, _names(units), examples_digest(examples))
         if (known := self._files.read(key)) is None:
-            known = torch.tensor(measured)
-            self._files.write(key, known)
+            found = torch.tensor(find())
+            self._files.write(key, found, replace=False)
+            known = self._files.read(key)  # another process may have been first
+            return int(found if known is None else known)
         return int(known)
 
     def _chunk(self, batch: Batch, units: list[tuple[Site, Unit]]) -> str:
@@ -112,9 +107,11 @@ class TensorFiles:
         except (OSError, SafetensorError) as error:
             problem = str(error)
         logger.warning(f"{file} is damaged ({problem}): what it held is measured again")
+        with suppress(OSError):
+            file.unlink()
         return None
 
-    def write(self, key: str, tensor: torch.Tensor) -> None:
+    def write(self, key: str, tensor: torch.Tensor, replace: bool = True) -> None:
         """Keep `tensor` under `key`: the file is there as a whole or not at all.
 
         A folder that cannot be written to does not stop the run, which has its results in memory;
@@ -124,7 +121,7 @@ class TensorFiles:
         data = safetensors.torch.save({"tensor": tensor}, {"sha256": digest_of(key, tensor)})
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, data)
+            write_whole(file, data, replace)
         except OSError as error:
             if not self._complained:
                 self._complained = True
@@ -138,27 +135,29 @@ class TensorFiles:
         return self.folder / f"{key}.safetensors"
 
 
+def examples_digest(examples: list[CalibrationExample]) -> str:
+    """Digest of the tokens of examples, and of which are scored."""
+    return digest_of([[example.input_ids, example.scored] for example in examples])
+
+
 def _names(units: list[tuple[Site, Unit]]) -> list[str]:
     return [f"{site.name} {unit.channels}" for site, unit in units]
 
 
-def _computation(model: PreTrainedModel) -> dict[str, Any]:
-    """What the losses follow from beside weights and tokens."""
-    config = model.config.to_dict()
+def _machine(model: PreTrainedModel) -> dict[str, Any]:
+    """What the losses follow from beside the model and the tokens."""
     device = device_of(model)
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        # Matrix products add up in another order with other instructions and threads.
-        else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    )
     return {
         "layout": _LAYOUT,
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
-        "class": type(model).__name__,
-        "config": {name: value for name, value in config.items() if name not in _NOT_COMPUTED},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
         "attention": model.config._attn_implementation,
+        "experts": getattr(model.config, "_experts_implementation", None),
         "device": device.type,
-        "machine": machine,
+        "machine": (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            # Matrix products add up in another order with other instructions and threads.
+            else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+        ),
         "precision": torch.get_float32_matmul_precision(),
     }

@@ -21,11 +21,12 @@ from optimum_cap.architectures import Site, heads
 from optimum_cap.attribution import UnitLosses
 from optimum_cap.calibration import CalibrationExample
 from optimum_cap.config import CAPConfig
-from optimum_cap.storage import digest_of, weights_digest, write_whole
+from optimum_cap.estimators import ESTIMATORS
+from optimum_cap.score_cache import VERSIONED, examples_digest
+from optimum_cap.storage import digest_of, model_digest, write_whole
 
 _LAYOUT = 1
 _METADATA = "optimum_cap_scores"
-_VERSIONED = ("optimum-cap", "torch", "transformers")
 DECISIVE = (
     "dataset",
     "num_samples",
@@ -74,14 +75,14 @@ class SavedScores:
         """
         settings = self.settings
         units = [[site.name, unit.index] for site, unit in heads(sites)]
-        if self.metadata["units"] != units or self.metadata["model"] != _model_digest(model):
+        if self.metadata["units"] != units or self.metadata["model"] != model_digest(model):
             raise ValueError(
                 f"the scores in {self.path} are of another model "
                 f"({self.metadata['base_model'] or 'unnamed'}) than "
                 f"{model.name_or_path or 'this one'}, or of other weights: score this model with "
                 "`optimum-cli cap score`"
             )
-        if self.metadata["examples"] != _examples_digest(examples):
+        if self.metadata["examples"] != examples_digest(examples):
             raise ValueError(
                 f"the scores in {self.path} are of other calibration examples (dataset "
                 f"{settings['dataset']}, num_samples {settings['num_samples']}, seed "
@@ -89,11 +90,12 @@ class SavedScores:
                 f"{config.to_dict()['dataset']}, num_samples {config.num_samples}, seed "
                 f"{config.seed}): use the same, or score again"
             )
-        if settings["estimator"] != config.estimator:
-            raise ValueError(
-                f"the scores in {self.path} are of estimator {settings['estimator']!r}, but the "
-                f"config asks for {config.estimator!r}: use the same, or score again"
-            )
+        for name in ("estimator", *ESTIMATORS[config.estimator].settings):
+            if settings[name] != getattr(config, name):
+                raise ValueError(
+                    f"the scores in {self.path} are of {name} {settings[name]!r}, but the config "
+                    f"asks for {getattr(config, name)!r}: use the same, or score again"
+                )
         return UnitLosses(heads(sites), **self.tensors)
 
 
@@ -121,12 +123,12 @@ def save_scores(
     metadata = {
         "layout": _LAYOUT,
         "base_model": model.name_or_path or None,
-        "model": _model_digest(model),
-        "examples": _examples_digest(examples),
+        "model": model_digest(model),
+        "examples": examples_digest(examples),
         "rows": [example.digest for example in examples],
         "units": [[site.name, unit.index] for site, unit in losses.units],
         "settings": {name: values[name] for name in DECISIVE},
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
     }
     metadata["sha256"] = digest_of(tensors, metadata)
     data = safetensors.torch.save(tensors, {_METADATA: json.dumps(metadata, sort_keys=True)})
@@ -169,11 +171,3 @@ def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:
     if losses.standard_errors is not None:
         tensors["standard_errors"] = losses.standard_errors
     return tensors
-
-
-def _model_digest(model: PreTrainedModel) -> str:
-    return digest_of(type(model).__name__, weights_digest(model))
-
-
-def _examples_digest(examples: list[CalibrationExample]) -> str:
-    return digest_of([[example.input_ids, example.scored] for example in examples])

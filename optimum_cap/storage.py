@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,24 @@ from accelerate.utils.modeling import align_module_device
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+# What config.json says of files, not of the computation, or what the parameters say better.
+_NOT_COMPUTED = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "pruning_config",
+    "quantization_config",
+    "transformers_version",
+)
 
-def write_whole(file: Path, data: bytes) -> None:
+
+def write_whole(file: Path, data: bytes, replace: bool = True) -> None:
     """Write a file so that it is there with all of `data`, on the disk, or as it was before.
+
+    Args:
+        file: The file.
+        data: Its content.
+        replace: Whether a file that is there already is replaced; else it stays.
 
     Raises:
         OSError: It cannot be written.
@@ -26,10 +42,20 @@ def write_whole(file: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        unfinished.replace(file)
-    except BaseException:
+        if replace:
+            unfinished.replace(file)
+        else:
+            with suppress(FileExistsError):
+                os.link(unfinished, file)
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Digest of what a model computes: its class, config and weights as they are stored."""
+    config = model.config.to_dict()
+    computed = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
+    return digest_of(type(model).__name__, computed, weights_digest(model))
 
 
 def weights_digest(model: PreTrainedModel) -> str:

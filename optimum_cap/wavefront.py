@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 _LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
 # A shorter prefix costs in masks and copies what it saves.
-_WORTHWHILE_SHARE = 1 / 8
+WORTHWHILE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -420,7 +420,7 @@ def prefix_to_share(
     """
     prefix = shared_prefix(examples)
     longest = max(len(example.input_ids) for example in examples)
-    if len(examples) == 1 or prefix < _WORTHWHILE_SHARE * longest:
+    if len(examples) == 1 or prefix < WORTHWHILE_SHARE * longest:
         return 0
     unit = next((site, site.units[0]) for site in sites if site.kind == "attention")
     apart, whole = (

@@ -19,6 +19,7 @@ from optimum_cap.attribution import (
     example_losses,
     plain_losses,
 )
+from optimum_cap.calibration import Batch
 from optimum_cap.estimators import (
     ESTIMATORS,
     SampledLosses,
@@ -80,6 +81,26 @@ def test_a_small_budget_gives_the_same_first_order(llama: PreTrainedModel) -> No
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_first_order_goes_on_in_smaller_batches_where_memory_runs_out(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites, rows = find_sites(llama), examples()
+    expected = first_order_losses(llama, sites, rows)
+    own, sizes = estimators._scored_losses, list[int]()
+
+    def scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        sizes.append(len(batch.positions))
+        if len(batch.positions) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return own(model, batch)
+
+    monkeypatch.setattr(estimators, "_scored_losses", scored_losses)
+    losses = first_order_losses(llama, sites, rows)
+    torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
+    assert max(sizes) > 2
+    assert set(sizes[2:]) <= {1, 2, sizes[0] // 2, sizes[0] - sizes[0] // 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -176,6 +176,29 @@ def test_what_is_free_later_does_not_change_the_chunks(
     torch.testing.assert_close(other.masked, expected.masked[:, :5], rtol=1e-5, atol=0)
 
 
+def test_the_way_that_experts_are_computed_is_part_of_the_key(tmp_path: Path) -> None:
+    keys = set()
+    for way in ("eager", "grouped_mm"):
+        model = tiny_model("mixtral")
+        model.set_experts_implementation(way)
+        keys.add(ScoreCache(tmp_path, model)._model)
+    assert len(keys) == 2
+
+
+def test_what_was_found_first_counts(llama: PreTrainedModel, tmp_path: Path) -> None:
+    cache, other = ScoreCache(tmp_path, llama), ScoreCache(tmp_path, llama)
+
+    def meanwhile() -> int:
+        assert other.remembered("budget", examples(), [], lambda: 7) == 7
+        return 8
+
+    assert cache.remembered("budget", examples(), [], meanwhile) == 7
+    (file,) = chunk_files(tmp_path)
+    file.write_bytes(b"damaged")
+    assert cache.remembered("budget", examples(), [], lambda: 9) == 9
+    assert cache.remembered("budget", examples(), [], lambda: 10) == 9
+
+
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files, stored = TensorFiles(tmp_path), torch.tensor([[1.5, math.inf], [math.nan, 2]]).double()
     files.write("model/chunk", stored)

@@ -91,6 +91,32 @@ def test_scores_of_another_model_are_refused(other: tuple[str, int], scores: Pat
         CAPPruner(config(scores=scores)).prune(tiny_model(*other), tiny_tokenizer())
 
 
+def test_scores_of_a_model_with_another_config_are_refused(scores: Path) -> None:
+    model = tiny_model("llama")
+    model.config.rms_norm_eps = 0.1
+    with pytest.raises(ValueError, match="are of another model"):
+        CAPPruner(config(scores=scores)).prune(model, tiny_tokenizer())
+
+
+def test_scores_with_other_settings_of_the_estimator_are_refused(tmp_path: Path) -> None:
+    file, settings = tmp_path / "scores.safetensors", {"estimator": "control_variate"}
+    pruner = CAPPruner(config(**settings, exact_examples=4))
+    pruner.measure(tiny_model("llama"), tiny_tokenizer(), save_to=file)
+    other = CAPPruner(config(**settings, exact_examples=6, scores=file))
+    with pytest.raises(ValueError, match="of exact_examples 4, but the config asks for 6"):
+        other.prune(tiny_model("llama"), tiny_tokenizer())
+
+
+def test_the_command_refuses_scores_of_data_in_memory(
+    scores: Path, flags: list[str], tmp_path: Path
+) -> None:
+    model = flags[flags.index("-m") + 1]
+    with pytest.raises(ValueError, match="are of data from a program"):
+        run(
+            PruneCommand, "-m", model, "-o", tmp_path / "out", "--sparsity", 0.2, "--scores", scores
+        )
+
+
 def test_a_missing_file() -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.safetensors does not exist: make it with"):
         read_scores("no.safetensors")

@@ -121,12 +121,21 @@ def _device_and_size(text: str) -> tuple[int | str, int]:
         ) from error
 
 
-def check_loading_flags(args: Namespace) -> None:
+def check_loading_flags(args: Namespace, processes: int = 1) -> None:
     """Check that the flags that say how a model is loaded go together.
+
+    Args:
+        args: The flags.
+        processes: How many were launched together, each with a whole model.
 
     Raises:
         ValueError: Room is given for devices among which nothing is chosen.
     """
+    if processes > 1 and (args.max_memory or args.offload_folder):
+        raise ValueError(
+            f"--max-memory and --offload-folder spread one model over devices, but {processes} "
+            "processes were launched, each with a whole model on a device of its own: launch one"
+        )
     if args.max_memory and args.device_map not in _PLACEMENTS:
         raise ValueError(
             f"--max-memory is for a placement over devices ({', '.join(_PLACEMENTS)}), got "

@@ -175,7 +175,6 @@ class PruneCommand(CAPSubcommand):
         """Check output, configuration, Hub access, tokenizer and data."""
         args = self.args
         check_output_folder(args.output, args.model, args.overwrite)
-        check_loading_flags(args)
         if args.private and not args.push_to_hub:
             raise ValueError("--private is about the uploaded repository: it needs --push-to-hub")
 
@@ -187,12 +186,18 @@ class PruneCommand(CAPSubcommand):
 
         team = Team.of_this_run()
         team.quieten()
+        check_loading_flags(args, team.size)
         values = {"cache_dir": default_folder(), **config_values(vars(args))}
         if args.scores:
             from optimum_cap.score_file import read_scores
 
             # What is not given is as in the file; what is given has to be.
             values = {**read_scores(args.scores).settings, **values, "scores": args.scores}
+            if str(values["dataset"]).startswith("in-memory"):
+                raise ValueError(
+                    f"the scores in {args.scores} are of data from a program "
+                    f"({values['dataset']}): prune there, with CAPConfig(scores=...) and that data"
+                )
         config = CAPConfig(**values)
         if args.max_shard_size:
             _check_shard_size(args.max_shard_size)

@@ -64,7 +64,6 @@ class ScoreCommand(CAPSubcommand):
         """Check output, configuration, tokenizer and data."""
         args = self.args
         check_output_file(args.output)
-        check_loading_flags(args)
         if args.output.exists() and not args.overwrite:
             raise ValueError(f"the output {args.output} exists: pass --overwrite to replace it")
 
@@ -75,6 +74,7 @@ class ScoreCommand(CAPSubcommand):
 
         team = Team.of_this_run()
         team.quieten()
+        check_loading_flags(args, team.size)
         values = {"cache_dir": default_folder(), **config_values(vars(args))}
         config = CAPConfig(sparsity=0.5, **values)  # scores are the same at every sparsity
         tokenizer = load_tokenizer(args)
