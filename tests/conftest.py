@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before anything imports huggingface_hub: a test that reaches for the Hub fails at once, and no
 # test finds what another run has left in the caches.
@@ -10,7 +11,6 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="optimum-cap-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-from pathlib import Path
 
 import pytest
 import torch
