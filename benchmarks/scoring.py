@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from optimum_cap.architectures import Site, decoder_layers, find_sites
+from optimum_cap.architectures import Site, Unit, decoder_layers, find_sites
 from optimum_cap.attribution import causal_scores, exact_losses, plain_losses
 from optimum_cap.calibration import CalibrationExample, shared_prefix
 from optimum_cap.wavefront import tokens_per_chunk
@@ -93,7 +93,9 @@ def linear_flops(layer: nn.Module) -> dict[str, int]:
 
 
 def floor_flops(
-    model: PreTrainedModel, sites: list[Site], examples: list[CalibrationExample]
+    model: PreTrainedModel,
+    units: list[tuple[Site, Unit]],
+    examples: list[CalibrationExample],
 ) -> int:
     """Floating-point operations that exact scores of a Llama's heads cannot do without.
 
@@ -109,22 +111,22 @@ def floor_flops(
     scored = sum(int(example.scored.sum()) for example in examples)
     scored_pairs = sum(int(example.scored.nonzero().sum()) for example in examples)
 
-    projections = linear_flops(decoder_layers(model, sites)[0])
+    projections = linear_flops(decoder_layers(model, [site for site, _ in units])[0])
     whole = sum(projections.values())
     keys_values = projections["k_proj"] + projections["v_proj"]
     behind = whole - keys_values - projections["q_proj"]
-    pair = 4 * sites[0].width
+    pair = 4 * units[0][0].width
     logits = scored * 2 * model.lm_head.weight.numel()
     last_layer = tokens * keys_values + scored * (whole - keys_values) + scored_pairs * pair
     total = 0
-    for site in sites:
+    for site, _ in units:
         per_head = logits
         if site.layer == last:
             per_head += scored * behind
         else:
             between = last - site.layer - 1
             per_head += tokens * behind + between * (tokens * whole + pairs * pair) + last_layer
-        total += len(site.units) * per_head
+        total += per_head
     return total
 
 
@@ -174,6 +176,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument(
+        "--scored-heads", type=int, metavar="N", help="of each layer (default: all of them)"
+    )
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -193,23 +198,23 @@ def main() -> None:
             arguments.examples, arguments.tokens, model.config.vocab_size, arguments.prefix_share
         )
     sites = [site for site in find_sites(model) if site.kind == "attention"]
+    units = [(site, unit) for site in sites for unit in site.units[: arguments.scored_heads]]
 
     seconds: dict[str, list[float]] = {"exact": [], "plain": [], "floor": []}
-    flops = floor_flops(model, sites, examples)
+    flops = floor_flops(model, units, examples)
     scores = {}
     for _ in range(arguments.runs):
         for name, method in (("exact", exact_losses), ("plain", plain_losses)):
             start = time.perf_counter()
-            losses = method(model, sites, examples)
+            losses = method(model, sites, examples, units=units)
             seconds[name].append(time.perf_counter() - start)
             scores[name] = causal_scores(losses, subsets=min(3, len(examples))).scores
         seconds["floor"].append(flops / matmul_rate(model, sites))
     difference = (scores["exact"] - scores["plain"]).abs().max() / scores["plain"].abs().max()
 
     tokens = sum(len(example.input_ids) for example in examples)
-    heads = sum(len(site.units) for site in sites)
     print(
-        f"{heads} heads in {len(sites)} layers, {len(examples)} examples, {tokens} tokens, "
+        f"{len(units)} heads in {len(sites)} layers, {len(examples)} examples, {tokens} tokens, "
         f"{shared_prefix(examples)} tokens shared, {torch.get_num_threads()} threads, "
         f"{model.device}, {arguments.dtype}\n"
     )
