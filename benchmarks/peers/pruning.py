@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -103,18 +104,18 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(model)
         examples = build_calibration_set(CAPConfig(**config), tokenizer).examples
         found: dict[tuple[str, str], list[dict[str, float]]] = {method: [] for method in METHODS}
-        for _ in range(arguments.runs):
-            for package, method in METHODS:
-                job = {
-                    "model": folder,
-                    "method": method,
-                    "sparsity": 0.5,
-                    "pattern": "0:0",
-                    "input_ids": [example.input_ids.tolist() for example in examples],
-                    "config": {**config, "recipe": method},
-                    "scores": str(model / "scores") if method == "paper" else None,
-                }
-                found[package, method].append(run(package, job, arguments.peer))
+        turns = [method for _ in range(arguments.runs) for method in METHODS]
+        for package, method in tqdm(turns, unit="run"):
+            job = {
+                "model": folder,
+                "method": method,
+                "sparsity": 0.5,
+                "pattern": "0:0",
+                "input_ids": [example.input_ids.tolist() for example in examples],
+                "config": {**config, "recipe": method},
+                "scores": str(model / "scores") if method == "paper" else None,
+            }
+            found[package, method].append(run(package, job, arguments.peer))
 
     tokens = sum(len(example.input_ids) for example in examples)
     print(f"{arguments.layers} layers, hidden size {arguments.hidden}, {tokens} tokens\n")
