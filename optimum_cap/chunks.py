@@ -251,7 +251,7 @@ class ExactRun:
 
 
 def halves(batch: Batch) -> list[Batch]:
-    """Cut a batch into two."""
+    """Cut a batch into two; one of a single example stays whole."""
     middle = len(batch.positions) // 2
     return [
         replace(
@@ -262,6 +262,7 @@ def halves(batch: Batch) -> list[Batch]:
             scored=batch.scored[part],
         )
         for part in (slice(middle), slice(middle, None))
+        if batch.positions[part]
     ]
 
 

@@ -90,8 +90,7 @@ def first_order_losses(
             if found is None:
                 logger.warning_once("memory ran out: the rest is scored in smaller batches")
                 clear_device_cache(garbage_collection=True)
-                parts = [half for large in (batch, *left) for half in halves(large)]
-                left = deque(part for part in parts if part.positions)
+                left = deque(half for large in (batch, *left) for half in halves(large))
                 continue
             intact[batch.positions], masked[:, batch.positions] = found
             progress.update(len(batch.positions))

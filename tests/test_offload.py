@@ -53,7 +53,7 @@ def saved(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
     return folder
 
 
-def half_on_disk(folder: Path, offload_folder: Path, **options: Any) -> PreTrainedModel:
+def half_on_disk(folder: Path, offload_folder: Path | None, **options: Any) -> PreTrainedModel:
     """Load a model of three decoder layers of which two, and the head, stay on disk."""
     names = ("model.embed_tokens", "model.rotary_emb", "model.norm", "model.layers.0")
     places = dict.fromkeys(names, "cpu") | dict.fromkeys((*LAYERS, "lm_head"), "disk")
@@ -248,7 +248,7 @@ def test_evaluation(tmp_path: Path) -> None:
 def test_a_model_without_an_offload_folder(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     expected = pruned(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "a", config())
-    model = half_on_disk(folder, None)  # type: ignore[arg-type]
+    model = half_on_disk(folder, None)
     assert pruned(model, tmp_path / "b", config()) == expected
 
 

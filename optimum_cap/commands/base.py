@@ -6,9 +6,12 @@ import tempfile
 from abc import abstractmethod
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
+
+if TYPE_CHECKING:
+    from optimum_cap.distributed import Team
 
 EXIT_FAILURE = 1
 EXIT_BAD_ARGUMENTS = 2  # what argparse uses
@@ -143,11 +146,16 @@ def check_loading_flags(args: Namespace, processes: int = 1) -> None:
         )
 
 
-def loading_options(args: Namespace) -> dict[str, Any]:
-    """Return what the flags say of how a model is loaded, for `from_pretrained`."""
+def loading_options(args: Namespace, team: "Team | None" = None) -> dict[str, Any]:
+    """Return what the flags say of how a model is loaded, for `from_pretrained`.
+
+    Args:
+        args: The flags.
+        team: The processes that were launched together, if the command is one that they share.
+    """
     return {
         "dtype": args.dtype,
-        "device_map": args.device_map,
+        "device_map": team.placement(args.device_map) if team else args.device_map,
         "max_memory": dict(args.max_memory) if args.max_memory else None,
         "offload_folder": args.offload_folder,
         "revision": args.revision or "main",

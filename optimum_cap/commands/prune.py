@@ -125,7 +125,9 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
+    """What `prepare` has checked: `cap prune` and `cap score` need the same."""
+
     config: "CAPConfig"
     tokenizer: "PreTrainedTokenizerBase"
     team: "Team"
@@ -171,7 +173,7 @@ class PruneCommand(CAPSubcommand):
         add("--private", action="store_true", help="make that repository private if it is new")
         add_common_flags(parser)
 
-    def prepare(self) -> _Prepared:
+    def prepare(self) -> Prepared:
         """Check output, configuration, Hub access, tokenizer and data."""
         args = self.args
         check_output_folder(args.output, args.model, args.overwrite)
@@ -211,9 +213,9 @@ class PruneCommand(CAPSubcommand):
             # second.
             build_calibration_set(config, tokenizer)
         team.gather(None)  # none may save before all have looked at the output folder
-        return _Prepared(config, tokenizer, team)
+        return Prepared(config, tokenizer, team)
 
-    def execute(self, prepared: _Prepared) -> None:
+    def execute(self, prepared: Prepared) -> None:
         """Prune, save, print what was done, upload."""
         from transformers import AutoModelForCausalLM
 
@@ -221,10 +223,8 @@ class PruneCommand(CAPSubcommand):
 
         args = self.args
         start = time.monotonic()
-        options = loading_options(args)
-        options["device_map"] = prepared.team.placement(args.device_map)
         model = AutoModelForCausalLM.from_pretrained(
-            args.model, **options, pruning_config=prepared.config
+            args.model, **loading_options(args, prepared.team), pruning_config=prepared.config
         )
         prepared.team.leave()
         if prepared.team.rank:

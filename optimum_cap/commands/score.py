@@ -2,7 +2,6 @@
 
 import time
 from argparse import ArgumentParser
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +13,10 @@ from optimum_cap.commands.base import (
     check_output_file,
     loading_options,
 )
-from optimum_cap.commands.prune import add_config_flags, config_values, load_tokenizer
+from optimum_cap.commands.prune import Prepared, add_config_flags, config_values, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from optimum_cap.attribution import CausalScores
-    from optimum_cap.config import CAPConfig
-    from optimum_cap.distributed import Team
 
 _FIELDS = (
     "num_samples",
@@ -36,13 +31,6 @@ _FIELDS = (
     "cache_dir",
     "seed",
 )
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    config: "CAPConfig"
-    tokenizer: "PreTrainedTokenizerBase"
-    team: "Team"
 
 
 class ScoreCommand(CAPSubcommand):
@@ -60,7 +48,7 @@ class ScoreCommand(CAPSubcommand):
         add_loading_flags(parser)
         add_common_flags(parser)
 
-    def prepare(self) -> _Prepared:
+    def prepare(self) -> Prepared:
         """Check output, configuration, tokenizer and data."""
         args = self.args
         check_output_file(args.output)
@@ -80,9 +68,9 @@ class ScoreCommand(CAPSubcommand):
         tokenizer = load_tokenizer(args)
         build_calibration_set(config, tokenizer)  # shows what is wrong with the data in a second
         team.gather(None)  # none may write before all have looked at the output
-        return _Prepared(config, tokenizer, team)
+        return Prepared(config, tokenizer, team)
 
-    def execute(self, prepared: _Prepared) -> None:
+    def execute(self, prepared: Prepared) -> None:
         """Measure, save, print the heads."""
         from transformers import AutoModelForCausalLM
 
@@ -91,8 +79,7 @@ class ScoreCommand(CAPSubcommand):
 
         args, config = self.args, prepared.config
         start = time.monotonic()
-        options = loading_options(args)
-        options["device_map"] = prepared.team.placement(args.device_map)
+        options = loading_options(args, prepared.team)
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
         # Every process has all losses; the first one saves them.
         target = None if prepared.team.rank else args.output
