@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap.architectures import Matrix, Site, decoder_layers
 from optimum_cap.calibration import CalibrationExample, batches
+from optimum_cap.experts import gated
 from optimum_cap.interventions import (
     hidden_of,
     in_form_of,
@@ -247,14 +248,12 @@ def _hidden_states(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> t
     return hidden
 
 
-def _gated(module: Any, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    activated: torch.Tensor = module._apply_gate(
-        nn.functional.linear(hidden, module.gate_up_proj[matrix.expert])
-    )
-    return activated
+def _gated(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    assert matrix.expert is not None
+    return gated(module, matrix.expert, hidden)
 
 
-_EXPERT_INPUTS: dict[str, Callable[[Any, Matrix, torch.Tensor], torch.Tensor]] = {
+_EXPERT_INPUTS: dict[str, Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]] = {
     "gate_up_proj": _hidden_states,
     "down_proj": _gated,
 }

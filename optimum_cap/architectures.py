@@ -92,6 +92,11 @@ class Site:
         """Path of the mixing projection, without an expert's index."""
         return self.name if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
 
+    @property
+    def outlet(self) -> str:
+        """Path of the module that returns what the projection does, or the sum over experts."""
+        return self.projection if self.branch == self.layer_name else self.branch
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -153,6 +158,11 @@ def prunable_matrices(sites: Iterable[Site]) -> list[Matrix]:
 def heads(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
     """Return the attention heads among the units of `sites`, each with its site, in order."""
     return [(site, unit) for site in sites if site.kind == "attention" for unit in site.units]
+
+
+def all_units(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
+    """Return all units of `sites`, each with its site, in order."""
+    return [(site, unit) for site in sites for unit in site.units]
 
 
 def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[Block]:

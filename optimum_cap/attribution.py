@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.architectures import Site, Unit, decoder_layers
+from optimum_cap.architectures import Site, Unit, all_units, decoder_layers, heads
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.chunks import ExactRun, chunks_of, is_out_of_memory, settled
 from optimum_cap.config import parse_size
@@ -138,15 +138,15 @@ def exact_losses(
     units: list[tuple[Site, Unit]] | None = None,
     cache: ScoreCache | None = None,
 ) -> UnitLosses:
-    """Measure the loss with each unit of the attention and MLP sites among `sites` masked.
+    """Measure the loss with each unit of the sites masked.
 
     Args:
         model: A causal language model; it comes back as it was.
-        sites: All sites of the model (`find_sites`); those of kind `"expert"` are passed over.
+        sites: All sites of the model (`find_sites`), or at least those of attention.
         examples: The calibration examples.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free.
-        units: Which units to mask, by rising layer; `None` masks all of these sites.
+        units: Which units to mask, in the order of the model; `None` masks all of the sites.
         cache: Keeps finished chunks of this model, so that a run that was stopped goes on where it
             was, with the same bytes as an undisturbed one.
 
@@ -156,11 +156,14 @@ def exact_losses(
         this, and each returns all losses.
 
     Raises:
+        ValueError: Experts are to be masked that compute in a way that is not known.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the launch has stopped.
     """
-    jobs = scored_units(sites) if units is None else units
+    jobs = all_units(sites) if units is None else units
     layers = decoder_layers(model, sites)
+    measured = {site.name for site, _ in jobs}
+    sites = [site for site in sites if site.kind == "attention" or site.name in measured]
     with evaluation_mode(model), float32_on_cpu(model):
         # Of what is free when weights are widened.
         budget = settled_budget(model, memory_budget, examples, jobs, cache)
@@ -171,7 +174,7 @@ def exact_losses(
             jobs,
             cache,
         )
-        made = batches(examples, examples_per_batch(model, examples, budget, prefix), prefix)
+        made = batches(examples, examples_per_batch(model, examples, budget, prefix, sites), prefix)
         chunks = [
             chunk
             for batch in made
@@ -190,7 +193,7 @@ def plain_losses(
     units: list[tuple[Site, Unit]] | None = None,
 ) -> UnitLosses:
     """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
-    jobs = scored_units(sites) if units is None else units
+    jobs = all_units(sites) if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     with (
@@ -223,10 +226,9 @@ def example_losses(
     return losses
 
 
-def scored_units(sites: list[Site]) -> list[tuple[Site, Unit]]:
-    """Return the units that can be masked at a module's input: all but those of experts."""
-    scored = (site for site in sites if site.kind != "expert")
-    return [(site, unit) for site in scored for unit in site.units]
+def scored_units(sites: list[Site], which: str = "heads") -> list[tuple[Site, Unit]]:
+    """Return the units to score: `"heads"`, or `"all"`, with MLPs and experts."""
+    return all_units(sites) if which == "all" else heads(sites)
 
 
 def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -6,9 +6,10 @@ by one backward pass. `control_variate` corrects that by exact losses of some ex
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.architectures import Site, Unit
+from optimum_cap.architectures import Site, Unit, all_units
 from optimum_cap.attribution import (
     UnitLosses,
     exact_losses,
     nanvar,
     plain_losses,
-    scored_units,
     settled_budget,
 )
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.chunks import halves, is_out_of_memory
 from optimum_cap.config import CAPConfig
 from optimum_cap.distributed import Team
+from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.offload import is_offloaded
 from optimum_cap.score_cache import ScoreCache
@@ -55,25 +56,27 @@ def first_order_losses(
     which to first order takes the sum of their gradients from the loss (Michel et al. 2019, arXiv
     1905.10650, Eq. 2, with the sign kept; attribution patching of a zero,
     https://www.neelnanda.io/mechanistic-interpretability/attribution-patching). Examples do not
-    interact, so the gates of each example get the gradients of its own loss.
+    interact, so the gates of each example get the gradients of its own loss. An expert gets its
+    gradients from that in the sum over experts; its routing is as in the intact pass.
 
     Args:
         model: A causal language model, whole in memory; it comes back as it was.
-        sites: All sites of the model (`find_sites`); those of kind `"expert"` are passed over.
+        sites: All sites of the model (`find_sites`).
         examples: The calibration examples.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free.
-        units: Which units to mask, by rising layer; `None` masks all of these sites.
+        units: Which units to mask, in the order of the model; `None` masks all of the sites.
         cache: Remembers the memory budget, so that a run that goes on has the same batches.
 
     Returns:
         The losses, in the order of the units and of the examples; the intact ones are measured.
 
     Raises:
-        ValueError: Weights of the model are offloaded.
+        ValueError: Weights of the model are offloaded, or experts compute in a way that is not
+            known.
     """
     check_in_memory(model)
-    jobs = scored_units(sites) if units is None else units
+    jobs = all_units(sites) if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     with (
@@ -116,22 +119,37 @@ def _first_order(
     model: PreTrainedModel, jobs: list[tuple[Site, Unit]], batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Losses of a batch, `[examples]` and `[units, examples]`; `None` if it is too large."""
-    gated = list(dict.fromkeys(site for site, _ in jobs))
+    sites = {site.name: site for site, _ in jobs}.values()
+    examples = len(batch.positions)
     try:
-        with torch.enable_grad(), _gates(model, gated, len(batch.positions)) as gates:
-            losses = _scored_losses(model, batch)
-            gradients = torch.autograd.grad(losses.sum(), [gates[site.name] for site in gated])
+        with torch.enable_grad(), _gates(model, sites, examples) as gates:
+            with _recorded_experts(model, sites) as experts:
+                losses = _scored_losses(model, batch)
+            leaves = {**gates, **{path: call.offset for path, call in experts.items()}}
+            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
     except (RuntimeError, MemoryError) as error:
         if len(batch.positions) == 1 or not is_out_of_memory(error):
             raise
         return None
     intact = losses.detach()
-    by_site = dict(zip((site.name for site in gated), gradients, strict=True))
-    masked = [
-        intact - by_site[site.name][:, 0, slice(*unit.channels)].double().sum(dim=1).cpu()
-        for site, unit in jobs
-    ]
-    return intact, torch.stack(masked)
+    by_leaf = dict(zip(leaves, gradients, strict=True))
+    effects = []
+    for site, own in groupby(jobs, key=lambda job: job[0]):
+        if site.expert is None:
+            of_gates = by_leaf[site.name][:, 0]
+        else:
+            of_gates = _expert_gradients(
+                model, site, experts[site.branch], by_leaf[site.branch], examples
+            )
+        effects.append(_sums_over_units(of_gates, [unit for _, unit in own]))
+    return intact, intact - torch.cat(effects)
+
+
+def _sums_over_units(of_channels: torch.Tensor, units: list[Unit]) -> torch.Tensor:
+    """Sum `[examples, channels]` over the channels of each unit: float64 `[units, examples]`."""
+    sums = nn.functional.pad(of_channels.double().cumsum(dim=1), (1, 0))
+    starts, stops = torch.tensor([unit.channels for unit in units], device=sums.device).T
+    return (sums[:, stops] - sums[:, starts]).T.cpu()
 
 
 def control_variate_losses(
@@ -335,11 +353,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _gates(
-    model: PreTrainedModel, sites: list[Site], examples: int
+    model: PreTrainedModel, sites: Iterable[Site], examples: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Multiply the input of each site by gates of value 1, `[examples, 1, channels]`, by its name.
 
-    The dictionary that is yielded fills during the forward pass.
+    Experts have no such input. The dictionary that is yielded fills during the forward pass.
     """
     gates: dict[str, torch.Tensor] = {}
 
@@ -354,13 +372,89 @@ def _gates(
         return hook
 
     handles = [
-        model.get_submodule(site.projection).register_forward_pre_hook(gate(site)) for site in sites
+        model.get_submodule(site.projection).register_forward_pre_hook(gate(site))
+        for site in sites
+        if site.expert is None
     ]
     try:
         yield gates
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class _ExpertsCall:
+    """One call of a module of experts.
+
+    Attributes:
+        hidden: The tokens, `[tokens, hidden]`.
+        chosen: Experts that each token reaches, int64 `[tokens, k]`.
+        weights: Their weights, `[tokens, k]`.
+        offset: Zeros that were added to the output, `[tokens, hidden]`; a leaf of the graph.
+    """
+
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+    weights: torch.Tensor
+    offset: torch.Tensor
+
+
+@contextmanager
+def _recorded_experts(
+    model: PreTrainedModel, sites: Iterable[Site]
+) -> Iterator[dict[str, _ExpertsCall]]:
+    """Record the calls of the modules of experts among `sites`, by their paths.
+
+    The dictionary that is yielded fills during the forward pass.
+
+    Raises:
+        ValueError: Experts compute in a way that is not known.
+    """
+    calls: dict[str, _ExpertsCall] = {}
+
+    def record(site: Site) -> Callable[..., torch.Tensor]:
+        def hook(
+            module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor:
+            chosen, weights = routing(model, site, args[1:])
+            offset = torch.zeros_like(output, requires_grad=True)
+            calls[site.branch] = _ExpertsCall(args[0].detach(), chosen, weights.detach(), offset)
+            return output + offset
+
+        return hook
+
+    modules = {site.branch: site for site in sites if site.expert is not None}
+    handles = [
+        experts_of(model, site).register_forward_hook(record(site)) for site in modules.values()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _expert_gradients(
+    model: PreTrainedModel, site: Site, call: _ExpertsCall, gradient: torch.Tensor, examples: int
+) -> torch.Tensor:
+    """Gradients in gates on the channels of an expert: float32 `[examples, channels]`.
+
+    Args:
+        model: The model.
+        site: The site of the expert.
+        call: The call of its module.
+        gradient: Gradient in the output of the module, `[tokens, hidden]`.
+        examples: Number of examples, which have the same number of tokens.
+    """
+    assert site.expert is not None
+    tokens, slots = routed(call.chosen, site.expert)
+    activated = gated(model.get_submodule(site.branch), site.expert, call.hidden[tokens])
+    down = model.get_parameter(site.projection)[site.expert]
+    of_tokens = activated * (gradient[tokens] @ down) * call.weights[tokens, slots, None]
+    example = tokens // (len(call.chosen) // examples)
+    # A product with ones and zeros sums in the same order every time, also on a GPU.
+    return nn.functional.one_hot(example, examples).T.float() @ of_tokens.float()
 
 
 def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 Masking a unit of layer l changes nothing before its site. So a stream starts from the recorded
 intact input of layer l, and the streams of many units travel through the later layers as rows of
-one batch. Logits are computed at scored positions only.
+one batch. Where the branch of the masked unit would run, and those before and beside it, a starting
+stream gets the result instead. Logits are computed at scored positions only.
 
 Tokens that all examples begin with are computed once per stream: they run as one row, whose keys
 and values the rows of the examples then read.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.calibration import Batch, CalibrationExample, batches, shared_prefix
+from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import (
     RecordedCall,
     hidden_of,
@@ -74,7 +77,7 @@ class _Segment:
     Attributes:
         rows: Number of rows, one for a prefix.
         positions: Number of positions, all rows together.
-        calls: What the layers, attentions and sites of attention got and returned.
+        calls: What the layers, attentions, sites of attention and other branches got and returned.
     """
 
     rows: int
@@ -116,8 +119,11 @@ class Wavefront:
     Args:
         model: The model, in evaluation mode.
         layers: Its decoder layers.
-        sites: All sites of the model.
+        sites: The sites of attention, and all others whose units are to be masked.
         batch: The examples; their shared prefix, if they have one, is computed once per stream.
+
+    Raises:
+        ValueError: Experts are among the sites that compute in a way that is not known.
     """
 
     def __init__(
@@ -126,6 +132,11 @@ class Wavefront:
         self.model = model
         self.layers = layers
         self.attention = {site.layer: site for site in sites if site.kind == "attention"}
+        self.outlets: dict[int, list[str]] = {}
+        for site in _other_branches(sites):
+            if site.expert is not None:
+                experts_of(model, site)
+            self.outlets.setdefault(site.layer, []).append(site.outlet)
         self._config = model.config if batch.prefix else None
         if batch.prefix:
             prefix, suffix = batch.split
@@ -143,6 +154,8 @@ class Wavefront:
         for layer, site in self.attention.items():
             modules[f"attention {layer}"] = self.model.get_submodule(site.branch)
             modules[f"site {layer}"] = self.model.get_submodule(site.projection)
+        for path in chain.from_iterable(self.outlets.values()):
+            modules[path] = self.model.get_submodule(path)
         cached = {} if cache is None else {"past_key_values": cache}
         with recorded_calls(modules) as calls:
             self.model(
@@ -162,7 +175,11 @@ class Wavefront:
         return self._losses(self._at_scored(output))[0]
 
     def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
-        """Losses with each unit masked, float64 `[units, examples]`; `jobs` by rising layer."""
+        """Losses with each unit masked, float64 `[units, examples]`.
+
+        Args:
+            jobs: The units by rising layer, in each layer those of the attention first.
+        """
         first, last = jobs[0][0].layer, len(self.layers) - 1
         streams = [segment.calls[f"layer {first}"].hidden[:0] for segment in self.segments]
         for index in range(first, last):
@@ -189,20 +206,19 @@ class Wavefront:
         """Push carried streams and those that start in this layer through it.
 
         Streams are rows `[streams * rows of the segment, tokens, hidden]`. A starting stream enters
-        with the intact input of the layer (for the residual connection), and where the attention
-        would run gets its result instead: the projection of the masked site input, or, for a unit
-        of the MLP, the recorded intact attention.
+        with the intact input of the layer (for the residual connection), and gets the results of
+        the branches up to the one that is masked.
         """
         call = segment.calls[f"layer {index}"]
         rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
         args, kwargs = _arguments(segment, index, len(carried), cache)
-        branch = self.model.get_submodule(self.attention[index].branch)
         with ExitStack() as stack:
             if starting:
-                results = self._attention_results(segment, index, starting, _every_position)
-                given = in_form_of(segment.calls[f"attention {index}"].output, results)
-                stack.enter_context(_given_last_rows(branch, len(carried), given))
-                stack.enter_context(_masked_last_streams(self.model, starting, segment.positions))
+                attention = self._attention_results(segment, index, starting, _every_position)
+                form = segment.calls[f"attention {index}"].output
+                branch = self.model.get_submodule(self.attention[index].branch)
+                stack.enter_context(_given_last_rows(branch, form, attention))
+                self._give_other_branches(stack, segment, index, starting, _every_position)
             return hidden_of(self.layers[index](rows, *args, **kwargs))
 
     def _through_last_layer(
@@ -232,12 +248,10 @@ class Wavefront:
         if starting:
             rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
             attended.append(self._attention_results(self.suffix, index, starting, self._at_scored))
-        given = in_form_of(recorded, torch.cat(attended))
         args, kwargs = _arguments(self.suffix, index, self.suffix.rows, None)
-        with (
-            replaced_forward(branch, lambda *args, **kwargs: given),
-            _masked_last_streams(self.model, starting, len(self.targets.ids)),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(_given_last_rows(branch, recorded, torch.cat(attended)))
+            self._give_other_branches(stack, self.suffix, index, starting, self._at_scored)
             return hidden_of(self.layers[index](torch.cat(rows), *args, **kwargs))
 
     def _attention_results(
@@ -252,15 +266,127 @@ class Wavefront:
         results = []
         if heads:
             site_input = select(segment.calls[f"site {index}"].hidden)
-            masked = site_input.repeat(len(heads), 1, 1).view(len(heads), *site_input.shape)
-            for stream, unit in zip(masked, heads, strict=True):
-                stream[..., slice(*unit.channels)] = 0
-            projection = self.model.get_submodule(self.attention[index].projection)
-            results.append(projection(masked.flatten(0, 1)))
+            results.append(self._masked_products(self.attention[index], site_input, heads))
         if intact_streams := len(starting) - len(heads):
             intact = select(hidden_of(segment.calls[f"attention {index}"].output))
             results.append(intact.repeat(intact_streams, 1, 1))
         return torch.cat(results)
+
+    def _give_other_branches(
+        self,
+        stack: ExitStack,
+        segment: _Segment,
+        index: int,
+        starting: list[tuple[Site, Unit]],
+        select: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Let MLP and experts return, for streams that start there, what they do when masked."""
+        others = [job for job in starting if job[0].kind != "attention"]
+        if not others:
+            return
+        for path in self.outlets[index]:
+            given = self._branch_results(segment, path, others, select)
+            form = segment.calls[path].output
+            stack.enter_context(_given_last_rows(self.model.get_submodule(path), form, given))
+
+    def _branch_results(
+        self,
+        segment: _Segment,
+        path: str,
+        starting: list[tuple[Site, Unit]],
+        select: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Output of an MLP or of experts for streams that start in this or another such branch."""
+        call = segment.calls[path]
+
+        def at_selected(tensor: torch.Tensor) -> torch.Tensor:
+            # Experts and some MLPs see all tokens as one list.
+            return select(tensor.reshape(segment.rows, -1, tensor.shape[-1]))
+
+        hidden, intact = at_selected(call.hidden), at_selected(hidden_of(call.output))
+        results = []
+        for site, jobs in groupby(starting, key=lambda job: job[0]):
+            units = [unit for _, unit in jobs]
+            if site.outlet != path:
+                results.append(intact.repeat(len(units), 1, 1))
+            elif site.expert is None:
+                site_input = self._site_input(site, hidden)
+                results.append(self._masked_products(site, site_input, units))
+            else:
+                chosen, weights = map(at_selected, routing(self.model, site, call.args))
+                results.append(self._masked_experts(site, units, hidden, chosen, weights, intact))
+        return torch.cat(results)
+
+    def _site_input(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
+        """Input of the mixing projection of an MLP, from that of the MLP.
+
+        Raises:
+            ValueError: What the projection returns is not what the MLP returns.
+        """
+        modules = {name: self.model.get_submodule(name) for name in (site.outlet, site.projection)}
+        with recorded_calls(modules) as calls:
+            output = hidden_of(modules[site.outlet](hidden))
+        projected = calls[site.projection].output
+        if output.shape != projected.shape or not output.allclose(projected, equal_nan=True):
+            raise ValueError(
+                f"{type(self.model).__name__} changes what {site.projection} returns before it "
+                "joins the residual stream, so its units cannot be masked that way: use estimator "
+                "'plain'"
+            )
+        return calls[site.projection].hidden
+
+    def _masked_products(
+        self, site: Site, site_input: torch.Tensor, units: list[Unit]
+    ) -> torch.Tensor:
+        """Output of a mixing projection with each unit masked: `[units * rows, tokens, hidden]`."""
+        masked = site_input.repeat(len(units), 1, 1).view(len(units), *site_input.shape)
+        for stream, unit in zip(masked, units, strict=True):
+            stream[..., slice(*unit.channels)] = 0
+        projected: torch.Tensor = self.model.get_submodule(site.projection)(masked.flatten(0, 1))
+        return projected
+
+    def _masked_experts(
+        self,
+        site: Site,
+        units: list[Unit],
+        hidden: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        intact: torch.Tensor,
+    ) -> torch.Tensor:
+        """Output of the experts with each unit of one masked: `[units * rows, tokens, hidden]`.
+
+        Only tokens that reach the expert change. They are computed anew: without the expert, and
+        what is left of it added. What it adds is not taken from the intact output, because the
+        difference of two large numbers is no exact small one.
+
+        Args:
+            site: The site of the expert.
+            units: Its units.
+            hidden: Input of the experts, `[rows, tokens, hidden]`.
+            chosen: Experts that each token reaches, `[rows, tokens, k]`.
+            weights: Their weights.
+            intact: Intact output, `[rows, tokens, hidden]`.
+        """
+        assert site.expert is not None
+        experts = experts_of(self.model, site)
+        results = intact.repeat(len(units), 1, 1)
+        tokens, slots = routed(chosen.flatten(0, 1), site.expert)
+        if len(tokens) == 0:
+            return results
+        inputs = hidden.flatten(0, 1)[tokens]
+        own_weights = weights.flatten(0, 1)[tokens]
+        others_weights = own_weights.scatter(1, slots[:, None], 0)
+        others = experts(inputs, chosen.flatten(0, 1)[tokens], others_weights)
+        own_weight = own_weights.gather(1, slots[:, None])
+        activated = gated(experts, site.expert, inputs)
+        down = self.model.get_parameter(site.projection)[site.expert]
+        for stream, unit in zip(results.view(len(units), -1, intact.shape[-1]), units, strict=True):
+            masked = activated.clone()
+            masked[:, slice(*unit.channels)] = 0
+            own = nn.functional.linear(masked, down) * own_weight
+            stream[tokens] = others + own.to(others.dtype)
+        return results
 
     def _at_scored(self, hidden: torch.Tensor) -> torch.Tensor:
         """The positions whose logits are scored: `[streams * scored, 1, hidden]`."""
@@ -308,19 +434,30 @@ class Wavefront:
 
 
 def _given_last_rows(
-    branch: nn.Module, carried_rows: int, given: Any
+    module: nn.Module, form: Any, given: torch.Tensor
 ) -> AbstractContextManager[None]:
-    """Let `branch` compute only its first `carried_rows` rows and return `given` for the others."""
-    own = branch.forward
+    """Let `module` return `given` for its last rows, and compute the others only.
+
+    Args:
+        module: An attention, an MLP, its projection, or experts.
+        form: What it returned once, which says how it returns its output.
+        given: Its output for the last rows, `[rows, tokens, hidden]`.
+    """
+    own = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if carried_rows == 0:
-            return given
         hidden, args, kwargs = split_hidden(args, kwargs)
-        computed = own(hidden[:carried_rows], *args, **kwargs)
-        return in_form_of(computed, torch.cat([hidden_of(computed), hidden_of(given)]))
+        # Experts and some MLPs see all tokens as one list.
+        last = given.flatten(0, given.ndim - hidden.ndim)
+        computed = len(hidden) - len(last)
+        if computed == 0:
+            return in_form_of(form, last)
+        # Experts get the routing of every row; what attention gets is of the computed rows already.
+        routing = [arg[:computed] if len(arg) == len(hidden) else arg for arg in args]
+        output = own(hidden[:computed], *routing, **kwargs)
+        return in_form_of(output, torch.cat([hidden_of(output), last]))
 
-    return replaced_forward(branch, forward)
+    return replaced_forward(module, forward)
 
 
 class _ReachedError(Exception):
@@ -345,29 +482,9 @@ def _output_of(branch: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -
     raise RuntimeError(f"{type(layer).__name__} did not run its {type(branch).__name__}")
 
 
-@contextmanager
-def _masked_last_streams(
-    model: PreTrainedModel, starting: list[tuple[Site, Unit]], positions: int
-) -> Iterator[None]:
-    """Mask the MLP units of `starting`, each in one of the last streams of so many positions."""
-    channels = [job for job in starting if job[0].kind != "attention"]
-    if not channels:
-        yield
-        return
-
-    def mask(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        masked = args[0].clone()
-        streams = masked.view(-1, positions, masked.shape[-1])[-len(channels) :]
-        for stream, (_, unit) in zip(streams, channels, strict=True):
-            stream[:, slice(*unit.channels)] = 0
-        return (masked, *args[1:])
-
-    projection = model.get_submodule(channels[0][0].projection)
-    handle = projection.register_forward_pre_hook(mask)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _other_branches(sites: Iterable[Site]) -> list[Site]:
+    """One site of each MLP and of each module of experts."""
+    return list({site.outlet: site for site in sites if site.kind != "attention"}.values())
 
 
 def _every_position(hidden: torch.Tensor) -> torch.Tensor:
@@ -454,13 +571,28 @@ def tokens_per_chunk(model: PreTrainedModel) -> int:
 
 
 def examples_per_batch(
-    model: PreTrainedModel, examples: list[CalibrationExample], budget: int, prefix: int = 0
+    model: PreTrainedModel,
+    examples: list[CalibrationExample],
+    budget: int,
+    prefix: int = 0,
+    sites: Iterable[Site] = (),
 ) -> int:
-    """Examples per batch, so that what is recorded of the intact pass takes half of the budget."""
+    """Examples per batch, so that what is recorded of the intact pass takes half of the budget.
+
+    Args:
+        model: The model.
+        examples: The examples.
+        budget: Bytes.
+        prefix: Tokens that are computed once for all examples.
+        sites: Those whose branches are recorded beside attention.
+    """
     config = model.config.get_text_config(decoder=True)
     suffix = max(len(example.input_ids) for example in examples) - prefix
     # Input of the layer, input and output of the attention, and input of its projection.
     per_token = config.num_hidden_layers * 4 * config.hidden_size * 4
+    for site in _other_branches(sites):
+        input_width = site.width if site.outlet == site.projection else config.hidden_size
+        per_token += (input_width + config.hidden_size) * 4
     # Each batch computes the prefix anew, so few large ones are better.
     wanted = tokens_per_chunk(model) // (suffix if prefix else 4 * suffix)
     affordable = (budget // 2 // per_token - prefix) // suffix

@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_attribution import examples
 from tiny_models import tiny_model
+from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from optimum_cap import config, estimators
@@ -64,6 +66,42 @@ def test_first_order_is_the_derivative(model: PreTrainedModel) -> None:
     assert (found.masked - found.intact).abs().quantile(0.9) > 5e-2
 
 
+@pytest.mark.parametrize("name", ["mixtral", "glm4_moe"])
+def test_first_order_of_experts_is_the_gradient_in_their_columns(name: str) -> None:
+    """By autograd in a factor on the columns of each unit, on whole examples one at a time."""
+    model, rows = tiny_model(name), examples(3)
+    sites = [site for site in find_sites(model, mlp_unit_size=8) if site.kind == "expert"]
+    found = first_order_losses(model, sites, rows)
+    assert len(found.units) >= 16
+    model.requires_grad_(False)
+    for index, (_, unit) in enumerate(found.units):
+        name, factor = unit.region[0].parameter, torch.ones((), requires_grad=True)
+        weight = model.get_parameter(name).clone()
+        columns = unit.region[0].of(weight)
+        columns.mul_(factor)
+        for place, row in enumerate(rows):
+            logits = functional_call(model, {name: weight}, row.input_ids[None]).logits[0]
+            targets = row.scored.nonzero().flatten()
+            loss = nn.functional.cross_entropy(logits[targets - 1], row.input_ids[targets])
+            [gradient] = torch.autograd.grad(loss, factor, retain_graph=True)
+            effect = found.masked[index, place] - found.intact[place]
+            torch.testing.assert_close(-effect.float(), gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_channels_add_up_to_their_group(name: str) -> None:
+    model, rows = tiny_model(name), examples(4)
+    channels, groups = (
+        first_order_losses(
+            model, [s for s in find_sites(model, size) if s.kind != "attention"], rows
+        )
+        for size in (1, 5)
+    )
+    assert len(channels.units) == 5 * len(groups.units)
+    sums = (channels.masked - channels.intact).view(-1, 5, 4).sum(dim=1)
+    torch.testing.assert_close(sums, groups.masked - groups.intact, rtol=1e-5, atol=1e-9)
+
+
 def test_first_order_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     model.train()
     learning = [parameter.requires_grad for parameter in model.parameters()]
@@ -72,6 +110,7 @@ def test_first_order_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     assert [parameter.requires_grad for parameter in model.parameters()] == learning
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_small_budget_gives_the_same_first_order(llama: PreTrainedModel) -> None:

@@ -1,14 +1,18 @@
 """The wavefront with a prefix that is computed once per stream equals one hooked pass per unit."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import SHARED_EXPERTS, tiny_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap import wavefront
-from optimum_cap.architectures import decoder_layers, find_sites
+from optimum_cap.architectures import all_units, decoder_layers, find_sites
 from optimum_cap.attribution import exact_losses, plain_losses
 from optimum_cap.calibration import CalibrationExample, batches, shared_prefix
+from optimum_cap.estimators import first_order_losses
 
 
 def example(ids: torch.Tensor, first_scored: int) -> CalibrationExample:
@@ -32,9 +36,12 @@ def examples(
 
 
 def assert_exact(
-    model: PreTrainedModel, rows: list[CalibrationExample], memory_budget: int | str = "auto"
+    model: PreTrainedModel,
+    rows: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+    mlp_unit_size: int | None = 8,
 ) -> None:
-    sites = find_sites(model, mlp_unit_size=8)
+    sites = find_sites(model, mlp_unit_size)
     exact = exact_losses(model, sites, rows, memory_budget)
     plain = plain_losses(model, sites, rows)
     torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
@@ -96,6 +103,36 @@ def test_no_shared_prefix_is_exact(model: PreTrainedModel) -> None:
     assert_exact(model, rows)
 
 
+@pytest.mark.parametrize("prefix", [0, 12])
+def test_whole_mlps_and_experts_are_exact(model: PreTrainedModel, prefix: int) -> None:
+    """Also where a norm follows the MLP, which makes much of what rounding leaves of a zero."""
+    assert_exact(model, examples(prefix), mlp_unit_size=None)
+
+
+@pytest.mark.parametrize("mlp_unit_size", [5, None])
+@pytest.mark.parametrize("prefix", [0, 12])
+@pytest.mark.parametrize("name", SHARED_EXPERTS)
+def test_shared_experts_are_exact(name: str, prefix: int, mlp_unit_size: int | None) -> None:
+    assert_exact(tiny_model(name), examples(prefix), mlp_unit_size=mlp_unit_size)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_all_implementations_of_experts_are_exact(implementation: str) -> None:
+    model = tiny_model("mixtral", experts_implementation=implementation)
+    assert_exact(model, examples())
+
+
+def test_some_units_alone_are_exact() -> None:
+    """As adaptive scoring asks for them: the other branches of a layer are not recorded."""
+    model, rows = tiny_model("glm4_moe"), examples()
+    sites = find_sites(model, mlp_unit_size=6)
+    for kinds in (("expert",), ("mlp",), ("attention", "expert")):
+        units = [unit for unit in all_units(sites) if unit[0].kind in kinds][::3]
+        exact = exact_losses(model, sites, rows, units=units)
+        plain = plain_losses(model, sites, rows, units=units)
+        torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_a_shared_prefix_with_both_attention_implementations(name: str, attention: str) -> None:
@@ -149,6 +186,42 @@ def test_the_prefix_is_computed_once_per_stream(llama: PreTrainedModel) -> None:
     assert sum(hidden.shape[:2].numel() for hidden in seen) == (1 + 4) * per_stream
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_stream_that_starts_in_the_mlp_computes_no_mlp_of_its_layer(name: str) -> None:
+    model = tiny_model(name)
+    sites = find_sites(model)
+    [batch] = batches(examples(prefix=0), 5, 0)
+    seen: dict[int, int] = {}
+
+    def count(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen[layer] = seen.get(layer, 0) + args[0][..., 0].numel()
+
+        return hook
+
+    with torch.no_grad():
+        waves = wavefront.Wavefront(model, decoder_layers(model, sites), sites, batch)
+        for layer in (0, 1):
+            mlp = model.model.layers[layer].mlp
+            projected = mlp.experts.act_fn if name == "mixtral" else mlp.act_fn
+            projected.register_forward_pre_hook(count(layer))
+        [site] = [site for site in sites if site.layer == 0 and site.kind != "attention"][:1]
+        waves.masked_losses([(site, site.units[0])])
+    per_stream = batch.input_ids.numel()
+    assert seen[1] == per_stream * (2 if name == "mixtral" else 1)
+    # Of experts, the tokens that reach the masked one are computed without it.
+    assert seen[0] <= per_stream * (2 if name == "mixtral" else 1)
+
+
+def test_attention_alone_records_no_other_branch(llama: PreTrainedModel) -> None:
+    sites = find_sites(llama)
+    [batch] = batches(examples(prefix=0), 5, 0)
+    attention = [site for site in sites if site.kind == "attention"]
+    with torch.no_grad():
+        waves = wavefront.Wavefront(llama, decoder_layers(llama, sites), attention, batch)
+    assert not any("mlp" in name for name in waves.suffix.calls)
+
+
 def test_a_model_that_needs_whole_sequences_gets_them(caplog: pytest.LogCaptureFixture) -> None:
     """Dynamic rotary scaling encodes the prefix differently when nothing follows it."""
     scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
@@ -159,3 +232,40 @@ def test_a_model_that_needs_whole_sequences_gets_them(caplog: pytest.LogCaptureF
     assert_exact(model, rows)
     [record] = caplog.records
     assert "the 12 tokens that all examples begin with" in record.getMessage()
+
+
+# What is refused
+
+
+def test_experts_with_a_norm_behind_them_are_refused() -> None:
+    model = tiny_model("mixtral")
+    experts = model.model.layers[2].mlp.experts
+    experts.has_post_expert_norm, experts.post_expert_norm = True, nn.Identity()
+    sites = find_sites(model)
+    for method in (exact_losses, first_order_losses):
+        with pytest.raises(ValueError, match=r"experts of MixtralForCausalLM \(MixtralExperts\)"):
+            method(model, sites, examples())
+    heads = [site for site in sites if site.kind == "attention"]
+    assert len(exact_losses(model, heads, examples()).units) == 12
+
+
+def test_experts_with_another_routing_are_refused() -> None:
+    model = tiny_model("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    own = experts.forward
+    experts.forward = lambda hidden, routing: own(hidden, *routing)
+    model.model.layers[1].mlp.forward = lambda hidden: experts(
+        hidden.flatten(0, 1),
+        model.model.layers[1].mlp.gate(hidden)[:0:-1],
+    ).view(hidden.shape)
+    for method in (exact_losses, first_order_losses):
+        with pytest.raises(ValueError, match=r"gives model\.layers\.1\.mlp\.experts something"):
+            method(model, find_sites(model), examples())
+
+
+def test_an_mlp_that_changes_what_its_projection_returns_is_refused(
+    llama: PreTrainedModel,
+) -> None:
+    llama.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match=r"changes what model\.layers\.1\.mlp\.down_proj returns"):
+        exact_losses(llama, find_sites(llama), examples())

@@ -90,12 +90,37 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 }
 ARCHITECTURES = sorted(CONFIGS)
 
+# Experts beside an MLP that every token passes: a site of its own, or one that nothing prunes.
+SHARED_EXPERTS: dict[str, tuple[str, dict]] = {
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **_MOE,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 12,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            **_MOE,
+            "num_experts": 4,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+        },
+    ),
+}
+
 
 def tiny_model(
     architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
 ) -> PreTrainedModel:
     """Build a random causal language model of `architecture`; `changes` override its config."""
-    name, settings = CONFIGS[architecture]
+    name, settings = {**CONFIGS, **SHARED_EXPERTS}[architecture]
     if architecture == "gemma3":
         config_class = transformers.Gemma3TextConfig
     else:
