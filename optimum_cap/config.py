@@ -54,6 +54,7 @@ RECIPES = {
 AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
+SCORED_UNITS = ("heads", "all")
 ESTIMATORS = ("exact", "plain", "first_order", "control_variate", "adaptive")
 _SAMPLING = ("control_variate", "adaptive")  # measure some of the examples exactly
 
@@ -97,13 +98,18 @@ class CAPConfig(QuantizationConfigMixin):
         kv_combination: How a key/value row takes the importances of the query heads that share it
             under grouped-query attention: `"mean"` or `"max"`.
         scored_tokens: Which tokens count in the loss: `"answer"` (never the prompt) or `"all"`.
-        estimator: How the losses with a head masked are found: `"exact"`; `"plain"`, the same by
+        scored_units: What gets a causal score of its own: `"heads"`, as in the paper, where MLPs
+            and experts take the mean importance of the heads of their layer; or `"all"`: heads,
+            MLPs and experts. See `docs/scoring.md`.
+        mlp_unit_size: Channels of an MLP or expert that are one unit under `scored_units="all"`;
+            `None`: all of them.
+        estimator: How the losses with a unit masked are found: `"exact"`; `"plain"`, the same by
             its definition, slower; or estimated: `"first_order"`, `"control_variate"`,
             `"adaptive"`. See `docs/estimators.md`.
         exact_examples: Examples that `"control_variate"` measures exactly, and `"adaptive"` in each
             of its rounds; at least 2.
         precision: Where `"adaptive"` stops: 1.96 standard errors of every score, as a fraction of
-            the range of the scores of all heads.
+            the range of the scores of all units.
         scores: A scores file (`optimum-cli cap score`) of the same model, data and seed, instead of
             measuring. Not saved.
         max_length: Longest example, in tokens; longer ones are passed over. `None`: 2048, or what
@@ -140,6 +146,8 @@ class CAPConfig(QuantizationConfigMixin):
     seed: int = 0
     kv_combination: str = "mean"
     scored_tokens: str = "answer"
+    scored_units: str = "heads"
+    mlp_unit_size: int | None = None
     estimator: str = "exact"
     exact_examples: int = 16
     precision: float = 0.1
@@ -164,6 +172,7 @@ class CAPConfig(QuantizationConfigMixin):
         _check_choice("aggregation", self.aggregation, AGGREGATIONS)
         _check_choice("kv_combination", self.kv_combination, KV_COMBINATIONS)
         _check_choice("scored_tokens", self.scored_tokens, SCORED_TOKENS)
+        self._check_units()
         _check_choice("checkpoint_format", self.checkpoint_format, tuple(FORMATS))
         _check_integer("num_samples", self.num_samples, at_least=1)
         _check_integer("subsets", self.subsets, at_least=1)
@@ -198,6 +207,17 @@ class CAPConfig(QuantizationConfigMixin):
                 f"weights), got {self.sparsity!r}"
             )
         self.sparsity = float(self.sparsity)
+
+    def _check_units(self) -> None:
+        _check_choice("scored_units", self.scored_units, SCORED_UNITS)
+        if self.mlp_unit_size is None:
+            return
+        _check_integer("mlp_unit_size", self.mlp_unit_size, at_least=1)
+        if self.scored_units != "all":
+            raise ValueError(
+                f"mlp_unit_size {self.mlp_unit_size} is about MLPs and experts, but scored_units "
+                f"is {self.scored_units!r}: choose scored_units 'all', or leave mlp_unit_size out"
+            )
 
     def _check_estimator(self) -> None:
         _check_choice("estimator", self.estimator, ESTIMATORS)

@@ -62,7 +62,7 @@ class Meter:
     def scoring(
         self, name: str, shape: Shape, exact_examples: int = CAPConfig.exact_examples
     ) -> Cost:
-        """Cost of scoring all heads.
+        """Cost of scoring all units that the work counts as scored.
 
         Processes, each with a whole copy of the model on a device of its own, share what is exact
         (`distributed.py`); each of them does all of the rest.
@@ -85,7 +85,7 @@ class Meter:
             operations=alone.operations + shared.operations,
             seconds=self.seconds(alone) + self.seconds(shared) / processes,
             memory=min(wanted, half_of_free),
-            disk=8.0 * (1 + self.work.heads) * shape.examples,
+            disk=8.0 * (1 + self.work.scored) * shape.examples,
             devices=devices,
         )
 
@@ -253,7 +253,9 @@ def _streams(meter: Meter, shape: Shape, rows: int) -> float:
     """What is recorded of the intact pass of a batch, and a chunk of masked streams."""
     batch = _batch(shape, rows)
     layers = meter.work.layers
-    recorded = batch * len(layers) * 4 * layers[0].hidden * meter.value
+    # Of attention and its layer four tensors, of each other branch that is scored two.
+    tensors = sum(4 + 2 * bool(layer.others) for layer in layers)
+    recorded = batch * tensors * layers[0].hidden * meter.value
     return recorded + max(batch, rows) * meter.per_token
 
 

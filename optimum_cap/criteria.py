@@ -15,10 +15,15 @@ UnitKey = tuple[str, int]
 LOWEST, HIGHEST = 1.0, 10.0
 
 
-def head_importances(scores: torch.Tensor) -> torch.Tensor:
-    """Map scores linearly to importances in [1, 10] over all heads of the model (paper, Eq. 3).
+def scaled_importances(scores: torch.Tensor) -> torch.Tensor:
+    """Map scores linearly to importances in [1, 10] over all scored units (paper, Eq. 3).
 
-    A head whose masked loss is not finite on any example (score NaN) is needed more than one that
+    In the paper these are the heads. Where MLPs and experts are scored too, there is one map over
+    units of all kinds, whatever their size: a score is what the loss gains without the whole unit,
+    so one with more weights tends to get more. Units of about as many weights as a head compare
+    best (`mlp_unit_size`).
+
+    A unit whose masked loss is not finite on any example (score NaN) is needed more than one that
     can be measured, so it gets 10.
 
     Args:
@@ -37,20 +42,26 @@ def head_importances(scores: torch.Tensor) -> torch.Tensor:
     return importances.where(scores.isfinite(), HIGHEST)
 
 
-def unit_importances(sites: Iterable[Site], heads: Mapping[UnitKey, float]) -> dict[UnitKey, float]:
-    """Give every unit an importance: heads their own, all others the mean of their layer's heads.
+def unit_importances(
+    sites: Iterable[Site], scored: Mapping[UnitKey, float]
+) -> dict[UnitKey, float]:
+    """Give every unit an importance: its own if it was scored, or the mean of its layer's heads.
 
     The mean for MLPs is the paper's (step 5), which names it as its main weakness; experts are
     treated as MLPs.
+
+    Args:
+        sites: All sites of the model.
+        scored: Importances of the units that were scored, all heads among them.
     """
     sites = list(sites)
     means: dict[int, float] = {}
     for site in sites:
         if site.kind == "attention":
-            own = [heads[site.name, unit.index] for unit in site.units]
+            own = [scored[site.name, unit.index] for unit in site.units]
             means[site.layer] = sum(own) / len(own)
     return {
-        (site.name, unit.index): heads.get((site.name, unit.index), means[site.layer])
+        (site.name, unit.index): scored.get((site.name, unit.index), means[site.layer])
         for site in sites
         for unit in site.units
     }

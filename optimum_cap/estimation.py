@@ -39,9 +39,10 @@ class Estimate:
         model: Its name.
         parameters: Number of parameters.
         prunable: Number of prunable weights.
-        heads: Number of attention heads, which are scored.
+        heads: Number of attention heads.
         mlp_groups: Number of MLP units.
         experts: Number of experts.
+        scored: Number of units that are scored.
         weight_bytes: Bytes of the weights in the dtype that they run in.
         shape: The calibration set.
         hardware: The rates.
@@ -54,6 +55,7 @@ class Estimate:
     heads: int
     mlp_groups: int
     experts: int
+    scored: int
     weight_bytes: float
     shape: Shape
     hardware: Hardware
@@ -71,7 +73,8 @@ class Estimate:
         facts = {
             "model": f"{self.model}, {self.parameters / 1e9:.3g} B parameters, "
             f"{self.prunable / 1e9:.3g} B prunable, {format_size(int(self.weight_bytes))}",
-            "units": ", ".join(f"{count:,} {name}" for name, count in units.items() if count),
+            "units": ", ".join(f"{count:,} {name}" for name, count in units.items() if count)
+            + (f"; {self.scored:,} units scored" if self.scored != self.heads else ""),
             "calibration": f"{shape.examples} examples of {shape.tokens} tokens{shared}, "
             f"{shape.scored} scored",
             "hardware": f"{hardware.name}, {hardware.count} x {format_size(int(hardware.memory))}",
@@ -119,6 +122,7 @@ def estimate(
     sparsity: float = SPARSITY,
     limit: int | None = None,
     batch_size: int = 32,
+    scored_units: str = "heads",
     mlp_unit_size: int | None = None,
     **load_options: Any,
 ) -> Estimate:
@@ -134,7 +138,8 @@ def estimate(
         sparsity: Of the pruned checkpoint, for its size on disk.
         limit: Questions or windows per evaluation task; `None` is all.
         batch_size: Questions answered at a time.
-        mlp_unit_size: Channels per MLP unit that is counted; `None` is whole MLPs.
+        scored_units: The units to score: `"heads"`, or `"all"`, with MLPs and experts.
+        mlp_unit_size: Channels per unit of an MLP or expert; `None` is all of them.
         **load_options: For `AutoConfig.from_pretrained`: `revision`, `token`, ...
 
     Raises:
@@ -142,9 +147,9 @@ def estimate(
         FileNotFoundError: There is no such model.
     """
     shape = _shape(examples, tokens, scored, prefix)
-    CAPConfig(sparsity=sparsity)  # checks it
+    CAPConfig(sparsity=sparsity, scored_units=scored_units)  # checks them
     config = load_config(model, **load_options)
-    work = work_of(config, mlp_unit_size)
+    work = work_of(config, mlp_unit_size, scored_units)
     meter = _meter(work, config, hardware, tokens)
     costs = [meter.scoring(name, shape) for name in ESTIMATORS]
     costs.append(meter.paper(shape, sparsity))
@@ -157,6 +162,7 @@ def estimate(
         heads=work.heads,
         mlp_groups=sum(layer.groups for layer in work.layers),
         experts=sum(layer.experts for layer in work.layers),
+        scored=work.scored,
         weight_bytes=meter.weights,
         shape=shape,
         hardware=meter.hardware,
@@ -199,11 +205,13 @@ def _config_in(path: Path, **load_options: Any) -> PretrainedConfig:
         raise ValueError(f"{path} is no configuration of a model: {reason}") from error
 
 
-def work_of(config: PretrainedConfig, mlp_unit_size: int | None = None) -> ModelWork:
+def work_of(
+    config: PretrainedConfig, mlp_unit_size: int | None = None, scored_units: str = "heads"
+) -> ModelWork:
     """Count the work of the model that a configuration describes, built on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return count_work(model, find_sites(model, mlp_unit_size))
+    return count_work(model, find_sites(model, mlp_unit_size), scored_units)
 
 
 def size_of(work: ModelWork, tokens: int) -> Size:
@@ -293,7 +301,7 @@ def study_hours(
 ) -> StudyHours:
     """Estimate the device hours of a study whose cells are all still to be measured.
 
-    Every cell loads its model, prunes it and evaluates it; losses with masked heads are measured
+    Every cell loads its model, prunes it and evaluates it; losses with masked units are measured
     once for all cells that agree in what they depend on (`score_file.DECISIVE`), and a cell that
     looks at no data once for all of them. Estimator `"adaptive"` is taken to measure every loss.
 
@@ -323,7 +331,7 @@ def study_hours(
         rows[label] = {
             "cells": count,
             "loading": count * loading / 3600,
-            "scoring": sum(_scoring(meter, pruned, tokens)) / 3600,
+            "scoring": sum(_scoring(meter, config, pruned, tokens)) / 3600,
             "pruning": sum(_pruning(meter, config, tokens) for config in pruned) / 3600,
             "evaluation": count * _used(evaluation) / 3600,
         }
@@ -346,21 +354,25 @@ def _distinct(study: Study, label: str) -> list[CAPConfig]:
     return list(found.values())
 
 
-def _scoring(meter: Meter, configs: list[CAPConfig], tokens: int) -> list[float]:
-    """Device seconds of all losses with masked heads; cells that agree in them share them."""
+def _scoring(
+    meter: Meter, model: PretrainedConfig, configs: list[CAPConfig], tokens: int
+) -> list[float]:
+    """Device seconds of all losses with masked units; cells that agree in them share them."""
     measured = {
         str([getattr(config, name) for name in DECISIVE]): config
         for config in configs
         if config.method.criterion == "cap"
     }
-    return [
-        _used(
-            meter.scoring(
-                config.estimator, _shape(config.num_samples, tokens), config.exact_examples
-            )
-        )
-        for config in measured.values()
-    ]
+    seconds = []
+    for config in measured.values():
+        if config.scored_units == "all":
+            work = work_of(model, config.mlp_unit_size, "all")
+            own = Meter(work, meter.hardware, meter.value)
+        else:
+            own = meter
+        shape = _shape(config.num_samples, tokens)
+        seconds.append(_used(own.scoring(config.estimator, shape, config.exact_examples)))
+    return seconds
 
 
 def _pruning(meter: Meter, config: CAPConfig, tokens: int) -> float:

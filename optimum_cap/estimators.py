@@ -25,6 +25,7 @@ from optimum_cap.attribution import (
     exact_losses,
     nanvar,
     plain_losses,
+    scored_units,
     settled_budget,
 )
 from optimum_cap.calibration import Batch, CalibrationExample, batches
@@ -493,7 +494,8 @@ class Estimator:
     """How masked losses are found.
 
     Attributes:
-        function: Takes a model, its sites, examples and a memory budget, and returns the losses.
+        function: Takes a model, its sites, examples, a memory budget and units, and returns the
+            losses.
         settings: The fields of `CAPConfig` that it takes as keywords.
         resumes: Whether it takes a cache of finished chunks.
         differentiates: Whether it needs all weights in memory, for a backward pass.
@@ -511,13 +513,14 @@ class Estimator:
         examples: list[CalibrationExample],
         config: CAPConfig,
     ) -> UnitLosses:
-        """Measure or estimate the losses as `config` says."""
+        """Measure or estimate the losses of the units that `config` names, as it says."""
         settings: dict[str, Any] = {name: getattr(config, name) for name in self.settings}
         if self.differentiates:
             check_in_memory(model)  # before a cache reads all weights
         if self.resumes and config.cache_dir is not None:
             settings["cache"] = ScoreCache(config.cache_dir, model)
-        return self.function(model, sites, examples, config.memory_budget, **settings)
+        units = scored_units(sites, config.scored_units)
+        return self.function(model, sites, examples, config.memory_budget, units, **settings)
 
 
 ESTIMATORS = {

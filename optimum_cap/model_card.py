@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from optimum_cap.config import CAPConfig
-from optimum_cap.record import MatrixSparsity, PruningRecord
+from optimum_cap.record import MatrixSparsity, PruningRecord, count_units
 
 _TAGS = ["optimum-cap", "pruning", "sparse"]
 _TITLES = {
@@ -94,8 +94,8 @@ def model_card(
             for name, (zeros, total) in by_projection(record.matrices).items()
         ),
         "",
-        "More is in `pruning_record.json`: zeros per matrix, scores of the heads and calibration "
-        "examples where there are any.",
+        "More is in `pruning_record.json`: zeros per matrix, scores and calibration examples where "
+        "there are any.",
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
@@ -111,8 +111,9 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
             f"{config['seed']}"
         )
     if record.scores:
+        units = count_units(score.kind for score in record.scores)
         rows["Scored"] = (
-            f"{len(record.scores)} attention heads, on {config['scored_tokens']} tokens; "
+            f"{units}, on {config['scored_tokens']} tokens; "
             f"{config['aggregation']} of {config['subsets']} subsets"
         )
     return rows

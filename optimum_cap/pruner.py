@@ -27,7 +27,7 @@ from optimum_cap.architectures import (
     prunable_matrices,
     separable,
 )
-from optimum_cap.attribution import CausalScores, UnitLosses, causal_scores
+from optimum_cap.attribution import CausalScores, UnitLosses, causal_scores, scored_units
 from optimum_cap.calibration import CalibrationExample, CalibrationSet, build_calibration_set
 from optimum_cap.checkpoint import attach
 from optimum_cap.config import CAPConfig
@@ -36,8 +36,8 @@ from optimum_cap.criteria import (
     Criterion,
     Evidence,
     UnitKey,
-    head_importances,
     region_importances,
+    scaled_importances,
     unit_importances,
 )
 from optimum_cap.estimators import ESTIMATORS
@@ -113,7 +113,7 @@ class CAPPruner:
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
-        sites = find_sites(model)
+        sites = find_sites(model, config.mlp_unit_size)
         matrices = _to_prune(model, sites, config)
         _check_weights(model, matrices)
         if config.pattern == WHOLE_HEADS:
@@ -130,7 +130,7 @@ class CAPPruner:
         work = _Work(model, config, sites, matrices, calibration.examples if calibration else [])
 
         if config.method.criterion == "cap":
-            work.score_heads(losses)
+            work.score_units(losses)
         if config.pattern == WHOLE_HEADS:
             work.remove_heads_()
         elif config.method.allocation == "global":
@@ -154,7 +154,7 @@ class CAPPruner:
         *,
         save_to: str | os.PathLike[str] | None = None,
     ) -> UnitLosses:
-        """Measure the losses with each head masked, which the criterion `cap` makes its scores of.
+        """Measure the losses with each unit masked, which the criterion `cap` makes its scores of.
 
         Args:
             model: A decoder-only causal language model; it comes back as it was.
@@ -165,10 +165,10 @@ class CAPPruner:
             ValueError: As `prune`.
             OSError: The file cannot be written.
         """
-        sites = find_sites(model)
+        sites = find_sites(model, self.config.mlp_unit_size)
         _check_weights(model, prunable_matrices(sites))
         examples = _calibration(model, self.config, tokenizer).examples
-        losses = _measure(model, self.config, sites, examples)
+        losses = ESTIMATORS[self.config.estimator].losses(model, sites, examples, self.config)
         if save_to is not None:
             save_scores(save_to, losses, model, examples, self.config)
         return losses
@@ -197,25 +197,26 @@ class _Work:
         }
         self.pattern = parse_pattern(config.pattern)
         self.scores: CausalScores | None = None
-        self.heads: dict[UnitKey, float] = {}
+        self.importances: dict[UnitKey, float] = {}  # of the scored units
         self.threshold: float | None = None
         self.tokens: dict[Matrix, int] = {}
         self._regions: dict[Matrix, torch.Tensor] = {}
 
-    def score_heads(self, losses: UnitLosses | None) -> None:
-        """Measure the causal scores, and spread the importances of the heads over the weights."""
+    def score_units(self, losses: UnitLosses | None) -> None:
+        """Measure the causal scores, and spread the importances of the units over the weights."""
         config = self.config
         if losses is not None:
-            _check_losses(losses, self.sites, len(self.examples))
+            _check_losses(losses, scored_units(self.sites, config.scored_units), self.examples)
         elif config.scores is not None:
             saved = read_scores(config.scores)
             losses = saved.losses(self.model, self.sites, self.examples, config)
         else:
-            losses = _measure(self.model, config, self.sites, self.examples)
+            estimator = ESTIMATORS[config.estimator]
+            losses = estimator.losses(self.model, self.sites, self.examples, config)
         self.scores = causal_scores(losses, config.subsets, config.aggregation)
-        self.heads = _head_importances(self.scores)
-        importances = unit_importances(self.sites, self.heads)
-        self._regions = region_importances(self.sites, importances, config.kv_combination)
+        self.importances = _importances(self.scores)
+        every = unit_importances(self.sites, self.importances)
+        self._regions = region_importances(self.sites, every, config.kv_combination)
 
     def prune_below_one_threshold_(self, zeros: int) -> None:
         """Zero the least important weights of the whole model."""
@@ -248,8 +249,8 @@ class _Work:
 
     def _ranks(self, candidates: list[tuple[Site, Unit]]) -> list[float]:
         """Importances of heads: of their scores, or the mean over the weights of their regions."""
-        if self.heads:
-            return [self.heads[site.name, unit.index] for site, unit in candidates]
+        if self.importances:
+            return [self.importances[site.name, unit.index] for site, unit in candidates]
         regions = [separable(self.model, site, unit) for site, unit in candidates]
         blocks: dict[str, set[Block]] = {}
         for block in chain.from_iterable(regions):
@@ -322,7 +323,7 @@ class _Work:
                 )
                 for matrix in self.matrices
             ],
-            scores=_unit_scores(self.scores, self.heads) if self.scores else [],
+            scores=_unit_scores(self.scores, self.importances) if self.scores else [],
             calibration=calibration.record if calibration else {},
             versions={name: importlib.metadata.version(name) for name in _VERSIONED},
             threshold=self.threshold,
@@ -423,27 +424,18 @@ def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> C
     return build_calibration_set(config, tokenizer, max_length=_max_length(model))
 
 
-def _measure(
-    model: PreTrainedModel,
-    config: CAPConfig,
-    sites: list[Site],
-    examples: list[CalibrationExample],
-) -> UnitLosses:
-    """Measure the losses with each head masked, or estimate them."""
-    attention = [site for site in sites if site.kind == "attention"]
-    return ESTIMATORS[config.estimator].losses(model, attention, examples, config)
-
-
-def _check_losses(losses: UnitLosses, sites: list[Site], examples: int) -> None:
-    """Check that losses are of this model's heads, and of as many examples."""
+def _check_losses(
+    losses: UnitLosses, units: list[tuple[Site, Unit]], examples: list[CalibrationExample]
+) -> None:
+    """Check that losses are of the units to score, and of as many examples."""
     wanted, given = (
-        [(site.name, unit.index) for site, unit in units] for units in (heads(sites), losses.units)
+        [(site.name, unit.channels) for site, unit in own] for own in (units, losses.units)
     )
-    if given != wanted or len(losses.intact) != examples:
+    if given != wanted or len(losses.intact) != len(examples):
         raise ValueError(
             f"the losses are of {len(given)} units and {len(losses.intact)} examples, but the "
-            f"model has {len(wanted)} heads and the calibration set {examples} examples: measure "
-            "them with the same model and config"
+            f"config scores {len(wanted)} units of this model and the calibration set has "
+            f"{len(examples)} examples: measure them with the same model and config"
         )
 
 
@@ -502,22 +494,23 @@ def _max_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _head_importances(scores: CausalScores) -> dict[UnitKey, float]:
-    """Return the importances of the heads by site and unit; warn of heads that broke the model."""
+def _importances(scores: CausalScores) -> dict[UnitKey, float]:
+    """Return the importances of scored units by site; warn of those that broke the model."""
     for (site, unit), count in zip(scores.units, scores.nonfinite.tolist(), strict=True):
         if count:
             logger.warning(
-                f"masking head {unit.index} of {site.name} gave a loss that is not finite on "
+                f"masking {'head' if site.kind == 'attention' else 'unit'} {unit.index} of "
+                f"{site.name} gave a loss that is not finite on "
                 f"{count} examples; they are left out of its score"
             )
-    importances = head_importances(scores.scores).tolist()
+    importances = scaled_importances(scores.scores).tolist()
     return {
         (site.name, unit.index): importance
         for (site, unit), importance in zip(scores.units, importances, strict=True)
     }
 
 
-def _unit_scores(scores: CausalScores, heads: Mapping[UnitKey, float]) -> list[UnitScore]:
+def _unit_scores(scores: CausalScores, importances: Mapping[UnitKey, float]) -> list[UnitScore]:
     return [
         UnitScore(
             site=site.name,
@@ -525,8 +518,9 @@ def _unit_scores(scores: CausalScores, heads: Mapping[UnitKey, float]) -> list[U
             layer=site.layer,
             score=_finite(scores.scores[index]),
             standard_error=_finite(scores.standard_errors[index]),
-            importance=heads[site.name, unit.index],
+            importance=importances[site.name, unit.index],
             nonfinite=int(scores.nonfinite[index]),
+            kind=site.kind,
         )
         for index, (site, unit) in enumerate(scores.units)
     ]

@@ -1,6 +1,8 @@
 """The record of one pruning: everything that a reader of the checkpoint may want to know."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +35,14 @@ class UnitScore:
 
     Attributes:
         site: Name of the mixing projection at whose input the unit was masked.
-        unit: Index of the unit in its site (the head).
+        unit: Index of the unit in its site: of the head, or of the group of channels.
         layer: Index of the decoder layer.
         score: Loss with the unit masked minus loss intact, in nats per token. `None` if every
             masked loss was non-finite.
         standard_error: Standard error of the mean paired difference over examples, in nats.
         importance: Importance that the recipe made of the score.
         nonfinite: Number of examples whose masked loss was not finite.
+        kind: Kind of the site: `"attention"`, `"mlp"` or `"expert"`.
     """
 
     site: str
@@ -49,6 +52,12 @@ class UnitScore:
     standard_error: float | None
     importance: float
     nonfinite: int = 0
+    kind: str = "attention"
+
+    @property
+    def label(self) -> str:
+        """Short name for people (`unit_label`)."""
+        return unit_label(self.kind, self.layer, self.site, self.unit)
 
 
 @dataclass(frozen=True)
@@ -110,3 +119,20 @@ class PruningRecord:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a pruning record of a known version: {error}") from error
+
+
+KINDS = {"attention": "attention heads", "mlp": "MLP units", "expert": "expert units"}
+
+
+def unit_label(kind: str, layer: int, site: str, unit: int) -> str:
+    """Return a short name: `3.7` of a head, `3.mlp.7`, or `3.expert2.7` inside an expert."""
+    branch = {"attention": "", "mlp": "mlp."}.get(kind)
+    if branch is None:
+        branch = f"expert{site.rpartition('[')[2].removesuffix(']')}."
+    return f"{layer}.{branch}{unit}"
+
+
+def count_units(kinds: Iterable[str]) -> str:
+    """Return how many units there are of each kind, such as `32 attention heads, 8 MLP units`."""
+    counts = Counter(kinds)
+    return ", ".join(f"{counts[kind]:,} {name}" for kind, name in KINDS.items() if counts[kind])

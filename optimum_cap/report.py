@@ -20,6 +20,8 @@ _METRICS = {
 }
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
+_UNITS = {"attention": "head", "mlp": "MLP unit", "expert": "expert unit"}
+_WIDEST = 40  # units of a layer that a heat map has full columns and ticks for
 _LINES = ("-", "--", ":")  # one after the other, when the colors are used up
 
 
@@ -212,7 +214,10 @@ def _curve(axis: Any, metric: str, group: list[Row]) -> None:
 
 
 def _heat_maps(study: Study, folder: Path) -> list[Path]:
-    """Draw the causal scores, layers by heads: a picture per model and calibration set."""
+    """Draw the causal scores, layers by units: a picture per model and calibration set.
+
+    Heads, MLP units and expert units have a panel each, on one color scale.
+    """
     import numpy as np
     from matplotlib import pyplot
     from matplotlib.colors import SymLogNorm
@@ -225,41 +230,40 @@ def _heat_maps(study: Study, folder: Path) -> list[Path]:
     files = []
     for (model, calibration), by_seed in found.items():
         seed, scores = next(iter(by_seed.items()))
-        layers = 1 + max(score["layer"] for score in scores)
-        heads = 1 + max(score["unit"] for score in scores)
-        values = np.full((layers, heads), np.nan)
-        for score in scores:
-            if score["score"] is not None:
-                values[score["layer"], score["unit"]] = score["score"]
-        figure, axis = pyplot.subplots(
-            figsize=(2.6 + 0.55 * heads, 1.8 + 0.42 * layers), layout="constrained"
+        panels = _score_panels(scores)
+        layers = len(next(iter(panels.values())))
+        widths = [0.55 * min(values.shape[1], _WIDEST) for values in panels.values()]
+        figure, axes = pyplot.subplots(
+            1,
+            len(panels),
+            figsize=(2.6 + sum(widths) + 0.6 * (len(panels) - 1), 1.8 + 0.42 * layers),
+            width_ratios=widths,
+            squeeze=False,
+            layout="constrained",
         )
-        limit = float(np.nanmax(np.abs(values))) or 1.0
-        picture = axis.imshow(
-            values,
-            cmap="RdBu_r",
-            norm=SymLogNorm(limit / 20, vmin=-limit, vmax=limit),
-            aspect="auto",
-        )
-        if layers * heads <= 400:
-            for (layer, head), value in np.ndenumerate(values):
-                strong = abs(value) > limit / 5
-                axis.text(
-                    head,
-                    layer,
-                    f"{value:.2g}" if abs(value) < 0.01 else f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if strong else "black",
-                )
-        axis.set_xticks(range(heads))
-        axis.set_yticks(range(layers))
-        axis.set_xlabel("head")
-        axis.set_ylabel("layer")
-        axis.set_title(f"{model}, {calibration}, seed {seed}", fontsize=10)
+        largest = max(float(np.nanmax(np.abs(values), initial=0)) for values in panels.values())
+        limit = largest or 1.0
+        for axis, (kind, values) in zip(axes[0], panels.items(), strict=True):
+            picture = axis.imshow(
+                values,
+                cmap="RdBu_r",
+                norm=SymLogNorm(limit / 20, vmin=-limit, vmax=limit),
+                aspect="auto",
+            )
+            if values.size <= 400:
+                _write_values(axis, values, limit)
+            if values.shape[1] <= _WIDEST:
+                axis.set_xticks(range(values.shape[1]))
+            axis.set_yticks(range(layers))
+            axis.set_xlabel(_UNITS[kind])
+        axes[0][0].set_ylabel("layer")
+        title = f"{model}, {calibration}, seed {seed}"
+        if len(panels) == 1:
+            axes[0][0].set_title(title, fontsize=10)
+        else:
+            figure.suptitle(title, fontsize=10)
         ticks = [-limit, -limit / 10, 0.0, limit / 10, limit]
-        bar = figure.colorbar(picture, ticks=ticks, format="%.2g")
+        bar = figure.colorbar(picture, ax=axes[0][-1], ticks=ticks, format="%.2g")
         bar.minorticks_off()
         bar.set_label("causal score, nats per token")
         path = folder / f"{_slug(model)}_{_slug(calibration)}_scores.png"
@@ -267,6 +271,41 @@ def _heat_maps(study: Study, folder: Path) -> list[Path]:
         pyplot.close(figure)
         files.append(path)
     return files
+
+
+def _score_panels(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores by kind of unit, `[layers, units of a layer]`; NaN where there is none."""
+    import numpy as np
+
+    layers = 1 + max(score["layer"] for score in scores)
+    rows: dict[str, list[list[float]]] = {}
+    for score in scores:
+        own = rows.setdefault(score["kind"], [[] for _ in range(layers)])
+        own[score["layer"]].append(np.nan if score["score"] is None else score["score"])
+    panels = {}
+    for kind, lists in rows.items():
+        panels[kind] = np.full((layers, max(map(len, lists))), np.nan)
+        for layer, values in enumerate(lists):
+            panels[kind][layer, : len(values)] = values
+    return panels
+
+
+def _write_values(axis: Any, values: Any, limit: float) -> None:
+    """Write each score into its field."""
+    import numpy as np
+
+    for (layer, unit), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        axis.text(
+            unit,
+            layer,
+            f"{value:.2g}" if abs(value) < 0.01 else f"{value:.2f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if abs(value) > limit / 5 else "black",
+        )
 
 
 def _slug(name: str) -> str:

@@ -8,6 +8,7 @@ subsets and aggregation, and are refused for another model, data set or seed.
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from optimum_cap.architectures import Site, heads
-from optimum_cap.attribution import UnitLosses
+from optimum_cap.architectures import Site, Unit
+from optimum_cap.attribution import UnitLosses, scored_units
 from optimum_cap.calibration import CalibrationExample
 from optimum_cap.config import CAPConfig
 from optimum_cap.estimators import ESTIMATORS
@@ -32,12 +33,15 @@ DECISIVE = (
     "num_samples",
     "seed",
     "scored_tokens",
+    "scored_units",
+    "mlp_unit_size",
     "max_length",
     "estimator",
     "exact_examples",
     "precision",
 )
 """The fields of `CAPConfig` that losses depend on."""
+_UNITS = ("scored_units", "mlp_unit_size")
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ class SavedScores:
                 another estimator.
         """
         settings = self.settings
-        units = [[site.name, unit.index] for site, unit in heads(sites)]
-        if self.metadata["units"] != units or self.metadata["model"] != model_digest(model):
+        self._check_settings(_UNITS, config)
+        units = scored_units(sites, config.scored_units)
+        if self.metadata["units"] != _names(units) or self.metadata["model"] != model_digest(model):
             raise ValueError(
                 f"the scores in {self.path} are of another model "
                 f"({self.metadata['base_model'] or 'unnamed'}) than "
@@ -90,13 +95,18 @@ class SavedScores:
                 f"{config.to_dict()['dataset']}, num_samples {config.num_samples}, seed "
                 f"{config.seed}): use the same, or score again"
             )
-        for name in ("estimator", *ESTIMATORS[config.estimator].settings):
-            if settings[name] != getattr(config, name):
+        self._check_settings(("estimator", *ESTIMATORS[config.estimator].settings), config)
+        return UnitLosses(units, **self.tensors)
+
+    def _check_settings(self, names: Iterable[str], config: CAPConfig) -> None:
+        for name in names:
+            # Older files, of heads, do not say what they are of.
+            given = self.settings.get(name, getattr(CAPConfig, name))
+            if given != getattr(config, name):
                 raise ValueError(
-                    f"the scores in {self.path} are of {name} {settings[name]!r}, but the config "
-                    f"asks for {getattr(config, name)!r}: use the same, or score again"
+                    f"the scores in {self.path} are of {name} {given!r}, but the config asks for "
+                    f"{getattr(config, name)!r}: use the same, or score again"
                 )
-        return UnitLosses(heads(sites), **self.tensors)
 
 
 def save_scores(
@@ -126,7 +136,7 @@ def save_scores(
         "model": model_digest(model),
         "examples": examples_digest(examples),
         "rows": [example.digest for example in examples],
-        "units": [[site.name, unit.index] for site, unit in losses.units],
+        "units": _names(losses.units),
         "settings": {name: values[name] for name in DECISIVE},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
     }
@@ -171,3 +181,7 @@ def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:
     if losses.standard_errors is not None:
         tensors["standard_errors"] = losses.standard_errors
     return tensors
+
+
+def _names(units: list[tuple[Site, Unit]]) -> list[list[str | int]]:
+    return [[site.name, unit.index] for site, unit in units]

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.architectures import find_sites, heads
-from optimum_cap.attribution import UnitLosses
+from optimum_cap.architectures import find_sites
+from optimum_cap.attribution import UnitLosses, scored_units
 from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.data_sources import local_presets
 from optimum_cap.distributed import Team
@@ -358,7 +358,7 @@ def _result(
 def _losses(
     cell: Cell, config: CAPConfig, model: PreTrainedModel, tokenizer: Any, folder: Path
 ) -> UnitLosses:
-    """Losses with each head masked: measured once per model and calibration set."""
+    """Losses with each unit masked: measured once per model and calibration set."""
     decisive = {name: getattr(config, name) for name in DECISIVE if name != "dataset"}
     named = {
         "layout": _LAYOUT,
@@ -373,7 +373,8 @@ def _losses(
     with FileLock(file.with_suffix(".lock")):  # another cell may be measuring the same
         if file.is_file():
             try:
-                return UnitLosses(heads(find_sites(model)), **load_file(file))
+                sites = find_sites(model, config.mlp_unit_size)
+                return UnitLosses(scored_units(sites, config.scored_units), **load_file(file))
             except SafetensorError:
                 logger.warning(f"{file} is damaged: its scores are measured again")
         losses = CAPPruner(config).measure(model, tokenizer)

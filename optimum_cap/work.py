@@ -6,8 +6,9 @@ tokens, whatever a kernel spares of them. Of a mixture of experts, the active on
 between the products (norms, activations, residuals) is counted in elements that go through memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ _PER_CHANNEL = 12
 _PER_OUTPUT = 4
 _PER_LOGIT = 2
 _PER_LOSS = 10  # per logit of a scored token: widened, exponentiated, summed
+
+_STREAMS = 4  # per chunk, of a batch of the size that `wavefront.py` wants
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class LayerWork:
         heads: Number of heads.
         groups: Number of units of its MLP; 0 where it has experts instead.
         experts: Number of experts.
+        others: Number of units of its MLP and experts that are scored.
+        masking: Work for one token of what its MLP and experts return with each of these masked.
     """
 
     feeding: tuple[Product, ...]
@@ -116,6 +121,8 @@ class LayerWork:
     heads: int
     groups: int
     experts: int
+    others: int = 0
+    masking: Work = Work()
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -133,6 +140,11 @@ class LayerWork:
         )
 
     @property
+    def norms(self) -> Work:
+        """Work of what lies between the products, for one token."""
+        return Work(moved=_PER_CHANNEL * self.hidden, passed=1)
+
+    @property
     def cached(self) -> int:
         """Keys and values of a token."""
         return sum(product.outputs for product in self.feeding) - self.width
@@ -147,8 +159,12 @@ class LayerWork:
 
     def remainder(self, tokens: float) -> Work:
         """Work of all but the attention."""
-        norms = Work(moved=_PER_CHANNEL * self.hidden, passed=1)
-        return tokens * (_per_token(self.rest) + norms)
+        return tokens * (_per_token(self.rest) + self.norms)
+
+    def starting(self, tokens: float) -> Work:
+        """Work of all streams that start in the MLP or in experts: no attention, little of both."""
+        routers = _per_token(tuple(p for p in self.rest if not p.pruned))
+        return tokens * (self.masking + self.others * (routers + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> Work:
         """Work of the layer for tokens that make so many pairs of query and key."""
@@ -214,6 +230,11 @@ class ModelWork:
         """Number of attention heads."""
         return sum(layer.heads for layer in self.layers)
 
+    @property
+    def scored(self) -> int:
+        """Number of units that are scored."""
+        return self.heads + sum(layer.others for layer in self.layers)
+
     def logits(self, positions: float) -> Work:
         """Work of the logits at so many positions."""
         return positions * Work(self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs)
@@ -235,9 +256,9 @@ class ModelWork:
         return work + self.logits(shape.rows if logits is None else logits)
 
     def plain(self, shape: Shape) -> Work:
-        """Work of `plain_losses`: one forward pass intact, and one per head."""
+        """Work of `plain_losses`: one forward pass intact, and one per scored unit."""
         whole = Shape(shape.examples, shape.tokens, shape.scored)
-        return (1 + self.heads) * (self.forward(whole) + self.losses(whole))
+        return (1 + self.scored) * (self.forward(whole) + self.losses(whole))
 
     def exact(self, shape: Shape) -> Work:
         """Work of `exact_losses`: each masked stream from where it leaves the intact one.
@@ -249,12 +270,14 @@ class ModelWork:
         for layer in self.layers[:-1]:
             started = shape.rows * layer.mixing.per_token + layer.remainder(shape.rows)
             work += streams * layer.forward(shape.rows, shape.pairs) + layer.heads * started
-            streams += layer.heads
+            work += layer.starting(shape.rows)
+            streams += layer.heads + layer.others
         last = self.layers[-1]
         work += streams * last.attention(shape.rows, shape.pairs)
         work += last.heads * shape.targets * last.mixing.per_token
         streams += last.heads
-        work += streams * last.remainder(shape.targets)
+        work += streams * last.remainder(shape.targets) + last.starting(shape.targets)
+        streams += last.others
         # Logits come from the model with its layers short-circuited, so the stem runs again.
         scored = shape.targets * _per_token(self.stem) + self.logits(shape.targets)
         return work + (1 + streams) * (scored + self.losses(shape))
@@ -263,11 +286,14 @@ class ModelWork:
         """Work of one forward and one backward pass.
 
         The weights are frozen, so a product with weights has one product as its gradient; one of
-        attention has two.
+        attention has two. Experts that are scored are computed once more, by themselves.
         """
         whole = Shape(shape.examples, shape.tokens, shape.scored)
         work = self.forward(whole, logits=whole.targets) + self.losses(whole)
         backward = Work(work.products, 2 * work.attention, 2 * work.moved, work.passed)
+        for layer in self.layers:
+            if layer.others:
+                work += whole.rows * _per_token(tuple(p for p in layer.rest if p.copies > 1))
         return work + backward
 
     def layer_walk(self, shape: Shape) -> Work:
@@ -314,12 +340,13 @@ class ObsWork:
         )
 
 
-def count_work(model: PreTrainedModel, sites: list[Site]) -> ModelWork:
+def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "heads") -> ModelWork:
     """Count the work of a model, which may be on the meta device.
 
     Args:
         model: A causal language model.
         sites: All its sites (`find_sites`).
+        scored_units: The units to score: `"heads"` or `"all"`.
     """
     attention = {site.layer_name: site for site in sites if site.kind == "attention"}
     config = model.config.get_text_config(decoder=True)
@@ -342,6 +369,7 @@ def count_work(model: PreTrainedModel, sites: list[Site]) -> ModelWork:
                 heads=len(site.units),
                 groups=sum(len(other.units) for other in others if other.kind == "mlp"),
                 experts=sum(other.kind == "expert" for other in others),
+                **(_masking(own, others) if scored_units == "all" else {}),
             )
         )
     return ModelWork(
@@ -350,6 +378,32 @@ def count_work(model: PreTrainedModel, sites: list[Site]) -> ModelWork:
         head=head,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
+    """Number and work of the masked MLPs and experts of a layer, as `Wavefront` computes them.
+
+    Each chunk of streams computes an MLP once more for the input of its projection. Tokens that
+    reach an expert are computed without it, and what is left of it is added for each of its units.
+
+    Args:
+        own: The products of the layer, by path.
+        others: Its sites beside attention.
+    """
+    work = Work()
+    for site in others:
+        mixing, units = own[site.projection], len(site.units)
+        inside = [p for path, p in own.items() if path.startswith(f"{site.branch}.") and p.pruned]
+        if site.expert is not None:
+            alone = _per_token(tuple(replace(p, active=1) for p in inside if p is not mixing))
+            each = replace(mixing, active=1).per_token
+            reached = mixing.active / mixing.copies
+            work += reached * (_per_token(tuple(inside)) + alone + units * each)
+        else:
+            feeding = tuple(inside) if site.outlet == site.branch else (mixing,)
+            chunks = max(1.0, units / _STREAMS)
+            work += chunks * _per_token(feeding) + units * mixing.per_token
+    return {"others": sum(len(site.units) for site in others), "masking": work}
 
 
 def _products(model: PreTrainedModel, active_experts: int, pruned: set[str]) -> dict[str, Product]:

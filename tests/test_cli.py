@@ -537,6 +537,7 @@ def test_choices_in_the_help_are_those_of_the_config() -> None:
         "aggregation": config.AGGREGATIONS,
         "kv_combination": config.KV_COMBINATIONS,
         "scored_tokens": config.SCORED_TOKENS,
+        "scored_units": config.SCORED_UNITS,
         "estimator": config.ESTIMATORS,
         "checkpoint_format": FORMATS,
     }.items():

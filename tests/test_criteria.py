@@ -7,25 +7,25 @@ from tiny_models import tiny_model
 from optimum_cap.architectures import Matrix, find_sites
 from optimum_cap.criteria import (
     Evidence,
-    head_importances,
     magnitude_times_importance,
     region_importances,
+    scaled_importances,
     unit_importances,
 )
 
 
 def test_scores_map_linearly_to_one_to_ten() -> None:
-    importances = head_importances(torch.tensor([-0.5, 0.0, 1.5, 0.5]))
+    importances = scaled_importances(torch.tensor([-0.5, 0.0, 1.5, 0.5]))
     assert importances.tolist() == pytest.approx([1.0, 3.25, 10.0, 5.5])
 
 
 def test_equal_scores_give_one() -> None:
-    assert head_importances(torch.full((3,), 0.7)).tolist() == [1.0, 1.0, 1.0]
+    assert scaled_importances(torch.full((3,), 0.7)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_head_that_breaks_the_model_is_needed_most() -> None:
-    assert head_importances(torch.tensor([0.0, float("nan"), 1.0])).tolist() == [1.0, 10.0, 10.0]
-    assert head_importances(torch.tensor([2.0, float("nan")])).tolist() == [1.0, 10.0]
+    assert scaled_importances(torch.tensor([0.0, float("nan"), 1.0])).tolist() == [1.0, 10.0, 10.0]
+    assert scaled_importances(torch.tensor([2.0, float("nan")])).tolist() == [1.0, 10.0]
 
 
 def test_region_importances_of_grouped_query_attention() -> None:

@@ -95,6 +95,21 @@ def test_exact_scoring_takes_the_operations_that_pytorch_counts(architecture: st
     assert count_work(model, sites).exact(SHAPE).operations == pytest.approx(real, rel=1e-3)
 
 
+@pytest.mark.parametrize("mlp_unit_size", [None, 5])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "mixtral", "qwen3_moe"])
+def test_scoring_all_units_takes_the_operations_that_pytorch_counts(
+    architecture: str, mlp_unit_size: int | None
+) -> None:
+    model = eager_model(architecture)
+    sites = find_sites(model, mlp_unit_size)
+    work = count_work(model, sites, "all")
+    real = counted(lambda: plain_losses(model, sites, examples()))
+    assert work.plain(SHAPE).operations == pytest.approx(real, rel=1e-3)
+    # Within 3 %: how many tokens reach an expert is assumed, and MLPs are computed once per chunk.
+    real = counted(lambda: exact_losses(model, sites, examples()))
+    assert work.exact(SHAPE).operations == pytest.approx(real, rel=0.03)
+
+
 def test_exact_scoring_after_a_prefix_takes_the_operations_that_pytorch_counts() -> None:
     # Within 5 %: the last token, which predicts nothing, is not computed after a prefix, but it is
     # counted. The trial whether the model can share a prefix is not counted, so it is not run.

@@ -17,7 +17,7 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.attribution import causal_scores
 from optimum_cap.checkpoint import inspect_checkpoint
 from optimum_cap.commands.prune import PruneCommand
-from optimum_cap.commands.score import ScoreCommand, head_table
+from optimum_cap.commands.score import ScoreCommand, score_table
 from optimum_cap.estimators import ESTIMATORS, Estimator
 from optimum_cap.score_file import read_scores
 
@@ -221,10 +221,10 @@ def test_the_commands_refuse(flags: list[str], tmp_path: Path) -> None:
         run(PruneCommand, *prune, "--scores", file, "--recipe", "wanda")
 
 
-def test_head_table_is_sorted_by_need() -> None:
+def test_score_table_is_sorted_by_need() -> None:
     losses = CAPPruner(config()).measure(tiny_model("llama"), tiny_tokenizer())
     losses.masked[4] = float("nan")
-    rows = [row.split() for row in head_table(causal_scores(losses)).splitlines()[1:]]
+    rows = [row.split() for row in score_table(causal_scores(losses)).splitlines()[1:]]
     assert rows[0] == ["1.0", "+nan", "nan"]
     values = [float(row[1]) for row in rows[1:]]
     assert values == sorted(values, reverse=True)

@@ -20,7 +20,7 @@ class CAPCommand(BaseOptimumCLICommand):
     # by the same list, so the children are declared here.
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a causal language model.", PruneCommand),
-        CommandInfo("score", "Measure the causal scores of the heads.", ScoreCommand),
+        CommandInfo("score", "Measure the causal scores of a model.", ScoreCommand),
         CommandInfo("inspect", "Show what was pruned in a checkpoint, and how.", InspectCommand),
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),

@@ -49,7 +49,17 @@ class EstimateCommand(CAPSubcommand):
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
         add("--sparsity", type=float, default=0.5, help="of the checkpoint (default: 0.5)")
-        add("--mlp-unit-size", type=int, metavar="N", help="channels per unit (default: whole MLP)")
+        add(
+            "--units",
+            default="heads",
+            help="what is scored: heads, or all, with MLPs and experts (default: heads)",
+        )
+        add(
+            "--mlp-unit-size",
+            type=int,
+            metavar="N",
+            help="channels per unit of an MLP or expert (default: all channels)",
+        )
         add("--limit", type=int, metavar="N", help="questions per task (default: all)")
         add("--batch-size", type=int, default=32, metavar="N", help="questions (default: 32)")
         add(
@@ -81,6 +91,7 @@ class EstimateCommand(CAPSubcommand):
             sparsity=args.sparsity,
             limit=args.limit,
             batch_size=args.batch_size,
+            scored_units=args.units,
             mlp_unit_size=args.mlp_unit_size,
             **self._lengths(),
             **options,

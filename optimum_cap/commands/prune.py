@@ -79,6 +79,18 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "tokens that count in the loss: answer or all (default: answer)",
     ),
     (
+        "--units",
+        "scored_units",
+        str,
+        "what is scored: heads, or all, with MLPs and experts (default: heads)",
+    ),
+    (
+        "--mlp-unit-size",
+        "mlp_unit_size",
+        int,
+        "channels per unit of an MLP or expert, with --units all (default: all channels)",
+    ),
+    (
         "--estimator",
         "estimator",
         str,

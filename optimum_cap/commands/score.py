@@ -14,6 +14,7 @@ from optimum_cap.commands.base import (
     loading_options,
 )
 from optimum_cap.commands.prune import Prepared, add_config_flags, config_values, load_tokenizer
+from optimum_cap.commands.summary import scored_line
 
 if TYPE_CHECKING:
     from optimum_cap.attribution import CausalScores
@@ -23,6 +24,8 @@ _FIELDS = (
     "subsets",
     "aggregation",
     "scored_tokens",
+    "scored_units",
+    "mlp_unit_size",
     "estimator",
     "exact_examples",
     "precision",
@@ -33,13 +36,16 @@ _FIELDS = (
 )
 
 
+_ROWS = 20_000  # of the table: heads of any model, but not channels
+
+
 class ScoreCommand(CAPSubcommand):
     """The file serves `cap prune --scores` at any sparsity; subsets and aggregation may change."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
-        parser.description = "Measure the causal scores of the attention heads and save them."
+        parser.description = "Measure the causal scores of a model and save them."
         add = parser.add_argument
         add("-m", "--model", required=True, help="Hub id or folder of the model to score")
         add("-o", "--output", required=True, type=Path, metavar="FILE", help="file to write")
@@ -71,7 +77,7 @@ class ScoreCommand(CAPSubcommand):
         return Prepared(config, tokenizer, team)
 
     def execute(self, prepared: Prepared) -> None:
-        """Measure, save, print the heads."""
+        """Measure, save, print the units."""
         from transformers import AutoModelForCausalLM
 
         from optimum_cap.attribution import causal_scores
@@ -88,24 +94,31 @@ class ScoreCommand(CAPSubcommand):
         if prepared.team.rank:
             return
         scores = causal_scores(losses, config.subsets, config.aggregation)
-        layers = len({site.layer for site, _ in scores.units})
-        print(f"heads         {len(scores.units)} scored in {layers} layers")
+        print(scored_line([(site.kind, site.layer) for site, _ in scores.units]))
         print(f"estimator     {config.estimator}")
         print(f"intact loss   {scores.intact_loss:.4f} nats per token")
         print(f"time          {time.monotonic() - start:.1f} s")
         print(f"saved         {args.output}")
-        print(f"\n{head_table(scores)}")
+        print(f"\n{score_table(scores)}")
 
 
-def head_table(scores: "CausalScores") -> str:
-    """Return a table of the heads with score and standard error, the most needed first."""
-    rows = [["layer.head", "score", "standard error"]]
-    for index in scores.scores.nan_to_num(float("inf")).argsort(descending=True, stable=True):
+def score_table(scores: "CausalScores") -> str:
+    """Return a table of the units with score and standard error, the most needed first."""
+    from optimum_cap.record import unit_label
+
+    heads_only = all(site.kind == "attention" for site, _ in scores.units)
+    rows = [["layer.head" if heads_only else "layer.unit", "score", "standard error"]]
+    order = scores.scores.nan_to_num(float("inf")).argsort(descending=True, stable=True)
+    for index in order[:_ROWS]:
         site, unit = scores.units[index]
         score, error = scores.scores[index], scores.standard_errors[index]
-        rows.append([f"{site.layer}.{unit.index}", f"{score:+.6f}", f"{error:.6f}"])
+        label = unit_label(site.kind, site.layer, site.name, unit.index)
+        rows.append([label, f"{score:+.6f}", f"{error:.6f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
-    )
+    ]
+    if (left := len(order) - _ROWS) > 0:
+        lines.append(f"and {left:,} more, needed less")
+    return "\n".join(lines)

@@ -8,18 +8,17 @@ if TYPE_CHECKING:
     from optimum_cap.checkpoint import CheckpointSummary
     from optimum_cap.record import MatrixSparsity, UnitScore
 
-_HEADS_SHOWN = 5
+_UNITS_SHOWN = 5
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def print_summary(summary: "CheckpointSummary") -> None:
-    """Print one line per fact: heads, weights, sparsity, threshold, size."""
+    """Print one line per fact: units, weights, sparsity, threshold, size."""
     from optimum_cap.masking import WHOLE_HEADS
 
     record = summary.record
     if record.scores:
-        layers = len({score.layer for score in record.scores})
-        print(f"heads         {len(record.scores)} scored in {layers} layers")
+        print(scored_line([(score.kind, score.layer) for score in record.scores]))
     for label, ranked in _ranked(record.scores):
         print(f"{label:13} {ranked}")
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
@@ -34,6 +33,16 @@ def print_summary(summary: "CheckpointSummary") -> None:
         f"size          {format_size(summary.weight_bytes)} {summary.checkpoint_format}, "
         f"{share:.1%} of {format_size(summary.dense_bytes)} dense"
     )
+
+
+def scored_line(units: "list[tuple[str, int]]") -> str:
+    """Return how many units were scored, from the kind and the layer of each."""
+    from optimum_cap.record import count_units
+
+    layers = len({layer for _, layer in units})
+    if all(kind == "attention" for kind, _ in units):
+        return f"heads         {len(units)} scored in {layers} layers"
+    return f"units         {count_units(kind for kind, _ in units)} scored in {layers} layers"
 
 
 def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
@@ -84,7 +93,7 @@ def format_size(size: int) -> str:
 
 
 def _ranked(scores: "list[UnitScore]") -> list[tuple[str, str]]:
-    """Return the most and the least needed heads as two labelled lines."""
+    """Return the most and the least needed units as two labelled lines."""
     finite = sorted(
         (score for score in scores if score.score is not None),
         key=lambda score: score.score or 0.0,
@@ -94,11 +103,12 @@ def _ranked(scores: "list[UnitScore]") -> list[tuple[str, str]]:
         return []
 
     def line(chosen: "list[UnitScore]") -> str:
-        return ", ".join(f"{head.layer}.{head.unit} ({head.score:+.4f})" for head in chosen)
+        return ", ".join(f"{unit.label} ({unit.score:+.4f})" for unit in chosen)
 
+    named = "layer.head" if all(unit.kind == "attention" for unit in scores) else "layer.unit"
     return [
-        ("most needed", line(finite[:_HEADS_SHOWN]) + "  layer.head (nats per token)"),
-        ("least needed", line(finite[: -_HEADS_SHOWN - 1 : -1])),
+        ("most needed", line(finite[:_UNITS_SHOWN]) + f"  {named} (nats per token)"),
+        ("least needed", line(finite[: -_UNITS_SHOWN - 1 : -1])),
     ]
 
 
