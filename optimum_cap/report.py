@@ -226,7 +226,9 @@ def _heat_maps(study: Study, folder: Path) -> list[Path]:
     for cell, measured in read_cells(study, folder):
         if measured["scores"] and cell.calibration is not None:
             by_seed = found.setdefault((cell.label, cell.calibration), {})
-            by_seed.setdefault(cell.seed, measured["scores"])
+            # Of recipes that score heads and ones that score all units, the latter.
+            if len(measured["scores"]) > len(by_seed.get(cell.seed, ())):
+                by_seed[cell.seed] = measured["scores"]
     files = []
     for (model, calibration), by_seed in found.items():
         seed, scores = next(iter(by_seed.items()))

@@ -74,6 +74,19 @@ def test_a_config_from_before_the_estimators_is_exact() -> None:
     assert CAPConfig.from_dict(values).estimator == "exact"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scored_units": "mlps"}, "scored_units must be one of heads, all, got 'mlps'"),
+        ({"mlp_unit_size": 64}, r"mlp_unit_size 64 is about MLPs .* choose scored_units 'all'"),
+        ({"scored_units": "all", "mlp_unit_size": 0}, "mlp_unit_size must be an integer of at le"),
+    ],
+)
+def test_units_that_cannot_be_scored(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CAPConfig(sparsity=0.2, **changes)
+
+
 def test_unknown_argument() -> None:
     with pytest.raises(TypeError, match="sparcity"):
         CAPConfig(sparsity=0.2, sparcity=0.3)  # type: ignore[call-arg]
@@ -86,6 +99,8 @@ def test_round_trips_through_json() -> None:
         num_samples=7,
         subsets=2,
         max_length=99,
+        scored_units="all",
+        mlp_unit_size=64,
         estimator="adaptive",
         exact_examples=3,
         precision=0.05,

@@ -298,3 +298,47 @@ def test_losses_of_something_else_are_refused(tokenizer: PreTrainedTokenizerFast
         CAPPruner(config(num_samples=13)).prune(tiny_model("llama"), tokenizer, losses=losses)
     with pytest.raises(ValueError, match="losses are of 12 units"):
         CAPPruner(config()).prune(tiny_model("gpt2"), tokenizer, losses=losses)
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("llama", 2), ("mixtral", 2), ("qwen3_moe", 3)])
+def test_all_units_are_scored_and_rank_their_own_weights(name: str, kinds: int) -> None:
+    settings = config(scored_units="all", mlp_unit_size=8, num_samples=6)
+    model = tiny_model(name)
+    sites = find_sites(model, mlp_unit_size=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned = CAPPruner(settings).prune(model, tiny_tokenizer())
+    record = pruned.pruning_record
+    units = [(site.name, unit.index) for site in sites for unit in site.units]
+    assert [(score.site, score.unit) for score in record.scores] == units
+    assert len({score.kind for score in record.scores}) == kinds
+    importances = [score.importance for score in record.scores]
+    assert (min(importances), max(importances)) == (1, 10)
+    # One threshold on |W| times the importance of the unit that a row or column belongs to.
+    own = dict(zip(units, importances, strict=True))
+    for site in sites:
+        for unit in site.units if site.kind != "attention" else ():
+            for block in unit.region:
+                weight = block.of(before[block.parameter]).abs()
+                kept = block.of(pruned.get_parameter(block.parameter)) != 0
+                importance = weight.float() * torch.tensor(own[site.name, unit.index])
+                assert torch.equal(kept, importance > record.threshold)
+
+
+def test_losses_of_other_groups_of_channels_are_refused() -> None:
+    losses = CAPPruner(config(scored_units="all", mlp_unit_size=8, num_samples=6)).measure(
+        tiny_model("llama"), tiny_tokenizer()
+    )
+    pruner = CAPPruner(config(scored_units="all", mlp_unit_size=7, num_samples=6))
+    with pytest.raises(ValueError, match=r"losses are of 21 units .* scores 21 units of this mod"):
+        pruner.prune(tiny_model("llama"), tiny_tokenizer(), losses=losses)
+
+
+def test_heads_alone_score_the_same_as_among_all_units() -> None:
+    """`scored_units="heads"` measures no MLP, and the heads among all units score the same."""
+    heads, every = (
+        CAPPruner(config(num_samples=6, **units)).measure(tiny_model("mixtral"), tiny_tokenizer())
+        for units in ({}, {"scored_units": "all"})
+    )
+    of_heads = [index for index, (site, _) in enumerate(every.units) if site.kind == "attention"]
+    assert len(heads.units) == len(of_heads) == 12
+    torch.testing.assert_close(every.masked[of_heads], heads.masked, rtol=1e-6, atol=0)

@@ -14,7 +14,9 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.architectures import find_sites
 from optimum_cap.attribution import causal_scores
+from optimum_cap.calibration import build_calibration_set
 from optimum_cap.checkpoint import inspect_checkpoint
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.commands.score import ScoreCommand, score_table
@@ -76,6 +78,7 @@ def test_the_same_scores_are_the_same_bytes(scores: Path, tmp_path: Path) -> Non
         ({"dataset": ROWS[:40]}, r"in-memory, 81 rows.*in-memory, 40 rows"),
         ({"scored_tokens": "all"}, "of other calibration examples"),
         ({"estimator": "first_order"}, "of estimator 'exact', .* asks for 'first_order'"),
+        ({"scored_units": "all"}, "of scored_units 'heads', but the config asks for 'all': use"),
     ],
 )
 def test_scores_of_other_settings_are_refused(
@@ -83,6 +86,32 @@ def test_scores_of_other_settings_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         CAPPruner(config(**changes, scores=scores)).prune(tiny_model("llama"), tiny_tokenizer())
+
+
+def test_scores_of_other_units_are_refused(tmp_path: Path) -> None:
+    file, units = tmp_path / "scores.safetensors", {"scored_units": "all"}
+    pruner = CAPPruner(config(**units, mlp_unit_size=8))
+    pruner.measure(tiny_model("mixtral"), tiny_tokenizer(), save_to=file)
+    for changes, message in (
+        ({}, "of scored_units 'all', but the config asks for 'heads'"),
+        ({**units, "mlp_unit_size": 7}, "of mlp_unit_size 8, but the config asks for 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CAPPruner(config(**changes, scores=file)).prune(tiny_model("mixtral"), tiny_tokenizer())
+    settings = config(**units, mlp_unit_size=8, scores=file)
+    pruned = CAPPruner(settings).prune(tiny_model("mixtral"), tiny_tokenizer())
+    assert len(pruned.pruning_record.scores) == 12 + 12 * 3
+
+
+def test_a_file_from_before_other_units_is_of_heads(scores: Path) -> None:
+    saved = read_scores(scores)
+    for field in ("scored_units", "mlp_unit_size"):
+        del saved.settings[field]
+    model, sites = tiny_model("llama"), find_sites(tiny_model("llama"))
+    rows = build_calibration_set(config(), tiny_tokenizer(), max_length=64).examples
+    assert len(saved.losses(model, sites, rows, config()).units) == 12
+    with pytest.raises(ValueError, match="of scored_units 'heads', but the config asks for 'all'"):
+        saved.losses(model, sites, rows, config(scored_units="all"))
 
 
 @pytest.mark.parametrize("other", [("gpt2", 0), ("llama", 1)])
@@ -200,6 +229,41 @@ def test_score_then_prune(
     for unit in record.scores:
         assert listed[f"{unit.layer}.{unit.unit}"] == pytest.approx(unit.score, abs=1e-6)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "dir").pruning_record == record
+
+
+def test_score_then_prune_all_units(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "scores.safetensors"
+    run(ScoreCommand, *flags, "-o", file, "--units", "all", "--mlp-unit-size", 8)
+    out = capsys.readouterr().out
+    assert "units         12 attention heads, 9 MLP units scored in 3 layers" in out
+    rows = out.split("\n\n")[1].splitlines()
+    assert rows[0].split()[0] == "layer.unit"
+    listed = {row.split()[0] for row in rows[1:]}
+    assert len(listed) == 21
+    assert {"0.0", "2.3", "0.mlp.0", "2.mlp.2"} < listed
+
+    # What is scored is that of the file.
+    run(PruneCommand, "-m", flags[1], "--scores", file, "--sparsity", 0.4, "-o", tmp_path / "dir")
+    out = capsys.readouterr().out
+    assert "units         12 attention heads, 9 MLP units scored in 3 layers" in out
+    assert "layer.unit (nats per token)" in out
+    record = inspect_checkpoint(str(tmp_path / "dir")).record
+    assert {score.label for score in record.scores} == listed
+    assert record.config["mlp_unit_size"] == 8
+    card = (tmp_path / "dir" / "README.md").read_text()
+    assert "12 attention heads, 9 MLP units, on answer tokens" in card
+
+
+def test_a_long_table_ends_with_the_number_of_rows_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = CAPPruner(config(scored_units="all")).measure(tiny_model("olmoe"), tiny_tokenizer())
+    monkeypatch.setattr("optimum_cap.commands.score._ROWS", 10)
+    lines = score_table(causal_scores(losses)).splitlines()
+    assert len(lines) == 1 + 10 + 1
+    assert lines[-1] == "and 14 more, needed less"
 
 
 def test_the_commands_refuse(flags: list[str], tmp_path: Path) -> None:

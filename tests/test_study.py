@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
-from optimum_cap import study
+from optimum_cap import report, study
 from optimum_cap.attribution import exact_losses
 from optimum_cap.estimators import ESTIMATORS, Estimator
 from optimum_cap.report import markdown, mean_and_interval, write_report
@@ -261,6 +261,57 @@ def test_table_and_pictures(values: dict[str, Any], tmp_path: Path) -> None:
     assert "## tiny: gsm8k, loss on worked answers, nats per token" in text
     assert "| recipe | 20% | 50% |" in text
     assert "Calibrated on sums, 2 seed(s); dense " in text
+
+
+def test_the_heat_map_has_a_panel_for_each_kind_of_unit(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another recipe of the study scores heads only."""
+    values["recipes"] = {
+        "paper": None,
+        "all": {"recipe": "paper", "scored_units": "all", "mlp_unit_size": 8},
+    }
+    values["sparsities"] = [0.5]
+    loaded = load(values, tmp_path)
+    rows = run_study(loaded, tmp_path / "out")
+    drawn, own = [], report._score_panels
+
+    def panels(scores: list[dict[str, Any]]) -> dict[str, Any]:
+        drawn.append(own(scores))
+        return drawn[-1]
+
+    monkeypatch.setattr(report, "_score_panels", panels)
+    files = write_report(loaded, rows, tmp_path / "out")
+    assert "tiny_sums_scores.png" in [file.name for file in files]
+    (found,) = drawn
+    assert {kind: values.shape for kind, values in found.items()} == {
+        "attention": (3, 4),
+        "mlp": (3, 3),
+    }
+    # Heads and all units are measured apart, each once.
+    losses = sorted(file.name for file in (tmp_path / "out" / "scores").glob("*.safetensors"))
+    assert len(losses) == 2
+
+
+def test_panels_leave_gaps_where_layers_differ() -> None:
+    scores = [
+        {"layer": layer, "kind": kind, "score": value}
+        for layer, kind, value in (
+            (0, "attention", 1.0),
+            (0, "mlp", 2.0),
+            (1, "attention", None),
+            (1, "expert", 3.0),
+            (1, "expert", 4.0),
+        )
+    ]
+    found = {kind: panel.tolist() for kind, panel in report._score_panels(scores).items()}
+    assert str(found) == str(
+        {
+            "attention": [[1.0], [math.nan]],
+            "mlp": [[2.0], [math.nan]],
+            "expert": [[math.nan, math.nan], [3.0, 4.0]],
+        }
+    )
 
 
 def test_the_table_shows_means_over_seeds_with_their_interval() -> None:
