@@ -285,7 +285,8 @@ def _score_panels(scores: list[dict[str, Any]]) -> dict[str, Any]:
         own = rows.setdefault(score["kind"], [[] for _ in range(layers)])
         own[score["layer"]].append(np.nan if score["score"] is None else score["score"])
     panels = {}
-    for kind, lists in rows.items():
+    for kind in [kind for kind in _UNITS if kind in rows]:
+        lists = rows[kind]
         panels[kind] = np.full((layers, max(map(len, lists))), np.nan)
         for layer, values in enumerate(lists):
             panels[kind][layer, : len(values)] = values
