@@ -76,12 +76,10 @@ class _Segment:
 
     Attributes:
         rows: Number of rows, one for a prefix.
-        positions: Number of positions, all rows together.
         calls: What the layers, attentions, sites of attention and other branches got and returned.
     """
 
     rows: int
-    positions: int
     calls: dict[str, RecordedCall]
 
 
@@ -164,7 +162,7 @@ class Wavefront:
                 **cached,
                 **only_last_logits(self.model),
             )
-        return _Segment(len(input_ids), input_ids.numel(), calls)
+        return _Segment(len(input_ids), calls)
 
     def _cache(self) -> _PrefixCache | None:
         return None if self._config is None else _PrefixCache(config=self._config)
