@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.architectures import Matrix, Site, decoder_layers
-from optimum_cap.calibration import CalibrationExample, batches
+from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.experts import gated
 from optimum_cap.interventions import (
     hidden_of,
@@ -42,11 +42,14 @@ class InputStatistics:
         tokens: Number of tokens.
         squares: Sum of x_i^2, float32 `[in]`.
         gram: Sum of x_i x_j, float32 `[in, in]`; `None` where it was not asked for.
+        missing: Sum of e_i x_j, where e is what the outputs of this matrix lack of those of the
+            dense model, float32 `[out, in]`; `None` where the two are not compared.
     """
 
     tokens: int
     squares: torch.Tensor
     gram: torch.Tensor | None = None
+    missing: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, width: int, device: torch.device, gram: bool) -> "InputStatistics":
@@ -57,14 +60,15 @@ class InputStatistics:
             torch.zeros(width, width, device=device) if gram else None,
         )
 
-    def add_(self, inputs: torch.Tensor) -> None:
-        """Add tokens, `[tokens, in]`."""
+    def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens, `[tokens, in]`, each with a weight, `[tokens]`."""
         inputs = inputs.float()
+        weighted = inputs if weights is None else inputs * weights.unsqueeze(1)
         self.tokens += len(inputs)
         if self.gram is None:
-            self.squares += inputs.square().sum(dim=0)
+            self.squares += (weighted * inputs).sum(dim=0)
         else:
-            self.gram.addmm_(inputs.T, inputs)
+            self.gram.addmm_(weighted.T, inputs)
             self.squares = self.gram.diagonal().clone()
 
 
@@ -75,10 +79,20 @@ class LayerWalk:
         model: The model, in evaluation mode and without gradients.
         sites: All sites of the model.
         examples: The calibration examples.
+        answer_weight: Added to the weight 1 of every token that is scored or predicts one that is.
+
+    Attributes:
+        layers: The decoder layers.
+        forms: What each layer returned once, which says how it returns its hidden states.
+        streams: The batches, between two layers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sites: list[Site], examples: list[CalibrationExample]
+        self,
+        model: PreTrainedModel,
+        sites: list[Site],
+        examples: list[CalibrationExample],
+        answer_weight: float = 0.0,
     ) -> None:
         self.model = model
         self.layers = decoder_layers(model, sites)
@@ -88,12 +102,19 @@ class LayerWalk:
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         with recorded_calls(named) as calls:
             model(input_ids=examples[0].input_ids[None, :1].to(device_of(model)), use_cache=False)
-        forms = [calls[name].output for name in named]
+        self.forms = [calls[name].output for name in named]
         with brought_in(model, besides=[*self.layers, model.get_output_embeddings()]):
-            self._streams = [
-                _Stream(batch.real, *_first_input(model, self.layers, forms, batch.input_ids))
+            self.streams = [
+                Stream(
+                    batch,
+                    _token_weights(batch, answer_weight),
+                    *_first_input(model, self.layers, self.forms, batch.input_ids),
+                )
                 for batch in batches(examples, size)
             ]
+
+    def begin(self, index: int) -> None:
+        """Be told that layer `index` is about to be pruned."""
 
     def statistics(
         self, index: int, matrices: Iterable[Matrix], gram: bool = False, advance: bool = False
@@ -112,9 +133,9 @@ class LayerWalk:
         """
         collector = _Collector(self.model, list(matrices), gram)
         with brought_in(self.layers[index]):
-            for stream in self._streams:
-                with collector.collecting(stream.real):
-                    output = self._run(index, stream)
+            for stream in self.streams:
+                with collector.collecting(stream):
+                    output = self.run(index, stream, stream.hidden)
                 if advance:
                     stream.hidden = output
         return collector.statistics
@@ -122,21 +143,42 @@ class LayerWalk:
     def advance(self, index: int) -> None:
         """Run layer `index` as it is now; its outputs become the inputs of the next one."""
         with brought_in(self.layers[index]):
-            for stream in self._streams:
-                stream.hidden = self._run(index, stream)
+            for stream in self.streams:
+                stream.hidden = self.run(index, stream, stream.hidden)
 
-    def _run(self, index: int, stream: "_Stream") -> torch.Tensor:
+    def run(self, index: int, stream: "Stream", hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = stream.arguments[index]
-        return hidden_of(self.layers[index](stream.hidden, *args, **kwargs))
+        return hidden_of(self.layers[index](hidden, *args, **kwargs))
 
 
 @dataclass
-class _Stream:
-    """One batch between two layers: which positions are real, hidden states, layer arguments."""
+class Stream:
+    """One batch between two layers.
 
-    real: torch.Tensor
+    Attributes:
+        batch: The examples.
+        weights: Weight of each real position, float32 `[positions]`; `None` if all are 1.
+        hidden: Hidden states, `[examples, tokens, hidden]`.
+        arguments: The other arguments of every layer.
+    """
+
+    batch: Batch
+    weights: torch.Tensor | None
     hidden: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def real_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Those of `[examples, tokens, width]` that are no padding: `[positions, width]`."""
+        real = self.batch.real.flatten().to(hidden.device)
+        return hidden.reshape(len(real), -1)[real]
+
+
+def _token_weights(batch: Batch, answer_weight: float) -> torch.Tensor | None:
+    if answer_weight == 0:
+        return None
+    answers = batch.scored.clone()
+    answers[:, :-1] |= batch.scored[:, 1:]
+    return (1 + answer_weight * answers.float())[batch.real]
 
 
 def _first_input(
@@ -176,23 +218,17 @@ class _Collector:
         self._projections: list[tuple[nn.Module, Matrix]] = []
         self._experts: dict[nn.Module, list[Matrix]] = {}
         for matrix in matrices:
-            owner, _, name = matrix.parameter.rpartition(".")
-            module = model.get_submodule(owner)
+            module = model.get_submodule(matrix.module)
             if matrix.expert is None:
                 self._projections.append((module, matrix))
-            elif name in _EXPERT_INPUTS:
-                self._experts.setdefault(module, []).append(matrix)
             else:
-                raise ValueError(
-                    f"{matrix.name}: how an expert's input of {name!r} comes about is not known "
-                    f"(known: {', '.join(_EXPERT_INPUTS)}); criteria that look at inputs cannot "
-                    "prune it. Add it to _EXPERT_INPUTS in optimum_cap/activations.py"
-                )
+                _rule_of(matrix)
+                self._experts.setdefault(module, []).append(matrix)
 
     @contextmanager
-    def collecting(self, real: torch.Tensor) -> Iterator[None]:
-        """Add what the layer sees in this context at the positions that are `real`."""
-        flat = real.flatten()
+    def collecting(self, stream: Stream) -> Iterator[None]:
+        """Add what the layer sees of a stream in this context."""
+        flat, weights = stream.batch.real.flatten(), stream.weights
         seen: list[tuple[torch.Tensor, InputStatistics]] = []
 
         def projection_hook(matrix: Matrix) -> Callable[..., None]:
@@ -209,7 +245,7 @@ class _Collector:
                         "padding cannot be told, so criteria that look at inputs cannot prune it"
                     )
                 statistics = self._of(matrix, rows)
-                statistics.add_(rows[flat.to(rows.device)])
+                statistics.add_(rows[flat.to(rows.device)], _on(rows.device, weights))
                 seen.append((inputs, statistics))
 
             return hook
@@ -218,12 +254,14 @@ class _Collector:
             hidden, chosen = args[0], args[1]
             rows = hidden.reshape(-1, hidden.shape[-1])
             is_real = flat.to(rows.device)
+            rows, chosen = rows[is_real], chosen[is_real]
             for matrix in self._experts[module]:
-                routed = (chosen == matrix.expert).any(dim=-1) & is_real
-                inputs = _EXPERT_INPUTS[matrix.parameter.rpartition(".")[2]](
-                    module, matrix, rows[routed]
-                )
-                self._of(matrix, inputs).add_(inputs)
+                routed = (chosen == matrix.expert).any(dim=-1)
+                inputs = expert_input(module, matrix, rows[routed])
+                own_weights = _on(rows.device, weights)
+                if own_weights is not None:
+                    own_weights = own_weights[routed]
+                self._of(matrix, inputs).add_(inputs, own_weights)
 
         with ExitStack() as stack:
             for module, matrix in self._projections:
@@ -239,6 +277,30 @@ class _Collector:
                 inputs.shape[-1], inputs.device, self._gram
             )
         return self.statistics[matrix]
+
+
+def _on(device: torch.device, weights: torch.Tensor | None) -> torch.Tensor | None:
+    return None if weights is None else weights.to(device)
+
+
+def expert_input(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the input of an expert's matrix, from the tokens `[tokens, hidden]` routed to it.
+
+    Raises:
+        ValueError: How it comes about is not known.
+    """
+    return _rule_of(matrix)(module, matrix, hidden)
+
+
+def _rule_of(matrix: Matrix) -> Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]:
+    name = matrix.parameter.rpartition(".")[2]
+    if name not in _EXPERT_INPUTS:
+        raise ValueError(
+            f"{matrix.name}: how an expert's input of {name!r} comes about is not known (known: "
+            f"{', '.join(_EXPERT_INPUTS)}); criteria that look at inputs cannot prune it. Add it "
+            "to _EXPERT_INPUTS in optimum_cap/activations.py"
+        )
+    return _EXPERT_INPUTS[name]
 
 
 # Inputs of an expert's projection, from the tokens `[tokens, hidden]` that are routed to it.

@@ -93,6 +93,11 @@ class Site:
         return self.name if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
 
     @property
+    def mixing(self) -> "Matrix":
+        """The matrix of the mixing projection."""
+        return Matrix(self.units[0].region[0].parameter, self.expert)
+
+    @property
     def outlet(self) -> str:
         """Path of the module that returns what the projection does, or the sum over experts."""
         return self.projection if self.branch == self.layer_name else self.branch
@@ -108,6 +113,11 @@ class Matrix:
     @property
     def name(self) -> str:
         return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
+
+    @property
+    def module(self) -> str:
+        """Path of the module that uses it."""
+        return self.parameter.rpartition(".")[0]
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the matrix, a 2-D view of `parameter`."""
@@ -188,7 +198,7 @@ def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
 
 def is_transposed(model: PreTrainedModel, matrix: Matrix) -> bool:
     """Whether a matrix is stored as `[in, out]`."""
-    return isinstance(model.get_submodule(matrix.parameter.rpartition(".")[0]), Conv1D)
+    return isinstance(model.get_submodule(matrix.module), Conv1D)
 
 
 def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
@@ -198,6 +208,32 @@ def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
     return {
         layer: prunable_matrices(site for site in sites if site.layer == layer) for layer in layers
     }
+
+
+def stages_by_layer(sites: Iterable[Site]) -> dict[int, list[list[Matrix]]]:
+    """Return the prunable matrices of each decoder layer in the order in which they run.
+
+    A stage holds matrices none of which feeds another: the projections that feed a site of
+    attention, the one that mixes, those that feed MLP or experts, those that mix.
+    """
+    stages: dict[int, list[list[Matrix]]] = {}
+    sites = list(sites)
+    for layer, own in matrices_by_layer(sites).items():
+        mixing = {site.mixing for site in sites if site.layer == layer}
+        attention = prunable_matrices(
+            site for site in sites if site.layer == layer and site.kind == "attention"
+        )
+        others = [matrix for matrix in own if matrix not in attention]
+        stages[layer] = [
+            stage
+            for branch in (attention, others)
+            for stage in (
+                [matrix for matrix in branch if matrix not in mixing],
+                [matrix for matrix in branch if matrix in mixing],
+            )
+            if stage
+        ]
+    return stages
 
 
 def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Module]:

@@ -1,0 +1,304 @@
+"""The calibration set on its way through the pruned model and the dense one, side by side.
+
+What a pruned layer gets wrong, the next matrices can make up for, if they know what the dense model
+has in the same place. `PairedWalk` tells them: to the statistics of the inputs it adds what the
+outputs of a matrix lack of the dense model's, and, where a projection joins the residual stream,
+what the stream itself lacks by then.
+
+A second copy of the model is not needed: a layer that is being pruned keeps its dense weights until
+both have passed it.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.activations import InputStatistics, LayerWalk, Stream, expert_input
+from optimum_cap.architectures import Matrix, Site, is_transposed, prunable_matrices
+from optimum_cap.calibration import CalibrationExample
+from optimum_cap.experts import routed
+from optimum_cap.interventions import (
+    RecordedCall,
+    hidden_of,
+    in_form_of,
+    recorded_calls,
+    replaced_forward,
+)
+from optimum_cap.offload import brought_in
+
+_ROUNDING = 16  # times the machine epsilon: what counts as equal
+
+Calls = dict[str, RecordedCall]
+"""Calls of the modules of a layer, by path."""
+
+
+class PairedWalk(LayerWalk):
+    """A `LayerWalk` that takes the dense model along.
+
+    Call `begin` before anything in a layer is pruned, `statistics` for matrices that are still
+    dense (those that feed them may be pruned), and `advance` when the layer is done.
+
+    Args:
+        model: The model, in evaluation mode and without gradients.
+        sites: All sites of the model.
+        examples: The calibration examples.
+        answer_weight: As for `LayerWalk`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: list[Site],
+        examples: list[CalibrationExample],
+        answer_weight: float = 0.0,
+    ) -> None:
+        super().__init__(model, sites, examples, answer_weight)
+        self._dense_hidden = [stream.hidden for stream in self.streams]
+        self._dense_weights: dict[str, torch.Tensor] = {}
+        self._sites: dict[int, list[Site]] = {}
+        self._mixing: dict[Matrix, Site] = {}
+        for site in sites:
+            self._sites.setdefault(site.layer, []).append(site)
+            self._mixing[site.mixing] = site
+        self._joining: dict[tuple[str, ...], set[str]] = {}
+
+    def begin(self, index: int) -> None:
+        """Keep the dense weights of layer `index`, nothing of which has been pruned so far."""
+        names = dict.fromkeys(matrix.parameter for matrix in prunable_matrices(self._sites[index]))
+        with brought_in(self.layers[index]):
+            self._dense_weights = {
+                name: self.model.get_parameter(name).data.clone() for name in names
+            }
+
+    def advance(self, index: int) -> None:
+        """Pass layer `index`, by the model as it is now and by the dense one."""
+        super().advance(index)
+        with self._dense(index):
+            self._dense_hidden = [
+                self.run(index, stream, hidden)
+                for stream, hidden in zip(self.streams, self._dense_hidden, strict=True)
+            ]
+        self._dense_weights = {}
+
+    def statistics(
+        self, index: int, matrices: Iterable[Matrix], gram: bool = True, advance: bool = False
+    ) -> dict[Matrix, InputStatistics]:
+        """Return the statistics of the inputs of matrices, with what their outputs miss.
+
+        An expert's tokens are those that the pruned model routes to it. They weigh by the square of
+        their routing weight, as their errors do in the sum over experts.
+
+        Args and raises: as `LayerWalk.statistics`.
+        """
+        own = list(matrices)
+        found: dict[Matrix, InputStatistics] = {}
+        leaders: dict[Matrix, Matrix] = {}
+        for stream, dense_hidden in zip(self.streams, self._dense_hidden, strict=True):
+            with brought_in(self.layers[index]):
+                calls = self._seen(index, stream, stream.hidden, own)
+                routes = {matrix: self._route(matrix, stream, calls) for matrix in own}
+                inputs = self._inputs(stream, calls, routes)
+            with self._dense(index):
+                dense_calls = self._seen(index, stream, dense_hidden, own)
+                dense_inputs = self._inputs(stream, dense_calls, routes)
+            lost = self._lost(index, stream, dense_hidden, calls, dense_calls)
+            for matrix, route in routes.items():
+                x, weights = inputs[matrix].float(), route.weights
+                if matrix not in found:
+                    found[matrix] = InputStatistics.empty(x.shape[1], x.device, gram)
+                    # Those with the same input share its statistics.
+                    same = (other for other in found if inputs[other] is inputs[matrix])
+                    leaders[matrix] = next(same)
+                if leaders[matrix] is matrix:
+                    found[matrix].add_(x, weights)
+                missing = self._outputs(matrix, dense_inputs[matrix].float() - x)
+                site = self._mixing.get(matrix)
+                if site is not None and site.outlet in lost:
+                    missing += route.of(lost[site.outlet])
+                if weights is not None:
+                    missing *= weights.unsqueeze(1)
+                product = missing.T @ x
+                before = found[matrix].missing
+                found[matrix].missing = product if before is None else before + product
+        if advance:
+            self.advance(index)
+        return {
+            matrix: replace(found[leaders[matrix]], missing=own_statistics.missing)
+            for matrix, own_statistics in found.items()
+        }
+
+    @contextmanager
+    def _dense(self, index: int) -> Iterator[None]:
+        """Give layer `index` its dense weights."""
+        with brought_in(self.layers[index]):
+            parameters = {name: self.model.get_parameter(name) for name in self._dense_weights}
+            own = {name: parameter.data for name, parameter in parameters.items()}
+            try:
+                for name, parameter in parameters.items():
+                    parameter.data = self._dense_weights[name]
+                yield
+            finally:
+                for name, parameter in parameters.items():
+                    parameter.data = own[name]
+
+    def _seen(
+        self, index: int, stream: Stream, hidden: torch.Tensor, matrices: list[Matrix]
+    ) -> Calls:
+        """Calls of the modules of matrices and of the attention; the layer runs no further."""
+        inlets = {matrix.module: self.model.get_submodule(matrix.module) for matrix in matrices}
+        attention = {
+            site.outlet: self.model.get_submodule(site.outlet)
+            for site in self._sites[index]
+            if site.kind == "attention"
+        }
+        with ExitStack() as stack:
+            calls = stack.enter_context(recorded_calls({**inlets, **attention}))
+
+            def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if inlets.keys() <= calls.keys():
+                    raise _AllSeenError
+
+            for module in inlets.values():
+                stack.callback(module.register_forward_pre_hook(stop).remove)
+            try:
+                self.run(index, stream, hidden)
+            except _AllSeenError:
+                return calls
+        unseen = ", ".join(sorted(inlets.keys() - calls.keys()))
+        raise ValueError(f"{type(self.model).__name__} did not run {unseen}: it cannot be pruned")
+
+    def _route(self, matrix: Matrix, stream: Stream, calls: Calls) -> "_Route":
+        """Which tokens reach a matrix; the experts get those chosen, and their weights, beside."""
+        if matrix.expert is None:
+            return _Route(None, stream.weights, None)
+        chosen, weights = calls[matrix.module].args[:2]
+        chosen, weights = stream.real_rows(chosen), stream.real_rows(weights).float()
+        tokens, slots = routed(chosen, matrix.expert)
+        own = weights[tokens, slots]
+        squares = own.square()
+        if stream.weights is not None:
+            squares = squares * stream.weights.to(squares.device)[tokens]
+        return _Route(tokens, squares, weights[tokens].sum(dim=1))
+
+    def _inputs(
+        self, stream: Stream, calls: Calls, routes: dict[Matrix, "_Route"]
+    ) -> dict[Matrix, torch.Tensor]:
+        """Inputs of matrices at the real tokens that reach them, `[tokens, in]`."""
+        rows: dict[int, torch.Tensor] = {}
+        inputs = {}
+        for matrix, route in routes.items():
+            hidden = calls[matrix.module].hidden
+            if id(hidden) not in rows:
+                rows[id(hidden)] = stream.real_rows(hidden)
+            own = rows[id(hidden)]
+            if route.tokens is not None:
+                module = self.model.get_submodule(matrix.module)
+                own = expert_input(module, matrix, own[route.tokens])
+            inputs[matrix] = own
+        return inputs
+
+    def _outputs(self, matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
+        """What the dense matrix makes of inputs `[tokens, in]`, without a bias: `[tokens, out]`."""
+        weight = matrix.of(self._dense_weights[matrix.parameter]).float()
+        return nn.functional.linear(
+            inputs, weight.T if is_transposed(self.model, matrix) else weight
+        )
+
+    def _lost(
+        self,
+        index: int,
+        stream: Stream,
+        dense_hidden: torch.Tensor,
+        calls: Calls,
+        dense_calls: Calls,
+    ) -> dict[str, torch.Tensor]:
+        """What the residual stream lacks where an outlet joins it: `[real tokens, hidden]` each."""
+        joining = self._joining_outlets(index)
+        attention = {site.outlet for site in self._sites[index] if site.kind == "attention"}
+        lost = {}
+        error = dense_hidden - stream.hidden
+        if attention <= joining:
+            lost.update({path: stream.real_rows(error) / len(attention) for path in attention})
+            others = joining - attention
+            if all(calls[path].output is not None for path in attention):
+                for path in attention:
+                    error = error + hidden_of(dense_calls[path].output)
+                    error = error - hidden_of(calls[path].output)
+                lost.update({path: stream.real_rows(error) / len(others) for path in others})
+        return lost
+
+    def _joining_outlets(self, index: int) -> set[str]:
+        """Outlets of a layer whose output the residual stream takes as it is.
+
+        Not those behind which a norm, a factor or a gate changes it. Seen on one batch, once for
+        all layers that are built alike.
+        """
+        prefix = self._sites[index][0].layer_name
+        outlets = dict.fromkeys(site.outlet.removeprefix(prefix) for site in self._sites[index])
+        key = tuple(outlets)
+        if key not in self._joining:
+            self._joining[key] = self._find_joining(index, [prefix + outlet for outlet in key])
+        return {prefix + outlet for outlet in self._joining[key]}
+
+    def _find_joining(self, index: int, outlets: list[str]) -> set[str]:
+        """Add a known change to the layer's input and to each output: does it come out again?"""
+        prefix = self._sites[index][0].layer_name
+        stream, hidden = self.streams[0], self._dense_hidden[0]
+        modules = {path: self.model.get_submodule(path) for path in outlets}
+        with self._dense(index):
+            with recorded_calls(modules) as calls:
+                whole = self.run(index, stream, hidden)
+            random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+            change = random.to(hidden) * whole.std()
+
+            def comes_out(changed: str | None) -> bool:
+                with ExitStack() as stack:
+                    for path, module in modules.items():
+                        output = hidden_of(calls[path].output)
+                        if path == changed:
+                            output = output + change.view_as(output)
+                        given = in_form_of(calls[path].output, output)
+                        stack.enter_context(replaced_forward(module, _giving(given)))
+                    start = hidden if changed else hidden + change
+                    off = self.run(index, stream, start) - whole - change
+                allowed = _ROUNDING * torch.finfo(whole.dtype).eps
+                return float(off.abs().mean()) <= allowed * float(whole.abs().mean())
+
+            if not comes_out(None):
+                return set()
+            return {path.removeprefix(prefix) for path in outlets if comes_out(path)}
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Which of the real tokens of a stream reach a matrix.
+
+    Attributes:
+        tokens: Their positions, int64 `[tokens]`; `None` if all do.
+        weights: How much each counts, float32 `[tokens]`; `None` if all count alike.
+        total: Sum of the routing weights of each token, over which experts share an error, float32
+            `[tokens]`; `None` if no routing chose them.
+    """
+
+    tokens: torch.Tensor | None
+    weights: torch.Tensor | None
+    total: torch.Tensor | None
+
+    def of(self, lost: torch.Tensor) -> torch.Tensor:
+        """What the matrix is to make up for, of `[real tokens, hidden]`."""
+        if self.tokens is None or self.total is None:
+            return lost.float()
+        return lost[self.tokens].float() / self.total.unsqueeze(1)
+
+
+class _AllSeenError(Exception):
+    """Ends a forward pass of which all that is wanted was seen."""
+
+
+def _giving(output: Any) -> Any:
+    return lambda *args, **kwargs: output
