@@ -13,6 +13,11 @@ from optimum_cap.criteria import Evidence, wanda
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.masking import shares
 from optimum_cap.offload import weights
+from optimum_cap.responses import Response
+
+_GROWTH = 10.0  # of the logarithm of a divergence, per unit of sparsity
+_SMALLEST = 1e-3  # of the median: what is less than that is hard to tell from rounding
+_BISECTIONS = 60
 
 Layers = Mapping[int, list[Matrix]]
 """The matrices to prune, by decoder layer."""
@@ -75,9 +80,7 @@ def owl(
     less -= (less * sizes).sum() / sizes.sum()
     room = torch.where(less > 0, sparsity / less, (1 - sparsity) / -less)
     less *= min(1.0, float(room.min()))
-    wanted = ((sparsity - less) * sizes).cumsum(0).round().long()
-    wanted[-1] = zeros
-    counts = wanted.diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+    counts = _whole_numbers((sparsity - less) * sizes, zeros)
     given: dict[Matrix, int] = {}
     for own, count in zip(layers.values(), counts, strict=True):
         parts = shares(count, [oriented(model, matrix).numel() for matrix in own])
@@ -112,10 +115,62 @@ def _outlier_shares(
     return torch.tensor(found, dtype=torch.float64)
 
 
+def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matrix, int]:
+    """Move sparsity from sites whose pruning changes the predictions to sites where it does not.
+
+    The divergence of a site pruned alone grows about exponentially with its sparsity (measured on
+    the models of `docs/quality.md`: twofold for 0.07). Then the sum of the divergences is least
+    where what one more zero costs is the same everywhere: a site whose divergence per weight is
+    e times the others' gets a sparsity that is lower by 1 / `_GROWTH`. That sites interact, and
+    that measurements are noisy, is why no site is moved by more than `bound`.
+
+    Args:
+        found: The responses of all sites that are to be pruned.
+        zeros: Number of zeros in all.
+        bound: The most that the sparsity of a site may differ from that of the whole; near 0 and 1
+            less, so that no site is left dense or emptied.
+
+    Returns:
+        Number of zeros per matrix; they add up to `zeros`. Matrices of a site have its sparsity.
+    """
+    sizes = torch.tensor([response.weights for response in found], dtype=torch.float64)
+    divergences = torch.tensor([response.divergence for response in found], dtype=torch.float64)
+    sparsity = zeros / float(sizes.sum())
+    least = max(float(divergences.median()) * _SMALLEST, torch.finfo(torch.float64).tiny)
+    cost = (divergences.clamp(min=least) / sizes).log() / _GROWTH
+    low, high = sparsity - min(bound, sparsity / 2), sparsity + min(bound, (1 - sparsity) / 2)
+
+    def moved(level: float) -> torch.Tensor:
+        return (level - cost).clamp(low, high)
+
+    # The total rises with the level: bisection.
+    below, above = low + float(cost.min()), high + float(cost.max())
+    for _ in range(_BISECTIONS):
+        level = (below + above) / 2
+        if float((moved(level) * sizes).sum()) < zeros:
+            below = level
+        else:
+            above = level
+    counts = _whole_numbers(moved(above) * sizes, zeros)
+    given: dict[Matrix, int] = {}
+    for response, count in zip(found, counts, strict=True):
+        parts = shares(count, list(response.sizes))
+        given.update(zip(response.matrices, parts, strict=True))
+    return given
+
+
+def _whole_numbers(wanted: torch.Tensor, total: int) -> list[int]:
+    """Round numbers that add up to about `total` so that they do exactly."""
+    sums = wanted.cumsum(0).round().long()
+    sums[-1] = total
+    return sums.diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+
+
 Allocation = Callable[
     [PreTrainedModel, list[Site], Layers, int, list[CalibrationExample], CAPConfig],
     dict[Matrix, int],
 ]
 
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "owl": owl}
-"""`"global"` is none of them: there the one threshold over all weights decides."""
+"""Neither `"global"`, where one threshold over all weights decides, nor `"interventional"`, which
+needs to know how matrices are pruned."""

@@ -401,34 +401,47 @@ class Wavefront:
         targets = self.targets.ids.repeat(len(hidden) // scored).to(device_of(self.model))
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 21) // vocabulary)
+        form = self.suffix.calls[f"layer {len(self.layers) - 1}"].output
         with brought_in(self.model, besides=[*self.layers, self.model.get_input_embeddings()]):
             losses = [
                 token_losses(
-                    self._logits(hidden[start : start + step]), targets[start : start + step]
+                    logits_of(self.model, self.layers, form, hidden[start : start + step]),
+                    targets[start : start + step],
                 )
                 for start in range(0, len(hidden), step)
             ]
         return self.targets.example_means(torch.cat(losses).view(-1, scored))
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of sequences of one token, with embeddings and decoder layers short-circuited."""
-        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(self.model))
-        final = len(self.layers) - 1
-        recorded = self.suffix.calls[f"layer {final}"].output
 
-        def skip(*args: Any, **kwargs: Any) -> Any:
-            return in_form_of(recorded, split_hidden(args, kwargs)[0])
+def logits_of(
+    model: PreTrainedModel, layers: list[nn.Module], form: Any, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Logits of sequences of one token, with embeddings and decoder layers short-circuited.
 
-        def give(*args: Any, **kwargs: Any) -> Any:
-            return in_form_of(recorded, hidden)
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        form: What a layer returned once, which says how it returns its hidden states.
+        hidden: Output of the last layer, `[positions, 1, hidden]`.
 
-        embeddings = self.model.get_input_embeddings()
-        nothing = hidden.new_zeros(len(hidden), 1, embeddings.embedding_dim, device=tokens.device)
-        with ExitStack() as stack:
-            stack.enter_context(replaced_forward(embeddings, lambda *args, **kwargs: nothing))
-            for index, layer in enumerate(self.layers):
-                stack.enter_context(replaced_forward(layer, give if index == final else skip))
-            return self.model(input_ids=tokens, use_cache=False).logits[:, 0]
+    Returns:
+        `[positions, vocabulary]`.
+    """
+    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(model))
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        return in_form_of(form, split_hidden(args, kwargs)[0])
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        return in_form_of(form, hidden)
+
+    embeddings = model.get_input_embeddings()
+    nothing = hidden.new_zeros(len(hidden), 1, embeddings.embedding_dim, device=tokens.device)
+    with ExitStack() as stack:
+        stack.enter_context(replaced_forward(embeddings, lambda *args, **kwargs: nothing))
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, give if layer is layers[-1] else skip))
+        return model(input_ids=tokens, use_cache=False).logits[:, 0]
 
 
 def _given_last_rows(

@@ -1,0 +1,201 @@
+"""What pruning does to the predictions: each site is pruned alone, and the change measured.
+
+This is the intervention of causal attribution with the thing itself in the place of a mask: not
+what the model loses without a unit, but what it loses when the unit is pruned as it will be.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.activations import InputStatistics, LayerWalk
+from optimum_cap.architectures import Matrix, Site, oriented, prunable_matrices
+from optimum_cap.calibration import CalibrationExample
+from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.offload import brought_in
+from optimum_cap.wavefront import Targets, logits_of
+
+_PASSES = 1.0  # over the calibration set, that measuring may cost
+_FEWEST_EXAMPLES = 16
+_POSITIONS = 1024  # whose logits are compared at a time
+
+Prune = Callable[[Matrix, InputStatistics], torch.Tensor]
+"""Returns what a matrix `[out, in]` becomes, and leaves it as it is."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What pruning one site alone does.
+
+    Attributes:
+        site: The site.
+        matrices: Its matrices that are to be pruned.
+        sizes: Number of weights of each.
+        divergence: Kullback-Leibler divergence of the predictions with the site pruned from those
+            of the dense model: nats per scored token, mean over examples.
+        standard_error: Of that mean.
+    """
+
+    site: Site
+    matrices: tuple[Matrix, ...]
+    sizes: tuple[int, ...]
+    divergence: float
+    standard_error: float
+
+    @property
+    def weights(self) -> int:
+        return sum(self.sizes)
+
+
+def responses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    layers: Mapping[int, list[Matrix]],
+    examples: list[CalibrationExample],
+    prune: Prune,
+    count: int | None = None,
+    gram: bool = True,
+) -> list[Response]:
+    """Prune each site alone and measure what that does to the predictions of scored tokens.
+
+    The divergence from the dense model's predictions is what the loss would gain on answers drawn
+    from the dense model. Unlike the gain on the answers of the data it is never negative, and a few
+    examples show it.
+
+    Args:
+        model: The model, dense; it comes back as it was.
+        sites: All its sites.
+        layers: The matrices to prune, by decoder layer.
+        examples: The calibration examples, in random order: all are used for the statistics of the
+            inputs, the first ones to measure.
+        prune: Prunes a matrix.
+        count: How many examples to measure on; `None`: as `examples_to_measure`.
+        gram: Whether `prune` needs x_i x_j of the inputs.
+
+    Returns:
+        One response for each site with matrices to prune, in the order of the model.
+    """
+    groups = {
+        layer: [
+            (site, chosen)
+            for site in sites
+            if site.layer == layer
+            and (chosen := [matrix for matrix in prunable_matrices([site]) if matrix in own])
+        ]
+        for layer, own in layers.items()
+    }
+    if count is None:
+        count = examples_to_measure([len(groups[layer]) for layer in sorted(groups)], len(examples))
+    found: list[Response] = []
+    with (
+        evaluation_mode(model),
+        float32_on_cpu(model),
+        logging.tqdm(total=len(groups), desc="Measuring sites", unit="layer") as progress,
+    ):
+        walk = LayerWalk(model, sites, examples)
+        measured = _Measured(model, sites, examples[:count])
+        for layer, own in groups.items():
+            statistics = walk.statistics(layer, layers[layer], gram, advance=True)
+            pruned = [
+                {matrix: prune(matrix, statistics[matrix]) for matrix in each} for _, each in own
+            ]
+            divergences = measured.divergences(layer, pruned)
+            for (site, matrices), values in zip(own, divergences, strict=True):
+                error = float(values.std()) / sqrt(len(values)) if len(values) > 1 else float("nan")
+                sizes = tuple(oriented(model, matrix).numel() for matrix in matrices)
+                found.append(Response(site, tuple(matrices), sizes, float(values.mean()), error))
+            progress.update()
+    return found
+
+
+def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
+    """Number of examples on which measuring all sites costs about one pass over all examples.
+
+    A site of layer l costs the passes through the layers from l on.
+    """
+    layers = len(sites_per_layer)
+    passed = sum(count * (layers - layer) for layer, count in enumerate(sites_per_layer))
+    affordable = int(_PASSES * examples * layers / max(1, passed))
+    return min(examples, max(_FEWEST_EXAMPLES, affordable))
+
+
+class _Measured:
+    """The dense model's predictions on some examples, and how pruned layers change them."""
+
+    def __init__(
+        self, model: PreTrainedModel, sites: list[Site], examples: list[CalibrationExample]
+    ) -> None:
+        self.model = model
+        self.walk = LayerWalk(model, sites, examples)
+        self.targets = [Targets.of(stream.batch) for stream in self.walk.streams]
+        self.passed = 0
+        hidden = [stream.hidden for stream in self.walk.streams]
+        self.final = self._to_the_end(0, [hidden])[0]
+
+    def divergences(
+        self, layer: int, pruned: list[dict[Matrix, torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Divergence per example, `[examples]`, with each set of matrices of a layer exchanged."""
+        streams = self.walk.streams
+        while self.passed < layer:
+            self.walk.advance(self.passed)
+            self.passed += 1
+        carried = []
+        for weights in pruned:
+            with brought_in(self.walk.layers[layer]), _exchanged(self.model, weights):
+                carried.append([self.walk.run(layer, stream, stream.hidden) for stream in streams])
+        return [self._divergence(final) for final in self._to_the_end(layer + 1, carried)]
+
+    def _to_the_end(
+        self, layer: int, carried: list[list[torch.Tensor]]
+    ) -> list[list[torch.Tensor]]:
+        """Final hidden states at scored positions, `[scored, 1, hidden]`, per set and batch."""
+        for index in range(layer, len(self.walk.layers)):
+            with brought_in(self.walk.layers[index]):
+                for hidden in carried:
+                    for place, stream in enumerate(self.walk.streams):
+                        hidden[place] = self.walk.run(index, stream, hidden[place])
+        return [
+            [
+                hidden[targets.rows.to(hidden.device), targets.columns.to(hidden.device)].unsqueeze(
+                    1
+                )
+                for hidden, targets in zip(each, self.targets, strict=True)
+            ]
+            for each in carried
+        ]
+
+    def _divergence(self, final: list[torch.Tensor]) -> torch.Tensor:
+        model, layers, form = self.model, self.walk.layers, self.walk.forms[-1]
+        found = []
+        with brought_in(model, besides=[*layers, model.get_input_embeddings()]):
+            for dense, changed, targets in zip(self.final, final, self.targets, strict=True):
+                parts = []
+                for start in range(0, len(dense), _POSITIONS):
+                    part = slice(start, start + _POSITIONS)
+                    expected, given = (
+                        logits_of(model, layers, form, hidden[part]).float().log_softmax(dim=-1)
+                        for hidden in (dense, changed)
+                    )
+                    parts.append((expected.exp() * (expected - given)).sum(dim=-1))
+                found.append(targets.example_means(torch.cat(parts)))
+        return torch.cat(found)
+
+
+@contextmanager
+def _exchanged(model: PreTrainedModel, pruned: Mapping[Matrix, torch.Tensor]) -> Iterator[None]:
+    """Give matrices that are in memory other weights `[out, in]`."""
+    views = {matrix: oriented(model, matrix) for matrix in pruned}
+    own = {matrix: view.clone() for matrix, view in views.items()}
+    try:
+        for matrix, view in views.items():
+            view.copy_(pruned[matrix])
+        yield
+    finally:
+        for matrix, view in views.items():
+            view.copy_(own[matrix])
