@@ -18,17 +18,24 @@ from optimum_cap.masking import WHOLE_HEADS, parse_pattern
 CONFIG_VERSION = 1
 """Version of the fields below. A reader refuses a newer one instead of guessing at its fields."""
 
-CRITERIA = ("cap", "magnitude", "random", "wanda", "sparsegpt")
-ALLOCATIONS = ("global", "uniform", "owl")
-_LAYER_BY_LAYER = ("wanda", "sparsegpt")
+CRITERIA = ("cap", "magnitude", "random", "wanda", "sparsegpt", "alps")
+ALLOCATIONS = ("global", "uniform", "owl", "interventional")
+TARGETS = ("local", "dense")
+ORDERS = ("layer", "projection")
+_LAYER_BY_LAYER = ("wanda", "sparsegpt", "alps")
+_UPDATING = ("sparsegpt", "alps")
+_UNITS_RANKED_BY = ("cap", "magnitude", "random")  # criteria that can rank whole heads
 
 
 @dataclass(frozen=True)
 class Method:
-    """How weights are ranked, and how many zeros each matrix gets."""
+    """What is done, all choices settled: the fields of `CAPConfig` of the same names."""
 
     criterion: str
     allocation: str
+    target: str = "local"
+    order: str = "layer"
+    answer_weight: float = 0.0
 
     @property
     def layer_by_layer(self) -> bool:
@@ -38,10 +45,12 @@ class Method:
     @property
     def needs_data(self) -> bool:
         """Whether anything is measured on calibration data."""
-        return self.criterion not in ("magnitude", "random") or self.allocation == "owl"
+        looked_at = ("owl", "interventional")
+        return self.criterion not in ("magnitude", "random") or self.allocation in looked_at
 
 
 RECIPES = {
+    "causal": Method("alps", "interventional", "dense", "projection", 3.0),
     "paper": Method("cap", "global"),
     "magnitude": Method("magnitude", "uniform"),
     "magnitude_global": Method("magnitude", "global"),
@@ -56,6 +65,13 @@ KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
 SCORED_UNITS = ("heads", "all")
 ESTIMATORS = ("exact", "plain", "first_order", "control_variate", "adaptive")
+_CHOICES = {
+    "criterion": CRITERIA,
+    "allocation": ALLOCATIONS,
+    "target": TARGETS,
+    "order": ORDERS,
+}
+_SETTLED = ("allocation", "target", "order", "answer_weight")
 _SAMPLING = ("control_variate", "adaptive")  # measure some of the examples exactly
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
@@ -72,15 +88,29 @@ class CAPConfig(QuantizationConfigMixin):
 
     Args:
         sparsity: Fraction of the prunable weights that become zero, strictly between 0 and 1.
-        recipe: A criterion with an allocation. `"paper"`: importance of a weight is its magnitude
-            times the importance of its head, one global threshold (arXiv 2606.19350, Eq. 1-4).
-            The others, to compare with: `"magnitude"`, `"magnitude_global"`, `"random"`,
+        recipe: A choice of criterion, allocation, target, order and answer_weight. `"causal"`, the
+            default: what keeps the most (`docs/quality.md`). `"paper"`: importance of a weight is
+            its magnitude times the importance of its head, one global threshold (arXiv 2606.19350,
+            Eq. 1-4). The others, to compare with: `"magnitude"`, `"magnitude_global"`, `"random"`,
             `"wanda"`, `"sparsegpt"`, `"owl_wanda"`, `"owl_sparsegpt"`. See `docs/baselines.md`.
         criterion: Ranks the weights, instead of the recipe's: `"cap"`, `"magnitude"`, `"random"`,
-            `"wanda"` or `"sparsegpt"`, which also updates the weights it keeps.
+            `"wanda"`; or `"sparsegpt"` or `"alps"`, which also update the weights they keep. With a
+            criterion, the other choices of the recipe fall away.
         allocation: How many zeros each matrix gets, instead of the recipe's: `"global"` (one
-            threshold over all weights), `"uniform"` (the same sparsity everywhere) or `"owl"`
-            (less in layers with more outliers).
+            threshold over all weights), `"uniform"` (the same sparsity everywhere), `"owl"`
+            (less in layers with more outliers) or `"interventional"` (less in sites that, pruned
+            alone, change the model's predictions more).
+        allocation_bound: `"interventional"` moves the sparsity of a site by at most this.
+        allocation_examples: Calibration examples that `"interventional"` measures on; `None`: so
+            many that it costs about one pass over all of them, at least 16.
+        target: What the weights that are kept are fitted to, by criteria that update them:
+            `"local"`, the outputs that the dense matrix has for the inputs that it gets; or
+            `"dense"`, what the dense model has in the same place, including what the residual
+            stream has lost by then.
+        order: What is pruned before inputs are looked at again: a whole `"layer"`, or each
+            `"projection"`.
+        answer_weight: Added to the weight 1 of calibration tokens that are scored, or predict one
+            that is, in the statistics of inputs.
         pattern: `"unstructured"`; `"N:M"`: N weights kept of every M consecutive inputs, as
             `"2:4"`, where the sparsity is 1 - N/M; or `"heads"`: whole attention heads are removed
             and MLPs stay dense, where the sparsity is the fraction of heads. By `"cap"` those with
@@ -133,9 +163,14 @@ class CAPConfig(QuantizationConfigMixin):
 
     quant_method: str = field(default="cap", init=False)
     sparsity: float
-    recipe: str = "paper"
+    recipe: str = "causal"
     criterion: str | None = None
     allocation: str | None = None
+    allocation_bound: float = 0.1
+    allocation_examples: int | None = None
+    target: str | None = None
+    order: str | None = None
+    answer_weight: float | None = None
     pattern: str = "unstructured"
     owl_outlier_ratio: float = 5.0
     owl_bound: float = 0.08
@@ -236,14 +271,21 @@ class CAPConfig(QuantizationConfigMixin):
             )
 
     def _check_method(self) -> None:
-        if self.criterion is not None:
-            _check_choice("criterion", self.criterion, CRITERIA)
-        if self.allocation is not None:
-            _check_choice("allocation", self.allocation, ALLOCATIONS)
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) is not None:
+                _check_choice(name, value, choices)
         _check_positive("owl_outlier_ratio", self.owl_outlier_ratio)
         _check_positive("owl_bound", self.owl_bound)
+        _check_positive("allocation_bound", self.allocation_bound)
+        if self.allocation_examples is not None:
+            _check_integer("allocation_examples", self.allocation_examples, at_least=1)
+        if self.answer_weight not in (None, 0):
+            _check_positive("answer_weight", self.answer_weight)
+        self._check_updates()
         method, pattern = self.method, parse_pattern(self.pattern)
-        if self.pattern == WHOLE_HEADS and (method.layer_by_layer or self.allocation is not None):
+        if self.pattern == WHOLE_HEADS and (
+            method.criterion not in _UNITS_RANKED_BY or self.allocation is not None
+        ):
             raise ValueError(
                 "pattern 'heads' ranks all heads of the model against each other: choose criterion "
                 f"'cap', 'magnitude' or 'random' and no allocation, got {method.criterion!r} with "
@@ -252,7 +294,7 @@ class CAPConfig(QuantizationConfigMixin):
         if method.layer_by_layer and method.allocation == "global":
             raise ValueError(
                 f"criterion {method.criterion!r} prunes layer by layer, so there is no global "
-                "threshold: choose allocation 'uniform' or 'owl'"
+                "threshold: choose allocation 'uniform', 'owl' or 'interventional'"
             )
         if pattern is None:
             return
@@ -268,20 +310,40 @@ class CAPConfig(QuantizationConfigMixin):
                 f"{1 - kept / of:g}, got sparsity {self.sparsity}"
             )
 
+    def _check_updates(self) -> None:
+        """Check that choices about inputs are made for a criterion that looks at them."""
+        method = self.method
+        for name, able in (
+            ("target", _UPDATING),
+            ("order", _LAYER_BY_LAYER),
+            ("answer_weight", _LAYER_BY_LAYER),
+        ):
+            if getattr(method, name) != getattr(Method, name) and method.criterion not in able:
+                raise ValueError(
+                    f"{name} {getattr(method, name)!r} is for the criteria {', '.join(able)}, got "
+                    f"criterion {method.criterion!r}"
+                )
+
     @property
     def method(self) -> Method:
-        """Criterion and allocation: as given, else the recipe's.
+        """Criterion, allocation and the rest: as given, else the recipe's.
 
         A criterion that was given without an allocation is combined with `"uniform"`, and so is a
-        pattern N:M with a recipe that has one global threshold. All heads compete in one list.
+        pattern N:M with a recipe that gives matrices different sparsities. All heads compete in one
+        list, by their causal scores unless the recipe or a criterion says otherwise.
         """
         recipe = RECIPES[self.recipe]
+        if self.criterion is not None:
+            recipe = Method(self.criterion, "uniform")
         if self.pattern == WHOLE_HEADS:
-            return Method(self.criterion or recipe.criterion, "global")
-        allocation = self.allocation or ("uniform" if self.criterion else recipe.allocation)
-        if self.pattern != "unstructured" and self.allocation is None and allocation == "global":
-            allocation = "uniform"
-        return Method(self.criterion or recipe.criterion, allocation)
+            by_default = self.criterion is None and self.recipe == "causal"
+            recipe = Method("cap" if by_default else recipe.criterion, "global")
+        elif self.pattern != "unstructured" and recipe.allocation in ("global", "interventional"):
+            recipe = dataclasses.replace(recipe, allocation="uniform")
+        given = {name: getattr(self, name) for name in _SETTLED}
+        return dataclasses.replace(
+            recipe, **{name: value for name, value in given.items() if value is not None}
+        )
 
     @property
     def dequantize(self) -> bool:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.activations import InputStatistics, LayerWalk
-from optimum_cap.allocation import ALLOCATIONS
+from optimum_cap.allocation import ALLOCATIONS, interventional
 from optimum_cap.architectures import (
     Block,
     Matrix,
@@ -26,6 +26,7 @@ from optimum_cap.architectures import (
     oriented,
     prunable_matrices,
     separable,
+    stages_by_layer,
 )
 from optimum_cap.attribution import CausalScores, UnitLosses, causal_scores, scored_units
 from optimum_cap.calibration import CalibrationExample, CalibrationSet, build_calibration_set
@@ -52,8 +53,10 @@ from optimum_cap.masking import (
     parse_pattern,
 )
 from optimum_cap.offload import weights, writable_weights
-from optimum_cap.reconstruction import RECONSTRUCTIONS
+from optimum_cap.paired_walk import PairedWalk
+from optimum_cap.reconstruction import RECONSTRUCTIONS, corrected
 from optimum_cap.record import MatrixSparsity, PruningRecord, UnitScore
+from optimum_cap.responses import Response, responses
 from optimum_cap.score_file import read_scores, save_scores
 
 logger = logging.get_logger(__name__)
@@ -136,8 +139,7 @@ class CAPPruner:
         elif config.method.allocation == "global":
             work.prune_below_one_threshold_(zeros)
         else:
-            allocate = ALLOCATIONS[config.method.allocation]
-            shares = allocate(model, sites, work.layers, zeros, work.examples, config)
+            shares = work.allocate(zeros)
             if config.method.layer_by_layer:
                 work.prune_layer_by_layer_(shares)
             else:
@@ -200,6 +202,7 @@ class _Work:
         self.importances: dict[UnitKey, float] = {}  # of the scored units
         self.threshold: float | None = None
         self.tokens: dict[Matrix, int] = {}
+        self.responses: list[Response] = []
         self._regions: dict[Matrix, torch.Tensor] = {}
 
     def score_units(self, losses: UnitLosses | None) -> None:
@@ -267,37 +270,56 @@ class _Work:
             for region in regions
         ]
 
+    def allocate(self, zeros: int) -> dict[Matrix, int]:
+        """Decide how many zeros each matrix gets."""
+        model, sites, config = self.model, self.sites, self.config
+        if config.method.allocation != "interventional":
+            allocation = ALLOCATIONS[config.method.allocation]
+            return allocation(model, sites, self.layers, zeros, self.examples, config)
+        alike = ALLOCATIONS["uniform"](model, sites, self.layers, zeros, self.examples, config)
+        self.responses = responses(
+            model,
+            sites,
+            self.layers,
+            self.examples,
+            lambda matrix, inputs: self._pruned(matrix, inputs, alike[matrix]),
+            config.allocation_examples,
+            gram=self._updates,
+        )
+        return interventional(self.responses, zeros, config.allocation_bound)
+
     def prune_each_matrix_(self, shares: Mapping[Matrix, int]) -> None:
         """Zero so many of the least important weights of each matrix."""
         for matrix, zeros in shares.items():
             self._mask_(matrix, self._importance(matrix), zeros)
 
     def prune_layer_by_layer_(self, shares: Mapping[Matrix, int]) -> None:
-        """Do the same by what the inputs of each matrix are when all layers before are pruned."""
+        """Do the same by what the inputs of each matrix are when all before it are pruned."""
         model, method = self.model, self.config.method
-        reconstruct = RECONSTRUCTIONS.get(method.criterion)
         count = len(decoder_layers(model, self.sites))
+        stages = stages_by_layer(self.sites)
         with (
             evaluation_mode(model),
             float32_on_cpu(model) as own_dtypes,
             logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
         ):
-            walk = LayerWalk(model, self.sites, self.examples)
+            kind = PairedWalk if method.target == "dense" else LayerWalk
+            walk = kind(model, self.sites, self.examples, method.answer_weight)
             for index in range(count):
+                own = self.layers[index]
+                steps = stages[index] if method.order == "projection" else [own]
                 try:
-                    own = self.layers[index]
-                    statistics = walk.statistics(index, own, gram=reconstruct is not None)
-                    for matrix in own:
-                        inputs, zeros = statistics[matrix], shares[matrix]
-                        self.tokens[matrix] = inputs.tokens
-                        if reconstruct is None:
-                            self._mask_(matrix, self._importance(matrix, inputs), zeros)
-                            continue
-                        weight = weights(model, matrix)
-                        new = reconstruct(weight, inputs, zeros, self.pattern, matrix.name)
-                        # As they are stored: later layers are calibrated on what is saved.
-                        new = new.to(own_dtypes.get(matrix.parameter, weight.dtype))
-                        writable_weights(model, matrix).copy_(new)
+                    walk.begin(index)
+                    for step in steps:
+                        chosen = [matrix for matrix in step if matrix in own]
+                        statistics = walk.statistics(index, chosen, gram=self._updates)
+                        for matrix in chosen:
+                            inputs, zeros = statistics[matrix], shares[matrix]
+                            self.tokens[matrix] = inputs.tokens
+                            new = self._pruned(matrix, inputs, zeros)
+                            # As they are stored: what comes later is calibrated on what is saved.
+                            dtype = own_dtypes.get(matrix.parameter, new.dtype)
+                            writable_weights(model, matrix).copy_(new.to(dtype))
                     walk.advance(index)
                 except BaseException:
                     logger.warning(
@@ -345,12 +367,29 @@ class _Work:
         """Turn values per weight from `[out, in]` to how the matrix is stored, or back."""
         return values.T if is_transposed(self.model, matrix) else values
 
-    def _mask_(self, matrix: Matrix, importance: torch.Tensor, zeros: int) -> None:
+    @property
+    def _updates(self) -> bool:
+        """Whether the weights that are kept change too."""
+        return self.config.method.criterion in RECONSTRUCTIONS
+
+    def _pruned(self, matrix: Matrix, inputs: InputStatistics, zeros: int) -> torch.Tensor:
+        """Return what a matrix becomes, `[out, in]`; it is not changed."""
+        weight = weights(self.model, matrix)
+        if not self._updates:
+            keep = self._kept(self._importance(matrix, inputs), zeros)
+            return weight.masked_fill(~keep.to(weight.device), 0)
+        if inputs.missing is not None:
+            weight = corrected(weight, inputs, matrix.name)
+        reconstruct = RECONSTRUCTIONS[self.config.method.criterion]
+        return reconstruct(weight, inputs, zeros, self.pattern, matrix.name)
+
+    def _kept(self, importance: torch.Tensor, zeros: int) -> torch.Tensor:
         if self.pattern is None:
-            keep = SELECTIONS[self.criterion.compared](importance, zeros)
-        else:
-            keep = most_of_each(importance, *self.pattern)
-        apply_mask_(writable_weights(self.model, matrix), keep)
+            return SELECTIONS[self.criterion.compared](importance, zeros)
+        return most_of_each(importance, *self.pattern)
+
+    def _mask_(self, matrix: Matrix, importance: torch.Tensor, zeros: int) -> None:
+        apply_mask_(writable_weights(self.model, matrix), self._kept(importance, zeros))
 
     def _warn_of_few_tokens(self) -> None:
         few = [
