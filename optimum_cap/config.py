@@ -135,7 +135,8 @@ class CAPConfig(QuantizationConfigMixin):
             `None`: all of them.
         estimator: How the losses with a unit masked are found: `"exact"`; `"plain"`, the same by
             its definition, slower; or estimated: `"first_order"`, `"control_variate"`,
-            `"adaptive"`. See `docs/estimators.md`.
+            `"adaptive"`. See `docs/estimators.md`. Also how `"interventional"` knows what pruning a
+            site does: `"first_order"` estimates it with one backward pass.
         exact_examples: Examples that `"control_variate"` measures exactly, and `"adaptive"` in each
             of its rounds; at least 2.
         precision: Where `"adaptive"` stops: 1.96 standard errors of every score, as a fraction of
@@ -263,6 +264,17 @@ class CAPConfig(QuantizationConfigMixin):
                 f"estimator {self.estimator!r} measures exact_examples ({self.exact_examples}) of "
                 f"num_samples ({self.num_samples}) examples exactly: lower the first or raise the "
                 "second"
+            )
+        method = self.method
+        measured = ("exact", "first_order")
+        if (
+            method.allocation == "interventional"
+            and method.criterion != "cap"
+            and self.estimator not in measured
+        ):
+            raise ValueError(
+                f"estimator {self.estimator!r} is for causal scores; allocation 'interventional' "
+                f"measures responses: choose one of {', '.join(measured)}"
             )
         if self.scores is not None and self.method.criterion != "cap":
             raise ValueError(

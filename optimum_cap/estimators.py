@@ -83,7 +83,7 @@ def first_order_losses(
     with (
         evaluation_mode(model),
         float32_on_cpu(model),
-        _frozen(model),
+        frozen(model),
         logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
     ):
         budget = settled_budget(model, memory_budget, examples, jobs, cache)
@@ -340,7 +340,7 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter ask for a gradient: the backward pass stays as short as it can be."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
@@ -458,8 +458,8 @@ def _expert_gradients(
     return nn.functional.one_hot(example, examples).T.float() @ of_tokens.float()
 
 
-def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Mean loss per example, with logits at scored positions only, float64 `[examples]`."""
+def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits of an ordinary forward pass, at scored positions only: `[scored, vocabulary]`."""
     targets = Targets.of(batch)
 
     def select(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -468,9 +468,17 @@ def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits[0]
+        logits: torch.Tensor = model(
+            input_ids=batch.input_ids.to(model.device), use_cache=False
+        ).logits[0]
     finally:
         handle.remove()
+    return logits
+
+
+def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Mean loss per example, float64 `[examples]`."""
+    targets, logits = Targets.of(batch), scored_logits(model, batch)
     return targets.example_means(token_losses(logits, targets.ids.to(logits.device)))
 
 

@@ -59,6 +59,7 @@ class PairedWalk(LayerWalk):
     ) -> None:
         super().__init__(model, sites, examples, answer_weight)
         self._dense_hidden = [stream.hidden for stream in self.streams]
+        self._dense_outputs: list[torch.Tensor] = []  # of the layer, once they are known
         self._dense_weights: dict[str, torch.Tensor] = {}
         self._sites: dict[int, list[Site]] = {}
         self._mixing: dict[Matrix, Site] = {}
@@ -78,11 +79,13 @@ class PairedWalk(LayerWalk):
     def advance(self, index: int) -> None:
         """Pass layer `index`, by the model as it is now and by the dense one."""
         super().advance(index)
-        with self._dense(index):
-            self._dense_hidden = [
-                self.run(index, stream, hidden)
-                for stream, hidden in zip(self.streams, self._dense_hidden, strict=True)
-            ]
+        if not self._dense_outputs:
+            with self._dense(index):
+                self._dense_outputs = [
+                    self.run(index, stream, hidden)
+                    for stream, hidden in zip(self.streams, self._dense_hidden, strict=True)
+                ]
+        self._dense_hidden, self._dense_outputs = self._dense_outputs, []
         self._dense_weights = {}
 
     def statistics(
@@ -96,15 +99,20 @@ class PairedWalk(LayerWalk):
         Args and raises: as `LayerWalk.statistics`.
         """
         own = list(matrices)
+        # Once the dense model is as far as that, the rest of the layer costs it little.
+        mixing = (self._mixing[matrix] for matrix in own if matrix in self._mixing)
+        to_the_end = any(site.kind != "attention" for site in mixing)
         found: dict[Matrix, InputStatistics] = {}
         leaders: dict[Matrix, Matrix] = {}
         for stream, dense_hidden in zip(self.streams, self._dense_hidden, strict=True):
             with brought_in(self.layers[index]):
-                calls = self._seen(index, stream, stream.hidden, own)
+                calls, _ = self._seen(index, stream, stream.hidden, own)
                 routes = {matrix: self._route(matrix, stream, calls) for matrix in own}
                 inputs = self._inputs(stream, calls, routes)
             with self._dense(index):
-                dense_calls = self._seen(index, stream, dense_hidden, own)
+                dense_calls, output = self._seen(index, stream, dense_hidden, own, to_the_end)
+                if output is not None:
+                    self._dense_outputs.append(output)
                 dense_inputs = self._inputs(stream, dense_calls, routes)
             lost = self._lost(index, stream, dense_hidden, calls, dense_calls)
             for matrix, route in routes.items():
@@ -147,9 +155,14 @@ class PairedWalk(LayerWalk):
                     parameter.data = own[name]
 
     def _seen(
-        self, index: int, stream: Stream, hidden: torch.Tensor, matrices: list[Matrix]
-    ) -> Calls:
-        """Calls of the modules of matrices and of the attention; the layer runs no further."""
+        self,
+        index: int,
+        stream: Stream,
+        hidden: torch.Tensor,
+        matrices: list[Matrix],
+        to_the_end: bool = False,
+    ) -> tuple[Calls, torch.Tensor | None]:
+        """Calls of the modules of matrices and of the attention; output of the layer if it ends."""
         inlets = {matrix.module: self.model.get_submodule(matrix.module) for matrix in matrices}
         attention = {
             site.outlet: self.model.get_submodule(site.outlet)
@@ -163,14 +176,19 @@ class PairedWalk(LayerWalk):
                 if inlets.keys() <= calls.keys():
                     raise _AllSeenError
 
-            for module in inlets.values():
-                stack.callback(module.register_forward_pre_hook(stop).remove)
+            if not to_the_end:
+                for module in inlets.values():
+                    stack.callback(module.register_forward_pre_hook(stop).remove)
             try:
-                self.run(index, stream, hidden)
+                output = self.run(index, stream, hidden)
             except _AllSeenError:
-                return calls
-        unseen = ", ".join(sorted(inlets.keys() - calls.keys()))
-        raise ValueError(f"{type(self.model).__name__} did not run {unseen}: it cannot be pruned")
+                return calls, None
+        if unseen := sorted(inlets.keys() - calls.keys()):
+            raise ValueError(
+                f"{type(self.model).__name__} did not run {', '.join(unseen)}, whose inputs cannot "
+                "be seen: leave it dense (modules_to_leave_dense), or choose target 'local'"
+            )
+        return calls, output
 
     def _route(self, matrix: Matrix, stream: Stream, calls: Calls) -> "_Route":
         """Which tokens reach a matrix; the experts get those chosen, and their weights, beside."""

@@ -56,7 +56,7 @@ from optimum_cap.offload import weights, writable_weights
 from optimum_cap.paired_walk import PairedWalk
 from optimum_cap.reconstruction import RECONSTRUCTIONS, corrected
 from optimum_cap.record import MatrixSparsity, PruningRecord, UnitScore
-from optimum_cap.responses import Response, responses
+from optimum_cap.responses import Response, estimated_responses, responses
 from optimum_cap.score_file import read_scores, save_scores
 
 logger = logging.get_logger(__name__)
@@ -277,15 +277,26 @@ class _Work:
             allocation = ALLOCATIONS[config.method.allocation]
             return allocation(model, sites, self.layers, zeros, self.examples, config)
         alike = ALLOCATIONS["uniform"](model, sites, self.layers, zeros, self.examples, config)
-        self.responses = responses(
-            model,
-            sites,
-            self.layers,
-            self.examples,
-            lambda matrix, inputs: self._pruned(matrix, inputs, alike[matrix]),
-            config.allocation_examples,
-            gram=self._updates,
-        )
+        if config.estimator == "first_order":
+            self.responses = estimated_responses(
+                model,
+                sites,
+                self.layers,
+                self.examples,
+                alike,
+                config.allocation_examples,
+                config.seed,
+            )
+        else:
+            self.responses = responses(
+                model,
+                sites,
+                self.layers,
+                self.examples,
+                lambda matrix, inputs: self._pruned(matrix, inputs, alike[matrix]),
+                config.allocation_examples,
+                gram=self._updates,
+            )
         return interventional(self.responses, zeros, config.allocation_bound)
 
     def prune_each_matrix_(self, shares: Mapping[Matrix, int]) -> None:

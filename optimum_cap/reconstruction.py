@@ -14,6 +14,7 @@ BLOCK = 128  # columns
 _DAMPING = 0.01  # of the mean of the diagonal
 _MOST_DAMPING = 1.0
 _STEPS = 20
+_SAMPLE = 1 << 12  # weights that give the threshold of a step
 _PENALTY, _PENALTY_GROWTH = 0.03, 1.2  # relative to a Hessian with a diagonal of 1
 _FITTING_STEPS = 10
 _CORRECTION = 0.75
@@ -100,23 +101,33 @@ def alps(
     # Of a channel that is always zero, every weight can go.
     needed = ((inputs.squares > 0) | (inputs.tokens == 0)).to(dense.dtype)
 
-    def kept(candidate: torch.Tensor) -> torch.Tensor:
-        importance = candidate.square() * needed
-        if pattern is None:
-            return lowest_in_matrix(importance, zeros)
-        return most_of_each(importance, *pattern)
+    def importance(candidate: torch.Tensor) -> torch.Tensor:
+        return candidate.square() * needed
+
+    def roughly_kept(candidate: torch.Tensor) -> torch.Tensor:
+        """Keep about as many as asked for: a sample of the matrix gives the threshold."""
+        if pattern is not None:
+            return most_of_each(importance(candidate), *pattern)
+        squares = importance(candidate)
+        sample = squares.flatten()[:: max(1, squares.numel() // _SAMPLE)]
+        rank = round(zeros / squares.numel() * len(sample))
+        return squares > sample.kthvalue(rank).values if rank else squares >= 0
 
     values, vectors = torch.linalg.eigh(hessian)
     target = (dense @ vectors) * values
-    keep = kept(dense)
-    sparse, dual, penalty = dense * keep, torch.zeros_like(dense), _PENALTY
+    sparse, dual, penalty = dense * roughly_kept(dense), torch.zeros_like(dense), _PENALTY
     for _ in range(_STEPS):
         solved = (target + penalty * ((sparse - dual) @ vectors)) / (values + penalty)
         dual += solved @ vectors.T
-        keep = kept(dual)
-        sparse = dual * keep
+        sparse = dual * roughly_kept(dual)
         dual = (dual - sparse) / _PENALTY_GROWTH
         penalty *= _PENALTY_GROWTH
+    last = sparse + dual * _PENALTY_GROWTH
+    if pattern is None:
+        keep = lowest_in_matrix(importance(last), zeros)
+    else:
+        keep = most_of_each(importance(last), *pattern)
+    sparse = last * keep
     return _least_squares(dense, hessian, sparse, keep) / scale
 
 
