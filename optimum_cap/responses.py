@@ -33,7 +33,6 @@ from optimum_cap.wavefront import Targets, logits_of, tokens_per_chunk
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 _FEWEST_EXAMPLES = 16
-_DRAWS = 4  # of labels, to estimate a response
 _POSITIONS = 1024  # whose logits are compared at a time
 
 Prune = Callable[[Matrix, InputStatistics], torch.Tensor]
@@ -168,7 +167,7 @@ def estimated_responses(
         for layer in range(len(walk.layers)):
             inputs.update(walk.statistics(layer, layers.get(layer, []), advance=True))
         for batch in logging.tqdm(batches(chosen, size), desc="Estimating responses", delay=5):
-            calls, gradients = _gradients_of_draws(
+            calls, gradients = _gradients_of_draw(
                 model, [site for site, _ in groups], batch, generator
             )
             for site, matrices in groups:
@@ -180,20 +179,17 @@ def estimated_responses(
                 with _exchanged(model, pruned):
                     output = hidden_of(outlet(call.hidden, *call.args, **call.kwargs))
                 change = (output - hidden_of(call.output)).float()
-                projected = [
-                    (gradient * change).reshape(len(batch.positions), -1).sum(dim=1)
-                    for gradient in gradients[site.outlet]
-                ]
-                found[site.name].append(torch.stack(projected).double().square().mean(dim=0) / 2)
+                along = (gradients[site.outlet] * change).reshape(len(batch.positions), -1)
+                found[site.name].append(along.sum(dim=1).double().cpu().square() / 2)
     return [_response(model, *group, torch.cat(found[group[0].name])) for group in groups]
 
 
-def _gradients_of_draws(
+def _gradients_of_draw(
     model: PreTrainedModel, sites: list[Site], batch: Batch, generator: torch.Generator
-) -> tuple[dict[str, RecordedCall], dict[str, list[torch.Tensor]]]:
-    """Calls of the outlets of sites, and gradients in their outputs, one for each draw of labels.
+) -> tuple[dict[str, RecordedCall], dict[str, torch.Tensor]]:
+    """Calls of the outlets of sites, and the gradients in their outputs for one draw of labels.
 
-    A gradient is that of the log-likelihood per example, over the root of its scored tokens: then
+    The gradient is that of the log-likelihood per example, over the root of its scored tokens: then
     its square is a mean over these.
     """
     modules = {site.outlet: model.get_submodule(site.outlet) for site in sites}
@@ -218,14 +214,12 @@ def _gradients_of_draws(
         logits = scored_logits(model, batch)
         predictions = logits.float().log_softmax(dim=-1)
         weights = counts.to(predictions).rsqrt()
-        gradients: dict[str, list[torch.Tensor]] = {path: [] for path in modules}
-        for _ in range(_DRAWS):
-            labels = torch.multinomial(predictions.detach().exp().cpu(), 1, generator=generator)
-            likelihood = predictions.gather(1, labels.to(predictions.device))[:, 0] * weights
-            drawn = torch.autograd.grad(likelihood.sum(), list(offsets.values()), retain_graph=True)
-            for path, gradient in zip(offsets, drawn, strict=True):
-                gradients[path].append(gradient.float())
-    return calls, gradients
+        labels = torch.multinomial(predictions.detach().exp().cpu(), 1, generator=generator)
+        likelihood = predictions.gather(1, labels.to(predictions.device))[:, 0] * weights
+        gradients = torch.autograd.grad(likelihood.sum(), list(offsets.values()))
+    return calls, {
+        path: gradient.float() for path, gradient in zip(offsets, gradients, strict=True)
+    }
 
 
 def _by_wanda(
