@@ -55,15 +55,15 @@ def main() -> None:
 def print_summary(output: Path, kinds: list[str], before: list[bool], after: list[bool]) -> None:
     summary = inspect_checkpoint(output)
     record = summary.record
-    ranked = sorted(record.scores, key=lambda unit: -(unit.score or 0.0))
+    ranked = sorted(record.responses, key=lambda site: -(site.divergence or 0.0))
     print(
-        f"\nScored     {len(record.scores)} heads on {len(record.calibration['digests'])} "
-        f"calibration examples (loss of the dense model {record.intact_loss:.4f} nats per token)"
+        f"\nMeasured   {len(ranked)} sites, each pruned alone, on "
+        f"{len(record.calibration['digests'])} calibration examples"
     )
-    for label, unit in (("Needed most ", ranked[0]), ("Needed least", ranked[-1])):
+    for label, site in (("Needed most ", ranked[0]), ("Needed least", ranked[-1])):
         print(
-            f"  {label} layer {unit.layer} head {unit.unit}: masking it changes the loss by "
-            f"{unit.score:+.4f} ± {unit.standard_error:.4f}"
+            f"  {label} {site.kind} of layer {site.layer}: pruned alone it changes the predictions "
+            f"by {site.divergence:.2g} nats per token; pruned to {site.sparsity:.1%}"
         )
     print(f"Pruned     {record.zeros:,} of {record.total:,} weights: {record.sparsity:.4%}")
     print(

@@ -172,6 +172,10 @@ class Stream:
         real = self.batch.real.flatten().to(hidden.device)
         return hidden.reshape(len(real), -1)[real]
 
+    def weights_on(self, device: torch.device) -> torch.Tensor | None:
+        """`weights`, on a device."""
+        return None if self.weights is None else self.weights.to(device)
+
 
 def _token_weights(batch: Batch, answer_weight: float) -> torch.Tensor | None:
     if answer_weight == 0:
@@ -228,7 +232,7 @@ class _Collector:
     @contextmanager
     def collecting(self, stream: Stream) -> Iterator[None]:
         """Add what the layer sees of a stream in this context."""
-        flat, weights = stream.batch.real.flatten(), stream.weights
+        flat = stream.batch.real.flatten()
         seen: list[tuple[torch.Tensor, InputStatistics]] = []
 
         def projection_hook(matrix: Matrix) -> Callable[..., None]:
@@ -245,7 +249,7 @@ class _Collector:
                         "padding cannot be told, so criteria that look at inputs cannot prune it"
                     )
                 statistics = self._of(matrix, rows)
-                statistics.add_(rows[flat.to(rows.device)], _on(rows.device, weights))
+                statistics.add_(rows[flat.to(rows.device)], stream.weights_on(rows.device))
                 seen.append((inputs, statistics))
 
             return hook
@@ -255,12 +259,11 @@ class _Collector:
             rows = hidden.reshape(-1, hidden.shape[-1])
             is_real = flat.to(rows.device)
             rows, chosen = rows[is_real], chosen[is_real]
+            weights = stream.weights_on(rows.device)
             for matrix in self._experts[module]:
                 routed = (chosen == matrix.expert).any(dim=-1)
                 inputs = expert_input(module, matrix, rows[routed])
-                own_weights = _on(rows.device, weights)
-                if own_weights is not None:
-                    own_weights = own_weights[routed]
+                own_weights = None if weights is None else weights[routed]
                 self._of(matrix, inputs).add_(inputs, own_weights)
 
         with ExitStack() as stack:
@@ -277,10 +280,6 @@ class _Collector:
                 inputs.shape[-1], inputs.device, self._gram
             )
         return self.statistics[matrix]
-
-
-def _on(device: torch.device, weights: torch.Tensor | None) -> torch.Tensor | None:
-    return None if weights is None else weights.to(device)
 
 
 def expert_input(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,9 @@ def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matr
     e times the others' gets a sparsity that is lower by 1 / `_GROWTH`. That sites interact, and
     that measurements are noisy, is why no site is moved by more than `bound`.
 
+    A site that breaks the model when it is pruned (its divergence is not finite) counts as the one
+    with the largest divergence per weight.
+
     Args:
         found: The responses of all sites that are to be pruned.
         zeros: Number of zeros in all.
@@ -136,8 +139,12 @@ def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matr
     sizes = torch.tensor([response.weights for response in found], dtype=torch.float64)
     divergences = torch.tensor([response.divergence for response in found], dtype=torch.float64)
     sparsity = zeros / float(sizes.sum())
-    least = max(float(divergences.median()) * _SMALLEST, torch.finfo(torch.float64).tiny)
-    cost = (divergences.clamp(min=least) / sizes).log() / _GROWTH
+    known = divergences[divergences.isfinite()]
+    typical = float(known.median()) if len(known) else 0.0
+    least = max(typical * _SMALLEST, torch.finfo(torch.float64).tiny)
+    per_weight = divergences.clamp(min=least) / sizes
+    largest = per_weight[divergences.isfinite()].max() if len(known) else per_weight.new_ones(())
+    cost = per_weight.where(divergences.isfinite(), largest).log() / _GROWTH
     low, high = sparsity - min(bound, sparsity / 2), sparsity + min(bound, (1 - sparsity) / 2)
 
     def moved(level: float) -> torch.Tensor:

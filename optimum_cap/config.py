@@ -279,7 +279,7 @@ class CAPConfig(QuantizationConfigMixin):
         if self.scores is not None and self.method.criterion != "cap":
             raise ValueError(
                 f"scores are for criterion 'cap', which uses them, got criterion "
-                f"{self.method.criterion!r}"
+                f"{self.method.criterion!r}: choose recipe 'paper', or leave scores out"
             )
 
     def _check_method(self) -> None:

@@ -17,6 +17,11 @@ _TITLES = {
     "random": "random pruning",
     "wanda": "Wanda (arXiv 2306.11695)",
     "sparsegpt": "SparseGPT (arXiv 2301.00774)",
+    "alps": "ALPS (arXiv 2406.07831)",
+}
+_ALLOCATIONS = {
+    "owl": " and OWL (arXiv 2310.05175)",
+    "interventional": " and a sparsity for each site by what pruning it alone does",
 }
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
@@ -58,7 +63,7 @@ def model_card(
     base_line = f"[{base}](https://huggingface.co/{base})" if base_repo else _local_name(base)
     if record.base_revision:
         base_line += f" at revision `{record.base_revision}`"
-    owl = " and OWL (arXiv 2310.05175)" if method.allocation == "owl" else ""
+    title = f"{_TITLES[method.criterion]}{_ALLOCATIONS.get(method.allocation, '')}"
     sources = ", ".join(str(source["name"]) for source in record.calibration.get("sources", []))
     rows = {
         "Base model": base_line,
@@ -75,7 +80,7 @@ def model_card(
         "# Pruned model",
         "",
         "Pruned by [optimum-cap](https://github.com/optimum-cap/optimum-cap) with "
-        f"{_TITLES[method.criterion]}{owl}, without training.",
+        f"{title}, without training.",
         "",
         "| | |",
         "|---|---|",
@@ -94,8 +99,8 @@ def model_card(
             for name, (zeros, total) in by_projection(record.matrices).items()
         ),
         "",
-        "More is in `pruning_record.json`: zeros per matrix, scores and calibration examples where "
-        "there are any.",
+        "More is in `pruning_record.json`: zeros per matrix, and scores, effects of sites and "
+        "calibration examples where there are any.",
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
@@ -115,6 +120,12 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
         rows["Scored"] = (
             f"{units}, on {config['scored_tokens']} tokens; "
             f"{config['aggregation']} of {config['subsets']} subsets"
+        )
+    if record.responses:
+        sparsities = [response.sparsity for response in record.responses]
+        rows["Measured"] = (
+            f"{len(sparsities)} sites, each pruned alone; their sparsities are "
+            f"{min(sparsities):.2%} to {max(sparsities):.2%}"
         )
     return rows
 

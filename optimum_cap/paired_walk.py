@@ -78,13 +78,14 @@ class PairedWalk(LayerWalk):
 
     def advance(self, index: int) -> None:
         """Pass layer `index`, by the model as it is now and by the dense one."""
-        super().advance(index)
-        if not self._dense_outputs:
-            with self._dense(index):
-                self._dense_outputs = [
-                    self.run(index, stream, hidden)
-                    for stream, hidden in zip(self.streams, self._dense_hidden, strict=True)
-                ]
+        with brought_in(self.layers[index]):
+            super().advance(index)
+            if not self._dense_outputs:
+                with self._dense(index):
+                    self._dense_outputs = [
+                        self.run(index, stream, hidden)
+                        for stream, hidden in zip(self.streams, self._dense_hidden, strict=True)
+                    ]
         self._dense_hidden, self._dense_outputs = self._dense_outputs, []
         self._dense_weights = {}
 
@@ -104,35 +105,35 @@ class PairedWalk(LayerWalk):
         to_the_end = any(site.kind != "attention" for site in mixing)
         found: dict[Matrix, InputStatistics] = {}
         leaders: dict[Matrix, Matrix] = {}
-        for stream, dense_hidden in zip(self.streams, self._dense_hidden, strict=True):
-            with brought_in(self.layers[index]):
+        with brought_in(self.layers[index]):
+            for stream, dense_hidden in zip(self.streams, self._dense_hidden, strict=True):
                 calls, _ = self._seen(index, stream, stream.hidden, own)
                 routes = {matrix: self._route(matrix, stream, calls) for matrix in own}
                 inputs = self._inputs(stream, calls, routes)
-            with self._dense(index):
-                dense_calls, output = self._seen(index, stream, dense_hidden, own, to_the_end)
-                if output is not None:
-                    self._dense_outputs.append(output)
-                dense_inputs = self._inputs(stream, dense_calls, routes)
-            lost = self._lost(index, stream, dense_hidden, calls, dense_calls)
-            for matrix, route in routes.items():
-                x, weights = inputs[matrix].float(), route.weights
-                if matrix not in found:
-                    found[matrix] = InputStatistics.empty(x.shape[1], x.device, gram)
-                    # Those with the same input share its statistics.
-                    same = (other for other in found if inputs[other] is inputs[matrix])
-                    leaders[matrix] = next(same)
-                if leaders[matrix] is matrix:
-                    found[matrix].add_(x, weights)
-                missing = self._outputs(matrix, dense_inputs[matrix].float() - x)
-                site = self._mixing.get(matrix)
-                if site is not None and site.outlet in lost:
-                    missing += route.of(lost[site.outlet])
-                if weights is not None:
-                    missing *= weights.unsqueeze(1)
-                product = missing.T @ x
-                before = found[matrix].missing
-                found[matrix].missing = product if before is None else before + product
+                with self._dense(index):
+                    dense_calls, output = self._seen(index, stream, dense_hidden, own, to_the_end)
+                    if output is not None:
+                        self._dense_outputs.append(output)
+                    dense_inputs = self._inputs(stream, dense_calls, routes)
+                lost = self._lost(index, stream, dense_hidden, calls, dense_calls)
+                for matrix, route in routes.items():
+                    x, weights = inputs[matrix].float(), route.weights
+                    if matrix not in found:
+                        found[matrix] = InputStatistics.empty(x.shape[1], x.device, gram)
+                        # Those with the same input share its statistics.
+                        same = (other for other in found if inputs[other] is inputs[matrix])
+                        leaders[matrix] = next(same)
+                    if leaders[matrix] is matrix:
+                        found[matrix].add_(x, weights)
+                    missing = self._outputs(matrix, dense_inputs[matrix].float() - x)
+                    site = self._mixing.get(matrix)
+                    if site is not None and site.outlet in lost:
+                        missing += route.of(lost[site.outlet]).to(x.device)
+                    if weights is not None:
+                        missing *= weights.unsqueeze(1)
+                    product = missing.T @ x
+                    before = found[matrix].missing
+                    found[matrix].missing = product if before is None else before + product
         if advance:
             self.advance(index)
         return {
@@ -193,14 +194,14 @@ class PairedWalk(LayerWalk):
     def _route(self, matrix: Matrix, stream: Stream, calls: Calls) -> "_Route":
         """Which tokens reach a matrix; the experts get those chosen, and their weights, beside."""
         if matrix.expert is None:
-            return _Route(None, stream.weights, None)
+            return _Route(None, stream.weights_on(calls[matrix.module].hidden.device), None)
         chosen, weights = calls[matrix.module].args[:2]
         chosen, weights = stream.real_rows(chosen), stream.real_rows(weights).float()
         tokens, slots = routed(chosen, matrix.expert)
         own = weights[tokens, slots]
         squares = own.square()
-        if stream.weights is not None:
-            squares = squares * stream.weights.to(squares.device)[tokens]
+        if (of_stream := stream.weights_on(squares.device)) is not None:
+            squares = squares * of_stream[tokens]
         return _Route(tokens, squares, weights[tokens].sum(dim=1))
 
     def _inputs(
@@ -245,8 +246,8 @@ class PairedWalk(LayerWalk):
             others = joining - attention
             if all(calls[path].output is not None for path in attention):
                 for path in attention:
-                    error = error + hidden_of(dense_calls[path].output)
-                    error = error - hidden_of(calls[path].output)
+                    gone = hidden_of(dense_calls[path].output) - hidden_of(calls[path].output)
+                    error = error + gone.to(error.device)
                 lost.update({path: stream.real_rows(error) / len(others) for path in others})
         return lost
 
@@ -271,6 +272,7 @@ class PairedWalk(LayerWalk):
         with self._dense(index):
             with recorded_calls(modules) as calls:
                 whole = self.run(index, stream, hidden)
+            hidden = hidden.to(whole.device)
             random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
             change = random.to(hidden) * whole.std()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -55,7 +56,7 @@ from optimum_cap.masking import (
 from optimum_cap.offload import weights, writable_weights
 from optimum_cap.paired_walk import PairedWalk
 from optimum_cap.reconstruction import RECONSTRUCTIONS, corrected
-from optimum_cap.record import MatrixSparsity, PruningRecord, UnitScore
+from optimum_cap.record import MatrixSparsity, PruningRecord, SiteResponse, UnitScore
 from optimum_cap.responses import Response, estimated_responses, responses
 from optimum_cap.score_file import read_scores, save_scores
 
@@ -91,10 +92,10 @@ class CAPPruner:
         """Score, rank and zero the weights of `model`, in place.
 
         Nothing is changed before everything is known: an error or an interrupt before the last step
-        leaves the model as it was. Criteria that prune layer by layer (Wanda, SparseGPT) cannot do
-        so: interrupted, they leave the first layers pruned, and say so. Of a model with weights on
-        disk, what is pruned goes to copies in its offload folder, never into the files it was
-        loaded from.
+        leaves the model as it was. Criteria that prune layer by layer (ALPS, Wanda, SparseGPT)
+        cannot do so: interrupted while they prune, they leave the first layers pruned, and say so.
+        Of a model with weights on disk, what is pruned goes to copies in its offload folder, never
+        into the files it was loaded from.
 
         Args:
             model: A decoder-only causal language model in any float dtype.
@@ -116,6 +117,11 @@ class CAPPruner:
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
+        if losses is not None and config.method.criterion != "cap":
+            raise ValueError(
+                f"losses are for criterion 'cap', which makes its scores of them, got criterion "
+                f"{config.method.criterion!r}: choose recipe 'paper', or leave losses out"
+            )
         sites = find_sites(model, config.mlp_unit_size)
         matrices = _to_prune(model, sites, config)
         _check_weights(model, matrices)
@@ -321,10 +327,10 @@ class _Work:
                 steps = stages[index] if method.order == "projection" else [own]
                 try:
                     walk.begin(index)
-                    for step in steps:
-                        chosen = [matrix for matrix in step if matrix in own]
-                        statistics = walk.statistics(index, chosen, gram=self._updates)
-                        for matrix in chosen:
+                    # Of a step nothing may be left where modules stay dense.
+                    for step in filter(None, ([m for m in step if m in own] for step in steps)):
+                        statistics = walk.statistics(index, step, gram=self._updates)
+                        for matrix in step:
                             inputs, zeros = statistics[matrix], shares[matrix]
                             self.tokens[matrix] = inputs.tokens
                             new = self._pruned(matrix, inputs, zeros)
@@ -343,6 +349,7 @@ class _Work:
 
     def record(self, calibration: CalibrationSet | None) -> PruningRecord:
         """Say what was done."""
+        zeros = {matrix: int((weights(self.model, matrix) == 0).sum()) for matrix in self.matrices}
         return PruningRecord(
             config=self.config.to_dict(),
             base_model=self.model.name_or_path or None,
@@ -350,7 +357,7 @@ class _Work:
             matrices=[
                 MatrixSparsity(
                     matrix.name,
-                    int((weights(self.model, matrix) == 0).sum()),
+                    zeros[matrix],
                     oriented(self.model, matrix).numel(),
                     self.tokens.get(matrix),
                 )
@@ -361,6 +368,18 @@ class _Work:
             versions={name: importlib.metadata.version(name) for name in _VERSIONED},
             threshold=self.threshold,
             intact_loss=self.scores.intact_loss if self.scores else None,
+            responses=[
+                SiteResponse(
+                    site=response.site.name,
+                    kind=response.site.kind,
+                    layer=response.site.layer,
+                    zeros=sum(zeros[matrix] for matrix in response.matrices),
+                    total=response.weights,
+                    divergence=_finite(response.divergence),
+                    standard_error=_finite(response.standard_error),
+                )
+                for response in self.responses
+            ],
         )
 
     @property
@@ -576,8 +595,8 @@ def _unit_scores(scores: CausalScores, importances: Mapping[UnitKey, float]) -> 
     ]
 
 
-def _finite(value: torch.Tensor) -> float | None:
-    return float(value) if value.isfinite() else None
+def _finite(value: torch.Tensor | float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 _VERSIONED = ("optimum-cap", "safetensors", "tokenizers", "torch", "transformers")

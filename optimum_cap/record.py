@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -61,6 +61,39 @@ class UnitScore:
 
 
 @dataclass(frozen=True)
+class SiteResponse:
+    """What pruning one site alone did to the dense model's predictions, and what the site got.
+
+    Attributes:
+        site: Name of the mixing projection.
+        kind: `"attention"`, `"mlp"` or `"expert"`.
+        layer: Index of the decoder layer.
+        zeros: Number of weights of the site's pruned matrices that became zero.
+        total: Number of weights of these matrices.
+        divergence: Kullback-Leibler divergence of the predictions with this site alone pruned from
+            those of the dense model, nats per scored token. `None` if it was not finite.
+        standard_error: Of the divergence, over examples. `None` if it is not known.
+    """
+
+    site: str
+    kind: str
+    layer: int
+    zeros: int
+    total: int
+    divergence: float | None
+    standard_error: float | None
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.total
+
+    @property
+    def label(self) -> str:
+        """Short name for people, such as `3.attention` or `3.expert2`."""
+        return f"{self.layer}.{branch_label(self.kind, self.site)}"
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """What was pruned, how, and from which model. Plain JSON values throughout.
 
@@ -74,6 +107,8 @@ class PruningRecord:
         versions: Version per library.
         threshold: Importance up to which weights were pruned, where one threshold decided.
         intact_loss: Loss of the dense model on the calibration set, nats per scored token.
+        responses: What pruning each site alone did, in the order of the model, where it was
+            measured.
     """
 
     config: dict[str, Any]
@@ -85,6 +120,7 @@ class PruningRecord:
     versions: dict[str, str]
     threshold: float | None = None
     intact_loss: float | None = None
+    responses: list[SiteResponse] = field(default_factory=list)
 
     @property
     def zeros(self) -> int:
@@ -115,6 +151,7 @@ class PruningRecord:
                     **values,
                     "matrices": [MatrixSparsity(**matrix) for matrix in values["matrices"]],
                     "scores": [UnitScore(**score) for score in values["scores"]],
+                    "responses": [SiteResponse(**own) for own in values.get("responses", [])],
                 }
             )
         except (KeyError, TypeError) as error:
@@ -126,10 +163,13 @@ KINDS = {"attention": "attention heads", "mlp": "MLP units", "expert": "expert u
 
 def unit_label(kind: str, layer: int, site: str, unit: int) -> str:
     """Return a short name: `3.7` of a head, `3.mlp.7`, or `3.expert2.7` inside an expert."""
-    branch = {"attention": "", "mlp": "mlp."}.get(kind)
-    if branch is None:
-        branch = f"expert{site.rpartition('[')[2].removesuffix(']')}."
+    branch = "" if kind == "attention" else f"{branch_label(kind, site)}."
     return f"{layer}.{branch}{unit}"
+
+
+def branch_label(kind: str, site: str) -> str:
+    """Return a short name of the branch of a site: `attention`, `mlp`, or `expert2`."""
+    return f"expert{site.rpartition('[')[2].removesuffix(']')}" if kind == "expert" else kind
 
 
 def count_units(kinds: Iterable[str]) -> str:

@@ -35,6 +35,8 @@ _PASSES = 1.0  # over the calibration set, that measuring may cost
 _FEWEST_EXAMPLES = 16
 _POSITIONS = 1024  # whose logits are compared at a time
 
+logger = logging.get_logger(__name__)
+
 Prune = Callable[[Matrix, InputStatistics], torch.Tensor]
 """Returns what a matrix `[out, in]` becomes, and leaves it as it is."""
 
@@ -48,8 +50,9 @@ class Response:
         matrices: Its matrices that are to be pruned.
         sizes: Number of weights of each.
         divergence: Kullback-Leibler divergence of the predictions with the site pruned from those
-            of the dense model: nats per scored token, mean over examples.
-        standard_error: Of that mean.
+            of the dense model: nats per scored token, mean over examples. Not finite if the
+            pruned site breaks the model.
+        standard_error: Of that mean; NaN of a single example.
     """
 
     site: Site
@@ -249,6 +252,11 @@ def _response(
     model: PreTrainedModel, site: Site, matrices: list[Matrix], divergences: torch.Tensor
 ) -> Response:
     count = len(divergences)
+    if not divergences.isfinite().all():
+        logger.warning(
+            f"pruning {site.name} alone gives predictions that are not finite; it gets as few "
+            "zeros as any site"
+        )
     error = float(divergences.std()) / sqrt(count) if count > 1 else nan
     sizes = tuple(oriented(model, matrix).numel() for matrix in matrices)
     return Response(site, tuple(matrices), sizes, float(divergences.mean()), error)
@@ -290,7 +298,10 @@ class _Measured:
         for weights in pruned:
             with brought_in(self.walk.layers[layer]), _exchanged(self.model, weights):
                 carried.append([self.walk.run(layer, stream, stream.hidden) for stream in streams])
-        return [self._divergence(final) for final in self._to_the_end(layer + 1, carried)]
+        finals = self._to_the_end(layer + 1, carried)
+        besides = [*self.walk.layers, self.model.get_input_embeddings()]
+        with brought_in(self.model, besides=besides):
+            return [self._divergence(final) for final in finals]
 
     def _to_the_end(
         self, layer: int, carried: list[list[torch.Tensor]]
@@ -312,19 +323,20 @@ class _Measured:
         ]
 
     def _divergence(self, final: list[torch.Tensor]) -> torch.Tensor:
-        model, layers, form = self.model, self.walk.layers, self.walk.forms[-1]
+        form = self.walk.forms[-1]
         found = []
-        with brought_in(model, besides=[*layers, model.get_input_embeddings()]):
-            for dense, changed, targets in zip(self.final, final, self.targets, strict=True):
-                parts = []
-                for start in range(0, len(dense), _POSITIONS):
-                    part = slice(start, start + _POSITIONS)
-                    expected, given = (
-                        logits_of(model, layers, form, hidden[part]).float().log_softmax(dim=-1)
-                        for hidden in (dense, changed)
-                    )
-                    parts.append((expected.exp() * (expected - given)).sum(dim=-1))
-                found.append(targets.example_means(torch.cat(parts)))
+        for dense, changed, targets in zip(self.final, final, self.targets, strict=True):
+            parts = []
+            for start in range(0, len(dense), _POSITIONS):
+                part = slice(start, start + _POSITIONS)
+                expected, given = (
+                    logits_of(self.model, self.walk.layers, form, hidden[part])
+                    .float()
+                    .log_softmax(dim=-1)
+                    for hidden in (dense, changed)
+                )
+                parts.append((expected.exp() * (expected - given)).sum(dim=-1))
+            found.append(targets.example_means(torch.cat(parts)))
         return torch.cat(found)
 
 

@@ -40,7 +40,7 @@ def calibration(settings: CAPConfig) -> list[CalibrationExample]:
 
 def test_the_names_of_the_config_are_those_of_the_tables() -> None:
     assert set(CRITERION_NAMES) == set(CRITERIA) | set(RECONSTRUCTIONS)
-    assert set(ALLOCATION_NAMES) == {"global", *ALLOCATIONS}
+    assert set(ALLOCATION_NAMES) == {"global", "interventional", *ALLOCATIONS}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -54,8 +54,9 @@ def test_zeros_are_exactly_the_rounded_target(recipe: str, model: PreTrainedMode
     )
     assert record.zeros == zeros == round(0.37 * record.total)
     assert bool(record.scores) == (recipe == "paper")
+    assert bool(record.responses) == (recipe == "causal")
     assert bool(record.calibration) == RECIPES[recipe].needs_data
-    if recipe not in ("sparsegpt", "owl_sparsegpt"):
+    if RECIPES[recipe].criterion not in RECONSTRUCTIONS:
         for before, after in zip(model.parameters(), new.parameters(), strict=True):
             assert ((after == before) | (after == 0)).all()
 

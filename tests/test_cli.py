@@ -56,7 +56,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(dense: Path, sums: Path) -> list[str]:
     """Flags of a small pruning."""
     text = f"-m {dense} --dataset {sums} --sparsity 0.5 --num-samples 6 --subsets 2 --seed 3"
-    return [*text.split(), "--device-map", "cpu"]
+    return [*text.split(), "--recipe", "paper", "--device-map", "cpu"]
 
 
 def run_executable(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -105,7 +105,8 @@ def cap(
 def test_prune_writes_what_the_library_writes(
     pruned: Path, settings: list[str], dense: Path, sums: Path
 ) -> None:
-    config = CAPConfig(sparsity=0.5, dataset=str(sums), num_samples=6, subsets=2, seed=3)
+    values = {"recipe": "paper", "num_samples": 6, "subsets": 2, "seed": 3}
+    config = CAPConfig(sparsity=0.5, dataset=str(sums), **values)
     expected = AutoModelForCausalLM.from_pretrained(dense, pruning_config=config)
     loaded = AutoModelForCausalLM.from_pretrained(pruned)
     for name, tensor in expected.state_dict().items():
@@ -199,7 +200,7 @@ def test_overwrite_replaces_the_checkpoint_and_keeps_other_files(
 BAD_ARGUMENTS = {
     "--sparsity 1.5": r"sparsity must be a number strictly between 0 and 1 .* got 1\.5",
     "--sparsity half": "argument --sparsity: invalid float value: 'half'",
-    "--recipe magic": "recipe must be one of paper, magnitude, .*, got 'magic'",
+    "--recipe magic": "recipe must be one of causal, paper, .*, got 'magic'",
     "--aggregation max": "aggregation must be one of median, mean, got 'max'",
     "--num-samples 0": "num_samples must be an integer of at least 1, got 0",
     "--num-samples 2 --subsets 3": "subsets is 3, but num_samples is only 2",
@@ -534,6 +535,8 @@ def test_choices_in_the_help_are_those_of_the_config() -> None:
         "recipe": config.RECIPES,
         "criterion": config.CRITERIA,
         "allocation": config.ALLOCATIONS,
+        "target": config.TARGETS,
+        "order": config.ORDERS,
         "aggregation": config.AGGREGATIONS,
         "kv_combination": config.KV_COMBINATIONS,
         "scored_tokens": config.SCORED_TOKENS,

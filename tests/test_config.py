@@ -21,7 +21,7 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("recipe", "magic", "recipe must be one of paper, magnitude, .*, got 'magic'"),
+        ("recipe", "magic", "recipe must be one of causal, paper, .*, got 'magic'"),
         ("aggregation", "mode", "aggregation must be one of median, mean, got 'mode'"),
         ("kv_combination", "sum", "kv_combination must be one of mean, max, got 'sum'"),
         ("scored_tokens", "prompt", "scored_tokens must be one of answer, all, got 'prompt'"),
@@ -61,10 +61,10 @@ def test_more_exact_examples_than_examples(estimator: str) -> None:
 
 
 def test_scores_for_a_criterion_without() -> None:
-    with pytest.raises(
-        ValueError, match=r"scores are for criterion 'cap', .* got criterion 'wanda'"
-    ):
-        CAPConfig(sparsity=0.2, recipe="wanda", scores="scores.safetensors")
+    for recipe, criterion in {"wanda": "wanda", "causal": "alps"}.items():
+        message = f"scores are for criterion 'cap', .* '{criterion}': choose recipe 'paper'"
+        with pytest.raises(ValueError, match=message):
+            CAPConfig(sparsity=0.2, recipe=recipe, scores="scores.safetensors")
 
 
 def test_a_config_from_before_the_estimators_is_exact() -> None:

@@ -149,6 +149,6 @@ def test_quickstart(tmp_path: Path) -> None:
         [*command, "--output", str(tmp_path / "out")], check=False, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert "Scored     36 heads on 128 calibration examples" in result.stdout
+    assert "Measured   12 sites, each pruned alone, on 128 calibration examples" in result.stdout
     assert "20.0000%" in result.stdout
     assert (tmp_path / "out" / "pruning_record.json").exists()

@@ -21,7 +21,8 @@ ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 
 
 def config(**changes: Any) -> CAPConfig:
-    values = {"sparsity": 0.3, "dataset": ROWS, "num_samples": 12, **changes}
+    """Settings of a small pruning by the paper's recipe; the default is in test_causal.py."""
+    values = {"sparsity": 0.3, "recipe": "paper", "dataset": ROWS, "num_samples": 12, **changes}
     return CAPConfig(**values)
 
 

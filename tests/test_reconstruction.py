@@ -143,5 +143,5 @@ def test_inputs_that_are_not_finite_are_an_error() -> None:
 
 def test_statistics_without_gram_are_an_error() -> None:
     statistics = InputStatistics.empty(16, torch.device("cpu"), gram=False)
-    with pytest.raises(ValueError, match="needs the statistics x_i x_j"):
+    with pytest.raises(ValueError, match="the statistics x_i x_j of its inputs are needed"):
         sparsegpt(matrix(6, 16), statistics, 48)

@@ -274,7 +274,7 @@ def test_out_of_memory_meets_the_cache(
 
 def test_pruning_with_a_cache_is_pruning(llama: PreTrainedModel, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    settings = {"dataset": ROWS, "num_samples": 12}
+    settings = {"recipe": "paper", "dataset": ROWS, "num_samples": 12}
     expected = CAPPruner(CAPConfig(0.3, **settings)).prune(copy.deepcopy(llama), tokenizer)
     for sparsity in (0.5, 0.3):
         config = CAPConfig(sparsity, **settings, cache_dir=tmp_path)

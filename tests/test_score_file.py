@@ -25,7 +25,8 @@ from optimum_cap.score_file import read_scores
 
 
 def config(**changes: Any) -> CAPConfig:
-    return CAPConfig(**{"sparsity": 0.3, "dataset": ROWS, "num_samples": 12, **changes})
+    values = {"sparsity": 0.3, "recipe": "paper", "dataset": ROWS, "num_samples": 12, **changes}
+    return CAPConfig(**values)
 
 
 @pytest.fixture
@@ -220,7 +221,8 @@ def test_score_then_prune(
     # Data, seed and estimator are those of the file.
     unused = Estimator(lambda *args: pytest.fail("measured again"))
     monkeypatch.setitem(ESTIMATORS, "first_order", unused)
-    run(PruneCommand, "-m", flags[1], "--scores", file, "--sparsity", 0.4, "-o", tmp_path / "dir")
+    pruning = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
+    run(PruneCommand, *pruning, "--scores", file)
     record = inspect_checkpoint(str(tmp_path / "dir")).record
     assert record.config["seed"] == 3
     assert record.config["estimator"] == "first_order"
@@ -245,7 +247,8 @@ def test_score_then_prune_all_units(
     assert {"0.0", "2.3", "0.mlp.0", "2.mlp.2"} < listed
 
     # What is scored is that of the file.
-    run(PruneCommand, "-m", flags[1], "--scores", file, "--sparsity", 0.4, "-o", tmp_path / "dir")
+    pruning = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
+    run(PruneCommand, *pruning, "--scores", file)
     out = capsys.readouterr().out
     assert "units         12 attention heads, 9 MLP units scored in 3 layers" in out
     assert "layer.unit (nats per token)" in out
@@ -276,7 +279,7 @@ def test_the_commands_refuse(flags: list[str], tmp_path: Path) -> None:
         run(ScoreCommand, *flags, "-o", tmp_path / "no" / "scores.safetensors")
     with pytest.raises(ValueError, match="is a folder, a file is needed"):
         run(ScoreCommand, *flags, "-o", tmp_path)
-    prune = ["-m", flags[1], "--sparsity", 0.4, "-o", tmp_path / "dir"]
+    prune = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
     with pytest.raises(FileNotFoundError, match=r"no\.safetensors does not exist"):
         run(PruneCommand, *prune, "--scores", tmp_path / "no.safetensors")
     with pytest.raises(ValueError, match=r"seed 0\) than this config takes .* seed 1\)"):

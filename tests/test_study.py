@@ -347,7 +347,7 @@ def test_mean_and_interval() -> None:
     [
         ({"model": "x"}, r"unknown key\(s\) model in .*; known: models, recipes"),
         ({"recipes": None}, "lacks recipes"),
-        ({"recipes": ["magic"]}, "unknown recipe 'magic' in the study: choose from paper"),
+        ({"recipes": ["magic"]}, "unknown recipe 'magic' in the study: choose from causal"),
         ({"recipes": {"a": {"sparsity": 0.3}}}, "must be fields of CAPConfig other than sparsity"),
         ({"recipes": {"a": {"magic": 1}}}, "recipe 'paper|a' of the study: .*magic"),
         ({"recipes": {"dense": None}}, "no recipe of the study can be called 'dense'"),

@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 from optimum_cap.commands.base import CAPSubcommand, add_common_flags
-from optimum_cap.commands.summary import print_summary, sparsity_table
+from optimum_cap.commands.summary import print_summary, response_table, sparsity_table
 
 
 class InspectCommand(CAPSubcommand):
@@ -48,4 +48,6 @@ class InspectCommand(CAPSubcommand):
         print(f"config        {', '.join(f'{name}={value}' for name, value in config.items())}")
         print_summary(summary)
         print(f"versions      {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
+        if record.responses:
+            print(f"\nsites, each pruned alone\n{response_table(record.responses)}")
         print(f"\n{sparsity_table(record.matrices)}")

@@ -36,20 +36,50 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--recipe",
         "recipe",
         str,
-        "paper, magnitude, magnitude_global, random, wanda, sparsegpt, owl_wanda, owl_sparsegpt "
-        "(default: paper)",
+        "causal, paper, magnitude, magnitude_global, random, wanda, sparsegpt, owl_wanda or "
+        "owl_sparsegpt (default: causal)",
     ),
     (
         "--criterion",
         "criterion",
         str,
-        "ranks the weights: cap, magnitude, random, wanda, sparsegpt (default: that of the recipe)",
+        "ranks weights: cap, magnitude, random, wanda, sparsegpt, alps (default: the recipe's)",
     ),
     (
         "--allocation",
         "allocation",
         str,
-        "zeros per matrix: global threshold, uniform or owl (default: that of the recipe)",
+        "zeros per matrix: global threshold, uniform, owl, interventional (default: the recipe's)",
+    ),
+    (
+        "--allocation-bound",
+        "allocation_bound",
+        float,
+        "the most that interventional moves the sparsity of a site (default: 0.1)",
+    ),
+    (
+        "--allocation-examples",
+        "allocation_examples",
+        int,
+        "examples that interventional measures on (default: as many as cost one pass, at least 16)",
+    ),
+    (
+        "--target",
+        "target",
+        str,
+        "what kept weights fit: local outputs or those of the dense model (default: the recipe's)",
+    ),
+    (
+        "--order",
+        "order",
+        str,
+        "what is pruned before inputs are seen again: layer or projection (default: the recipe's)",
+    ),
+    (
+        "--answer-weight",
+        "answer_weight",
+        float,
+        "added to the weight 1 of tokens that are or predict answers (default: the recipe's)",
     ),
     (
         "--pattern",

@@ -14,7 +14,7 @@ from optimum_cap.commands.base import (
     loading_options,
 )
 from optimum_cap.commands.prune import Prepared, add_config_flags, config_values, load_tokenizer
-from optimum_cap.commands.summary import scored_line
+from optimum_cap.commands.summary import aligned, scored_line
 
 if TYPE_CHECKING:
     from optimum_cap.attribution import CausalScores
@@ -114,11 +114,7 @@ def score_table(scores: "CausalScores") -> str:
         score, error = scores.scores[index], scores.standard_errors[index]
         label = unit_label(site.kind, site.layer, site.name, unit.index)
         rows.append([label, f"{score:+.6f}", f"{error:.6f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+    lines = [aligned(rows)]
     if (left := len(order) - _ROWS) > 0:
         lines.append(f"and {left:,} more, needed less")
     return "\n".join(lines)

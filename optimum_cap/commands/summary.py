@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optimum_cap.checkpoint import CheckpointSummary
-    from optimum_cap.record import MatrixSparsity, UnitScore
+    from optimum_cap.record import MatrixSparsity, SiteResponse, UnitScore
 
 _UNITS_SHOWN = 5
+_SITES_SHOWN = 10
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -73,9 +74,36 @@ def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
     rows = [["layer", *_short(projections), "all"]]
     rows += [row(str(layer), [layer]) for layer in layers]
     rows.append(row("all", layers))
+    return aligned(rows)
+
+
+def response_table(responses: "list[SiteResponse]") -> str:
+    """Return a table of the sites that change the predictions the most and the least when pruned.
+
+    Those in between are counted in a line of their own.
+    """
+    ranked = sorted(
+        responses,
+        key=lambda own: float("inf") if own.divergence is None else own.divergence,
+        reverse=True,
+    )
+
+    def row(own: "SiteResponse") -> list[str]:
+        measured = (own.divergence, own.standard_error)
+        numbers = ["-" if number is None else f"{number:.3g}" for number in measured]
+        return [own.label, *numbers, f"{own.sparsity:.3f}"]
+
+    rows = [["layer.site", "nats per token", "standard error", "sparsity"], *map(row, ranked)]
+    if (left := len(ranked) - 2 * _SITES_SHOWN) > 0:
+        rows[_SITES_SHOWN + 1 : -_SITES_SHOWN] = [[f"{left} more", "", "", ""]]
+    return aligned(rows)
+
+
+def aligned(rows: "list[list[str]]") -> str:
+    """Return rows of cells as a table, aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
         for cells in rows
     )
 
