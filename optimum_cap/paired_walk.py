@@ -286,8 +286,8 @@ class PairedWalk(LayerWalk):
                         stack.enter_context(replaced_forward(module, _giving(given)))
                     start = hidden if changed else hidden + change
                     off = self.run(index, stream, start) - whole - change
-                allowed = _ROUNDING * torch.finfo(whole.dtype).eps
-                return float(off.abs().mean()) <= allowed * float(whole.abs().mean())
+                size = float(whole.abs().mean() + change.abs().mean())
+                return float(off.abs().mean()) <= _ROUNDING * torch.finfo(whole.dtype).eps * size
 
             if not comes_out(None):
                 return set()
