@@ -31,11 +31,10 @@ def read(path: Path, metric: str) -> dict[str, dict[float, dict[str, dict[str, S
     return found
 
 
-def over_tasks(tasks: dict[str, Seeds], dense: dict[str, Seeds]) -> list[float]:
-    """Mean over tasks of the increase over the dense model, per seed."""
+def over_tasks(tasks: dict[str, Seeds]) -> list[float]:
+    """Mean over tasks, per seed."""
     seeds = sorted(next(iter(tasks.values())))
-    baseline = fmean(value for own in dense.values() for value in own.values())
-    return [fmean(own[seed] for own in tasks.values()) - baseline for seed in seeds]
+    return [fmean(own[seed] for own in tasks.values()) for seed in seeds]
 
 
 def shown(values: list[float], digits: str = ".2g", factor: float = 1) -> str:
@@ -62,12 +61,15 @@ def main() -> None:
     print("| model | sparsity | best peer | its increase | ours | ratio | accuracy, points |")
     print("|---" * 7 + "|")
     for model, sparsities in losses.items():
-        dense = sparsities[0.0]["dense"]
+        [dense] = over_tasks(sparsities[0.0]["dense"])
         for sparsity, recipes in sorted(sparsities.items()):
             if ours not in recipes:
                 continue
             names = arguments.against or [name for name in recipes if name not in (ours, "paper")]
-            increases = {name: over_tasks(recipes[name], dense) for name in (*names, ours)}
+            increases = {
+                name: [value - dense for value in over_tasks(recipes[name])]
+                for name in (*names, ours)
+            }
             best = min(names, key=lambda name: fmean(increases[name]))
             ratio = "-"  # of nothing
             if (theirs := fmean(increases[best])) > 0:
