@@ -104,10 +104,18 @@ def alps(
     def importance(candidate: torch.Tensor) -> torch.Tensor:
         return candidate.square() * needed
 
+    def kept(candidate: torch.Tensor) -> torch.Tensor:
+        if pattern is not None:
+            return most_of_each(importance(candidate), *pattern)
+        return lowest_in_matrix(importance(candidate), zeros)
+
+    if inputs.tokens == 0:
+        return dense.masked_fill(~kept(dense), 0)
+
     def roughly_kept(candidate: torch.Tensor) -> torch.Tensor:
         """Keep about as many as asked for: a sample of the matrix gives the threshold."""
         if pattern is not None:
-            return most_of_each(importance(candidate), *pattern)
+            return kept(candidate)
         squares = importance(candidate)
         sample = squares.flatten()[:: max(1, squares.numel() // _SAMPLE)]
         rank = round(zeros / squares.numel() * len(sample))
@@ -123,11 +131,8 @@ def alps(
         dual = (dual - sparse) / _PENALTY_GROWTH
         penalty *= _PENALTY_GROWTH
     last = sparse + dual * _PENALTY_GROWTH
-    if pattern is None:
-        keep = lowest_in_matrix(importance(last), zeros)
-    else:
-        keep = most_of_each(importance(last), *pattern)
-    sparse = last * keep
+    keep = kept(last)
+    sparse = last.masked_fill(~keep, 0)
     return _least_squares(dense, hessian, sparse, keep) / scale
 
 

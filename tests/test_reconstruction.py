@@ -1,4 +1,4 @@
-"""SparseGPT against the definition of optimal brain surgeon, inverse by inverse."""
+"""SparseGPT and ALPS against their definitions, inverse by inverse and row by row."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from optimum_cap import reconstruction
 from optimum_cap.activations import InputStatistics
 from optimum_cap.criteria import Evidence, wanda
 from optimum_cap.masking import lowest_in_rows
-from optimum_cap.reconstruction import sparsegpt
+from optimum_cap.reconstruction import RECONSTRUCTIONS, Reconstruction, alps, corrected, sparsegpt
+
+both = pytest.mark.parametrize("prune", RECONSTRUCTIONS.values(), ids=RECONSTRUCTIONS)
 
 
 def correlated(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -93,32 +95,38 @@ def test_output_stays_closer_than_with_the_masks_of_wanda(columns: int) -> None:
     assert errors[0] < 0.85 * errors[1]
 
 
-def test_the_weight_is_not_changed() -> None:
+@both
+def test_the_weight_is_not_changed(prune: Reconstruction) -> None:
     weight = matrix(6, 16)
     before = weight.clone()
-    sparsegpt(weight, statistics_of(correlated(50, 16)), 48)
+    prune(weight, statistics_of(correlated(50, 16)), 48, None, "")
     assert torch.equal(weight, before)
 
 
-def test_channels_without_input_go_first_and_only_as_far_as_asked() -> None:
+@both
+def test_channels_without_input_go_first_and_only_as_far_as_asked(prune: Reconstruction) -> None:
     inputs, weight = correlated(50, 16), matrix(6, 16)
     inputs[:, [3, 8]] = 0
-    all_dead = sparsegpt(weight, statistics_of(inputs), 12)
+    all_dead = prune(weight, statistics_of(inputs), 12, None, "")
     assert (all_dead[:, [3, 8]] == 0).all()
     assert int((all_dead == 0).sum()) == 12
-    assert int((sparsegpt(weight, statistics_of(inputs), 5) == 0).sum()) == 5
+    assert int((prune(weight, statistics_of(inputs), 5, None, "") == 0).sum()) == 5
 
 
-def test_without_tokens_the_magnitude_decides_and_nothing_is_updated() -> None:
+@both
+def test_without_tokens_the_magnitude_decides_and_nothing_is_updated(
+    prune: Reconstruction,
+) -> None:
     weight = matrix(6, 16)
-    new = sparsegpt(weight, InputStatistics.empty(16, weight.device, gram=True), 40)
+    new = prune(weight, InputStatistics.empty(16, weight.device, gram=True), 40, None, "")
     smallest = weight.abs().flatten().argsort()[:40]
     expected = weight.flatten().index_fill(0, smallest, 0).view_as(weight)
     assert torch.equal(new, expected)
 
 
-def test_fewer_tokens_than_channels_work() -> None:
-    new = sparsegpt(matrix(6, 64), statistics_of(correlated(5, 64)), 192)
+@both
+def test_fewer_tokens_than_channels_work(prune: Reconstruction) -> None:
+    new = prune(matrix(6, 64), statistics_of(correlated(5, 64)), 192, None, "")
     assert new.isfinite().all()
     assert int((new == 0).sum()) == 192
 
@@ -145,3 +153,79 @@ def test_statistics_without_gram_are_an_error() -> None:
     statistics = InputStatistics.empty(16, torch.device("cpu"), gram=False)
     with pytest.raises(ValueError, match="the statistics x_i x_j of its inputs are needed"):
         sparsegpt(matrix(6, 16), statistics, 48)
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 77, 240, 479])
+def test_alps_leaves_exactly_so_many_zeros(zeros: int) -> None:
+    new = alps(matrix(12, 40), statistics_of(correlated(400, 40)), zeros)
+    assert int((new == 0).sum()) == zeros
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)])
+def test_patterns_of_alps_hold_in_every_row(pattern: tuple[int, int]) -> None:
+    new = alps(matrix(12, 40), statistics_of(correlated(400, 40)), 0, pattern)
+    assert ((new.reshape(12, -1, pattern[1]) != 0).sum(-1) == pattern[0]).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_output_of_alps_stays_closer_than_that_of_sparsegpt(
+    sparsity: float, pattern: tuple[int, int] | None
+) -> None:
+    inputs, weight = correlated(2000, 96), matrix(48, 96)
+    statistics, zeros = statistics_of(inputs), round(sparsity * weight.numel())
+    errors = [
+        (inputs @ (weight - prune(weight, statistics, zeros, pattern)).T).square().sum()
+        for prune in (alps, sparsegpt)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("zeros", [100, 240, 400])
+def test_what_alps_keeps_is_the_least_squares_solution(
+    zeros: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconstruction, "_FITTING_STEPS", 200)
+    inputs, weight = correlated(400, 40), matrix(12, 40)
+    new = alps(weight, statistics_of(inputs), zeros)
+    hessian = inputs.double().T @ inputs.double() / len(inputs)
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(40)
+    expected = torch.zeros(12, 40, dtype=torch.float64)
+    for row, kept in enumerate(new != 0):
+        wanted = hessian[kept] @ weight[row].double()
+        expected[row, kept] = torch.linalg.solve(hessian[kept][:, kept], wanted)
+    torch.testing.assert_close(new.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_alps_gives_the_same_bytes_twice() -> None:
+    statistics = statistics_of(correlated(400, 40))
+    first, second = (alps(matrix(12, 40), statistics, 240) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_corrected_is_ridge_regression_on_the_dense_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the dense model's outputs on the inputs that there are, held to the dense weights."""
+    inputs, weight = correlated(400, 40), matrix(12, 40)
+    expected_outputs = (inputs + 0.3 * correlated(400, 40, seed=2)) @ weight.T
+    statistics = statistics_of(inputs)
+    statistics.missing = (expected_outputs - inputs @ weight.T).T @ inputs
+    ridge = (0.01 * statistics.squares.mean()).sqrt() * torch.eye(40)
+    solution = torch.linalg.lstsq(
+        torch.cat([inputs, ridge]).double(),
+        torch.cat([expected_outputs, ridge @ weight.T]).double(),
+    ).solution.T
+    three_quarters = corrected(weight, statistics)
+    monkeypatch.setattr(reconstruction, "_CORRECTION", 1.0)
+    whole = corrected(weight, statistics)
+    torch.testing.assert_close(whole.double(), solution, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(three_quarters - weight, 0.75 * (whole - weight))
+
+
+def test_nothing_is_corrected_where_nothing_is_known() -> None:
+    weight = matrix(6, 16)
+    assert corrected(weight, statistics_of(correlated(50, 16))) is weight
+    unseen = InputStatistics.empty(16, weight.device, gram=True)
+    unseen.missing = torch.zeros(6, 16)
+    assert corrected(weight, unseen) is weight
