@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from optimum_cap import CAPConfig
-from optimum_cap.config import parse_size
+from optimum_cap.config import Method, parse_size
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,7 @@ def test_unknown_argument() -> None:
 def test_round_trips_through_json() -> None:
     config = CAPConfig(
         sparsity=0.35,
+        recipe="paper",
         dataset=["gsm8k", {"path": "rows.jsonl", "prompt_column": "q", "answer_column": "a"}],
         num_samples=7,
         subsets=2,
@@ -173,3 +174,50 @@ def test_parse_size(size: Any, expected: int) -> None:
 def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="pattern 'heads' ranks all heads"):
         CAPConfig(sparsity=0.2, pattern="heads", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "wanda", "target": "dense"}, "target 'dense' is for the criteria sparsegpt, a"),
+        ({"criterion": "magnitude", "answer_weight": 2}, "answer_weight 2 is for the criteria wan"),
+        ({"recipe": "paper", "order": "projection"}, "order 'projection' is for the criteria wan"),
+        ({"pattern": "heads", "target": "dense"}, "target 'dense' is for .* got criterion 'cap'"),
+        (
+            {"pattern": "2:4", "allocation": "interventional"},
+            "'2:4' gives every matrix the same .* 'uniform', got 'interventional'",
+        ),
+        ({"allocation": "global"}, "'alps' prunes layer by layer, so there is no global threshold"),
+        (
+            {"estimator": "adaptive"},
+            "'adaptive' is for causal scores; .* measures responses: choose one of exact, first_o",
+        ),
+        ({"answer_weight": -1}, "answer_weight must be a positive number, got -1"),
+        ({"allocation_bound": 0}, "allocation_bound must be a positive number, got 0"),
+        ({"allocation_examples": 0}, "allocation_examples must be an integer of at least 1"),
+        ({"target": "far"}, "target must be one of local, dense, got 'far'"),
+        ({"order": "weight"}, "order must be one of layer, projection, got 'weight'"),
+    ],
+)
+def test_choices_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CAPConfig(sparsity=0.5, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Method("alps", "interventional", "dense", "projection", 3.0)),
+        ({"answer_weight": 0}, Method("alps", "interventional", "dense", "projection", 0)),
+        ({"pattern": "2:4"}, Method("alps", "uniform", "dense", "projection", 3.0)),
+        ({"criterion": "alps"}, Method("alps", "uniform")),
+        (
+            {"criterion": "wanda", "order": "projection"},
+            Method("wanda", "uniform", order="projection"),
+        ),
+        ({"pattern": "heads"}, Method("cap", "global")),
+        ({"pattern": "heads", "criterion": "random"}, Method("random", "global")),
+    ],
+)
+def test_what_the_default_recipe_comes_to(changes: dict[str, Any], expected: Method) -> None:
+    assert CAPConfig(sparsity=0.5, **changes).method == expected
