@@ -36,10 +36,10 @@ class InputStatistics:
     """Second moments of the input of a matrix, summed over the calibration tokens that reach it.
 
     Padding does not count. Of a mixture of experts, an expert's matrices see the tokens that are
-    routed to it.
+    routed to it. The sums may give each token a weight.
 
     Attributes:
-        tokens: Number of tokens.
+        tokens: Number of tokens, whatever they weigh.
         squares: Sum of x_i^2, float32 `[in]`.
         gram: Sum of x_i x_j, float32 `[in, in]`; `None` where it was not asked for.
         missing: Sum of e_i x_j, where e is what the outputs of this matrix lack of those of the

@@ -105,6 +105,7 @@ class PairedWalk(LayerWalk):
         to_the_end = any(site.kind != "attention" for site in mixing)
         found: dict[Matrix, InputStatistics] = {}
         leaders: dict[Matrix, Matrix] = {}
+        outputs = []
         with brought_in(self.layers[index]):
             for stream, dense_hidden in zip(self.streams, self._dense_hidden, strict=True):
                 calls, _ = self._seen(index, stream, stream.hidden, own)
@@ -113,7 +114,7 @@ class PairedWalk(LayerWalk):
                 with self._dense(index):
                     dense_calls, output = self._seen(index, stream, dense_hidden, own, to_the_end)
                     if output is not None:
-                        self._dense_outputs.append(output)
+                        outputs.append(output)
                     dense_inputs = self._inputs(stream, dense_calls, routes)
                 lost = self._lost(index, stream, dense_hidden, calls, dense_calls)
                 for matrix, route in routes.items():
@@ -134,6 +135,8 @@ class PairedWalk(LayerWalk):
                     product = missing.T @ x
                     before = found[matrix].missing
                     found[matrix].missing = product if before is None else before + product
+        if outputs:
+            self._dense_outputs = outputs
         if advance:
             self.advance(index)
         return {
