@@ -11,6 +11,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="optimum-cap-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch starts its threads: those that wait for work sleep instead of taking the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

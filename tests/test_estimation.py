@@ -382,9 +382,9 @@ def test_a_study_scores_once_per_calibration_set_and_measures_equal_cells_once(
 def test_a_study_takes_the_estimator_of_its_recipes(study: Path) -> None:
     values = yaml.safe_load(study.read_text())
     recipes = {
-        "exact": {"estimator": "exact"},
-        "first": {"estimator": "first_order"},
-        "corrected": {"estimator": "control_variate", "exact_examples": 8},
+        "exact": {"recipe": "paper", "estimator": "exact"},
+        "first": {"recipe": "paper", "estimator": "first_order"},
+        "corrected": {"recipe": "paper", "estimator": "control_variate", "exact_examples": 8},
     }
     study.write_text(yaml.safe_dump({**values, "recipes": recipes, "seeds": [0]}))
     found = costs("llama-3-8b")
