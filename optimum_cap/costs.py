@@ -7,16 +7,21 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from optimum_cap.config import CAPConfig
+from optimum_cap.config import RECIPES, CAPConfig, Method
 from optimum_cap.evaluation_tasks import TASKS
 from optimum_cap.hardware import ROWS, WALK_ROWS, Hardware
-from optimum_cap.work import ModelWork, ObsWork, Shape, Work
+from optimum_cap.responses import examples_to_estimate, examples_to_measure
+from optimum_cap.work import AlpsWork, ModelWork, ObsWork, Shape, Work
 
 USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
 LAUNCHES_PER_LAYER = 60  # small operations that one run of a layer takes
 LAUNCHES_PER_COLUMN = 12  # the same for a column that SparseGPT prunes
 THRESHOLD_PASSES = 40  # float32 numbers through memory per weight that a threshold is sought among
 RANKING_PASSES = 30  # the same for ranking rows, beside the sort
+STEP_PASSES = 25  # the same for a step of ALPS, beside its products
+INPUT_PASSES = 6  # the same per input of a matrix: picked, squared and summed
+CHECK_PASSES = 12  # the same per prunable weight: checked, masked, stored, and its zeros counted
+STAGES = 4  # of a layer, before which its inputs are looked at again (`stages_by_layer`)
 CACHE_PASSES = 3  # times that generation moves the keys and values: read, and copied to grow
 
 
@@ -89,32 +94,106 @@ class Meter:
             devices=devices,
         )
 
-    def pruning(self, criterion: str, shape: Shape, sparsity: float) -> Cost:
-        """Cost of pruning one copy of the model, scores given, and of its packed checkpoint."""
-        operations, seconds, held = PRUNING[criterion](self, shape)
-        memory = self.weights + held
+    def pruning(
+        self,
+        name: str,
+        method: Method,
+        shape: Shape,
+        sparsity: float,
+        estimator: str = "exact",
+        measured: int | None = None,
+    ) -> Cost:
+        """Cost of pruning one copy of the model, scores given, and of its packed checkpoint.
+
+        Args:
+            name: Of the cost.
+            method: What is done.
+            shape: The calibration set.
+            sparsity: Of the checkpoint.
+            estimator: How the allocation `"interventional"` knows its responses.
+            measured: Examples that it uses; `None`: as many as it takes by itself.
+        """
+        parts = [PRUNING[method.criterion](self, method, shape), self._checking()]
+        if method.layer_by_layer:
+            parts.append(self._walk(method, shape))
+        if method.allocation == "owl":
+            parts.append(self._outliers(shape))
+        elif method.allocation == "interventional":
+            parts.append(self._responses(method, shape, estimator, measured))
+        memory = self.weights + sum(part.memory for part in parts)
         return Cost(
             step="prune",
-            name=criterion,
-            operations=operations,
-            seconds=seconds,
+            name=name,
+            operations=sum(part.operations for part in parts),
+            seconds=sum(part.seconds for part in parts),
             memory=memory,
             disk=self._checkpoint(sparsity),
             devices=self._devices(memory),
         )
 
-    def outliers(self, shape: Shape) -> float:
-        """Seconds of the allocation `owl`: one pass through the layers, and all importances."""
+    def _checking(self) -> "Part":
+        """Looking at all weights before and after they are pruned."""
+        return Part(0.0, self.through_memory(CHECK_PASSES * self.work.prunable))
+
+    def _walk(self, method: Method, shape: Shape) -> "Part":
+        """The calibration set on its way through the layers, and what their inputs look like."""
+        work, tokens = self.work, shape.examples * shape.tokens
+        by_projection = method.order == "projection"
+        held = self.walking(shape)
+        if method.target == "local":
+            walk, compared = work.layer_walk(shape, STAGES if by_projection else 1), 0.0
+        else:
+            walk, compared = work.paired_walk(shape, by_projection), tokens * work.compared
+            # The hidden states of the dense model, before and behind the layer, and its weights.
+            hidden = tokens * work.layers[0].hidden * self.value
+            held += 2 * hidden + self.value * max(layer.prunable for layer in work.layers)
+        seconds = self.seconds(walk) + compared / self.hardware.float32 + self._seeing(shape)
+        return Part(walk.operations + compared, seconds, held)
+
+    def _seeing(self, shape: Shape) -> float:
+        """Seconds for the inputs of all matrices, beside their products."""
+        products = (product for layer in self.work.layers for product in layer.distinct_inputs)
+        inputs = sum(product.inputs * product.active for product in products)
+        return self.through_memory(INPUT_PASSES * shape.examples * shape.tokens * inputs)
+
+    def _outliers(self, shape: Shape) -> "Part":
+        """The allocation `owl`: one pass through the layers, and all importances."""
+        walk = self.work.layer_walk(shape, stages=0)
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
-        return self.seconds(self.work.layer_walk(shape)) / 2 + ranking
+        return Part(walk.operations, self.seconds(walk) + self._seeing(shape) + ranking)
+
+    def _responses(
+        self, method: Method, shape: Shape, estimator: str, measured: int | None
+    ) -> "Part":
+        """The allocation `interventional`: every matrix is pruned, every site tried alone."""
+        work = self.work
+        if estimator == "first_order":
+            count = min(measured or examples_to_estimate(shape.examples), shape.examples)
+            few = replace(shape, examples=count)
+            tried = work.estimated_interventions(shape, count)
+            batches = math.ceil(count / max(1, self.rows // shape.tokens))
+            ranking = self.through_memory(batches * THRESHOLD_PASSES * work.prunable)
+            seconds = self.seconds(tried) + self._seeing(few) + ranking
+            return Part(tried.operations, seconds, _all_layers(self, few, self.rows))
+        per_layer = [layer.sites for layer in work.layers]
+        count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
+        tried = work.interventions(shape, count)
+        alone = PRUNING[method.criterion](self, replace(method, target="local"), shape)
+        # The hidden states of all sites of a layer are carried on together.
+        hidden = count * shape.tokens * work.layers[0].hidden * self.value
+        return Part(
+            tried.operations + alone.operations,
+            self.seconds(tried) + self._seeing(shape) + alone.seconds,
+            (1 + max(per_layer)) * hidden,
+        )
 
     def paper(self, shape: Shape, sparsity: float) -> Cost:
         """Cost of the paper's recipe: exact scores, then one threshold."""
-        scoring, pruning = self.scoring("exact", shape), self.pruning("cap", shape, sparsity)
+        scoring = self.scoring("exact", shape)
+        pruning = self.pruning("paper", RECIPES["paper"], shape, sparsity)
         return replace(
             pruning,
-            name="paper",
-            operations=scoring.operations,
+            operations=scoring.operations + pruning.operations,
             seconds=scoring.seconds + pruning.seconds,
             memory=max(scoring.memory, pruning.memory),
             disk=scoring.disk + pruning.disk,
@@ -278,45 +357,81 @@ ACTIVATIONS: dict[str, Callable[[Meter, Shape, int], float]] = {
 }
 
 
-# Pruning by a criterion: operations, seconds and bytes beside the weights
+# Pruning by a criterion, what its inputs look like given
 
 
-def _threshold(meter: Meter, shape: Shape) -> tuple[float, float, float]:
-    return 0.0, meter.through_memory(THRESHOLD_PASSES * meter.work.prunable), 12.0 * meter.largest
+@dataclass(frozen=True)
+class Part:
+    """A part of a pruning.
+
+    Attributes:
+        operations: Floating-point operations in products.
+        seconds: On one device.
+        memory: Bytes beside the weights.
+    """
+
+    operations: float
+    seconds: float
+    memory: float = 0.0
 
 
-def _wanda(meter: Meter, shape: Shape) -> tuple[float, float, float]:
-    walk = meter.work.layer_walk(shape)
+def _threshold(meter: Meter, method: Method, shape: Shape) -> Part:
+    seconds = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
+    return Part(0.0, seconds, 12.0 * meter.largest)
+
+
+def _wanda(meter: Meter, method: Method, shape: Shape) -> Part:
     weights = meter.work.prunable
     ranking = weights / meter.hardware.ranked + meter.through_memory(RANKING_PASSES * weights)
-    held = meter.walking(shape) + 24 * meter.largest
-    return walk.operations, meter.seconds(walk) + ranking, held
+    return Part(0.0, ranking, 24.0 * meter.largest)
 
 
-def _sparsegpt(meter: Meter, shape: Shape) -> tuple[float, float, float]:
-    hardware, layer = meter.hardware, meter.work.layers[0]
-    walk = meter.work.layer_walk(shape)
+def _sparsegpt(meter: Meter, method: Method, shape: Shape) -> Part:
+    hardware = meter.hardware
     obs = ObsWork.of(meter.work, shape.examples * shape.tokens)
     products = (obs.grams + obs.updates) / hardware.float32 + obs.factors / hardware.factor
     launched = obs.columns * LAUNCHES_PER_COLUMN * hardware.launch
     columns = meter.together(meter.through_memory(obs.moved), launched)
     masks = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
-    grams = sum(4 * product.copies * product.inputs**2 for product in layer.distinct_inputs)
-    factors = 12 * max(product.inputs for product in layer.products) ** 2
-    held = meter.walking(shape) + 12 * meter.largest
-    return (
-        walk.operations + obs.grams + obs.factors + obs.updates,
-        meter.seconds(walk) + products + columns + masks,
-        held + grams + factors,
+    return Part(
+        obs.grams + obs.factors + obs.updates,
+        products + columns + masks,
+        12.0 * meter.largest + _grams(meter) + 12.0 * _widest(meter) ** 2,
     )
 
 
-PRUNING: dict[str, Callable[[Meter, Shape], tuple[float, float, float]]] = {
+def _alps(meter: Meter, method: Method, shape: Shape) -> Part:
+    hardware = meter.hardware
+    grams = ObsWork.of(meter.work, shape.examples * shape.tokens).grams
+    alps = AlpsWork.of(meter.work, method.target == "dense")
+    products = (grams + alps.products) / hardware.float32
+    solved = alps.eigen / hardware.eigen + alps.factors / hardware.factor
+    moved = STEP_PASSES * alps.steps + THRESHOLD_PASSES * meter.work.prunable
+    return Part(
+        grams + alps.products + alps.eigen + alps.factors,
+        products + solved + meter.through_memory(moved),
+        32.0 * meter.largest + _grams(meter) + 16.0 * _widest(meter) ** 2,
+    )
+
+
+def _grams(meter: Meter) -> float:
+    """Bytes of the sums x_i x_j of a layer."""
+    inputs = meter.work.layers[0].distinct_inputs
+    return float(sum(4 * product.copies * product.inputs**2 for product in inputs))
+
+
+def _widest(meter: Meter) -> int:
+    """Inputs of the widest matrix."""
+    return max(product.inputs for product in meter.work.layers[0].products)
+
+
+PRUNING: dict[str, Callable[[Meter, Method, Shape], Part]] = {
     "cap": _threshold,
     "magnitude": _threshold,
     "random": _threshold,
     "wanda": _wanda,
     "sparsegpt": _sparsegpt,
+    "alps": _alps,
 }
 
 

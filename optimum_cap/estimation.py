@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from optimum_cap.architectures import find_sites
 from optimum_cap.calibration import build_calibration_set, shared_prefix
 from optimum_cap.commands.summary import format_size
-from optimum_cap.config import CAPConfig
+from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.costs import ESTIMATORS, Cost, Meter
 from optimum_cap.evaluation_tasks import DEFAULT_TASKS, resolve_tasks
 from optimum_cap.hardware import Hardware, Size, find_hardware
@@ -153,7 +153,8 @@ def estimate(
     meter = _meter(work, config, hardware, tokens)
     costs = [meter.scoring(name, shape) for name in ESTIMATORS]
     costs.append(meter.paper(shape, sparsity))
-    costs += [meter.pruning(name, shape, sparsity) for name in ("wanda", "sparsegpt")]
+    for name in ("causal", "wanda", "sparsegpt"):
+        costs.append(meter.pruning(name, RECIPES[name], shape, sparsity))
     costs.append(meter.evaluation(DEFAULT_TASKS, limit, batch_size))
     return Estimate(
         model=str(model) if isinstance(model, str | Path) else config.model_type,
@@ -378,9 +379,16 @@ def _scoring(
 def _pruning(meter: Meter, config: CAPConfig, tokens: int) -> float:
     """Device seconds of pruning with given scores."""
     shape = _shape(config.num_samples, tokens)
-    cost = meter.pruning(config.method.criterion, shape, config.sparsity)
-    allocation = meter.outliers(shape) if config.method.allocation == "owl" else 0.0
-    return _used(cost) + allocation * cost.devices
+    return _used(
+        meter.pruning(
+            config.recipe,
+            config.method,
+            shape,
+            config.sparsity,
+            config.estimator,
+            config.allocation_examples,
+        )
+    )
 
 
 def _used(cost: Cost) -> float:

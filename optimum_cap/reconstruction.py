@@ -13,10 +13,10 @@ logger = logging.get_logger(__name__)
 BLOCK = 128  # columns
 _DAMPING = 0.01  # of the mean of the diagonal
 _MOST_DAMPING = 1.0
-_STEPS = 20
+ALPS_STEPS = 20
 _SAMPLE = 1 << 12  # weights that give the threshold of a step
 _PENALTY, _PENALTY_GROWTH = 0.03, 1.2  # relative to a Hessian with a diagonal of 1
-_FITTING_STEPS = 10
+FITTING_STEPS = 10
 _CORRECTION = 0.75
 
 
@@ -124,7 +124,7 @@ def alps(
     values, vectors = torch.linalg.eigh(hessian)
     target = (dense @ vectors) * values
     sparse, dual, penalty = dense * roughly_kept(dense), torch.zeros_like(dense), _PENALTY
-    for _ in range(_STEPS):
+    for _ in range(ALPS_STEPS):
         solved = (target + penalty * ((sparse - dual) @ vectors)) / (values + penalty)
         dual += solved @ vectors.T
         sparse = dual * roughly_kept(dual)
@@ -147,7 +147,7 @@ def _least_squares(
     residual = ((dense - new) @ hessian) * keep
     direction = residual.clone()
     square = residual.square().sum(dim=1, keepdim=True)
-    for _ in range(_FITTING_STEPS):
+    for _ in range(FITTING_STEPS):
         along = (direction @ hessian) * keep
         curvature = (direction * along).sum(dim=1, keepdim=True)
         # Rows without weights, or already solved, stay.

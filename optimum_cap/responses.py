@@ -140,7 +140,7 @@ def estimated_responses(
         layers: The matrices to prune, by decoder layer.
         examples: The calibration examples, in random order; the first ones are used.
         shares: Number of zeros of each matrix.
-        count: How many examples to use; `None`: every eighth, at least 16.
+        count: How many examples to use; `None`: as `examples_to_estimate`.
         seed: Seed of the labels.
 
     Returns:
@@ -158,7 +158,7 @@ def estimated_responses(
                 "so its response cannot be estimated: use estimator 'exact'"
             )
     if count is None:
-        count = max(_FEWEST_EXAMPLES, len(examples) // 8)
+        count = examples_to_estimate(len(examples))
     chosen = examples[:count]
     found: dict[str, list[torch.Tensor]] = {site.name: [] for site, _ in groups}
     longest = max(len(example.input_ids) for example in chosen)
@@ -271,6 +271,11 @@ def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
     passed = sum(count * (layers - layer) for layer, count in enumerate(sites_per_layer))
     affordable = int(_PASSES * examples * layers / max(1, passed))
     return min(examples, max(_FEWEST_EXAMPLES, affordable))
+
+
+def examples_to_estimate(examples: int) -> int:
+    """Number of examples for one backward pass: one in eight, at least 16."""
+    return max(_FEWEST_EXAMPLES, examples // 8)
 
 
 class _Measured:

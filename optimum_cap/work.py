@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.architectures import Site, prunable_matrices
+from optimum_cap.reconstruction import ALPS_STEPS, FITTING_STEPS
 from optimum_cap.reconstruction import BLOCK as OBS_BLOCK
 
 # Elements read or written per channel of the hidden state and per output of a projection. By
@@ -104,6 +105,7 @@ class LayerWork:
         feeding: Products that feed its attention (queries, keys, values).
         mixing: The product of its attention site.
         rest: The other products (MLP, router, experts).
+        closing: Those of them that mix: the last ones of MLP and experts.
         hidden: Channels of the hidden state.
         width: Channels of the attention site.
         heads: Number of heads.
@@ -116,6 +118,7 @@ class LayerWork:
     feeding: tuple[Product, ...]
     mixing: Product
     rest: tuple[Product, ...]
+    closing: tuple[Product, ...]
     hidden: int
     width: int
     heads: int
@@ -149,6 +152,26 @@ class LayerWork:
         """Keys and values of a token."""
         return sum(product.outputs for product in self.feeding) - self.width
 
+    @property
+    def prunable(self) -> int:
+        """Number of prunable weights."""
+        return sum(product.weights for product in self.products if product.pruned)
+
+    @property
+    def sites(self) -> int:
+        """Number of sites: the attention, the MLP, every expert."""
+        return 1 + bool(self.groups) + self.experts
+
+    @property
+    def routers(self) -> tuple[Product, ...]:
+        """Products that choose experts."""
+        return tuple(product for product in self.rest if not product.pruned)
+
+    @property
+    def experts_again(self) -> Work:
+        """Work for one token of the inputs of the experts' last products, computed on their own."""
+        return _per_token(tuple(p for p in self.rest if p.copies > 1 and p not in self.closing))
+
     def attention(self, tokens: float, pairs: float) -> Work:
         """Work of the attention: queries, keys and values, their products, and the mixing."""
         return (
@@ -163,8 +186,7 @@ class LayerWork:
 
     def starting(self, tokens: float) -> Work:
         """Work of all streams that start in the MLP or in experts: no attention, little of both."""
-        routers = _per_token(tuple(p for p in self.rest if not p.pruned))
-        return tokens * (self.masking + self.others * (routers + self.norms))
+        return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> Work:
         """Work of the layer for tokens that make so many pairs of query and key."""
@@ -223,7 +245,7 @@ class ModelWork:
     @property
     def prunable(self) -> int:
         """Number of prunable weights."""
-        return sum(p.weights for layer in self.layers for p in layer.products if p.pruned)
+        return sum(layer.prunable for layer in self.layers)
 
     @property
     def heads(self) -> int:
@@ -296,14 +318,77 @@ class ModelWork:
                 work += whole.rows * _per_token(tuple(p for p in layer.rest if p.copies > 1))
         return work + backward
 
-    def layer_walk(self, shape: Shape) -> Work:
-        """Work of pruning layer by layer: each layer runs before and after it is pruned."""
-        work = Work()
+    def layer_walk(self, shape: Shape, stages: int = 1) -> Work:
+        """Work of pruning layer by layer: each runs before each of its stages, and at the end."""
+        return (1 + stages) * self._layers(shape) + self._experts_again(shape)
+
+    def paired_walk(self, shape: Shape, by_projection: bool) -> Work:
+        """Work of a `PairedWalk`: the dense model runs too, and both only as far as is needed."""
+        rows, pairs = _apart(shape)
+        work = 3 * self._layers(shape) + self._experts_again(shape)
         for layer in self.layers:
-            work += 2 * layer.forward(
-                shape.examples * shape.tokens, shape.examples * shape.tokens**2
-            )
+            work += -rows * _per_token(layer.closing)
+            if by_projection:
+                work += 4 * layer.attention(rows, pairs) + -2 * rows * layer.mixing.per_token
+                # A run ends at the last of the matrices that it is for.
+                entering = (p for p in layer.rest if p.pruned and p not in layer.closing)
+                single = tuple(product for product in entering if product.copies == 1)
+                ran = (*layer.feeding[:-1], *layer.routers, *single[:-1])
+                work += 2 * rows * _per_token(ran)
         return work
+
+    def interventions(self, shape: Shape, measured: int) -> Work:
+        """Work of `responses` but for the pruning: a walk, and each site from its layer on.
+
+        Args:
+            shape: The calibration set.
+            measured: Examples that the predictions are compared on.
+        """
+        few = replace(shape, examples=measured)
+        rows, pairs = _apart(few)
+        work = self._layers(shape) + self._experts_again(shape) + self._layers(few)
+        for index, layer in enumerate(self.layers):
+            # All sites up to here, and the dense model, which the last layer need not pass.
+            passing = sum(before.sites for before in self.layers[: index + 1])
+            dense = index + 1 < len(self.layers)
+            work += (passing + dense) * layer.forward(rows, pairs)
+        sites = sum(layer.sites for layer in self.layers)
+        scored = few.targets * _per_token(self.stem) + self.logits(few.targets) + self.losses(few)
+        return work + 2 * sites * scored
+
+    def estimated_interventions(self, shape: Shape, measured: int) -> Work:
+        """Work of `estimated_responses` but for the pruning: each branch runs once more per site.
+
+        Args:
+            shape: The calibration set.
+            measured: Examples that are used.
+        """
+        few = replace(shape, examples=measured)
+        rows, pairs = _apart(few)
+        work = self.layer_walk(few, stages=0) + self.first_order(few)
+        for layer in self.layers:
+            work += layer.attention(rows, pairs) + (layer.sites - 1) * layer.remainder(rows)
+        return work
+
+    def _layers(self, shape: Shape) -> Work:
+        rows, pairs = _apart(shape)
+        return sum((layer.forward(rows, pairs) for layer in self.layers), Work())
+
+    def _experts_again(self, shape: Shape) -> Work:
+        rows, _ = _apart(shape)
+        return sum((rows * layer.experts_again for layer in self.layers), Work())
+
+    @property
+    def compared(self) -> float:
+        """Operations per token of what outputs miss, in float32: its outputs, times its inputs."""
+        pruned = (p for layer in self.layers for p in layer.products if p.pruned)
+        return sum(2 * product.per_token.products for product in pruned)
+
+
+def _apart(shape: Shape) -> tuple[float, float]:
+    """Tokens, and pairs of query and key, where no prefix is shared."""
+    rows = shape.examples * shape.tokens
+    return rows, rows * shape.tokens
 
 
 @dataclass(frozen=True)
@@ -340,6 +425,38 @@ class ObsWork:
         )
 
 
+@dataclass(frozen=True)
+class AlpsWork:
+    """Work of ALPS once the statistics are there (`reconstruction.alps`), all in float32.
+
+    Attributes:
+        products: Operations of the steps of both of its phases.
+        eigen: Operations of the eigendecompositions, of 9 n^3 each.
+        factors: Operations of the Cholesky factors that find the damping.
+        steps: Weights times the steps that they go through.
+    """
+
+    products: float
+    eigen: float
+    factors: float
+    steps: float
+
+    @classmethod
+    def of(cls, work: ModelWork, corrected: bool) -> "AlpsWork":
+        """Count the work; `corrected` if each matrix is first fitted to the dense model."""
+        pruned = [p for layer in work.layers for p in layer.products if p.pruned]
+        squares = sum(2.0 * product.weights * product.inputs for product in pruned)
+        cubes = sum(float(product.copies) * product.inputs**3 for product in pruned)
+        # Into the basis, there and back in every step, the residual, one product in each fitting.
+        products = (2 + 2 * ALPS_STEPS + FITTING_STEPS) * squares
+        return cls(
+            products=products + corrected * squares,
+            eigen=9 * cubes,
+            factors=(1 + corrected) / 3 * cubes,
+            steps=float(work.prunable * (ALPS_STEPS + FITTING_STEPS)),
+        )
+
+
 def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "heads") -> ModelWork:
     """Count the work of a model, which may be on the meta device.
 
@@ -364,6 +481,7 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
                 feeding=tuple(p for path, p in own.items() if path.startswith(inside)),
                 mixing=mixing,
                 rest=tuple(p for path, p in own.items() if not path.startswith(inside)),
+                closing=tuple(own[path] for path in dict.fromkeys(o.projection for o in others)),
                 hidden=config.hidden_size,
                 width=site.width,
                 heads=len(site.units),

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from optimum_cap import activations, estimation, wavefront
-from optimum_cap.architectures import decoder_layers, find_sites
+from optimum_cap.activations import InputStatistics, LayerWalk
+from optimum_cap.architectures import (
+    Matrix,
+    decoder_layers,
+    find_sites,
+    matrices_by_layer,
+    oriented,
+    stages_by_layer,
+)
 from optimum_cap.attribution import exact_losses, plain_losses
 from optimum_cap.calibration import CalibrationExample, batches
 from optimum_cap.commands.estimate import EstimateCommand
-from optimum_cap.config import CAPConfig
-from optimum_cap.costs import AMOUNTS, ESTIMATORS, PRUNING
+from optimum_cap.config import CRITERIA, RECIPES, CAPConfig, Method
+from optimum_cap.costs import AMOUNTS, ESTIMATORS, PRUNING, STAGES, Meter
 from optimum_cap.estimation import (
     estimate,
     format_duration,
@@ -31,8 +40,12 @@ from optimum_cap.estimation import (
 )
 from optimum_cap.evaluation_tasks import TASKS
 from optimum_cap.hardware import DATA_SHEETS, ROWS, WALK_ROWS, Hardware, Size, find_hardware
+from optimum_cap.interventions import evaluation_mode
+from optimum_cap.paired_walk import PairedWalk
+from optimum_cap.reconstruction import alps
+from optimum_cap.responses import estimated_responses, responses
 from optimum_cap.study import Study
-from optimum_cap.work import Shape, count_work
+from optimum_cap.work import AlpsWork, Product, Shape, count_work
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
@@ -138,6 +151,81 @@ def test_first_order_takes_a_forward_and_a_backward_pass_with_frozen_weights() -
     work = count_work(model, find_sites(model))
     every = Shape(SHAPE.examples, TOKENS, TOKENS)
     assert work.first_order(every).operations == pytest.approx(real, rel=0.05)
+
+
+def walk_layers(
+    model: PreTrainedModel, kind: type[LayerWalk], by_projection: bool
+) -> Callable[[], None]:
+    """What passes all layers as pruning does, without the set-up that nothing counts."""
+    sites = find_sites(model)
+    with evaluation_mode(model):
+        walk = kind(model, sites, examples())
+    stages = stages_by_layer(sites) if by_projection else None
+
+    def run() -> None:
+        with evaluation_mode(model):
+            for layer, own in matrices_by_layer(sites).items():
+                walk.begin(layer)
+                for step in stages[layer] if stages else [own]:
+                    walk.statistics(layer, step)
+                walk.advance(layer)
+
+    return run
+
+
+WALKED = ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"]
+
+
+@pytest.mark.parametrize("architecture", WALKED)
+@pytest.mark.parametrize("by_projection", [False, True])
+def test_walks_take_the_operations_that_pytorch_counts(
+    architecture: str, by_projection: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Which outlets join the stream is tried on one batch, which is not counted.
+    monkeypatch.setattr(PairedWalk, "_find_joining", lambda *args: set())
+    model = eager_model(architecture)
+    work = count_work(model, find_sites(model))
+    compared = SHAPE.examples * TOKENS * work.compared
+    expected = {
+        LayerWalk: work.layer_walk(SHAPE, STAGES if by_projection else 1).operations,
+        PairedWalk: work.paired_walk(SHAPE, by_projection).operations + compared,
+    }
+    for kind, operations in expected.items():
+        real = counted(walk_layers(model, kind, by_projection))
+        assert operations == pytest.approx(real, rel=1e-3)
+
+
+def unchanged(model: PreTrainedModel) -> Callable[[Matrix, InputStatistics], torch.Tensor]:
+    return lambda matrix, inputs: oriented(model, matrix).clone()
+
+
+@pytest.mark.parametrize("architecture", WALKED)
+def test_interventions_take_the_operations_that_pytorch_counts(architecture: str) -> None:
+    # Within 2 %: what each layer returns is seen on single tokens, which are not counted.
+    model = eager_model(architecture)
+    sites = find_sites(model)
+    layers = matrices_by_layer(sites)
+    work = count_work(model, sites)
+    prune = unchanged(model)
+    real = counted(lambda: responses(model, sites, layers, examples(), prune, 1, gram=False))
+    assert work.interventions(SHAPE, 1).operations == pytest.approx(real, rel=0.02)
+    if architecture == "opt":  # where nothing can be estimated
+        return
+    zeros = {matrix: 1 for own in layers.values() for matrix in own}
+    real = counted(lambda: estimated_responses(model, sites, layers, examples(), zeros, 2))
+    # Within 15 %: the gradient stops at the outlets of the first of three layers.
+    assert work.estimated_interventions(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize("pruned", [24, 40])
+def test_alps_takes_the_operations_that_pytorch_counts(pruned: int) -> None:
+    statistics = InputStatistics.empty(pruned, torch.device("cpu"), gram=True)
+    statistics.add_(torch.randn(99, pruned))
+    real = counted(lambda: alps(torch.randn(16, pruned), statistics, 100))
+    work = work_of(tiny_model("llama").config)
+    product = Product(pruned, 16, pruned=True)
+    layer = replace(work.layers[0], feeding=(), mixing=product, rest=(), closing=())
+    assert AlpsWork.of(replace(work, layers=(layer,)), corrected=False).products == real
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -290,13 +378,32 @@ def test_a_packed_checkpoint_at_half_sparsity_takes_nine_sixteenths_of_the_prune
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_an_estimate(architecture: str) -> None:
     found = estimate(tiny_model(architecture).config, "h100")
-    assert len(found.costs) == len(ESTIMATORS) + 4
+    assert len(found.costs) == len(ESTIMATORS) + 5
     assert all(cost.seconds > 0 for cost in found.costs)
+
+
+def test_each_ingredient_of_the_default_recipe_has_its_price() -> None:
+    work = work_of(load_config(CONFIGS / "llama-3-8b.json"))
+    meter = Meter(work, find_hardware("h100", SIZE), 2)
+    shape = Shape(128, 256, 128)
+
+    def seconds(estimator: str = "exact", measured: int | None = None, **changes: Any) -> float:
+        method = replace(RECIPES["causal"], **changes)
+        return meter.pruning("", method, shape, 0.5, estimator, measured).seconds
+
+    whole = seconds()
+    assert seconds(measured=128) > whole
+    assert seconds(allocation="uniform") < seconds("first_order") < whole
+    assert seconds(target="local", order="layer") < seconds(order="layer") < whole
+    assert seconds(criterion="wanda", target="local") < seconds(criterion="alps", target="local")
+    plain = meter.pruning("", Method("alps", "uniform"), shape, 0.5)
+    assert plain.seconds < seconds(allocation="uniform")
+    assert plain.memory < meter.pruning("", RECIPES["causal"], shape, 0.5).memory
 
 
 def test_every_task_has_an_amount_and_every_criterion_a_cost() -> None:
     assert AMOUNTS.keys() == TASKS.keys()
-    assert set(PRUNING) == {"cap", "magnitude", "random", "wanda", "sparsegpt"}
+    assert set(PRUNING) == set(CRITERIA)
 
 
 def test_lengths_come_from_the_data() -> None:
@@ -393,6 +500,21 @@ def test_a_study_takes_the_estimator_of_its_recipes(study: Path) -> None:
     assert scoring == pytest.approx((exact + 2 * first + exact / 16) / 3600, rel=0.01)
 
 
+def test_a_study_of_the_default_recipe_has_an_estimate(study: Path) -> None:
+    values = yaml.safe_load(study.read_text())
+    recipes = {"causal": None, "quick": {"estimator": "first_order", "order": "layer"}}
+    study.write_text(yaml.safe_dump({**values, "recipes": recipes}))
+    row = study_hours(study, "h100").rows["llama"]
+    assert row["cells"] == 1 + 2 * 4
+    assert row["scoring"] == 0
+    (causal,) = (
+        cost
+        for cost in estimate(CONFIGS / "llama-3-8b.json", "h100").costs
+        if cost.name == "causal"
+    )
+    assert 4 < row["pruning"] * 3600 / causal.seconds < 8
+
+
 def test_more_devices_than_a_study_uses_change_no_hours(study: Path) -> None:
     assert study_hours(study, "h100x8").rows == study_hours(study, "h100").rows
 
@@ -445,7 +567,7 @@ def test_the_command_prints_a_table_that_stays_the_same(
     assert (status, err) == (0, "")
     assert "1,024 heads, 32 MLP units" in out
     steps = [line.split()[:2] for line in out.splitlines() if line[:5] in ("score", "prune")]
-    assert [name for _, name in steps] == [*ESTIMATORS, "paper", "wanda", "sparsegpt"]
+    assert [name for _, name in steps] == [*ESTIMATORS, "paper", "causal", "wanda", "sparsegpt"]
 
 
 def test_the_command_prints_json(run: Callable[..., tuple[int, str, str]]) -> None:

@@ -185,7 +185,7 @@ def test_output_of_alps_stays_closer_than_that_of_sparsegpt(
 def test_what_alps_keeps_is_the_least_squares_solution(
     zeros: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruction, "_FITTING_STEPS", 200)
+    monkeypatch.setattr(reconstruction, "FITTING_STEPS", 200)
     inputs, weight = correlated(400, 40), matrix(12, 40)
     new = alps(weight, statistics_of(inputs), zeros)
     hessian = inputs.double().T @ inputs.double() / len(inputs)
