@@ -57,7 +57,7 @@ def steps(
 
     return {
         **{name: scoring(name) for name in ("exact", "plain", "first_order")},
-        **{name: pruning(name) for name in ("wanda", "sparsegpt")},
+        **{name: pruning(name) for name in ("causal", "wanda", "sparsegpt")},
     }
 
 
