@@ -32,6 +32,7 @@ from optimum_cap.wavefront import Wavefront
 
 LAYERS = ("model.layers.1", "model.layers.2")
 RECIPES: list[dict[str, Any]] = [
+    {"recipe": "causal"},
     {"recipe": "paper"},
     {"recipe": "magnitude"},
     {"recipe": "magnitude_global"},
@@ -196,7 +197,7 @@ def test_same_bytes_as_in_memory(
     assert pruned(model, tmp_path / "b", settings) == expected
 
 
-@pytest.mark.parametrize("recipe", ["paper", "sparsegpt"])
+@pytest.mark.parametrize("recipe", ["causal", "paper", "sparsegpt"])
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3_moe", "phi3"])
 def test_same_bytes_where_weights_are_transposed_or_shared_by_experts(
     architecture: str, recipe: str, tmp_path: Path
