@@ -8,7 +8,7 @@ kept.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap.architectures import Matrix, Site, decoder_layers
 from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.experts import gated
+from optimum_cap.experts import gated, routed
 from optimum_cap.interventions import (
     hidden_of,
     in_form_of,
@@ -44,12 +44,14 @@ class InputStatistics:
         gram: Sum of x_i x_j, float32 `[in, in]`; `None` where it was not asked for.
         missing: Sum of e_i x_j, where e is what the outputs of this matrix lack of those of the
             dense model, float32 `[out, in]`; `None` where the two are not compared.
+        derived: What was made of `gram`, by name; matrices with the same input share it.
     """
 
     tokens: int
     squares: torch.Tensor
     gram: torch.Tensor | None = None
     missing: torch.Tensor | None = None
+    derived: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def empty(cls, width: int, device: torch.device, gram: bool) -> "InputStatistics":
@@ -63,6 +65,7 @@ class InputStatistics:
     def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add tokens, `[tokens, in]`, each with a weight, `[tokens]`."""
         inputs = inputs.float()
+        self.derived.clear()
         weighted = inputs if weights is None else inputs * weights.unsqueeze(1)
         self.tokens += len(inputs)
         if self.gram is None:
@@ -167,10 +170,24 @@ class Stream:
     hidden: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
-    def real_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Those of `[examples, tokens, width]` that are no padding: `[positions, width]`."""
+    def real_rows(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        """Those of `[examples, tokens, width]` that are no padding: `[positions, width]`.
+
+        Args:
+            hidden: What a module sees or returns.
+            name: Of what is looked at, for the error.
+
+        Raises:
+            ValueError: These are not the tokens of the stream.
+        """
+        rows = hidden.reshape(-1, hidden.shape[-1])
         real = self.batch.real.flatten().to(hidden.device)
-        return hidden.reshape(len(real), -1)[real]
+        if len(rows) != len(real):
+            raise ValueError(
+                f"{name} saw {len(rows)} tokens of {len(real)}: which of them are padding cannot "
+                "be told, so criteria that look at inputs cannot prune it"
+            )
+        return rows[real]
 
     def weights_on(self, device: torch.device) -> torch.Tensor | None:
         """`weights`, on a device."""
@@ -232,7 +249,6 @@ class _Collector:
     @contextmanager
     def collecting(self, stream: Stream) -> Iterator[None]:
         """Add what the layer sees of a stream in this context."""
-        flat = stream.batch.real.flatten()
         seen: list[tuple[torch.Tensor, InputStatistics]] = []
 
         def projection_hook(matrix: Matrix) -> Callable[..., None]:
@@ -242,28 +258,22 @@ class _Collector:
                     if tensor is inputs:
                         self.statistics[matrix] = statistics
                         return
-                rows = inputs.reshape(-1, inputs.shape[-1])
-                if len(rows) != len(flat):
-                    raise ValueError(
-                        f"{matrix.name} saw {len(rows)} tokens of {len(flat)}: which of them are "
-                        "padding cannot be told, so criteria that look at inputs cannot prune it"
-                    )
+                rows = stream.real_rows(inputs, matrix.name)
                 statistics = self._of(matrix, rows)
-                statistics.add_(rows[flat.to(rows.device)], stream.weights_on(rows.device))
+                statistics.add_(rows, stream.weights_on(rows.device))
                 seen.append((inputs, statistics))
 
             return hook
 
         def experts_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            hidden, chosen = args[0], args[1]
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            is_real = flat.to(rows.device)
-            rows, chosen = rows[is_real], chosen[is_real]
+            name = self._experts[module][0].name
+            rows, chosen = stream.real_rows(args[0], name), stream.real_rows(args[1], name)
             weights = stream.weights_on(rows.device)
             for matrix in self._experts[module]:
-                routed = (chosen == matrix.expert).any(dim=-1)
-                inputs = expert_input(module, matrix, rows[routed])
-                own_weights = None if weights is None else weights[routed]
+                assert matrix.expert is not None
+                tokens, _ = routed(chosen, matrix.expert)
+                inputs = expert_input(module, matrix, rows[tokens])
+                own_weights = None if weights is None else weights[tokens]
                 self._of(matrix, inputs).add_(inputs, own_weights)
 
         with ExitStack() as stack:

@@ -199,7 +199,8 @@ class PairedWalk(LayerWalk):
         if matrix.expert is None:
             return _Route(None, stream.weights_on(calls[matrix.module].hidden.device), None)
         chosen, weights = calls[matrix.module].args[:2]
-        chosen, weights = stream.real_rows(chosen), stream.real_rows(weights).float()
+        routing = calls[matrix.module].args[:2]
+        chosen, weights = (stream.real_rows(own, matrix.name) for own in routing)
         tokens, slots = routed(chosen, matrix.expert)
         own = weights[tokens, slots]
         squares = own.square()
@@ -216,7 +217,7 @@ class PairedWalk(LayerWalk):
         for matrix, route in routes.items():
             hidden = calls[matrix.module].hidden
             if id(hidden) not in rows:
-                rows[id(hidden)] = stream.real_rows(hidden)
+                rows[id(hidden)] = stream.real_rows(hidden, matrix.name)
             own = rows[id(hidden)]
             if route.tokens is not None:
                 module = self.model.get_submodule(matrix.module)
@@ -245,13 +246,15 @@ class PairedWalk(LayerWalk):
         lost = {}
         error = dense_hidden - stream.hidden
         if attention <= joining:
-            lost.update({path: stream.real_rows(error) / len(attention) for path in attention})
+            for path in attention:
+                lost[path] = stream.real_rows(error, path) / len(attention)
             others = joining - attention
             if all(calls[path].output is not None for path in attention):
                 for path in attention:
                     gone = hidden_of(dense_calls[path].output) - hidden_of(calls[path].output)
                     error = error + gone.to(error.device)
-                lost.update({path: stream.real_rows(error) / len(others) for path in others})
+                for path in others:
+                    lost[path] = stream.real_rows(error, path) / len(others)
         return lost
 
     def _joining_outlets(self, index: int) -> set[str]:

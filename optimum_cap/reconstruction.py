@@ -121,7 +121,9 @@ def alps(
         rank = round(zeros / squares.numel() * len(sample))
         return squares > sample.kthvalue(rank).values if rank else squares >= 0
 
-    values, vectors = torch.linalg.eigh(hessian)
+    if not inputs.derived:
+        inputs.derived["values"], inputs.derived["vectors"] = torch.linalg.eigh(hessian)
+    values, vectors = inputs.derived["values"], inputs.derived["vectors"]
     target = (dense @ vectors) * values
     sparse, dual, penalty = dense * roughly_kept(dense), torch.zeros_like(dense), _PENALTY
     for _ in range(ALPS_STEPS):

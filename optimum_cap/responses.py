@@ -1,7 +1,7 @@
 """What pruning does to the predictions: each site is pruned alone, and the change measured.
 
 This is the intervention of causal attribution with the thing itself in the place of a mask: not
-what the model loses without a unit, but what it loses when the unit is pruned as it will be.
+what the model loses without a unit, but what it loses when the unit is pruned.
 """
 
 from collections.abc import Callable, Iterator, Mapping
