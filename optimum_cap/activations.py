@@ -8,7 +8,7 @@ kept.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,14 +44,12 @@ class InputStatistics:
         gram: Sum of x_i x_j, float32 `[in, in]`; `None` where it was not asked for.
         missing: Sum of e_i x_j, where e is what the outputs of this matrix lack of those of the
             dense model, float32 `[out, in]`; `None` where the two are not compared.
-        derived: What was made of `gram`, by name; matrices with the same input share it.
     """
 
     tokens: int
     squares: torch.Tensor
     gram: torch.Tensor | None = None
     missing: torch.Tensor | None = None
-    derived: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def empty(cls, width: int, device: torch.device, gram: bool) -> "InputStatistics":
@@ -65,7 +63,6 @@ class InputStatistics:
     def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add tokens, `[tokens, in]`, each with a weight, `[tokens]`."""
         inputs = inputs.float()
-        self.derived.clear()
         weighted = inputs if weights is None else inputs * weights.unsqueeze(1)
         self.tokens += len(inputs)
         if self.gram is None:

