@@ -405,10 +405,10 @@ def _alps(meter: Meter, method: Method, shape: Shape) -> Part:
     grams = ObsWork.of(meter.work, shape.examples * shape.tokens).grams
     alps = AlpsWork.of(meter.work, method.target == "dense")
     products = (grams + alps.products) / hardware.float32
-    solved = alps.eigen / hardware.eigen + alps.factors / hardware.factor
+    solved = alps.factors / hardware.factor
     moved = STEP_PASSES * alps.steps + THRESHOLD_PASSES * meter.work.prunable
     return Part(
-        grams + alps.products + alps.eigen + alps.factors,
+        grams + alps.products + alps.factors,
         products + solved + meter.through_memory(moved),
         32.0 * meter.largest + _grams(meter) + 16.0 * _widest(meter) ** 2,
     )

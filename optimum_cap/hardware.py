@@ -12,19 +12,17 @@ from torch import nn
 
 # What is reached of the peaks of a data sheet. Assumed, not measured: 60 % in products as large as
 # a layer of a model of billions, half of that in fused attention over short sequences, 80 % of the
-# bandwidth in element-wise kernels, 20 % of float32 in factorisations, 2 % in eigendecompositions.
+# bandwidth in element-wise kernels, 20 % of float32 in factorisations.
 MATMUL_UTILISATION = 0.6
 ATTENTION_UTILISATION = 0.3
 BANDWIDTH_UTILISATION = 0.8
 FACTOR_UTILISATION = 0.2
-EIGEN_UTILISATION = 0.02
 LAUNCH = 1e-5  # seconds from one kernel to the next where Python launches them; assumed
 BYTES_PER_SORTED = 160  # an argsort takes about 10 passes over keys and indices; assumed
 LOADING = 2e9  # bytes per second from a local solid-state disk; assumed
 
 MEASURED = "measured"
 _LARGEST = 4096  # channels: beyond these the rates do not change, only the time it takes
-_LARGEST_EIGEN = 1024  # the same for eigendecompositions, which take long
 _LEAST_SECONDS = 0.15  # per measurement
 ROWS = {"cpu": 2048, "cuda": 65536}
 """Tokens that go through a layer together, by type of device (`wavefront.py`)."""
@@ -44,7 +42,6 @@ class Hardware:
         attention: Operations per second in attention.
         float32: Operations per second in products in float32.
         factor: Operations per second in inverse Cholesky factors in float32.
-        eigen: Operations per second in eigendecompositions in float32.
         bandwidth: Bytes per second through memory.
         ranked: Weights per second that are sorted.
         launch: Seconds that one small operation takes.
@@ -61,7 +58,6 @@ class Hardware:
     attention: float
     float32: float
     factor: float
-    eigen: float
     bandwidth: float
     ranked: float
     launch: float
@@ -121,7 +117,6 @@ def find_hardware(name: str, size: "Size") -> Hardware:
         attention=sheet.half * ATTENTION_UTILISATION,
         float32=sheet.float32 * MATMUL_UTILISATION,
         factor=sheet.float32 * FACTOR_UTILISATION,
-        eigen=sheet.float32 * EIGEN_UTILISATION,
         bandwidth=bandwidth,
         ranked=bandwidth / BYTES_PER_SORTED,
         launch=LAUNCH,
@@ -174,7 +169,6 @@ def measure(size: Size) -> Hardware:
     query, key, value = random(*dims), random(*dims), random(*dims)
     float32_inputs = inputs.float()
     gram = float32_inputs.T @ float32_inputs + rows * torch.eye(hidden, device=device)
-    part = gram[:_LARGEST_EIGEN, :_LARGEST_EIGEN]
     importance = random(max(1, rows // 8), hidden, dtype=torch.float32)
     small = random(8)
 
@@ -202,7 +196,6 @@ def measure(size: Size) -> Hardware:
         )
         gram_time = _seconds(lambda: float32_inputs.T @ float32_inputs, device)
         factor_time = _seconds(factor, device)
-        eigen_time = _seconds(lambda: torch.linalg.eigh(part), device)
         moved_time = _seconds(between_products, device)
         ranked_time = _seconds(lambda: importance.argsort(dim=1, stable=True), device)
         launch_time = _seconds(lambda: small + small, device)
@@ -215,7 +208,6 @@ def measure(size: Size) -> Hardware:
         attention=4 * rows * size.tokens * hidden / attention_time,
         float32=2 * rows * hidden**2 / gram_time,
         factor=4 / 3 * hidden**3 / factor_time,
-        eigen=9 * len(part) ** 3 / eigen_time,
         bandwidth=moved * inputs.element_size() / moved_time,
         ranked=importance.numel() / ranked_time,
         launch=launch_time,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.architectures import Site, prunable_matrices
-from optimum_cap.reconstruction import ALPS_STEPS, FITTING_STEPS
+from optimum_cap.reconstruction import ALPS_INVERSES, ALPS_STEPS, FITTING_STEPS
 from optimum_cap.reconstruction import BLOCK as OBS_BLOCK
 
 # Elements read or written per channel of the hidden state and per output of a projection. By
@@ -431,13 +431,11 @@ class AlpsWork:
 
     Attributes:
         products: Operations of the steps of both of its phases.
-        eigen: Operations of the eigendecompositions, of 9 n^3 each.
-        factors: Operations of the Cholesky factors that find the damping.
+        factors: Operations of Cholesky factors, of which most become inverses.
         steps: Weights times the steps that they go through.
     """
 
     products: float
-    eigen: float
     factors: float
     steps: float
 
@@ -447,12 +445,12 @@ class AlpsWork:
         pruned = [p for layer in work.layers for p in layer.products if p.pruned]
         squares = sum(2.0 * product.weights * product.inputs for product in pruned)
         cubes = sum(float(product.copies) * product.inputs**3 for product in pruned)
-        # Into the basis, there and back in every step, the residual, one product in each fitting.
-        products = (2 + 2 * ALPS_STEPS + FITTING_STEPS) * squares
+        # The target, one product in every step, the residual, one product in each fitting.
+        products = (2 + ALPS_STEPS + FITTING_STEPS) * squares
         return cls(
             products=products + corrected * squares,
-            eigen=9 * cubes,
-            factors=(1 + corrected) / 3 * cubes,
+            # One factor finds the damping, one more that of the correction; an inverse is 1 n^3.
+            factors=((1 + corrected) / 3 + ALPS_INVERSES) * cubes,
             steps=float(work.prunable * (ALPS_STEPS + FITTING_STEPS)),
         )
 
