@@ -26,8 +26,8 @@ from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.prune import _CONFIG_FLAGS, PruneCommand
 from optimum_cap.commands.score import ScoreCommand
-from optimum_cap.commands.summary import format_size, sparsity_table
-from optimum_cap.record import MatrixSparsity
+from optimum_cap.commands.summary import format_size, response_table, sparsity_table
+from optimum_cap.record import MatrixSparsity, SiteResponse
 
 OPTIMUM_CLI = str(Path(sys.executable).with_name("optimum-cli"))
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -156,6 +156,27 @@ def test_inspect_prints_json(
     assert values["checkpoint_format"] == "packed"
     assert values["zeros"] / values["total"] == pytest.approx(0.5)
     assert len(values["record"]["scores"]) == 12
+
+
+def test_the_default_recipe_with_its_options_and_its_table(
+    cap: Callable[..., tuple[int, str, str]], dense: Path, sums: Path, tmp_path: Path
+) -> None:
+    flags = ["-m", dense, "--dataset", sums, "--num-samples", "6", "--device-map", "cpu"]
+    flags += ["--sparsity", "0.5", "-o", tmp_path / "out", "--allocation-bound", "0.05"]
+    flags += ["--allocation-examples", "3", "--target", "local", "--order", "layer"]
+    status, _, err = cap("prune", *flags, "--answer-weight", "2")
+    assert (status, err) == (0, "")
+    status, out, _ = cap("inspect", tmp_path / "out")
+    assert status == 0
+    for given in ("allocation_bound=0.05", "allocation_examples=3", "target=local"):
+        assert given in out
+    assert "order=layer" in out
+    assert "answer_weight=2.0" in out
+    title, header, *rows = out.split("\n\n")[1].splitlines()
+    assert title == "sites, each pruned alone"
+    assert header.split("  ")[-1].strip() == "sparsity"
+    assert len(rows) == 6
+    assert all(0.44 < float(row.split()[-1]) < 0.56 for row in rows)
 
 
 def test_convert_to_dense_and_back_keeps_every_bit(
@@ -563,6 +584,21 @@ def test_sparsity_table_merges_experts_and_marks_what_is_missing() -> None:
         ["1", "0.750", "-", "1.000", "0.875"],
         ["all", "0.500", "0.500", "1.000", "0.600"],
     ]
+
+
+def test_response_table_shows_the_ends_and_counts_what_is_between() -> None:
+    sites = [
+        SiteResponse(f"layers.{layer}.experts.down_proj[7]", "expert", layer, 1, 4, layer, 0.5)
+        for layer in range(23)
+    ]
+    broken = SiteResponse("layers.23.self_attn.o_proj", "attention", 23, 3, 4, None, None)
+    header, *rows = [line.split() for line in response_table([*sites, broken]).splitlines()]
+    assert header == ["layer.site", "nats", "per", "token", "standard", "error", "sparsity"]
+    assert rows[0] == ["23.attention", "-", "-", "0.750"]
+    assert rows[1] == ["22.expert7", "22", "0.5", "0.250"]
+    assert rows[10] == ["4", "more"]
+    assert rows[-1] == ["0.expert7", "0", "0.5", "0.250"]
+    assert len(rows) == 21
 
 
 @pytest.mark.parametrize(
