@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.architectures import find_sites, heads, matrices_by_layer, oriented
 from optimum_cap.attribution import causal_scores
 from optimum_cap.estimators import ESTIMATORS
-from optimum_cap.paired_walk import PairedWalk
 from optimum_cap.record import PruningRecord
+from optimum_cap.responses import _Measured
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 
@@ -75,6 +76,24 @@ def test_the_record_keeps_its_responses_in_json(llama: PreTrainedModel) -> None:
     assert [r.site for r in record.responses] == [site.name for site in find_sites(llama)]
     assert sum(r.zeros for r in record.responses) == record.zeros
     assert sum(r.total for r in record.responses) == record.total
+
+
+def test_a_record_from_before_responses_has_none(llama: PreTrainedModel) -> None:
+    values = pruned(llama, recipe="wanda").pruning_record.to_dict()
+    del values["responses"]
+    assert PruningRecord.from_dict(values).responses == []
+
+
+def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
+    new = pruned(tiny_model("mixtral"))
+    new.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "ALPS (arXiv 2406.07831) and a sparsity for each site by what pruning it" in card
+    shares = [response.sparsity for response in new.pruning_record.responses]
+    assert (
+        f"| Measured | {len(shares)} sites, each pruned alone; their sparsities are "
+        f"{min(shares):.2%} to {max(shares):.2%} |"
+    ) in card
 
 
 def test_a_pattern_takes_the_rest_of_the_recipe(llama: PreTrainedModel) -> None:
@@ -149,11 +168,15 @@ def test_other_estimators_are_refused(name: str) -> None:
 def test_an_interrupt_while_responses_are_measured_leaves_the_model(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
+    measure = _Measured.divergences
+
+    def interrupted(self: _Measured, layer: int, *args: Any) -> Any:
+        if layer == 1:
+            raise KeyboardInterrupt
+        return measure(self, layer, *args)
 
     before = copy.deepcopy(llama)
-    monkeypatch.setattr(PairedWalk, "__init__", interrupt)
+    monkeypatch.setattr(_Measured, "divergences", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CAPPruner(config()).prune(llama, tiny_tokenizer())
     assert same(llama, before)

@@ -297,6 +297,8 @@ def test_losses_of_something_else_are_refused(tokenizer: PreTrainedTokenizerFast
     losses = CAPPruner(config()).measure(tiny_model("llama"), tokenizer)
     with pytest.raises(ValueError, match=r"12 units and 12 examples, .* 13 examples: measure them"):
         CAPPruner(config(num_samples=13)).prune(tiny_model("llama"), tokenizer, losses=losses)
+    with pytest.raises(ValueError, match=r"losses are for criterion 'cap', .* criterion 'alps'"):
+        CAPPruner(config(recipe="causal")).prune(tiny_model("llama"), tokenizer, losses=losses)
     with pytest.raises(ValueError, match="losses are of 12 units"):
         CAPPruner(config()).prune(tiny_model("gpt2"), tokenizer, losses=losses)
 
