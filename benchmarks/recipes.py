@@ -31,6 +31,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},
     "causal, estimated": {"estimator": "first_order"},
     "causal, estimated, layer by layer": {"estimator": "first_order", "order": "layer"},
+    "causal, estimated, layer by layer, local target": {
+        "estimator": "first_order",
+        "order": "layer",
+        "target": "local",
+    },
     "causal without interventions": {"allocation": "uniform"},
     "ALPS alone": {"criterion": "alps"},
 }
