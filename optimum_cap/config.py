@@ -292,7 +292,7 @@ class CAPConfig(QuantizationConfigMixin):
         if self.allocation_examples is not None:
             _check_integer("allocation_examples", self.allocation_examples, at_least=1)
         if self.answer_weight not in (None, 0):
-            _check_positive("answer_weight", self.answer_weight)
+            _check_positive("answer_weight other than 0", self.answer_weight)
         self._check_updates()
         method, pattern = self.method, parse_pattern(self.pattern)
         if self.pattern == WHOLE_HEADS and (

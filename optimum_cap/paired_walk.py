@@ -198,9 +198,9 @@ class PairedWalk(LayerWalk):
         """Which tokens reach a matrix; the experts get those chosen, and their weights, beside."""
         if matrix.expert is None:
             return _Route(None, stream.weights_on(calls[matrix.module].hidden.device), None)
-        chosen, weights = calls[matrix.module].args[:2]
         routing = calls[matrix.module].args[:2]
         chosen, weights = (stream.real_rows(own, matrix.name) for own in routing)
+        weights = weights.float()
         tokens, slots = routed(chosen, matrix.expert)
         own = weights[tokens, slots]
         squares = own.square()
@@ -319,7 +319,10 @@ class _Route:
         """What the matrix is to make up for, of `[real tokens, hidden]`."""
         if self.tokens is None or self.total is None:
             return lost.float()
-        return lost[self.tokens].float() / self.total.unsqueeze(1)
+        shared = lost.to(self.tokens.device)[self.tokens].float()
+        # Experts whose weights are all zero can make up for nothing.
+        total = self.total.unsqueeze(1)
+        return (shared / total).where(total > 0, 0)
 
 
 class _AllSeenError(Exception):

@@ -97,7 +97,7 @@ def alps(
 
     Args and returns: as `sparsegpt`.
     """
-    hessian, _ = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)
+    hessian = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)[0]
     scale = hessian.diagonal().sqrt()
     hessian = hessian / scale / scale.unsqueeze(1)
     dense = weight.detach().float() * scale
@@ -115,12 +115,18 @@ def alps(
     if inputs.tokens == 0:
         return dense.masked_fill(~kept(dense), 0)
 
+    # At random: weights at equal distances would be of a few channels only.
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(dense.numel(), (_SAMPLE,), generator=generator).to(dense.device)
+    if dense.numel() <= _SAMPLE:
+        drawn = torch.arange(dense.numel(), device=dense.device)
+
     def roughly_kept(candidate: torch.Tensor) -> torch.Tensor:
         """Keep about as many as asked for: a sample of the matrix gives the threshold."""
         if pattern is not None:
             return kept(candidate)
         squares = importance(candidate)
-        sample = squares.flatten()[:: max(1, squares.numel() // _SAMPLE)]
+        sample = squares.flatten()[drawn]
         rank = round(zeros / squares.numel() * len(sample))
         return squares > sample.kthvalue(rank).values if rank else squares >= 0
 

@@ -192,7 +192,7 @@ def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> Non
             {"estimator": "adaptive"},
             "'adaptive' is for causal scores; .* measures responses: choose one of exact, first_o",
         ),
-        ({"answer_weight": -1}, "answer_weight must be a positive number, got -1"),
+        ({"answer_weight": -1}, "answer_weight other than 0 must be a positive number, got -1"),
         ({"allocation_bound": 0}, "allocation_bound must be a positive number, got 0"),
         ({"allocation_examples": 0}, "allocation_examples must be an integer of at least 1"),
         ({"target": "far"}, "target must be one of local, dense, got 'far'"),

@@ -229,3 +229,14 @@ def test_nothing_is_corrected_where_nothing_is_known() -> None:
     unseen = InputStatistics.empty(16, weight.device, gram=True)
     unseen.missing = torch.zeros(6, 16)
     assert corrected(weight, unseen) is weight
+
+
+def test_alps_is_not_led_by_a_single_unusual_channel() -> None:
+    inputs, weight = correlated(1000, 64), matrix(4096, 64)
+    weight[:, 0] *= 30
+    statistics, zeros = statistics_of(inputs), round(0.6 * weight.numel())
+    errors = [
+        float(((solve(weight, statistics, zeros) - weight) @ inputs.T).square().sum())
+        for solve in (alps, sparsegpt)
+    ]
+    assert errors[0] < 0.8 * errors[1]

@@ -70,7 +70,8 @@ class ScoreCommand(CAPSubcommand):
         team.quieten()
         check_loading_flags(args, team.size)
         values = {"cache_dir": default_folder(), **config_values(vars(args))}
-        config = CAPConfig(sparsity=0.5, **values)  # scores are the same at every sparsity
+        # Scores are the same at every sparsity; the paper's recipe is the one that uses them.
+        config = CAPConfig(sparsity=0.5, recipe="paper", **values)
         tokenizer = load_tokenizer(args)
         build_calibration_set(config, tokenizer)  # shows what is wrong with the data in a second
         team.gather(None)  # none may write before all have looked at the output
