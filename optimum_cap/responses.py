@@ -4,7 +4,7 @@ This is the intervention of causal attribution with the thing itself in the plac
 what the model loses without a unit, but what it loses when the unit is pruned.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import nan, sqrt
@@ -107,9 +107,9 @@ def responses(
         measured = _Measured(model, sites, examples[:count])
         for layer, own in groups.items():
             statistics = walk.statistics(layer, layers[layer], gram, advance=True)
-            pruned = [
+            pruned = (
                 {matrix: prune(matrix, statistics[matrix]) for matrix in each} for _, each in own
-            ]
+            )
             divergences = measured.divergences(layer, pruned)
             for (site, matrices), values in zip(own, divergences, strict=True):
                 found.append(_response(model, site, matrices, values))
@@ -292,7 +292,7 @@ class _Measured:
         self.final = self._to_the_end(0, [hidden])[0]
 
     def divergences(
-        self, layer: int, pruned: list[dict[Matrix, torch.Tensor]]
+        self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
     ) -> list[torch.Tensor]:
         """Divergence per example, `[examples]`, with each set of matrices of a layer exchanged."""
         streams = self.walk.streams
