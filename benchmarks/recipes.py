@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from estimate import number_tokenizer
+from estimators import spread
 from scoring import random_examples, random_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -105,15 +106,11 @@ def main() -> None:
     reference = "sparsegpt"
     for name, own in seconds.items():
         ratios = [one / other for one, other in zip(own, seconds[reference], strict=True)]
-        cells = [name, _spread(own), _spread(ratios), "", ""]
+        cells = [name, spread(own), spread(ratios), "", ""]
         if dense is not None:
             loss, theirs = statistics.fmean(losses[name]), statistics.fmean(losses[reference])
             cells[3:] = [f"{loss:.5f}", f"{(theirs - loss) / (theirs - dense):.1%}"]
         print(f"| {' | '.join(cells)} |")
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ class PairedWalk(LayerWalk):
         to_the_end = any(site.kind != "attention" for site in mixing)
         found: dict[Matrix, InputStatistics] = {}
         leaders: dict[Matrix, Matrix] = {}
+        missing: dict[Matrix, torch.Tensor] = {}
         outputs = []
         with brought_in(self.layers[index]):
             for stream, dense_hidden in zip(self.streams, self._dense_hidden, strict=True):
@@ -119,29 +120,28 @@ class PairedWalk(LayerWalk):
                 lost = self._lost(index, stream, dense_hidden, calls, dense_calls)
                 for matrix, route in routes.items():
                     x, weights = inputs[matrix].float(), route.weights
-                    if matrix not in found:
-                        found[matrix] = InputStatistics.empty(x.shape[1], x.device, gram)
-                        # Those with the same input share its statistics.
-                        same = (other for other in found if inputs[other] is inputs[matrix])
-                        leaders[matrix] = next(same)
-                    if leaders[matrix] is matrix:
+                    # Those with the same input share the statistics of the first.
+                    leader = next(other for other in own if inputs[other] is inputs[matrix])
+                    leaders[matrix] = leader
+                    if leader == matrix:
+                        if matrix not in found:
+                            found[matrix] = InputStatistics.empty(x.shape[1], x.device, gram)
                         found[matrix].add_(x, weights)
-                    missing = self._outputs(matrix, dense_inputs[matrix].float() - x)
+                    lacking = self._outputs(matrix, dense_inputs[matrix].float() - x)
                     site = self._mixing.get(matrix)
                     if site is not None and site.outlet in lost:
-                        missing += route.of(lost[site.outlet]).to(x.device)
+                        lacking += route.of(lost[site.outlet]).to(x.device)
                     if weights is not None:
-                        missing *= weights.unsqueeze(1)
-                    product = missing.T @ x
-                    before = found[matrix].missing
-                    found[matrix].missing = product if before is None else before + product
+                        lacking *= weights.unsqueeze(1)
+                    product = lacking.T @ x
+                    missing[matrix] = missing[matrix] + product if matrix in missing else product
         if outputs:
             self._dense_outputs = outputs
         if advance:
             self.advance(index)
         return {
-            matrix: replace(found[leaders[matrix]], missing=own_statistics.missing)
-            for matrix, own_statistics in found.items()
+            matrix: replace(found[leader], missing=missing[matrix])
+            for matrix, leader in leaders.items()
         }
 
     @contextmanager

@@ -115,11 +115,13 @@ def alps(
     if inputs.tokens == 0:
         return dense.masked_fill(~kept(dense), 0)
 
-    # At random: weights at equal distances would be of a few channels only.
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(dense.numel(), (_SAMPLE,), generator=generator).to(dense.device)
     if dense.numel() <= _SAMPLE:
-        drawn = torch.arange(dense.numel(), device=dense.device)
+        drawn = torch.arange(dense.numel())
+    else:
+        # At random: weights at equal distances would be of a few channels only.
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(dense.numel(), (_SAMPLE,), generator=generator)
+    drawn = drawn.to(dense.device)
 
     def roughly_kept(candidate: torch.Tensor) -> torch.Tensor:
         """Keep about as many as asked for: a sample of the matrix gives the threshold."""

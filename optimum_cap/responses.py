@@ -29,11 +29,10 @@ from optimum_cap.interventions import (
 )
 from optimum_cap.masking import lowest_in_matrix
 from optimum_cap.offload import brought_in
-from optimum_cap.wavefront import Targets, logits_of, tokens_per_chunk
+from optimum_cap.wavefront import Targets, logits_of, positions_per_chunk, tokens_per_chunk
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 _FEWEST_EXAMPLES = 16
-_POSITIONS = 1024  # whose logits are compared at a time
 
 logger = logging.get_logger(__name__)
 
@@ -332,8 +331,9 @@ class _Measured:
         found = []
         for dense, changed, targets in zip(self.final, final, self.targets, strict=True):
             parts = []
-            for start in range(0, len(dense), _POSITIONS):
-                part = slice(start, start + _POSITIONS)
+            step = positions_per_chunk(self.model, dense.device)
+            for start in range(0, len(dense), step):
+                part = slice(start, start + step)
                 expected, given = (
                     logits_of(self.model, self.walk.layers, form, hidden[part])
                     .float()

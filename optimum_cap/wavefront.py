@@ -399,8 +399,7 @@ class Wavefront:
         """
         scored = len(self.targets.ids)
         targets = self.targets.ids.repeat(len(hidden) // scored).to(device_of(self.model))
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        step = max(1, _LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 21) // vocabulary)
+        step = positions_per_chunk(self.model, hidden.device)
         form = self.suffix.calls[f"layer {len(self.layers) - 1}"].output
         with brought_in(self.model, besides=[*self.layers, self.model.get_input_embeddings()]):
             losses = [
@@ -411,6 +410,12 @@ class Wavefront:
                 for start in range(0, len(hidden), step)
             ]
         return self.targets.example_means(torch.cat(losses).view(-1, scored))
+
+
+def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
+    """Positions whose logits are computed at a time, which bounds their memory."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return max(1, _LOGITS_PER_CHUNK.get(device.type, 1 << 21) // vocabulary)
 
 
 def logits_of(
