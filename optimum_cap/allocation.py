@@ -125,7 +125,8 @@ def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matr
     that measurements are noisy, is why no site is moved by more than `bound`.
 
     A site that breaks the model when it is pruned (its divergence is not finite) counts as the one
-    with the largest divergence per weight.
+    with the largest divergence per weight. Where no site shows any divergence, all others get the
+    same sparsity.
 
     Args:
         found: The responses of all sites that are to be pruned.
@@ -139,12 +140,14 @@ def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matr
     sizes = torch.tensor([response.weights for response in found], dtype=torch.float64)
     divergences = torch.tensor([response.divergence for response in found], dtype=torch.float64)
     sparsity = zeros / float(sizes.sum())
-    known = divergences[divergences.isfinite()]
-    typical = float(known.median()) if len(known) else 0.0
-    least = max(typical * _SMALLEST, torch.finfo(torch.float64).tiny)
-    per_weight = divergences.clamp(min=least) / sizes
-    largest = per_weight[divergences.isfinite()].max() if len(known) else per_weight.new_ones(())
-    cost = per_weight.where(divergences.isfinite(), largest).log() / _GROWTH
+    finite = divergences.isfinite()
+    positive = divergences[finite & (divergences > 0)]
+    if len(positive):
+        least = float(positive.median()) * _SMALLEST
+        per_weight = divergences.clamp(min=least) / sizes
+        cost = per_weight.where(finite, per_weight[finite].max()).log() / _GROWTH
+    else:
+        cost = (~finite).double()
     low, high = sparsity - min(bound, sparsity / 2), sparsity + min(bound, (1 - sparsity) / 2)
 
     def moved(level: float) -> torch.Tensor:

@@ -6,10 +6,10 @@ chunks; here is what survives a lack of memory, an interrupt and the loss of ano
 
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -23,6 +23,8 @@ from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import Wavefront
 
 logger = logging.get_logger(__name__)
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,27 @@ class ExactRun:
         layers = len(self.layers)
         passed = sum(layers - site.layer for site, _ in self._jobs_of(chunk))
         return int(chunk.batch.real.sum()) * (passed if chunk.units else layers)
+
+
+def each_in_memory(
+    batches: Iterable[Batch], find: Callable[[Batch], _Found]
+) -> Iterator[tuple[Batch, _Found]]:
+    """Yield batches with what is found for each; once memory runs out, the rest in halves."""
+    left = deque(batches)
+    while left:
+        batch = left.popleft()
+        try:
+            found = find(batch)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch.positions) == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            yield batch, found
+            continue
+        # Out of the handler, which would keep what the failed attempt held.
+        logger.warning_once("memory ran out: the rest is done in smaller batches")
+        clear_device_cache(garbage_collection=True)
+        left = deque(half for large in (batch, *left) for half in halves(large))
 
 
 def halves(batch: Batch) -> list[Batch]:

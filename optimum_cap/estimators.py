@@ -5,7 +5,6 @@ by one backward pass. `control_variate` corrects that by exact losses of some ex
 `adaptive` goes on until the importances are known as well as was asked. See `docs/estimators.md`.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -29,7 +27,7 @@ from optimum_cap.attribution import (
     settled_budget,
 )
 from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.chunks import halves, is_out_of_memory
+from optimum_cap.chunks import each_in_memory
 from optimum_cap.config import CAPConfig
 from optimum_cap.distributed import Team
 from optimum_cap.experts import experts_of, gated, routed, routing
@@ -87,16 +85,9 @@ def first_order_losses(
         logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
     ):
         budget = settled_budget(model, memory_budget, examples, jobs, cache)
-        left = deque(batches(examples, _examples_per_pass(model, examples, budget)))
-        while left:
-            batch = left.popleft()
-            found = _first_order(model, jobs, batch)
-            if found is None:
-                logger.warning_once("memory ran out: the rest is scored in smaller batches")
-                clear_device_cache(garbage_collection=True)
-                left = deque(half for large in (batch, *left) for half in halves(large))
-                continue
-            intact[batch.positions], masked[:, batch.positions] = found
+        parts = batches(examples, examples_per_pass(model, examples, budget))
+        for batch, losses in each_in_memory(parts, lambda batch: _first_order(model, jobs, batch)):
+            intact[batch.positions], masked[:, batch.positions] = losses
             progress.update(len(batch.positions))
     # Every process has done all of it; what follows has to be the same in all.
     intact, masked = Team.of_this_run().first((intact, masked))
@@ -118,20 +109,15 @@ def check_in_memory(model: PreTrainedModel) -> None:
 
 def _first_order(
     model: PreTrainedModel, jobs: list[tuple[Site, Unit]], batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Losses of a batch, `[examples]` and `[units, examples]`; `None` if it is too large."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of a batch, `[examples]` and `[units, examples]`."""
     sites = {site.name: site for site, _ in jobs}.values()
     examples = len(batch.positions)
-    try:
-        with torch.enable_grad(), _gates(model, sites, examples) as gates:
-            with _recorded_experts(model, sites) as experts:
-                losses = _scored_losses(model, batch)
-            leaves = {**gates, **{path: call.offset for path, call in experts.items()}}
-            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
-    except (RuntimeError, MemoryError) as error:
-        if len(batch.positions) == 1 or not is_out_of_memory(error):
-            raise
-        return None
+    with torch.enable_grad(), _gates(model, sites, examples) as gates:
+        with _recorded_experts(model, sites) as experts:
+            losses = _scored_losses(model, batch)
+        leaves = {**gates, **{path: call.offset for path, call in experts.items()}}
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
     intact = losses.detach()
     by_leaf = dict(zip(leaves, gradients, strict=True))
     effects = []
@@ -418,7 +404,7 @@ def _recorded_experts(
         def hook(
             module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> torch.Tensor:
-            chosen, weights = routing(model, site, args[1:])
+            chosen, weights = routing(site.branch, args[1:])
             offset = torch.zeros_like(output, requires_grad=True)
             calls[site.branch] = _ExpertsCall(args[0].detach(), chosen, weights.detach(), offset)
             return output + offset
@@ -482,7 +468,7 @@ def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return targets.example_means(token_losses(logits, targets.ids.to(logits.device)))
 
 
-def _examples_per_pass(
+def examples_per_pass(
     model: PreTrainedModel, examples: list[CalibrationExample], budget: int
 ) -> int:
     """Examples per batch, so that what a backward pass needs of the forward one fits the budget."""

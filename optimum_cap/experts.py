@@ -34,19 +34,21 @@ def experts_of(model: PreTrainedModel, site: Site) -> nn.Module:
     return module
 
 
-def routing(
-    model: PreTrainedModel, site: Site, args: tuple[Any, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def routing(module: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the chosen experts and their weights, from what a module got beside the tokens.
+
+    Args:
+        module: Its path.
+        args: The positional arguments after the tokens.
 
     Raises:
         ValueError: It got something else.
     """
     if len(args) != 2 or not all(isinstance(arg, torch.Tensor) and arg.ndim == 2 for arg in args):
         raise ValueError(
-            f"{type(model).__name__} gives {site.branch} something else than the chosen experts "
-            "and their weights [tokens, k], so its experts cannot be scored: score heads only "
-            "(scored_units='heads')"
+            f"the model gives {module} something else than the chosen experts and their weights "
+            "[tokens, k], so its experts cannot be looked at one by one: score heads only "
+            "(scored_units='heads'), and prune with target 'local' and estimator 'exact'"
         )
     chosen, weights = args
     return chosen, weights

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from optimum_cap.activations import InputStatistics, LayerWalk, Stream, expert_input
 from optimum_cap.architectures import Matrix, Site, is_transposed, prunable_matrices
 from optimum_cap.calibration import CalibrationExample
-from optimum_cap.experts import routed
+from optimum_cap.experts import routed, routing
 from optimum_cap.interventions import (
     RecordedCall,
     hidden_of,
@@ -31,7 +31,7 @@ from optimum_cap.interventions import (
 )
 from optimum_cap.offload import brought_in
 
-_ROUNDING = 16  # times the machine epsilon: what counts as equal
+_SAME = 0.05  # of a change: what may be off where the rest of the layer leaves it as it is
 
 Calls = dict[str, RecordedCall]
 """Calls of the modules of a layer, by path."""
@@ -198,8 +198,8 @@ class PairedWalk(LayerWalk):
         """Which tokens reach a matrix; the experts get those chosen, and their weights, beside."""
         if matrix.expert is None:
             return _Route(None, stream.weights_on(calls[matrix.module].hidden.device), None)
-        routing = calls[matrix.module].args[:2]
-        chosen, weights = (stream.real_rows(own, matrix.name) for own in routing)
+        given = routing(matrix.module, calls[matrix.module].args)
+        chosen, weights = (stream.real_rows(own, matrix.name) for own in given)
         weights = weights.float()
         tokens, slots = routed(chosen, matrix.expert)
         own = weights[tokens, slots]
@@ -292,8 +292,7 @@ class PairedWalk(LayerWalk):
                         stack.enter_context(replaced_forward(module, _giving(given)))
                     start = hidden if changed else hidden + change
                     off = self.run(index, stream, start) - whole - change
-                size = float(whole.abs().mean() + change.abs().mean())
-                return float(off.abs().mean()) <= _ROUNDING * torch.finfo(whole.dtype).eps * size
+                return float(off.abs().mean()) <= _SAME * float(change.abs().mean())
 
             if not comes_out(None):
                 return set()

@@ -292,6 +292,8 @@ class _Work:
                 alike,
                 config.allocation_examples,
                 config.seed,
+                config.method.answer_weight,
+                config.memory_budget,
             )
         else:
             self.responses = responses(
@@ -301,7 +303,8 @@ class _Work:
                 self.examples,
                 lambda matrix, inputs: self._pruned(matrix, inputs, alike[matrix]),
                 config.allocation_examples,
-                gram=self._updates,
+                self._updates,
+                config.method.answer_weight,
             )
         return interventional(self.responses, zeros, config.allocation_bound)
 

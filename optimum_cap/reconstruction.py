@@ -34,8 +34,8 @@ def sparsegpt(
     The source is SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, Algorithm 1;
     https://github.com/IST-DASLab/sparsegpt, `sparsegpt.py`): the mask of a block of 128 columns is
     chosen when the updates of the columns before have reached it; the Hessian is damped by 1 % of
-    the mean of its diagonal. Unlike there, a channel without any input is pruned first, but only
-    as far as `zeros` asks.
+    the mean of its diagonal. Unlike there, a channel without any input does not count in that mean,
+    and is pruned first, but only as far as `zeros` asks.
 
     Args:
         weight: `[out, in]`; it is not changed.
@@ -140,6 +140,7 @@ def alps(
             last = dual + (target + penalty * (sparse - dual)) @ inverse
             sparse = last * roughly_kept(last)
             dual = last - sparse
+        del inverse  # before there is another one
         dual /= _PENALTY_GROWTH
         penalty *= _PENALTY_GROWTH
     keep = kept(last)
@@ -187,10 +188,18 @@ def corrected(weight: torch.Tensor, inputs: InputStatistics, name: str = "matrix
     Args:
         weight: `[out, in]`; it is not changed.
         inputs: Statistics of its inputs, with `gram` and `missing`.
-        name: Of the matrix, for the log.
+        name: Of the matrix, for the log and errors.
+
+    Raises:
+        ValueError: What the outputs miss is not finite.
     """
     if inputs.tokens == 0 or inputs.missing is None:
         return weight
+    if not inputs.missing.isfinite().all():
+        raise ValueError(
+            f"{name}: the pruned model's outputs are not a finite way from the dense model's, so "
+            "the matrix cannot be fitted to them: check the model, or choose target 'local'"
+        )
     _, lower = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)
     change = torch.cholesky_solve(inputs.missing.T / inputs.tokens, lower).T
     return weight.float() + _CORRECTION * change
@@ -210,8 +219,10 @@ def _damped(
         return identity, identity
     hessian = inputs.gram / inputs.tokens
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    mean, added, damping = float(diagonal.mean()), 0.0, _DAMPING
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    diagonal[dead] = mean
+    added, damping = 0.0, _DAMPING
     while True:
         diagonal += (damping - added) * mean
         added = damping

@@ -7,9 +7,11 @@ what the model loses without a unit, but what it loses when the unit is pruned.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import nan, sqrt
+from itertools import islice
+from math import inf, nan, sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,9 +19,12 @@ from transformers.utils import logging
 
 from optimum_cap.activations import InputStatistics, LayerWalk
 from optimum_cap.architectures import Matrix, Site, oriented, prunable_matrices
+from optimum_cap.attribution import budget_bytes
 from optimum_cap.calibration import Batch, CalibrationExample, batches
+from optimum_cap.chunks import each_in_memory
 from optimum_cap.criteria import Evidence, wanda
-from optimum_cap.estimators import check_in_memory, frozen, scored_logits
+from optimum_cap.estimators import check_in_memory, examples_per_pass, frozen, scored_logits
+from optimum_cap.experts import routed, routing
 from optimum_cap.interventions import (
     RecordedCall,
     evaluation_mode,
@@ -27,12 +32,13 @@ from optimum_cap.interventions import (
     hidden_of,
     recorded_calls,
 )
-from optimum_cap.masking import lowest_in_matrix
-from optimum_cap.offload import brought_in
-from optimum_cap.wavefront import Targets, logits_of, positions_per_chunk, tokens_per_chunk
+from optimum_cap.masking import kth_smallest
+from optimum_cap.offload import brought_in, device_of, is_offloaded
+from optimum_cap.wavefront import Targets, logits_of, positions_per_chunk
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 _FEWEST_EXAMPLES = 16
+_SETS_AT_A_TIME = 8  # of pruned matrices, where each layer has to be brought in for them
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +79,7 @@ def responses(
     prune: Prune,
     count: int | None = None,
     gram: bool = True,
+    answer_weight: float = 0.0,
 ) -> list[Response]:
     """Prune each site alone and measure what that does to the predictions of scored tokens.
 
@@ -89,6 +96,7 @@ def responses(
         prune: Prunes a matrix.
         count: How many examples to measure on; `None`: as `examples_to_measure`.
         gram: Whether `prune` needs x_i x_j of the inputs.
+        answer_weight: As for `LayerWalk`, in these statistics.
 
     Returns:
         One response for each site with matrices to prune, in the order of the model.
@@ -102,7 +110,7 @@ def responses(
         float32_on_cpu(model),
         logging.tqdm(total=len(groups), desc="Measuring sites", unit="layer") as progress,
     ):
-        walk = LayerWalk(model, sites, examples)
+        walk = LayerWalk(model, sites, examples, answer_weight)
         measured = _Measured(model, sites, examples[:count])
         for layer, own in groups.items():
             statistics = walk.statistics(layer, layers[layer], gram, advance=True)
@@ -124,6 +132,8 @@ def estimated_responses(
     shares: Mapping[Matrix, int],
     count: int | None = None,
     seed: int = 0,
+    answer_weight: float = 0.0,
+    memory_budget: int | str = "auto",
 ) -> list[Response]:
     """Estimate the same with one backward pass for all sites.
 
@@ -141,6 +151,9 @@ def estimated_responses(
         shares: Number of zeros of each matrix.
         count: How many examples to use; `None`: as `examples_to_estimate`.
         seed: Seed of the labels.
+        answer_weight: As for `responses`.
+        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
+            free. Where memory runs out all the same, batches are halved.
 
     Returns:
         As `responses`.
@@ -159,35 +172,66 @@ def estimated_responses(
     if count is None:
         count = examples_to_estimate(len(examples))
     chosen = examples[:count]
-    found: dict[str, list[torch.Tensor]] = {site.name: [] for site, _ in groups}
-    longest = max(len(example.input_ids) for example in chosen)
-    size = max(1, tokens_per_chunk(model) // longest)
-    generator = torch.Generator().manual_seed(seed)
-    with evaluation_mode(model), float32_on_cpu(model), frozen(model):
-        walk = LayerWalk(model, sites, chosen)
-        inputs: dict[Matrix, InputStatistics] = {}
+    divergences = torch.empty(len(groups), len(chosen), dtype=torch.float64)
+    with (
+        evaluation_mode(model),
+        float32_on_cpu(model),
+        frozen(model),
+        logging.tqdm(total=len(chosen), desc="Estimating responses", delay=5) as progress,
+    ):
+        rough = _RoughPruning(model, shares)
+        walk = LayerWalk(model, sites, chosen, answer_weight)
         for layer in range(len(walk.layers)):
-            inputs.update(walk.statistics(layer, layers.get(layer, []), advance=True))
-        for batch in logging.tqdm(batches(chosen, size), desc="Estimating responses", delay=5):
-            calls, gradients = _gradients_of_draw(
-                model, [site for site, _ in groups], batch, generator
-            )
+            rough.look_at(walk.statistics(layer, layers.get(layer, []), advance=True))
+        del walk
+
+        def estimate(batch: Batch) -> torch.Tensor:
+            calls, gradients = _gradients_of_draw(model, [site for site, _ in groups], batch, seed)
+            along = []
             for site, matrices in groups:
-                pruned = {
-                    matrix: _by_wanda(model, matrix, inputs[matrix], shares[matrix])
-                    for matrix in matrices
-                }
-                call, outlet = calls[site.outlet], model.get_submodule(site.outlet)
-                with _exchanged(model, pruned):
-                    output = hidden_of(outlet(call.hidden, *call.args, **call.kwargs))
-                change = (output - hidden_of(call.output)).float()
-                along = (gradients[site.outlet] * change).reshape(len(batch.positions), -1)
-                found[site.name].append(along.sum(dim=1).double().cpu().square() / 2)
-    return [_response(model, *group, torch.cat(found[group[0].name])) for group in groups]
+                pruned = {matrix: rough.pruned(matrix) for matrix in matrices}
+                call, gradient = calls[site.outlet], gradients[site.outlet]
+                along.append(_along(model, site, pruned, call, gradient, len(batch.positions)))
+            return torch.stack(along).square() / 2
+
+        budget = budget_bytes(memory_budget, device_of(model))
+        parts = batches(chosen, examples_per_pass(model, chosen, budget))
+        for batch, found in each_in_memory(parts, estimate):
+            divergences[:, batch.positions] = found
+            progress.update(len(batch.positions))
+    return [_response(model, *group, own) for group, own in zip(groups, divergences, strict=True)]
+
+
+class _RoughPruning:
+    """Prunes by Wanda; of what it has seen it keeps a threshold and the size of the inputs."""
+
+    def __init__(self, model: PreTrainedModel, shares: Mapping[Matrix, int]) -> None:
+        self._model = model
+        self._shares = shares
+        self._thresholds: dict[Matrix, float] = {}
+        self._inputs: dict[Matrix, InputStatistics] = {}
+
+    def look_at(self, statistics: Mapping[Matrix, InputStatistics]) -> None:
+        """Find the thresholds of dense matrices."""
+        self._inputs.update(statistics)
+        self._thresholds.update({matrix: self._threshold(matrix) for matrix in statistics})
+
+    def _threshold(self, matrix: Matrix) -> float:
+        zeros = self._shares[matrix]
+        return kth_smallest(lambda: (self._importance(matrix),), zeros).value if zeros else -inf
+
+    def pruned(self, matrix: Matrix) -> torch.Tensor:
+        """Return what a matrix becomes, `[out, in]`; all weights at the threshold go."""
+        pruned = self._importance(matrix) <= self._thresholds[matrix]
+        return oriented(self._model, matrix).masked_fill(pruned, 0)
+
+    def _importance(self, matrix: Matrix) -> torch.Tensor:
+        evidence = Evidence(matrix.name, inputs=self._inputs[matrix])
+        return wanda(oriented(self._model, matrix), evidence)
 
 
 def _gradients_of_draw(
-    model: PreTrainedModel, sites: list[Site], batch: Batch, generator: torch.Generator
+    model: PreTrainedModel, sites: list[Site], batch: Batch, seed: int
 ) -> tuple[dict[str, RecordedCall], dict[str, torch.Tensor]]:
     """Calls of the outlets of sites, and the gradients in their outputs for one draw of labels.
 
@@ -207,29 +251,79 @@ def _gradients_of_draw(
         return hook
 
     targets = Targets.of(batch)
-    counts = torch.bincount(targets.rows, minlength=targets.examples)[targets.rows]
+    counts = torch.bincount(targets.rows, minlength=targets.examples)
     with ExitStack() as stack:
         calls = stack.enter_context(recorded_calls(modules))
         for path, module in modules.items():
             stack.callback(module.register_forward_hook(offset(path)).remove)
         stack.enter_context(torch.enable_grad())
-        logits = scored_logits(model, batch)
-        predictions = logits.float().log_softmax(dim=-1)
-        weights = counts.to(predictions).rsqrt()
-        labels = torch.multinomial(predictions.detach().exp().cpu(), 1, generator=generator)
-        likelihood = predictions.gather(1, labels.to(predictions.device))[:, 0] * weights
+        predictions = scored_logits(model, batch).float().log_softmax(dim=-1)
+        labels = _drawn(predictions.detach(), batch, counts, seed)
+        weights = counts[targets.rows].to(predictions).rsqrt()
+        likelihood = predictions.gather(1, labels)[:, 0] * weights
         gradients = torch.autograd.grad(likelihood.sum(), list(offsets.values()))
     return calls, {
         path: gradient.float() for path, gradient in zip(offsets, gradients, strict=True)
     }
 
 
-def _by_wanda(
-    model: PreTrainedModel, matrix: Matrix, inputs: InputStatistics, zeros: int
+def _drawn(
+    predictions: torch.Tensor, batch: Batch, counts: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    weight = oriented(model, matrix)
-    importance = wanda(weight, Evidence(matrix.name, inputs=inputs))
-    return weight.masked_fill(~lowest_in_matrix(importance, zeros), 0)
+    """Draw a label for each scored token, int64 `[scored, 1]`, the same in a batch of any size.
+
+    Args:
+        predictions: Logarithms of probabilities, `[scored, vocabulary]`.
+        batch: The batch.
+        counts: Number of scored tokens of each example.
+        seed: Seed of the draw.
+    """
+    uniform = [
+        np.random.default_rng([seed, position]).random(count)
+        for position, count in zip(batch.positions, counts.tolist(), strict=True)
+    ]
+    drawn = torch.from_numpy(np.concatenate(uniform)).to(predictions).unsqueeze(1)
+    labels = (predictions.exp().cumsum(dim=1) < drawn).sum(dim=1, keepdim=True)
+    return labels.clamp(max=predictions.shape[1] - 1)  # the sum may end a rounding below 1
+
+
+def _along(
+    model: PreTrainedModel,
+    site: Site,
+    pruned: Mapping[Matrix, torch.Tensor],
+    call: RecordedCall,
+    gradient: torch.Tensor,
+    examples: int,
+) -> torch.Tensor:
+    """Product of the gradient and the change of the output, per example, float64 `[examples]`.
+
+    An expert is run on the tokens that reach it, as the only one chosen.
+
+    Args:
+        model: The model.
+        site: The site.
+        pruned: What its matrices become, `[out, in]`.
+        call: The call of its outlet.
+        gradient: In the output of the outlet.
+        examples: Number of examples, which have the same number of tokens.
+    """
+    outlet = model.get_submodule(site.outlet)
+    if site.expert is None:
+        with _exchanged(model, pruned):
+            changed = hidden_of(outlet(call.hidden, *call.args, **call.kwargs))
+        change = changed - hidden_of(call.output)
+        return (gradient * change.float()).reshape(examples, -1).sum(dim=1).double().cpu()
+    chosen, weights = routing(site.branch, call.args)
+    tokens, slots = routed(chosen, site.expert)
+    if not len(tokens):
+        return torch.zeros(examples, dtype=torch.float64)
+    own = call.hidden[tokens], chosen[tokens, slots, None], weights[tokens, slots, None]
+    change = -hidden_of(outlet(*own))
+    with _exchanged(model, pruned):
+        change += hidden_of(outlet(*own))
+    of_tokens = (gradient[tokens] * change.float()).sum(dim=1)
+    example = tokens // (len(chosen) // examples)
+    return torch.bincount(example.cpu(), of_tokens.double().cpu(), minlength=examples)
 
 
 def _groups(
@@ -287,6 +381,7 @@ class _Measured:
         self.walk = LayerWalk(model, sites, examples)
         self.targets = [Targets.of(stream.batch) for stream in self.walk.streams]
         self.passed = 0
+        self.together = _SETS_AT_A_TIME if is_offloaded(model) else 1
         hidden = [stream.hidden for stream in self.walk.streams]
         self.final = self._to_the_end(0, [hidden])[0]
 
@@ -294,18 +389,26 @@ class _Measured:
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
     ) -> list[torch.Tensor]:
         """Divergence per example, `[examples]`, with each set of matrices of a layer exchanged."""
-        streams = self.walk.streams
         while self.passed < layer:
             self.walk.advance(self.passed)
             self.passed += 1
-        carried = []
+        besides = [*self.walk.layers, self.model.get_input_embeddings()]
+        found = []
+        left = iter(pruned)
+        while some := list(self._entered(layer, islice(left, self.together))):
+            finals = self._to_the_end(layer + 1, some)
+            with brought_in(self.model, besides=besides):
+                found += [self._divergence(final) for final in finals]
+        return found
+
+    def _entered(
+        self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
+    ) -> Iterator[list[torch.Tensor]]:
+        """Yield the outputs of a layer, per batch, with each set of matrices exchanged."""
         for weights in pruned:
             with brought_in(self.walk.layers[layer]), _exchanged(self.model, weights):
-                carried.append([self.walk.run(layer, stream, stream.hidden) for stream in streams])
-        finals = self._to_the_end(layer + 1, carried)
-        besides = [*self.walk.layers, self.model.get_input_embeddings()]
-        with brought_in(self.model, besides=besides):
-            return [self._divergence(final) for final in finals]
+                outputs = [self.walk.run(layer, each, each.hidden) for each in self.walk.streams]
+            yield outputs
 
     def _to_the_end(
         self, layer: int, carried: list[list[torch.Tensor]]

@@ -311,7 +311,7 @@ class Wavefront:
                 site_input = self._site_input(site, hidden)
                 results.append(self._masked_products(site, site_input, units))
             else:
-                chosen, weights = map(at_selected, routing(self.model, site, call.args))
+                chosen, weights = map(at_selected, routing(site.branch, call.args))
                 results.append(self._masked_experts(site, units, hidden, chosen, weights, intact))
         return torch.cat(results)
 

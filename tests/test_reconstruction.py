@@ -114,6 +114,14 @@ def test_channels_without_input_go_first_and_only_as_far_as_asked(prune: Reconst
 
 
 @both
+def test_a_channel_without_input_changes_nothing_about_the_others(prune: Reconstruction) -> None:
+    inputs, weight = 1e-4 * correlated(50, 16), matrix(6, 16)
+    dead = torch.cat([inputs, torch.zeros(50, 2)], dim=1)
+    wider = prune(torch.cat([weight, matrix(6, 2)], dim=1), statistics_of(dead), 60, None, "")
+    torch.testing.assert_close(wider[:, :16], prune(weight, statistics_of(inputs), 48, None, ""))
+
+
+@both
 def test_without_tokens_the_magnitude_decides_and_nothing_is_updated(
     prune: Reconstruction,
 ) -> None:
@@ -229,6 +237,13 @@ def test_nothing_is_corrected_where_nothing_is_known() -> None:
     unseen = InputStatistics.empty(16, weight.device, gram=True)
     unseen.missing = torch.zeros(6, 16)
     assert corrected(weight, unseen) is weight
+
+
+def test_outputs_that_miss_what_is_not_finite_are_an_error() -> None:
+    statistics = statistics_of(correlated(50, 16))
+    statistics.missing = torch.full((6, 16), torch.nan)
+    with pytest.raises(ValueError, match=r"layers\.3\.q_proj: .* not a finite way .*'local'"):
+        corrected(matrix(6, 16), statistics, "layers.3.q_proj")
 
 
 def test_alps_is_not_led_by_a_single_unusual_channel() -> None:

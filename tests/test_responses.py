@@ -13,7 +13,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig
-from optimum_cap.activations import InputStatistics
+from optimum_cap import responses as engine
+from optimum_cap.activations import InputStatistics, LayerWalk
 from optimum_cap.allocation import interventional, uniform
 from optimum_cap.architectures import (
     Matrix,
@@ -21,12 +22,15 @@ from optimum_cap.architectures import (
     find_sites,
     matrices_by_layer,
     oriented,
+    prunable_matrices,
 )
-from optimum_cap.calibration import CalibrationExample
+from optimum_cap.calibration import Batch, CalibrationExample, batches
+from optimum_cap.estimators import frozen
+from optimum_cap.interventions import evaluation_mode
 from optimum_cap.responses import (
     Response,
-    _by_wanda,
     _Measured,
+    _RoughPruning,
     estimated_responses,
     examples_to_measure,
     responses,
@@ -98,6 +102,22 @@ def test_all_examples_give_statistics_and_the_first_ones_are_measured(
     assert tokens == {sum(len(row.input_ids) for row in rows)}
     for ours, expected in zip(few, found_responses(llama, rows[:2], gram=False), strict=True):
         assert ours.divergence == pytest.approx(expected.divergence, rel=1e-4)
+
+
+def test_answers_weigh_more_in_the_statistics(llama: PreTrainedModel) -> None:
+    rows, sites = examples(4), find_sites(llama)
+    seen: dict[Matrix, InputStatistics] = {}
+
+    def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
+        seen[matrix] = inputs
+        return oriented(llama, matrix)
+
+    layers = matrices_by_layer(sites)
+    responses(llama, sites, layers, rows, prune, answer_weight=3)
+    with evaluation_mode(llama):
+        expected = LayerWalk(llama, sites, rows, answer_weight=3).statistics(0, layers[0])
+    for matrix, statistics in expected.items():
+        torch.testing.assert_close(seen[matrix].squares, statistics.squares)
 
 
 def test_a_single_example_has_no_standard_error(llama: PreTrainedModel) -> None:
@@ -232,7 +252,9 @@ def test_estimates_of_small_changes_are_about_the_divergence() -> None:
     estimated = estimated_responses(model, sites, layers, rows, alike, count=64)
 
     def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
-        return _by_wanda(model, matrix, inputs, alike[matrix])
+        rough = _RoughPruning(model, alike)
+        rough.look_at({matrix: inputs})
+        return rough.pruned(matrix)
 
     exact = responses(model, sites, layers, rows, prune, count=64)
     assert max(response.divergence for response in exact) < 0.05
@@ -243,6 +265,62 @@ def test_estimates_of_small_changes_are_about_the_divergence() -> None:
 def test_estimates_use_every_eighth_example_and_at_least_16(llama: PreTrainedModel) -> None:
     rows = examples(20, longest=9)
     assert estimates(llama, rows) == estimates(llama, rows, count=16)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_estimates_are_those_of_examples_one_by_one(name: str) -> None:
+    model, rows = tiny_model(name), examples(6)
+    alone = estimates(model, rows, memory_budget=1)
+    for one, other in zip(alone, estimates(model, rows), strict=True):
+        assert one.divergence == pytest.approx(other.divergence, rel=1e-3, abs=1e-9)
+        assert one.standard_error == pytest.approx(other.standard_error, rel=1e-3, abs=1e-9)
+
+
+def test_estimates_go_on_in_smaller_batches_where_memory_runs_out(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = examples(6)
+    expected = estimates(llama, rows)
+    own, sizes = engine._gradients_of_draw, list[int]()
+
+    def gradients(model: PreTrainedModel, sites: list[Site], batch: Batch, seed: int) -> Any:
+        sizes.append(len(batch.positions))
+        if len(batch.positions) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return own(model, sites, batch, seed)
+
+    monkeypatch.setattr(engine, "_gradients_of_draw", gradients)
+    for one, other in zip(estimates(llama, rows), expected, strict=True):
+        assert one.divergence == pytest.approx(other.divergence, rel=1e-3)
+    assert max(sizes) > 1
+
+
+def test_an_estimate_for_an_expert_is_that_of_the_whole_module() -> None:
+    model, rows = tiny_model("mixtral"), examples(4)
+    sites = find_sites(model)
+    expert = next(site for site in sites if site.kind == "expert")
+    batch = next(iter(batches(rows, 4)))
+    with evaluation_mode(model), frozen(model):
+        calls, gradients = engine._gradients_of_draw(model, sites, batch, 0)
+        call, gradient = calls[expert.outlet], gradients[expert.outlet]
+        pruned = {matrix: 0.5 * oriented(model, matrix) for matrix in prunable_matrices([expert])}
+        found = engine._along(model, expert, pruned, call, gradient, 4)
+        for matrix, weight in pruned.items():
+            oriented(model, matrix).copy_(weight)
+        change = model.get_submodule(expert.outlet)(call.hidden, *call.args) - call.output
+    expected = (gradient * change).reshape(4, -1).sum(dim=1).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    assert (found != 0).any()
+
+
+def test_labels_are_drawn_by_their_probabilities() -> None:
+    [batch] = batches(examples(1), 1)
+    probabilities = torch.tensor([0.5, 0.1, 0.4])
+    labels = engine._drawn(
+        probabilities.log().expand(20_000, 3), batch, torch.tensor([20_000]), seed=3
+    )
+    shares = torch.bincount(labels[:, 0], minlength=3) / 20_000
+    torch.testing.assert_close(shares, probabilities, atol=0.02, rtol=0)
 
 
 def test_a_branch_without_a_module_cannot_be_estimated() -> None:
@@ -307,6 +385,20 @@ def test_nothing_that_is_known_moves_nothing() -> None:
     assert sparsities(found, interventional(found, 800, 0.1)) == [0.4, 0.4]
 
 
-def test_no_change_at_all_is_no_error() -> None:
-    found = [response(0, 0.0, 1000), response(1, 0.0, 1000)]
-    assert sparsities(found, interventional(found, 800, 0.1)) == [0.4, 0.4]
+def test_no_change_at_all_moves_nothing() -> None:
+    found = [response(0, 0.0, 1000), response(1, 0.0, 3000)]
+    assert sparsities(found, interventional(found, 1600, 0.1)) == [0.4, 0.4]
+
+
+def test_of_sites_that_change_nothing_only_one_that_breaks_the_model_is_spared() -> None:
+    found = [response(0, 0.0, 1000), response(1, 0.0, 3000), response(2, float("inf"), 1000)]
+    first, second, broken = sparsities(found, interventional(found, 2500, 0.1))
+    assert first == second > 0.5
+    assert broken == 0.4
+
+
+def test_most_sites_without_any_change_do_not_decide_by_their_size() -> None:
+    found = [response(0, 0.0, 1000), response(1, 0.0, 1000), response(2, 0.1, 1000)]
+    found += [response(3, 0.1, 1000), response(4, 0.0, 1000)]
+    spared = sparsities(found, interventional(found, 2500, 0.1))
+    assert spared == pytest.approx([0.567, 0.567, 0.4, 0.4, 0.567], abs=2e-3)
