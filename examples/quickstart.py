@@ -55,9 +55,13 @@ def main() -> None:
 def print_summary(output: Path, kinds: list[str], before: list[bool], after: list[bool]) -> None:
     summary = inspect_checkpoint(output)
     record = summary.record
-    ranked = sorted(record.responses, key=lambda site: -(site.divergence or 0.0))
+    ranked = sorted(
+        (site for site in record.responses if site.divergence is not None),
+        key=lambda site: site.divergence,
+        reverse=True,
+    )
     print(
-        f"\nMeasured   {len(ranked)} sites, each pruned alone, on "
+        f"\nMeasured   {len(record.responses)} sites, each pruned alone, on "
         f"{len(record.calibration['digests'])} calibration examples"
     )
     for label, site in (("Needed most ", ranked[0]), ("Needed least", ranked[-1])):

@@ -101,8 +101,9 @@ class CAPConfig(QuantizationConfigMixin):
             (less in layers with more outliers) or `"interventional"` (less in sites that, pruned
             alone, change the model's predictions more).
         allocation_bound: `"interventional"` moves the sparsity of a site by at most this.
-        allocation_examples: Calibration examples that `"interventional"` measures on; `None`: so
-            many that it costs about one pass over all of them, at least 16.
+        allocation_examples: Calibration examples that `"interventional"` measures on; `None`: as
+            many as cost one pass over all of them, but at least 16, which cost more than that where
+            a model has many sites (`optimum-cli cap estimate` says how much).
         target: What the weights that are kept are fitted to, by criteria that update them:
             `"local"`, the outputs that the dense matrix has for the inputs that it gets; or
             `"dense"`, what the dense model has in the same place, including what the residual
@@ -147,8 +148,9 @@ class CAPConfig(QuantizationConfigMixin):
             the model can take if that is less.
         memory_budget: Memory for activations while scoring, in bytes or as `"4GB"`; `"auto"` takes
             half of what is free.
-        cache_dir: Folder that keeps finished parts of the scoring, so that a run that was stopped
-            goes on where it was (`docs/scoring.md`); `None` keeps nothing. Not saved.
+        cache_dir: Folder that keeps what has been measured and, until the model is saved, pruned
+            layers, so that a run that was stopped goes on where it was (`docs/scoring.md`); `None`
+            keeps nothing. Not saved.
         modules_to_leave_dense: Names of modules (or trailing parts of names, such as `"layers.0"`
             or `"o_proj"`) that are not pruned, beside embeddings, norms, routers and the LM head,
             which never are.
@@ -266,6 +268,11 @@ class CAPConfig(QuantizationConfigMixin):
                 "second"
             )
         method = self.method
+        if self.scores is not None and method.criterion != "cap":
+            raise ValueError(
+                f"scores are for criterion 'cap', which uses them, got criterion "
+                f"{method.criterion!r}: choose recipe 'paper', or leave scores out"
+            )
         measured = ("exact", "first_order")
         if (
             method.allocation == "interventional"
@@ -275,11 +282,6 @@ class CAPConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"estimator {self.estimator!r} is for causal scores; allocation 'interventional' "
                 f"measures responses: choose one of {', '.join(measured)}"
-            )
-        if self.scores is not None and self.method.criterion != "cap":
-            raise ValueError(
-                f"scores are for criterion 'cap', which uses them, got criterion "
-                f"{self.method.criterion!r}: choose recipe 'paper', or leave scores out"
             )
 
     def _check_method(self) -> None:

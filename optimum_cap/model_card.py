@@ -123,7 +123,7 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
         )
     if record.responses:
         sparsities = [response.sparsity for response in record.responses]
-        rows["Measured"] = (
+        rows[record.responses_are.capitalize()] = (
             f"{len(sparsities)} sites, each pruned alone; their sparsities are "
             f"{min(sparsities):.2%} to {max(sparsities):.2%}"
         )

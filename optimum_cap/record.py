@@ -62,7 +62,7 @@ class UnitScore:
 
 @dataclass(frozen=True)
 class SiteResponse:
-    """What pruning one site alone did to the dense model's predictions, and what the site got.
+    """What pruning one site alone does to the dense model's predictions, and what the site got.
 
     Attributes:
         site: Name of the mixing projection.
@@ -71,7 +71,8 @@ class SiteResponse:
         zeros: Number of weights of the site's pruned matrices that became zero.
         total: Number of weights of these matrices.
         divergence: Kullback-Leibler divergence of the predictions with this site alone pruned from
-            those of the dense model, nats per scored token. `None` if it was not finite.
+            those of the dense model, nats per scored token; measured or estimated, as
+            `PruningRecord.responses_are` says. `None` if it was not finite.
         standard_error: Of the divergence, over examples. `None` if it is not known.
     """
 
@@ -107,8 +108,8 @@ class PruningRecord:
         versions: Version per library.
         threshold: Importance up to which weights were pruned, where one threshold decided.
         intact_loss: Loss of the dense model on the calibration set, nats per scored token.
-        responses: What pruning each site alone did, in the order of the model, where it was
-            measured.
+        responses: What pruning each site alone does, in the order of the model, where that decided
+            the sparsities.
     """
 
     config: dict[str, Any]
@@ -121,6 +122,11 @@ class PruningRecord:
     threshold: float | None = None
     intact_loss: float | None = None
     responses: list[SiteResponse] = field(default_factory=list)
+
+    @property
+    def responses_are(self) -> str:
+        """How the responses came about: `"measured"` or `"estimated"`."""
+        return "estimated" if self.config.get("estimator") == "first_order" else "measured"
 
     @property
     def zeros(self) -> int:

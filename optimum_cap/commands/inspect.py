@@ -49,5 +49,6 @@ class InspectCommand(CAPSubcommand):
         print_summary(summary)
         print(f"versions      {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
         if record.responses:
-            print(f"\nsites, each pruned alone\n{response_table(record.responses)}")
+            print(f"\nsites, each pruned alone ({record.responses_are})")
+            print(response_table(record.responses))
         print(f"\n{sparsity_table(record.matrices)}")
