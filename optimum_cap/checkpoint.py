@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,23 +46,33 @@ _OFFLOADED_SHARD_SIZE = "300MB"  # where memory is what there is little of
 _INDEX_PATTERN = "*.safetensors.index*.json"  # with or without a variant
 
 
-def attach(model: PreTrainedModel, record: PruningRecord) -> None:
+def attach(
+    model: PreTrainedModel, record: PruningRecord, when_saved: Callable[[], None] | None = None
+) -> None:
     """Make `model` a pruned model: it knows its record, and saves itself as a sparse checkpoint.
 
     The class and transformers stay untouched: `save_pretrained` and `push_to_hub` are replaced on
     the instance alone.
+
+    Args:
+        model: The model.
+        record: What was done to it.
+        when_saved: Called when it has been saved.
     """
     model.pruning_record = record
     model.config.pruning_config = record.config
-    model.save_pretrained = SavePruned(model)
+    model.save_pretrained = SavePruned(model, when_saved)
     model.push_to_hub = PushPruned(model)
 
 
 class SavePruned:
     """`save_pretrained` of a pruned model; copies and pickles along with the model."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel, when_saved: Callable[[], None] | None = None
+    ) -> None:
         self.model = model
+        self.when_saved = when_saved
 
     def __call__(
         self,
@@ -125,6 +135,8 @@ class SavePruned:
             card = model_card(record, type(model).__name__, token)
             (folder / "README.md").write_text(card, encoding="utf-8")
         model.pruning_record = record
+        if self.when_saved is not None:
+            self.when_saved()
         if push_to_hub:
             upload(Path(save_directory), repo_id, token=token, **hub)
 

@@ -21,6 +21,7 @@ RANKING_PASSES = 30  # the same for ranking rows, beside the sort
 STEP_PASSES = 25  # the same for a step of ALPS, beside its products
 INPUT_PASSES = 6  # the same per input of a matrix: picked, squared and summed
 CHECK_PASSES = 12  # the same per prunable weight: checked, masked, stored, and its zeros counted
+MASK_PASSES = 8  # the same for a mask whose threshold is known: importance, comparison, new weights
 STAGES = 4  # of a layer, before which its inputs are looked at again (`stages_by_layer`)
 CACHE_PASSES = 3  # times that generation moves the keys and values: read, and copied to grow
 
@@ -83,12 +84,11 @@ class Meter:
         devices = self._devices(self.weights + hold(self, replace(shape, examples=1), 1))
         wanted = self.weights + hold(self, shape, self.rows)
         half_of_free = (self.weights + devices * self.hardware.memory) / 2
-        processes = self.hardware.count if devices == 1 else 1
         return Cost(
             step="score",
             name=name,
             operations=alone.operations + shared.operations,
-            seconds=self.seconds(alone) + self.seconds(shared) / processes,
+            seconds=self.seconds(alone) + self.seconds(shared) / self._processes(devices),
             memory=min(wanted, half_of_free),
             disk=8.0 * (1 + self.work.scored) * shape.examples,
             devices=devices,
@@ -121,15 +121,21 @@ class Meter:
         elif method.allocation == "interventional":
             parts.append(self._responses(method, shape, estimator, measured))
         memory = self.weights + sum(part.memory for part in parts)
+        devices = self._devices(memory)
+        shared = sum(part.shared for part in parts)
         return Cost(
             step="prune",
             name=name,
             operations=sum(part.operations for part in parts),
-            seconds=sum(part.seconds for part in parts),
+            seconds=sum(part.seconds for part in parts) + shared / self._processes(devices),
             memory=memory,
             disk=self._checkpoint(sparsity),
-            devices=self._devices(memory),
+            devices=devices,
         )
+
+    def _processes(self, devices: int) -> int:
+        """Processes that share work, where a copy of the model takes so many devices."""
+        return self.hardware.count if devices == 1 else 1
 
     def _checking(self) -> "Part":
         """Looking at all weights before and after they are pruned."""
@@ -172,19 +178,21 @@ class Meter:
             few = replace(shape, examples=count)
             tried = work.estimated_interventions(shape, count)
             batches = math.ceil(count / max(1, self.rows // shape.tokens))
-            ranking = self.through_memory(batches * THRESHOLD_PASSES * work.prunable)
+            passes = THRESHOLD_PASSES + batches * MASK_PASSES
+            ranking = self.through_memory(passes * work.prunable)
             seconds = self.seconds(tried) + self._seeing(few) + ranking
             return Part(tried.operations, seconds, _all_layers(self, few, self.rows))
         per_layer = [layer.sites for layer in work.layers]
         count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
         tried = work.interventions(shape, count)
         alone = PRUNING[method.criterion](self, replace(method, target="local"), shape)
-        # The hidden states of all sites of a layer are carried on together.
+        # The hidden states before the layer, and those of the site that is tried.
         hidden = count * shape.tokens * work.layers[0].hidden * self.value
         return Part(
             tried.operations + alone.operations,
-            self.seconds(tried) + self._seeing(shape) + alone.seconds,
-            (1 + max(per_layer)) * hidden,
+            self._seeing(shape),
+            2 * hidden,
+            shared=self.seconds(tried) + alone.seconds,
         )
 
     def paper(self, shape: Shape, sparsity: float) -> Cost:
@@ -368,11 +376,13 @@ class Part:
         operations: Floating-point operations in products.
         seconds: On one device.
         memory: Bytes beside the weights.
+        shared: Seconds more, which processes share.
     """
 
     operations: float
     seconds: float
     memory: float = 0.0
+    shared: float = 0.0
 
 
 def _threshold(meter: Meter, method: Method, shape: Shape) -> Part:

@@ -55,6 +55,7 @@ from optimum_cap.masking import (
 )
 from optimum_cap.offload import weights, writable_weights
 from optimum_cap.paired_walk import PairedWalk
+from optimum_cap.pruning_cache import PruningCache
 from optimum_cap.reconstruction import RECONSTRUCTIONS, corrected
 from optimum_cap.record import MatrixSparsity, PruningRecord, SiteResponse, UnitScore
 from optimum_cap.responses import Response, estimated_responses, responses
@@ -94,6 +95,8 @@ class CAPPruner:
         Nothing is changed before everything is known: an error or an interrupt before the last step
         leaves the model as it was. Criteria that prune layer by layer (ALPS, Wanda, SparseGPT)
         cannot do so: interrupted while they prune, they leave the first layers pruned, and say so.
+        With a `cache_dir`, a run that was stopped goes on where it was when the dense model is
+        pruned again with the same config.
         Of a model with weights on disk, what is pruned goes to copies in its offload folder, never
         into the files it was loaded from.
 
@@ -151,8 +154,8 @@ class CAPPruner:
             else:
                 work.prune_each_matrix_(shares)
 
-        record = work.record(calibration)
-        attach(model, dataclasses.replace(record, base_revision=base_revision))
+        record = dataclasses.replace(work.record(calibration), base_revision=base_revision)
+        attach(model, record, work.cache.forget_layers if work.cache else None)
         return model
 
     def measure(
@@ -209,6 +212,10 @@ class _Work:
         self.threshold: float | None = None
         self.tokens: dict[Matrix, int] = {}
         self.responses: list[Response] = []
+        self.cache: PruningCache | None = None
+        keeps = config.method.layer_by_layer or config.method.allocation == "interventional"
+        if config.cache_dir is not None and keeps:
+            self.cache = PruningCache(config.cache_dir, model, examples, config, matrices)
         self._regions: dict[Matrix, torch.Tensor] = {}
 
     def score_units(self, losses: UnitLosses | None) -> None:
@@ -305,6 +312,7 @@ class _Work:
                 config.allocation_examples,
                 self._updates,
                 config.method.answer_weight,
+                self.cache,
             )
         return interventional(self.responses, zeros, config.allocation_bound)
 
@@ -330,25 +338,45 @@ class _Work:
                 steps = stages[index] if method.order == "projection" else [own]
                 try:
                     walk.begin(index)
-                    # Of a step nothing may be left where modules stay dense.
-                    for step in filter(None, ([m for m in step if m in own] for step in steps)):
-                        statistics = walk.statistics(index, step, gram=self._updates)
-                        for matrix in step:
-                            inputs, zeros = statistics[matrix], shares[matrix]
-                            self.tokens[matrix] = inputs.tokens
-                            new = self._pruned(matrix, inputs, zeros)
-                            # As they are stored: what comes later is calibrated on what is saved.
-                            dtype = own_dtypes.get(matrix.parameter, new.dtype)
-                            writable_weights(model, matrix).copy_(new.to(dtype))
+                    if not self._recall_layer_(index):
+                        # Of a step nothing may be left where modules stay dense.
+                        for step in filter(None, ([m for m in step if m in own] for step in steps)):
+                            statistics = walk.statistics(index, step, gram=self._updates)
+                            for matrix in step:
+                                inputs, zeros = statistics[matrix], shares[matrix]
+                                new = self._pruned(matrix, inputs, zeros)
+                                dtype = own_dtypes.get(matrix.parameter, new.dtype)
+                                self._replace_(matrix, new.to(dtype), inputs.tokens)
+                        if self.cache:
+                            self.cache.finish_layer(index, [self.tokens[matrix] for matrix in own])
                     walk.advance(index)
                 except BaseException:
                     logger.warning(
                         f"pruning stopped in layer {index} of {count}; the layers before it are "
                         "pruned already: load the model again before you use or prune it"
+                        + ("; the same call then goes on here" if self.cache else "")
                     )
                     raise
                 progress.update()
         self._warn_of_few_tokens()
+
+    def _replace_(self, matrix: Matrix, new: torch.Tensor, tokens: int) -> None:
+        """Give a matrix its new weights, `[out, in]`.
+
+        In the dtype in which they are stored: what comes later is calibrated on what is saved.
+        """
+        self.tokens[matrix] = tokens
+        writable_weights(self.model, matrix).copy_(new)
+        if self.cache:
+            self.cache.keep_matrix(matrix, new)
+
+    def _recall_layer_(self, index: int) -> bool:
+        """Give the matrices of a layer what they became in a run that was stopped, if one was."""
+        kept = self.cache.layer(index, self.layers[index]) if self.cache else None
+        for matrix, (weight, tokens) in (kept or {}).items():
+            self.tokens[matrix] = tokens
+            writable_weights(self.model, matrix).copy_(weight)
+        return kept is not None
 
     def record(self, calibration: CalibrationSet | None) -> PruningRecord:
         """Say what was done."""

@@ -23,6 +23,7 @@ from optimum_cap.attribution import budget_bytes
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.chunks import each_in_memory
 from optimum_cap.criteria import Evidence, wanda
+from optimum_cap.distributed import Team
 from optimum_cap.estimators import check_in_memory, examples_per_pass, frozen, scored_logits
 from optimum_cap.experts import routed, routing
 from optimum_cap.interventions import (
@@ -34,6 +35,7 @@ from optimum_cap.interventions import (
 )
 from optimum_cap.masking import kth_smallest
 from optimum_cap.offload import brought_in, device_of, is_offloaded
+from optimum_cap.pruning_cache import PruningCache
 from optimum_cap.wavefront import Targets, logits_of, positions_per_chunk
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
@@ -80,6 +82,7 @@ def responses(
     count: int | None = None,
     gram: bool = True,
     answer_weight: float = 0.0,
+    cache: PruningCache | None = None,
 ) -> list[Response]:
     """Prune each site alone and measure what that does to the predictions of scored tokens.
 
@@ -97,31 +100,80 @@ def responses(
         count: How many examples to measure on; `None`: as `examples_to_measure`.
         gram: Whether `prune` needs x_i x_j of the inputs.
         answer_weight: As for `LayerWalk`, in these statistics.
+        cache: Keeps what has been measured, for a run that goes on.
 
     Returns:
-        One response for each site with matrices to prune, in the order of the model.
+        One response for each site with matrices to prune, in the order of the model. Processes that
+        were launched together share the sites, so that all of them have to call this.
+
+    Raises:
+        ConnectionError: Another process of the launch has stopped.
     """
     groups = _groups(sites, layers)
     if count is None:
         count = examples_to_measure([len(groups[layer]) for layer in sorted(groups)], len(examples))
-    found: list[Response] = []
+    count = min(count, len(examples))
+    every = [group for own in groups.values() for group in own]
+    known = {}
+    if cache:
+        kept = {site: cache.divergences(site, count) for site, _ in every}
+        known = {site: own for site, own in kept.items() if own is not None}
+    team = Team.of_this_run()
+    left = {
+        # Shifted by layer: an attention takes less than the MLP beside it.
+        layer: [
+            group
+            for group in own[(team.rank + layer) % team.size :: team.size]
+            if group[0] not in known
+        ]
+        for layer, own in groups.items()
+    }
+    for site, divergences in _measured(
+        model, sites, left, examples, prune, count, gram, answer_weight
+    ):
+        known[site] = divergences
+        if cache:
+            cache.keep_divergences(site, divergences)
+    for others in team.gather(known):
+        known |= others
+    return [_response(model, site, matrices, known[site]) for site, matrices in every]
+
+
+def _measured(
+    model: PreTrainedModel,
+    sites: list[Site],
+    groups: dict[int, list[tuple[Site, list[Matrix]]]],
+    examples: list[CalibrationExample],
+    prune: Prune,
+    count: int,
+    gram: bool,
+    answer_weight: float,
+) -> Iterator[tuple[Site, torch.Tensor]]:
+    """Yield the divergences of sites, given by layer with their matrices, on the first examples."""
+    if not any(groups.values()):
+        return
     with (
         evaluation_mode(model),
         float32_on_cpu(model),
-        logging.tqdm(total=len(groups), desc="Measuring sites", unit="layer") as progress,
+        logging.tqdm(
+            total=sum(map(len, groups.values())), desc="Measuring sites", unit="site"
+        ) as progress,
     ):
         walk = LayerWalk(model, sites, examples, answer_weight)
-        measured = _Measured(model, sites, examples[:count])
+        trial = _Trial(model, sites, examples[:count])
         for layer, own in groups.items():
-            statistics = walk.statistics(layer, layers[layer], gram, advance=True)
+            if not own:
+                walk.advance(layer)
+                continue
+            chosen = [matrix for _, matrices in own for matrix in matrices]
+            statistics = walk.statistics(layer, chosen, gram, advance=True)
             pruned = (
-                {matrix: prune(matrix, statistics[matrix]) for matrix in each} for _, each in own
+                {matrix: prune(matrix, statistics[matrix]) for matrix in matrices}
+                for _, matrices in own
             )
-            divergences = measured.divergences(layer, pruned)
-            for (site, matrices), values in zip(own, divergences, strict=True):
-                found.append(_response(model, site, matrices, values))
-            progress.update()
-    return found
+            for (site, _), values in zip(own, trial.divergences(layer, pruned), strict=True):
+                yield site, values
+                progress.update()
 
 
 def estimated_responses(
@@ -199,6 +251,8 @@ def estimated_responses(
         for batch, found in each_in_memory(parts, estimate):
             divergences[:, batch.positions] = found
             progress.update(len(batch.positions))
+    # Every process has done all of it; what follows has to be the same in all.
+    divergences = Team.of_this_run().first(divergences)
     return [_response(model, *group, own) for group, own in zip(groups, divergences, strict=True)]
 
 
@@ -371,7 +425,7 @@ def examples_to_estimate(examples: int) -> int:
     return max(_FEWEST_EXAMPLES, examples // 8)
 
 
-class _Measured:
+class _Trial:
     """The dense model's predictions on some examples, and how pruned layers change them."""
 
     def __init__(
@@ -387,19 +441,18 @@ class _Measured:
 
     def divergences(
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
-    ) -> list[torch.Tensor]:
+    ) -> Iterator[torch.Tensor]:
         """Divergence per example, `[examples]`, with each set of matrices of a layer exchanged."""
         while self.passed < layer:
             self.walk.advance(self.passed)
             self.passed += 1
         besides = [*self.walk.layers, self.model.get_input_embeddings()]
-        found = []
         left = iter(pruned)
         while some := list(self._entered(layer, islice(left, self.together))):
             finals = self._to_the_end(layer + 1, some)
             with brought_in(self.model, besides=besides):
-                found += [self._divergence(final) for final in finals]
-        return found
+                found = [self._divergence(final) for final in finals]
+            yield from found
 
     def _entered(
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]

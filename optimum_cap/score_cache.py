@@ -47,7 +47,7 @@ class ScoreCache:
     def __init__(self, folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
         self.folder = Path(folder)
         self._files = TensorFiles(self.folder)
-        self._model = digest_of(_machine(model), model_digest(model))[:32]
+        self._model = digest_of(machine(model), model_digest(model))[:32]
 
     def losses(self, batch: Batch, units: list[tuple[Site, Unit]]) -> torch.Tensor | None:
         """Losses of a batch with each unit masked, or intact with no units; `None` if unknown."""
@@ -126,9 +126,9 @@ class TensorFiles:
             if not self._complained:
                 self._complained = True
                 logger.warning(
-                    f"the score cache {self.folder} cannot be written ({error.strerror}): scoring "
-                    "goes on, but what is measured from here on is lost if it stops; make room, "
-                    "or name another folder as cache_dir"
+                    f"the cache {self.folder} cannot be written ({error.strerror}): the run goes "
+                    "on, but what it finds from here on is lost if it stops; make room, or name "
+                    "another folder as cache_dir"
                 )
 
     def _file(self, key: str) -> Path:
@@ -144,8 +144,8 @@ def _names(units: list[tuple[Site, Unit]]) -> list[str]:
     return [f"{site.name} {unit.channels}" for site, unit in units]
 
 
-def _machine(model: PreTrainedModel) -> dict[str, Any]:
-    """What the losses follow from beside the model and the tokens."""
+def machine(model: PreTrainedModel) -> dict[str, Any]:
+    """What measurements follow from beside the model and the tokens."""
     device = device_of(model)
     return {
         "layout": _LAYOUT,

@@ -357,7 +357,9 @@ class ModelWork:
         return work + 2 * sites * scored
 
     def estimated_interventions(self, shape: Shape, measured: int) -> Work:
-        """Work of `estimated_responses` but for the pruning: each branch runs once more per site.
+        """Work of `estimated_responses` but for the pruning: each branch runs once more.
+
+        Experts run twice, one by one on the tokens that reach them: dense, and pruned.
 
         Args:
             shape: The calibration set.
@@ -367,7 +369,7 @@ class ModelWork:
         rows, pairs = _apart(few)
         work = self.layer_walk(few, stages=0) + self.first_order(few)
         for layer in self.layers:
-            work += layer.attention(rows, pairs) + (layer.sites - 1) * layer.remainder(rows)
+            work += layer.attention(rows, pairs) + min(layer.sites - 1, 2) * layer.remainder(rows)
         return work
 
     def _layers(self, shape: Shape) -> Work:

@@ -15,7 +15,7 @@ from optimum_cap.architectures import find_sites, heads, matrices_by_layer, orie
 from optimum_cap.attribution import causal_scores
 from optimum_cap.estimators import ESTIMATORS
 from optimum_cap.record import PruningRecord
-from optimum_cap.responses import _Measured
+from optimum_cap.responses import _Trial
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 
@@ -168,15 +168,15 @@ def test_other_estimators_are_refused(name: str) -> None:
 def test_an_interrupt_while_responses_are_measured_leaves_the_model(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = _Measured.divergences
+    measure = _Trial.divergences
 
-    def interrupted(self: _Measured, layer: int, *args: Any) -> Any:
+    def interrupted(self: _Trial, layer: int, *args: Any) -> Any:
         if layer == 1:
             raise KeyboardInterrupt
         return measure(self, layer, *args)
 
     before = copy.deepcopy(llama)
-    monkeypatch.setattr(_Measured, "divergences", interrupted)
+    monkeypatch.setattr(_Trial, "divergences", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CAPPruner(config()).prune(llama, tiny_tokenizer())
     assert same(llama, before)

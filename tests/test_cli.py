@@ -173,7 +173,7 @@ def test_the_default_recipe_with_its_options_and_its_table(
     assert "order=layer" in out
     assert "answer_weight=2.0" in out
     title, header, *rows = out.split("\n\n")[1].splitlines()
-    assert title == "sites, each pruned alone"
+    assert title == "sites, each pruned alone (measured)"
     assert header.split("  ")[-1].strip() == "sparsity"
     assert len(rows) == 6
     assert all(0.44 < float(row.split()[-1]) < 0.56 for row in rows)

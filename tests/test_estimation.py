@@ -337,6 +337,7 @@ def test_processes_share_what_is_exact_and_nothing_else() -> None:
     for name in ("control_variate", "adaptive"):
         exact = one[name].seconds - first_order
         assert eight[name].seconds == pytest.approx(first_order + exact / 8)
+    assert one["causal"].seconds / 8 < eight["causal"].seconds < one["causal"].seconds
 
 
 def test_a_model_on_several_devices_is_scored_by_one_process() -> None:

@@ -29,8 +29,8 @@ from optimum_cap.estimators import frozen
 from optimum_cap.interventions import evaluation_mode
 from optimum_cap.responses import (
     Response,
-    _Measured,
     _RoughPruning,
+    _Trial,
     estimated_responses,
     examples_to_measure,
     responses,
@@ -154,13 +154,13 @@ def test_the_model_comes_back_as_it_was(
     model = tiny_model("llama", dtype=dtype).train()
     before = copy.deepcopy(model.state_dict())
     if interrupted:
-        run = _Measured._to_the_end
+        run = _Trial._to_the_end
         passed: Iterator[int] = iter(range(9))
 
-        def stopped(self: _Measured, *args: Any) -> Any:
+        def stopped(self: _Trial, *args: Any) -> Any:
             return interrupt() if next(passed) == 2 else run(self, *args)
 
-        monkeypatch.setattr(_Measured, "_to_the_end", stopped)
+        monkeypatch.setattr(_Trial, "_to_the_end", stopped)
         with pytest.raises(KeyboardInterrupt):
             found_responses(model, examples(3))
     else:

@@ -61,7 +61,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--allocation-examples",
         "allocation_examples",
         int,
-        "examples that interventional measures on (default: as many as cost one pass, at least 16)",
+        "examples that interventional measures on (default: what costs a pass, at least 16)",
     ),
     (
         "--target",
@@ -154,7 +154,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--cache-dir",
         "cache_dir",
         str,
-        "finished parts of the scoring are kept here (default: optimum_cap/scores in HF_HOME)",
+        "finished parts of a run are kept here (default: optimum_cap/scores in HF_HOME)",
     ),
     ("--seed", "seed", int, "seed of the selection of examples (default: 0)"),
     (

@@ -1,0 +1,240 @@
+"""Pruning that is stopped goes on where it was, with the bytes of an undisturbed run."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_offload import on_disk, saved
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.architectures import Matrix
+from optimum_cap.pruner import _Work
+from optimum_cap.record import PruningRecord
+
+ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
+FIELDS: dict[str, Any] = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 8, "subsets": 2}
+
+
+def pruned(model: PreTrainedModel, folder: Path | None, **fields: Any) -> PreTrainedModel:
+    config = CAPConfig(**FIELDS, cache_dir=folder, **fields)
+    return CAPPruner(config).prune(model, tiny_tokenizer())
+
+
+def weights(model: PreTrainedModel) -> list[bytes]:
+    return [tensor.view(torch.uint8).numpy().tobytes() for tensor in model.state_dict().values()]
+
+
+def layer_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("layers/*.safetensors"))
+
+
+def without_versions(record: PruningRecord) -> dict[str, Any]:
+    return {name: value for name, value in record.to_dict().items() if name != "versions"}
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the matrices that are pruned from now on, trials of sites included."""
+    names: list[str] = []
+    own = _Work._pruned
+
+    def counting(self: _Work, matrix: Matrix, *args: Any) -> torch.Tensor:
+        names.append(matrix.name)
+        return own(self, matrix, *args)
+
+    monkeypatch.setattr(_Work, "_pruned", counting)
+    return names
+
+
+def stopped(
+    model: PreTrainedModel,
+    folder: Path,
+    solved: list[str],
+    after: int,
+    monkeypatch: pytest.MonkeyPatch,
+    **fields: Any,
+) -> None:
+    """Prune, and interrupt that once so many matrices have been pruned."""
+    counting, until = _Work._pruned, len(solved) + after
+
+    def interrupted(self: _Work, *args: Any) -> torch.Tensor:
+        if len(solved) == until:
+            raise KeyboardInterrupt
+        return counting(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Work, "_pruned", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(model, folder, **fields)
+
+
+@pytest.mark.parametrize("recipe", ["causal", "sparsegpt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_stopped_run_goes_on_with_the_same_bytes(
+    name: str, recipe: str, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pruned(tiny_model(name), None, recipe=recipe)
+    total = len(solved)
+    for after in (total // 4, total // 3):
+        stopped(tiny_model(name), tmp_path, solved, after, monkeypatch, recipe=recipe)
+    before = len(solved)
+    resumed = pruned(tiny_model(name), tmp_path, recipe=recipe)
+    assert len(solved) - before < total - total // 4, "what was done is not done again"
+    assert weights(resumed) == weights(expected)
+    assert without_versions(resumed.pruning_record) == without_versions(expected.pruning_record)
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path,
+    solved: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stopped(tiny_model("llama"), tmp_path, solved, 10, monkeypatch, recipe="wanda")
+    assert "load the model again before you use or prune it; the same call then goes on here" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(
+    dtype: torch.dtype, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weights(pruned(tiny_model("llama", dtype=dtype), None))
+    stopped(tiny_model("llama", dtype=dtype), tmp_path, solved, 22, monkeypatch)
+    assert layer_files(tmp_path)
+    assert weights(pruned(tiny_model("llama", dtype=dtype), tmp_path)) == expected
+
+
+def test_a_finished_run_waits_until_it_is_saved(tmp_path: Path, solved: list[str]) -> None:
+    cache = tmp_path / "cache"
+    model = pruned(tiny_model("llama"), cache)
+    assert layer_files(cache)
+    before = len(solved)
+    again = pruned(tiny_model("llama"), cache)
+    assert len(solved) == before, "all of it is known"
+    assert weights(again) == weights(model)
+    again.save_pretrained(tmp_path / "saved")
+    assert not layer_files(cache)
+    assert list(cache.rglob("*.safetensors")), "responses stay"
+    model.save_pretrained(tmp_path / "saved too")
+
+
+def test_a_model_that_cannot_be_saved_keeps_its_layers(tmp_path: Path) -> None:
+    cache, place = tmp_path / "cache", tmp_path / "a file"
+    place.write_text("in the way")
+    model = pruned(tiny_model("llama"), cache, recipe="wanda")
+    with pytest.raises(FileExistsError, match="a file"):
+        model.save_pretrained(place)
+    assert layer_files(cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sparsity": 0.6}, {"answer_weight": 1.0}, {"num_samples": 7}, {"allocation_bound": 0.05}],
+)
+def test_another_run_meets_nothing(
+    change: dict[str, Any], tmp_path: Path, solved: list[str]
+) -> None:
+    pruned(tiny_model("llama"), tmp_path)
+    before = len(solved)
+    config = CAPConfig(**{**FIELDS, **change}, cache_dir=tmp_path)
+    CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
+    assert len(solved) == 2 * before
+
+
+def test_another_model_meets_nothing(tmp_path: Path, solved: list[str]) -> None:
+    pruned(tiny_model("llama"), tmp_path)
+    before, other = len(solved), tiny_model("llama")
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight[3, 4] += 1
+    pruned(other, tmp_path)
+    assert len(solved) == 2 * before
+
+
+def test_what_is_damaged_is_done_again(
+    tmp_path: Path, solved: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = weights(pruned(tiny_model("llama"), tmp_path))
+    before = len(solved)
+    damaged = layer_files(tmp_path)[3]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert weights(pruned(tiny_model("llama"), tmp_path)) == expected
+    assert f"{damaged} is damaged" in caplog.text
+    assert 0 < len(solved) - before <= 7, "one layer at most"
+
+
+def test_measured_sites_are_not_measured_again(
+    tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"criterion": "cap", "allocation": "interventional"}
+    expected = pruned(tiny_model("mixtral"), None, **fields)
+    total = len(solved)
+    stopped(tiny_model("mixtral"), tmp_path, solved, 11, monkeypatch, **fields)
+    before = len(solved)
+    assert weights(pruned(tiny_model("mixtral"), tmp_path, **fields)) == weights(expected)
+    # Four matrices of the attention, two of each of three experts.
+    assert len(solved) - before == total - 10
+
+
+def test_an_offloaded_model_goes_on(
+    tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = saved(tmp_path / "dense"), tmp_path / "cache"
+    expected = pruned(on_disk(folder, tmp_path / "first"), None)
+    expected.save_pretrained(tmp_path / "expected")
+    stopped(on_disk(folder, tmp_path / "second"), cache, solved, 30, monkeypatch)
+    assert layer_files(cache)
+    pruned(on_disk(folder, tmp_path / "third"), cache).save_pretrained(tmp_path / "resumed")
+    files = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "resumed")
+    ]
+    assert files[0] == files[1]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_pruning_cache import *
+
+torch.set_num_threads(1)
+pruned(tiny_model("llama"), Path(sys.argv[1])).save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
+    def start(cache: str, output: str) -> "subprocess.Popen[bytes]":
+        script = SCRIPT.format(tests=str(Path(__file__).parent))
+        return subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / cache, tmp_path / output],
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert start("undisturbed cache", "expected").wait(280) == 0
+    kills = 0
+    for files in (2, 7, 14, 22):
+        process = start("cache", "output")
+        while len(list((tmp_path / "cache").rglob("*.safetensors"))) < files:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 4
+    assert not (tmp_path / "output").exists()
+    assert start("cache", "output").wait(280) == 0
+    expected, output = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "output")
+    )
+    assert output == expected
+    assert not layer_files(tmp_path / "cache")
