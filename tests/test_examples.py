@@ -142,6 +142,50 @@ train.main()""",
     assert a.read_bytes() == b.read_bytes()
 
 
+RESULTS = """model,recipe,sparsity,calibration,seed,task,metric,value,low,high,n,error
+llama,dense,0.0,,,sums,loss,0.10,,,60,
+llama,causal,0.5,sums,0,sums,loss,0.12,,,60,
+llama,causal,0.5,sums,1,sums,loss,0.14,,,60,
+llama,paper,0.5,sums,0,sums,loss,0.11,,,60,
+llama,paper,0.5,sums,1,sums,loss,0.11,,,60,
+llama,wanda,0.5,sums,0,sums,loss,0.20,,,60,
+llama,wanda,0.5,sums,1,sums,loss,0.20,,,60,
+llama,magnitude,0.5,,,sums,loss,0.30,,,60,
+"""
+
+
+def test_tables_of_a_page_are_what_their_commands_print(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(RESULTS)
+    page = tmp_path / "page.md"
+    before = "# A page\n\n"
+    comments = [
+        f"<!-- table: increases.py {tmp_path}/results.csv causal -->\n\n",
+        f"<!-- table: means.py {tmp_path}/results.csv 0.5 -->\n\n",
+    ]
+    page.write_text(before + comments[0] + "| old |\n|---|\n\nText.\n\n" + comments[1])
+    refresh = EXAMPLES / "studies" / "refresh.py"
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, refresh, page], check=True, capture_output=True, text=True
+        )
+        assert "2 tables" in done.stdout
+        # Half of the interval of two seeds: 12.7 standard errors of 0.01.
+        assert page.read_text() == (
+            before
+            + comments[0]
+            + "| model | sparsity | best peer | its increase | ours | ratio | accuracy, points |\n"
+            "|---|---|---|---|---|---|---|\n"
+            "| llama | 50% | wanda | 0.1 ± 0 | 0.03 ± 0.13 | 0.30 |  |\n\nText.\n\n"
+            + comments[1]
+            + "| recipe | llama, loss |\n|---|---|\n"
+            "| dense | 0.1000 |\n"
+            "| causal | 0.1300 ± 0.1271 |\n"
+            "| paper | 0.1100 ± 0.0000 |\n"
+            "| wanda | 0.2000 ± 0.0000 |\n"
+            "| magnitude | 0.3000 |\n"
+        )
+
+
 @pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--limit", "20"]
