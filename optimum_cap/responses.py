@@ -190,10 +190,11 @@ def estimated_responses(
     """Estimate the same with one backward pass for all sites.
 
     To second order the divergence of a change d in the output of a branch is d F d / 2, where F is
-    the Fisher information (Martens 2020, arXiv 1412.1193, section 5): the mean of (g d)^2 over
-    labels drawn from the model's own predictions, g being the gradient of their log-likelihood. The
-    change is what the branch shows when its site is pruned by Wanda, the quickest criterion that
-    looks at inputs.
+    the Fisher information (Martens 2020, arXiv 1412.1193, section 5). It is the mean of (g d)^2,
+    where g is the gradient of a random combination of the logits whose second moments are those of
+    the likelihood's gradient, diag(p) - p p^T. Labels drawn from p have them too, but a confident
+    model nearly always draws the same. The change is what the branch shows when its site is pruned
+    by Wanda, the quickest criterion that looks at inputs.
 
     Args:
         model: The model, dense and whole in memory; it comes back as it was.
@@ -202,7 +203,7 @@ def estimated_responses(
         examples: The calibration examples, in random order; the first ones are used.
         shares: Number of zeros of each matrix.
         count: How many examples to use; `None`: as `examples_to_estimate`.
-        seed: Seed of the labels.
+        seed: Seed of the random combinations.
         answer_weight: As for `responses`.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free. Where memory runs out all the same, batches are halved.
@@ -287,10 +288,10 @@ class _RoughPruning:
 def _gradients_of_draw(
     model: PreTrainedModel, sites: list[Site], batch: Batch, seed: int
 ) -> tuple[dict[str, RecordedCall], dict[str, torch.Tensor]]:
-    """Calls of the outlets of sites, and the gradients in their outputs for one draw of labels.
+    """Calls of the outlets of sites, and the gradients in their outputs for one random draw.
 
-    The gradient is that of the log-likelihood per example, over the root of its scored tokens: then
-    its square is a mean over these.
+    The gradient is that of an example's combination of logits over the root of its scored tokens:
+    then its square is a mean over these.
     """
     modules = {site.outlet: model.get_submodule(site.outlet) for site in sites}
     offsets: dict[str, torch.Tensor] = {}
@@ -311,34 +312,36 @@ def _gradients_of_draw(
         for path, module in modules.items():
             stack.callback(module.register_forward_hook(offset(path)).remove)
         stack.enter_context(torch.enable_grad())
-        predictions = scored_logits(model, batch).float().log_softmax(dim=-1)
-        labels = _drawn(predictions.detach(), batch, counts, seed)
-        weights = counts[targets.rows].to(predictions).rsqrt()
-        likelihood = predictions.gather(1, labels)[:, 0] * weights
-        gradients = torch.autograd.grad(likelihood.sum(), list(offsets.values()))
+        logits = scored_logits(model, batch)
+        draw = _fisher_draw(logits.detach().float().softmax(dim=-1), batch, counts, seed)
+        draw *= counts[targets.rows].to(draw).rsqrt().unsqueeze(1)
+        gradients = torch.autograd.grad(logits, list(offsets.values()), draw.to(logits.dtype))
     return calls, {
         path: gradient.float() for path, gradient in zip(offsets, gradients, strict=True)
     }
 
 
-def _drawn(
-    predictions: torch.Tensor, batch: Batch, counts: torch.Tensor, seed: int
+def _fisher_draw(
+    probabilities: torch.Tensor, batch: Batch, counts: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """Draw a label for each scored token, int64 `[scored, 1]`, the same in a batch of any size.
+    """Draw vectors with mean 0 and covariance diag(p) - p p^T, the same in a batch of any size.
 
     Args:
-        predictions: Logarithms of probabilities, `[scored, vocabulary]`.
+        probabilities: p of each scored token, `[scored, vocabulary]`.
         batch: The batch.
         counts: Number of scored tokens of each example.
         seed: Seed of the draw.
+
+    Returns:
+        `[scored, vocabulary]`.
     """
-    uniform = [
-        np.random.default_rng([seed, position]).random(count)
-        for position, count in zip(batch.positions, counts.tolist(), strict=True)
-    ]
-    drawn = torch.from_numpy(np.concatenate(uniform)).to(predictions).unsqueeze(1)
-    labels = (predictions.exp().cumsum(dim=1) < drawn).sum(dim=1, keepdim=True)
-    return labels.clamp(max=predictions.shape[1] - 1)  # the sum may end a rounding below 1
+    noise = []
+    for position, count in zip(batch.positions, counts.tolist(), strict=True):
+        own = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(own)
+        noise.append(torch.randn(count, probabilities.shape[1], generator=generator))
+    scaled = torch.cat(noise).to(probabilities) * probabilities.sqrt()
+    return scaled - probabilities * scaled.sum(dim=1, keepdim=True)
 
 
 def _along(

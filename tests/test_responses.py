@@ -313,14 +313,15 @@ def test_an_estimate_for_an_expert_is_that_of_the_whole_module() -> None:
     assert (found != 0).any()
 
 
-def test_labels_are_drawn_by_their_probabilities() -> None:
+def test_draws_have_the_moments_of_the_likelihoods_gradient() -> None:
     [batch] = batches(examples(1), 1)
-    probabilities = torch.tensor([0.5, 0.1, 0.4])
-    labels = engine._drawn(
-        probabilities.log().expand(20_000, 3), batch, torch.tensor([20_000]), seed=3
+    probabilities = torch.tensor([0.5, 0.1, 0.38, 0.02])
+    draw = engine._fisher_draw(
+        probabilities.expand(50_000, 4), batch, torch.tensor([50_000]), seed=3
     )
-    shares = torch.bincount(labels[:, 0], minlength=3) / 20_000
-    torch.testing.assert_close(shares, probabilities, atol=0.02, rtol=0)
+    torch.testing.assert_close(draw.mean(dim=0), torch.zeros(4), atol=0.01, rtol=0)
+    covariance = probabilities.diag() - probabilities.outer(probabilities)
+    torch.testing.assert_close(draw.T @ draw / 50_000, covariance, atol=0.005, rtol=0)
 
 
 def test_a_branch_without_a_module_cannot_be_estimated() -> None:
