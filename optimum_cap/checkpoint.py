@@ -57,22 +57,32 @@ def attach(
     Args:
         model: The model.
         record: What was done to it.
-        when_saved: Called when it has been saved.
+        when_saved: Called once it has been saved, or uploaded.
     """
     model.pruning_record = record
     model.config.pruning_config = record.config
     model.save_pretrained = SavePruned(model, when_saved)
-    model.push_to_hub = PushPruned(model)
+    model.push_to_hub = PushPruned(model, when_saved)
 
 
-class SavePruned:
-    """`save_pretrained` of a pruned model; copies and pickles along with the model."""
+class _Saving:
+    """A method of a pruned model; copies and pickles along with the model."""
 
     def __init__(
         self, model: PreTrainedModel, when_saved: Callable[[], None] | None = None
     ) -> None:
         self.model = model
         self.when_saved = when_saved
+
+    def saved(self) -> None:
+        """Tell whoever wanted to know, once."""
+        if self.when_saved is not None:
+            self.when_saved()
+        self.when_saved = None
+
+
+class SavePruned(_Saving):
+    """`save_pretrained` of a pruned model."""
 
     def __call__(
         self,
@@ -118,6 +128,8 @@ class SavePruned:
         if not is_main_process or _is_for_transformers(model, kwargs):
             options |= {"push_to_hub": push_to_hub, "token": token}
             stock(model, save_directory, is_main_process=is_main_process, **options)
+            if is_main_process:
+                self.saved()
             return
         hub = {key: options.pop(key) for key in list(options) if key in _HUB_ARGUMENTS}
         repo_id = options.pop("repo_id", Path(save_directory).name)
@@ -135,17 +147,13 @@ class SavePruned:
             card = model_card(record, type(model).__name__, token)
             (folder / "README.md").write_text(card, encoding="utf-8")
         model.pruning_record = record
-        if self.when_saved is not None:
-            self.when_saved()
+        self.saved()
         if push_to_hub:
             upload(Path(save_directory), repo_id, token=token, **hub)
 
 
-class PushPruned:
-    """`push_to_hub` of a pruned model; copies and pickles along with the model."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+class PushPruned(_Saving):
+    """`push_to_hub` of a pruned model."""
 
     def __call__(
         self,
@@ -172,11 +180,13 @@ class PushPruned:
             raise TypeError(f"push_to_hub got unexpected argument(s): {', '.join(unknown)}")
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
-            self.model.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
+            SavePruned(self.model)(folder, max_shard_size=max_shard_size, token=token)
             if tags:
                 card = model_card(self.model.pruning_record, type(self.model).__name__, token, tags)
                 (folder / "README.md").write_text(card, encoding="utf-8")
-            return upload(folder, repo_id, token=token, **kwargs)
+            commit = upload(folder, repo_id, token=token, **kwargs)
+        self.saved()
+        return commit
 
 
 @dataclass(frozen=True)

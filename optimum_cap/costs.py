@@ -123,13 +123,15 @@ class Meter:
         memory = self.weights + sum(part.memory for part in parts)
         devices = self._devices(memory)
         shared = sum(part.shared for part in parts)
+        # Pruned layers are kept until the checkpoint is there.
+        kept = self.value * self.work.prunable if method.layer_by_layer else 0
         return Cost(
             step="prune",
             name=name,
             operations=sum(part.operations for part in parts),
             seconds=sum(part.seconds for part in parts) + shared / self._processes(devices),
             memory=memory,
-            disk=self._checkpoint(sparsity),
+            disk=self._checkpoint(sparsity) + kept,
             devices=devices,
         )
 
@@ -184,15 +186,15 @@ class Meter:
             return Part(tried.operations, seconds, _all_layers(self, few, self.rows))
         per_layer = [layer.sites for layer in work.layers]
         count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
-        tried = work.interventions(shape, count)
+        tried, walks = work.interventions(shape, count), work.intervention_walks(shape, count)
         alone = PRUNING[method.criterion](self, replace(method, target="local"), shape)
         # The hidden states before the layer, and those of the site that is tried.
         hidden = count * shape.tokens * work.layers[0].hidden * self.value
         return Part(
             tried.operations + alone.operations,
-            self._seeing(shape),
+            self.seconds(walks) + self._seeing(shape),
             2 * hidden,
-            shared=self.seconds(tried) + alone.seconds,
+            shared=self.seconds(tried) - self.seconds(walks) + alone.seconds,
         )
 
     def paper(self, shape: Shape, sparsity: float) -> Cost:

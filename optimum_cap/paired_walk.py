@@ -31,7 +31,7 @@ from optimum_cap.interventions import (
 )
 from optimum_cap.offload import brought_in
 
-_SAME = 0.05  # of a change: what may be off where the rest of the layer leaves it as it is
+_ROUNDING = 4  # times the machine epsilon: what counts as equal
 
 Calls = dict[str, RecordedCall]
 """Calls of the modules of a layer, by path."""
@@ -75,6 +75,8 @@ class PairedWalk(LayerWalk):
             self._dense_weights = {
                 name: self.model.get_parameter(name).data.clone() for name in names
             }
+            # Here, so that the same layer decides for those built alike in a run that goes on.
+            self._joining_outlets(index)
 
     def advance(self, index: int) -> None:
         """Pass layer `index`, by the model as it is now and by the dense one."""
@@ -292,7 +294,8 @@ class PairedWalk(LayerWalk):
                         stack.enter_context(replaced_forward(module, _giving(given)))
                     start = hidden if changed else hidden + change
                     off = self.run(index, stream, start) - whole - change
-                return float(off.abs().mean()) <= _SAME * float(change.abs().mean())
+                size = float(whole.abs().mean() + change.abs().mean())
+                return float(off.abs().mean()) <= _ROUNDING * torch.finfo(whole.dtype).eps * size
 
             if not comes_out(None):
                 return set()

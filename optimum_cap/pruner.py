@@ -1,6 +1,7 @@
 """`CAPPruner.prune()` reads like the way of the data: open this file first."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import os
@@ -55,7 +56,7 @@ from optimum_cap.masking import (
 )
 from optimum_cap.offload import weights, writable_weights
 from optimum_cap.paired_walk import PairedWalk
-from optimum_cap.pruning_cache import PruningCache
+from optimum_cap.pruning_cache import KeptLayers, KeptResponses, PruningCache
 from optimum_cap.reconstruction import RECONSTRUCTIONS, corrected
 from optimum_cap.record import MatrixSparsity, PruningRecord, SiteResponse, UnitScore
 from optimum_cap.responses import Response, estimated_responses, responses
@@ -96,7 +97,8 @@ class CAPPruner:
         leaves the model as it was. Criteria that prune layer by layer (ALPS, Wanda, SparseGPT)
         cannot do so: interrupted while they prune, they leave the first layers pruned, and say so.
         With a `cache_dir`, a run that was stopped goes on where it was when the dense model is
-        pruned again with the same config.
+        pruned again with the same config. Processes that were launched together (`torchrun`) all
+        have to call this: they share what is measured.
         Of a model with weights on disk, what is pruned goes to copies in its offload folder, never
         into the files it was loaded from.
 
@@ -116,6 +118,7 @@ class CAPPruner:
         Raises:
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
             OSError: There is no room for the pruned weights of a model on disk.
+            ConnectionError: Another process of the launch has stopped.
         """
         config = self.config
         if dataset is not None:
@@ -155,7 +158,7 @@ class CAPPruner:
                 work.prune_each_matrix_(shares)
 
         record = dataclasses.replace(work.record(calibration), base_revision=base_revision)
-        attach(model, record, work.cache.forget_layers if work.cache else None)
+        attach(model, record, work.kept_layers.forget if work.kept_layers else None)
         return model
 
     def measure(
@@ -212,10 +215,7 @@ class _Work:
         self.threshold: float | None = None
         self.tokens: dict[Matrix, int] = {}
         self.responses: list[Response] = []
-        self.cache: PruningCache | None = None
-        keeps = config.method.layer_by_layer or config.method.allocation == "interventional"
-        if config.cache_dir is not None and keeps:
-            self.cache = PruningCache(config.cache_dir, model, examples, config, matrices)
+        self.kept_layers: KeptLayers | None = None
         self._regions: dict[Matrix, torch.Tensor] = {}
 
     def score_units(self, losses: UnitLosses | None) -> None:
@@ -290,6 +290,7 @@ class _Work:
             allocation = ALLOCATIONS[config.method.allocation]
             return allocation(model, sites, self.layers, zeros, self.examples, config)
         alike = ALLOCATIONS["uniform"](model, sites, self.layers, zeros, self.examples, config)
+        kept = self._kept_responses(alike)
         if config.estimator == "first_order":
             self.responses = estimated_responses(
                 model,
@@ -301,6 +302,7 @@ class _Work:
                 config.seed,
                 config.method.answer_weight,
                 config.memory_budget,
+                kept,
             )
         else:
             self.responses = responses(
@@ -312,7 +314,7 @@ class _Work:
                 config.allocation_examples,
                 self._updates,
                 config.method.answer_weight,
-                self.cache,
+                kept,
             )
         return interventional(self.responses, zeros, config.allocation_bound)
 
@@ -326,6 +328,7 @@ class _Work:
         model, method = self.model, self.config.method
         count = len(decoder_layers(model, self.sites))
         stages = stages_by_layer(self.sites)
+        self.kept_layers = kept = self._kept_layers(shares)
         with (
             evaluation_mode(model),
             float32_on_cpu(model) as own_dtypes,
@@ -338,45 +341,77 @@ class _Work:
                 steps = stages[index] if method.order == "projection" else [own]
                 try:
                     walk.begin(index)
-                    if not self._recall_layer_(index):
+                    if not (kept and self._recall_layer_(index, kept)):
                         # Of a step nothing may be left where modules stay dense.
                         for step in filter(None, ([m for m in step if m in own] for step in steps)):
                             statistics = walk.statistics(index, step, gram=self._updates)
                             for matrix in step:
                                 inputs, zeros = statistics[matrix], shares[matrix]
                                 new = self._pruned(matrix, inputs, zeros)
-                                dtype = own_dtypes.get(matrix.parameter, new.dtype)
-                                self._replace_(matrix, new.to(dtype), inputs.tokens)
-                        if self.cache:
-                            self.cache.finish_layer(index, [self.tokens[matrix] for matrix in own])
+                                self.tokens[matrix] = inputs.tokens
+                                weight = writable_weights(model, matrix)
+                                # As they are stored: what comes later is calibrated on what is
+                                # saved.
+                                new = new.to(own_dtypes.get(matrix.parameter, weight.dtype))
+                                weight.copy_(new)
+                                if kept:
+                                    kept.keep(matrix, new)
+                        if kept:
+                            kept.finish(index, [self.tokens[matrix] for matrix in own])
                     walk.advance(index)
                 except BaseException:
                     logger.warning(
                         f"pruning stopped in layer {index} of {count}; the layers before it are "
                         "pruned already: load the model again before you use or prune it"
-                        + ("; the same call then goes on here" if self.cache else "")
+                        + ("; the same call then goes on here" if kept and kept.complete else "")
                     )
                     raise
                 progress.update()
         self._warn_of_few_tokens()
 
-    def _replace_(self, matrix: Matrix, new: torch.Tensor, tokens: int) -> None:
-        """Give a matrix its new weights, `[out, in]`.
+    def _kept_responses(self, shares: Mapping[Matrix, int]) -> KeptResponses | None:
+        """What an earlier run found about sites that are pruned so, if anything is kept."""
+        if self._cache is None:
+            return None
+        settings = {"answer_weight": self.config.method.answer_weight, **self._way(shares)}
+        return self._cache.responses(settings)
 
-        In the dtype in which they are stored: what comes later is calibrated on what is saved.
-        """
-        self.tokens[matrix] = tokens
-        writable_weights(self.model, matrix).copy_(new)
-        if self.cache:
-            self.cache.keep_matrix(matrix, new)
+    def _kept_layers(self, shares: Mapping[Matrix, int]) -> KeptLayers | None:
+        """The layers that an earlier run pruned so, if anything is kept."""
+        if self._cache is None:
+            return None
+        views = (oriented(self.model, matrix) for matrix in self.matrices)
+        size = sum(view.numel() * view.element_size() for view in views)
+        settings = {**dataclasses.asdict(self.config.method), **self._way(shares)}
+        return self._cache.layers(settings, size)
 
-    def _recall_layer_(self, index: int) -> bool:
-        """Give the matrices of a layer what they became in a run that was stopped, if one was."""
-        kept = self.cache.layer(index, self.layers[index]) if self.cache else None
-        for matrix, (weight, tokens) in (kept or {}).items():
-            self.tokens[matrix] = tokens
+    @functools.cached_property
+    def _cache(self) -> PruningCache | None:
+        """What is known about the dense model; it is asked for before any weight is changed."""
+        folder = self.config.cache_dir
+        return None if folder is None else PruningCache(folder, self.model, self.examples)
+
+    def _way(self, shares: Mapping[Matrix, int]) -> dict[str, Any]:
+        """All that decides what a matrix becomes, beside the method, model and data."""
+        return {
+            "criterion": self.config.method.criterion,
+            "pattern": self.config.pattern,
+            "seed": self.config.seed,
+            "kv_combination": self.config.kv_combination,
+            "mlp_unit_size": self.config.mlp_unit_size,
+            "importances": [[*key, value] for key, value in self.importances.items()],
+            "shares": {matrix.name: zeros for matrix, zeros in shares.items()},
+        }
+
+    def _recall_layer_(self, index: int, kept: KeptLayers) -> bool:
+        """Give the matrices of a layer what they became in an earlier run, if it is known."""
+        own = self.layers[index]
+        if (tokens := kept.known(index, own)) is None:
+            return False
+        self.tokens.update(tokens)
+        for matrix, weight in kept.weights(own):
             writable_weights(self.model, matrix).copy_(weight)
-        return kept is not None
+        return True
 
     def record(self, calibration: CalibrationSet | None) -> PruningRecord:
         """Say what was done."""

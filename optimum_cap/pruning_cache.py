@@ -2,37 +2,34 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from optimum_cap.architectures import Matrix, Site
 from optimum_cap.calibration import CalibrationExample
-from optimum_cap.config import CAPConfig
 from optimum_cap.distributed import Team
 from optimum_cap.score_cache import TensorFiles, examples_digest, machine
 from optimum_cap.storage import digest_of, model_digest
 
+logger = logging.get_logger(__name__)
+
 _LAYOUT = 1  # of files and keys, and of the way that responses and weights are computed
-_LAYERS = "layers"
 
 
 class PruningCache:
-    """Responses and pruned layers of one model, calibration set and config.
+    """What is known about one model and one calibration set.
 
-    They lie under a digest of all of these, so that nothing else ever meets them. Responses are
-    small and stay; pruned layers take the room of the model until `forget_layers`. Of processes
-    that were launched together, all of which prune, the first one keeps the layers.
+    It lies under a digest of all that it follows from, so that nothing else ever meets it.
 
     Args:
-        folder: Where they are kept; made when there is something to keep. Several runs may share
-            it.
+        folder: Where it is kept; made when there is something to keep. Several runs may share it.
         model: The model, dense. Its weights are read once, here.
         examples: The calibration examples.
-        config: Settings of the run.
-        matrices: The matrices to prune.
     """
 
     def __init__(
@@ -40,62 +37,127 @@ class PruningCache:
         folder: str | os.PathLike[str],
         model: PreTrainedModel,
         examples: list[CalibrationExample],
-        config: CAPConfig,
-        matrices: Iterable[Matrix],
     ) -> None:
         self._files = TensorFiles(Path(folder))
-        settings = {k: v for k, v in config.to_dict().items() if k != "checkpoint_format"}
-        of_run = digest_of(
-            {"layout": _LAYOUT, **machine(model)},
-            model_digest(model),
-            examples_digest(examples),
-            settings,
-            [matrix.name for matrix in matrices],
-        )
-        self._run = of_run[:32]
-        self._first = Team.of_this_run().rank == 0
+        on = {"layout": _LAYOUT, **machine(model)}
+        self._subject = digest_of(on, model_digest(model), examples_digest(examples))[:32]
 
-    def divergences(self, site: Site, examples: int) -> torch.Tensor | None:
-        """Divergences with a site pruned alone, float64 `[examples]`; `None` if unknown."""
-        return self._files.read(self._response(site, examples))
+    def responses(self, settings: Mapping[str, Any]) -> "KeptResponses":
+        """The responses of sites that are pruned in a certain way."""
+        return KeptResponses(self._files, f"{self._subject}/{_name(dict(settings))}")
 
-    def keep_divergences(self, site: Site, divergences: torch.Tensor) -> None:
-        """Keep the divergences with a site pruned alone."""
-        self._files.write(self._response(site, len(divergences)), divergences)
+    def layers(self, settings: Mapping[str, Any], size: int) -> "KeptLayers":
+        """The layers that are pruned in a certain way, of so many bytes in all."""
+        return KeptLayers(self._files, f"{self._subject}/layers/{_name(dict(settings))}", size)
 
-    def layer(
-        self, index: int, matrices: Sequence[Matrix]
-    ) -> dict[Matrix, tuple[torch.Tensor, int]] | None:
-        """What the matrices of a layer became, and how many tokens decided; `None` if unknown."""
-        tokens = self._files.read(self._tokens(index))
+
+class KeptResponses:
+    """Divergences with sites pruned alone; they are small, and stay.
+
+    Args:
+        files: Where they are kept.
+        prefix: Of their keys.
+    """
+
+    def __init__(self, files: TensorFiles, prefix: str) -> None:
+        self._files = files
+        self._prefix = prefix
+
+    def measured(self, site: Site, examples: int) -> torch.Tensor | None:
+        """Divergences of a site on the first examples, float64 `[examples]`; `None` if unknown."""
+        return self._files.read(self._key(site.name, examples))
+
+    def keep_measured(self, site: Site, divergences: torch.Tensor) -> None:
+        """Keep the divergences of a site."""
+        self._files.write(self._key(site.name, len(divergences)), divergences)
+
+    def estimated(self, examples: int, seed: int) -> torch.Tensor | None:
+        """Estimates for all sites, float64 `[sites, examples]`; `None` if unknown."""
+        return self._files.read(self._key("estimated", examples, seed))
+
+    def keep_estimated(self, divergences: torch.Tensor, seed: int) -> None:
+        """Keep the estimates for all sites; those of the first run stay."""
+        key = self._key("estimated", divergences.shape[1], seed)
+        self._files.write(key, divergences, replace=False)
+
+    def _key(self, *parts: Any) -> str:
+        return f"{self._prefix}/{_name(*parts)}"
+
+
+class KeptLayers:
+    """Layers that have been pruned; they take the room of the model until `forget`.
+
+    Of processes that were launched together, all of which prune, the first one keeps them. Where
+    the disk has no room for them and the checkpoint too, nothing is kept, and that is said.
+
+    Args:
+        files: Where they are kept.
+        prefix: Of their keys.
+        size: Bytes that all of them take.
+    """
+
+    def __init__(self, files: TensorFiles, prefix: str, size: int) -> None:
+        self._files = files
+        self._prefix = prefix
+        self._writes = Team.of_this_run().rank == 0 and _has_room(files.folder, 2 * size)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was to be kept could be."""
+        return self._writes and not self._files.failed
+
+    def known(self, index: int, matrices: Sequence[Matrix]) -> dict[Matrix, int] | None:
+        """How many tokens decided about each matrix of a layer; `None` unless all is kept."""
+        tokens = self._files.read(self._mark(index))
         if tokens is None or len(tokens) != len(matrices):
             return None
-        found = {}
-        for matrix, count in zip(matrices, tokens.tolist(), strict=True):
-            if (weight := self._files.read(self._weight(matrix))) is None:
-                return None
-            found[matrix] = weight, count
-        return found
+        if any(self._files.read(self._key(matrix)) is None for matrix in matrices):
+            return None
+        return dict(zip(matrices, tokens.tolist(), strict=True))
 
-    def keep_matrix(self, matrix: Matrix, weight: torch.Tensor) -> None:
+    def weights(self, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:
+        """Yield what the matrices of a layer that is `known` became, `[out, in]`, one by one."""
+        for matrix in matrices:
+            weight = self._files.read(self._key(matrix))
+            if weight is None:
+                raise OSError(
+                    f"{self._files.folder} was changed while {matrix.name} was read from it: load "
+                    "the model again, and prune it again"
+                )
+            yield matrix, weight
+
+    def keep(self, matrix: Matrix, weight: torch.Tensor) -> None:
         """Keep what a matrix became, `[out, in]`; it counts once its layer is finished."""
-        if self._first:
-            self._files.write(self._weight(matrix), weight.cpu().contiguous())
+        if self._writes:
+            self._files.write(self._key(matrix), weight.cpu().contiguous())
 
-    def finish_layer(self, index: int, tokens: list[int]) -> None:
-        """All matrices of a layer have been kept: so many tokens their statistics are of."""
-        if self._first:
-            self._files.write(self._tokens(index), torch.tensor(tokens))
+    def finish(self, index: int, tokens: list[int]) -> None:
+        """All matrices of a layer have been kept; so many tokens decided about each."""
+        if self._writes:
+            self._files.write(self._mark(index), torch.tensor(tokens))
 
-    def forget_layers(self) -> None:
-        """Delete the pruned layers."""
-        shutil.rmtree(self._files.folder / self._run / _LAYERS, ignore_errors=True)
+    def forget(self) -> None:
+        """Delete them."""
+        shutil.rmtree(self._files.folder / self._prefix, ignore_errors=True)
 
-    def _response(self, site: Site, examples: int) -> str:
-        return f"{self._run}/{digest_of(site.name, examples)[:32]}"
+    def _key(self, matrix: Matrix) -> str:
+        return f"{self._prefix}/{_name(matrix.name)}"
 
-    def _weight(self, matrix: Matrix) -> str:
-        return f"{self._run}/{_LAYERS}/{digest_of(matrix.name)[:32]}"
+    def _mark(self, index: int) -> str:
+        return f"{self._prefix}/{index}"
 
-    def _tokens(self, index: int) -> str:
-        return f"{self._run}/{_LAYERS}/{index}"
+
+def _name(*parts: Any) -> str:
+    return digest_of(*parts)[:32]
+
+
+def _has_room(folder: Path, size: int) -> bool:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        logger.warning(
+            f"{existing} has {free / 1e9:.1f} GB left, and pruned layers are kept only where there "
+            f"are {size / 1e9:.1f} GB: pruning that is stopped will start anew; name another "
+            "folder as cache_dir to keep them"
+        )
+    return free >= size

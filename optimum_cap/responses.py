@@ -4,8 +4,8 @@ This is the intervention of causal attribution with the thing itself in the plac
 what the model loses without a unit, but what it loses when the unit is pruned.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import inf, nan, sqrt
@@ -35,7 +35,7 @@ from optimum_cap.interventions import (
 )
 from optimum_cap.masking import kth_smallest
 from optimum_cap.offload import brought_in, device_of, is_offloaded
-from optimum_cap.pruning_cache import PruningCache
+from optimum_cap.pruning_cache import KeptResponses
 from optimum_cap.wavefront import Targets, logits_of, positions_per_chunk
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
@@ -82,7 +82,7 @@ def responses(
     count: int | None = None,
     gram: bool = True,
     answer_weight: float = 0.0,
-    cache: PruningCache | None = None,
+    kept: KeptResponses | None = None,
 ) -> list[Response]:
     """Prune each site alone and measure what that does to the predictions of scored tokens.
 
@@ -100,7 +100,7 @@ def responses(
         count: How many examples to measure on; `None`: as `examples_to_measure`.
         gram: Whether `prune` needs x_i x_j of the inputs.
         answer_weight: As for `LayerWalk`, in these statistics.
-        cache: Keeps what has been measured, for a run that goes on.
+        kept: What was measured in the same way, by a run that was stopped.
 
     Returns:
         One response for each site with matrices to prune, in the order of the model. Processes that
@@ -115,9 +115,9 @@ def responses(
     count = min(count, len(examples))
     every = [group for own in groups.values() for group in own]
     known = {}
-    if cache:
-        kept = {site: cache.divergences(site, count) for site, _ in every}
-        known = {site: own for site, own in kept.items() if own is not None}
+    if kept:
+        found = {site: kept.measured(site, count) for site, _ in every}
+        known = {site: own for site, own in found.items() if own is not None}
     team = Team.of_this_run()
     left = {
         # Shifted by layer: an attention takes less than the MLP beside it.
@@ -128,12 +128,14 @@ def responses(
         ]
         for layer, own in groups.items()
     }
-    for site, divergences in _measured(
-        model, sites, left, examples, prune, count, gram, answer_weight
-    ):
-        known[site] = divergences
-        if cache:
-            cache.keep_divergences(site, divergences)
+    # Closed at once whatever happens, so that the model is as it was.
+    with closing(
+        _measured(model, sites, left, examples, prune, count, gram, answer_weight)
+    ) as measured:
+        for site, divergences in measured:
+            known[site] = divergences
+            if kept:
+                kept.keep_measured(site, divergences)
     for others in team.gather(known):
         known |= others
     return [_response(model, site, matrices, known[site]) for site, matrices in every]
@@ -148,7 +150,7 @@ def _measured(
     count: int,
     gram: bool,
     answer_weight: float,
-) -> Iterator[tuple[Site, torch.Tensor]]:
+) -> Generator[tuple[Site, torch.Tensor], None, None]:
     """Yield the divergences of sites, given by layer with their matrices, on the first examples."""
     if not any(groups.values()):
         return
@@ -186,6 +188,7 @@ def estimated_responses(
     seed: int = 0,
     answer_weight: float = 0.0,
     memory_budget: int | str = "auto",
+    kept: KeptResponses | None = None,
 ) -> list[Response]:
     """Estimate the same with one backward pass for all sites.
 
@@ -207,12 +210,14 @@ def estimated_responses(
         answer_weight: As for `responses`.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free. Where memory runs out all the same, batches are halved.
+        kept: What was estimated in the same way: the last bits depend on the memory that is free.
 
     Returns:
-        As `responses`.
+        As `responses`. Processes that were launched together have to call this together.
 
     Raises:
         ValueError: Weights are offloaded, or a site's matrices are not all in one branch.
+        ConnectionError: Another process of the launch has stopped.
     """
     check_in_memory(model)
     groups = [group for own in _groups(sites, layers).values() for group in own]
@@ -225,6 +230,30 @@ def estimated_responses(
     if count is None:
         count = examples_to_estimate(len(examples))
     chosen = examples[:count]
+    divergences = kept.estimated(len(chosen), seed) if kept else None
+    if divergences is None:
+        divergences = _estimated(
+            model, sites, layers, groups, chosen, shares, seed, answer_weight, memory_budget
+        )
+        if kept:
+            kept.keep_estimated(divergences, seed)
+    # Every process has done all of it; what follows has to be the same in all.
+    divergences = Team.of_this_run().first(divergences)
+    return [_response(model, *group, own) for group, own in zip(groups, divergences, strict=True)]
+
+
+def _estimated(
+    model: PreTrainedModel,
+    sites: list[Site],
+    layers: Mapping[int, list[Matrix]],
+    groups: list[tuple[Site, list[Matrix]]],
+    chosen: list[CalibrationExample],
+    shares: Mapping[Matrix, int],
+    seed: int,
+    answer_weight: float,
+    memory_budget: int | str,
+) -> torch.Tensor:
+    """Estimates for sites with their matrices on the chosen examples: `[sites, examples]`."""
     divergences = torch.empty(len(groups), len(chosen), dtype=torch.float64)
     with (
         evaluation_mode(model),
@@ -252,9 +281,7 @@ def estimated_responses(
         for batch, found in each_in_memory(parts, estimate):
             divergences[:, batch.positions] = found
             progress.update(len(batch.positions))
-    # Every process has done all of it; what follows has to be the same in all.
-    divergences = Team.of_this_run().first(divergences)
-    return [_response(model, *group, own) for group, own in zip(groups, divergences, strict=True)]
+    return divergences
 
 
 class _RoughPruning:
@@ -335,13 +362,13 @@ def _fisher_draw(
     Returns:
         `[scored, vocabulary]`.
     """
-    noise = []
-    for position, count in zip(batch.positions, counts.tolist(), strict=True):
+    draw = probabilities.sqrt()
+    parts = draw.split(counts.tolist())
+    for position, part in zip(batch.positions, parts, strict=True):
         own = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(own)
-        noise.append(torch.randn(count, probabilities.shape[1], generator=generator))
-    scaled = torch.cat(noise).to(probabilities) * probabilities.sqrt()
-    return scaled - probabilities * scaled.sum(dim=1, keepdim=True)
+        part *= torch.randn(part.shape, generator=generator).to(part)
+    return draw.addcmul_(probabilities, draw.sum(dim=1, keepdim=True), value=-1)
 
 
 def _along(

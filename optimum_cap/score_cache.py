@@ -87,11 +87,14 @@ class TensorFiles:
 
     Args:
         folder: Made when the first tensor is written. Several processes may share it.
+
+    Attributes:
+        failed: Whether a tensor could not be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._complained = False
+        self.failed = False
 
     def read(self, key: str) -> torch.Tensor | None:
         """Return what was written under `key`; `None` if nothing was, or if it is damaged."""
@@ -104,6 +107,8 @@ class TensorFiles:
                 if (content.metadata() or {}).get("sha256") == digest_of(key, tensor):
                     return tensor
             problem = "its checksum is another one"
+        except FileNotFoundError:
+            return None  # another process has deleted it
         except (OSError, SafetensorError) as error:
             problem = str(error)
         logger.warning(f"{file} is damaged ({problem}): what it held is measured again")
@@ -123,8 +128,8 @@ class TensorFiles:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, data, replace)
         except OSError as error:
-            if not self._complained:
-                self._complained = True
+            if not self.failed:
+                self.failed = True
                 logger.warning(
                     f"the cache {self.folder} cannot be written ({error.strerror}): the run goes "
                     "on, but what it finds from here on is lost if it stops; make room, or name "

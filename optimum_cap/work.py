@@ -346,7 +346,7 @@ class ModelWork:
         """
         few = replace(shape, examples=measured)
         rows, pairs = _apart(few)
-        work = self._layers(shape) + self._experts_again(shape) + self._layers(few)
+        work = self.intervention_walks(shape, measured)
         for index, layer in enumerate(self.layers):
             # All sites up to here, and the dense model, which the last layer need not pass.
             passing = sum(before.sites for before in self.layers[: index + 1])
@@ -355,6 +355,11 @@ class ModelWork:
         sites = sum(layer.sites for layer in self.layers)
         scored = few.targets * _per_token(self.stem) + self.logits(few.targets) + self.losses(few)
         return work + 2 * sites * scored
+
+    def intervention_walks(self, shape: Shape, measured: int) -> Work:
+        """The part of `interventions` that does not depend on the sites that are tried."""
+        few = replace(shape, examples=measured)
+        return self._layers(shape) + self._experts_again(shape) + self._layers(few)
 
     def estimated_interventions(self, shape: Shape, measured: int) -> Work:
         """Work of `estimated_responses` but for the pruning: each branch runs once more.

@@ -13,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_pruning_cache import pruned
 from test_score_cache import chunk_files, digest, score
 from tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap.distributed import Team
+from optimum_cap.storage import digest_of
 
 SCRIPT = """
 import os, signal, sys
@@ -47,7 +49,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def ranks(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
+def ranks(*arguments: object, script: str = SCRIPT) -> list[subprocess.CompletedProcess[str]]:
     """Run the script in two ranks, without a launcher that ends the others when one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -64,7 +66,7 @@ def ranks(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent))]
+        command = [sys.executable, "-c", script.format(tests=str(Path(__file__).parent))]
         processes.append(
             subprocess.Popen(
                 [*command, *map(str, arguments)],
@@ -132,6 +134,33 @@ def test_ranks_without_a_cache() -> None:
     assert first.stdout.split()[0] == digest(score(tiny_model("llama"), None, count=24))
     assert "Scoring" in first.stderr
     assert "Scoring" not in second.stderr, "only the first one shows progress"
+
+
+TRIALS = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_pruning_cache import *
+from optimum_cap.pruner import _Work
+from optimum_cap.storage import digest_of
+
+torch.set_num_threads(1)
+solved, own = [], _Work._pruned
+_Work._pruned = lambda self, *args: solved.append(args[0].name) or own(self, *args)
+model = pruned(tiny_model("mixtral"), Path(sys.argv[1]))
+print(digest_of(dict(model.state_dict())), len(solved))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_two_ranks_share_the_sites_that_are_tried(tmp_path: Path) -> None:
+    expected = digest_of(dict(pruned(tiny_model("mixtral"), None).state_dict()))
+    first, second = (done.stdout.split() for done in ranks(tmp_path / "responses", script=TRIALS))
+    assert first[0] == second[0] == expected
+    matrices = 3 * (4 + 4 * 2)
+    tried = [int(own[1]) - matrices for own in (first, second)]
+    assert sum(tried) == matrices
+    assert min(tried) > matrices // 3
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 """Pruning that is stopped goes on where it was, with the bytes of an undisturbed run."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from test_offload import on_disk, saved
 from tiny_models import tiny_model, tiny_tokenizer
@@ -32,7 +35,7 @@ def weights(model: PreTrainedModel) -> list[bytes]:
 
 
 def layer_files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("layers/*.safetensors"))
+    return sorted(folder.glob("*/layers/*/*.safetensors"))
 
 
 def without_versions(record: PruningRecord) -> dict[str, Any]:
@@ -75,20 +78,42 @@ def stopped(
             pruned(model, folder, **fields)
 
 
-@pytest.mark.parametrize("recipe", ["causal", "sparsegpt"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+RUNS = {
+    "measured": {},
+    "estimated": {"estimator": "first_order"},
+    "layer by layer": {"order": "layer", "target": "local"},
+    "sparsegpt": {"recipe": "sparsegpt"},
+    "2:4": {"pattern": "2:4"},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen2_moe"])
 def test_a_stopped_run_goes_on_with_the_same_bytes(
-    name: str, recipe: str, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+    name: str, run: str, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = pruned(tiny_model(name), None, recipe=recipe)
+    fields = RUNS[run]
+    expected = pruned(tiny_model(name), None, **fields)
     total = len(solved)
-    for after in (total // 4, total // 3):
-        stopped(tiny_model(name), tmp_path, solved, after, monkeypatch, recipe=recipe)
+    for after in (total // 4, total // 2):
+        stopped(tiny_model(name), tmp_path, solved, after, monkeypatch, **fields)
     before = len(solved)
-    resumed = pruned(tiny_model(name), tmp_path, recipe=recipe)
+    resumed = pruned(tiny_model(name), tmp_path, **fields)
     assert len(solved) - before < total - total // 4, "what was done is not done again"
     assert weights(resumed) == weights(expected)
     assert without_versions(resumed.pruning_record) == without_versions(expected.pruning_record)
+
+
+def test_estimates_of_the_first_run_stay(
+    tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with less memory free would have others in the last bits, and other shares."""
+    fields = {"estimator": "first_order"}
+    expected = pruned(tiny_model("llama"), None, **fields)
+    stopped(tiny_model("llama"), tmp_path, solved, 10, monkeypatch, **fields)
+    resumed = pruned(tiny_model("llama"), tmp_path, memory_budget=1, **fields)
+    assert resumed.pruning_record.responses == expected.pruning_record.responses
+    assert weights(resumed) == weights(expected)
 
 
 def test_an_interrupt_says_how_to_go_on(
@@ -109,8 +134,19 @@ def test_half_precision(
 ) -> None:
     expected = weights(pruned(tiny_model("llama", dtype=dtype), None))
     stopped(tiny_model("llama", dtype=dtype), tmp_path, solved, 22, monkeypatch)
-    assert layer_files(tmp_path)
+    kept = [safetensors.torch.load_file(file)["tensor"] for file in layer_files(tmp_path)]
+    assert {tensor.dtype for tensor in kept if tensor.ndim == 2} == {dtype}
     assert weights(pruned(tiny_model("llama", dtype=dtype), tmp_path)) == expected
+
+
+def test_layers_are_kept_as_they_are_stored_where_nothing_is_widened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("optimum_cap.interventions._narrow_on_cpu", lambda model: iter(()))
+    pruned(tiny_model("llama", dtype=torch.bfloat16), tmp_path)
+    kept = [safetensors.torch.load_file(file)["tensor"] for file in layer_files(tmp_path)]
+    assert {tensor.dtype for tensor in kept if tensor.ndim == 2} == {torch.bfloat16}
 
 
 def test_a_finished_run_waits_until_it_is_saved(tmp_path: Path, solved: list[str]) -> None:
@@ -136,18 +172,86 @@ def test_a_model_that_cannot_be_saved_keeps_its_layers(tmp_path: Path) -> None:
     assert layer_files(cache)
 
 
+def test_a_push_that_fails_keeps_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned(tiny_model("llama"), tmp_path, recipe="wanda")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_cap.checkpoint.upload", fail)
+        with pytest.raises(ConnectionError):
+            model.push_to_hub("somebody/something")
+    assert layer_files(tmp_path)
+    monkeypatch.setattr("optimum_cap.checkpoint.upload", lambda *args, **kwargs: "commit")
+    assert model.push_to_hub("somebody/something") == "commit"
+    assert not layer_files(tmp_path)
+
+
+def test_saving_again_deletes_nothing_of_another_run(tmp_path: Path) -> None:
+    model = pruned(tiny_model("llama"), tmp_path, recipe="wanda")
+    model.save_pretrained(tmp_path / "first")
+    assert not layer_files(tmp_path)
+    pruned(tiny_model("llama"), tmp_path, recipe="wanda")
+    model.save_pretrained(tmp_path / "second")
+    assert layer_files(tmp_path)
+
+
+def test_without_room_no_layers_are_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    solved: list[str],
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    stopped(tiny_model("llama"), tmp_path, solved, 10, monkeypatch, recipe="wanda")
+    assert not layer_files(tmp_path)
+    assert f"{tmp_path} has 0.0 GB left, and pruned layers are kept only where" in caplog.text
+    assert "goes on here" not in caplog.text
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"sparsity": 0.6}, {"answer_weight": 1.0}, {"num_samples": 7}, {"allocation_bound": 0.05}],
+    "change", [{"sparsity": 0.6}, {"answer_weight": 1.0}, {"num_samples": 7}, {"pattern": "2:4"}]
 )
 def test_another_run_meets_nothing(
     change: dict[str, Any], tmp_path: Path, solved: list[str]
 ) -> None:
     pruned(tiny_model("llama"), tmp_path)
-    before = len(solved)
+    before, count = solved.copy(), len(solved)
     config = CAPConfig(**{**FIELDS, **change}, cache_dir=tmp_path)
     CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
-    assert len(solved) == 2 * before
+    assert solved[count:] == (before if config.pattern == "unstructured" else before[count // 2 :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"allocation_bound": 0.05}, {"target": "local"}, {"order": "layer"}, {"memory_budget": 4000}],
+)
+def test_responses_serve_other_ways_to_go_on(
+    change: dict[str, Any], tmp_path: Path, solved: list[str]
+) -> None:
+    pruned(tiny_model("llama"), tmp_path)
+    count = len(solved)
+    pruned(tiny_model("llama"), tmp_path, **change)
+    layers = 0 if "memory_budget" in change else count // 2
+    assert len(solved) - count == layers
+
+
+def test_other_scores_meet_nothing(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"criterion": "cap", "allocation": "interventional"}
+    config = CAPConfig(**FIELDS, cache_dir=tmp_path, **fields)
+    losses = CAPPruner(config).measure(tiny_model("llama"), tiny_tokenizer())
+    other = dataclasses.replace(losses, masked=losses.masked.flip(0))
+    found = []
+    for own, folder in ((losses, tmp_path), (other, tmp_path), (other, None)):
+        pruner = CAPPruner(dataclasses.replace(config, cache_dir=folder))
+        found.append(pruner.prune(tiny_model("llama"), tiny_tokenizer(), losses=own))
+    assert weights(found[1]) == weights(found[2])
+    responses = [model.pruning_record.responses for model in found]
+    assert responses[1] == responses[2] != responses[0]
 
 
 def test_another_model_meets_nothing(tmp_path: Path, solved: list[str]) -> None:
