@@ -184,6 +184,14 @@ def test_tables_of_a_page_are_what_their_commands_print(tmp_path: Path) -> None:
             "| wanda | 0.2000 ± 0.0000 |\n"
             "| magnitude | 0.3000 |\n"
         )
+    before = page.read_text()
+    (tmp_path / "results.csv").write_text(RESULTS.replace("paper", "wanda"))
+    done = subprocess.run(
+        [sys.executable, refresh, page], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "prints 6 lines" in done.stderr
+    assert page.read_text() == before
 
 
 @pytest.mark.slow

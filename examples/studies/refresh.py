@@ -3,7 +3,8 @@
     python examples/studies/refresh.py docs/quality.md
 
 A comment is a line such as `<!-- table: means.py runs/ablation/results.csv 0.7 -->`, with a script
-of this folder; the table is all lines that begin with `|` after it.
+of this folder; the table is all lines that begin with `|` after it. A table that would lose lines,
+of a study that has not ended, say, leaves the page as it is.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_TABLE = re.compile(r"^(<!-- table: (.+) -->\n\n)(?:\|.*\n)*", re.MULTILINE)
+_TABLE = re.compile(r"^(<!-- table: (.+) -->\n\n)((?:\|.*\n)*)", re.MULTILINE)
 
 
 def main() -> None:
@@ -24,7 +25,13 @@ def main() -> None:
     def printed(match: re.Match[str]) -> str:
         script, *arguments = shlex.split(match[2])
         command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-        return match[1] + subprocess.run(command, check=True, text=True, capture_output=True).stdout
+        table = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+        if (new := table.count("\n")) < (old := match[3].count("\n")):
+            parser.error(
+                f"{match[2]} prints {new} lines, {page} has {old}: end the study, or delete the "
+                "table first"
+            )
+        return match[1] + table
 
     text, tables = _TABLE.subn(printed, page.read_text(encoding="utf-8"))
     if not tables:
