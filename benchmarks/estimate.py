@@ -27,11 +27,14 @@ _TOLERANCE = 0.3
 
 
 def number_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are numbers between blanks."""
-    words = {str(number): number for number in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    """A tokenizer whose tokens are numbers between blanks; 0 is padding.
+
+    Not by the name "0", which a tokenizer would find inside other numbers.
+    """
+    words = {str(number) if number else "<pad>": number for number in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def steps(
