@@ -30,13 +30,9 @@ REASONER = Path(__file__).resolve().parents[1] / "examples" / "tiny_reasoner"
 VARIANTS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"recipe": "sparsegpt"},
     "causal": {},
-    "causal, estimated": {"estimator": "first_order"},
-    "causal, estimated, layer by layer": {"estimator": "first_order", "order": "layer"},
-    "causal, estimated, layer by layer, local target": {
-        "estimator": "first_order",
-        "order": "layer",
-        "target": "local",
-    },
+    "causal, estimated": {"estimator": "first_order", "order": "projection", "target": "dense"},
+    "causal, estimated, layer by layer": {"estimator": "first_order", "target": "dense"},
+    "quick (the same, local target)": {"estimator": "first_order"},
     "causal without interventions": {"allocation": "uniform"},
     "ALPS alone": {"criterion": "alps"},
 }
@@ -74,7 +70,7 @@ def main() -> None:
         problems = build_calibration_set(config, tokenizer).examples
 
     # The first prune pays for what all later ones use.
-    warm_up = CAPConfig(sparsity=0.5, recipe="sparsegpt", dataset=dataset, num_samples=8)
+    warm_up = CAPConfig(sparsity=0.5, recipe="sparsegpt", dataset=dataset)
     CAPPruner(warm_up).prune(copy.deepcopy(model), tokenizer)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     losses: dict[str, list[float]] = {name: [] for name in VARIANTS}

@@ -137,7 +137,8 @@ class CAPConfig(QuantizationConfigMixin):
         estimator: How the losses with a unit masked are found: `"exact"`; `"plain"`, the same by
             its definition, slower; or estimated: `"first_order"`, `"control_variate"`,
             `"adaptive"`. See `docs/estimators.md`. Also how `"interventional"` knows what pruning a
-            site does: `"first_order"` estimates it with one backward pass.
+            site does: `"first_order"` estimates it with one backward pass, and is the quick variant
+            of recipe `"causal"`: unless they are given, target is `"local"` and order `"layer"`.
         exact_examples: Examples that `"control_variate"` measures exactly, and `"adaptive"` in each
             of its rounds; at least 2.
         precision: Where `"adaptive"` stops: 1.96 standard errors of every score, as a fraction of
@@ -344,9 +345,12 @@ class CAPConfig(QuantizationConfigMixin):
 
         A criterion that was given without an allocation is combined with `"uniform"`, and so is a
         pattern N:M with a recipe that gives matrices different sparsities. All heads compete in one
-        list, by their causal scores unless the recipe or a criterion says otherwise.
+        list, by their causal scores unless the recipe or a criterion says otherwise. Who asks for
+        estimates in the place of interventions gets the quick variant of the whole recipe.
         """
         recipe = RECIPES[self.recipe]
+        if self.recipe == "causal" and self.estimator == "first_order":
+            recipe = dataclasses.replace(recipe, target="local", order="layer")
         if self.criterion is not None:
             recipe = Method(self.criterion, "uniform")
         if self.pattern == WHOLE_HEADS:

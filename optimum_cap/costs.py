@@ -15,7 +15,8 @@ from optimum_cap.work import AlpsWork, ModelWork, ObsWork, Shape, Work
 
 USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
 LAUNCHES_PER_LAYER = 60  # small operations that one run of a layer takes
-LAUNCHES_PER_COLUMN = 12  # the same for a column that SparseGPT prunes
+# The same for a column that SparseGPT prunes; on a CPU views count too.
+LAUNCHES_PER_COLUMN = {"cpu": 22, "cuda": 12}
 THRESHOLD_PASSES = 40  # float32 numbers through memory per weight that a threshold is sought among
 RANKING_PASSES = 30  # the same for ranking rows, beside the sort
 STEP_PASSES = 25  # the same for a step of ALPS, beside its products
@@ -402,7 +403,7 @@ def _sparsegpt(meter: Meter, method: Method, shape: Shape) -> Part:
     hardware = meter.hardware
     obs = ObsWork.of(meter.work, shape.examples * shape.tokens)
     products = (obs.grams + obs.updates) / hardware.float32 + obs.factors / hardware.factor
-    launched = obs.columns * LAUNCHES_PER_COLUMN * hardware.launch
+    launched = obs.columns * LAUNCHES_PER_COLUMN[hardware.kind] * hardware.launch
     columns = meter.together(meter.through_memory(obs.moved), launched)
     masks = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
     return Part(

@@ -123,6 +123,7 @@ def test_responses_can_be_estimated(llama: PreTrainedModel) -> None:
     assert not same(exact, estimated)
     assert len(estimated.pruning_record.responses) == len(find_sites(llama))
     assert same(estimated, pruned(llama, estimator="first_order"))
+    assert not same(estimated, pruned(llama, estimator="first_order", target="dense"))
 
 
 def test_each_choice_changes_what_is_pruned(llama: PreTrainedModel) -> None:

@@ -215,6 +215,11 @@ def test_choices_that_do_not_go_together(changes: dict[str, Any], message: str) 
             {"criterion": "wanda", "order": "projection"},
             Method("wanda", "uniform", order="projection"),
         ),
+        ({"estimator": "first_order"}, Method("alps", "interventional", "local", "layer", 3.0)),
+        (
+            {"estimator": "first_order", "target": "dense"},
+            Method("alps", "interventional", "dense", "layer", 3.0),
+        ),
         ({"pattern": "heads"}, Method("cap", "global")),
         ({"pattern": "heads", "criterion": "random"}, Method("random", "global")),
     ],

@@ -80,8 +80,8 @@ def stopped(
 
 RUNS = {
     "measured": {},
-    "estimated": {"estimator": "first_order"},
-    "layer by layer": {"order": "layer", "target": "local"},
+    "estimated": {"estimator": "first_order", "target": "dense", "order": "projection"},
+    "quick": {"estimator": "first_order"},
     "sparsegpt": {"recipe": "sparsegpt"},
     "2:4": {"pattern": "2:4"},
 }
