@@ -27,6 +27,7 @@ from optimum_cap.architectures import (
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.estimators import frozen
 from optimum_cap.interventions import evaluation_mode
+from optimum_cap.pruning_cache import KeptResponses
 from optimum_cap.responses import (
     Response,
     _RoughPruning,
@@ -35,6 +36,7 @@ from optimum_cap.responses import (
     examples_to_measure,
     responses,
 )
+from optimum_cap.score_cache import TensorFiles
 
 SETTINGS = CAPConfig(sparsity=0.5)
 
@@ -182,6 +184,17 @@ def test_an_interrupt_while_a_site_is_pruned_restores_it(llama: PreTrainedModel)
         found_responses(llama, examples(3))
     handle.remove()
     assert_untouched(llama.train(), before)
+
+
+def test_an_interrupt_between_two_sites_restores_the_model(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16).train()
+    before = copy.deepcopy(model.state_dict())
+    kept = KeptResponses(TensorFiles(tmp_path), "responses")
+    kept.keep_measured = interrupt
+    with pytest.raises(KeyboardInterrupt) as error:
+        found_responses(model, examples(3), kept=kept)
+    assert error.tb is not None, "the frames are still alive"
+    assert_untouched(model, before)
 
 
 def assert_untouched(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> None:
