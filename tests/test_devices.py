@@ -1,0 +1,125 @@
+"""The same work on the CPU and on a GPU, where there is one."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_attribution import examples
+from test_pruning_cache import FIELDS, pruned
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_cap.architectures import find_sites, matrices_by_layer, oriented, prunable_matrices
+from optimum_cap.attribution import exact_losses, plain_losses
+from optimum_cap.config import RECIPES
+from optimum_cap.estimators import control_variate_losses, first_order_losses
+from optimum_cap.responses import estimated_responses, responses
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    ),
+]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+of_each_kind = pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+
+
+@on_each_device
+@of_each_kind
+def test_scores_are_those_of_the_cpu(name: str, device: str) -> None:
+    model, rows = tiny_model(name), examples(6)
+    expected = plain_losses(model, find_sites(model), rows)
+    model.to(device)
+    sites = find_sites(model)
+    for losses in (exact_losses(model, sites, rows), plain_losses(model, sites, rows)):
+        torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
+
+
+@on_each_device
+@of_each_kind
+def test_scores_within_a_small_budget(name: str, device: str) -> None:
+    model, rows = tiny_model(name).to(device), examples(6)
+    sites = find_sites(model, mlp_unit_size=8)
+    whole, parts = (exact_losses(model, sites, rows, budget) for budget in ("1GB", 10_000))
+    torch.testing.assert_close(parts.masked, whole.masked, rtol=1e-4, atol=1e-6)
+
+
+@on_each_device
+@of_each_kind
+def test_estimated_scores_are_those_of_the_cpu(name: str, device: str) -> None:
+    model, rows = tiny_model(name), examples(6)
+    options: dict[str, Any] = {"exact_examples": 3, "seed": 1}
+    expected = [
+        first_order_losses(model, find_sites(model), rows),
+        control_variate_losses(model, find_sites(model), rows, **options),
+    ]
+    model.to(device)
+    found = [
+        first_order_losses(model, find_sites(model), rows),
+        control_variate_losses(model, find_sites(model), rows, **options),
+    ]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.masked, other.masked, rtol=1e-3, atol=1e-5)
+
+
+@on_each_device
+@of_each_kind
+def test_responses_are_those_of_the_cpu(name: str, device: str) -> None:
+    model, rows = tiny_model(name), examples(6)
+    found = []
+    for place in ("cpu", device):
+        moved = copy.deepcopy(model).to(place)
+        sites = find_sites(moved)
+        layers = matrices_by_layer(sites)
+        alike = {m: oriented(moved, m).numel() // 2 for m in prunable_matrices(sites)}
+        found.append(
+            [
+                *responses(
+                    moved, sites, layers, rows, lambda m, _, own=moved: 0.5 * oriented(own, m)
+                ),
+                *estimated_responses(moved, sites, layers, rows, alike),
+            ]
+        )
+    for one, other in zip(*found, strict=True):
+        assert one.divergence == pytest.approx(other.divergence, rel=1e-2, abs=1e-7)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_prunes_saves_and_loads(
+    recipe: str, dtype: torch.dtype, device: str, tmp_path: Path
+) -> None:
+    model = pruned(tiny_model("llama", dtype=dtype).to(device), None, recipe=recipe)
+    record = model.pruning_record
+    assert record.zeros == round(FIELDS["sparsity"] * record.total)
+    for matrix in record.matrices:
+        weight = model.get_parameter(matrix.name)
+        assert weight.device.type == device
+        assert weight.dtype == dtype
+        assert int((weight == 0).sum()) == matrix.zeros
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
+    assert same_weights(loaded, model)
+
+
+@on_each_device
+def test_the_default_recipe_keeps_what_it_keeps_on_the_cpu(device: str) -> None:
+    rows = examples(6)
+    dense = tiny_model("llama")
+    intact = exact_losses(dense, find_sites(dense), rows).intact
+    found = []
+    for place in ("cpu", device):
+        model = pruned(copy.deepcopy(dense).to(place), None)
+        found.append(exact_losses(model, find_sites(model), rows).intact - intact)
+    # Another order of sums can decide between two weights, and the rest follows.
+    torch.testing.assert_close(found[0].mean(), found[1].mean(), rtol=0.2, atol=0.02)
+
+
+def same_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    state = second.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
