@@ -342,20 +342,12 @@ class _Work:
                 try:
                     walk.begin(index)
                     if not (kept and self._recall_layer_(index, kept)):
-                        # Of a step nothing may be left where modules stay dense.
-                        for step in filter(None, ([m for m in step if m in own] for step in steps)):
-                            statistics = walk.statistics(index, step, gram=self._updates)
-                            for matrix in step:
-                                inputs, zeros = statistics[matrix], shares[matrix]
-                                new = self._pruned(matrix, inputs, zeros)
-                                self.tokens[matrix] = inputs.tokens
-                                weight = writable_weights(model, matrix)
-                                # As they are stored: what comes later is calibrated on what is
-                                # saved.
-                                new = new.to(own_dtypes.get(matrix.parameter, weight.dtype))
-                                weight.copy_(new)
-                                if kept:
-                                    kept.keep(matrix, new)
+                        for step in steps:
+                            chosen = [matrix for matrix in step if matrix in own]
+                            if chosen:  # some modules may stay dense
+                                statistics = walk.statistics(index, chosen, gram=self._updates)
+                                inputs = {matrix: statistics[matrix] for matrix in chosen}
+                                self._prune_step_(inputs, shares, own_dtypes, kept)
                         if kept:
                             kept.finish(index, [self.tokens[matrix] for matrix in own])
                     walk.advance(index)
@@ -368,6 +360,26 @@ class _Work:
                     raise
                 progress.update()
         self._warn_of_few_tokens()
+
+    def _prune_step_(
+        self,
+        inputs: Mapping[Matrix, InputStatistics],
+        shares: Mapping[Matrix, int],
+        own_dtypes: Mapping[str, torch.dtype],
+        kept: KeptLayers | None,
+    ) -> None:
+        """Prune matrices, in the dtype in which they are stored.
+
+        What comes later is so calibrated on what is saved.
+        """
+        for matrix, own in inputs.items():
+            new = self._pruned(matrix, own, shares[matrix])
+            weight = writable_weights(self.model, matrix)
+            new = new.to(own_dtypes.get(matrix.parameter, weight.dtype))
+            weight.copy_(new)
+            self.tokens[matrix] = own.tokens
+            if kept:
+                kept.keep(matrix, new)
 
     def _kept_responses(self, shares: Mapping[Matrix, int]) -> KeptResponses | None:
         """What an earlier run found about sites that are pruned so, if anything is kept."""
