@@ -124,7 +124,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--estimator",
         "estimator",
         str,
-        "exact, plain, first_order, control_variate or adaptive scores (default: exact)",
+        "exact, plain, first_order (quick causal), control_variate or adaptive (default: exact)",
     ),
     (
         "--exact-examples",
