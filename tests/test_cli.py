@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -473,8 +474,12 @@ def test_interrupt_exits_with_130_and_leaves_what_goes_on(
             character = process.stderr.read(1)
             assert character, f"ended before it scored: {err}"
             err += character
-        process.send_signal(signal.SIGINT)
-        err += process.communicate(timeout=60)[1]
+        # Python drops an interrupt that lands in a destructor; who types it would do so again.
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                err += process.communicate(timeout=20)[1]
+                break
     assert process.returncode == 130
     kept = f"what is done is kept in {tmp_path / 'scores'}; run the same again to go on from there"
     assert kept in err
