@@ -39,8 +39,9 @@ class PruningCache:
         examples: list[CalibrationExample],
     ) -> None:
         self._files = TensorFiles(Path(folder))
-        on = {"layout": _LAYOUT, **machine(model)}
-        self._subject = digest_of(on, model_digest(model), examples_digest(examples))[:32]
+        self._subject = _name(
+            _LAYOUT, machine(model), model_digest(model), examples_digest(examples)
+        )
 
     def responses(self, settings: Mapping[str, Any]) -> "KeptResponses":
         """The responses of sites that are pruned in a certain way."""

@@ -243,6 +243,16 @@ def test_responses_serve_other_ways_to_go_on(
     assert len(solved) - count == layers
 
 
+def test_another_layout_meets_nothing(
+    tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned(tiny_model("llama"), tmp_path, recipe="wanda")
+    before = len(solved)
+    monkeypatch.setattr("optimum_cap.pruning_cache._LAYOUT", 2)
+    pruned(tiny_model("llama"), tmp_path, recipe="wanda")
+    assert len(solved) == 2 * before
+
+
 def test_other_scores_meet_nothing(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"criterion": "cap", "allocation": "interventional"}
     config = CAPConfig(**FIELDS, cache_dir=tmp_path, **fields)
