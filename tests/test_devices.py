@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from test_attribution import examples
+from test_checkpoint import same_weights
 from test_pruning_cache import FIELDS, pruned
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from optimum_cap.architectures import find_sites, matrices_by_layer, oriented, prunable_matrices
 from optimum_cap.attribution import exact_losses, plain_losses
@@ -119,8 +120,3 @@ def test_the_default_recipe_keeps_what_it_keeps_on_the_cpu(device: str) -> None:
         found.append(exact_losses(model, find_sites(model), rows).intact - intact)
     # Another order of sums can decide between two weights, and the rest follows.
     torch.testing.assert_close(found[0].mean(), found[1].mean(), rtol=0.2, atol=0.02)
-
-
-def same_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
-    state = second.state_dict()
-    return all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())

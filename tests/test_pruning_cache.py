@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.architectures import Matrix
 from optimum_cap.pruner import _Work
-from optimum_cap.record import PruningRecord
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 FIELDS: dict[str, Any] = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 8, "subsets": 2}
@@ -36,10 +35,6 @@ def weights(model: PreTrainedModel) -> list[bytes]:
 
 def layer_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/layers/*/*.safetensors"))
-
-
-def without_versions(record: PruningRecord) -> dict[str, Any]:
-    return {name: value for name, value in record.to_dict().items() if name != "versions"}
 
 
 @pytest.fixture
@@ -104,7 +99,7 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
     resumed = pruned(tiny_model(name), tmp_path, **fields)
     assert len(solved) - before < total - total // 4, "what was done is not done again"
     assert weights(resumed) == weights(expected)
-    assert without_versions(resumed.pruning_record) == without_versions(expected.pruning_record)
+    assert resumed.pruning_record == expected.pruning_record
 
 
 def test_estimates_of_the_first_run_stay(
@@ -338,7 +333,6 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
         )
 
     assert start("undisturbed cache", "expected").wait(280) == 0
-    kills = 0
     for files in (2, 7, 14, 22):
         process = start("cache", "output")
         while len(list((tmp_path / "cache").rglob("*.safetensors"))) < files:
@@ -346,8 +340,6 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
-    assert kills == 4
     assert not (tmp_path / "output").exists()
     assert start("cache", "output").wait(280) == 0
     expected, output = (
