@@ -2,6 +2,8 @@
 
 All of them run on the same model and examples in one process, taking turns; each run draws its
 exact examples anew. Their scores are compared with the exact ones by Spearman's rank correlation.
+Then the draw of `control_variate` is repeated on the measured losses, beside a draw with equal
+chances.
 
     python benchmarks/estimators.py                       # a random 12-layer Llama
     python benchmarks/estimators.py --model examples/tiny_reasoner/model \
@@ -23,7 +25,14 @@ from optimum_cap import CAPConfig
 from optimum_cap.architectures import find_sites
 from optimum_cap.attribution import UnitLosses, causal_scores
 from optimum_cap.calibration import build_calibration_set
-from optimum_cap.estimators import ESTIMATORS, SampledLosses, draw_blocks
+from optimum_cap.estimators import (
+    ESTIMATORS,
+    SampledLosses,
+    chances_in_blocks,
+    chances_of_drawing,
+    draw_blocks,
+    draw_examples,
+)
 
 _DRAWS = 100
 
@@ -49,19 +58,48 @@ def halves(losses: UnitLosses) -> tuple[UnitLosses, UnitLosses]:
     return first, second
 
 
-def over_draws(exact: UnitLosses, first_order: UnitLosses, count: int) -> list[str]:
-    """Agreement of the control variate, and of its exact examples alone, with all exact losses."""
-    wanted = scores_of(exact, "median")
-    found: list[list[float]] = [[], []]
+def over_draws(
+    exact: UnitLosses, first_order: UnitLosses, count: int, clear: torch.Tensor
+) -> list[str]:
+    """Agreement with all exact losses, of three uses of `count` of them, and a ratio of errors.
+
+    The uses are the control variate, the same with equal chances, and these examples alone. The
+    ratio is that of the first two's root mean square error of a mean score over the draws, as its
+    geometric mean over the heads: those that are `clear`, and the others.
+    """
+    wanted, truth = scores_of(exact, "median"), exact.masked.mean(dim=1)
+    chances = chances_of_drawing(first_order, count)
+    agreement: list[list[float]] = [[], [], []]
+    errors: list[list[torch.Tensor]] = [[], []]
     for seed in range(_DRAWS):
-        sampled = SampledLosses(first_order, draw_blocks(len(exact.intact), count, seed))
-        drawn = sorted(sampled.positions(0))
-        sampled.record(0, range(len(exact.units)), exact.masked[:, sampled.positions(0)])
-        alone = UnitLosses(exact.units, exact.intact[drawn], exact.masked[:, drawn])
-        for values, losses in zip(found, (sampled.losses(), alone), strict=True):
+        blocks = draw_blocks(len(exact.intact), count, seed)
+        by_effects = draw_examples(chances, (seed + 0.5) / _DRAWS)
+        equal = sorted(block[0] for block in blocks)
+        estimates = [
+            estimated(exact, first_order, by_effects, chances),
+            estimated(exact, first_order, equal, chances_in_blocks(blocks, 1)),
+        ]
+        alone = UnitLosses(exact.units, exact.intact[equal], exact.masked[:, equal])
+        for values, losses in zip(agreement, [*estimates, alone], strict=True):
             values.append(spearman(scores_of(losses, "median"), wanted))
-    cuts = [statistics.quantiles(values, n=20) for values in found]
-    return [f"{cut[9]:.3f} ({cut[0]:.3f} to {cut[-1]:.3f})" for cut in cuts]
+        for of_draws, losses in zip(errors, estimates, strict=True):
+            of_draws.append(losses.masked.mean(dim=1) - truth)
+    cuts = [statistics.quantiles(values, n=20) for values in agreement]
+    squares = [torch.stack(of_draws).square().mean(dim=0) for of_draws in errors]
+    ratios = (squares[0] / squares[1]).sqrt()
+    return [
+        *(f"{cut[9]:.3f} ({cut[0]:.3f} to {cut[-1]:.3f})" for cut in cuts),
+        *(f"{float(ratios[which].log().mean().exp()):.2f}" for which in (clear, ~clear)),
+    ]
+
+
+def estimated(
+    exact: UnitLosses, first_order: UnitLosses, drawn: list[int], chances: torch.Tensor
+) -> UnitLosses:
+    """The estimate with exact losses of some examples."""
+    sampled = SampledLosses(first_order)
+    sampled.record(range(len(exact.units)), drawn, exact.masked[:, drawn], chances)
+    return sampled.losses()
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -121,12 +159,12 @@ def main() -> None:
 
     exact = found["exact"][0]
     scores = causal_scores(exact, 1, "mean")
-    clear = int((scores.scores.abs() > 2 * scores.standard_errors).sum())
+    clear = scores.scores.abs() > 2 * scores.standard_errors
     tokens = sum(len(example.input_ids) for example in examples)
     print(
         f"{len(exact.units)} heads in {len(sites)} layers, {len(examples)} examples, {tokens} "
         f"tokens, {torch.get_num_threads()} threads, {model.device}; {arguments.exact_examples} "
-        f"exact examples; {clear} heads have a mean score beyond 2 standard errors\n"
+        f"exact examples; {int(clear.sum())} heads have a mean score beyond 2 standard errors\n"
     )
     print(
         "| estimator | seconds | plain / it | Spearman with exact, median of subsets | mean |\n"
@@ -143,11 +181,13 @@ def main() -> None:
         )
     first_order = found["first_order"][0]
     print(
-        f"\nSpearman over {_DRAWS} draws, median (5 to 95 %), of the median of subsets:\n\n"
-        "| exact examples | control_variate | exact on these examples alone |\n|---|---|---|"
+        f"\nSpearman over {_DRAWS} draws, median (5 to 95 %), of the median of subsets; error of a "
+        "mean score over that with equal chances, of heads beyond 2 standard errors and others:\n\n"
+        "| exact examples | control_variate | equal chances | exact on these alone "
+        "| error, clear | error, others |\n|---|---|---|---|---|---|"
     )
     for count in range(8, len(examples) // 2 + 1, 8):
-        print(f"| {count} | {' | '.join(over_draws(exact, first_order, count))} |")
+        print(f"| {count} | {' | '.join(over_draws(exact, first_order, count, clear))} |")
     between = [
         spearman(*(scores_of(half, how) for half in halves(exact))) for how in ("median", "mean")
     ]

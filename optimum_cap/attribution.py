@@ -113,7 +113,7 @@ def causal_scores(
     standard_errors = losses.standard_errors
     if standard_errors is None:
         differences = masked - losses.intact
-        standard_errors = (nanvar(differences) / finite.sum(dim=1)).sqrt()
+        standard_errors = (_nanvar(differences) / finite.sum(dim=1)).sqrt()
     return CausalScores(
         units=losses.units,
         scores=central - intact,
@@ -123,7 +123,7 @@ def causal_scores(
     )
 
 
-def nanvar(values: torch.Tensor) -> torch.Tensor:
+def _nanvar(values: torch.Tensor) -> torch.Tensor:
     """Sample variance of each row over what is no NaN; NaN for fewer than two values: `[rows]`."""
     count = (~values.isnan()).sum(dim=1)
     centred = values - values.nanmean(dim=1, keepdim=True)

@@ -21,7 +21,6 @@ from optimum_cap.architectures import Site, Unit, all_units
 from optimum_cap.attribution import (
     UnitLosses,
     exact_losses,
-    nanvar,
     plain_losses,
     scored_units,
     settled_budget,
@@ -39,6 +38,7 @@ from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
 logger = logging.get_logger(__name__)
 
 _WITHIN = 1.96  # standard errors on either side of a 95 % interval
+_ROUNDING = 1e-9  # a probability that is nearer to 1 than this is 1
 
 
 def first_order_losses(
@@ -156,7 +156,8 @@ def control_variate_losses(
     example: the first-order loss, plus, where an example was drawn, the exact minus the first-order
     loss over the probability that it is drawn. Over the draw, every masked loss is unbiased, and so
     is every mean of them. The coefficient of the control variate is 1: one that is fitted to the
-    same sample would bias the estimate.
+    same sample would bias the estimate. Examples on which masking has large effects to first order
+    are drawn more often (`chances_of_drawing`).
 
     Args:
         model: As for `first_order_losses`, and so the next four.
@@ -164,21 +165,75 @@ def control_variate_losses(
         examples: The calibration examples.
         memory_budget: For activations.
         units: Which units to mask.
-        exact_examples: Number of examples with exact losses: one drawn from each of as many
-            consecutive blocks, so that all subsets of the calibration set have their share.
+        exact_examples: Number of examples with exact losses.
         seed: Seed of the draw.
         cache: Keeps finished chunks of the exact losses.
 
     Raises:
         ValueError: There are fewer examples than that.
     """
-    sampled = SampledLosses(
-        first_order_losses(model, sites, examples, memory_budget, units, cache),
-        draw_blocks(len(examples), exact_examples, seed),
+    _check_exact_examples(exact_examples, len(examples))
+    sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
+    chances = chances_of_drawing(sampled.first_order, exact_examples)
+    drawn = draw_examples(chances, start=float(np.random.default_rng(seed).random()))
+    exact = exact_losses(
+        model, sites, [examples[d] for d in drawn], memory_budget, sampled.units, cache
     )
-    every = range(len(sampled.units))
-    _measure(sampled, 0, every, model, sites, examples, memory_budget, cache)
+    sampled.record(range(len(sampled.units)), drawn, exact.masked, chances)
     return sampled.losses()
+
+
+def chances_of_drawing(first_order: UnitLosses, count: int) -> torch.Tensor:
+    """Probability of each example to be among `count` drawn ones, float64 `[examples]`.
+
+    Half of it is the same for all examples, half is in proportion to what masking does to the loss
+    of an example to first order, summed over the units without regard to sign: the error of an
+    effect tends to be large where the effect is. The equal half bounds the weight 1 / chance of an
+    example by twice that of a draw with equal chances, whatever the first order does not see
+    (a defensive mixture, Hesterberg 1995, Technometrics 37). Where more than 1 would come out, the
+    example is certain and the others share what is left.
+    """
+    effects = _finite(first_order.masked - first_order.intact).abs().nansum(dim=0)
+    sizes = torch.full_like(effects, 1 / len(effects))
+    if effects.sum() > 0:
+        sizes = (sizes + effects / effects.sum()) / 2
+    certain = torch.zeros_like(sizes, dtype=torch.bool)
+    while True:
+        left = count - int(certain.sum())
+        chances = (left * sizes / sizes[~certain].sum()).where(~certain, 1.0)
+        too_large = (chances > 1 - _ROUNDING) & ~certain
+        if not too_large.any():
+            return chances
+        certain |= too_large
+
+
+def draw_examples(chances: torch.Tensor, start: float) -> list[int]:
+    """Draw positions of examples, each with its own chance, as many as the chances add up to.
+
+    Systematic sampling (Madow 1949, Annals of Mathematical Statistics 20): the chances are laid end
+    to end, and every example is drawn on whose part one of the points `start`, `start` + 1,
+    `start` + 2, ... falls. So each run of consecutive examples, like a subset of the calibration
+    set, gets its share.
+
+    Args:
+        chances: Probability of each example, `[examples]`, as of `chances_of_drawing`.
+        start: A random number from 0 to 1.
+    """
+    certain, rest = ((chances == 1).nonzero()[:, 0], (chances < 1).nonzero()[:, 0])
+    ends = chances[rest].cumsum(dim=0)
+    count = round(float(chances[rest].sum()))
+    points = start + torch.arange(count, dtype=torch.float64)
+    # Without the last end, rounding cannot put a point behind it.
+    found = rest[torch.searchsorted(ends[:-1], points, right=True)]
+    return sorted([*certain.tolist(), *found.tolist()])
+
+
+def _check_exact_examples(exact_examples: int, examples: int) -> None:
+    if exact_examples > examples:
+        raise ValueError(
+            f"exact_examples is {exact_examples}, but there are only {examples} calibration "
+            "examples"
+        )
 
 
 def adaptive_losses(
@@ -214,13 +269,15 @@ def adaptive_losses(
     Raises:
         ValueError: There are fewer examples than `exact_examples`.
     """
-    sampled = SampledLosses(
-        first_order_losses(model, sites, examples, memory_budget, units, cache),
-        draw_blocks(len(examples), exact_examples, seed),
-    )
+    blocks = draw_blocks(len(examples), exact_examples, seed)
+    sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
     wide = list(range(len(sampled.units)))
-    for turn in range(sampled.turns):
-        _measure(sampled, turn, wide, model, sites, examples, memory_budget, cache)
+    for turn in range(max(map(len, blocks))):
+        drawn = [block[turn] for block in blocks if turn < len(block)]
+        rows = [examples[position] for position in drawn]
+        still_wide = [sampled.units[index] for index in wide]
+        exact = exact_losses(model, sites, rows, memory_budget, still_wide, cache)
+        sampled.record(wide, drawn, exact.masked, chances_in_blocks(blocks, turn + 1))
         narrow = sampled.narrow(precision)
         wide = [index for index in wide if not narrow[index]]
         if not wide:
@@ -231,45 +288,47 @@ def adaptive_losses(
 class SampledLosses:
     """First-order losses of all examples, and exact ones of those drawn so far.
 
-    Args:
+    Attributes:
+        units: The units.
         first_order: The first-order losses.
-        blocks: Positions of the examples, block by block, in the order in which they are drawn.
+        exact: The exact masked losses, `[units, examples]`, NaN where none is known.
+        drawn: Where there is one.
+        chances: Probability that there would be one, for each unit and example.
     """
 
-    def __init__(self, first_order: UnitLosses, blocks: list[list[int]]) -> None:
+    def __init__(self, first_order: UnitLosses) -> None:
         self.units = first_order.units
         self.first_order = first_order
-        self.blocks = blocks
         self.exact = torch.full_like(first_order.masked, torch.nan)
         self.drawn = torch.zeros_like(first_order.masked, dtype=torch.bool)
+        self.chances = torch.zeros_like(first_order.masked)
 
-    @property
-    def turns(self) -> int:
-        """Rounds after which everything is measured."""
-        return max(map(len, self.blocks))
+    def record(
+        self,
+        indices: Sequence[int],
+        positions: Sequence[int],
+        masked: torch.Tensor,
+        chances: torch.Tensor,
+    ) -> None:
+        """Take in exact losses.
 
-    def positions(self, turn: int) -> list[int]:
-        """The examples that are drawn in a round: the next one of each block."""
-        return [block[turn] for block in self.blocks if turn < len(block)]
-
-    def record(self, turn: int, indices: Sequence[int], masked: torch.Tensor) -> None:
-        """Take in the exact losses of some units, by index, in a round: `[units, positions]`."""
-        where = torch.tensor(indices)[:, None], torch.tensor(self.positions(turn))
+        Args:
+            indices: The units, by index.
+            positions: The examples.
+            masked: Their losses, `[indices, positions]`.
+            chances: With which probability each of all examples is drawn by now, `[examples]`.
+        """
+        where = torch.tensor(indices)[:, None], torch.tensor(positions)
         self.exact[where] = masked
         self.drawn[where] = True
+        self.chances[indices] = chances
 
     def losses(self) -> UnitLosses:
         """Return the estimate, with standard errors for the draw and the choice of the examples."""
-        masked = self.first_order.masked.clone()
-        for block in self.blocks:
-            drawn = self.drawn[:, block]
-            weights = len(block) / drawn.sum(dim=1, keepdim=True)
-            corrections = weights * (self.exact - self.first_order.masked)[:, block]
-            masked[:, block] += corrections.where(drawn, 0)
-        intact = self.first_order.intact
-        of_examples = nanvar(_finite(self.exact - intact)) / len(intact)
-        standard_errors = (of_examples + self._variance_of_draw()).sqrt()
-        return UnitLosses(self.units, intact, masked, standard_errors)
+        intact, masked = self.first_order.intact, self.first_order.masked
+        corrections = ((self.exact - masked) / self.chances).where(self.drawn, 0)
+        standard_errors = (self._variance_of_examples() + self._variance_of_draw()).sqrt()
+        return UnitLosses(self.units, intact, masked + corrections, standard_errors)
 
     def narrow(self, precision: float) -> torch.Tensor:
         """Whether the draw leaves little of a unit's importance open, bool `[units]`."""
@@ -278,15 +337,23 @@ class SampledLosses:
         allowed = precision * float(scores.max() - scores.min()) if len(scores) else 0.0
         return _WITHIN * self._variance_of_draw().sqrt() <= allowed
 
+    def _variance_of_examples(self) -> torch.Tensor:
+        """Variance of the mean exact effect of a unit over choices of examples, `[units]`."""
+        effects = _finite(self.exact - self.first_order.intact)
+        return _weighted_variance(effects, 1 / self.chances) / effects.shape[1]
+
     def _variance_of_draw(self) -> torch.Tensor:
         """Variance over the draw of the mean of a unit's estimate, `[units]`.
 
-        A draw of n of N without repetition; that it is spread over blocks is left out of account,
-        because the examples come in random order.
+        Hájek 1964 (Annals of Mathematical Statistics 35), which needs the chances of single
+        examples only: that the draw is spread evenly over the positions is left out of account,
+        because the examples come in random order. With equal chances it is that of drawing n of N
+        without repetition, s^2 (1/n - 1/N).
         """
-        residuals = _finite(self.exact - self.first_order.masked)
-        count = self.drawn.sum(dim=1)
-        return nanvar(residuals) * (1 / count - 1 / len(self.first_order.intact))
+        weighted = _finite((self.exact - self.first_order.masked) / self.chances)
+        open_share = (1 - self.chances).where(~weighted.isnan(), 0)
+        squares = _weighted_variance(weighted, open_share) * open_share.sum(dim=1)
+        return squares / self.chances.shape[1] ** 2
 
 
 def draw_blocks(examples: int, blocks: int, seed: int) -> list[list[int]]:
@@ -295,34 +362,33 @@ def draw_blocks(examples: int, blocks: int, seed: int) -> list[list[int]]:
     Raises:
         ValueError: There are fewer examples than blocks.
     """
-    if blocks > examples:
-        raise ValueError(
-            f"exact_examples is {blocks}, but there are only {examples} calibration examples"
-        )
+    _check_exact_examples(blocks, examples)
     random = np.random.default_rng(seed)
     parts = np.array_split(np.arange(examples), blocks)
     return [random.permutation(part).tolist() for part in parts]
 
 
-def _measure(
-    sampled: SampledLosses,
-    turn: int,
-    indices: Sequence[int],
-    model: PreTrainedModel,
-    sites: list[Site],
-    examples: list[CalibrationExample],
-    memory_budget: int | str,
-    cache: ScoreCache | None,
-) -> None:
-    """Measure some units exactly on the examples of a round."""
-    rows = [examples[position] for position in sampled.positions(turn)]
-    units = [sampled.units[index] for index in indices]
-    exact = exact_losses(model, sites, rows, memory_budget, units, cache)
-    sampled.record(turn, indices, exact.masked)
+def chances_in_blocks(blocks: list[list[int]], turns: int) -> torch.Tensor:
+    """Probability that an example is among the first `turns` of its block, `[examples]`."""
+    chances = [min(turns / len(block), 1.0) for block in blocks for _ in block]
+    return torch.tensor(chances, dtype=torch.float64)
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
     return values.where(values.isfinite(), torch.nan)
+
+
+def _weighted_variance(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Variance of each row over what is no NaN: `[rows]`; NaN for fewer than two values.
+
+    With equal weights it is the sample variance; where no weight is left, it is 0.
+    """
+    known = ~values.isnan()
+    count, weights = known.sum(dim=1), weights.where(known, 0)
+    shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=_ROUNDING)
+    mean = (shares * values).nansum(dim=1, keepdim=True)
+    variance = (shares * (values - mean).square()).nansum(dim=1)
+    return (variance * count / (count - 1)).where(count > 1, torch.nan)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_attribution import examples
 from tiny_models import tiny_model
 from torch import nn
@@ -27,8 +29,11 @@ from optimum_cap.estimators import (
     ESTIMATORS,
     SampledLosses,
     adaptive_losses,
+    chances_in_blocks,
+    chances_of_drawing,
     control_variate_losses,
     draw_blocks,
+    draw_examples,
     first_order_losses,
 )
 
@@ -153,26 +158,121 @@ def test_first_order_of_half_precision_is_computed_in_float32(dtype: torch.dtype
     torch.testing.assert_close(narrow.masked, wide.masked, rtol=1e-6, atol=0)
 
 
+def all_draws(chances: torch.Tensor) -> list[tuple[float, float]]:
+    """A start of each possible draw, and the probability of that draw.
+
+    The draw changes where a point passes from one example to the next.
+    """
+    cuts = sorted({0.0, 1.0, *(chances.where(chances < 1, 0.0).cumsum(0) % 1).tolist()})
+    pairs = itertools.pairwise(cuts)
+    return [((low + high) / 2, high - low) for low, high in pairs if high - low > 1e-12]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_control_variate_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over all possible draws is the exact loss, of every unit and every example."""
     model, rows = tiny_model(name), examples(7)
     sites = [site for site in find_sites(model) if site.kind == "attention"]
-    blocks = [[0, 1, 2, 3], [4, 5, 6]]
-    estimates = []
-    for draw in itertools.product(*blocks):
-        order = [
-            [first, *(set(block) - {first})] for first, block in zip(draw, blocks, strict=True)
-        ]
-        monkeypatch.setattr(estimators, "draw_blocks", lambda *args, order=order: order)
+    first_order = first_order_losses(model, sites, rows)
+    chances = chances_of_drawing(first_order, 2)
+    assert chances.unique().numel() == 7
+    estimates, probabilities = [], []
+    for start, probability in all_draws(chances):
+        drawn = draw_examples(chances, start)
+        monkeypatch.setattr(estimators, "draw_examples", lambda *args, drawn=drawn, **_: drawn)
         estimates.append(control_variate_losses(model, sites, rows, exact_examples=2).masked)
-    assert len(estimates) == 12
+        probabilities.append(probability)
+    assert len(estimates) >= 6
     exact = plain_losses(model, sites, rows).masked
-    torch.testing.assert_close(torch.stack(estimates).mean(0), exact, rtol=1e-5, atol=1e-6)
+    mean = torch.einsum("d,due->ue", torch.tensor(probabilities).double(), torch.stack(estimates))
+    torch.testing.assert_close(mean, exact, rtol=1e-5, atol=1e-6)
     # The agreement means something: one draw, and the first-order losses, are off by far more.
-    first_order = first_order_losses(model, sites, rows).masked
-    assert (first_order - exact).abs().max() > 1e-2
+    assert (first_order.masked - exact).abs().max() > 1e-2
     assert (estimates[0] - exact).abs().max() > 1e-2
+
+
+def effects_of(sizes: torch.Tensor) -> UnitLosses:
+    """First-order losses of two units, whose effects on the examples add up to `sizes`."""
+    intact = torch.full_like(sizes, 2.0)
+    unit = Unit(0, (0, 1), ())
+    site = Site("layer.o_proj", "attention", 0, "layer", "layer", 1, (unit,))
+    masked = torch.stack([intact - sizes / 4, intact + 3 * sizes / 4])
+    return UnitLosses([(site, unit), (site, unit)], intact, masked)
+
+
+@given(
+    sizes=st.lists(st.floats(0, 1e6), min_size=2, max_size=40),
+    share=st.floats(0, 1),
+)
+def test_chances_of_drawing(sizes: list[float], share: float) -> None:
+    examples, count = len(sizes), max(2, round(share * len(sizes)))
+    chances = chances_of_drawing(effects_of(torch.tensor(sizes).double()), count)
+    assert chances.sum() == pytest.approx(count)
+    assert chances.max() <= 1
+    assert chances.min() >= count / examples / 2 * (1 - 1e-9)
+    for start in (0.0, 0.3, 1 - 2**-53):
+        assert len(set(draw_examples(chances, start))) == count
+
+
+def test_half_of_a_chance_is_in_proportion_to_the_effects() -> None:
+    sizes = torch.tensor([1.0, 2.0, 3.0, 0.0, 4.0]).double()
+    chances = chances_of_drawing(effects_of(sizes), 2)
+    torch.testing.assert_close(chances, 0.2 + sizes / 10)
+    # 2 (1/5 + 96/100) / 2 is more than 1: the last is certain, the others share one draw.
+    sizes = torch.tensor([1.0, 1.0, 1.0, 1.0, 96.0]).double()
+    expected = torch.tensor([0.25, 0.25, 0.25, 0.25, 1.0]).double()
+    torch.testing.assert_close(chances_of_drawing(effects_of(sizes), 2), expected)
+    equal = torch.full((5,), 0.4).double()
+    torch.testing.assert_close(chances_of_drawing(effects_of(torch.zeros(5)), 2), equal.float())
+    # What overflows has no size.
+    sizes[4] = math.inf
+    torch.testing.assert_close(
+        chances_of_drawing(effects_of(sizes), 2),
+        torch.tensor([0.45, 0.45, 0.45, 0.45, 0.2]).double(),
+    )
+
+
+@given(
+    sizes=st.lists(st.floats(0.1, 100), min_size=4, max_size=30),
+    count=st.integers(2, 4),
+    part=st.tuples(st.integers(0, 30), st.integers(0, 30)),
+)
+def test_draws_have_their_chances(sizes: list[float], count: int, part: tuple[int, int]) -> None:
+    """Over all draws, and each run of consecutive examples has its share in each of them."""
+    chances = chances_of_drawing(effects_of(torch.tensor(sizes).double()), count)
+    drawn = torch.zeros_like(chances)
+    low, high = sorted(part)
+    share = float(chances[low:high].sum())
+    for start, probability in all_draws(chances):
+        positions = draw_examples(chances, start)
+        assert len(positions) == count
+        drawn[positions] += probability
+        assert abs(sum(low <= position < high for position in positions) - share) < 1 + 1e-9
+    torch.testing.assert_close(drawn, chances, rtol=1e-6, atol=1e-9)
+
+
+def test_drawing_by_effects_lowers_the_error() -> None:
+    """Where few examples have large effects, and first-order errors go with them."""
+    random = torch.Generator().manual_seed(0)
+    sizes = torch.randn(64, generator=random).double().mul(2).exp()
+    first_order = effects_of(sizes)
+    noise = torch.randn(2, 64, generator=random).double()
+    exact = first_order.masked + sizes * noise
+    truth = exact.mean(dim=1)
+
+    def squared_error(drawn: list[int], chances: torch.Tensor) -> torch.Tensor:
+        sampled = SampledLosses(first_order)
+        sampled.record([0, 1], drawn, exact[:, drawn], chances)
+        return (sampled.losses().masked.mean(dim=1) - truth).square().mean()
+
+    chances = chances_of_drawing(first_order, 8)
+    by_effects = sum(
+        probability * squared_error(draw_examples(chances, start), chances)
+        for start, probability in all_draws(chances)
+    )
+    draws = [draw_blocks(64, 8, seed) for seed in range(200)]
+    equal = [squared_error([b[0] for b in draw], chances_in_blocks(draw, 1)) for draw in draws]
+    assert by_effects < 0.3 * torch.stack(equal).mean()
 
 
 def test_the_draw_takes_one_of_each_block_with_equal_chance() -> None:
@@ -207,12 +307,16 @@ def test_more_exact_examples_than_examples(llama: PreTrainedModel) -> None:
         control_variate_losses(llama, find_sites(llama), examples(7), exact_examples=8)
 
 
-def sampled(exact: UnitLosses, first_order: UnitLosses, rows: np.ndarray, count: int) -> UnitLosses:
+def sampled(
+    exact: UnitLosses, first_order: UnitLosses, rows: np.ndarray, count: int, start: float
+) -> UnitLosses:
     """The control variate on some examples of losses that are known already."""
-    own = UnitLosses(exact.units, first_order.intact[rows], first_order.masked[:, rows])
-    estimate = SampledLosses(own, draw_blocks(len(rows), count, int(rows[0])))
-    drawn = exact.masked[:, rows[estimate.positions(0)]]
-    estimate.record(0, range(len(exact.units)), drawn)
+    estimate = SampledLosses(
+        UnitLosses(exact.units, first_order.intact[rows], first_order.masked[:, rows])
+    )
+    chances = chances_of_drawing(estimate.first_order, count)
+    drawn = draw_examples(chances, start)
+    estimate.record(range(len(exact.units)), drawn, exact.masked[:, rows[drawn]], chances)
     return estimate.losses()
 
 
@@ -227,7 +331,8 @@ def test_standard_errors_of_the_control_variate_cover() -> None:
     random = np.random.default_rng(0)
     covered, widths, errors = [], [], []
     for _ in range(300):
-        losses = sampled(exact, first_order, random.integers(300, size=64), 16)
+        chosen = random.integers(300, size=64)
+        losses = sampled(exact, first_order, chosen, 16, float(random.random()))
         error = (losses.masked - losses.intact).mean(dim=1) - truth
         assert losses.standard_errors is not None
         covered.append(error.abs() <= 1.96 * losses.standard_errors)
