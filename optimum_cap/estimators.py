@@ -38,6 +38,7 @@ from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
 logger = logging.get_logger(__name__)
 
 _WITHIN = 1.96  # standard errors on either side of a 95 % interval
+_BY_EFFECTS = 0.25  # part of the chance to be drawn that follows the effects
 _ROUNDING = 1e-9  # a probability that is nearer to 1 than this is 1
 
 
@@ -186,17 +187,19 @@ def control_variate_losses(
 def chances_of_drawing(first_order: UnitLosses, count: int) -> torch.Tensor:
     """Probability of each example to be among `count` drawn ones, float64 `[examples]`.
 
-    Half of it is the same for all examples, half is in proportion to what masking does to the loss
-    of an example to first order, summed over the units without regard to sign: the error of an
-    effect tends to be large where the effect is. The equal half bounds the weight 1 / chance of an
-    example by twice that of a draw with equal chances, whatever the first order does not see
-    (a defensive mixture, Hesterberg 1995, Technometrics 37). Where more than 1 would come out, the
-    example is certain and the others share what is left.
+    Three quarters of it are the same for all examples. A quarter is in proportion to what masking
+    does to the loss of the example to first order: its share of the sizes of a unit's effects on
+    all examples, averaged over the units. The error of an effect tends to be large where the effect
+    is. The equal part bounds the weight 1 / chance of an example by 4/3 of that with equal chances,
+    whatever the first order does not see (a defensive mixture, Hesterberg 1995, Technometrics 37).
+    Where more than 1 would come out, the example is certain and the others share what is left.
     """
-    effects = _finite(first_order.masked - first_order.intact).abs().nansum(dim=0)
-    sizes = torch.full_like(effects, 1 / len(effects))
-    if effects.sum() > 0:
-        sizes = (sizes + effects / effects.sum()) / 2
+    effects = _finite(first_order.masked - first_order.intact).abs().nan_to_num()
+    effects = effects[effects.sum(dim=1) > 0]
+    sizes = effects.new_full(effects.shape[1:], 1 / effects.shape[1])
+    if len(effects):
+        shares = (effects / effects.sum(dim=1, keepdim=True)).mean(dim=0)
+        sizes = (1 - _BY_EFFECTS) * sizes + _BY_EFFECTS * shares
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
         left = count - int(certain.sum())

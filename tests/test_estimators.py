@@ -192,12 +192,12 @@ def test_control_variate_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def effects_of(sizes: torch.Tensor) -> UnitLosses:
-    """First-order losses of two units, whose effects on the examples add up to `sizes`."""
+    """First-order losses of three units, with effects in proportion to `sizes`, and without."""
     intact = torch.full_like(sizes, 2.0)
     unit = Unit(0, (0, 1), ())
     site = Site("layer.o_proj", "attention", 0, "layer", "layer", 1, (unit,))
-    masked = torch.stack([intact - sizes / 4, intact + 3 * sizes / 4])
-    return UnitLosses([(site, unit), (site, unit)], intact, masked)
+    masked = torch.stack([intact - sizes / 4, intact + 3 * sizes, intact])
+    return UnitLosses([(site, unit)] * 3, intact, masked)
 
 
 @given(
@@ -209,26 +209,37 @@ def test_chances_of_drawing(sizes: list[float], share: float) -> None:
     chances = chances_of_drawing(effects_of(torch.tensor(sizes).double()), count)
     assert chances.sum() == pytest.approx(count)
     assert chances.max() <= 1
-    assert chances.min() >= count / examples / 2 * (1 - 1e-9)
+    assert chances.min() >= 0.75 * count / examples * (1 - 1e-9)
     for start in (0.0, 0.3, 1 - 2**-53):
         assert len(set(draw_examples(chances, start))) == count
 
 
-def test_half_of_a_chance_is_in_proportion_to_the_effects() -> None:
+def test_a_quarter_of_a_chance_is_in_proportion_to_the_effects() -> None:
     sizes = torch.tensor([1.0, 2.0, 3.0, 0.0, 4.0]).double()
     chances = chances_of_drawing(effects_of(sizes), 2)
-    torch.testing.assert_close(chances, 0.2 + sizes / 10)
-    # 2 (1/5 + 96/100) / 2 is more than 1: the last is certain, the others share one draw.
+    torch.testing.assert_close(chances, 0.3 + 0.05 * sizes)
+    # 3 (3/4 1/5 + 1/4 96/100) is more than 1: the last is certain, the others share two draws.
     sizes = torch.tensor([1.0, 1.0, 1.0, 1.0, 96.0]).double()
-    expected = torch.tensor([0.25, 0.25, 0.25, 0.25, 1.0]).double()
-    torch.testing.assert_close(chances_of_drawing(effects_of(sizes), 2), expected)
+    expected = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0]).double()
+    torch.testing.assert_close(chances_of_drawing(effects_of(sizes), 3), expected)
     equal = torch.full((5,), 0.4).double()
-    torch.testing.assert_close(chances_of_drawing(effects_of(torch.zeros(5)), 2), equal.float())
+    torch.testing.assert_close(chances_of_drawing(effects_of(0 * sizes), 2), equal)
     # What overflows has no size.
     sizes[4] = math.inf
     torch.testing.assert_close(
         chances_of_drawing(effects_of(sizes), 2),
-        torch.tensor([0.45, 0.45, 0.45, 0.45, 0.2]).double(),
+        torch.tensor([0.425, 0.425, 0.425, 0.425, 0.3]).double(),
+    )
+
+
+def test_every_unit_has_the_same_say_in_the_chances() -> None:
+    """A unit with small effects counts as much as one with large effects."""
+    large, small = torch.tensor([9.0, 1.0, 0.0]).double(), torch.tensor([0.0, 1.0, 9.0]).double()
+    losses = effects_of(large)
+    losses.masked[0], losses.masked[1] = losses.intact + large, losses.intact + small / 1000
+    chances = chances_of_drawing(losses, 2)
+    torch.testing.assert_close(
+        chances, 2 * (0.25 + 0.25 * torch.tensor([0.45, 0.1, 0.45])).double()
     )
 
 
@@ -256,13 +267,13 @@ def test_drawing_by_effects_lowers_the_error() -> None:
     random = torch.Generator().manual_seed(0)
     sizes = torch.randn(64, generator=random).double().mul(2).exp()
     first_order = effects_of(sizes)
-    noise = torch.randn(2, 64, generator=random).double()
+    noise = torch.randn(3, 64, generator=random).double()
     exact = first_order.masked + sizes * noise
     truth = exact.mean(dim=1)
 
     def squared_error(drawn: list[int], chances: torch.Tensor) -> torch.Tensor:
         sampled = SampledLosses(first_order)
-        sampled.record([0, 1], drawn, exact[:, drawn], chances)
+        sampled.record([0, 1, 2], drawn, exact[:, drawn], chances)
         return (sampled.losses().masked.mean(dim=1) - truth).square().mean()
 
     chances = chances_of_drawing(first_order, 8)
