@@ -458,8 +458,11 @@ def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
     assert "error: wikitext2 of" in err
 
 
-def test_interrupt_exits_with_130_and_leaves_what_goes_on(
-    settings: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_stops_with_its_status_and_leaves_what_goes_on(
+    number: signal.Signals, word: str, settings: list[str], tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in [*range(400)] * 8]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -479,12 +482,12 @@ def test_interrupt_exits_with_130_and_leaves_what_goes_on(
             character = process.stderr.read(1)
             assert character, f"ended before it scored: {err}"
             err += character
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         err += process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     kept = f"what is done is kept in {tmp_path / 'scores'}; run the same again to go on from there"
     assert kept in err
-    assert complaints(err)[-1] == "optimum-cli cap prune: interrupted"
+    assert complaints(err)[-1] == f"optimum-cli cap prune: {word}"
     assert list((tmp_path / "scores").rglob("*.safetensors"))
     assert not (tmp_path / "out").exists()
 

@@ -7,8 +7,10 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -163,19 +165,27 @@ def test_two_ranks_share_the_sites_that_are_tried(tmp_path: Path) -> None:
     assert min(tried) > matrices // 3
 
 
-@pytest.mark.slow
-def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
+LAUNCHES = {
+    "one": "-m",
+    "two": "-m torch.distributed.run --standalone --nproc-per-node 2 -m",
+}
+
+
+def flags_of_a_run(tmp_path: Path, samples: int) -> str:
+    """Save a model and data there, and return the flags that name them."""
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    rows = [{"prompt": f"{n}+{n + 1}=", "completion": f"{2 * n + 1}"} for n in range(12)]
+    rows = [{"prompt": f"{n}+{n + 1}=", "completion": f"{2 * n + 1}"} for n in range(2 * samples)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = f"-m {tmp_path}/dense --dataset {tmp_path}/sums.jsonl --sparsity 0.5 --num-samples 6"
-    launch = {
-        "one": "-m",
-        "two": "-m torch.distributed.run --standalone --nproc-per-node 2 -m",
-    }
-    for name, how in launch.items():
-        command = f"{how} optimum.commands.optimum_cli cap prune {flags} --memory-budget 20000"
+    return f"-m {tmp_path}/dense --dataset {tmp_path}/sums.jsonl --num-samples {samples}"
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
+    flags = flags_of_a_run(tmp_path, 6)
+    for name, how in LAUNCHES.items():
+        command = f"{how} optimum.commands.optimum_cli cap prune {flags} --sparsity 0.5"
+        command += " --memory-budget 20000"
         paths = ["-o", tmp_path / name, "--cache-dir", tmp_path / f"scores of {name}"]
         done = subprocess.run(
             [sys.executable, *command.split(), *paths],
@@ -191,10 +201,50 @@ def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
             for file in (tmp_path / name).iterdir()
         }
-        for name in launch
+        for name in LAUNCHES
     )
     assert first["model.safetensors"] == second["model.safetensors"]
     assert first.keys() == second.keys()
     assert len(chunk_files(tmp_path / "scores of one")) == len(
         chunk_files(tmp_path / "scores of two")
     )
+
+
+@pytest.mark.slow
+def test_a_rank_killed_under_torchrun_and_the_same_again(tmp_path: Path) -> None:
+    """The launcher ends the other one, which says how to go on; then the bytes of one process."""
+    flags = flags_of_a_run(tmp_path, 200) + " --estimator exact --memory-budget 1"
+
+    def launched(name: str, how: str) -> subprocess.Popen[str]:
+        command = f"{LAUNCHES[how]} optimum.commands.optimum_cli cap score {flags}"
+        paths = ["-o", tmp_path / f"{name}.safetensors", "--cache-dir", tmp_path / name]
+        return subprocess.Popen(
+            [sys.executable, *command.split(), *paths],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with launched("two", "two") as launcher:
+        while not (tmp_path / "two").exists() or len(chunk_files(tmp_path / "two")) < 300:
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        last = max(psutil.Process(launcher.pid).children(), key=lambda rank: rank.pid)
+        assert "torch.distributed.run" not in last.cmdline()
+        last.kill()
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    kept = f"what is done is kept in {tmp_path / 'two'}; run the same again to go on from there"
+    assert err.count(kept) == 1
+    assert "exitcode  : -9" in err
+    assert not (tmp_path / "two.safetensors").exists()
+    finished = len(chunk_files(tmp_path / "two"))
+
+    for name in LAUNCHES:
+        with launched(name, name) as process:
+            _, err = process.communicate(timeout=280)
+        assert process.returncode == 0, err
+    files = [tmp_path / f"{name}.safetensors" for name in LAUNCHES]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert finished < len(chunk_files(tmp_path / "two")) == len(chunk_files(tmp_path / "one"))

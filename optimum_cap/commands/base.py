@@ -1,10 +1,13 @@
 """What the commands share: one clear line for a failure, and checks of the output folder."""
 
 import os
+import signal
 import sys
 import tempfile
 from abc import abstractmethod
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_BAD_ARGUMENTS = 2  # what argparse uses
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 # Raised on purpose by us and by the libraries below us, with a message for the user. Anything else
 # is a bug, and says so.
@@ -24,11 +28,36 @@ _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from a job scheduler or from torchrun where another process has died.
+
+    What cleans up after Ctrl-C, and says how to go on, does so here too.
+    """
+
+
+@contextmanager
+def _terminated_by_an_exception() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated`, once: another one ends the program where it is."""
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # the program around us has a way of its own
+        return
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class CAPSubcommand(BaseOptimumCLICommand):
     """A child of `optimum-cli cap`: check the arguments first, then work; no traceback either way.
 
     A child supplies `prepare` and `execute`. A bad value or a missing file that `prepare` finds
-    exits with status 2, every other failure with 1, Ctrl-C with 130. `--debug` or
+    exits with status 2, every other failure with 1, Ctrl-C with 130, SIGTERM with 143. `--debug` or
     `OPTIMUM_CAP_DEBUG=1` shows the traceback instead.
     """
 
@@ -44,12 +73,15 @@ class CAPSubcommand(BaseOptimumCLICommand):
         """Run both steps. Called by `optimum-cli`."""
         preparing = True
         try:
-            prepared = self.prepare()
-            preparing = False
-            self.execute(prepared)
-            sys.stdout.flush()
-        except KeyboardInterrupt:
+            with _terminated_by_an_exception():
+                prepared = self.prepare()
+                preparing = False
+                self.execute(prepared)
+                sys.stdout.flush()
+        except KeyboardInterrupt as error:
             print(file=sys.stderr)  # ends the line of a progress bar or of the terminal's ^C
+            if isinstance(error, Terminated):
+                self._exit("terminated", EXIT_TERMINATED)
             self._exit("interrupted", EXIT_INTERRUPTED)
         except BrokenPipeError:
             # The reader (`| head`) has gone. Python would complain again when it flushes at exit.
