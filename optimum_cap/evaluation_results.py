@@ -5,10 +5,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, ClassVar
 
 _LAYOUT = 1  # of the JSON file; a reader refuses any other
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (any table of the distribution).
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T_MORE = 1.96
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
@@ -18,6 +22,19 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     spread = share * (1 - share) / total + _Z**2 / (4 * total**2)
     half = _Z * math.sqrt(spread) / (1 + _Z**2 / total)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean over seeds and half the width of its 95 % interval (Student's t).
+
+    Returns:
+        The mean, and `None` as half width where there are fewer than two values.
+    """
+    if len(values) < 2:
+        return values[0], None
+    freedom = len(values) - 1
+    quantile = _T[freedom - 1] if freedom <= len(_T) else _T_MORE
+    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,14 @@
 """What a person looks at of a study: a table in markdown, and pictures."""
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
+from optimum_cap.evaluation_results import mean_and_interval
 from optimum_cap.study import DENSE, Study, read_cells
 
 Row = dict[str, Any]
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom (any table of the distribution).
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_T_MORE = 1.96
 _METRICS = {
     "accuracy": "accuracy",
     "loss": "loss on worked answers, nats per token",
@@ -51,19 +47,6 @@ def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path
         ) from error
     matplotlib.use("Agg")
     return [table, *_curves(rows, folder), *_heat_maps(study, folder)]
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over seeds and half the width of its 95 % interval (Student's t).
-
-    Returns:
-        The mean, and `None` as half width where there are fewer than two values.
-    """
-    if len(values) < 2:
-        return values[0], None
-    freedom = len(values) - 1
-    quantile = _T[freedom - 1] if freedom <= len(_T) else _T_MORE
-    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
 def markdown(rows: list[Row]) -> str:
