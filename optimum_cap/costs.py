@@ -423,7 +423,7 @@ def _alps(meter: Meter, method: Method, shape: Shape) -> Part:
     return Part(
         grams + alps.products + alps.factors,
         products + solved + meter.through_memory(moved),
-        32.0 * meter.largest + _grams(meter) + 16.0 * _widest(meter) ** 2,
+        32.0 * meter.largest + _grams(meter) + 12.0 * _widest(meter) ** 2,
     )
 
 

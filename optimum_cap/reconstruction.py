@@ -99,13 +99,13 @@ def alps(
     """
     hessian = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)[0]
     scale = hessian.diagonal().sqrt()
-    hessian = hessian / scale / scale.unsqueeze(1)
+    hessian.div_(scale).div_(scale.unsqueeze(1))
     dense = weight.detach().float() * scale
     # Of a channel that is always zero, every weight can go.
     needed = ((inputs.squares > 0) | (inputs.tokens == 0)).to(dense.dtype)
 
     def importance(candidate: torch.Tensor) -> torch.Tensor:
-        return candidate.square() * needed
+        return candidate.square().mul_(needed)
 
     def kept(candidate: torch.Tensor) -> torch.Tensor:
         if pattern is not None:
@@ -134,48 +134,55 @@ def alps(
 
     target = dense @ hessian
     sparse, dual, penalty = dense * roughly_kept(dense), torch.zeros_like(dense), _PENALTY
+    # In place where it can be: the matrices and the Hessian are the most that is in memory. Stored
+    # by rows, even if the weights are stored by columns.
+    sparse, last = sparse.contiguous(), torch.empty_like(target)
+    del dense
     for _ in range(ALPS_INVERSES):
         inverse = _inverse(hessian, penalty)
         for _ in range(_STEPS_PER_INVERSE):
-            last = dual + (target + penalty * (sparse - dual)) @ inverse
-            sparse = last * roughly_kept(last)
-            dual = last - sparse
+            sparse.sub_(dual).mul_(penalty).add_(target)
+            torch.mm(sparse, inverse, out=last).add_(dual)
+            torch.mul(last, roughly_kept(last), out=sparse)
+            torch.sub(last, sparse, out=dual)
         del inverse  # before there is another one
         dual /= _PENALTY_GROWTH
         penalty *= _PENALTY_GROWTH
+    del target, sparse, dual
     keep = kept(last)
-    sparse = last.masked_fill(~keep, 0)
-    return _least_squares(dense, hessian, sparse, keep) / scale
+    dense = weight.detach().float() * scale
+    return _least_squares_(last.masked_fill_(~keep, 0), dense, hessian, keep).div_(scale)
 
 
 def _inverse(hessian: torch.Tensor, penalty: float) -> torch.Tensor:
     """Inverse of the Hessian with a penalty added to its diagonal."""
-    penalised = hessian.clone()
-    penalised.diagonal().add_(penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    # Stored by columns, as LAPACK wants it: on a CPU neither step makes a copy.
+    work = torch.empty_like(hessian).mT.copy_(hessian)
+    work.diagonal().add_(penalty)
+    torch.linalg.cholesky(work, out=work)
+    return torch.cholesky_inverse(work, out=work)
 
 
-def _least_squares(
-    dense: torch.Tensor, hessian: torch.Tensor, sparse: torch.Tensor, keep: torch.Tensor
+def _least_squares_(
+    weight: torch.Tensor, dense: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor
 ) -> torch.Tensor:
-    """Minimise tr((W - dense) H (W - dense)^T) over the weights kept, from `sparse` on.
+    """Minimise tr((W - dense) H (W - dense)^T) over the weights that are kept, in place.
 
     Conjugate gradients, all rows at once; the Hessian has a diagonal of 1, which preconditions it.
     """
-    new = sparse.clone()
-    residual = ((dense - new) @ hessian) * keep
+    residual = ((dense - weight) @ hessian).mul_(keep)
     direction = residual.clone()
     square = residual.square().sum(dim=1, keepdim=True)
     for _ in range(FITTING_STEPS):
-        along = (direction @ hessian) * keep
+        along = (direction @ hessian).mul_(keep)
         curvature = (direction * along).sum(dim=1, keepdim=True)
         # Rows without weights, or already solved, stay.
         step = (square / curvature).where(curvature > 0, 0)
-        new += step * direction
+        weight += step * direction
         residual -= step * along
         before, square = square, residual.square().sum(dim=1, keepdim=True)
-        direction = residual + (square / before).where(before > 0, 0) * direction
-    return new
+        direction.mul_((square / before).where(before > 0, 0)).add_(residual)
+    return weight
 
 
 def corrected(weight: torch.Tensor, inputs: InputStatistics, name: str = "matrix") -> torch.Tensor:

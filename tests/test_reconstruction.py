@@ -211,6 +211,31 @@ def test_alps_gives_the_same_bytes_twice() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_alps_takes_weights_however_they_are_stored_and_leaves_them(
+    pattern: tuple[int, int] | None,
+) -> None:
+    statistics, by_rows = statistics_of(correlated(900, 300)), matrix(80, 300)
+    gram, by_columns = statistics.gram, by_rows.T.contiguous().T
+    assert gram is not None
+    before = gram.clone()
+    first, second = (alps(w, statistics, 12_000, pattern) for w in (by_rows, by_columns))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+    assert torch.equal(by_rows, matrix(80, 300))
+    assert torch.equal(by_columns, by_rows)
+    assert torch.equal(gram, before)
+
+
+def test_inverse_with_a_penalty() -> None:
+    inputs = correlated(400, 40).double()
+    hessian = inputs.T @ inputs / 400
+    before = hessian.clone()
+    found = reconstruction._inverse(hessian, 0.03)
+    expected = torch.linalg.inv(hessian + 0.03 * torch.eye(40).double())
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(hessian, before)
+
+
 def test_corrected_is_ridge_regression_on_the_dense_outputs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
