@@ -2,8 +2,8 @@
 
 All of them run on the same model and examples in one process, taking turns; each run draws its
 exact examples anew. Their scores are compared with the exact ones by Spearman's rank correlation.
-Then the draw of `control_variate` is repeated on the measured losses, beside a draw with equal
-chances.
+Then the draw of `control_variate` is repeated on the measured losses, with starts at equal
+distances, beside draws with equal chances.
 
     python benchmarks/estimators.py                       # a random 12-layer Llama
     python benchmarks/estimators.py --model examples/tiny_reasoner/model \
@@ -12,6 +12,7 @@ chances.
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -35,6 +36,7 @@ from optimum_cap.estimators import (
 )
 
 _DRAWS = 100
+_COUNTS = (8, 16, 24, 32, 48, 64, 96, 128)  # exact examples
 
 
 def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -87,9 +89,10 @@ def over_draws(
     cuts = [statistics.quantiles(values, n=20) for values in agreement]
     squares = [torch.stack(of_draws).square().mean(dim=0) for of_draws in errors]
     ratios = (squares[0] / squares[1]).sqrt()
+    means = [float(ratios[which].log().mean().exp()) for which in (clear, ~clear)]
     return [
         *(f"{cut[9]:.3f} ({cut[0]:.3f} to {cut[-1]:.3f})" for cut in cuts),
-        *(f"{float(ratios[which].log().mean().exp()):.2f}" for which in (clear, ~clear)),
+        *(f"{mean:.2f}" if math.isfinite(mean) else "-" for mean in means),
     ]
 
 
@@ -186,7 +189,8 @@ def main() -> None:
         "| exact examples | control_variate | equal chances | exact on these alone "
         "| error, clear | error, others |\n|---|---|---|---|---|---|"
     )
-    for count in range(8, len(examples) // 2 + 1, 8):
+    counts = {count for count in _COUNTS if count <= len(examples) // 2}
+    for count in sorted({*counts, arguments.exact_examples}):
         print(f"| {count} | {' | '.join(over_draws(exact, first_order, count, clear))} |")
     between = [
         spearman(*(scores_of(half, how) for half in halves(exact))) for how in ("median", "mean")

@@ -171,7 +171,7 @@ def control_variate_losses(
         cache: Keeps finished chunks of the exact losses.
 
     Raises:
-        ValueError: There are fewer examples than that.
+        ValueError: There are fewer examples than that, or it is below 2.
     """
     _check_exact_examples(exact_examples, len(examples))
     sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
@@ -220,9 +220,9 @@ def draw_examples(chances: torch.Tensor, start: float) -> list[int]:
 
     Args:
         chances: Probability of each example, `[examples]`, as of `chances_of_drawing`.
-        start: A random number from 0 to 1.
+        start: A random number, at least 0 and below 1.
     """
-    certain, rest = ((chances == 1).nonzero()[:, 0], (chances < 1).nonzero()[:, 0])
+    certain, rest = (chances == 1).nonzero()[:, 0], (chances < 1).nonzero()[:, 0]
     ends = chances[rest].cumsum(dim=0)
     count = round(float(chances[rest].sum()))
     points = start + torch.arange(count, dtype=torch.float64)
@@ -232,6 +232,10 @@ def draw_examples(chances: torch.Tensor, start: float) -> list[int]:
 
 
 def _check_exact_examples(exact_examples: int, examples: int) -> None:
+    if exact_examples < 2:
+        raise ValueError(
+            f"exact_examples is {exact_examples}, but a standard error takes at least 2"
+        )
     if exact_examples > examples:
         raise ValueError(
             f"exact_examples is {exact_examples}, but there are only {examples} calibration "
@@ -270,7 +274,7 @@ def adaptive_losses(
         cache: Keeps finished chunks of the exact losses.
 
     Raises:
-        ValueError: There are fewer examples than `exact_examples`.
+        ValueError: There are fewer examples than `exact_examples`, or it is below 2.
     """
     blocks = draw_blocks(len(examples), exact_examples, seed)
     sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
@@ -296,7 +300,7 @@ class SampledLosses:
         first_order: The first-order losses.
         exact: The exact masked losses, `[units, examples]`, NaN where none is known.
         drawn: Where there is one.
-        chances: Probability that there would be one, for each unit and example.
+        chances: Probability with which each example has been drawn by now, `[units, examples]`.
     """
 
     def __init__(self, first_order: UnitLosses) -> None:
@@ -330,8 +334,9 @@ class SampledLosses:
         """Return the estimate, with standard errors for the draw and the choice of the examples."""
         intact, masked = self.first_order.intact, self.first_order.masked
         corrections = ((self.exact - masked) / self.chances).where(self.drawn, 0)
+        estimates = (masked + corrections).where(self.chances < 1, self.exact)
         standard_errors = (self._variance_of_examples() + self._variance_of_draw()).sqrt()
-        return UnitLosses(self.units, intact, masked + corrections, standard_errors)
+        return UnitLosses(self.units, intact, estimates, standard_errors)
 
     def narrow(self, precision: float) -> torch.Tensor:
         """Whether the draw leaves little of a unit's importance open, bool `[units]`."""
@@ -348,10 +353,11 @@ class SampledLosses:
     def _variance_of_draw(self) -> torch.Tensor:
         """Variance over the draw of the mean of a unit's estimate, `[units]`.
 
-        Hájek 1964 (Annals of Mathematical Statistics 35), which needs the chances of single
-        examples only: that the draw is spread evenly over the positions is left out of account,
-        because the examples come in random order. With equal chances it is that of drawing n of N
-        without repetition, s^2 (1/n - 1/N).
+        Hájek 1964 (Annals of Mathematical Statistics 35), with the factor of Deville 1999 (Survey
+        Methodology 25): it needs the chances of single examples only. That the draw is spread
+        evenly over the positions is left out of account, because the examples come in random order.
+        With equal chances it is that of drawing n of N without repetition, s^2 (1/n - 1/N). It is 0
+        where all that is unknown was certain to be drawn, and NaN where one example alone was not.
         """
         weighted = _finite((self.exact - self.first_order.masked) / self.chances)
         open_share = (1 - self.chances).where(~weighted.isnan(), 0)
@@ -363,7 +369,7 @@ def draw_blocks(examples: int, blocks: int, seed: int) -> list[list[int]]:
     """Cut the positions of examples into consecutive blocks, and put each in a random order.
 
     Raises:
-        ValueError: There are fewer examples than blocks.
+        ValueError: There are fewer examples than blocks, or fewer than 2 blocks.
     """
     _check_exact_examples(blocks, examples)
     random = np.random.default_rng(seed)
@@ -372,7 +378,10 @@ def draw_blocks(examples: int, blocks: int, seed: int) -> list[list[int]]:
 
 
 def chances_in_blocks(blocks: list[list[int]], turns: int) -> torch.Tensor:
-    """Probability that an example is among the first `turns` of its block, `[examples]`."""
+    """Probability that an example is among the first `turns` of its block, `[examples]`.
+
+    The blocks are those of `draw_blocks`, consecutive and in order.
+    """
     chances = [min(turns / len(block), 1.0) for block in blocks for _ in block]
     return torch.tensor(chances, dtype=torch.float64)
 
@@ -382,16 +391,18 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_variance(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Variance of each row over what is no NaN: `[rows]`; NaN for fewer than two values.
+    """Variance of each row over what is no NaN: `[rows]`; NaN if only one value has a weight.
 
-    With equal weights it is the sample variance; where no weight is left, it is 0.
+    With equal weights it is the sample variance. Where there are values but no weight, it is 0.
     """
     known = ~values.isnan()
-    count, weights = known.sum(dim=1), weights.where(known, 0)
-    shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=_ROUNDING)
+    weights = weights.where(known, 0)
+    total = weights.sum(dim=1, keepdim=True)
+    shares = weights / total.where(total > 0, 1)
     mean = (shares * values).nansum(dim=1, keepdim=True)
-    variance = (shares * (values - mean).square()).nansum(dim=1)
-    return (variance * count / (count - 1)).where(count > 1, torch.nan)
+    squares = (shares * (values - mean).square()).nansum(dim=1)
+    variance = squares / (1 - shares.square().sum(dim=1))
+    return variance.where((weights > 0).sum(dim=1) != 1, torch.nan).where(known.any(1), torch.nan)
 
 
 @contextmanager

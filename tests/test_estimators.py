@@ -316,6 +316,8 @@ def test_all_examples_drawn_is_exact(llama: PreTrainedModel) -> None:
 def test_more_exact_examples_than_examples(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="exact_examples is 8, but there are only 7"):
         control_variate_losses(llama, find_sites(llama), examples(7), exact_examples=8)
+    with pytest.raises(ValueError, match="exact_examples is 1, but a standard error takes"):
+        adaptive_losses(llama, find_sites(llama), examples(7), exact_examples=1)
 
 
 def sampled(
@@ -329,6 +331,57 @@ def sampled(
     drawn = draw_examples(chances, start)
     estimate.record(range(len(exact.units)), drawn, exact.masked[:, rows[drawn]], chances)
     return estimate.losses()
+
+
+def known_losses(exact: list[float], chances: list[float]) -> UnitLosses:
+    """The estimate of one unit, intact and first-order losses 0, exact ones of drawn examples."""
+    zeros = torch.zeros(len(exact)).double()
+    first_order = effects_of(zeros)
+    intact, masked = 0 * first_order.intact, 0 * first_order.masked
+    estimate = SampledLosses(UnitLosses(first_order.units, intact, masked))
+    drawn = [place for place, loss in enumerate(exact) if not math.isnan(loss)]
+    losses = torch.tensor(exact).double()[drawn].expand(3, -1)
+    estimate.record([0, 1, 2], drawn, losses, torch.tensor(chances).double())
+    return estimate.losses()
+
+
+def test_standard_errors_by_hand() -> None:
+    """Of a mean over six examples."""
+    nan = math.nan
+    # Equal chances: s^2 / N + s^2 (1/n - 1/N) = s^2 / n, with s^2 = 4.
+    losses = known_losses([1, nan, 3, nan, 5, nan], [0.5] * 6)
+    assert losses.standard_errors is not None
+    assert losses.standard_errors[0] ** 2 == pytest.approx(4 / 3)
+    # A certain example takes no part in what the draw leaves open, and is what was measured.
+    some = known_losses([9, 1, nan, 3, nan, nan], [1, 0.4, 0.4, 0.4, 0.4, 0.4])
+    assert some.masked[0].tolist() == pytest.approx([9, 2.5, 0, 7.5, 0, 0])
+    weights = np.array([1, 2.5, 2.5]) / 6
+    mean = weights @ [9, 1, 3]
+    of_examples = weights @ (np.array([9, 1, 3]) - mean) ** 2 / (1 - weights @ weights) / 6
+    of_draw = 2 * 0.6 * ((7.5 - 2.5) / 2) ** 2 * 2 / 6**2  # s^2 of 2 values, times 1 - chance
+    assert some.standard_errors is not None
+    assert some.standard_errors[0] ** 2 == pytest.approx(of_examples + of_draw)
+    # One example that was not certain says nothing about what the others might have been.
+    one = known_losses([9, 1, nan, nan, nan, nan], [1, 0.2, 0.2, 0.2, 0.2, 0.2]).standard_errors
+    assert one is not None
+    assert one.isnan().all()
+
+
+def test_a_certain_example_is_what_was_measured_whatever_the_first_order_says(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(*args: Any) -> UnitLosses:
+        losses = first_order_losses(*args)
+        losses.masked[1, 3] = math.inf
+        return losses
+
+    monkeypatch.setattr(estimators, "first_order_losses", overflowing)
+    sites, rows = find_sites(llama), examples(6)
+    losses = control_variate_losses(llama, sites, rows, exact_examples=6)
+    exact = exact_losses(llama, sites, rows)
+    torch.testing.assert_close(losses.masked, exact.masked, rtol=0, atol=1e-6)
+    assert losses.standard_errors is not None
+    assert losses.standard_errors.isfinite().all()
 
 
 def test_standard_errors_of_the_control_variate_cover() -> None:
