@@ -287,6 +287,11 @@ def _measured_in_processes(
                 yield running[future], future.result()
         except BrokenProcessPool:
             return
+        except KeyboardInterrupt:
+            # Only a terminal sends its Ctrl-C to these too.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

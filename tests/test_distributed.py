@@ -230,10 +230,13 @@ def test_a_rank_killed_under_torchrun_and_the_same_again(tmp_path: Path) -> None
         while not (tmp_path / "two").exists() or len(chunk_files(tmp_path / "two")) < 300:
             assert launcher.poll() is None
             time.sleep(0.01)
-        last = max(psutil.Process(launcher.pid).children(), key=lambda rank: rank.pid)
-        assert "torch.distributed.run" not in last.cmdline()
-        last.kill()
-        _, err = launcher.communicate(timeout=120)
+        [second] = [
+            rank
+            for rank in psutil.Process(launcher.pid).children()
+            if rank.environ().get("RANK") == "1"
+        ]
+        second.kill()
+        _, err = launcher.communicate()
     assert launcher.returncode == 1
     kept = f"what is done is kept in {tmp_path / 'two'}; run the same again to go on from there"
     assert err.count(kept) == 1
@@ -243,7 +246,7 @@ def test_a_rank_killed_under_torchrun_and_the_same_again(tmp_path: Path) -> None
 
     for name in LAUNCHES:
         with launched(name, name) as process:
-            _, err = process.communicate(timeout=280)
+            _, err = process.communicate()
         assert process.returncode == 0, err
     files = [tmp_path / f"{name}.safetensors" for name in LAUNCHES]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -3,10 +3,13 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,40 @@ def test_a_killed_process_is_the_error_of_its_cell(
     assert "the process that measured this cell died" in failed[0]["error"]
     assert len({(row["recipe"], row["sparsity"]) for row in rows}) == 5
     assert not any(row["error"] for row in run_study(load(values, tmp_path), tmp_path / "out"))
+
+
+def asleep(cell: Cell, file: Path, *args: Any) -> None:
+    """Measure a cell that takes longer than anyone waits."""
+    file.with_suffix(".asleep").touch()
+    time.sleep(120)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_processes(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal to the study alone, not to all processes of a terminal."""
+
+    def interrupted(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        while len(list((tmp_path / "out" / "cells").glob("*.asleep"))) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(study, "_measured_and_written", asleep)
+    # Not Ctrl-C itself: a shell lets what runs in its background ignore that.
+    before = signal.signal(signal.SIGUSR1, interrupted)
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_study(load(values, tmp_path), tmp_path / "out", jobs=2)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - start < 100, "it waited for the cells"
+    assert not multiprocessing.active_children()
 
 
 def test_recipes_without_data_are_measured_once_for_all_seeds(

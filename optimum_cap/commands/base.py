@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from abc import abstractmethod
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
@@ -37,8 +38,9 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _terminated_by_an_exception() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated`, once: another one ends the program where it is."""
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    """Let SIGTERM raise `Terminated`, once; whoever sends another one does not want to wait."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield  # the program around us has a way of its own
         return
 
