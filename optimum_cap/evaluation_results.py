@@ -11,7 +11,11 @@ from typing import Any, ClassVar
 _LAYOUT = 1  # of the JSON file; a reader refuses any other
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any table of the distribution).
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 _T_MORE = 1.96
 
 
@@ -25,12 +29,12 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over seeds and half the width of its 95 % interval (Student's t).
+    """Mean over seeds, of which there is one at least, and half its 95 % interval (Student's t).
 
     Returns:
-        The mean, and `None` as half width where there are fewer than two values.
+        The mean, and `None` as half width of the interval where there is a single value.
     """
-    if len(values) < 2:
+    if len(values) == 1:
         return values[0], None
     freedom = len(values) - 1
     quantile = _T[freedom - 1] if freedom <= len(_T) else _T_MORE
