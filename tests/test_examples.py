@@ -98,6 +98,7 @@ def test_calibration_scores_the_answers(reasoner_tokenizer: PreTrainedTokenizerB
         assert text == rows[example.digest].answer + reasoner_tokenizer.eos_token
 
 
+@pytest.mark.slow
 def test_bfloat16_loads_and_prunes(tmp_path: Path) -> None:
     config = CAPConfig(sparsity=0.2, dataset=str(CALIBRATION), num_samples=6)
     AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).save_pretrained(tmp_path)

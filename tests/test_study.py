@@ -100,6 +100,7 @@ def killed_in_one_cell(cell: Cell, *args: Any) -> dict[str, Any]:
     return study._measured_and_written(cell, *args)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_the_error_of_its_cell(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +423,7 @@ def test_the_examples_are_valid(empty_presets: Path) -> None:
         assert list(Study.load(file, data_dir=empty_presets).cells())
 
 
+@pytest.mark.slow
 def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump({**values, "recipes": ["magnitude"]}))
