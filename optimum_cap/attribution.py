@@ -113,7 +113,9 @@ def causal_scores(
     standard_errors = losses.standard_errors
     if standard_errors is None:
         differences = masked - losses.intact
-        standard_errors = (_nanvar(differences) / finite.sum(dim=1)).sqrt()
+        standard_errors = (
+            nanvar(differences, torch.ones_like(differences)) / finite.sum(dim=1)
+        ).sqrt()
     return CausalScores(
         units=losses.units,
         scores=central - intact,
@@ -123,11 +125,19 @@ def causal_scores(
     )
 
 
-def _nanvar(values: torch.Tensor) -> torch.Tensor:
-    """Sample variance of each row over what is no NaN; NaN for fewer than two values: `[rows]`."""
-    count = (~values.isnan()).sum(dim=1)
-    centred = values - values.nanmean(dim=1, keepdim=True)
-    return (centred.square().nansum(dim=1) / (count - 1)).where(count > 1, torch.nan)
+def nanvar(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted variance of each row over what is no NaN: `[rows]`.
+
+    With equal weights it is the sample variance. It is NaN if there is no value, or only one with a
+    weight, and 0 if there are values, but none with a weight.
+    """
+    known = ~values.isnan()
+    weights = weights.where(known, 0)
+    total = weights.sum(dim=1)
+    mean = (weights * values).nansum(dim=1) / total
+    squares = (weights * (values - mean.unsqueeze(1)).square()).nansum(dim=1)
+    variance = (squares / (total - weights.square().sum(dim=1) / total)).where(total > 0, 0.0)
+    return variance.where(known.any(dim=1) & ((weights > 0).sum(dim=1) != 1), torch.nan)
 
 
 def exact_losses(

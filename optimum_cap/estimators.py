@@ -21,6 +21,7 @@ from optimum_cap.architectures import Site, Unit, all_units
 from optimum_cap.attribution import (
     UnitLosses,
     exact_losses,
+    nanvar,
     plain_losses,
     scored_units,
     settled_budget,
@@ -348,7 +349,7 @@ class SampledLosses:
     def _variance_of_examples(self) -> torch.Tensor:
         """Variance of the mean exact effect of a unit over choices of examples, `[units]`."""
         effects = _finite(self.exact - self.first_order.intact)
-        return _weighted_variance(effects, 1 / self.chances) / effects.shape[1]
+        return nanvar(effects, 1 / self.chances) / effects.shape[1]
 
     def _variance_of_draw(self) -> torch.Tensor:
         """Variance over the draw of the mean of a unit's estimate, `[units]`.
@@ -361,7 +362,7 @@ class SampledLosses:
         """
         weighted = _finite((self.exact - self.first_order.masked) / self.chances)
         open_share = (1 - self.chances).where(~weighted.isnan(), 0)
-        squares = _weighted_variance(weighted, open_share) * open_share.sum(dim=1)
+        squares = nanvar(weighted, open_share) * open_share.sum(dim=1)
         return squares / self.chances.shape[1] ** 2
 
 
@@ -388,21 +389,6 @@ def chances_in_blocks(blocks: list[list[int]], turns: int) -> torch.Tensor:
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
     return values.where(values.isfinite(), torch.nan)
-
-
-def _weighted_variance(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Variance of each row over what is no NaN: `[rows]`; NaN if only one value has a weight.
-
-    With equal weights it is the sample variance. Where there are values but no weight, it is 0.
-    """
-    known = ~values.isnan()
-    weights = weights.where(known, 0)
-    total = weights.sum(dim=1, keepdim=True)
-    shares = weights / total.where(total > 0, 1)
-    mean = (shares * values).nansum(dim=1, keepdim=True)
-    squares = (shares * (values - mean).square()).nansum(dim=1)
-    variance = squares / (1 - shares.square().sum(dim=1))
-    return variance.where((weights > 0).sum(dim=1) != 1, torch.nan).where(known.any(1), torch.nan)
 
 
 @contextmanager
