@@ -333,18 +333,21 @@ class SampledLosses:
 
     def losses(self) -> UnitLosses:
         """Return the estimate, with standard errors for the draw and the choice of the examples."""
-        intact, masked = self.first_order.intact, self.first_order.masked
-        corrections = ((self.exact - masked) / self.chances).where(self.drawn, 0)
-        estimates = (masked + corrections).where(self.chances < 1, self.exact)
         standard_errors = (self._variance_of_examples() + self._variance_of_draw()).sqrt()
-        return UnitLosses(self.units, intact, estimates, standard_errors)
+        return UnitLosses(self.units, self.first_order.intact, self._estimates(), standard_errors)
 
     def narrow(self, precision: float) -> torch.Tensor:
         """Whether the draw leaves little of a unit's importance open, bool `[units]`."""
-        scores = _finite(self.losses().masked - self.first_order.intact).nanmean(dim=1)
+        scores = _finite(self._estimates() - self.first_order.intact).nanmean(dim=1)
         scores = scores[scores.isfinite()]
         allowed = precision * float(scores.max() - scores.min()) if len(scores) else 0.0
         return _WITHIN * self._variance_of_draw().sqrt() <= allowed
+
+    def _estimates(self) -> torch.Tensor:
+        """Masked losses, `[units, examples]`; of an example that was certain, what was measured."""
+        masked = self.first_order.masked
+        corrections = ((self.exact - masked) / self.chances).where(self.drawn, 0)
+        return (masked + corrections).where(self.chances < 1, self.exact)
 
     def _variance_of_examples(self) -> torch.Tensor:
         """Variance of the mean exact effect of a unit over choices of examples, `[units]`."""
