@@ -277,6 +277,7 @@ def _measured_in_processes(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # Read when a process starts. The bars of several processes would overwrite each other.
     with _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"):
+        others = multiprocessing.active_children()
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
         try:
             running = {
@@ -288,8 +289,8 @@ def _measured_in_processes(
         except BrokenProcessPool:
             return
         except KeyboardInterrupt:
-            # Only a terminal sends its Ctrl-C to these too.
-            for process in multiprocessing.active_children():
+            # Only a terminal sends its Ctrl-C to those of the pool too.
+            for process in set(multiprocessing.active_children()).difference(others):
                 process.terminate()
             raise
         finally:

@@ -138,14 +138,18 @@ def test_an_interrupt_ends_the_processes(
     # Not Ctrl-C itself: a shell lets what runs in its background ignore that.
     before = signal.signal(signal.SIGUSR1, interrupted)
     threading.Thread(target=interrupt, daemon=True).start()
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(120,))
+    other.start()
     start = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             run_study(load(values, tmp_path), tmp_path / "out", jobs=2)
+        assert time.monotonic() - start < 100, "it waited for the cells"
+        assert multiprocessing.active_children() == [other]
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert time.monotonic() - start < 100, "it waited for the cells"
-    assert not multiprocessing.active_children()
+        other.terminate()
+        other.join()
 
 
 def test_recipes_without_data_are_measured_once_for_all_seeds(
