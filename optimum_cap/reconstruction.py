@@ -133,10 +133,10 @@ def alps(
         return squares > sample.kthvalue(rank).values if rank else squares >= 0
 
     target = dense @ hessian
-    sparse, dual, penalty = dense * roughly_kept(dense), torch.zeros_like(dense), _PENALTY
-    # In place where it can be: the matrices and the Hessian are the most that is in memory. Stored
-    # by rows, even if the weights are stored by columns.
-    sparse, last = sparse.contiguous(), torch.empty_like(target)
+    # In place where it can be, and `dense` is made again later: the matrices and the Hessian are
+    # the most that is in memory. Stored by rows, even if the weights are stored by columns.
+    sparse = (dense * roughly_kept(dense)).contiguous()
+    last, dual, penalty = torch.empty_like(target), torch.zeros_like(target), _PENALTY
     del dense
     for _ in range(ALPS_INVERSES):
         inverse = _inverse(hessian, penalty)

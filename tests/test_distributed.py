@@ -180,22 +180,26 @@ def flags_of_a_run(tmp_path: Path, samples: int) -> str:
     return f"-m {tmp_path}/dense --dataset {tmp_path}/sums.jsonl --num-samples {samples}"
 
 
+def launched(how: str, command: str, output: Path, cache: Path) -> subprocess.Popen[str]:
+    """Start a command of `optimum-cli cap` in one process or in two."""
+    words = f"{LAUNCHES[how]} optimum.commands.optimum_cli cap {command}".split()
+    return subprocess.Popen(
+        [sys.executable, *words, "-o", output, "--cache-dir", cache],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.slow
 def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
-    flags = flags_of_a_run(tmp_path, 6)
-    for name, how in LAUNCHES.items():
-        command = f"{how} optimum.commands.optimum_cli cap prune {flags} --sparsity 0.5"
-        command += " --memory-budget 20000"
-        paths = ["-o", tmp_path / name, "--cache-dir", tmp_path / f"scores of {name}"]
-        done = subprocess.run(
-            [sys.executable, *command.split(), *paths],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("saved ") == 1
+    command = f"prune {flags_of_a_run(tmp_path, 6)} --sparsity 0.5 --memory-budget 20000"
+    for name in LAUNCHES:
+        with launched(name, command, tmp_path / name, tmp_path / f"scores of {name}") as process:
+            out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.count("saved ") == 1
     first, second = (
         {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -213,20 +217,12 @@ def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_rank_killed_under_torchrun_and_the_same_again(tmp_path: Path) -> None:
     """The launcher ends the other one, which says how to go on; then the bytes of one process."""
-    flags = flags_of_a_run(tmp_path, 200) + " --estimator exact --memory-budget 1"
+    command = f"score {flags_of_a_run(tmp_path, 200)} --estimator exact --memory-budget 1"
 
-    def launched(name: str, how: str) -> subprocess.Popen[str]:
-        command = f"{LAUNCHES[how]} optimum.commands.optimum_cli cap score {flags}"
-        paths = ["-o", tmp_path / f"{name}.safetensors", "--cache-dir", tmp_path / name]
-        return subprocess.Popen(
-            [sys.executable, *command.split(), *paths],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def scoring(name: str) -> subprocess.Popen[str]:
+        return launched(name, command, tmp_path / f"{name}.safetensors", tmp_path / name)
 
-    with launched("two", "two") as launcher:
+    with scoring("two") as launcher:
         while not (tmp_path / "two").exists() or len(chunk_files(tmp_path / "two")) < 300:
             assert launcher.poll() is None
             time.sleep(0.01)
@@ -245,7 +241,7 @@ def test_a_rank_killed_under_torchrun_and_the_same_again(tmp_path: Path) -> None
     finished = len(chunk_files(tmp_path / "two"))
 
     for name in LAUNCHES:
-        with launched(name, name) as process:
+        with scoring(name) as process:
             _, err = process.communicate()
         assert process.returncode == 0, err
     files = [tmp_path / f"{name}.safetensors" for name in LAUNCHES]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,28 @@ def effects_of(sizes: torch.Tensor) -> UnitLosses:
     return UnitLosses([(site, unit)] * 3, intact, masked)
 
 
+def estimated(
+    first_order: UnitLosses, exact: torch.Tensor, drawn: list[int], chances: torch.Tensor
+) -> UnitLosses:
+    """The estimate with the exact losses of drawn examples, `[units, drawn]`."""
+    losses = SampledLosses(first_order)
+    losses.record(range(len(exact)), drawn, exact, chances)
+    return losses.losses()
+
+
+def overflowing(
+    method: Callable[..., UnitLosses], unit: int, example: int
+) -> Callable[..., UnitLosses]:
+    """The method, with a masked loss that is not finite."""
+
+    def losses_of(*args: Any) -> UnitLosses:
+        losses = method(*args)
+        losses.masked[unit, example] = math.inf
+        return losses
+
+    return losses_of
+
+
 @given(
     sizes=st.lists(st.floats(0, 1e6), min_size=2, max_size=40),
     share=st.floats(0, 1),
@@ -272,9 +295,8 @@ def test_drawing_by_effects_lowers_the_error() -> None:
     truth = exact.mean(dim=1)
 
     def squared_error(drawn: list[int], chances: torch.Tensor) -> torch.Tensor:
-        sampled = SampledLosses(first_order)
-        sampled.record([0, 1, 2], drawn, exact[:, drawn], chances)
-        return (sampled.losses().masked.mean(dim=1) - truth).square().mean()
+        losses = estimated(first_order, exact[:, drawn], drawn, chances)
+        return (losses.masked.mean(dim=1) - truth).square().mean()
 
     chances = chances_of_drawing(first_order, 8)
     by_effects = sum(
@@ -324,25 +346,22 @@ def sampled(
     exact: UnitLosses, first_order: UnitLosses, rows: np.ndarray, count: int, start: float
 ) -> UnitLosses:
     """The control variate on some examples of losses that are known already."""
-    estimate = SampledLosses(
-        UnitLosses(exact.units, first_order.intact[rows], first_order.masked[:, rows])
-    )
-    chances = chances_of_drawing(estimate.first_order, count)
+    own = UnitLosses(exact.units, first_order.intact[rows], first_order.masked[:, rows])
+    chances = chances_of_drawing(own, count)
     drawn = draw_examples(chances, start)
-    estimate.record(range(len(exact.units)), drawn, exact.masked[:, rows[drawn]], chances)
-    return estimate.losses()
+    return estimated(own, exact.masked[:, rows[drawn]], drawn, chances)
 
 
 def known_losses(exact: list[float], chances: list[float]) -> UnitLosses:
-    """The estimate of one unit, intact and first-order losses 0, exact ones of drawn examples."""
-    zeros = torch.zeros(len(exact)).double()
-    first_order = effects_of(zeros)
-    intact, masked = 0 * first_order.intact, 0 * first_order.masked
-    estimate = SampledLosses(UnitLosses(first_order.units, intact, masked))
+    """The estimate where intact and first-order losses are 0, from exact ones, NaN if not drawn.
+
+    Of three units that are the same.
+    """
+    zeros = torch.zeros(3, len(exact)).double()
+    first_order = UnitLosses(effects_of(zeros[0]).units, zeros[0], zeros)
     drawn = [place for place, loss in enumerate(exact) if not math.isnan(loss)]
     losses = torch.tensor(exact).double()[drawn].expand(3, -1)
-    estimate.record([0, 1, 2], drawn, losses, torch.tensor(chances).double())
-    return estimate.losses()
+    return estimated(first_order, losses, drawn, torch.tensor(chances).double())
 
 
 def test_standard_errors_by_hand() -> None:
@@ -370,12 +389,8 @@ def test_standard_errors_by_hand() -> None:
 def test_a_certain_example_is_what_was_measured_whatever_the_first_order_says(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overflowing(*args: Any) -> UnitLosses:
-        losses = first_order_losses(*args)
-        losses.masked[1, 3] = math.inf
-        return losses
-
-    monkeypatch.setattr(estimators, "first_order_losses", overflowing)
+    broken = overflowing(first_order_losses, unit=1, example=3)
+    monkeypatch.setattr(estimators, "first_order_losses", broken)
     sites, rows = find_sites(llama), examples(6)
     losses = control_variate_losses(llama, sites, rows, exact_examples=6)
     exact = exact_losses(llama, sites, rows)
@@ -440,12 +455,8 @@ def test_adaptive_spends_where_the_interval_is_wide(
 def test_an_exact_loss_that_overflows_is_left_out(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overflowing(*args: Any) -> UnitLosses:
-        losses = exact_losses(*args)
-        losses.masked[2, 0] = math.inf
-        return losses
-
-    monkeypatch.setattr(estimators, "exact_losses", overflowing)
+    broken = overflowing(exact_losses, unit=2, example=0)
+    monkeypatch.setattr(estimators, "exact_losses", broken)
     rows = examples(12)
     losses = control_variate_losses(llama, find_sites(llama), rows, exact_examples=4)
     scores = causal_scores(losses)
