@@ -190,6 +190,7 @@ def test_inspect_reads_a_repository(published: LoopbackHub, run: Run) -> None:
     assert json.loads(done.stdout)["sparsity"] == pytest.approx(0.3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_inspect_of_an_unreadable_repository_names_it(published: LoopbackHub, run: Run) -> None:
     for name, token in (("secret", None), ("nothing", OWNER)):
         done = run(*cli("inspect", f"user/{name}"), token=token, status=1)
