@@ -149,7 +149,8 @@ def test_record_says_what_was_done(
     assert max(importances) == 10
     assert all(unit.standard_error > 0 for unit in record.scores)
     assert len(record.calibration["digests"]) == 12
-    assert record.versions["torch"] == torch.__version__
+    # Which wheel it was (+cu130) is not in the version of the distribution.
+    assert record.versions["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert record.intact_loss > 0
     names = [matrix.name for matrix in record.matrices]
     assert len(names) == len(set(names)) == 21
