@@ -21,7 +21,7 @@ from optimum_cap.chunks import ExactRun, chunks_of, is_out_of_memory, settled
 from optimum_cap.config import parse_size
 from optimum_cap.distributed import Team, processes_here
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
-from optimum_cap.offload import device_of
+from optimum_cap.offload import device_of, is_offloaded
 from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import (
     Targets,
@@ -147,6 +147,7 @@ def exact_losses(
     memory_budget: int | str = "auto",
     units: list[tuple[Site, Unit]] | None = None,
     cache: ScoreCache | None = None,
+    torch_compile: bool = False,
 ) -> UnitLosses:
     """Measure the loss with each unit of the sites masked.
 
@@ -159,6 +160,8 @@ def exact_losses(
         units: Which units to mask, in the order of the model; `None` masks all of the sites.
         cache: Keeps finished chunks of this model, so that a run that was stopped goes on where it
             was, with the same bytes as an undisturbed one.
+        torch_compile: Compile the decoder layers, which pays in long runs on a GPU
+            (`docs/performance.md`).
 
     Returns:
         The losses, in the order of the units and of the examples. Processes that were launched
@@ -166,10 +169,16 @@ def exact_losses(
         this, and each returns all losses.
 
     Raises:
-        ValueError: Experts are to be masked that compute in a way that is not known.
+        ValueError: Experts are to be masked that compute in a way that is not known, or the layers
+            cannot be compiled, or are offloaded and should be.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the launch has stopped.
     """
+    if torch_compile and is_offloaded(model):
+        raise ValueError(
+            "torch_compile takes layers whose weights are in memory, but some of this model are "
+            "offloaded: leave torch_compile out, or load it with a device_map that keeps them"
+        )
     jobs = all_units(sites) if units is None else units
     layers = decoder_layers(model, sites)
     measured = {site.name for site, _ in jobs}
@@ -190,7 +199,8 @@ def exact_losses(
             for batch in made
             for chunk in chunks_of(batch, len(jobs), streams_per_chunk(model, batch, budget))
         ]
-        run = ExactRun(model, sites, jobs, len(examples), cache, Team.of_this_run())
+        team = Team.of_this_run()
+        run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile)
         run.measure(chunks)
     return UnitLosses(jobs, run.intact, run.masked)
 

@@ -86,6 +86,7 @@ class ExactRun:
         examples: Number of examples.
         cache: Where finished chunks are kept, if anywhere.
         team: The processes that share the work.
+        torch_compile: Compile the layers that streams pass through whole.
 
     Attributes:
         intact: Loss per example, nats, float64 `[examples]`; complete after `measure`.
@@ -100,6 +101,7 @@ class ExactRun:
         examples: int,
         cache: ScoreCache | None,
         team: Team,
+        torch_compile: bool = False,
     ) -> None:
         self.model = model
         self.layers = decoder_layers(model, sites)
@@ -107,6 +109,7 @@ class ExactRun:
         self.jobs = jobs
         self.cache = cache
         self.team = team
+        self.torch_compile = torch_compile
         self.intact = torch.empty(examples, dtype=torch.float64)
         self.masked = torch.empty(len(jobs), examples, dtype=torch.float64)
         self._most_tokens = sys.maxsize  # of the streams of one step; less once memory ran out
@@ -160,7 +163,9 @@ class ExactRun:
 
     def _recall(self, chunk: Chunk) -> bool:
         """Fill in a chunk if the cache has it."""
-        losses = self.cache.losses(chunk.batch, self._jobs_of(chunk)) if self.cache else None
+        if self.cache is None:
+            return False
+        losses = self.cache.losses(chunk.batch, self._jobs_of(chunk), self.torch_compile)
         if losses is None:
             return False
         self._fill(chunk, losses)
@@ -205,7 +210,7 @@ class ExactRun:
 
     def _measure_at_once(self, batch: Batch, left: deque[Chunk], progress: Any) -> None:
         """Measure the chunks `left` of a batch; those that are done are taken from it."""
-        wavefront = Wavefront(self.model, self.layers, self.sites, batch)
+        wavefront = Wavefront(self.model, self.layers, self.sites, batch, self.torch_compile)
         while left:
             chunk, jobs = left[0], self._jobs_of(left[0])
             losses = (
@@ -215,7 +220,7 @@ class ExactRun:
             )
             self._fill(chunk, losses)
             if self.cache:
-                self.cache.keep(batch, jobs, losses)
+                self.cache.keep(batch, jobs, losses, self.torch_compile)
             progress.update(self._work([left.popleft()]))
 
     def _masked_losses(

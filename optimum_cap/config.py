@@ -149,6 +149,8 @@ class CAPConfig(QuantizationConfigMixin):
             the model can take if that is less.
         memory_budget: Memory for activations while scoring, in bytes or as `"4GB"`; `"auto"` takes
             half of what is free.
+        torch_compile: Compile the decoder layers while causal scores are measured, which pays in
+            long runs on a GPU (`docs/performance.md`).
         cache_dir: Folder that keeps what has been measured and, until the model is saved, pruned
             layers, so that a run that was stopped goes on where it was (`docs/scoring.md`); `None`
             keeps nothing. Not saved.
@@ -193,6 +195,7 @@ class CAPConfig(QuantizationConfigMixin):
     scores: str | os.PathLike[str] | None = None
     max_length: int | None = None
     memory_budget: int | str = "auto"
+    torch_compile: bool = False
     cache_dir: str | os.PathLike[str] | None = None
     modules_to_leave_dense: list[str] = field(default_factory=list)
     checkpoint_format: str = "packed"
@@ -273,6 +276,16 @@ class CAPConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"scores are for criterion 'cap', which uses them, got criterion "
                 f"{method.criterion!r}: choose recipe 'paper', or leave scores out"
+            )
+        if not isinstance(self.torch_compile, bool):
+            raise ValueError(f"torch_compile must be True or False, got {self.torch_compile!r}")
+        if self.torch_compile and (
+            method.criterion != "cap" or self.estimator in ("plain", "first_order")
+        ):
+            raise ValueError(
+                "torch_compile is for causal scores (criterion 'cap') by estimator 'exact', "
+                f"'control_variate' or 'adaptive', got criterion {method.criterion!r} with "
+                f"estimator {self.estimator!r}: leave torch_compile out"
             )
         measured = ("exact", "first_order")
         if (

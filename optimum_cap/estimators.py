@@ -151,6 +151,7 @@ def control_variate_losses(
     exact_examples: int = 16,
     seed: int = 0,
     cache: ScoreCache | None = None,
+    torch_compile: bool = False,
 ) -> UnitLosses:
     """Estimate the masked losses to first order, corrected by exact ones of some examples.
 
@@ -170,6 +171,7 @@ def control_variate_losses(
         exact_examples: Number of examples with exact losses.
         seed: Seed of the draw.
         cache: Keeps finished chunks of the exact losses.
+        torch_compile: As for `exact_losses`.
 
     Raises:
         ValueError: There are fewer examples than that, or it is below 2.
@@ -178,9 +180,8 @@ def control_variate_losses(
     sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
     chances = chances_of_drawing(sampled.first_order, exact_examples)
     drawn = draw_examples(chances, start=float(np.random.default_rng(seed).random()))
-    exact = exact_losses(
-        model, sites, [examples[d] for d in drawn], memory_budget, sampled.units, cache
-    )
+    rows = [examples[position] for position in drawn]
+    exact = exact_losses(model, sites, rows, memory_budget, sampled.units, cache, torch_compile)
     sampled.record(range(len(sampled.units)), drawn, exact.masked, chances)
     return sampled.losses()
 
@@ -255,6 +256,7 @@ def adaptive_losses(
     precision: float = 0.1,
     seed: int = 0,
     cache: ScoreCache | None = None,
+    torch_compile: bool = False,
 ) -> UnitLosses:
     """Estimate as `control_variate_losses`, in rounds, until every importance is known well enough.
 
@@ -273,6 +275,7 @@ def adaptive_losses(
         precision: Half the width of the 95 % interval, as a fraction of the range of the scores.
         seed: Seed of the draw.
         cache: Keeps finished chunks of the exact losses.
+        torch_compile: As for `exact_losses`.
 
     Raises:
         ValueError: There are fewer examples than `exact_examples`, or it is below 2.
@@ -284,7 +287,7 @@ def adaptive_losses(
         drawn = [block[turn] for block in blocks if turn < len(block)]
         rows = [examples[position] for position in drawn]
         still_wide = [sampled.units[index] for index in wide]
-        exact = exact_losses(model, sites, rows, memory_budget, still_wide, cache)
+        exact = exact_losses(model, sites, rows, memory_budget, still_wide, cache, torch_compile)
         sampled.record(wide, drawn, exact.masked, chances_in_blocks(blocks, turn + 1))
         narrow = sampled.narrow(precision)
         wide = [index for index in wide if not narrow[index]]
@@ -587,13 +590,17 @@ class Estimator:
 
 
 ESTIMATORS = {
-    "exact": Estimator(exact_losses),
+    "exact": Estimator(exact_losses, ("torch_compile",)),
     "plain": Estimator(plain_losses, resumes=False),
     "first_order": Estimator(first_order_losses, differentiates=True),
     "control_variate": Estimator(
-        control_variate_losses, ("exact_examples", "seed"), differentiates=True
+        control_variate_losses,
+        ("exact_examples", "seed", "torch_compile"),
+        differentiates=True,
     ),
     "adaptive": Estimator(
-        adaptive_losses, ("exact_examples", "precision", "seed"), differentiates=True
+        adaptive_losses,
+        ("exact_examples", "precision", "seed", "torch_compile"),
+        differentiates=True,
     ),
 }

@@ -49,13 +49,24 @@ class ScoreCache:
         self._files = TensorFiles(self.folder)
         self._model = digest_of(machine(model), model_digest(model))[:32]
 
-    def losses(self, batch: Batch, units: list[tuple[Site, Unit]]) -> torch.Tensor | None:
-        """Losses of a batch with each unit masked, or intact with no units; `None` if unknown."""
-        return self._files.read(self._chunk(batch, units))
+    def losses(
+        self, batch: Batch, units: list[tuple[Site, Unit]], compiled: bool = False
+    ) -> torch.Tensor | None:
+        """Losses of a batch with each unit masked, or intact with no units; `None` if unknown.
 
-    def keep(self, batch: Batch, units: list[tuple[Site, Unit]], losses: torch.Tensor) -> None:
+        Those of compiled layers, which have other last bits, are kept beside the others.
+        """
+        return self._files.read(self._chunk(batch, units, compiled))
+
+    def keep(
+        self,
+        batch: Batch,
+        units: list[tuple[Site, Unit]],
+        losses: torch.Tensor,
+        compiled: bool = False,
+    ) -> None:
         """Keep the losses of a batch with each unit masked, or intact with no units."""
-        self._files.write(self._chunk(batch, units), losses)
+        self._files.write(self._chunk(batch, units, compiled), losses)
 
     def remembered(
         self,
@@ -73,10 +84,10 @@ class ScoreCache:
             return int(found if known is None else known)
         return int(known)
 
-    def _chunk(self, batch: Batch, units: list[tuple[Site, Unit]]) -> str:
+    def _chunk(self, batch: Batch, units: list[tuple[Site, Unit]], compiled: bool) -> str:
         # Where the examples of the batch stand in the calibration set changes no loss.
         content = {name: value for name, value in vars(batch).items() if name != "positions"}
-        return self._key("chunk", _names(units), content)
+        return self._key("compiled chunk" if compiled else "chunk", _names(units), content)
 
     def _key(self, *parts: Any) -> str:
         return f"{self._model}/{digest_of(*parts)[:32]}"

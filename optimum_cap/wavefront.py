@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.calibration import Batch, CalibrationExample, batches, shared_prefix
+from optimum_cap.compilation import LayerCall, call_compiled, call_layer
 from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import (
     RecordedCall,
@@ -88,7 +89,15 @@ class _PrefixCache(DynamicCache):
 
     Later calls bring the rows that follow it, some for each row of the prefix. They get its keys
     and values before their own, which are not kept.
+
+    Args:
+        config: Of the model.
+        layer: The only layer that will ask, so that a compiled one sees no others; `None`: all do.
     """
+
+    def __init__(self, config: PreTrainedConfig, layer: int | None = None) -> None:
+        super().__init__(config=config)
+        self._only = None if layer is None else self.layers[layer]
 
     def update(
         self,
@@ -98,9 +107,9 @@ class _PrefixCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[layer_idx]
+        layer = self.layers[layer_idx] if self._only is None else self._only
         if not layer.is_initialized:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return layer.update(key_states, value_states, *args, **kwargs)
         return _continued(layer.keys, key_states), _continued(layer.values, value_states)
 
 
@@ -119,16 +128,23 @@ class Wavefront:
         layers: Its decoder layers.
         sites: The sites of attention, and all others whose units are to be masked.
         batch: The examples; their shared prefix, if they have one, is computed once per stream.
+        torch_compile: Compile the layers that streams pass through whole.
 
     Raises:
         ValueError: Experts are among the sites that compute in a way that is not known.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: list[nn.Module], sites: list[Site], batch: Batch
+        self,
+        model: PreTrainedModel,
+        layers: list[nn.Module],
+        sites: list[Site],
+        batch: Batch,
+        torch_compile: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
+        self._call: LayerCall = call_compiled if torch_compile else call_layer
         self.attention = {site.layer: site for site in sites if site.kind == "attention"}
         self.outlets: dict[int, list[str]] = {}
         for site in _other_branches(sites):
@@ -164,8 +180,8 @@ class Wavefront:
             )
         return _Segment(len(input_ids), calls)
 
-    def _cache(self) -> _PrefixCache | None:
-        return None if self._config is None else _PrefixCache(config=self._config)
+    def _cache(self, layer: int | None = None) -> _PrefixCache | None:
+        return None if self._config is None else _PrefixCache(self._config, layer)
 
     def intact_losses(self) -> torch.Tensor:
         """Losses of the intact model, float64 `[examples]`."""
@@ -182,7 +198,7 @@ class Wavefront:
         streams = [segment.calls[f"layer {first}"].hidden[:0] for segment in self.segments]
         for index in range(first, last):
             starting = [job for job in jobs if job[0].layer == index]
-            cache = self._cache()
+            cache = self._cache(index)
             with brought_in(self.layers[index]):
                 streams = [
                     self._through_layer(segment, index, carried, starting, cache)
@@ -210,13 +226,14 @@ class Wavefront:
         call = segment.calls[f"layer {index}"]
         rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
         args, kwargs = _arguments(segment, index, len(carried), cache)
+        if not starting:
+            return hidden_of(self._call(self.layers[index], rows, args, kwargs))
         with ExitStack() as stack:
-            if starting:
-                attention = self._attention_results(segment, index, starting, _every_position)
-                form = segment.calls[f"attention {index}"].output
-                branch = self.model.get_submodule(self.attention[index].branch)
-                stack.enter_context(_given_last_rows(branch, form, attention))
-                self._give_other_branches(stack, segment, index, starting, _every_position)
+            attention = self._attention_results(segment, index, starting, _every_position)
+            form = segment.calls[f"attention {index}"].output
+            branch = self.model.get_submodule(self.attention[index].branch)
+            stack.enter_context(_given_last_rows(branch, form, attention))
+            self._give_other_branches(stack, segment, index, starting, _every_position)
             return hidden_of(self.layers[index](rows, *args, **kwargs))
 
     def _through_last_layer(
@@ -236,7 +253,7 @@ class Wavefront:
         intact = self.suffix.calls[f"layer {index}"].hidden
         rows, attended = [], []
         if len(streams[-1]):
-            cache = self._cache()
+            cache = self._cache(index)
             for segment, carried in zip(self.segments, streams, strict=True):
                 carried = carried.to(intact.device)
                 args, kwargs = _arguments(segment, index, len(carried), cache)

@@ -204,9 +204,14 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception)
 
     class Limited(Wavefront):
         def __init__(
-            self, model: PreTrainedModel, layers: list[nn.Module], sites: list[Site], batch: Batch
+            self,
+            model: PreTrainedModel,
+            layers: list[nn.Module],
+            sites: list[Site],
+            batch: Batch,
+            torch_compile: bool,
         ) -> None:
-            super().__init__(model, layers, sites, batch)
+            super().__init__(model, layers, sites, batch, torch_compile)
             self.tokens_of_a_stream = batch.input_ids.numel()
 
         def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:

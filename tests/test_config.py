@@ -42,6 +42,7 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
         ("max_length", 1, "max_length must be an integer of at least 2"),
         ("memory_budget", "much", 'memory_budget must be a number of bytes or text such as "4GB"'),
         ("memory_budget", 0, "memory_budget must be a number of bytes"),
+        ("torch_compile", "yes", "torch_compile must be True or False, got 'yes'"),
         ("pattern", "rows", 'pattern must be "unstructured", "heads", or "N:M"'),
         ("dataset", "", "dataset is empty"),
         ("dataset", None, "dataset is empty"),
@@ -58,6 +59,14 @@ def test_more_exact_examples_than_examples(estimator: str) -> None:
     with pytest.raises(ValueError, match=r"exact_examples \(16\) of num_samples \(6\)"):
         CAPConfig(sparsity=0.2, num_samples=6, estimator=estimator)
     assert CAPConfig(sparsity=0.2, num_samples=6).exact_examples == 16
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"recipe": "wanda"}, {"recipe": "paper", "estimator": "first_order"}]
+)
+def test_compiling_where_nothing_is_compiled(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"torch_compile is for causal scores .* leave torch_com"):
+        CAPConfig(sparsity=0.2, torch_compile=True, **fields)
 
 
 def test_scores_for_a_criterion_without() -> None:
@@ -106,6 +115,7 @@ def test_round_trips_through_json() -> None:
         exact_examples=3,
         precision=0.05,
         memory_budget="2GB",
+        torch_compile=True,
         modules_to_leave_dense=["layers.0"],
         checkpoint_format="dense",
     )

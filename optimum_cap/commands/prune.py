@@ -28,8 +28,8 @@ def _size(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-# Flag, field of CAPConfig, type, help. A flag that is not given is not passed on, so the defaults
-# live in CAPConfig alone; a test compares the words here with them.
+# Flag, field of CAPConfig, type (none for a switch), help. A flag that is not given is not passed
+# on, so the defaults live in CAPConfig alone; a test compares the words here with them.
 _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--sparsity", "sparsity", float, "fraction of the weights to zero, between 0 and 1"),
     (
@@ -149,6 +149,12 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "memory_budget",
         _size,
         "memory for activations, in bytes or as 4GB; auto is half of what is free (default: auto)",
+    ),
+    (
+        "--torch-compile",
+        "torch_compile",
+        None,
+        "compile layers to measure causal scores: faster in long runs on a GPU (default: False)",
     ),
     (
         "--cache-dir",
@@ -305,15 +311,14 @@ def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
     """Add the flags of some fields of `CAPConfig`, of its data set, and of the tokenizer."""
     for flag, field, kind, text in _CONFIG_FLAGS:
         if field in fields:
-            parser.add_argument(
-                flag,
-                dest=field,
-                type=kind,
-                required=field == "sparsity",
-                default=SUPPRESS,
-                metavar=flag.split("-")[-1].upper(),
-                help=text,
-            )
+            options: dict[str, Any] = {"action": "store_true"}
+            if kind is not None:
+                options = {
+                    "type": kind,
+                    "required": field == "sparsity",
+                    "metavar": flag.split("-")[-1].upper(),
+                }
+            parser.add_argument(flag, dest=field, default=SUPPRESS, help=text, **options)
     parser.add_argument(
         "--dataset",
         nargs="+",

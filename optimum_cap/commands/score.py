@@ -31,6 +31,7 @@ _FIELDS = (
     "precision",
     "max_length",
     "memory_budget",
+    "torch_compile",
     "cache_dir",
     "seed",
 )
