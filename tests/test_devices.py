@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from test_attribution import examples
-from test_checkpoint import same_weights
+from test_checkpoint import contents, same_weights
 from test_pruning_cache import FIELDS, pruned
+from test_score_cache import chunk_files, same_bytes, score
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -17,13 +19,13 @@ from optimum_cap.attribution import exact_losses, plain_losses
 from optimum_cap.config import RECIPES
 from optimum_cap.estimators import control_variate_losses, first_order_losses
 from optimum_cap.responses import estimated_responses, responses
+from optimum_cap.score_cache import ScoreCache
 
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = [
     # What the CPU gives other tests look at more closely; here it shows that the tests are right.
     pytest.param("cpu", marks=pytest.mark.slow),
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    ),
+    pytest.param("cuda", marks=on_cuda),
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 of_each_kind = pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -120,3 +122,68 @@ def test_the_default_recipe_keeps_what_it_keeps_on_the_cpu(device: str) -> None:
         found.append(exact_losses(model, find_sites(model), rows).intact - intact)
     # Another order of sums can decide between two weights, and the rest follows.
     torch.testing.assert_close(found[0].mean(), found[1].mean(), rtol=0.2, atol=0.02)
+
+
+@on_each_device
+@of_each_kind
+def test_scoring_goes_on_with_the_same_bytes(name: str, device: str, tmp_path: Path) -> None:
+    model = tiny_model(name).to(device)
+    expected = score(model, tmp_path)
+    for file in chunk_files(tmp_path)[::2]:
+        file.unlink()
+    assert same_bytes(score(model, tmp_path), expected)
+    assert same_bytes(score(model, None), expected)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_score_alike(dtype: torch.dtype, device: str, tmp_path: Path) -> None:
+    model, rows = tiny_model("llama", dtype=dtype).to(device), examples(6)
+    sites, cache = find_sites(model), ScoreCache(tmp_path, model)
+    compiled: dict[str, Any] = {"memory_budget": 10_000, "torch_compile": True}
+    expected = exact_losses(model, sites, rows, cache=cache, **compiled)
+    # Rounded where the layer itself rounds, but sums are in another order.
+    tolerance = 1e-4 if dtype == torch.float32 or device == "cpu" else 2e-2
+    plain = plain_losses(model, sites, rows)
+    torch.testing.assert_close(expected.masked, plain.masked, rtol=tolerance, atol=1e-6)
+    for file in chunk_files(tmp_path)[::2]:
+        file.unlink()
+    assert same_bytes(exact_losses(model, sites, rows, cache=cache, **compiled), expected)
+
+
+@on_each_device
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_second_prune_gives_the_same_bytes(recipe: str, device: str, tmp_path: Path) -> None:
+    for turn in ("first", "second"):
+        pruned(tiny_model("llama").to(device), None, recipe=recipe).save_pretrained(tmp_path / turn)
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+@on_each_device
+@pytest.mark.parametrize("recipe", ["paper", "causal", "sparsegpt"])
+def test_weights_on_disk_are_pruned_as_in_memory(recipe: str, device: str, tmp_path: Path) -> None:
+    models = {
+        "memory": tiny_model("llama").to(device),
+        "disk": disk_offload(tiny_model("llama"), tmp_path / "weights", torch.device(device)),
+    }
+    for place, model in models.items():
+        pruned(model, None, recipe=recipe).save_pretrained(tmp_path / place)
+    assert contents(tmp_path / "memory") == contents(tmp_path / "disk")
+
+
+@on_cuda
+def test_scores_outlive_a_full_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    model, rows = tiny_model("llama").to("cuda"), examples(512, longest=60)
+    sites = find_sites(model)
+    expected = exact_losses(model, sites, rows)
+    needed = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction(0.6 * needed / total)
+    try:
+        losses = exact_losses(model, sites, rows, memory_budget=total)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "memory ran out" in caplog.text
+    torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
