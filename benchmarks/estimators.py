@@ -18,8 +18,8 @@ import sys
 import time
 
 import torch
-from scoring import random_examples, random_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from scoring import add_model_arguments, model_of, place, random_examples
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig
@@ -112,13 +112,10 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder or Hub id; default: a random Llama")
+    add_model_arguments(parser)
     parser.add_argument("--data", help="calibration data of that model")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="tokens per random example")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--exact-examples", type=int, default=16)
     parser.add_argument("--precision", type=float, default=0.1)
     parser.add_argument("--runs", type=int, default=3)
@@ -135,12 +132,11 @@ def main() -> None:
         exact_examples=arguments.exact_examples,
         precision=arguments.precision,
     )
+    model = model_of(arguments)
     if arguments.model:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         examples = build_calibration_set(config, tokenizer).examples
     else:
-        model = random_llama(arguments.layers, arguments.heads, arguments.hidden)
         examples = random_examples(
             arguments.examples, arguments.tokens, model.config.vocab_size, 0.0
         )
@@ -166,8 +162,8 @@ def main() -> None:
     tokens = sum(len(example.input_ids) for example in examples)
     print(
         f"{len(exact.units)} heads in {len(sites)} layers, {len(examples)} examples, {tokens} "
-        f"tokens, {torch.get_num_threads()} threads, {model.device}; {arguments.exact_examples} "
-        f"exact examples; {int(clear.sum())} heads have a mean score beyond 2 standard errors\n"
+        f"tokens, {place(model)}; {arguments.exact_examples} exact examples; {int(clear.sum())} "
+        "heads have a mean score beyond 2 standard errors\n"
     )
     print(
         "| estimator | seconds | plain / it | Spearman with exact, median of subsets | mean |\n"

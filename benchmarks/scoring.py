@@ -8,12 +8,16 @@ which is measured in turn with the methods.
     python benchmarks/scoring.py                       # a random 12-layer Llama
     python benchmarks/scoring.py --hidden 768 --examples 32 --tokens 256 --prefix-share 0.75
     python benchmarks/scoring.py --model DIR --texts FILE.jsonl
+    python benchmarks/scoring.py --device cuda --dtype bfloat16 --layers 20 --heads 32 \
+        --hidden 2048 --vocabulary 32000 --examples 32 --tokens 256
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,25 +32,58 @@ from transformers import (
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, decoder_layers, find_sites
-from optimum_cap.attribution import causal_scores, exact_losses, plain_losses
+from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses, plain_losses
 from optimum_cap.calibration import CalibrationExample, shared_prefix
 from optimum_cap.wavefront import tokens_per_chunk
 
 
-def random_llama(layers: int, heads: int, hidden: int) -> LlamaForCausalLM:
+def random_llama(
+    layers: int, heads: int, hidden: int, vocabulary: int = 4096, device: str = "cpu"
+) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4096,
-            hidden_size=hidden,
-            intermediate_size=hidden * 8 // 3 // 8 * 8,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            max_position_embeddings=2048,
-            initializer_range=0.1,
-        )
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).eval()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `model_of` reads."""
+    parser.add_argument("--model", help="a Llama or alike: folder or Hub id; default: a random one")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights, such as bfloat16")
+
+
+def model_of(arguments: argparse.Namespace) -> PreTrainedModel:
+    if arguments.model:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    else:
+        sizes = arguments.layers, arguments.heads, arguments.hidden, arguments.vocabulary
+        model = random_llama(*sizes, arguments.device)
+    return model.to(arguments.device, getattr(torch, arguments.dtype))
+
+
+def place(model: PreTrainedModel) -> str:
+    """The device and dtype of a model, in words."""
+    device = model.device
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return f"{name}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def random_examples(
@@ -164,31 +201,25 @@ def ratios(first: list[float], second: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a Llama or alike: folder or Hub id; default: a random one")
+    add_model_arguments(parser)
     parser.add_argument("--texts", type=Path, help="json lines with a 'text' each")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="tokens per example")
     parser.add_argument(
         "--prefix-share", type=float, default=0.0, help="share of an example that all begin with"
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the weights, such as bfloat16")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument(
         "--scored-heads", type=int, metavar="N", help="of each layer (default: all of them)"
     )
+    parser.add_argument(
+        "--layer-step", type=int, default=1, metavar="N", help="score each N-th layer alone"
+    )
+    parser.add_argument("--torch-compile", action="store_true", help="also with compiled layers")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
 
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model)
-    else:
-        model = random_llama(arguments.layers, arguments.heads, arguments.hidden)
-    model = model.to(arguments.device, dtype)
+    model = model_of(arguments)
     if arguments.texts:
         examples = text_examples(
             arguments.texts, arguments.model, arguments.examples, arguments.tokens
@@ -198,34 +229,50 @@ def main() -> None:
             arguments.examples, arguments.tokens, model.config.vocab_size, arguments.prefix_share
         )
     sites = [site for site in find_sites(model) if site.kind == "attention"]
-    units = [(site, unit) for site in sites for unit in site.units[: arguments.scored_heads]]
+    units = [
+        (site, unit)
+        for site in sites[:: arguments.layer_step]
+        for unit in site.units[: arguments.scored_heads]
+    ]
 
-    seconds: dict[str, list[float]] = {"exact": [], "plain": [], "floor": []}
     flops = floor_flops(model, units, examples)
     scores = {}
+    methods: dict[str, Callable[..., UnitLosses]] = {"exact": exact_losses, "plain": plain_losses}
+    if arguments.torch_compile:
+        methods["exact, compiled"] = partial(exact_losses, torch_compile=True)
+    seconds: dict[str, list[float]] = {name: [] for name in (*methods, "floor")}
+    # The first pass of a kind pays for what all later ones use.
+    for method in methods.values():
+        start = time.perf_counter()
+        method(model, sites, examples[:2], units=units[:1])
+        first = time.perf_counter() - start
     for _ in range(arguments.runs):
-        for name, method in (("exact", exact_losses), ("plain", plain_losses)):
+        for name, method in methods.items():
             start = time.perf_counter()
             losses = method(model, sites, examples, units=units)
             seconds[name].append(time.perf_counter() - start)
             scores[name] = causal_scores(losses, subsets=min(3, len(examples))).scores
         seconds["floor"].append(flops / matmul_rate(model, sites))
-    difference = (scores["exact"] - scores["plain"]).abs().max() / scores["plain"].abs().max()
 
     tokens = sum(len(example.input_ids) for example in examples)
     print(
-        f"{len(units)} heads in {len(sites)} layers, {len(examples)} examples, {tokens} tokens, "
-        f"{shared_prefix(examples)} tokens shared, {torch.get_num_threads()} threads, "
-        f"{model.device}, {arguments.dtype}\n"
+        f"{len(units)} heads of {len(sites)} layers, {len(examples)} examples, {tokens} tokens, "
+        f"{shared_prefix(examples)} tokens shared, {place(model)}\n"
     )
     print("| method | seconds, median (min to max) |\n|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {summary(values)} |")
-    print(f"\nplain / exact: {ratios(seconds['plain'], seconds['exact'])}")
     rates = [flops / floor / 1e9 for floor in seconds["floor"]]
-    print(f"exact / floor: {ratios(seconds['exact'], seconds['floor'])}")
-    print(f"floor: {flops / 1e12:.2f} TFLOP at {summary(rates, '.0f')} GFLOP/s")
-    print(f"largest difference of a score: {float(difference):.1e} of the largest score")
+    print(f"\nfloor: {flops / 1e12:.2f} TFLOP at {summary(rates, '.0f')} GFLOP/s")
+    for name in methods:
+        if name == "plain":
+            continue
+        difference = (scores[name] - scores["plain"]).abs().max() / scores["plain"].abs().max()
+        print(f"plain / {name}: {ratios(seconds['plain'], seconds[name])}")
+        print(f"{name} / floor: {ratios(seconds[name], seconds['floor'])}")
+        print(f"largest difference of a score: {float(difference):.1e} of the largest score")
+    if arguments.torch_compile:
+        print(f"compiling, with a head of two examples: {first:.1f} s")
 
 
 if __name__ == "__main__":

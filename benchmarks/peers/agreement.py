@@ -38,6 +38,8 @@ def by_peer(
         "sparsity": config.sparsity,
         "pattern": "0:0" if config.pattern == "unstructured" else config.pattern,
         "input_ids": [example.input_ids.tolist() for example in examples],
+        "dtype": "float32",
+        "device": "cpu",
     }
     script = Path(__file__).with_name("run_llmcompressor.py")
     with tempfile.TemporaryDirectory() as folder:

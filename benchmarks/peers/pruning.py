@@ -5,6 +5,8 @@ methods take turns. Counted is pruning alone, neither imports nor loading; the p
 memory of the process while it prunes, model included.
 
     python benchmarks/peers/pruning.py --peer .venv-peer/bin/python
+    python benchmarks/peers/pruning.py --peer .venv-peer/bin/python --device cuda \
+        --dtype bfloat16 --hidden 2048
 """
 
 import argparse
@@ -37,24 +39,26 @@ METHODS = (
 )
 
 
-def make_model(folder: Path, layers: int, hidden: int, examples: int) -> None:
+def make_model(
+    folder: Path, layers: int, hidden: int, examples: int, device: str, dtype: torch.dtype
+) -> None:
     """Write a random Llama with the embedded model's tokenizer, and random losses of its heads.
 
     What the losses are changes nothing in the work of pruning by them.
     """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(REASONER / "model")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=hidden * 8 // 3 // 8 * 8,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=hidden // 128,
-            max_position_embeddings=256,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=256,
     )
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     count = len(heads(find_sites(model)))
@@ -89,13 +93,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights, such as bfloat16")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
-        make_model(model, arguments.layers, arguments.hidden, arguments.examples)
+        sizes = arguments.layers, arguments.hidden, arguments.examples
+        make_model(model, *sizes, arguments.device, getattr(torch, arguments.dtype))
         config = {
             "sparsity": 0.5,
             "dataset": str(REASONER / "data" / "calibration.jsonl"),
@@ -113,26 +120,31 @@ def main() -> None:
                 "pattern": "0:0",
                 "input_ids": [example.input_ids.tolist() for example in examples],
                 "config": {**config, "recipe": method},
+                "device": arguments.device,
+                "dtype": arguments.dtype,
                 "scores": str(model / "scores") if method == "paper" else None,
             }
             found[package, method].append(run(package, job, arguments.peer))
 
     tokens = sum(len(example.input_ids) for example in examples)
-    print(f"{arguments.layers} layers, hidden size {arguments.hidden}, {tokens} tokens\n")
     print(
-        "| package | method | seconds, median (range) | peak, MB | paper takes |\n|---"
-        + "|---" * 4
-        + "|"
+        f"{arguments.layers} layers, hidden size {arguments.hidden}, {arguments.dtype}, "
+        f"{arguments.device}, {tokens} tokens\n"
     )
+    peaks = {"peak": "peak, MB"}
+    if arguments.device == "cuda":
+        peaks["on_device"] = "peak on the GPU, MB"
+    columns = ["package", "method", "seconds, median (range)", *peaks.values(), "paper takes"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     ours = [each["seconds"] for each in found["optimum-cap", "paper"]]
     for (package, method), runs in found.items():
         seconds = [each["seconds"] for each in runs]
         ratios = [mine / theirs for mine, theirs in zip(ours, seconds, strict=True)]
+        memory = [f"{statistics.median(each[name] for each in runs) / 1e6:.0f}" for name in peaks]
         print(
             f"| {package} | {method} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to "
-            f"{max(seconds):.2f}) | {statistics.median(each['peak'] for each in runs) / 1e6:.0f} | "
-            f"{statistics.median(ratios):.3f} times as long ({min(ratios):.3f} to "
-            f"{max(ratios):.3f}) |"
+            f"{max(seconds):.2f}) | {' | '.join(memory)} | {statistics.median(ratios):.3f} times "
+            f"as long ({min(ratios):.3f} to {max(ratios):.3f}) |"
         )
 
 

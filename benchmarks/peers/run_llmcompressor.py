@@ -1,7 +1,8 @@
 """Prune with llm-compressor. Runs in the peer's environment, called by agreement.py and pruning.py.
 
-Reads `job.json` in a folder (model, method, sparsity, pattern, input_ids) and writes
-`pruned.safetensors` and `measured.json` there.
+Reads `job.json` in a folder (model, method, sparsity, pattern, input_ids, dtype, device)
+and writes `pruned.safetensors` and `measured.json` there. The model is loaded as llm-compressor's
+documentation shows, on the CPU: it brings each layer to the GPU by itself where there is one.
 """
 
 import json
@@ -22,7 +23,7 @@ MODIFIERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 def main() -> None:
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
     settings = {"block_size": 128, "dampening_frac": 0.01} if job["method"] == "sparsegpt" else {}
     modifier = MODIFIERS[job["method"]](
         sparsity=job["sparsity"],
@@ -36,7 +37,7 @@ def main() -> None:
     dataset = Dataset.from_dict(
         {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
     )
-    with measured(folder / "measured.json"):
+    with measured(folder / "measured.json", job["device"]):
         oneshot(
             model=model,
             tokenizer=tokenizer,

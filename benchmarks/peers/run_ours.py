@@ -23,13 +23,14 @@ def main() -> None:
     folder = Path(sys.argv[1])
     logging.disable_progress_bar()
     job = json.loads((folder / "job.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+    model.to(job["device"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     losses = None
     if job["scores"]:
         saved = load_file(job["scores"])
         losses = UnitLosses(heads(find_sites(model)), saved["intact"], saved["masked"])
-    with measured(folder / "measured.json"):
+    with measured(folder / "measured.json", job["device"]):
         CAPPruner(CAPConfig(**job["config"])).prune(model, tokenizer, losses=losses)
 
 
