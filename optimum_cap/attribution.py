@@ -5,6 +5,7 @@
 reference that tests and benchmarks compare with.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,11 @@ from transformers.utils import logging
 from optimum_cap.architectures import Site, Unit, all_units, decoder_layers, heads
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.chunks import ExactRun, chunks_of, is_out_of_memory, settled
+from optimum_cap.compilation import check_compilable, compiling
 from optimum_cap.config import parse_size
 from optimum_cap.distributed import Team, processes_here
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
-from optimum_cap.offload import device_of, is_offloaded
+from optimum_cap.offload import device_of
 from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import (
     Targets,
@@ -161,7 +163,8 @@ def exact_losses(
         cache: Keeps finished chunks of this model, so that a run that was stopped goes on where it
             was, with the same bytes as an undisturbed one.
         torch_compile: Compile the decoder layers, which pays in long runs on a GPU
-            (`docs/performance.md`).
+            (`docs/performance.md`). A run that goes on then agrees with an undisturbed one up to
+            rounding.
 
     Returns:
         The losses, in the order of the units and of the examples. Processes that were launched
@@ -170,15 +173,12 @@ def exact_losses(
 
     Raises:
         ValueError: Experts are to be masked that compute in a way that is not known, or the layers
-            cannot be compiled, or are offloaded and should be.
+            cannot be compiled.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the launch has stopped.
     """
-    if torch_compile and is_offloaded(model):
-        raise ValueError(
-            "torch_compile takes layers whose weights are in memory, but some of this model are "
-            "offloaded: leave torch_compile out, or load it with a device_map that keeps them"
-        )
+    if torch_compile:
+        check_compilable(model)
     jobs = all_units(sites) if units is None else units
     layers = decoder_layers(model, sites)
     measured = {site.name for site, _ in jobs}
@@ -201,7 +201,8 @@ def exact_losses(
         ]
         team = Team.of_this_run()
         run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile)
-        run.measure(chunks)
+        with compiling() if torch_compile else nullcontext():
+            run.measure(chunks)
     return UnitLosses(jobs, run.intact, run.masked)
 
 

@@ -302,10 +302,10 @@ def _keep_freed_memory() -> None:
     """Have the C library (glibc) keep freed blocks of up to 32 MB for the next tensors.
 
     Blocks above a threshold go back to the system when they are freed, and new ones are paged in,
-    which takes some 4 % of a scoring. The threshold is the largest block that was freed so far, if
-    it is below 32 MB (mallopt(3), M_MMAP_THRESHOLD).
+    which took 4 % of a scoring in a trial. The threshold is the largest block below 32 MB that the
+    process has freed so far (mallopt(3), M_MMAP_THRESHOLD), and stays that for good.
     """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
 def is_out_of_memory(error: Exception) -> bool:

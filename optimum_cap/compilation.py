@@ -1,21 +1,25 @@
 """Decoder layers through `torch.compile`, which fuses what stands between their matrix products.
 
 Layers of one form are one program, whose inputs are their weights: it is compiled once, not for
-each layer. Tensors may have any number of rows and tokens. Where a layer cannot be compiled as one
-piece, the run says so instead of going on with less.
+each layer, and takes any number of rows and tokens (a single row is another program). Where a layer
+cannot be compiled as one piece, the run says so instead of going on with less.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
+from transformers import PreTrainedModel
 
 LayerCall = Callable[[nn.Module, torch.Tensor, Any, dict[str, Any]], Any]
 
-# Round where the layer itself does, and choose kernels by rules instead of by timing them.
-_OPTIONS = ("emulate_precision_casts", "deterministic")
+_LEAST_TORCH = "2.7"  # has all that is used here
+_MOST_PROGRAMS = 64  # torch allows 8, shared by all models of the process
 
 
 def call_layer(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -33,7 +37,12 @@ def call_compiled(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dic
 
     try:
         return _program()(layer, hidden, args, kwargs)
-    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+    except FailOnRecompileLimitHit as error:
+        raise ValueError(
+            f"torch_compile: {type(layer).__name__} and layers before it needed more than "
+            f"{_MOST_PROGRAMS} programs in this process: leave torch_compile out"
+        ) from error
+    except TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"torch_compile: {type(layer).__name__} cannot be compiled here "
@@ -43,8 +52,39 @@ def call_compiled(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dic
 
 @cache
 def _program() -> LayerCall:
-    from torch._inductor import config
-
-    # Some are not known to older releases of torch.
-    options: dict[str, Any] = {name: True for name in _OPTIONS if hasattr(config, name)}
+    # Rounding where the layer itself rounds.
+    options: dict[str, Any] = {"emulate_precision_casts": True}
     return torch.compile(call_layer, dynamic=True, fullgraph=True, options=options)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Settings of torch for a run with compiled layers."""
+    import torch._dynamo
+
+    with (
+        torch._dynamo.config.patch(recompile_limit=_MOST_PROGRAMS),
+        warnings.catch_warnings(),
+    ):
+        # Advises TF32 on a GPU, which would cost float32 scores most of their digits.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+        yield
+
+
+def check_compilable(model: PreTrainedModel) -> None:
+    """Check what can be known before layers are compiled.
+
+    Raises:
+        ValueError: torch is too old, or accelerate moves weights or inputs of the model.
+    """
+    if Version(torch.__version__) < Version(_LEAST_TORCH):
+        raise ValueError(
+            f"torch_compile needs torch {_LEAST_TORCH} or newer, and this is {torch.__version__}: "
+            "upgrade torch, or leave torch_compile out"
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            "torch_compile takes a model that is whole on one device, but this one is spread over "
+            "several or offloaded: load it with a device_map such as 'cuda:0', or leave "
+            "torch_compile out"
+        )

@@ -73,6 +73,7 @@ _CHOICES = {
 }
 _SETTLED = ("allocation", "target", "order", "answer_weight")
 _SAMPLING = ("control_variate", "adaptive")  # measure some of the examples exactly
+COMPILING = ("exact", *_SAMPLING)  # the estimators that take `torch_compile`
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 _SIZE_UNITS = {
@@ -279,13 +280,11 @@ class CAPConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.torch_compile, bool):
             raise ValueError(f"torch_compile must be True or False, got {self.torch_compile!r}")
-        if self.torch_compile and (
-            method.criterion != "cap" or self.estimator in ("plain", "first_order")
-        ):
+        if self.torch_compile and (method.criterion != "cap" or self.estimator not in COMPILING):
             raise ValueError(
-                "torch_compile is for causal scores (criterion 'cap') by estimator 'exact', "
-                f"'control_variate' or 'adaptive', got criterion {method.criterion!r} with "
-                f"estimator {self.estimator!r}: leave torch_compile out"
+                f"torch_compile is for causal scores by estimator {', '.join(COMPILING)}, got "
+                f"criterion {method.criterion!r} and estimator {self.estimator!r}: choose recipe "
+                "'paper' and one of these, or leave torch_compile out"
             )
         measured = ("exact", "first_order")
         if (

@@ -28,6 +28,7 @@ from optimum_cap.attribution import (
 )
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.chunks import each_in_memory
+from optimum_cap.compilation import check_compilable
 from optimum_cap.config import CAPConfig
 from optimum_cap.distributed import Team
 from optimum_cap.experts import experts_of, gated, routed, routing
@@ -562,15 +563,17 @@ class Estimator:
     Attributes:
         function: Takes a model, its sites, examples, a memory budget and units, and returns the
             losses.
-        settings: The fields of `CAPConfig` that it takes as keywords.
+        settings: The fields of `CAPConfig` that its losses depend on, which it takes as keywords.
         resumes: Whether it takes a cache of finished chunks.
         differentiates: Whether it needs all weights in memory, for a backward pass.
+        compiles: Whether it takes `torch_compile`.
     """
 
     function: Callable[..., UnitLosses]
     settings: tuple[str, ...] = ()
     resumes: bool = True
     differentiates: bool = False
+    compiles: bool = False
 
     def losses(
         self,
@@ -581,8 +584,12 @@ class Estimator:
     ) -> UnitLosses:
         """Measure or estimate the losses of the units that `config` names, as it says."""
         settings: dict[str, Any] = {name: getattr(config, name) for name in self.settings}
+        # Before a cache reads all weights.
         if self.differentiates:
-            check_in_memory(model)  # before a cache reads all weights
+            check_in_memory(model)
+        if self.compiles and config.torch_compile:
+            check_compilable(model)
+            settings["torch_compile"] = True
         if self.resumes and config.cache_dir is not None:
             settings["cache"] = ScoreCache(config.cache_dir, model)
         units = scored_units(sites, config.scored_units)
@@ -590,17 +597,19 @@ class Estimator:
 
 
 ESTIMATORS = {
-    "exact": Estimator(exact_losses, ("torch_compile",)),
+    "exact": Estimator(exact_losses, compiles=True),
     "plain": Estimator(plain_losses, resumes=False),
     "first_order": Estimator(first_order_losses, differentiates=True),
     "control_variate": Estimator(
         control_variate_losses,
-        ("exact_examples", "seed", "torch_compile"),
+        ("exact_examples", "seed"),
         differentiates=True,
+        compiles=True,
     ),
     "adaptive": Estimator(
         adaptive_losses,
-        ("exact_examples", "precision", "seed", "torch_compile"),
+        ("exact_examples", "precision", "seed"),
         differentiates=True,
+        compiles=True,
     ),
 }

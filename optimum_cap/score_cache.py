@@ -50,23 +50,23 @@ class ScoreCache:
         self._model = digest_of(machine(model), model_digest(model))[:32]
 
     def losses(
-        self, batch: Batch, units: list[tuple[Site, Unit]], compiled: bool = False
+        self, batch: Batch, units: list[tuple[Site, Unit]], torch_compile: bool = False
     ) -> torch.Tensor | None:
         """Losses of a batch with each unit masked, or intact with no units; `None` if unknown.
 
         Those of compiled layers, which have other last bits, are kept beside the others.
         """
-        return self._files.read(self._chunk(batch, units, compiled))
+        return self._files.read(self._chunk(batch, units, torch_compile))
 
     def keep(
         self,
         batch: Batch,
         units: list[tuple[Site, Unit]],
         losses: torch.Tensor,
-        compiled: bool = False,
+        torch_compile: bool = False,
     ) -> None:
         """Keep the losses of a batch with each unit masked, or intact with no units."""
-        self._files.write(self._chunk(batch, units, compiled), losses)
+        self._files.write(self._chunk(batch, units, torch_compile), losses)
 
     def remembered(
         self,
@@ -84,10 +84,11 @@ class ScoreCache:
             return int(found if known is None else known)
         return int(known)
 
-    def _chunk(self, batch: Batch, units: list[tuple[Site, Unit]], compiled: bool) -> str:
+    def _chunk(self, batch: Batch, units: list[tuple[Site, Unit]], torch_compile: bool) -> str:
         # Where the examples of the batch stand in the calibration set changes no loss.
         content = {name: value for name, value in vars(batch).items() if name != "positions"}
-        return self._key("compiled chunk" if compiled else "chunk", _names(units), content)
+        what = "compiled chunk" if torch_compile else "chunk"
+        return self._key(what, _names(units), content)
 
     def _key(self, *parts: Any) -> str:
         return f"{self._model}/{digest_of(*parts)[:32]}"

@@ -423,7 +423,8 @@ def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
     values, dataset = {}, None
     if config is not None:
         values = {**config.to_dict(), "dataset": None, "memory_budget": None}
-        del values["torch_compile"]  # like the budget, it changes no more than rounding
+        # Like the budget, it changes no more than rounding; cells from before it stay valid.
+        del values["torch_compile"]
         if config.method.needs_data:
             dataset = _fingerprint(cell.dataset)
         elif config.method.criterion != "random":

@@ -92,7 +92,8 @@ class _PrefixCache(DynamicCache):
 
     Args:
         config: Of the model.
-        layer: The only layer that will ask, so that a compiled one sees no others; `None`: all do.
+        layer: The only layer that will ask: then no index of a layer is looked up, and compiled
+            layers can be one program. `None`: all may ask.
     """
 
     def __init__(self, config: PreTrainedConfig, layer: int | None = None) -> None:
@@ -595,8 +596,8 @@ def _intact_and_masked(wavefront: Wavefront, unit: tuple[Site, Unit]) -> torch.T
 def tokens_per_chunk(model: PreTrainedModel) -> int:
     """Tokens that travel together; more bring no more speed, only memory.
 
-    On the CPU larger tensors even cost: the allocator returns them to the system each time, and the
-    next one is paged in anew.
+    On the CPU larger tensors even cost: the allocator returns those above 32 MB to the system each
+    time, and the next one is paged in anew.
     """
     if device_of(model).type == "cuda":
         return 65536

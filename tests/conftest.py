@@ -4,10 +4,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before anything imports huggingface_hub: a test that reaches for the Hub fails at once, and no
 # test finds what another run has left in the caches.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="optimum-cap-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["HF_HOME"], "torchinductor")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,7 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from optimum_cap import compilation, wavefront
 
 
 def pytest_unconfigure() -> None:
@@ -49,6 +54,30 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes that compiled layers get from now on; what was compiled before is forgotten."""
+    torch.compiler.reset()
+    return counted(monkeypatch, compilation.call_compiled)
+
+
+@pytest.fixture
+def calls_to_compile(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes that layers get from now on which are to be compiled, but are not, to save time."""
+    return counted(monkeypatch, compilation.call_layer)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, call: compilation.LayerCall) -> list[torch.Size]:
+    shapes: list[torch.Size] = []
+
+    def counting(layer: nn.Module, hidden: torch.Tensor, *rest: Any) -> Any:
+        shapes.append(hidden.shape)
+        return call(layer, hidden, *rest)
+
+    monkeypatch.setattr(wavefront, "call_compiled", counting)
+    return shapes
 
 
 @pytest.fixture

@@ -1,37 +1,31 @@
 """Scores by compiled layers equal those of one hooked pass per unit."""
 
+import platform
+import subprocess
+import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import disk_offload
+from accelerate import disk_offload, dispatch_model
+from test_score_file import ROWS
 from test_wavefront import examples
-from tiny_models import tiny_model
-from torch import nn
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
 
-from optimum_cap import compilation, wavefront
-from optimum_cap.architectures import decoder_layers, find_sites
+from optimum_cap import CAPConfig, CAPPruner, compilation
+from optimum_cap.architectures import all_units, decoder_layers, find_sites
 from optimum_cap.attribution import exact_losses, plain_losses
 from optimum_cap.calibration import batches
+from optimum_cap.commands.prune import config_values
+from optimum_cap.commands.score import ScoreCommand
+from optimum_cap.config import COMPILING
+from optimum_cap.estimators import ESTIMATORS
 from optimum_cap.score_cache import ScoreCache
 
 BUDGET = 10_000  # makes chunks of one stream, which pass all layers but their own whole
-
-
-@pytest.fixture
-def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Shapes that compiled layers get from now on; what was compiled before is forgotten."""
-    shapes: list[torch.Size] = []
-
-    def counting(layer: nn.Module, hidden: torch.Tensor, *rest: Any) -> Any:
-        shapes.append(hidden.shape)
-        return compilation.call_compiled(layer, hidden, *rest)
-
-    monkeypatch.setattr(wavefront, "call_compiled", counting)
-    torch.compiler.reset()
-    compilation._program.cache_clear()
-    return shapes
 
 
 @pytest.mark.slow
@@ -49,7 +43,8 @@ def test_compiled_equals_plain(name: str, prefix: int, compiled_calls: list[torc
 
 
 @pytest.mark.slow
-def test_all_layers_are_one_program(compiled_calls: list[torch.Size]) -> None:
+@pytest.mark.parametrize("prefix", [0, 12])
+def test_all_layers_are_one_program(prefix: int, compiled_calls: list[torch.Size]) -> None:
     from torch._dynamo.utils import counters
 
     found = []
@@ -57,15 +52,73 @@ def test_all_layers_are_one_program(compiled_calls: list[torch.Size]) -> None:
         torch.compiler.reset()
         counters.clear()
         model = tiny_model("llama", num_hidden_layers=layers)
-        exact_losses(model, find_sites(model), examples(), BUDGET, torch_compile=True)
+        exact_losses(model, find_sites(model), examples(prefix), BUDGET, torch_compile=True)
         found.append(counters["stats"]["unique_graphs"])
     assert found[0] == found[1] > 0
 
 
-def test_offloaded_layers_are_not_compiled(tmp_path: Path) -> None:
-    model = disk_offload(tiny_model("llama"), tmp_path)
-    with pytest.raises(ValueError, match=r"torch_compile takes layers .* leave torch_compile out"):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimators_that_compile(estimator: str, calls_to_compile: list[torch.Size]) -> None:
+    fields: dict[str, Any] = {"estimator": estimator, "num_samples": 6, "exact_examples": 2}
+    fields |= {"recipe": "paper", "dataset": ROWS, "subsets": 1, "memory_budget": BUDGET}
+    losses = []
+    for torch_compile in (False, True) if estimator in COMPILING else (False,):
+        config = CAPConfig(sparsity=0.2, torch_compile=torch_compile, **fields)
+        losses.append(CAPPruner(config).measure(tiny_model("llama"), tiny_tokenizer()))
+        assert bool(calls_to_compile) == torch_compile
+    assert torch.equal(losses[0].masked, losses[-1].masked)
+    assert ESTIMATORS[estimator].compiles == (estimator in COMPILING)
+
+
+@pytest.mark.usefixtures("calls_to_compile")
+def test_scores_of_compiled_layers_serve_a_prune(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"recipe": "paper", "dataset": ROWS, "num_samples": 6, "subsets": 1}
+    config = CAPConfig(sparsity=0.2, torch_compile=True, **fields)
+    file, model = tmp_path / "scores", tiny_model("llama")
+    CAPPruner(config).measure(model, tiny_tokenizer(), save_to=file)
+    for torch_compile in (True, False):
+        config = CAPConfig(sparsity=0.2, torch_compile=torch_compile, scores=file, **fields)
+        pruned = CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
+        assert pruned.pruning_record.zeros > 0
+
+
+def test_the_flag_of_the_command_line() -> None:
+    parser = ArgumentParser()
+    ScoreCommand.parse_args(parser)
+    needed = ["-m", "model", "-o", "file"]
+    assert "torch_compile" not in config_values(vars(parser.parse_args(needed)))
+    given = config_values(vars(parser.parse_args([*needed, "--torch-compile"])))
+    assert given["torch_compile"] is True
+
+
+def on_disk(folder: Path) -> PreTrainedModel:
+    return disk_offload(tiny_model("llama"), folder)
+
+
+def spread_out(folder: Path) -> PreTrainedModel:
+    """A model whose modules move their inputs, as on several devices."""
+    model = tiny_model("llama")
+    names = ("model.embed_tokens", "model.rotary_emb", "model.layers", "model.norm", "lm_head")
+    return dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
+
+
+@pytest.mark.parametrize("place", [on_disk, spread_out])
+def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path) -> None:
+    model = place(tmp_path / "weights")
+    fields: dict[str, Any] = {"recipe": "paper", "dataset": ROWS, "num_samples": 6, "subsets": 1}
+    config = CAPConfig(sparsity=0.2, torch_compile=True, cache_dir=tmp_path / "cache", **fields)
+    message = r"torch_compile takes a model that is whole on one device, .* leave torch_compile out"
+    with pytest.raises(ValueError, match=message):
+        CAPPruner(config).measure(model, tiny_tokenizer())
+    with pytest.raises(ValueError, match=message):
         exact_losses(model, find_sites(model), examples(), torch_compile=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    with pytest.raises(ValueError, match=r"torch_compile needs torch 2\.7 or newer, .* 2\.6\.0"):
+        exact_losses(tiny_model("llama"), [], examples(), torch_compile=True)
 
 
 def test_a_layer_that_cannot_be_compiled_is_named(compiled_calls: list[torch.Size]) -> None:
@@ -79,11 +132,51 @@ def test_a_layer_that_cannot_be_compiled_is_named(compiled_calls: list[torch.Siz
     exact_losses(model, sites, examples(), BUDGET)
 
 
+@pytest.mark.slow
+def test_too_many_programs_are_named(
+    compiled_calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "_MOST_PROGRAMS", 1)
+    model = tiny_model("llama")
+    sites, rows = find_sites(model), examples(0)
+    of_first_layer = all_units(sites)[:2]
+    # A single row, and then more.
+    exact_losses(model, sites, rows[:1], units=of_first_layer[:1], torch_compile=True)
+    with pytest.raises(ValueError, match="needed more than 1 programs in this process"):
+        exact_losses(model, sites, rows, units=of_first_layer, torch_compile=True)
+
+
 def test_losses_of_compiled_layers_are_kept_apart(tmp_path: Path) -> None:
     model = tiny_model("llama")
     cache, batch = ScoreCache(tmp_path, model), batches(examples(), 2)[0]
-    cache.keep(batch, [], torch.tensor([1.0]), compiled=True)
+    cache.keep(batch, [], torch.tensor([1.0]), torch_compile=True)
     assert cache.losses(batch, []) is None
     cache.keep(batch, [], torch.tensor([2.0]))
-    assert cache.losses(batch, [], compiled=True) == 1
+    assert cache.losses(batch, [], torch_compile=True) == 1
     assert cache.losses(batch, []) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the memory of glibc")
+def test_freed_memory_is_kept() -> None:
+    program = """if True:
+        import resource
+        import torch
+        from optimum_cap.chunks import _keep_freed_memory
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                tensors = [torch.ones(5 * 2**20) for _ in range(3)]  # 20 MB each
+                del tensors
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        first = faults()
+        _keep_freed_memory()
+        faults()
+        print(first, faults())
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    before, after = map(int, run.stdout.split())
+    assert after < before / 10

@@ -9,6 +9,7 @@ import torch
 from accelerate import disk_offload
 from test_attribution import examples
 from test_checkpoint import contents, same_weights
+from test_compilation import BUDGET
 from test_pruning_cache import FIELDS, pruned
 from test_score_cache import chunk_files, same_bytes, score
 from tiny_models import tiny_model
@@ -137,18 +138,22 @@ def test_scoring_goes_on_with_the_same_bytes(name: str, device: str, tmp_path: P
 
 @on_each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_layers_score_alike(dtype: torch.dtype, device: str, tmp_path: Path) -> None:
+def test_compiled_layers_score_alike(
+    dtype: torch.dtype, device: str, tmp_path: Path, compiled_calls: list[torch.Size]
+) -> None:
     model, rows = tiny_model("llama", dtype=dtype).to(device), examples(6)
     sites, cache = find_sites(model), ScoreCache(tmp_path, model)
-    compiled: dict[str, Any] = {"memory_budget": 10_000, "torch_compile": True}
+    compiled: dict[str, Any] = {"memory_budget": BUDGET, "torch_compile": True}
     expected = exact_losses(model, sites, rows, cache=cache, **compiled)
+    assert compiled_calls
     # Rounded where the layer itself rounds, but sums are in another order.
     tolerance = 1e-4 if dtype == torch.float32 or device == "cpu" else 2e-2
     plain = plain_losses(model, sites, rows)
     torch.testing.assert_close(expected.masked, plain.masked, rtol=tolerance, atol=1e-6)
     for file in chunk_files(tmp_path)[::2]:
         file.unlink()
-    assert same_bytes(exact_losses(model, sites, rows, cache=cache, **compiled), expected)
+    again = exact_losses(model, sites, rows, cache=cache, **compiled)
+    torch.testing.assert_close(again.masked, expected.masked, rtol=tolerance, atol=1e-6)
 
 
 @on_each_device
@@ -175,6 +180,7 @@ def test_weights_on_disk_are_pruned_as_in_memory(recipe: str, device: str, tmp_p
 def test_scores_outlive_a_full_gpu(caplog: pytest.LogCaptureFixture) -> None:
     model, rows = tiny_model("llama").to("cuda"), examples(512, longest=60)
     sites = find_sites(model)
+    torch.cuda.reset_peak_memory_stats()
     expected = exact_losses(model, sites, rows)
     needed = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()
