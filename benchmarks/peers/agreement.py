@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from pruning import environment
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -49,6 +50,7 @@ def by_peer(
             [Path(python).absolute(), script.resolve(), folder],
             check=True,
             cwd=folder,
+            env=environment("cpu"),
             stdout=subprocess.DEVNULL,
         )
         return load_file(Path(folder) / "pruned.safetensors")

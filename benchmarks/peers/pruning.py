@@ -1,8 +1,9 @@
 """A whole prune, scores cached, against llm-compressor's Wanda and SparseGPT: time and memory.
 
 Each run is a process of its own on the same random Llama and the same calibration tokens; the
-methods take turns. Counted is pruning alone, neither imports nor loading; the peak is the resident
-memory of the process while it prunes, model included.
+methods take turns. Counted is pruning alone, with the way to the GPU if it is to be used, but
+neither imports nor loading; the peak is the resident memory of the process while it prunes, model
+included.
 
     python benchmarks/peers/pruning.py --peer .venv-peer/bin/python
     python benchmarks/peers/pruning.py --peer .venv-peer/bin/python --device cuda \
@@ -11,6 +12,7 @@ memory of the process while it prunes, model included.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -80,11 +82,17 @@ def run(package: str, job: dict[str, Any], peer: str) -> dict[str, float]:
             [Path(python).absolute(), (HERE / script).resolve(), folder],
             check=True,
             cwd=folder,
+            env=environment(job["device"]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         measured: dict[str, float] = json.loads(Path(folder, "measured.json").read_text())
         return measured
+
+
+def environment(device: str) -> dict[str, str]:
+    """Environment variables for a run on a device: the peer takes a GPU wherever it sees one."""
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ def main() -> None:
     logging.disable_progress_bar()
     job = json.loads((folder / "job.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
-    model.to(job["device"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     losses = None
     if job["scores"]:
         saved = load_file(job["scores"])
         losses = UnitLosses(heads(find_sites(model)), saved["intact"], saved["masked"])
     with measured(folder / "measured.json", job["device"]):
+        model.to(job["device"])
         CAPPruner(CAPConfig(**job["config"])).prune(model, tokenizer, losses=losses)
 
 
