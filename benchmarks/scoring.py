@@ -34,6 +34,7 @@ from transformers.utils import logging
 from optimum_cap.architectures import Site, Unit, decoder_layers, find_sites
 from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses, plain_losses
 from optimum_cap.calibration import CalibrationExample, shared_prefix
+from optimum_cap.hardware import device_name
 from optimum_cap.wavefront import tokens_per_chunk
 
 
@@ -77,13 +78,7 @@ def model_of(arguments: argparse.Namespace) -> PreTrainedModel:
 
 def place(model: PreTrainedModel) -> str:
     """The device and dtype of a model, in words."""
-    device = model.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return f"{name}, {str(model.dtype).removeprefix('torch.')}"
+    return f"{device_name(model.device)}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def random_examples(

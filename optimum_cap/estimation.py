@@ -347,6 +347,7 @@ def _distinct(study: Study, label: str) -> list[CAPConfig]:
         if cell.label != label or config is None:
             continue
         key = config.to_dict()
+        # As in the keys of a study: these change no more than rounding.
         del key["memory_budget"], key["torch_compile"]
         if not config.method.needs_data:
             del key["dataset"]

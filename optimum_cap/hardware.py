@@ -215,7 +215,7 @@ def measure(size: Size) -> Hardware:
         bytes_per_value=inputs.element_size(),
         loading=LOADING,
         source=(
-            f"this machine, {_device_name(device)}: {matmul / 1e9:,.0f} GFLOP/s in "
+            f"this machine, {device_name(device)}: {matmul / 1e9:,.0f} GFLOP/s in "
             f"{str(dtype).removeprefix('torch.')} products"
         ),
     )
@@ -244,7 +244,8 @@ def _memory(device: torch.device) -> float:
     return psutil.virtual_memory().total
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Name of a GPU; of the CPU, how many threads it uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"

@@ -25,6 +25,13 @@ from optimum_cap.config import COMPILING
 from optimum_cap.estimators import ESTIMATORS
 from optimum_cap.score_cache import ScoreCache
 
+FIELDS: dict[str, Any] = {
+    "sparsity": 0.2,
+    "recipe": "paper",
+    "dataset": ROWS,
+    "num_samples": 6,
+    "subsets": 1,
+}
 BUDGET = 10_000  # makes chunks of one stream, which pass all layers but their own whole
 
 
@@ -59,11 +66,10 @@ def test_all_layers_are_one_program(prefix: int, compiled_calls: list[torch.Size
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimators_that_compile(estimator: str, calls_to_compile: list[torch.Size]) -> None:
-    fields: dict[str, Any] = {"estimator": estimator, "num_samples": 6, "exact_examples": 2}
-    fields |= {"recipe": "paper", "dataset": ROWS, "subsets": 1, "memory_budget": BUDGET}
+    fields = {**FIELDS, "estimator": estimator, "exact_examples": 2, "memory_budget": BUDGET}
     losses = []
     for torch_compile in (False, True) if estimator in COMPILING else (False,):
-        config = CAPConfig(sparsity=0.2, torch_compile=torch_compile, **fields)
+        config = CAPConfig(torch_compile=torch_compile, **fields)
         losses.append(CAPPruner(config).measure(tiny_model("llama"), tiny_tokenizer()))
         assert bool(calls_to_compile) == torch_compile
     assert torch.equal(losses[0].masked, losses[-1].masked)
@@ -72,12 +78,11 @@ def test_estimators_that_compile(estimator: str, calls_to_compile: list[torch.Si
 
 @pytest.mark.usefixtures("calls_to_compile")
 def test_scores_of_compiled_layers_serve_a_prune(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"recipe": "paper", "dataset": ROWS, "num_samples": 6, "subsets": 1}
-    config = CAPConfig(sparsity=0.2, torch_compile=True, **fields)
+    config = CAPConfig(torch_compile=True, **FIELDS)
     file, model = tmp_path / "scores", tiny_model("llama")
     CAPPruner(config).measure(model, tiny_tokenizer(), save_to=file)
     for torch_compile in (True, False):
-        config = CAPConfig(sparsity=0.2, torch_compile=torch_compile, scores=file, **fields)
+        config = CAPConfig(torch_compile=torch_compile, scores=file, **FIELDS)
         pruned = CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
         assert pruned.pruning_record.zeros > 0
 
@@ -105,8 +110,7 @@ def spread_out(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("place", [on_disk, spread_out])
 def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path) -> None:
     model = place(tmp_path / "weights")
-    fields: dict[str, Any] = {"recipe": "paper", "dataset": ROWS, "num_samples": 6, "subsets": 1}
-    config = CAPConfig(sparsity=0.2, torch_compile=True, cache_dir=tmp_path / "cache", **fields)
+    config = CAPConfig(torch_compile=True, cache_dir=tmp_path / "cache", **FIELDS)
     message = r"torch_compile takes a model that is whole on one device, .* leave torch_compile out"
     with pytest.raises(ValueError, match=message):
         CAPPruner(config).measure(model, tiny_tokenizer())
