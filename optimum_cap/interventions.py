@@ -1,8 +1,8 @@
 """Context managers that record or mask parts of a forward pass, and restore all that they touch."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -144,6 +144,50 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own
         else:
             del module.forward
+
+
+@contextmanager
+def skipped(layers: Iterable[nn.Module], form: Any) -> Iterator[None]:
+    """Let layers return the hidden states that they get.
+
+    Args:
+        layers: Decoder layers.
+        form: What one of them returned once, which says how they return hidden states.
+    """
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        return in_form_of(form, split_hidden(args, kwargs)[0])
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, skip))
+        yield
+
+
+class ReachedError(Exception):
+    """Ends a forward pass whose rest is not needed.
+
+    Attributes:
+        output: What was wanted of it.
+    """
+
+    def __init__(self, output: Any = None) -> None:
+        self.output = output
+
+
+def output_of(branch: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What `branch` returns while `layer` runs on these arguments; the rest is not computed."""
+    own = branch.forward
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise ReachedError(own(*args, **kwargs))
+
+    with replaced_forward(branch, stop):
+        try:
+            layer(*args, **kwargs)
+        except ReachedError as reached:
+            return reached.output
+    raise RuntimeError(f"{type(layer).__name__} did not run its {type(branch).__name__}")
 
 
 @contextmanager

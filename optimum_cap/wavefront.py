@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit
@@ -25,15 +25,16 @@ from optimum_cap.calibration import Batch, CalibrationExample, batches, shared_p
 from optimum_cap.compilation import LayerCall, call_compiled, call_layer
 from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import (
-    RecordedCall,
     hidden_of,
     in_form_of,
-    only_last_logits,
+    output_of,
     recorded_calls,
     replaced_forward,
+    skipped,
     split_hidden,
 )
 from optimum_cap.offload import brought_in, device_of
+from optimum_cap.segments import PrefixCache, Segment, record
 
 logger = logging.get_logger(__name__)
 
@@ -71,56 +72,6 @@ class Targets:
         return sums / counts
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """The intact pass over consecutive tokens: a shared prefix, or all that follows.
-
-    Attributes:
-        rows: Number of rows, one for a prefix.
-        calls: What the layers, attentions, sites of attention and other branches got and returned.
-    """
-
-    rows: int
-    calls: dict[str, RecordedCall]
-
-
-class _PrefixCache(DynamicCache):
-    """Keys and values of a prefix, kept from the first call of each layer.
-
-    Later calls bring the rows that follow it, some for each row of the prefix. They get its keys
-    and values before their own, which are not kept.
-
-    Args:
-        config: Of the model.
-        layer: The only layer that will ask: then no index of a layer is looked up, and compiled
-            layers can be one program. `None`: all may ask.
-    """
-
-    def __init__(self, config: PreTrainedConfig, layer: int | None = None) -> None:
-        super().__init__(config=config)
-        self._only = None if layer is None else self.layers[layer]
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[layer_idx] if self._only is None else self._only
-        if not layer.is_initialized:
-            return layer.update(key_states, value_states, *args, **kwargs)
-        return _continued(layer.keys, key_states), _continued(layer.values, value_states)
-
-
-def _continued(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Each row of `kept` before each of the rows of `new` that follow it, copied only once."""
-    new = new.unflatten(0, (len(kept), -1))
-    kept = kept.unsqueeze(1).expand(-1, new.shape[1], *[-1] * (kept.ndim - 1))
-    return torch.cat([kept, new], dim=-2).flatten(0, 1)
-
-
 class Wavefront:
     """The masked streams of one batch, started from the recorded intact stream.
 
@@ -152,7 +103,7 @@ class Wavefront:
             if site.expert is not None:
                 experts_of(model, site)
             self.outlets.setdefault(site.layer, []).append(site.outlet)
-        self._config = model.config if batch.prefix else None
+        self._prefix = batch.prefix
         if batch.prefix:
             prefix, suffix = batch.split
             # The last token predicts nothing.
@@ -160,29 +111,22 @@ class Wavefront:
         else:
             suffix, inputs = batch, [batch.input_ids]
         self.targets = Targets.of(suffix)
-        cache = self._cache()
-        self.segments = [self._record(input_ids, cache) for input_ids in inputs]
+        cache, modules = self._cache(), self._modules()
+        self.segments = [record(model, modules, input_ids, cache) for input_ids in inputs]
         self.suffix = self.segments[-1]
 
-    def _record(self, input_ids: torch.Tensor, cache: Cache | None) -> _Segment:
+    def _modules(self) -> dict[str, nn.Module]:
+        """The modules whose calls are recorded: layers, attentions and sites, other branches."""
         modules = {f"layer {index}": layer for index, layer in enumerate(self.layers)}
         for layer, site in self.attention.items():
             modules[f"attention {layer}"] = self.model.get_submodule(site.branch)
             modules[f"site {layer}"] = self.model.get_submodule(site.projection)
         for path in chain.from_iterable(self.outlets.values()):
             modules[path] = self.model.get_submodule(path)
-        cached = {} if cache is None else {"past_key_values": cache}
-        with recorded_calls(modules) as calls:
-            self.model(
-                input_ids=input_ids.to(device_of(self.model)),
-                use_cache=cache is not None,
-                **cached,
-                **only_last_logits(self.model),
-            )
-        return _Segment(len(input_ids), calls)
+        return modules
 
-    def _cache(self, layer: int | None = None) -> _PrefixCache | None:
-        return None if self._config is None else _PrefixCache(self._config, layer)
+    def _cache(self, layer: int | None = None) -> PrefixCache | None:
+        return PrefixCache(self.model.config, layer) if self._prefix else None
 
     def intact_losses(self) -> torch.Tensor:
         """Losses of the intact model, float64 `[examples]`."""
@@ -212,7 +156,7 @@ class Wavefront:
 
     def _through_layer(
         self,
-        segment: _Segment,
+        segment: Segment,
         index: int,
         carried: torch.Tensor,
         starting: list[tuple[Site, Unit]],
@@ -226,7 +170,7 @@ class Wavefront:
         """
         call = segment.calls[f"layer {index}"]
         rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
-        args, kwargs = _arguments(segment, index, len(carried), cache)
+        args, kwargs = segment.arguments(f"layer {index}", len(carried), cache)
         if not starting:
             return hidden_of(self._call(self.layers[index], rows, args, kwargs))
         with ExitStack() as stack:
@@ -257,14 +201,14 @@ class Wavefront:
             cache = self._cache(index)
             for segment, carried in zip(self.segments, streams, strict=True):
                 carried = carried.to(intact.device)
-                args, kwargs = _arguments(segment, index, len(carried), cache)
-                output = _output_of(branch, self.layers[index], carried, *args, **kwargs)
+                args, kwargs = segment.arguments(f"layer {index}", len(carried), cache)
+                output = output_of(branch, self.layers[index], carried, *args, **kwargs)
             rows.append(self._at_scored(carried))
             attended.append(self._at_scored(hidden_of(output)))
         if starting:
             rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
             attended.append(self._attention_results(self.suffix, index, starting, self._at_scored))
-        args, kwargs = _arguments(self.suffix, index, self.suffix.rows, None)
+        args, kwargs = self.suffix.arguments(f"layer {index}", self.suffix.rows, None)
         with ExitStack() as stack:
             stack.enter_context(_given_last_rows(branch, recorded, torch.cat(attended)))
             self._give_other_branches(stack, self.suffix, index, starting, self._at_scored)
@@ -272,7 +216,7 @@ class Wavefront:
 
     def _attention_results(
         self,
-        segment: _Segment,
+        segment: Segment,
         index: int,
         starting: list[tuple[Site, Unit]],
         select: Callable[[torch.Tensor], torch.Tensor],
@@ -291,7 +235,7 @@ class Wavefront:
     def _give_other_branches(
         self,
         stack: ExitStack,
-        segment: _Segment,
+        segment: Segment,
         index: int,
         starting: list[tuple[Site, Unit]],
         select: Callable[[torch.Tensor], torch.Tensor],
@@ -307,7 +251,7 @@ class Wavefront:
 
     def _branch_results(
         self,
-        segment: _Segment,
+        segment: Segment,
         path: str,
         starting: list[tuple[Site, Unit]],
         select: Callable[[torch.Tensor], torch.Tensor],
@@ -452,18 +396,16 @@ def logits_of(
     """
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(model))
 
-    def skip(*args: Any, **kwargs: Any) -> Any:
-        return in_form_of(form, split_hidden(args, kwargs)[0])
-
     def give(*args: Any, **kwargs: Any) -> Any:
         return in_form_of(form, hidden)
 
     embeddings = model.get_input_embeddings()
     nothing = hidden.new_zeros(len(hidden), 1, embeddings.embedding_dim, device=tokens.device)
-    with ExitStack() as stack:
-        stack.enter_context(replaced_forward(embeddings, lambda *args, **kwargs: nothing))
-        for layer in layers:
-            stack.enter_context(replaced_forward(layer, give if layer is layers[-1] else skip))
+    with (
+        replaced_forward(embeddings, lambda *args, **kwargs: nothing),
+        skipped(layers[:-1], form),
+        replaced_forward(layers[-1], give),
+    ):
         return model(input_ids=tokens, use_cache=False).logits[:, 0]
 
 
@@ -494,28 +436,6 @@ def _given_last_rows(
     return replaced_forward(module, forward)
 
 
-class _ReachedError(Exception):
-    """Carries the output of a module out of the forward pass that was running."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
-def _output_of(branch: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What `branch` returns while `layer` runs on these arguments; the rest is not computed."""
-    own = branch.forward
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        raise _ReachedError(own(*args, **kwargs))
-
-    with replaced_forward(branch, stop):
-        try:
-            layer(*args, **kwargs)
-        except _ReachedError as reached:
-            return reached.output
-    raise RuntimeError(f"{type(layer).__name__} did not run its {type(branch).__name__}")
-
-
 def _other_branches(sites: Iterable[Site]) -> list[Site]:
     """One site of each MLP and of each module of experts."""
     return list({site.outlet: site for site in sites if site.kind != "attention"}.values())
@@ -523,33 +443,6 @@ def _other_branches(sites: Iterable[Site]) -> list[Site]:
 
 def _every_position(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
-
-
-def _arguments(
-    segment: _Segment, index: int, rows: int, cache: Cache | None
-) -> tuple[Any, dict[str, Any]]:
-    """The recorded arguments of a layer beside its input, for a number of rows and their cache."""
-    call = segment.calls[f"layer {index}"]
-
-    def expanded(value: Any) -> Any:
-        return _expanded(value, segment.rows, rows // segment.rows, cache)
-
-    return expanded(call.args), {name: expanded(value) for name, value in call.kwargs.items()}
-
-
-def _expanded(value: Any, batch: int, times: int, cache: Cache | None) -> Any:
-    """Repeat along the batch dimension what was recorded for `batch` rows; exchange the cache.
-
-    A tensor belongs to the batch if it has at least two dimensions and `batch` rows; one row
-    broadcasts by itself, and transformers passes layers no other tensor of two or more dimensions.
-    """
-    if isinstance(value, tuple):
-        return tuple(_expanded(entry, batch, times, cache) for entry in value)
-    if isinstance(value, Cache):
-        return cache
-    if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == batch > 1:
-        return value.repeat(times, *[1] * (value.ndim - 1))
-    return value
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
