@@ -21,8 +21,8 @@ from optimum_cap.costs import ESTIMATORS, Cost, Meter
 from optimum_cap.evaluation_tasks import DEFAULT_TASKS, resolve_tasks
 from optimum_cap.hardware import Hardware, Size, find_hardware
 from optimum_cap.score_file import DECISIVE
+from optimum_cap.segments import WORTHWHILE_SHARE
 from optimum_cap.study import Study
-from optimum_cap.wavefront import WORTHWHILE_SHARE
 from optimum_cap.work import ModelWork, Shape, count_work
 
 EXAMPLES = 128

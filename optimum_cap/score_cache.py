@@ -26,7 +26,7 @@ from optimum_cap.storage import digest_of, model_digest, write_whole
 
 logger = logging.get_logger(__name__)
 
-_LAYOUT = 1  # of files and keys, and of the way that losses are computed
+_LAYOUT = 2  # of files and keys, and of the way that losses are computed
 VERSIONED = ("optimum-cap", "torch", "transformers")
 
 

@@ -12,6 +12,7 @@ and values the rows of the examples then read.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, groupby
 from typing import Any
 
@@ -27,20 +28,18 @@ from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import (
     hidden_of,
     in_form_of,
-    output_of,
     recorded_calls,
     replaced_forward,
     skipped,
     split_hidden,
 )
+from optimum_cap.last_attention import LastAttention
 from optimum_cap.offload import brought_in, device_of
-from optimum_cap.segments import PrefixCache, Segment, record
+from optimum_cap.segments import WORTHWHILE_SHARE, PrefixCache, Segment, record
 
 logger = logging.get_logger(__name__)
 
 _LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
-# Masks and copies of a prefix cost too: one of 1/16 of the tokens lost time in a trial.
-WORTHWHILE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ class Wavefront:
         else:
             suffix, inputs = batch, [batch.input_ids]
         self.targets = Targets.of(suffix)
+        self._suffix_ids = inputs[-1]
         cache, modules = self._cache(), self._modules()
         self.segments = [record(model, modules, input_ids, cache) for input_ids in inputs]
         self.suffix = self.segments[-1]
@@ -186,8 +186,8 @@ class Wavefront:
     ) -> torch.Tensor:
         """Do the same in the last layer, whose output matters at scored positions only.
 
-        What follows the attention is position-wise. So only the attention sees whole sequences; the
-        rest of the layer runs on scored positions, each as a sequence of one token.
+        What follows the attention is position-wise. So only the attention sees sequences; the rest
+        of the layer runs on scored positions, each as a sequence of one token.
 
         Returns:
             Output of the layer, `[streams * scored, 1, hidden]`.
@@ -198,13 +198,10 @@ class Wavefront:
         intact = self.suffix.calls[f"layer {index}"].hidden
         rows, attended = [], []
         if len(streams[-1]):
-            cache = self._cache(index)
-            for segment, carried in zip(self.segments, streams, strict=True):
-                carried = carried.to(intact.device)
-                args, kwargs = segment.arguments(f"layer {index}", len(carried), cache)
-                output = output_of(branch, self.layers[index], carried, *args, **kwargs)
-            rows.append(self._at_scored(carried))
-            attended.append(self._at_scored(hidden_of(output)))
+            streams = [carried.to(intact.device) for carried in streams]
+            last = self._last_attention
+            rows.append(self._at_scored(streams[-1]))
+            attended.append(self._at_scored(last.outputs(streams), last.start))
         if starting:
             rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
             attended.append(self._attention_results(self.suffix, index, starting, self._at_scored))
@@ -348,10 +345,26 @@ class Wavefront:
             stream[tokens] = others + own.to(others.dtype)
         return results
 
-    def _at_scored(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The positions whose logits are scored: `[streams * scored, 1, hidden]`."""
+    @cached_property
+    def _last_attention(self) -> LastAttention:
+        return LastAttention.of(
+            self.model,
+            self.layers,
+            self.attention[len(self.layers) - 1],
+            self.segments,
+            self._suffix_ids,
+            first=int(self.targets.columns.min()),
+        )
+
+    def _at_scored(self, hidden: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """The positions whose logits are scored, of all from `start` on.
+
+        Returns:
+            `[streams * scored, 1, hidden]`.
+        """
         streams = hidden.view(-1, self.suffix.rows, *hidden.shape[1:])
-        rows, columns = self.targets.rows.to(hidden.device), self.targets.columns.to(hidden.device)
+        rows = self.targets.rows.to(hidden.device)
+        columns = self.targets.columns.to(hidden.device) - start
         return streams[:, rows, columns].view(-1, 1, hidden.shape[-1])
 
     def _losses(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,13 @@ from math import prod
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.architectures import Site, prunable_matrices
 from optimum_cap.reconstruction import ALPS_INVERSES, ALPS_STEPS, FITTING_STEPS
 from optimum_cap.reconstruction import BLOCK as OBS_BLOCK
+from optimum_cap.segments import WORTHWHILE_SHARE
 
 # Elements read or written per channel of the hidden state and per output of a projection. By
 # reading the code of Llama: norms widen, square, average, scale and narrow; a gate is activated and
@@ -113,6 +114,8 @@ class LayerWork:
         experts: Number of experts.
         others: Number of units of its MLP and experts that are scored.
         masking: Work for one token of what its MLP and experts return with each of these masked.
+        queries: The product that makes queries and nothing else; `None` if it makes keys too.
+        window: Tokens that a token attends to, itself included; `None` is all before it.
     """
 
     feeding: tuple[Product, ...]
@@ -126,6 +129,8 @@ class LayerWork:
     experts: int
     others: int = 0
     masking: Work = Work()
+    queries: Product | None = None
+    window: int | None = None
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -180,6 +185,18 @@ class LayerWork:
             + tokens * self.mixing.per_token
         )
 
+    def last_attention(self, shape: "Shape") -> Work:
+        """Work of the attention of a stream in the last layer, as `LastAttention` does it."""
+        asking = shape.asking
+        keys = _per_token(self.feeding)
+        if self.queries is not None:
+            keys += -1 * self.queries.per_token
+        kept = shape.tokens - asking / shape.examples
+        if self.window is not None:
+            kept = min(kept, self.window - 1)
+        pairs = asking * (kept + asking / shape.examples)
+        return (shape.rows - asking) * keys + self.attention(asking, pairs)
+
     def remainder(self, tokens: float) -> Work:
         """Work of all but the attention."""
         return tokens * (_per_token(self.rest) + self.norms)
@@ -219,6 +236,18 @@ class Shape:
         """Pairs of query and key."""
         own = self.examples * (self.tokens - self.prefix) * self.tokens
         return float(self.prefix**2 + own)
+
+    @property
+    def asking(self) -> float:
+        """Tokens with queries in the last layer: those from the first scored position on.
+
+        Scored tokens are taken to be the last ones. Where few come before them, all have queries,
+        but for the prefix.
+        """
+        suffix = self.tokens - self.prefix
+        last = min(self.scored + 1, suffix)
+        pays = suffix - last >= WORTHWHILE_SHARE * suffix
+        return self.examples * (last if pays else suffix)
 
     @property
     def targets(self) -> float:
@@ -285,7 +314,8 @@ class ModelWork:
     def exact(self, shape: Shape) -> Work:
         """Work of `exact_losses`: each masked stream from where it leaves the intact one.
 
-        In the last layer, what follows the attention runs at scored positions only.
+        In the last layer, what follows the attention runs at scored positions only, and the
+        attention itself has queries from the first of them on.
         """
         work = self.forward(shape, logits=shape.examples)
         streams = 0
@@ -295,7 +325,10 @@ class ModelWork:
             work += layer.starting(shape.rows)
             streams += layer.heads + layer.others
         last = self.layers[-1]
-        work += streams * last.attention(shape.rows, shape.pairs)
+        # One more, and the tokens up to the first layer: whether the attention comes out the same.
+        work += (streams + 1) * last.last_attention(shape)
+        entering = tuple(p for p in self.stem if p.outputs == last.hidden)
+        work += (shape.rows - shape.prefix) * _per_token(entering)
         work += last.heads * shape.targets * last.mixing.per_token
         streams += last.heads
         work += streams * last.remainder(shape.targets) + last.starting(shape.targets)
@@ -473,6 +506,7 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
     attention = {site.layer_name: site for site in sites if site.kind == "attention"}
     config = model.config.get_text_config(decoder=True)
     pruned = {matrix.parameter for matrix in prunable_matrices(sites)}
+    cached = DynamicCache(config=model.config).layers
     found = _products(model, getattr(config, "num_experts_per_tok", None) or 1, pruned)
     head = found.pop(_name_of(model, model.get_output_embeddings()))
     layers = []
@@ -492,6 +526,8 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
                 heads=len(site.units),
                 groups=sum(len(other.units) for other in others if other.kind == "mlp"),
                 experts=sum(other.kind == "expert" for other in others),
+                queries=own.get(f"{inside}q_proj"),
+                window=getattr(cached[site.layer], "sliding_window", None),
                 **(_masking(own, others) if scored_units == "all" else {}),
             )
         )
@@ -523,8 +559,12 @@ def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
             reached = mixing.active / mixing.copies
             work += reached * (_per_token(tuple(inside)) + alone + units * each)
         else:
-            feeding = tuple(inside) if site.outlet == site.branch else (mixing,)
-            chunks = max(1.0, units / _STREAMS)
+            chunks, feeding = max(1.0, units / _STREAMS), tuple(inside)
+            if site.outlet != site.branch:
+                # The projection alone is given, so what feeds it runs for each of the streams.
+                beside = (p for path, p in own.items() if path.rpartition(".")[0] == site.branch)
+                work += units * _per_token(tuple(p for p in beside if p is not mixing))
+                feeding = (mixing,)
             work += chunks * _per_token(feeding) + units * mixing.per_token
     return {"others": sum(len(site.units) for site in others), "masking": work}
 
