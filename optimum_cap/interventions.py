@@ -147,6 +147,19 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
+def no_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Let the model look up zeros instead of embeddings, without reading their weights."""
+    embeddings = model.get_input_embeddings()
+
+    def zeros(input_ids: torch.Tensor) -> torch.Tensor:
+        shape = *input_ids.shape, embeddings.embedding_dim
+        return torch.zeros(shape, dtype=dtype, device=input_ids.device)
+
+    with replaced_forward(embeddings, zeros):
+        yield
+
+
+@contextmanager
 def skipped(layers: Iterable[nn.Module], form: Any) -> Iterator[None]:
     """Let layers return the hidden states that they get.
 

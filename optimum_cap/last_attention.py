@@ -19,6 +19,7 @@ from optimum_cap.architectures import Site
 from optimum_cap.interventions import (
     ReachedError,
     hidden_of,
+    no_embeddings,
     output_of,
     recorded_calls,
     replaced_forward,
@@ -192,6 +193,7 @@ def _entered(
         raise ReachedError
 
     with (
+        no_embeddings(model, hidden_of(form).dtype),
         skipped(layers[:-1], form),
         recorded_calls({name: layers[-1]}) as calls,
         replaced_forward(layers[-1], end),

@@ -28,6 +28,7 @@ from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import (
     hidden_of,
     in_form_of,
+    no_embeddings,
     recorded_calls,
     replaced_forward,
     skipped,
@@ -412,10 +413,8 @@ def logits_of(
     def give(*args: Any, **kwargs: Any) -> Any:
         return in_form_of(form, hidden)
 
-    embeddings = model.get_input_embeddings()
-    nothing = hidden.new_zeros(len(hidden), 1, embeddings.embedding_dim, device=tokens.device)
     with (
-        replaced_forward(embeddings, lambda *args, **kwargs: nothing),
+        no_embeddings(model, hidden.dtype),
         skipped(layers[:-1], form),
         replaced_forward(layers[-1], give),
     ):
