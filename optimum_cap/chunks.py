@@ -26,6 +26,8 @@ from optimum_cap.wavefront import Wavefront
 logger = logging.get_logger(__name__)
 
 _Found = TypeVar("_Found")
+# What accelerate does not know: CUDA and cuBLAS outside of the allocator of torch, and C++.
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
 _LARGEST_KEPT = 32 * 2**20 - 2**16  # with room for what the allocator adds to a block
 
 
@@ -310,5 +312,7 @@ def _keep_freed_memory() -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on the CPU or on the GPU."""
-    known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-    return known or should_reduce_batch_size(error)
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    said = any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and (said or should_reduce_batch_size(error))

@@ -108,6 +108,8 @@ class Team:
     def _together(self, exchange: Callable[[], T]) -> T:
         try:
             return exchange()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConnectionError(

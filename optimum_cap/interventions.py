@@ -64,7 +64,8 @@ class RecordedCall:
         hidden: The first tensor argument.
         args: The other positional arguments.
         kwargs: The keyword arguments, without `hidden_states`.
-        output: What the module returned.
+        output: What the module returned: hidden states, and `None` for all else (the weights of
+            attention would take more memory than all other tensors together).
     """
 
     hidden: torch.Tensor
@@ -87,7 +88,7 @@ def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Recorded
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls[name].output = output
+            calls[name].output = in_form_of(output, hidden_of(output))
 
         return hook
 

@@ -40,7 +40,8 @@ from optimum_cap.segments import WORTHWHILE_SHARE, PrefixCache, Segment, record
 
 logger = logging.get_logger(__name__)
 
-_LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
+# On a GPU 0.7 GB with a copy in float32 and its logarithms, whatever the memory budget is.
+_LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
