@@ -64,7 +64,7 @@ class CausalScores:
         scores: Score of each unit (Eq. 1-2), float64 `[units]`; NaN where no masked loss is finite.
         standard_errors: Standard error of the mean paired difference over examples, `[units]`.
         nonfinite: Number of examples whose masked loss is not finite, int64 `[units]`. They are
-            left out of the score, never averaged in.
+            left out of the score of the unit, with their intact losses.
         intact_loss: Mean over subsets of the intact loss.
     """
 
@@ -82,7 +82,7 @@ def causal_scores(
 
     The examples, which come in random order, are cut into `subsets` consecutive parts. A score is
     the median (or mean) over subsets of the mean masked loss, minus the mean over subsets of the
-    mean intact loss.
+    mean intact loss of the same examples: those whose masked loss is finite.
 
     Args:
         losses: Losses per unit and example.
@@ -104,13 +104,19 @@ def causal_scores(
     finite = losses.masked.isfinite()
     masked = losses.masked.where(finite, torch.nan)
     parts = np.array_split(np.arange(len(losses.intact)), subsets)
-    per_subset = torch.stack([masked[:, part].nanmean(dim=1) for part in parts], dim=1)
+
+    def per_part(values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([values[:, part].nanmean(dim=1) for part in parts], dim=1)
+
+    per_subset = per_part(masked)
     if aggregation == "median":
         # Not torch.nanmedian, which takes the lower of two middle values.
         central = per_subset.nanquantile(0.5, dim=1)
     else:
         central = per_subset.nanmean(dim=1)
     intact = torch.stack([losses.intact[part].mean() for part in parts]).mean()
+    compared = per_part(losses.intact.expand_as(masked).where(finite, torch.nan)).nanmean(dim=1)
+    compared = intact.where(finite.all(dim=1), compared)
 
     standard_errors = losses.standard_errors
     if standard_errors is None:
@@ -120,7 +126,7 @@ def causal_scores(
         ).sqrt()
     return CausalScores(
         units=losses.units,
-        scores=central - intact,
+        scores=central - compared,
         standard_errors=standard_errors,
         nonfinite=(~finite).sum(dim=1),
         intact_loss=float(intact),
@@ -172,14 +178,15 @@ def exact_losses(
         this, and each returns all losses.
 
     Raises:
-        ValueError: Experts are to be masked that compute in a way that is not known, or the layers
-            cannot be compiled.
+        ValueError: Experts are to be masked that compute in a way that is not known, the layers
+            cannot be compiled, or the units are in another order.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the launch has stopped.
     """
     if torch_compile:
         check_compilable(model)
     jobs = all_units(sites) if units is None else units
+    _check_order(jobs)
     layers = decoder_layers(model, sites)
     measured = {site.name for site, _ in jobs}
     sites = [site for site in sites if site.kind == "attention" or site.name in measured]
@@ -204,6 +211,17 @@ def exact_losses(
         with compiling() if torch_compile else nullcontext():
             run.measure(chunks)
     return UnitLosses(jobs, run.intact, run.masked)
+
+
+def _check_order(units: list[tuple[Site, Unit]]) -> None:
+    """Check that units can start one after the other as streams go up the layers."""
+    places = [(site.layer, site.kind != "attention") for site, _ in units]
+    for place, following, (site, unit) in zip(places, places[1:], units[1:], strict=False):
+        if following < place:
+            raise ValueError(
+                f"unit {unit.index} of {site.name} comes after a unit of a later site: give units "
+                "in the order of the model, as all_units does"
+            )
 
 
 def plain_losses(

@@ -8,9 +8,10 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap.architectures import Site, Unit, find_sites
+from optimum_cap.architectures import Site, Unit, decoder_layers, find_sites
 from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses, plain_losses
-from optimum_cap.calibration import Batch, CalibrationExample
+from optimum_cap.calibration import Batch, CalibrationExample, batches
+from optimum_cap.interventions import replaced_forward
 from optimum_cap.wavefront import Wavefront
 
 
@@ -181,6 +182,45 @@ def test_nonfinite_losses_are_counted_and_left_out() -> None:
     assert float(scores.scores[2]) == 0
 
 
+def test_a_unit_is_compared_on_the_examples_on_which_it_is_finite() -> None:
+    losses = losses_of([[1.2, 1.2, 1.2, math.inf], [1.2, 1.2, 1.2, 9.2]], [1, 1, 1, 9])
+    scores = causal_scores(losses, subsets=2)
+    assert float(scores.scores[0]) == pytest.approx(0.2)  # not 1.2 - 3
+    assert scores.intact_loss == 3
+    whole = losses_of([[math.inf, math.inf, 1.5, 2.5]], [1, 1, 1, 2])
+    assert float(causal_scores(whole, subsets=2).scores[0]) == 0.5
+
+
+def test_a_masked_head_that_lets_the_model_overflow(llama: PreTrainedModel) -> None:
+    """Heads 0 and 1 take back what the other one adds, and without one the last norm overflows."""
+    sites, rows = find_sites(llama), examples()
+    attention, norm = llama.model.layers[1].self_attn, llama.model.norm
+    queries, mixing = attention.q_proj.weight, attention.o_proj.weight
+    with torch.no_grad():
+        queries[8:16] = queries[:8]  # they share keys and values
+        mixing[:, 8:16] = 0
+        mixing[0, :8] = 300
+        mixing[0, 8:16] = -300
+    own = norm.forward
+    with replaced_forward(norm, lambda x: own(x) * (x[..., :1].abs() / 16).exp()):
+        exact, plain = exact_losses(llama, sites, rows), plain_losses(llama, sites, rows)
+    assert torch.equal(exact.masked.isfinite(), plain.masked.isfinite())
+    assert exact.intact.isfinite().all()
+    scores = causal_scores(exact, subsets=2)
+    broken = [i for i, (site, unit) in enumerate(exact.units) if scores.nonfinite[i]]
+    assert [(exact.units[i][0].layer, exact.units[i][1].index) for i in broken] == [(1, 0), (1, 1)]
+    for index in broken:
+        finite = exact.masked[index].isfinite()
+        assert 0 < finite.sum() < len(rows)
+
+
+def test_units_out_of_order_are_refused(llama: PreTrainedModel) -> None:
+    sites = find_sites(llama)
+    units = [(sites[-2], sites[-2].units[1]), (sites[0], sites[0].units[0])]
+    with pytest.raises(ValueError, match=r"unit 0 of model\.layers\.0\.self_attn\.o_proj comes"):
+        exact_losses(llama, sites, examples(2), units=units)
+
+
 def test_nonfinite_intact_loss_is_an_error() -> None:
     with pytest.raises(ValueError, match="not finite on 1 of 2 calibration examples"):
         causal_scores(losses_of([[1, 1]], [1, math.nan]), subsets=1)
@@ -193,6 +233,8 @@ def test_more_subsets_than_examples_is_an_error() -> None:
 
 OUT_OF_MEMORY = {
     "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
     "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
     "python": MemoryError(),
 }
@@ -226,8 +268,8 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception)
 
 @pytest.mark.parametrize(
     ("device", "tokens"),
-    [("cuda", 1000), ("cpu", 100), ("python", 30)],
-    ids=["fewer streams", "one stream", "fewer examples"],
+    [("cuda", 1000), ("cpu", 100), ("python", 30), ("driver", 1000), ("cublas", 1000)],
+    ids=["fewer streams", "one stream", "fewer examples", "driver", "cublas"],
 )
 def test_out_of_memory_goes_on_with_less(
     device: str,
@@ -264,3 +306,43 @@ def test_another_error_is_no_lack_of_memory(
     with pytest.raises(RuntimeError, match="a wrong shape"):
         exact_losses(llama, find_sites(llama), examples(3))
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize(
+    "where", ["model.layers.1.mlp.act_fn", "model.layers.2.self_attn.o_proj", "lm_head"]
+)
+def test_memory_that_runs_out_inside_the_model_leaves_no_trace(
+    where: str, llama: PreTrainedModel
+) -> None:
+    """In a layer that is passed whole, under replaced forwards of the last one, in the logits."""
+    sites, rows = find_sites(llama, mlp_unit_size=4), examples(12)
+    expected = exact_losses(llama, sites, rows)
+    failures = iter([3, 7, 8])
+    calls, due = 0, next(failures)
+    module = llama.get_submodule(where)
+
+    def fail(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal calls, due
+        calls += 1
+        if calls == due:
+            due = next(failures, 0)
+            raise OUT_OF_MEMORY["cuda"]
+
+    handle = module.register_forward_pre_hook(fail)
+    losses = exact_losses(llama, sites, rows)
+    handle.remove()
+    assert due == 0
+    torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-6, atol=0)
+    assert not any("forward" in module.__dict__ for module in llama.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+
+
+def test_the_weights_of_attention_are_not_recorded() -> None:
+    model = tiny_model("llama", attn_implementation="eager")
+    sites = find_sites(model)
+    [batch] = batches(examples(3), 3)
+    with torch.no_grad():
+        waves = Wavefront(model, decoder_layers(model, sites), sites, batch)
+    _, weights = waves.suffix.calls["attention 1"].output
+    assert weights is None
