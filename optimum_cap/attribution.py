@@ -24,7 +24,8 @@ from optimum_cap.config import parse_size
 from optimum_cap.distributed import Team, processes_here
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
 from optimum_cap.offload import device_of
-from optimum_cap.score_cache import ScoreCache
+from optimum_cap.score_cache import ScoreCache, examples_digest, names
+from optimum_cap.storage import digest_of, sample_digest
 from optimum_cap.wavefront import (
     Targets,
     examples_per_batch,
@@ -180,6 +181,7 @@ def exact_losses(
     Raises:
         ValueError: Experts are to be masked that compute in a way that is not known, the layers
             cannot be compiled, or the units are in another order.
+        ValueError: Processes that were launched together were given different things.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the launch has stopped.
     """
@@ -207,6 +209,10 @@ def exact_losses(
             for chunk in chunks_of(batch, len(jobs), streams_per_chunk(model, batch, budget))
         ]
         team = Team.of_this_run()
+        team.check_alike(
+            lambda: digest_of(sample_digest(model), examples_digest(examples), names(jobs), budget),
+            "model, calibration set, units or memory budget",
+        )
         run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile)
         with compiling() if torch_compile else nullcontext():
             run.measure(chunks)

@@ -20,7 +20,7 @@ from optimum_cap.architectures import Site, Unit, decoder_layers
 from optimum_cap.calibration import Batch, CalibrationExample
 from optimum_cap.distributed import Team
 from optimum_cap.offload import device_of, is_offloaded
-from optimum_cap.score_cache import ScoreCache
+from optimum_cap.score_cache import ScoreCache, way_on
 from optimum_cap.wavefront import Wavefront
 
 logger = logging.get_logger(__name__)
@@ -114,6 +114,7 @@ class ExactRun:
         self.torch_compile = torch_compile
         self.intact = torch.empty(examples, dtype=torch.float64)
         self.masked = torch.empty(len(jobs), examples, dtype=torch.float64)
+        self._passed = self._to_pass = 0  # tokens of this process's share, as `_work` counts
         self._most_tokens = sys.maxsize  # of the streams of one step; less once memory ran out
 
     def measure(self, chunks: list[Chunk]) -> None:
@@ -138,22 +139,18 @@ class ExactRun:
                 for index, measured in losses.items():
                     self._fill(chunks[index], measured)
         except KeyboardInterrupt:
-            logger.warning(f"scoring was stopped: {self._way_on()}")
+            part = self._passed / max(1, self._to_pass)
+            logger.warning(f"scoring was stopped at {part:.0%}: {way_on(self.cache)}")
             raise
         except ConnectionError as error:
-            raise ConnectionError(f"{error}: {self._way_on()}") from error
-
-    def _way_on(self) -> str:
-        if self.cache is None:
-            return "without a cache_dir nothing is kept, and it has to begin anew"
-        kept = f"what is done is kept in {self.cache.folder}"
-        return f"{kept}; run the same again to go on from there"
+            raise ConnectionError(f"{error}: {way_on(self.cache)}") from error
 
     def _measure_missing(self, chunks: list[Chunk], done: int) -> None:
         if device_of(self.model).type == "cpu" and not is_offloaded(self.model):
             _keep_freed_memory()
+        self._passed, self._to_pass = done, done + self._work(chunks)
         with logging.tqdm(
-            total=done + self._work(chunks),
+            total=self._to_pass,
             initial=done,
             desc="Scoring",
             unit="tok",
@@ -206,7 +203,7 @@ class ExactRun:
         for half in halves(batch):
             halved = [replace(chunk, batch=half) for chunk in left]
             missing = [chunk for chunk in halved if not self._recall(chunk)]
-            progress.update(self._work(halved) - self._work(missing))
+            self._advance(progress, self._work(halved) - self._work(missing))
             if missing:
                 self._measure_batch(missing, progress)
 
@@ -223,7 +220,11 @@ class ExactRun:
             self._fill(chunk, losses)
             if self.cache:
                 self.cache.keep(batch, jobs, losses, self.torch_compile)
-            progress.update(self._work([left.popleft()]))
+            self._advance(progress, self._work([left.popleft()]))
+
+    def _advance(self, progress: Any, tokens: int) -> None:
+        progress.update(tokens)
+        self._passed += tokens
 
     def _masked_losses(
         self, wavefront: Wavefront, jobs: list[tuple[Site, Unit]], tokens: int

@@ -1,4 +1,4 @@
-"""Several processes score together: each measures a share of the chunks, and all get all losses.
+"""Several processes work together: each measures a share, and all get all that is measured.
 
 `accelerate launch` or `torchrun` starts them; accelerate sets up torch.distributed, with gloo on
 CPUs and nccl on GPUs, and carries what they tell each other. Every process holds the whole model.
@@ -63,7 +63,11 @@ class Team:
         return cls(state.process_index, state.num_processes)
 
     def first(self, value: T) -> T:
-        """Return the value of the first process to all."""
+        """Return the value of the first process to all.
+
+        Raises:
+            ConnectionError: As `gather`.
+        """
         if self.size == 1:
             return value
         return self._together(lambda: broadcast_object_list([value])[0])
@@ -78,16 +82,33 @@ class Team:
             return [value]
         return self._together(lambda: gather_object([value]))
 
+    def check_alike(self, digest: Callable[[], str], what: str) -> None:
+        """Check that all processes were given the same, by a digest of it.
+
+        Raises:
+            ValueError: They were not.
+            ConnectionError: As `gather`.
+        """
+        if self.size == 1:
+            return
+        digests = self.gather(digest())
+        others = [str(rank) for rank, own in enumerate(digests) if own != digests[0]]
+        if others:
+            raise ValueError(
+                f"process {', '.join(others)} of {self.size} was given another {what} than "
+                "process 0: start all of them with the same model, revision and data files"
+            )
+
     def share(self, costs: list[int]) -> list[int]:
         """Return which of the things with these costs are this process's: consecutive ones.
 
         A thing goes to the process in whose part of the total cost its middle lies.
         """
-        total, middles = (
-            sum(costs),
-            (2 * end - cost for end, cost in zip(accumulate(costs), costs, strict=True)),
-        )
-        ranks = [middle * self.size // (2 * total) for middle in middles]
+        total, ends = sum(costs), accumulate(costs)
+        ranks = [
+            (2 * end - cost) * self.size // (2 * total)
+            for end, cost in zip(ends, costs, strict=True)
+        ]
         return [index for index, rank in enumerate(ranks) if rank == self.rank]
 
     def placement(self, device_map: Any) -> Any:

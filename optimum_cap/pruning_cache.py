@@ -61,25 +61,25 @@ class KeptResponses:
     """
 
     def __init__(self, files: TensorFiles, prefix: str) -> None:
-        self._files = files
+        self.files = files
         self._prefix = prefix
 
     def measured(self, site: Site, examples: int) -> torch.Tensor | None:
         """Divergences of a site on the first examples, float64 `[examples]`; `None` if unknown."""
-        return self._files.read(self._key(site.name, examples))
+        return self.files.read(self._key(site.name, examples))
 
     def keep_measured(self, site: Site, divergences: torch.Tensor) -> None:
         """Keep the divergences of a site."""
-        self._files.write(self._key(site.name, len(divergences)), divergences)
+        self.files.write(self._key(site.name, len(divergences)), divergences)
 
     def estimated(self, examples: int, seed: int) -> torch.Tensor | None:
         """Estimates for all sites, float64 `[sites, examples]`; `None` if unknown."""
-        return self._files.read(self._key("estimated", examples, seed))
+        return self.files.read(self._key("estimated", examples, seed))
 
     def keep_estimated(self, divergences: torch.Tensor, seed: int) -> None:
         """Keep the estimates for all sites; those of the first run stay."""
         key = self._key("estimated", divergences.shape[1], seed)
-        self._files.write(key, divergences, replace=False)
+        self.files.write(key, divergences, replace=False)
 
     def _key(self, *parts: Any) -> str:
         return f"{self._prefix}/{_name(*parts)}"

@@ -36,6 +36,8 @@ from optimum_cap.interventions import (
 from optimum_cap.masking import kth_smallest
 from optimum_cap.offload import brought_in, device_of, is_offloaded
 from optimum_cap.pruning_cache import KeptResponses
+from optimum_cap.score_cache import examples_digest, way_on
+from optimum_cap.storage import digest_of, sample_digest
 from optimum_cap.wavefront import Targets, logits_of, positions_per_chunk
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
@@ -107,6 +109,7 @@ def responses(
         were launched together share the sites, so that all of them have to call this.
 
     Raises:
+        ValueError: Processes that were launched together were given different things.
         ConnectionError: Another process of the launch has stopped.
     """
     groups = _groups(sites, layers)
@@ -119,6 +122,10 @@ def responses(
         found = {site: kept.measured(site, count) for site, _ in every}
         known = {site: own for site, own in found.items() if own is not None}
     team = Team.of_this_run()
+    team.check_alike(
+        lambda: digest_of(sample_digest(model), examples_digest(examples), count),
+        "model or calibration set",
+    )
     left = {
         # Shifted by layer: an attention takes less than the MLP beside it.
         layer: [
@@ -128,16 +135,24 @@ def responses(
         ]
         for layer, own in groups.items()
     }
-    # Closed at once whatever happens, so that the model is as it was.
-    with closing(
-        _measured(model, sites, left, examples, prune, count, gram, answer_weight)
-    ) as measured:
-        for site, divergences in measured:
-            known[site] = divergences
-            if kept:
-                kept.keep_measured(site, divergences)
-    for others in team.gather(known):
-        known |= others
+    try:
+        # Closed at once whatever happens, so that the model is as it was.
+        with closing(
+            _measured(model, sites, left, examples, prune, count, gram, answer_weight)
+        ) as measured:
+            for site, divergences in measured:
+                known[site] = divergences
+                if kept:
+                    kept.keep_measured(site, divergences)
+        for others in team.gather(known):
+            known |= others
+    except KeyboardInterrupt:
+        logger.warning(
+            f"trying sites was stopped after {len(known)} of {len(every)}: {way_on(kept)}"
+        )
+        raise
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}: {way_on(kept)}") from error
     return [_response(model, site, matrices, known[site]) for site, matrices in every]
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -22,7 +22,7 @@ from transformers.utils import logging
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.calibration import Batch, CalibrationExample
 from optimum_cap.offload import device_of
-from optimum_cap.storage import digest_of, model_digest, write_whole
+from optimum_cap.storage import code_digest, digest_of, model_digest, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +35,12 @@ def default_folder() -> Path:
     return Path(constants.HF_HOME) / "optimum_cap" / "scores"
 
 
+class Keeping(Protocol):
+    """What keeps finished parts of a run."""
+
+    files: "TensorFiles"
+
+
 class ScoreCache:
     """The finished chunks of one model.
 
@@ -45,9 +51,8 @@ class ScoreCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
-        self.folder = Path(folder)
-        self._files = TensorFiles(self.folder)
-        self._model = digest_of(machine(model), model_digest(model))[:32]
+        self.files = TensorFiles(Path(folder))
+        self._model = digest_of(_LAYOUT, machine(model), model_digest(model))[:32]
 
     def losses(
         self, batch: Batch, units: list[tuple[Site, Unit]], torch_compile: bool = False
@@ -56,7 +61,7 @@ class ScoreCache:
 
         Those of compiled layers, which have other last bits, are kept beside the others.
         """
-        return self._files.read(self._chunk(batch, units, torch_compile))
+        return self.files.read(self._chunk(batch, units, torch_compile))
 
     def keep(
         self,
@@ -66,7 +71,7 @@ class ScoreCache:
         torch_compile: bool = False,
     ) -> None:
         """Keep the losses of a batch with each unit masked, or intact with no units."""
-        self._files.write(self._chunk(batch, units, torch_compile), losses)
+        self.files.write(self._chunk(batch, units, torch_compile), losses)
 
     def remembered(
         self,
@@ -76,11 +81,11 @@ class ScoreCache:
         find: Callable[[], int],
     ) -> int:
         """Return what was found when the first run over these began, perhaps this one."""
-        key = self._key(what, _names(units), examples_digest(examples))
-        if (known := self._files.read(key)) is None:
+        key = self._key(what, names(units), examples_digest(examples))
+        if (known := self.files.read(key)) is None:
             found = torch.tensor(find())
-            self._files.write(key, found, replace=False)
-            known = self._files.read(key)  # another process may have been first
+            self.files.write(key, found, replace=False)
+            known = self.files.read(key)  # another process may have been first
             return int(found if known is None else known)
         return int(known)
 
@@ -88,10 +93,22 @@ class ScoreCache:
         # Where the examples of the batch stand in the calibration set changes no loss.
         content = {name: value for name, value in vars(batch).items() if name != "positions"}
         what = "compiled chunk" if torch_compile else "chunk"
-        return self._key(what, _names(units), content)
+        return self._key(what, names(units), content)
 
     def _key(self, *parts: Any) -> str:
         return f"{self._model}/{digest_of(*parts)[:32]}"
+
+
+def way_on(kept: "Keeping | None") -> str:
+    """Say what is left of a run that was stopped, and how to go on.
+
+    Args:
+        kept: Where finished parts are kept, if anywhere.
+    """
+    if kept is None:
+        return "without a cache_dir nothing is kept, and it has to begin anew"
+    what = "not all that is done" if kept.files.failed else "what is done"
+    return f"{what} is kept in {kept.files.folder}; run the same again to go on from there"
 
 
 class TensorFiles:
@@ -157,15 +174,16 @@ def examples_digest(examples: list[CalibrationExample]) -> str:
     return digest_of([[example.input_ids, example.scored] for example in examples])
 
 
-def _names(units: list[tuple[Site, Unit]]) -> list[str]:
+def names(units: list[tuple[Site, Unit]]) -> list[str]:
+    """What tells units apart: their sites and channels."""
     return [f"{site.name} {unit.channels}" for site, unit in units]
 
 
 def machine(model: PreTrainedModel) -> dict[str, Any]:
-    """What measurements follow from beside the model and the tokens."""
+    """What measurements follow from beside the config, the weights and the tokens."""
     device = device_of(model)
     return {
-        "layout": _LAYOUT,
+        "code": code_digest(model),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
         "attention": model.config._attn_implementation,
         "experts": getattr(model.config, "_experts_implementation", None),

@@ -1,9 +1,11 @@
 """Digests of weights and plain values, and files that are written as a whole or not at all."""
 
 import hashlib
+import inspect
 import json
 import os
 import secrets
+import sys
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -14,6 +16,7 @@ from accelerate.utils.modeling import align_module_device
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+_VERSIONED_CODE = ("torch", "transformers")
 # What config.json says of files, not of the computation, or what the parameters say better.
 _NOT_COMPUTED = (
     "_name_or_path",
@@ -71,6 +74,38 @@ def weights_digest(model: PreTrainedModel) -> str:
                 for tensor_name, tensor in own:
                     _update(digest, f"{name}.{tensor_name}", tensor)
             progress.update()
+    return digest.hexdigest()
+
+
+def sample_digest(model: PreTrainedModel) -> str:
+    """Digest of a few values of each parameter, which tells models apart without reading them."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        _update(digest, name, list(parameter.shape))
+        if parameter.device.type != "meta":
+            _update(digest, name, parameter.flatten()[:16])
+    return digest.hexdigest()
+
+
+def code_digest(model: PreTrainedModel) -> str:
+    """Digest of what the modules of a model are: their classes and hooks.
+
+    Of classes that neither torch nor transformers brings, whose versions do not say it, the source
+    of their file counts, as far as there is one: code from a repository at another revision is
+    other code.
+    """
+    digest = hashlib.sha256()
+    files = set()
+    for name, module in model.named_modules():
+        kind = type(module)
+        hooks = chain(module._forward_pre_hooks.values(), module._forward_hooks.values())
+        named = [getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks]
+        _update(digest, name, [kind.__module__, kind.__qualname__, *named])
+        if kind.__module__.partition(".")[0] not in _VERSIONED_CODE:
+            files.add(kind.__module__)
+    for file in sorted(files):
+        with suppress(OSError, TypeError):  # made in an interactive session
+            _update(digest, file, inspect.getsource(sys.modules[file]))
     return digest.hexdigest()
 
 

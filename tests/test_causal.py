@@ -166,8 +166,13 @@ def test_other_estimators_are_refused(name: str) -> None:
         config(estimator=name, exact_examples=4)
 
 
+@pytest.mark.parametrize("cached", [False, True])
 def test_an_interrupt_while_responses_are_measured_leaves_the_model(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    cached: bool,
+    llama: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     measure = _Trial.divergences
 
@@ -179,6 +184,12 @@ def test_an_interrupt_while_responses_are_measured_leaves_the_model(
     before = copy.deepcopy(llama)
     monkeypatch.setattr(_Trial, "divergences", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        CAPPruner(config()).prune(llama, tiny_tokenizer())
+        CAPPruner(config(cache_dir=tmp_path if cached else None)).prune(llama, tiny_tokenizer())
     assert same(llama, before)
     assert not hasattr(llama, "pruning_record")
+    kept = (
+        f"what is done is kept in {tmp_path}; run the same again to go on from there"
+        if cached
+        else "without a cache_dir nothing is kept, and it has to begin anew"
+    )
+    assert caplog.messages == [f"trying sites was stopped after 2 of 6: {kept}"]

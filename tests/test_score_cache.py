@@ -2,26 +2,32 @@
 
 import copy
 import hashlib
+import importlib
+import linecache
 import math
 import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_attribution import OUT_OF_MEMORY, limit_memory
 from tiny_models import tiny_model, tiny_tokenizer
+from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.architectures import Site, Unit, find_sites
 from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses
 from optimum_cap.calibration import CalibrationExample
-from optimum_cap.score_cache import ScoreCache, TensorFiles
+from optimum_cap.score_cache import ScoreCache, TensorFiles, way_on
+from optimum_cap.storage import code_digest
 from optimum_cap.wavefront import Wavefront
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
@@ -110,9 +116,45 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
         with pytest.raises(KeyboardInterrupt):
             score(llama, tmp_path)
     (said,) = caplog.messages
-    assert f"kept in {tmp_path}; run the same again to go on from there" in said
+    assert re.fullmatch(
+        rf"scoring was stopped at \d+%: what is done is kept in {re.escape(str(tmp_path))}; run "
+        "the same again to go on from there",
+        said,
+    )
     assert same_bytes(score(llama, tmp_path), expected)
     assert len(measured) == 2 * total
+
+
+def test_what_could_not_be_written_is_not_said_to_be_kept(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    cache = ScoreCache(tmp_path / "file" / "scores", llama)
+    assert way_on(cache).startswith(f"what is done is kept in {tmp_path}")
+    cache.files.write("key", torch.zeros(1))
+    assert way_on(cache).startswith(f"not all that is done is kept in {tmp_path}")
+
+
+def test_code_of_a_repository_at_another_revision_is_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for factor in (1, 2):
+        source = f"""
+            from transformers import LlamaForCausalLM
+            def scaled(logits):
+                return {factor} * logits
+            class Remote(LlamaForCausalLM):
+                pass
+        """
+        (tmp_path / "remote_code.py").write_text(textwrap.dedent(source))
+        sys.modules.pop("remote_code", None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        module = importlib.import_module("remote_code")
+        digests.append(code_digest(module.Remote(tiny_model("llama").config)))
+    assert len(set(digests)) == 2
 
 
 def change_weight(model: PreTrainedModel) -> None:
@@ -121,11 +163,20 @@ def change_weight(model: PreTrainedModel) -> None:
         weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(math.inf))
 
 
+def add_hook(model: PreTrainedModel) -> None:
+    def halve(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output / 2
+
+    model.model.layers[1].post_attention_layernorm.register_forward_hook(halve)
+
+
 CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
     "weight": change_weight,
     "buffer": lambda model: model.model.rotary_emb.inv_freq.mul_(1.001),
     "config": lambda model: setattr(model.config, "rms_norm_eps", 1e-4),
     "attention": lambda model: model.set_attn_implementation("eager"),
+    "module": lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()),
+    "hook": add_hook,
     "threads": lambda model: torch.set_num_threads(1),
 }
 
