@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
@@ -18,20 +17,20 @@ from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, all_units, decoder_layers, heads
 from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.chunks import ExactRun, chunks_of, is_out_of_memory, settled
+from optimum_cap.chunks import ExactRun, chunks_of, settled
 from optimum_cap.compilation import check_compilable, compiling
-from optimum_cap.config import parse_size
-from optimum_cap.distributed import Team, processes_here
+from optimum_cap.distributed import Team
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
+from optimum_cap.memory import Room, budget_bytes, is_out_of_memory
 from optimum_cap.offload import device_of
 from optimum_cap.score_cache import ScoreCache, examples_digest, names
 from optimum_cap.storage import digest_of, sample_digest
 from optimum_cap.wavefront import (
     Targets,
-    examples_per_batch,
     prefix_to_share,
     streams_per_chunk,
     token_losses,
+    tokens_per_batch,
 )
 
 logger = logging.get_logger(__name__)
@@ -157,6 +156,7 @@ def exact_losses(
     units: list[tuple[Site, Unit]] | None = None,
     cache: ScoreCache | None = None,
     torch_compile: bool = False,
+    room: Room | None = None,
 ) -> UnitLosses:
     """Measure the loss with each unit of the sites masked.
 
@@ -172,6 +172,7 @@ def exact_losses(
         torch_compile: Compile the decoder layers, which pays in long runs on a GPU
             (`docs/performance.md`). A run that goes on then agrees with an undisturbed one up to
             rounding.
+        room: What runs over this model have found out about its memory so far, and this one will.
 
     Returns:
         The losses, in the order of the units and of the examples. Processes that were launched
@@ -202,7 +203,8 @@ def exact_losses(
             jobs,
             cache,
         )
-        made = batches(examples, examples_per_batch(model, examples, budget, prefix, sites), prefix)
+        tokens = tokens_per_batch(model, budget, prefix, sites)
+        made = batches(examples, len(examples), prefix, tokens)
         chunks = [
             chunk
             for batch in made
@@ -213,7 +215,7 @@ def exact_losses(
             lambda: digest_of(sample_digest(model), examples_digest(examples), names(jobs), budget),
             "model, calibration set, units or memory budget",
         )
-        run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile)
+        run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile, room)
         with compiling() if torch_compile else nullcontext():
             run.measure(chunks)
     return UnitLosses(jobs, run.intact, run.masked)
@@ -246,8 +248,9 @@ def plain_losses(
         float32_on_cpu(model),
         logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
     ):
-        budget = budget_bytes(memory_budget, device_of(model))
-        for batch in batches(examples, examples_per_batch(model, examples, budget)):
+        budget = budget_bytes(memory_budget, model)
+        tokens = tokens_per_batch(model, budget)
+        for batch in batches(examples, len(examples), tokens=tokens):
             intact[batch.positions] = _forward_losses(model, batch)
             progress.update(len(batch.positions))
             for index, (site, unit) in enumerate(jobs):
@@ -265,8 +268,9 @@ def example_losses(
     """Return the mean loss over the scored tokens of each example, nats, float64 `[examples]`."""
     losses = torch.empty(len(examples), dtype=torch.float64)
     with evaluation_mode(model), float32_on_cpu(model):
-        budget = budget_bytes(memory_budget, device_of(model))
-        for batch in batches(examples, examples_per_batch(model, examples, budget)):
+        budget = budget_bytes(memory_budget, model)
+        tokens = tokens_per_batch(model, budget)
+        for batch in batches(examples, len(examples), tokens=tokens):
             losses[batch.positions] = _forward_losses(model, batch)
     return losses
 
@@ -312,14 +316,5 @@ def settled_budget(
 ) -> int:
     """Return the bytes that activations may take, the same for all processes and later runs."""
     if memory_budget != "auto":
-        return budget_bytes(memory_budget, device_of(model))
-    return settled("budget", lambda: budget_bytes("auto", device_of(model)), examples, units, cache)
-
-
-def budget_bytes(memory_budget: int | str, device: torch.device) -> int:
-    """Return the bytes that activations may take; `"auto"` is half of what is free now."""
-    if memory_budget != "auto":
-        return parse_size(memory_budget, "memory_budget")
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return int(psutil.virtual_memory().available) // 2 // processes_here()
+        return budget_bytes(memory_budget, model)
+    return settled("budget", lambda: budget_bytes("auto", model), examples, units, cache)

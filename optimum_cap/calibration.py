@@ -108,28 +108,34 @@ def shared_prefix(examples: list[CalibrationExample]) -> int:
     return length
 
 
-def batches(examples: list[CalibrationExample], size: int, prefix: int = 0) -> list[Batch]:
+def batches(
+    examples: list[CalibrationExample], size: int, prefix: int = 0, tokens: int | None = None
+) -> list[Batch]:
     """Group examples by length, the longest first so that memory runs out early if it does.
 
     Args:
         examples: The examples.
-        size: Examples per batch; the last one may have fewer.
+        size: Examples per batch at most.
         prefix: Tokens, at most `shared_prefix(examples)`, to be computed once per batch.
+        tokens: Tokens per batch at most, padding included, if there is more than one example: of
+            short examples a batch then has more. What is a prefix does not count.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    made = []
-    for start in range(0, len(order), size):
-        positions = order[start : start + size]
-        longest = len(examples[positions[0]].input_ids)
+    made, start = [], 0
+    while start < len(order):
+        longest = len(examples[order[start]].input_ids)
+        count = size if tokens is None else min(size, max(1, tokens // (longest - prefix)))
+        positions = order[start : start + count]
+        start += count
         input_ids = torch.zeros(len(positions), longest, dtype=torch.long)
         real = torch.zeros(len(positions), longest, dtype=torch.bool)
         scored = torch.zeros(len(positions), longest, dtype=torch.bool)
         for row, position in enumerate(positions):
             example = examples[position]
-            tokens = len(example.input_ids)
-            input_ids[row, :tokens] = example.input_ids
-            real[row, :tokens] = True
-            scored[row, :tokens] = example.scored
+            length = len(example.input_ids)
+            input_ids[row, :length] = example.input_ids
+            real[row, :length] = True
+            scored[row, :length] = example.scored
         made.append(Batch(positions, input_ids, real, scored, prefix))
     return made
 

@@ -6,34 +6,30 @@ chunks; here is what survives a lack of memory, an interrupt and the loss of ano
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.architectures import Site, Unit, decoder_layers
 from optimum_cap.calibration import Batch, CalibrationExample
 from optimum_cap.distributed import Team
+from optimum_cap.memory import Room, halves, is_out_of_memory, keep_freed_memory
 from optimum_cap.offload import device_of, is_offloaded
 from optimum_cap.score_cache import ScoreCache, way_on
 from optimum_cap.wavefront import Wavefront
 
 logger = logging.get_logger(__name__)
 
-_Found = TypeVar("_Found")
-# What accelerate does not know: CUDA and cuBLAS outside of the allocator of torch, and C++.
-_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
-_LARGEST_KEPT = 32 * 2**20 - 2**16  # with room for what the allocator adds to a block
-
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is measured at a time: one batch with some of the units masked, one after the other.
+    """What is measured at a time: one batch with some of the units masked, each alone.
 
     Attributes:
         batch: The examples.
@@ -89,6 +85,7 @@ class ExactRun:
         cache: Where finished chunks are kept, if anywhere.
         team: The processes that share the work.
         torch_compile: Compile the layers that streams pass through whole.
+        room: What an earlier run over the same model found out.
 
     Attributes:
         intact: Loss per example, nats, float64 `[examples]`; complete after `measure`.
@@ -104,6 +101,7 @@ class ExactRun:
         cache: ScoreCache | None,
         team: Team,
         torch_compile: bool = False,
+        room: Room | None = None,
     ) -> None:
         self.model = model
         self.layers = decoder_layers(model, sites)
@@ -115,7 +113,7 @@ class ExactRun:
         self.intact = torch.empty(examples, dtype=torch.float64)
         self.masked = torch.empty(len(jobs), examples, dtype=torch.float64)
         self._passed = self._to_pass = 0  # tokens of this process's share, as `_work` counts
-        self._most_tokens = sys.maxsize  # of the streams of one step; less once memory ran out
+        self._room = room or Room()
 
     def measure(self, chunks: list[Chunk]) -> None:
         """Measure the chunks that the cache does not have; those of a batch follow one another.
@@ -147,7 +145,7 @@ class ExactRun:
 
     def _measure_missing(self, chunks: list[Chunk], done: int) -> None:
         if device_of(self.model).type == "cpu" and not is_offloaded(self.model):
-            _keep_freed_memory()
+            keep_freed_memory()
         self._passed, self._to_pass = done, done + self._work(chunks)
         with logging.tqdm(
             total=self._to_pass,
@@ -185,7 +183,7 @@ class ExactRun:
         """Measure the chunks of one batch, or of its halves where it is too large."""
         batch, left = chunks[0].batch, deque(chunks)
         tokens, splits = batch.input_ids.numel(), len(batch.positions) > 1
-        if tokens <= self._most_tokens or not splits:
+        if tokens <= self._room.tokens or not splits:
             try:
                 self._measure_at_once(batch, left, progress)
                 return
@@ -231,7 +229,7 @@ class ExactRun:
     ) -> torch.Tensor:
         """Losses with each unit masked, `[units, examples]`, in steps that fit into memory."""
         while True:
-            streams = min(len(jobs), max(1, self._most_tokens // tokens))
+            streams = min(len(jobs), max(1, self._room.tokens // tokens))
             starts = range(0, len(jobs), streams)
             try:
                 steps = [wavefront.masked_losses(jobs[start : start + streams]) for start in starts]
@@ -243,12 +241,12 @@ class ExactRun:
 
     def _take_less(self, tokens: int) -> None:
         """Halve what is measured at a time: memory ran out with so many tokens."""
-        if self._most_tokens == sys.maxsize:
+        if self._room.tokens == sys.maxsize:
             logger.warning(
                 f"memory ran out with {tokens} tokens of masked streams at a time: going on with "
                 "half of them, and less where it must be; a lower memory_budget starts with less"
             )
-        self._most_tokens = tokens // 2
+        self._room.tokens = tokens // 2
         clear_device_cache(garbage_collection=True)
 
     def _jobs_of(self, chunk: Chunk) -> list[tuple[Site, Unit]]:
@@ -262,58 +260,3 @@ class ExactRun:
         layers = len(self.layers)
         passed = sum(layers - site.layer for site, _ in self._jobs_of(chunk))
         return int(chunk.batch.real.sum()) * (passed if chunk.units else layers)
-
-
-def each_in_memory(
-    batches: Iterable[Batch], find: Callable[[Batch], _Found]
-) -> Iterator[tuple[Batch, _Found]]:
-    """Yield batches with what is found for each; once memory runs out, the rest in halves."""
-    left = deque(batches)
-    while left:
-        batch = left.popleft()
-        try:
-            found = find(batch)
-        except (RuntimeError, MemoryError) as error:
-            if len(batch.positions) == 1 or not is_out_of_memory(error):
-                raise
-        else:
-            yield batch, found
-            continue
-        # Out of the handler, which would keep what the failed attempt held.
-        logger.warning_once("memory ran out: the rest is done in smaller batches")
-        clear_device_cache(garbage_collection=True)
-        left = deque(half for large in (batch, *left) for half in halves(large))
-
-
-def halves(batch: Batch) -> list[Batch]:
-    """Cut a batch into two; one of a single example stays whole."""
-    middle = len(batch.positions) // 2
-    return [
-        replace(
-            batch,
-            positions=batch.positions[part],
-            input_ids=batch.input_ids[part],
-            real=batch.real[part],
-            scored=batch.scored[part],
-        )
-        for part in (slice(middle), slice(middle, None))
-        if batch.positions[part]
-    ]
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library (glibc) keep freed blocks of up to 32 MB for the next tensors.
-
-    Blocks above a threshold go back to the system when they are freed, and new ones are paged in,
-    which took 4 % of a scoring in a trial. The threshold is the largest block below 32 MB that the
-    process has freed so far (mallopt(3), M_MMAP_THRESHOLD), and stays that for good.
-    """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on the CPU or on the GPU."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    said = any(words in str(error) for words in _OUT_OF_MEMORY)
-    return isinstance(error, RuntimeError) and (said or should_reduce_batch_size(error))

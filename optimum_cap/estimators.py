@@ -27,12 +27,12 @@ from optimum_cap.attribution import (
     settled_budget,
 )
 from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.chunks import each_in_memory
 from optimum_cap.compilation import check_compilable
 from optimum_cap.config import CAPConfig
 from optimum_cap.distributed import Team
 from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.memory import Room, each_in_memory
 from optimum_cap.offload import is_offloaded
 from optimum_cap.score_cache import ScoreCache
 from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
@@ -283,12 +283,14 @@ def adaptive_losses(
     """
     blocks = draw_blocks(len(examples), exact_examples, seed)
     sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
-    wide = list(range(len(sampled.units)))
+    wide, room = list(range(len(sampled.units))), Room()
     for turn in range(max(map(len, blocks))):
         drawn = [block[turn] for block in blocks if turn < len(block)]
         rows = [examples[position] for position in drawn]
         still_wide = [sampled.units[index] for index in wide]
-        exact = exact_losses(model, sites, rows, memory_budget, still_wide, cache, torch_compile)
+        exact = exact_losses(
+            model, sites, rows, memory_budget, still_wide, cache, torch_compile, room
+        )
         sampled.record(wide, drawn, exact.masked, chances_in_blocks(blocks, turn + 1))
         narrow = sampled.narrow(precision)
         wide = [index for index in wide if not narrow[index]]

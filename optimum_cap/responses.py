@@ -19,9 +19,7 @@ from transformers.utils import logging
 
 from optimum_cap.activations import InputStatistics, LayerWalk
 from optimum_cap.architectures import Matrix, Site, oriented, prunable_matrices
-from optimum_cap.attribution import budget_bytes
 from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.chunks import each_in_memory
 from optimum_cap.criteria import Evidence, wanda
 from optimum_cap.distributed import Team
 from optimum_cap.estimators import check_in_memory, examples_per_pass, frozen, scored_logits
@@ -34,7 +32,8 @@ from optimum_cap.interventions import (
     recorded_calls,
 )
 from optimum_cap.masking import kth_smallest
-from optimum_cap.offload import brought_in, device_of, is_offloaded
+from optimum_cap.memory import budget_bytes, each_in_memory
+from optimum_cap.offload import brought_in, is_offloaded
 from optimum_cap.pruning_cache import KeptResponses
 from optimum_cap.score_cache import examples_digest, way_on
 from optimum_cap.storage import digest_of, sample_digest
@@ -291,7 +290,7 @@ def _estimated(
                 along.append(_along(model, site, pruned, call, gradient, len(batch.positions)))
             return torch.stack(along).square() / 2
 
-        budget = budget_bytes(memory_budget, device_of(model))
+        budget = budget_bytes(memory_budget, model)
         parts = batches(chosen, examples_per_pass(model, chosen, budget))
         for batch, found in each_in_memory(parts, estimate):
             divergences[:, batch.positions] = found

@@ -486,7 +486,9 @@ def prefix_to_share(
     )
     # Far above what rounding does to a mean loss: 2e-5 in float32, 4 % in bfloat16.
     tolerance = torch.finfo(model.dtype).eps ** (2 / 3)
-    if torch.allclose(apart, whole, rtol=tolerance, atol=0, equal_nan=True):
+    # Where the model is sure of an answer: the last bits of its logits, in float32.
+    quantum = 16 * torch.finfo(torch.float32).eps
+    if torch.allclose(apart, whole, rtol=tolerance, atol=quantum, equal_nan=True):
         return prefix
     logger.warning_once(
         f"{type(model).__name__} gives other losses when the {prefix} tokens that all examples "
@@ -510,33 +512,26 @@ def tokens_per_chunk(model: PreTrainedModel) -> int:
     return 2048
 
 
-def examples_per_batch(
-    model: PreTrainedModel,
-    examples: list[CalibrationExample],
-    budget: int,
-    prefix: int = 0,
-    sites: Iterable[Site] = (),
+def tokens_per_batch(
+    model: PreTrainedModel, budget: int, prefix: int = 0, sites: Iterable[Site] = ()
 ) -> int:
-    """Examples per batch, so that what is recorded of the intact pass takes half of the budget.
+    """Tokens per batch, so that what is recorded of the intact pass takes half of the budget.
 
     Args:
         model: The model.
-        examples: The examples.
         budget: Bytes.
-        prefix: Tokens that are computed once for all examples.
+        prefix: Tokens that are computed once for all examples, and do not count.
         sites: Those whose branches are recorded beside attention.
     """
     config = model.config.get_text_config(decoder=True)
-    suffix = max(len(example.input_ids) for example in examples) - prefix
     # Input of the layer, input and output of the attention, and input of its projection.
     per_token = config.num_hidden_layers * 4 * config.hidden_size * 4
     for site in _other_branches(sites):
         input_width = site.width if site.outlet == site.projection else config.hidden_size
         per_token += (input_width + config.hidden_size) * 4
     # Each batch computes the prefix anew, so few large ones are better.
-    wanted = tokens_per_chunk(model) // (suffix if prefix else 4 * suffix)
-    affordable = (budget // 2 // per_token - prefix) // suffix
-    return max(1, min(wanted, affordable, len(examples)))
+    wanted = tokens_per_chunk(model) // (1 if prefix else 4)
+    return max(1, min(wanted, budget // 2 // per_token - prefix))
 
 
 def streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:

@@ -165,7 +165,7 @@ def test_freed_memory_is_kept() -> None:
     program = """if True:
         import resource
         import torch
-        from optimum_cap.chunks import _keep_freed_memory
+        from optimum_cap.memory import keep_freed_memory
 
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -175,7 +175,7 @@ def test_freed_memory_is_kept() -> None:
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
         first = faults()
-        _keep_freed_memory()
+        keep_freed_memory()
         faults()
         print(first, faults())
     """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attribution import examples
+from test_attribution import OUT_OF_MEMORY, examples, limit_memory
 from tiny_models import tiny_model
 from torch import nn
 from torch.func import functional_call
@@ -450,6 +450,19 @@ def test_adaptive_spends_where_the_interval_is_wide(
     measured.clear()
     adaptive_losses(llama, sites, rows, exact_examples=4, precision=1e9)
     assert measured == [(12, 4)], "one round is the least"
+
+
+def test_adaptive_meets_a_lack_of_memory_once(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = limit_memory(monkeypatch, 100, OUT_OF_MEMORY["cuda"])
+    rows = examples(24)
+    adaptive_losses(llama, find_sites(llama), rows, exact_examples=4, precision=1e-9)
+    assert [message for message in caplog.messages if "memory ran out" in message] == (
+        caplog.messages
+    )
+    assert len(caplog.messages) == 1
+    assert max(tried[20:]) <= 100
 
 
 def test_an_exact_loss_that_overflows_is_left_out(

@@ -88,6 +88,26 @@ def test_a_batch_splits_into_one_row_of_prefix_and_the_suffixes() -> None:
     assert suffix.scored.tolist() == [[False, False, True, True], [False, True, False, False]]
 
 
+def test_a_long_example_leaves_the_others_together() -> None:
+    rows = examples(prefix=12, suffixes=(40, 9, 8, 7, 10, 10))
+    made = batches(rows, len(rows), 12, tokens=40)
+    assert [batch.positions for batch in made] == [[0], [4, 5, 1, 2], [3]]
+    assert [batch.positions for batch in batches(rows, 2, 12, tokens=40)] == [
+        [0],
+        [4, 5],
+        [1, 2],
+        [3],
+    ]
+    assert [batch.positions for batch in batches(rows, 6, 0, tokens=1)] == [
+        [0],
+        [4],
+        [5],
+        [1],
+        [2],
+        [3],
+    ]
+
+
 # Exactness
 
 
