@@ -43,6 +43,7 @@ from optimum_cap.criteria import (
     scaled_importances,
     unit_importances,
 )
+from optimum_cap.distributed import Team
 from optimum_cap.estimators import ESTIMATORS
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.masking import (
@@ -157,6 +158,8 @@ class CAPPruner:
             else:
                 work.prune_each_matrix_(shares)
 
+        if work.kept_layers:
+            Team.of_this_run().gather(None)  # all have read what the first one is about to delete
         record = dataclasses.replace(work.record(calibration), base_revision=base_revision)
         attach(model, record, work.kept_layers.forget if work.kept_layers else None)
         return model

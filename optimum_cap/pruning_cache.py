@@ -100,7 +100,8 @@ class KeptLayers:
     def __init__(self, files: TensorFiles, prefix: str, size: int) -> None:
         self._files = files
         self._prefix = prefix
-        self._writes = Team.of_this_run().rank == 0 and _has_room(files.folder, 2 * size)
+        left = 2 * size - _size_of(files.folder / prefix)
+        self._writes = Team.of_this_run().rank == 0 and _has_room(files.folder, left)
 
     @property
     def complete(self) -> bool:
@@ -150,6 +151,10 @@ class KeptLayers:
 
 def _name(*parts: Any) -> str:
     return digest_of(*parts)[:32]
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*"))
 
 
 def _has_room(folder: Path, size: int) -> bool:

@@ -163,14 +163,14 @@ def read_scores(path: str | os.PathLike[str]) -> SavedScores:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file} is no scores file, or damaged ({error}): score again") from error
-    if metadata is None:
+    if not isinstance(metadata, dict) or "layout" not in metadata:
         raise ValueError(f"{file} is no scores file: make one with `optimum-cli cap score`")
     if metadata["layout"] != _LAYOUT:
         raise ValueError(
             f"the scores file {file} has layout {metadata['layout']}, but this optimum-cap reads "
             f"{_LAYOUT}: upgrade optimum-cap or score again"
         )
-    if metadata.pop("sha256") != digest_of(tensors, metadata):
+    if metadata.pop("sha256", None) != digest_of(tensors, metadata):
         raise ValueError(f"the scores file {file} is damaged (wrong checksum): score again")
     return SavedScores(file, tensors, metadata)
 

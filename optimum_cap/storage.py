@@ -48,10 +48,31 @@ def write_whole(file: Path, data: bytes, replace: bool = True) -> None:
         if replace:
             unfinished.replace(file)
         else:
-            with suppress(FileExistsError):
-                os.link(unfinished, file)
+            _link(unfinished, file)
+        _sync(file.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a name that is not taken, at once; else leave it."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links here: two processes at the same moment may replace each other
+        if not name.exists():
+            file.replace(name)
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names of the files in a folder to the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def model_digest(model: PreTrainedModel) -> str:

@@ -125,6 +125,21 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
     assert len(measured) == 2 * total
 
 
+def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    files = TensorFiles(tmp_path)
+    for value in (1, 2):
+        files.write("key", torch.tensor(value), replace=False)
+        found = files.read("key")
+        assert found is not None
+        assert int(found) == 1
+    assert not files.failed
+    assert [file.name for file in tmp_path.iterdir()] == ["key.safetensors"]
+
+
 def test_what_could_not_be_written_is_not_said_to_be_kept(
     llama: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -219,7 +234,7 @@ def test_what_is_free_later_does_not_change_the_chunks(
     sites, cache = find_sites(llama), ScoreCache(tmp_path, llama)
     expected = exact_losses(llama, sites, examples(), "auto", cache=cache)
     chunks = len(measured)
-    monkeypatch.setattr("optimum_cap.attribution.budget_bytes", lambda budget, device: 1)
+    monkeypatch.setattr("optimum_cap.attribution.budget_bytes", lambda budget, model: 1)
     again = exact_losses(llama, sites, examples(), "auto", cache=cache)
     assert len(measured) == chunks
     assert same_bytes(again, expected)

@@ -160,6 +160,15 @@ def test_a_damaged_file(scores: Path) -> None:
             read_scores(scores)
 
 
+@pytest.mark.parametrize("key", ["layout", "sha256", "settings", "units"])
+def test_a_damaged_key(key: str, scores: Path) -> None:
+    whole = scores.read_bytes()
+    assert whole.count(f'\\"{key}\\"'.encode()) == 1
+    scores.write_bytes(whole.replace(f'\\"{key}\\"'.encode(), f'\\"{key[::-1]}\\"'.encode()))
+    with pytest.raises(ValueError, match=r"is no scores file: make one|is damaged"):
+        read_scores(scores)
+
+
 def test_another_safetensors_file(scores: Path) -> None:
     save_file(load_file(scores), scores)
     with pytest.raises(ValueError, match="is no scores file: make one"):
