@@ -24,6 +24,7 @@ INPUT_PASSES = 6  # the same per input of a matrix: picked, squared and summed
 CHECK_PASSES = 12  # the same per prunable weight: checked, masked, stored, and its zeros counted
 MASK_PASSES = 8  # the same for a mask whose threshold is known: importance, comparison, new weights
 STAGES = 4  # of a layer, before which its inputs are looked at again (`stages_by_layer`)
+BLOCK = 4096  # bytes that a file takes on disk at least
 CACHE_PASSES = 3  # times that generation moves the keys and values: read, and copied to grow
 
 
@@ -91,9 +92,21 @@ class Meter:
             operations=alone.operations + shared.operations,
             seconds=self.seconds(alone) + self.seconds(shared) / self._processes(devices),
             memory=min(wanted, half_of_free),
-            disk=8.0 * (1 + self.work.scored) * shape.examples,
+            disk=8.0 * (1 + self.work.scored) * shape.examples
+            + self._chunks(name, shape, exact_examples),
             devices=devices,
         )
+
+    def _chunks(self, name: str, shape: Shape, exact_examples: int) -> float:
+        """Bytes of the files of finished chunks."""
+        if name not in CHUNKED:
+            return 0.0
+        if name == "control_variate":
+            shape = replace(shape, examples=min(shape.examples, exact_examples))
+        batch = _batch(shape, self.rows)
+        batches = math.ceil(shape.examples * shape.tokens / batch)
+        streams = max(1, self.rows // batch)
+        return BLOCK * batches * (1.0 + math.ceil(self.work.scored / streams))
 
     def pruning(
         self,
@@ -329,6 +342,10 @@ ESTIMATORS: dict[str, Callable[[ModelWork, Shape, int], tuple[Work, Work]]] = {
     "control_variate": _control_variate,
     "adaptive": _adaptive,
 }
+
+
+CHUNKED = ("exact", "control_variate", "adaptive")
+"""Estimators whose exact losses are kept chunk by chunk."""
 
 
 # Bytes beside the weights, where chunks have so many tokens

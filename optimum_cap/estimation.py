@@ -133,7 +133,7 @@ def estimate(
         hardware: A name that `find_hardware` knows, or rates.
         examples: Calibration examples.
         tokens: Tokens per example.
-        scored: Scored tokens per example; `None` is half of them.
+        scored: Scored tokens per example; `None` is half of those that follow the prefix.
         prefix: Tokens that all examples begin with and that exact scoring computes once.
         sparsity: Of the pruned checkpoint, for its size on disk.
         limit: Questions or windows per evaluation task; `None` is all.
@@ -411,7 +411,7 @@ def _meter(
 
 
 def _shape(examples: int, tokens: int, scored: int | None = None, prefix: int = 0) -> Shape:
-    scored = tokens // 2 if scored is None else scored
+    scored = max(1, (tokens - prefix) // 2) if scored is None else scored
     for label, value, least in (
         ("examples", examples, 1),
         ("tokens", tokens, 2),

@@ -44,6 +44,7 @@ from optimum_cap.interventions import evaluation_mode
 from optimum_cap.paired_walk import PairedWalk
 from optimum_cap.reconstruction import alps
 from optimum_cap.responses import estimated_responses, responses
+from optimum_cap.score_cache import ScoreCache
 from optimum_cap.study import Study
 from optimum_cap.work import AlpsWork, Product, Shape, count_work
 
@@ -601,6 +602,40 @@ def test_bad_arguments_are_one_line(
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
+
+
+def test_flags_of_a_model_are_refused_for_a_study(
+    run: Callable[..., tuple[int, str, str]], study: Path
+) -> None:
+    for flags in (("--num-samples", "7"), ("--units", "all"), ("--prefix", "0")):
+        status, out, err = run(study, *flags)
+        assert (status, out) == (2, "")
+        assert f"{flags[0]} is about a model: a study says what it takes" in err
+
+
+def test_scored_tokens_are_half_of_what_follows_the_prefix() -> None:
+    lengths = {"tokens": 1024, "prefix": 768}
+    assert costs("llama-3-8b", **lengths) == costs("llama-3-8b", **lengths, scored=128)
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_disk_of_scores_is_that_of_losses_and_of_the_files_of_chunks(
+    count: int, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    # Equal batches would share their chunks.
+    rows = [
+        replace(row, input_ids=(row.input_ids + index) % VOCABULARY)
+        for index, row in enumerate(examples() * (count // 2))
+    ]
+    sites = find_sites(model)
+    heads = [site for site in sites if site.kind == "attention"]
+    exact_losses(model, heads, rows, cache=ScoreCache(tmp_path, model))
+    chunks = len(list(tmp_path.rglob("*.safetensors"))) - 2  # without the budget and the prefix
+    meter = Meter(count_work(model, sites), replace(find_hardware("h100", SIZE), kind="cpu"), 4)
+    found = meter.scoring("exact", replace(SHAPE, examples=count))
+    assert found.disk == 8 * 13 * count + 4096 * chunks
+    assert meter.scoring("plain", SHAPE).disk == 8 * 13 * SHAPE.examples
 
 
 def test_words_of_the_flags_match_the_defaults() -> None:

@@ -256,14 +256,14 @@ def test_score_then_prune_all_units(
     assert {"0.0", "2.3", "0.mlp.0", "2.mlp.2"} < listed
 
     # What is scored is that of the file.
-    pruning = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
-    run(PruneCommand, *pruning, "--scores", file)
+    run(PruneCommand, "-m", flags[1], "--sparsity", 0.4, "-o", tmp_path / "dir", "--scores", file)
     out = capsys.readouterr().out
     assert "units         12 attention heads, 9 MLP units scored in 3 layers" in out
     assert "layer.unit (nats per token)" in out
     record = inspect_checkpoint(str(tmp_path / "dir")).record
     assert {score.label for score in record.scores} == listed
     assert record.config["mlp_unit_size"] == 8
+    assert record.config["recipe"] == "paper"
     card = (tmp_path / "dir" / "README.md").read_text()
     assert "12 attention heads, 9 MLP units, on answer tokens" in card
 

@@ -11,6 +11,19 @@ if TYPE_CHECKING:
     from optimum_cap.estimation import Estimate, StudyHours
 
 _STUDY = (".yaml", ".yml")
+# Flags that a study, which says so itself, does not take.
+_OF_A_MODEL = (
+    "num_samples",
+    "scored",
+    "prefix",
+    "dataset",
+    "tokenizer",
+    "sparsity",
+    "units",
+    "mlp_unit_size",
+    "limit",
+    "batch_size",
+)
 
 
 class EstimateCommand(CAPSubcommand):
@@ -34,7 +47,12 @@ class EstimateCommand(CAPSubcommand):
         )
         add("--num-samples", type=int, default=128, metavar="N", help="examples (default: 128)")
         add("--tokens", type=int, default=256, metavar="N", help="per example (default: 256)")
-        add("--scored", type=int, metavar="N", help="scored tokens per example (default: half)")
+        add(
+            "--scored",
+            type=int,
+            metavar="N",
+            help="scored tokens per example (default: half of those that follow the prefix)",
+        )
         add(
             "--prefix",
             type=int,
@@ -79,6 +97,10 @@ class EstimateCommand(CAPSubcommand):
 
         options = {"revision": args.revision or "main", "token": args.token}
         if args.model.endswith(_STUDY):
+            for name in _OF_A_MODEL:
+                if getattr(args, name) != self.parser.get_default(name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"{flag} is about a model: a study says what it takes")
             models = labelled_models(args.models or [])
             study = Study.load(args.model, **({"models": models} if models else {}))
             return study_hours(study, args.hardware, tokens=args.tokens, **options)

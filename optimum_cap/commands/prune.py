@@ -196,7 +196,8 @@ class PruneCommand(CAPSubcommand):
             "--scores",
             type=Path,
             metavar="FILE",
-            help="scores file of `cap score`, to use instead of measuring, with its data and seed",
+            help="scores file of `cap score`, with its data and seed, instead of measuring; "
+            "implies recipe paper",
         )
         add(
             "--leave-dense",
@@ -237,12 +238,15 @@ class PruneCommand(CAPSubcommand):
         team = Team.of_this_run()
         team.quieten()
         check_loading_flags(args, team.size)
-        values = {"cache_dir": default_folder(), **config_values(vars(args))}
+        given = config_values(vars(args))
+        values = {"cache_dir": default_folder(), **given}
         if args.scores:
             from optimum_cap.score_file import read_scores
 
             # What is not given is as in the file; what is given has to be.
             values = {**read_scores(args.scores).settings, **values, "scores": args.scores}
+            if given.keys().isdisjoint({"recipe", "criterion"}):
+                values["recipe"] = "paper"
             if str(values["dataset"]).startswith("in-memory"):
                 raise ValueError(
                     f"the scores in {args.scores} are of data from a program "
