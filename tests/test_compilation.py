@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import disk_offload, dispatch_model
+from accelerate import disk_offload
 from test_score_file import ROWS
 from test_wavefront import examples
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import spread_out, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner, compilation
@@ -100,14 +100,7 @@ def on_disk(folder: Path) -> PreTrainedModel:
     return disk_offload(tiny_model("llama"), folder)
 
 
-def spread_out(folder: Path) -> PreTrainedModel:
-    """A model whose modules move their inputs, as on several devices."""
-    model = tiny_model("llama")
-    names = ("model.embed_tokens", "model.rotary_emb", "model.layers", "model.norm", "lm_head")
-    return dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
-
-
-@pytest.mark.parametrize("place", [on_disk, spread_out])
+@pytest.mark.parametrize("place", [on_disk, lambda folder: spread_out(tiny_model("llama"))])
 def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path) -> None:
     model = place(tmp_path / "weights")
     config = CAPConfig(torch_compile=True, cache_dir=tmp_path / "cache", **FIELDS)

@@ -187,6 +187,10 @@ LAUNCHES = {
     "one": "-m",
     "two": "-m torch.distributed.run --standalone --nproc-per-node 2 -m",
 }
+ACCELERATE = (
+    "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no -m"
+)
 
 
 def flags_of_a_run(tmp_path: Path, samples: int) -> str:
@@ -196,6 +200,23 @@ def flags_of_a_run(tmp_path: Path, samples: int) -> str:
     rows = [{"prompt": f"{n}+{n + 1}=", "completion": f"{2 * n + 1}"} for n in range(2 * samples)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"-m {tmp_path}/dense --dataset {tmp_path}/sums.jsonl --num-samples {samples}"
+
+
+@pytest.mark.slow
+def test_the_command_under_accelerate_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"score {flags_of_a_run(tmp_path, 12)} --estimator exact --memory-budget 20000"
+    monkeypatch.setitem(LAUNCHES, "accelerate", ACCELERATE)
+    written = {}
+    for name in ("one", "accelerate"):
+        file = tmp_path / f"{name}.safetensors"
+        with launched(name, command, file, tmp_path / name) as process:
+            out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.count("saved ") == 1, out
+        written[name] = file.read_bytes()
+    assert written["one"] == written["accelerate"]
 
 
 def launched(how: str, command: str, output: Path, cache: Path) -> subprocess.Popen[str]:

@@ -26,6 +26,7 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.architectures import Site, Unit, find_sites
 from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses
 from optimum_cap.calibration import CalibrationExample
+from optimum_cap.estimators import adaptive_losses, control_variate_losses
 from optimum_cap.score_cache import ScoreCache, TensorFiles, way_on
 from optimum_cap.storage import code_digest
 from optimum_cap.wavefront import Wavefront
@@ -122,6 +123,40 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
         said,
     )
     assert same_bytes(score(llama, tmp_path), expected)
+    assert len(measured) == 2 * total
+
+
+@pytest.mark.parametrize("estimate", [control_variate_losses, adaptive_losses])
+def test_sampled_estimates_go_on_with_the_same_bytes(
+    estimate: Callable[..., UnitLosses],
+    llama: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: list[int],
+) -> None:
+    sites, rows = find_sites(llama), examples(12)
+
+    def run(cache: ScoreCache | None) -> UnitLosses:
+        return estimate(llama, sites, rows, BUDGET, exact_examples=4, cache=cache)
+
+    expected = run(None)
+    total = len(measured)
+    counting = Wavefront.masked_losses
+
+    def interrupted(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+        if len(measured) == total + 4:
+            raise KeyboardInterrupt
+        return counting(self, jobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Wavefront, "masked_losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(ScoreCache(tmp_path, llama))
+    found = run(ScoreCache(tmp_path, llama))
+    assert same_bytes(found, expected)
+    assert found.standard_errors is not None
+    assert expected.standard_errors is not None
+    assert torch.equal(found.standard_errors, expected.standard_errors)
     assert len(measured) == 2 * total
 
 

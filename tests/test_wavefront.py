@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import SHARED_EXPERTS, tiny_model
+from tiny_models import SHARED_EXPERTS, spread_out, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -157,6 +157,18 @@ def test_some_units_alone_are_exact() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_a_shared_prefix_with_both_attention_implementations(name: str, attention: str) -> None:
     assert_exact(tiny_model(name, attn_implementation=attention), examples())
+
+
+@pytest.mark.parametrize("prefix", [0, 12])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_model_whose_modules_move_their_inputs(name: str, prefix: int) -> None:
+    model, rows = tiny_model(name), examples(prefix, (19, 14, 18))
+    sites = find_sites(model, 8)
+    expected = exact_losses(model, sites, rows)
+    spread_out(model)
+    assert hasattr(model.get_decoder(), "_hf_hook") or hasattr(model.lm_head, "_hf_hook")
+    assert_exact(model, rows)
+    assert torch.equal(exact_losses(model, sites, rows).masked, expected.masked)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])

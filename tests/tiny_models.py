@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from accelerate import dispatch_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -135,6 +136,15 @@ def tiny_model(
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype).eval()
+
+
+def spread_out(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the modules of a model move their inputs, as on several devices."""
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    children = [f"{prefix}.{name}" for name, _ in decoder.named_children()]
+    others = [name for name, _ in model.named_children() if name != prefix]
+    return dispatch_model(model, dict.fromkeys([*children, *others], "cpu"), force_hooks=True)
 
 
 def tiny_tokenizer(
