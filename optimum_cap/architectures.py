@@ -20,6 +20,9 @@ from transformers.pytorch_utils import Conv1D
 Range = tuple[int, int]
 """`(start, stop)`, as in a slice."""
 
+QUERIES = "q_proj"
+"""The projection of an attention that makes its queries, where they have one of their own."""
+
 
 @dataclass(frozen=True)
 class Block:

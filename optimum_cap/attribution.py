@@ -21,17 +21,12 @@ from optimum_cap.chunks import ExactRun, chunks_of, settled
 from optimum_cap.compilation import check_compilable, compiling
 from optimum_cap.distributed import Team
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu, masked_unit
+from optimum_cap.losses import Targets, token_losses
 from optimum_cap.memory import Room, budget_bytes, is_out_of_memory
 from optimum_cap.offload import device_of
 from optimum_cap.score_cache import ScoreCache, examples_digest, names
 from optimum_cap.storage import digest_of, sample_digest
-from optimum_cap.wavefront import (
-    Targets,
-    prefix_to_share,
-    streams_per_chunk,
-    token_losses,
-    tokens_per_batch,
-)
+from optimum_cap.wavefront import prefix_to_share, streams_per_chunk, tokens_per_batch
 
 logger = logging.get_logger(__name__)
 

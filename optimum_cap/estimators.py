@@ -32,10 +32,11 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.distributed import Team
 from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import evaluation_mode, float32_on_cpu
+from optimum_cap.losses import Targets, token_losses
 from optimum_cap.memory import Room, each_in_memory
 from optimum_cap.offload import is_offloaded
 from optimum_cap.score_cache import ScoreCache
-from optimum_cap.wavefront import Targets, token_losses, tokens_per_chunk
+from optimum_cap.wavefront import tokens_per_chunk
 
 logger = logging.get_logger(__name__)
 
@@ -566,7 +567,7 @@ class Estimator:
         function: Takes a model, its sites, examples, a memory budget and units, and returns the
             losses.
         settings: The fields of `CAPConfig` that its losses depend on, which it takes as keywords.
-        resumes: Whether it takes a cache of finished chunks.
+        resumes: Whether it takes a cache, of finished chunks or of the memory budget alone.
         differentiates: Whether it needs all weights in memory, for a backward pass.
         compiles: Whether it takes `torch_compile`.
     """

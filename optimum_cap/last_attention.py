@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from optimum_cap.architectures import Site
+from optimum_cap.architectures import QUERIES, Site
 from optimum_cap.interventions import (
     ReachedError,
     hidden_of,
@@ -33,10 +33,10 @@ class _Keys(DynamicCache):
     """Keys and values of all tokens so far, of which one row may branch into several.
 
     Attributes:
-        alone: End the forward pass as soon as those of its tokens are here.
+        suffice: End the forward pass as soon as those of its tokens are here.
     """
 
-    alone = False
+    suffice = False
 
     def update(
         self,
@@ -50,7 +50,7 @@ class _Keys(DynamicCache):
         if layer.is_initialized and len(layer.keys) < len(key_states):
             layer.batch_repeat_interleave(len(key_states) // len(layer.keys))
         states = layer.update(key_states, value_states, *args, **kwargs)
-        if self.alone:
+        if self.suffice:
             raise ReachedError
         return states
 
@@ -107,7 +107,7 @@ class LastAttention:
         lead, tail = (_entered(model, layers, name, form, *part) for part in parts)
         cut = cls(model, layers[-1], site, (*leading, lead), tail, first)
         keys = cut._keys(intact)
-        if keys is None or not keys.layers[site.layer].is_initialized:
+        if not keys.layers[site.layer].is_initialized:
             return whole  # the attention makes no use of a cache
         expected = hidden_of(suffix.calls[f"attention {site.layer}"].output)[:, first:]
         # Far above what rounding does.
@@ -124,19 +124,17 @@ class LastAttention:
         """
         return self._after(self._keys(streams), streams[-1])
 
-    def _after(self, keys: _Keys | None, stream: torch.Tensor) -> torch.Tensor:
+    def _after(self, keys: _Keys, stream: torch.Tensor) -> torch.Tensor:
         """What it returns for the tail of the last segment, after the tokens with these keys."""
         hidden = stream[:, self.start :]
         args, kwargs = self._arguments(self.tail, hidden, keys)
         branch = self.model.get_submodule(self.site.branch)
         return hidden_of(output_of(branch, self.layer, hidden, *args, **kwargs))
 
-    def _keys(self, streams: list[torch.Tensor]) -> _Keys | None:
-        """Keys and values of the leading tokens; `None` where there are none."""
-        if not self.leading:
-            return None
+    def _keys(self, streams: list[torch.Tensor]) -> _Keys:
+        """Keys and values of the leading tokens."""
         keys = _Keys(config=self.model.config)
-        keys.alone = True
+        keys.suffice = True
         parts = streams[:-1]
         if self.start:
             parts = [*parts, streams[-1][:, : self.start]]
@@ -145,18 +143,18 @@ class LastAttention:
                 args, kwargs = self._arguments(segment, hidden, keys)
                 with suppress(ReachedError):
                     self.layer(hidden, *args, **kwargs)
-        keys.alone = False
+        keys.suffice = False
         return keys
 
     def _arguments(
-        self, segment: Segment, hidden: torch.Tensor, keys: _Keys | None
+        self, segment: Segment, hidden: torch.Tensor, keys: _Keys
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return segment.arguments(f"layer {self.site.layer}", len(hidden), keys)
 
     @contextmanager
     def _no_queries(self) -> Iterator[None]:
         """Let the projection of queries, where they have one of their own, return zeros."""
-        projection = getattr(self.model.get_submodule(self.site.branch), "q_proj", None)
+        projection = getattr(self.model.get_submodule(self.site.branch), QUERIES, None)
         if not isinstance(projection, nn.Linear):
             yield
             return

@@ -31,13 +31,13 @@ from optimum_cap.interventions import (
     hidden_of,
     recorded_calls,
 )
+from optimum_cap.losses import Targets, logits_of, positions_per_chunk
 from optimum_cap.masking import kth_smallest
 from optimum_cap.memory import budget_bytes, each_in_memory
 from optimum_cap.offload import brought_in, is_offloaded
 from optimum_cap.pruning_cache import KeptResponses
 from optimum_cap.score_cache import examples_digest, way_on
 from optimum_cap.storage import digest_of, sample_digest
-from optimum_cap.wavefront import Targets, logits_of, positions_per_chunk
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 _FEWEST_EXAMPLES = 16

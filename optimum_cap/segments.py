@@ -13,8 +13,11 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from optimum_cap.interventions import RecordedCall, only_last_logits, recorded_calls
 from optimum_cap.offload import device_of
 
-# Masks and copies of a prefix cost too: one of 1/16 of the tokens lost time in a trial.
 WORTHWHILE_SHARE = 1 / 8
+"""Least share of the tokens that are worth a segment of their own.
+
+Masks and copies of keys cost too: a prefix of 1/16 of the tokens lost time in a trial.
+"""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ and values the rows of the examples then read.
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
 from typing import Any
@@ -28,49 +27,16 @@ from optimum_cap.experts import experts_of, gated, routed, routing
 from optimum_cap.interventions import (
     hidden_of,
     in_form_of,
-    no_embeddings,
     recorded_calls,
     replaced_forward,
-    skipped,
     split_hidden,
 )
 from optimum_cap.last_attention import LastAttention
+from optimum_cap.losses import Targets, logits_of, positions_per_chunk, token_losses
 from optimum_cap.offload import brought_in, device_of
 from optimum_cap.segments import WORTHWHILE_SHARE, PrefixCache, Segment, record
 
 logger = logging.get_logger(__name__)
-
-# On a GPU 0.7 GB with a copy in float32 and its logarithms, whatever the memory budget is.
-_LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The scored tokens of a batch.
-
-    Attributes:
-        examples: Number of examples.
-        rows, columns: Positions of the hidden states that predict scored tokens, int64 `[scored]`.
-        ids: The scored tokens, int64 `[scored]`.
-    """
-
-    examples: int
-    rows: torch.Tensor
-    columns: torch.Tensor
-    ids: torch.Tensor
-
-    @classmethod
-    def of(cls, batch: Batch) -> "Targets":
-        rows, columns = batch.scored.nonzero(as_tuple=True)
-        return cls(len(batch.positions), rows, columns - 1, batch.input_ids[rows, columns])
-
-    def example_means(self, token_losses: torch.Tensor) -> torch.Tensor:
-        """Average `[..., scored]` losses over the tokens of each example: `[..., examples]`."""
-        rows = self.rows.cpu()
-        counts = torch.bincount(rows, minlength=self.examples)
-        sums = torch.zeros(*token_losses.shape[:-1], self.examples, dtype=torch.float64)
-        sums.index_add_(-1, rows, token_losses.double().cpu())
-        return sums / counts
 
 
 class Wavefront:
@@ -389,39 +355,6 @@ class Wavefront:
         return self.targets.example_means(torch.cat(losses).view(-1, scored))
 
 
-def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
-    """Positions whose logits are computed at a time, which bounds their memory."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return max(1, _LOGITS_PER_CHUNK.get(device.type, 1 << 21) // vocabulary)
-
-
-def logits_of(
-    model: PreTrainedModel, layers: list[nn.Module], form: Any, hidden: torch.Tensor
-) -> torch.Tensor:
-    """Logits of sequences of one token, with embeddings and decoder layers short-circuited.
-
-    Args:
-        model: The model.
-        layers: Its decoder layers.
-        form: What a layer returned once, which says how it returns its hidden states.
-        hidden: Output of the last layer, `[positions, 1, hidden]`.
-
-    Returns:
-        `[positions, vocabulary]`.
-    """
-    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(model))
-
-    def give(*args: Any, **kwargs: Any) -> Any:
-        return in_form_of(form, hidden)
-
-    with (
-        no_embeddings(model, hidden.dtype),
-        skipped(layers[:-1], form),
-        replaced_forward(layers[-1], give),
-    ):
-        return model(input_ids=tokens, use_cache=False).logits[:, 0]
-
-
 def _given_last_rows(
     module: nn.Module, form: Any, given: torch.Tensor
 ) -> AbstractContextManager[None]:
@@ -442,8 +375,8 @@ def _given_last_rows(
         if computed == 0:
             return in_form_of(form, last)
         # Experts get the routing of every row; what attention gets is of the computed rows already.
-        routing = [arg[:computed] if len(arg) == len(hidden) else arg for arg in args]
-        output = own(hidden[:computed], *routing, **kwargs)
+        others = [arg[:computed] if len(arg) == len(hidden) else arg for arg in args]
+        output = own(hidden[:computed], *others, **kwargs)
         return in_form_of(output, torch.cat([hidden_of(output), last]))
 
     return replaced_forward(module, forward)
@@ -456,11 +389,6 @@ def _other_branches(sites: Iterable[Site]) -> list[Site]:
 
 def _every_position(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy per position in float32, whatever the dtype of the logits: `[positions]`."""
-    return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
 def prefix_to_share(

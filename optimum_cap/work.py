@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from optimum_cap.architectures import Site, prunable_matrices
+from optimum_cap.architectures import QUERIES, Site, prunable_matrices
 from optimum_cap.reconstruction import ALPS_INVERSES, ALPS_STEPS, FITTING_STEPS
 from optimum_cap.reconstruction import BLOCK as OBS_BLOCK
 from optimum_cap.segments import WORTHWHILE_SHARE
@@ -110,10 +110,10 @@ class LayerWork:
         hidden: Channels of the hidden state.
         width: Channels of the attention site.
         heads: Number of heads.
-        groups: Number of units of its MLP; 0 where it has experts instead.
+        groups: Number of units of its MLP; 0 where it has experts alone.
         experts: Number of experts.
         others: Number of units of its MLP and experts that are scored.
-        masking: Work for one token of what its MLP and experts return with each of these masked.
+        mquerying: Work for one token of what its MLP and experts return with each of these masked.
         queries: The product that makes queries and nothing else; `None` if it makes keys too.
         window: Tokens that a token attends to, itself included; `None` is all before it.
     """
@@ -128,7 +128,7 @@ class LayerWork:
     groups: int
     experts: int
     others: int = 0
-    masking: Work = Work()
+    mquerying: Work = Work()
     queries: Product | None = None
     window: int | None = None
 
@@ -187,15 +187,15 @@ class LayerWork:
 
     def last_attention(self, shape: "Shape") -> Work:
         """Work of the attention of a stream in the last layer, as `LastAttention` does it."""
-        asking = shape.asking
+        querying = shape.querying
         keys = _per_token(self.feeding)
         if self.queries is not None:
             keys += -1 * self.queries.per_token
-        kept = shape.tokens - asking / shape.examples
+        kept = shape.tokens - querying / shape.examples
         if self.window is not None:
             kept = min(kept, self.window - 1)
-        pairs = asking * (kept + asking / shape.examples)
-        return (shape.rows - asking) * keys + self.attention(asking, pairs)
+        pairs = querying * (kept + querying / shape.examples)
+        return (shape.rows - querying) * keys + self.attention(querying, pairs)
 
     def remainder(self, tokens: float) -> Work:
         """Work of all but the attention."""
@@ -203,7 +203,7 @@ class LayerWork:
 
     def starting(self, tokens: float) -> Work:
         """Work of all streams that start in the MLP or in experts: no attention, little of both."""
-        return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
+        return tokens * (self.mquerying + self.others * (_per_token(self.routers) + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> Work:
         """Work of the layer for tokens that make so many pairs of query and key."""
@@ -238,7 +238,7 @@ class Shape:
         return float(self.prefix**2 + own)
 
     @property
-    def asking(self) -> float:
+    def querying(self) -> float:
         """Tokens with queries in the last layer: those from the first scored position on.
 
         Scored tokens are taken to be the last ones. Where few come before them, all have queries,
@@ -526,9 +526,9 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
                 heads=len(site.units),
                 groups=sum(len(other.units) for other in others if other.kind == "mlp"),
                 experts=sum(other.kind == "expert" for other in others),
-                queries=own.get(f"{inside}q_proj"),
+                queries=own.get(f"{inside}{QUERIES}"),
                 window=getattr(cached[site.layer], "sliding_window", None),
-                **(_masking(own, others) if scored_units == "all" else {}),
+                **(_mquerying(own, others) if scored_units == "all" else {}),
             )
         )
     return ModelWork(
@@ -539,7 +539,7 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
     )
 
 
-def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
+def _mquerying(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
     """Number and work of the masked MLPs and experts of a layer, as `Wavefront` computes them.
 
     Each chunk of streams computes an MLP once more for the input of its projection. Tokens that
@@ -566,7 +566,7 @@ def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
                 work += units * _per_token(tuple(p for p in beside if p is not mixing))
                 feeding = (mixing,)
             work += chunks * _per_token(feeding) + units * mixing.per_token
-    return {"others": sum(len(site.units) for site in others), "masking": work}
+    return {"others": sum(len(site.units) for site in others), "mquerying": work}
 
 
 def _products(model: PreTrainedModel, active_experts: int, pruned: set[str]) -> dict[str, Product]:
