@@ -6,14 +6,15 @@ that it has seen: how it calls the layer then is recorded, with all layers skipp
 intact pass tells whether that gives the same output.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from optimum_cap.architectures import QUERIES, Site
 from optimum_cap.interventions import (
@@ -25,18 +26,25 @@ from optimum_cap.interventions import (
     replaced_forward,
     skipped,
 )
+from optimum_cap.memory import is_out_of_memory
 from optimum_cap.offload import device_of
 from optimum_cap.segments import WORTHWHILE_SHARE, Segment
 
+logger = logging.get_logger(__name__)
+
 
 class _Keys(DynamicCache):
-    """Keys and values of all tokens so far, of which one row may branch into several.
+    """Keys and values of the tokens so far, of which one row may branch into several.
 
     Attributes:
         suffice: End the forward pass as soon as those of its tokens are here.
+        parts: What was kept of each such pass: keys and values, `[rows, heads, tokens, channels]`.
     """
 
-    suffice = False
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.suffice = True
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(
         self,
@@ -46,13 +54,30 @@ class _Keys(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[layer_idx]
-        if layer.is_initialized and len(layer.keys) < len(key_states):
-            layer.batch_repeat_interleave(len(key_states) // len(layer.keys))
-        states = layer.update(key_states, value_states, *args, **kwargs)
         if self.suffice:
+            self.parts.append((key_states, value_states))
             raise ReachedError
-        return states
+        window = getattr(self.layers[layer_idx], "sliding_window", None)
+        keys, values = zip(*self.parts, strict=True) if self.parts else ((), ())
+        return _joined(keys, key_states, window), _joined(values, value_states, window)
+
+
+def _joined(parts: Sequence[torch.Tensor], new: torch.Tensor, window: int | None) -> torch.Tensor:
+    """The rows of `new` behind those of `parts` that they branch from, copied only once.
+
+    Of the parts, a sliding window of so many tokens leaves what a cache of transformers would keep.
+    """
+    rows = len(parts[0]) if parts else len(new)
+    left = sum(part.shape[-2] for part in parts)
+    if window is not None:
+        left = min(left, window - 1)
+    joined = [new.unflatten(0, (rows, -1))]
+    for part in reversed(parts):
+        kept = part[..., max(0, part.shape[-2] - left) :, :]
+        left -= kept.shape[-2]
+        kept = kept.unflatten(0, (rows, -1))
+        joined.insert(0, kept.expand(-1, joined[-1].shape[1], *kept.shape[2:]))
+    return torch.cat(joined, dim=-2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,28 @@ class LastAttention:
         whole = cls(model, layers[-1], site, tuple(leading), suffix)
         if first < WORTHWHILE_SHARE * input_ids.shape[1]:
             return whole
+        try:
+            cut = cls._cut(model, layers, site, segments, input_ids, first)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # A model may handle caches in a way of its own, and need not go on after tokens.
+            logger.debug(f"the last attention of {type(model).__name__} is not cut: {error!r}")
+            return whole
+        return cut or whole
+
+    @classmethod
+    def _cut(
+        cls,
+        model: PreTrainedModel,
+        layers: list[nn.Module],
+        site: Site,
+        segments: list[Segment],
+        input_ids: torch.Tensor,
+        first: int,
+    ) -> "LastAttention | None":
+        """Cut it and try that with the intact pass; `None` if something else comes out."""
+        *leading, suffix = segments
         name = f"layer {site.layer}"
         intact = [segment.calls[name].hidden for segment in segments]
         before = sum(hidden.shape[1] for hidden in intact[:-1])
@@ -107,13 +154,13 @@ class LastAttention:
         lead, tail = (_entered(model, layers, name, form, *part) for part in parts)
         cut = cls(model, layers[-1], site, (*leading, lead), tail, first)
         keys = cut._keys(intact)
-        if not keys.layers[site.layer].is_initialized:
-            return whole  # the attention makes no use of a cache
+        if len(keys.parts) < len(cut.leading):
+            return None  # the attention makes no use of a cache
         expected = hidden_of(suffix.calls[f"attention {site.layer}"].output)[:, first:]
         # Far above what rounding does.
         tolerance = torch.finfo(expected.dtype).eps ** (2 / 3)
-        change = (cut._after(keys, intact[-1]) - expected).norm()
-        return cut if change <= tolerance * expected.norm() else whole
+        change = (cut._after(keys, intact[-1]) - expected).float().norm()
+        return cut if change <= tolerance * expected.float().norm() else None
 
     def outputs(self, streams: list[torch.Tensor]) -> torch.Tensor:
         """What it returns from position `start` on: `[streams * rows, tokens, hidden]`.
@@ -133,8 +180,7 @@ class LastAttention:
 
     def _keys(self, streams: list[torch.Tensor]) -> _Keys:
         """Keys and values of the leading tokens."""
-        keys = _Keys(config=self.model.config)
-        keys.suffice = True
+        keys = _Keys(self.model.config)
         parts = streams[:-1]
         if self.start:
             parts = [*parts, streams[-1][:, : self.start]]

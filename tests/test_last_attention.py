@@ -104,6 +104,19 @@ def test_an_encoding_that_depends_on_the_length_is_not_cut() -> None:
     assert_exact(model, examples(0, SUFFIXES))
 
 
+def test_a_model_that_cannot_go_on_after_tokens_is_not_cut(llama: PreTrainedModel) -> None:
+    own = llama.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            raise AttributeError("'DynamicCache' object has no attribute 'key_cache'")
+        return own(*args, **kwargs)
+
+    with replaced_forward(llama, forward):
+        assert last_attention(llama, examples(0, SUFFIXES)).start == 0
+        assert_exact(llama, examples(0, SUFFIXES))
+
+
 def test_an_attention_that_makes_no_use_of_a_cache_is_not_cut(llama: PreTrainedModel) -> None:
     attention = llama.model.layers[2].self_attn
     own = attention.forward
