@@ -4,7 +4,6 @@ A chunk is one batch of examples with some of the units masked. `exact_losses` c
 chunks; here is what survives a lack of memory, an interrupt and the loss of another process.
 """
 
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -112,7 +111,6 @@ class ExactRun:
         self.torch_compile = torch_compile
         self.intact = torch.empty(examples, dtype=torch.float64)
         self.masked = torch.empty(len(jobs), examples, dtype=torch.float64)
-        self._passed = self._to_pass = 0  # tokens of this process's share, as `_work` counts
         self._room = room or Room()
 
     def measure(self, chunks: list[Chunk]) -> None:
@@ -137,8 +135,7 @@ class ExactRun:
                 for index, measured in losses.items():
                     self._fill(chunks[index], measured)
         except KeyboardInterrupt:
-            part = self._passed / max(1, self._to_pass)
-            logger.warning(f"scoring was stopped at {part:.0%}: {way_on(self.cache)}")
+            logger.warning(f"scoring was stopped: {way_on(self.cache)}")
             raise
         except ConnectionError as error:
             raise ConnectionError(f"{error}: {way_on(self.cache)}") from error
@@ -146,9 +143,8 @@ class ExactRun:
     def _measure_missing(self, chunks: list[Chunk], done: int) -> None:
         if device_of(self.model).type == "cpu" and not is_offloaded(self.model):
             keep_freed_memory()
-        self._passed, self._to_pass = done, done + self._work(chunks)
         with logging.tqdm(
-            total=self._to_pass,
+            total=done + self._work(chunks),
             initial=done,
             desc="Scoring",
             unit="tok",
@@ -183,7 +179,7 @@ class ExactRun:
         """Measure the chunks of one batch, or of its halves where it is too large."""
         batch, left = chunks[0].batch, deque(chunks)
         tokens, splits = batch.input_ids.numel(), len(batch.positions) > 1
-        if tokens <= self._room.tokens or not splits:
+        if self._room.tokens is None or tokens <= self._room.tokens or not splits:
             try:
                 self._measure_at_once(batch, left, progress)
                 return
@@ -201,7 +197,7 @@ class ExactRun:
         for half in halves(batch):
             halved = [replace(chunk, batch=half) for chunk in left]
             missing = [chunk for chunk in halved if not self._recall(chunk)]
-            self._advance(progress, self._work(halved) - self._work(missing))
+            progress.update(self._work(halved) - self._work(missing))
             if missing:
                 self._measure_batch(missing, progress)
 
@@ -218,18 +214,16 @@ class ExactRun:
             self._fill(chunk, losses)
             if self.cache:
                 self.cache.keep(batch, jobs, losses, self.torch_compile)
-            self._advance(progress, self._work([left.popleft()]))
-
-    def _advance(self, progress: Any, tokens: int) -> None:
-        progress.update(tokens)
-        self._passed += tokens
+            progress.update(self._work([left.popleft()]))
 
     def _masked_losses(
         self, wavefront: Wavefront, jobs: list[tuple[Site, Unit]], tokens: int
     ) -> torch.Tensor:
         """Losses with each unit masked, `[units, examples]`, in steps that fit into memory."""
         while True:
-            streams = min(len(jobs), max(1, self._room.tokens // tokens))
+            streams = len(jobs)
+            if self._room.tokens is not None:
+                streams = min(streams, max(1, self._room.tokens // tokens))
             starts = range(0, len(jobs), streams)
             try:
                 steps = [wavefront.masked_losses(jobs[start : start + streams]) for start in starts]
@@ -241,7 +235,7 @@ class ExactRun:
 
     def _take_less(self, tokens: int) -> None:
         """Halve what is measured at a time: memory ran out with so many tokens."""
-        if self._room.tokens == sys.maxsize:
+        if self._room.tokens is None:
             logger.warning(
                 f"memory ran out with {tokens} tokens of masked streams at a time: going on with "
                 "half of them, and less where it must be; a lower memory_budget starts with less"

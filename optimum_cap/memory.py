@@ -1,9 +1,9 @@
 """How much memory there is, and what to do when it runs out."""
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -78,17 +78,21 @@ def left_to_this_group(
         root = groups / mount
         folder = root / name.strip("/")
         for group in (folder, *folder.parents):
-            if not group.is_relative_to(root) or not (group / limit).is_file():
-                continue
-            allowed = (group / limit).read_text().strip()
-            if allowed != "max":
-                stat = dict(
-                    line.split() for line in (group / "memory.stat").read_text().splitlines()
-                )
-                # Pages of files that nobody needs go when others are wanted.
-                taken = int((group / used).read_text()) - int(stat[inactive])
-                left = min(left, max(0, int(allowed) - taken))
+            if group.is_relative_to(root):
+                # Not all systems show all files, and this is advice.
+                with suppress(OSError, KeyError, ValueError):
+                    left = min(left, _left_to(group, limit, used, inactive))
     return left
+
+
+def _left_to(group: Path, limit: str, used: str, inactive: str) -> float:
+    allowed = (group / limit).read_text().strip()
+    if allowed == "max":
+        return math.inf
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    # Pages of files that nobody needs go when others are wanted.
+    taken = int((group / used).read_text()) - int(stat[inactive])
+    return max(0, int(allowed) - taken)
 
 
 @dataclass
@@ -96,10 +100,10 @@ class Room:
     """How much fits into memory, as far as is known.
 
     Attributes:
-        tokens: Of the masked streams of one step; less once memory ran out.
+        tokens: Of the masked streams of one step, once memory ran out with more.
     """
 
-    tokens: int = sys.maxsize
+    tokens: int | None = None
 
 
 def each_in_memory(

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ class KeptLayers:
     def __init__(self, files: TensorFiles, prefix: str, size: int) -> None:
         self._files = files
         self._prefix = prefix
-        left = 2 * size - _size_of(files.folder / prefix)
-        self._writes = Team.of_this_run().rank == 0 and _has_room(files.folder, left)
+        first = Team.of_this_run().rank == 0
+        kept = _size_of(files.folder / prefix) if first else 0
+        self._writes = first and _has_room(files.folder, 2 * size - kept)
 
     @property
     def complete(self) -> bool:
@@ -154,7 +156,11 @@ def _name(*parts: Any) -> str:
 
 
 def _size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*"))
+    size = 0
+    for file in folder.glob("*.safetensors"):
+        with suppress(FileNotFoundError):  # another run may delete them
+            size += file.stat().st_size
+    return size
 
 
 def _has_room(folder: Path, size: int) -> bool:

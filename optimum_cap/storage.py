@@ -66,13 +66,14 @@ def _link(file: Path, name: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring the names of the files in a folder to the disk."""
+    """Bring the names of the files in a folder to the disk, where the system does that."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -109,7 +110,7 @@ def sample_digest(model: PreTrainedModel) -> str:
 
 
 def code_digest(model: PreTrainedModel) -> str:
-    """Digest of what the modules of a model are: their classes and hooks.
+    """Digest of what the modules of a model are: their classes, hooks, and exchanged forwards.
 
     Of classes that neither torch nor transformers brings, whose versions do not say it, the source
     of their file counts, as far as there is one: code from a repository at another revision is
@@ -119,15 +120,27 @@ def code_digest(model: PreTrainedModel) -> str:
     files = set()
     for name, module in model.named_modules():
         kind = type(module)
-        hooks = chain(module._forward_pre_hooks.values(), module._forward_hooks.values())
-        named = [getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks]
-        _update(digest, name, [kind.__module__, kind.__qualname__, *named])
-        if kind.__module__.partition(".")[0] not in _VERSIONED_CODE:
+        changes = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's moves
+            changes.append(module.forward)
+        named = [_name_of_code(change) for change in changes if not _is_versioned(change)]
+        _update(digest, name, [_name_of_code(kind), *named])
+        if not _is_versioned(kind):
             files.add(kind.__module__)
     for file in sorted(files):
-        with suppress(OSError, TypeError):  # made in an interactive session
-            _update(digest, file, inspect.getsource(sys.modules[file]))
+        with suppress(OSError, TypeError):  # made in an interactive session, or gone
+            _update(digest, file, inspect.getsource(sys.modules.get(file)))  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def _is_versioned(code: Any) -> bool:
+    """Whether torch or transformers brings it. Their own hooks record, and change nothing."""
+    return str(getattr(code, "__module__", "")).partition(".")[0] in _VERSIONED_CODE
+
+
+def _name_of_code(code: Any) -> str:
+    code = code if hasattr(code, "__qualname__") else type(code)
+    return f"{code.__module__}.{code.__qualname__}"
 
 
 def digest_of(*parts: Any) -> str:

@@ -53,6 +53,17 @@ def test_groups_of_version_1(tmp_path: Path) -> None:
     assert left_to_this_group(tmp_path, own) == 2 * GB
 
 
+def test_a_group_that_does_not_show_all_is_passed_over(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("0::/job\n")
+    write_group(tmp_path, 5 * GB, 1 * GB, 0)
+    write_group(tmp_path / "job", 2 * GB, 1 * GB, 0)
+    (tmp_path / "job" / "memory.stat").write_text("anon 5\n")
+    assert left_to_this_group(tmp_path, own) == 4 * GB
+    (tmp_path / "job" / "memory.stat").unlink()
+    assert left_to_this_group(tmp_path, own) == 4 * GB
+
+
 def test_auto_is_half_of_what_is_free_and_allowed(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

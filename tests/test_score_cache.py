@@ -5,8 +5,10 @@ import hashlib
 import importlib
 import linecache
 import math
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -118,7 +120,7 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
             score(llama, tmp_path)
     (said,) = caplog.messages
     assert re.fullmatch(
-        rf"scoring was stopped at \d+%: what is done is kept in {re.escape(str(tmp_path))}; run "
+        rf"scoring was stopped: what is done is kept in {re.escape(str(tmp_path))}; run "
         "the same again to go on from there",
         said,
     )
@@ -173,6 +175,41 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert int(found) == 1
     assert not files.failed
     assert [file.name for file in tmp_path.iterdir()] == ["key.safetensors"]
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        own(descriptor)
+
+    monkeypatch.setattr("os.fsync", of_files)
+    files = TensorFiles(tmp_path)
+    files.write("key", torch.tensor(1))
+    assert not files.failed
+    assert int(files.read("key") or 0) == 1
+
+
+def test_hooks_of_transformers_are_no_other_code(llama: PreTrainedModel) -> None:
+    before = code_digest(llama)
+    llama(torch.ones(1, 3, dtype=torch.long), output_hidden_states=True, use_cache=False)
+    assert any(module._forward_hooks for module in llama.modules())
+    assert code_digest(llama) == before
+    mlp = llama.model.layers[0].mlp
+    mlp.forward = lambda hidden: hidden
+    assert code_digest(llama) != before
+
+
+def test_a_class_whose_module_is_gone(llama: PreTrainedModel) -> None:
+    class Own(type(llama)):  # type: ignore[misc]
+        pass
+
+    before = code_digest(llama)
+    Own.__module__ = "gone"
+    llama.__class__ = Own
+    assert code_digest(llama) != before
 
 
 def test_what_could_not_be_written_is_not_said_to_be_kept(
