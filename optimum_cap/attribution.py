@@ -7,6 +7,7 @@ reference that tests and benchmarks compare with.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,6 +186,7 @@ def exact_losses(
         check_compilable(model)
     jobs = all_units(sites) if units is None else units
     _check_order(jobs)
+    check_same_inputs(model, examples, names(jobs), memory_budget)
     layers = decoder_layers(model, sites)
     measured = {site.name for site, _ in jobs}
     sites = [site for site in sites if site.kind == "attention" or site.name in measured]
@@ -206,14 +208,30 @@ def exact_losses(
             for chunk in chunks_of(batch, len(jobs), streams_per_chunk(model, batch, budget))
         ]
         team = Team.of_this_run()
-        team.check_alike(
-            lambda: digest_of(sample_digest(model), examples_digest(examples), names(jobs), budget),
-            "model, calibration set, units or memory budget",
-        )
         run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile, room)
         with compiling() if torch_compile else nullcontext():
             run.measure(chunks)
     return UnitLosses(jobs, run.intact, run.masked)
+
+
+def check_same_inputs(
+    model: PreTrainedModel, examples: list[CalibrationExample], *others: Any
+) -> None:
+    """Check that all processes of a launch work on the same.
+
+    Args:
+        model: The model, of which a few values are compared.
+        examples: The calibration examples.
+        *others: Plain values that decide what is measured.
+
+    Raises:
+        ValueError: They do not.
+        ConnectionError: Another process has stopped.
+    """
+    Team.of_this_run().check_alike(
+        lambda: digest_of(sample_digest(model), examples_digest(examples), *others),
+        "model, calibration set or configuration",
+    )
 
 
 def _check_order(units: list[tuple[Site, Unit]]) -> None:

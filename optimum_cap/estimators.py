@@ -20,6 +20,7 @@ from transformers.utils import logging
 from optimum_cap.architectures import Site, Unit, all_units
 from optimum_cap.attribution import (
     UnitLosses,
+    check_same_inputs,
     exact_losses,
     nanvar,
     plain_losses,
@@ -35,7 +36,7 @@ from optimum_cap.interventions import evaluation_mode, float32_on_cpu
 from optimum_cap.losses import Targets, token_losses
 from optimum_cap.memory import Room, each_in_memory
 from optimum_cap.offload import is_offloaded
-from optimum_cap.score_cache import ScoreCache
+from optimum_cap.score_cache import ScoreCache, names
 from optimum_cap.wavefront import tokens_per_chunk
 
 logger = logging.get_logger(__name__)
@@ -80,6 +81,7 @@ def first_order_losses(
     """
     check_in_memory(model)
     jobs = all_units(sites) if units is None else units
+    check_same_inputs(model, examples, names(jobs), memory_budget)
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
     with (

@@ -158,8 +158,8 @@ class CAPPruner:
             else:
                 work.prune_each_matrix_(shares)
 
-        if work.kept_layers:
-            Team.of_this_run().gather(None)  # all have read what the first one is about to delete
+        if config.method.layer_by_layer:
+            _wait_for_all()
         record = dataclasses.replace(work.record(calibration), base_revision=base_revision)
         attach(model, record, work.kept_layers.forget if work.kept_layers else None)
         return model
@@ -567,6 +567,14 @@ def _count_of_heads(candidates: list[tuple[Site, Unit]], sparsity: float) -> int
             "removes some heads and keeps some"
         )
     return count
+
+
+def _wait_for_all() -> None:
+    """Wait until all processes have read the kept layers, which the first one then deletes."""
+    try:
+        Team.of_this_run().gather(None)
+    except ConnectionError as error:
+        logger.warning(f"{error}; what this process has pruned is whole")
 
 
 def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:

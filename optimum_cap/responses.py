@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from optimum_cap.activations import InputStatistics, LayerWalk
 from optimum_cap.architectures import Matrix, Site, oriented, prunable_matrices
+from optimum_cap.attribution import check_same_inputs
 from optimum_cap.calibration import Batch, CalibrationExample, batches
 from optimum_cap.criteria import Evidence, wanda
 from optimum_cap.distributed import Team
@@ -36,8 +37,7 @@ from optimum_cap.masking import kth_smallest
 from optimum_cap.memory import budget_bytes, each_in_memory
 from optimum_cap.offload import brought_in, is_offloaded
 from optimum_cap.pruning_cache import KeptResponses
-from optimum_cap.score_cache import examples_digest, way_on
-from optimum_cap.storage import digest_of, sample_digest
+from optimum_cap.score_cache import way_on
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 _FEWEST_EXAMPLES = 16
@@ -121,10 +121,7 @@ def responses(
         found = {site: kept.measured(site, count) for site, _ in every}
         known = {site: own for site, own in found.items() if own is not None}
     team = Team.of_this_run()
-    team.check_alike(
-        lambda: digest_of(sample_digest(model), examples_digest(examples), count),
-        "model or calibration set",
-    )
+    check_same_inputs(model, examples, count)
     left = {
         # Shifted by layer: an attention takes less than the MLP beside it.
         layer: [
@@ -234,6 +231,7 @@ def estimated_responses(
         ConnectionError: Another process of the launch has stopped.
     """
     check_in_memory(model)
+    check_same_inputs(model, examples, count, seed)
     groups = [group for own in _groups(sites, layers).values() for group in own]
     for site, _ in groups:
         if site.branch == site.layer_name:

@@ -129,9 +129,8 @@ def test_two_ranks_give_the_losses_of_one_and_a_dead_one_stops_the_other(tmp_pat
 
 
 def test_processes_with_different_inputs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = iter([["a", "a", "a"], ["a", "b", "a"]])
-    monkeypatch.setattr(Team, "gather", lambda self, value: next(others))
-    Team(0, 3).check_alike(lambda: "a", "model")
+    monkeypatch.setattr(Team, "gather", lambda self, value: ["a", value, "a"])
+    Team(1, 3).check_alike(lambda: "a", "model")
     with pytest.raises(ValueError, match="process 1 of 3 was given another model than process 0"):
         Team(1, 3).check_alike(lambda: "b", "model")
 
@@ -143,7 +142,7 @@ def test_ranks_with_different_models_stop() -> None:
     )
     for done in ranks("none", script=different):
         assert done.returncode == 1
-        assert "process 1 of 2 was given another model, calibration set" in done.stderr
+        assert "process 1 of 2 was given another model, calibration set or" in done.stderr
 
 
 @pytest.mark.slow
