@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from optimum_cap.config import RECIPES, CAPConfig, Method
+from optimum_cap.config import COMPILING, RECIPES, CAPConfig, Method
 from optimum_cap.evaluation_tasks import TASKS
 from optimum_cap.hardware import ROWS, WALK_ROWS, Hardware
 from optimum_cap.responses import examples_to_estimate, examples_to_measure
@@ -24,7 +24,8 @@ INPUT_PASSES = 6  # the same per input of a matrix: picked, squared and summed
 CHECK_PASSES = 12  # the same per prunable weight: checked, masked, stored, and its zeros counted
 MASK_PASSES = 8  # the same for a mask whose threshold is known: importance, comparison, new weights
 STAGES = 4  # of a layer, before which its inputs are looked at again (`stages_by_layer`)
-BLOCK = 4096  # bytes that a file takes on disk at least
+BLOCK = 4096  # bytes that files take on disk at a time
+HEADER = 200  # bytes of a chunk's file beside its losses
 CACHE_PASSES = 3  # times that generation moves the keys and values: read, and copied to grow
 
 
@@ -99,14 +100,17 @@ class Meter:
 
     def _chunks(self, name: str, shape: Shape, exact_examples: int) -> float:
         """Bytes of the files of finished chunks."""
-        if name not in CHUNKED:
+        if name not in COMPILING:  # what compiles measures exactly, chunk by chunk
             return 0.0
         if name == "control_variate":
             shape = replace(shape, examples=min(shape.examples, exact_examples))
-        batch = _batch(shape, self.rows)
-        batches = math.ceil(shape.examples * shape.tokens / batch)
-        streams = max(1, self.rows // batch)
-        return BLOCK * batches * (1.0 + math.ceil(self.work.scored / streams))
+        # After a prefix a batch has all tokens of a chunk, else a quarter (`wavefront.py`).
+        suffix, parts = shape.tokens - shape.prefix, 1 if shape.prefix else 4
+        examples = min(shape.examples, max(1, self.rows // parts // suffix))
+        streams = max(1, self.rows // (shape.prefix + examples * suffix))
+        blocks = math.ceil((8 * streams * examples + HEADER) / BLOCK)
+        chunks = math.ceil(shape.examples / examples) * (1 + math.ceil(self.work.scored / streams))
+        return float(BLOCK * blocks * chunks)
 
     def pruning(
         self,
@@ -342,10 +346,6 @@ ESTIMATORS: dict[str, Callable[[ModelWork, Shape, int], tuple[Work, Work]]] = {
     "control_variate": _control_variate,
     "adaptive": _adaptive,
 }
-
-
-CHUNKED = ("exact", "control_variate", "adaptive")
-"""Estimators whose exact losses are kept chunk by chunk."""
 
 
 # Bytes beside the weights, where chunks have so many tokens

@@ -113,7 +113,7 @@ class LayerWork:
         groups: Number of units of its MLP; 0 where it has experts alone.
         experts: Number of experts.
         others: Number of units of its MLP and experts that are scored.
-        mquerying: Work for one token of what its MLP and experts return with each of these masked.
+        masking: Work for one token of what its MLP and experts return with each of these masked.
         queries: The product that makes queries and nothing else; `None` if it makes keys too.
         window: Tokens that a token attends to, itself included; `None` is all before it.
     """
@@ -128,7 +128,7 @@ class LayerWork:
     groups: int
     experts: int
     others: int = 0
-    mquerying: Work = Work()
+    masking: Work = Work()
     queries: Product | None = None
     window: int | None = None
 
@@ -203,7 +203,7 @@ class LayerWork:
 
     def starting(self, tokens: float) -> Work:
         """Work of all streams that start in the MLP or in experts: no attention, little of both."""
-        return tokens * (self.mquerying + self.others * (_per_token(self.routers) + self.norms))
+        return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> Work:
         """Work of the layer for tokens that make so many pairs of query and key."""
@@ -528,7 +528,7 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
                 experts=sum(other.kind == "expert" for other in others),
                 queries=own.get(f"{inside}{QUERIES}"),
                 window=getattr(cached[site.layer], "sliding_window", None),
-                **(_mquerying(own, others) if scored_units == "all" else {}),
+                **(_masking(own, others) if scored_units == "all" else {}),
             )
         )
     return ModelWork(
@@ -539,7 +539,7 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
     )
 
 
-def _mquerying(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
+def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
     """Number and work of the masked MLPs and experts of a layer, as `Wavefront` computes them.
 
     Each chunk of streams computes an MLP once more for the input of its projection. Tokens that
@@ -566,7 +566,7 @@ def _mquerying(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
                 work += units * _per_token(tuple(p for p in beside if p is not mixing))
                 feeding = (mixing,)
             work += chunks * _per_token(feeding) + units * mixing.per_token
-    return {"others": sum(len(site.units) for site in others), "mquerying": work}
+    return {"others": sum(len(site.units) for site in others), "masking": work}
 
 
 def _products(model: PreTrainedModel, active_experts: int, pruned: set[str]) -> dict[str, Product]:

@@ -1,6 +1,7 @@
 """`cap estimate`: counted work against real passes, hardware, memory, studies, the command."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from optimum_cap.architectures import (
 )
 from optimum_cap.attribution import exact_losses, plain_losses
 from optimum_cap.calibration import CalibrationExample, batches
-from optimum_cap.commands.estimate import EstimateCommand
+from optimum_cap.commands.estimate import _OF_A_MODEL, EstimateCommand
 from optimum_cap.config import CRITERIA, RECIPES, CAPConfig, Method
 from optimum_cap.costs import AMOUNTS, ESTIMATORS, PRUNING, STAGES, Meter
 from optimum_cap.estimation import (
@@ -573,6 +574,32 @@ def test_the_command_prints_a_table_that_stays_the_same(
     assert [name for _, name in steps] == [*ESTIMATORS, "paper", "causal", "wanda", "sparsegpt"]
 
 
+def shown_runs() -> list[tuple[list[str], str]]:
+    """The commands that the page on estimates shows, each with what it says they print."""
+    page = (CONFIGS.parents[1] / "docs" / "estimate.md").read_text(encoding="utf-8")
+    runs = []
+    for block in re.findall(r"^```\n\$ (.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        command, _, printed = block.replace("\\\n", "").partition("\n")
+        runs.append((command.split(), printed))
+    return runs
+
+
+@pytest.mark.parametrize(("command", "printed"), shown_runs(), ids=lambda shown: shown[-1][:60])
+def test_the_page_shows_what_the_command_prints(
+    command: list[str],
+    printed: str,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(CONFIGS.parents[1])
+    assert command[:3] == ["optimum-cli", "cap", "estimate"]
+    assert run(*command[3:])[:2] == (0, printed)
+
+
+def test_the_page_shows_all_models_and_the_study() -> None:
+    assert len(shown_runs()) == 6
+
+
 def test_the_command_prints_json(run: Callable[..., tuple[int, str, str]]) -> None:
     status, out, _ = run(CONFIGS / "llama-3-8b.json", "--hardware", "l40s", "--json")
     values = json.loads(out)
@@ -607,7 +634,7 @@ def test_bad_arguments_are_one_line(
 def test_flags_of_a_model_are_refused_for_a_study(
     run: Callable[..., tuple[int, str, str]], study: Path
 ) -> None:
-    for flags in (("--num-samples", "7"), ("--units", "all"), ("--prefix", "0")):
+    for flags in (("--num-samples", "128"), ("--units", "heads"), ("--prefix", "0")):
         status, out, err = run(study, *flags)
         assert (status, out) == (2, "")
         assert f"{flags[0]} is about a model: a study says what it takes" in err
@@ -644,8 +671,12 @@ def test_words_of_the_flags_match_the_defaults() -> None:
     parser = ArgumentParser()
     EstimateCommand.parse_args(parser)
     arguments = parser.parse_args(["model"])
-    assert arguments.num_samples == estimation.EXAMPLES
     assert arguments.tokens == estimation.TOKENS
-    assert arguments.sparsity == estimation.SPARSITY
+    assert _OF_A_MODEL["num_samples"] == estimation.EXAMPLES
+    assert _OF_A_MODEL["sparsity"] == estimation.SPARSITY
+    words = {action.dest: action.help or "" for action in parser._actions}
+    for name, default in _OF_A_MODEL.items():
+        assert getattr(arguments, name) is None
+        assert default is None or f"(default: {default})" in words[name]
     assert all(name in parser.format_help() for name in DATA_SHEETS)
     assert isinstance(find_hardware("h100", SIZE), Hardware)

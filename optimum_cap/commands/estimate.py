@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from optimum_cap.estimation import Estimate, StudyHours
 
 _STUDY = (".yaml", ".yml")
-# Flags that a study, which says so itself, does not take.
-_OF_A_MODEL = (
-    "num_samples",
-    "scored",
-    "prefix",
-    "dataset",
-    "tokenizer",
-    "sparsity",
-    "units",
-    "mlp_unit_size",
-    "limit",
-    "batch_size",
-)
+# Flags about a model, which a study does not take, with what holds where they are not given.
+_OF_A_MODEL: dict[str, Any] = {
+    "num_samples": 128,
+    "scored": None,
+    "prefix": None,
+    "dataset": None,
+    "tokenizer": None,
+    "sparsity": 0.5,
+    "units": "heads",
+    "mlp_unit_size": None,
+    "limit": None,
+    "batch_size": 32,
+}
 
 
 class EstimateCommand(CAPSubcommand):
@@ -45,7 +45,7 @@ class EstimateCommand(CAPSubcommand):
             help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, with a count as h100x8; "
             "measured takes this machine (default: measured)",
         )
-        add("--num-samples", type=int, default=128, metavar="N", help="examples (default: 128)")
+        add("--num-samples", type=int, metavar="N", help="examples (default: 128)")
         add("--tokens", type=int, default=256, metavar="N", help="per example (default: 256)")
         add(
             "--scored",
@@ -66,10 +66,9 @@ class EstimateCommand(CAPSubcommand):
             "and whose shared beginning is the default of --prefix (default: none)",
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
-        add("--sparsity", type=float, default=0.5, help="of the checkpoint (default: 0.5)")
+        add("--sparsity", type=float, help="of the checkpoint (default: 0.5)")
         add(
             "--units",
-            default="heads",
             help="what is scored: heads, or all, with MLPs and experts (default: heads)",
         )
         add(
@@ -79,7 +78,7 @@ class EstimateCommand(CAPSubcommand):
             help="channels per unit of an MLP or expert (default: all channels)",
         )
         add("--limit", type=int, metavar="N", help="questions per task (default: all)")
-        add("--batch-size", type=int, default=32, metavar="N", help="questions (default: 32)")
+        add("--batch-size", type=int, metavar="N", help="questions (default: 32)")
         add(
             "--models",
             nargs="+",
@@ -98,7 +97,7 @@ class EstimateCommand(CAPSubcommand):
         options = {"revision": args.revision or "main", "token": args.token}
         if args.model.endswith(_STUDY):
             for name in _OF_A_MODEL:
-                if getattr(args, name) != self.parser.get_default(name):
+                if getattr(args, name) is not None:
                     flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"{flag} is about a model: a study says what it takes")
             models = labelled_models(args.models or [])
@@ -106,6 +105,9 @@ class EstimateCommand(CAPSubcommand):
             return study_hours(study, args.hardware, tokens=args.tokens, **options)
         if args.models:
             raise ValueError("--models is about a study: name a STUDY.yaml")
+        for name, default in _OF_A_MODEL.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
         return estimate(
             args.model,
             args.hardware,
