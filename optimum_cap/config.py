@@ -142,8 +142,8 @@ class CAPConfig(QuantizationConfigMixin):
             of recipe `"causal"`: unless they are given, target is `"local"` and order `"layer"`.
         exact_examples: Examples that `"control_variate"` measures exactly, and `"adaptive"` in each
             of its rounds; at least 2.
-        precision: Where `"adaptive"` stops: 1.96 standard errors of every score, as a fraction of
-            the range of the scores of all units.
+        precision: Where `"adaptive"` stops: 1.96 standard errors of what the draw of examples
+            leaves open of every mean score, as a fraction of the range of the scores of all units.
         scores: A scores file (`optimum-cli cap score`) of the same model, data and seed, instead of
             measuring. Not saved.
         max_length: Longest example, in tokens; longer ones are passed over. `None`: 2048, or what

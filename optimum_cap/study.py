@@ -44,7 +44,7 @@ from optimum_cap.storage import write_whole
 logger = logging.get_logger(__name__)
 
 DENSE = "dense"
-_LAYOUT = 1  # of a cell's file; part of its key
+_LAYOUT = 2  # of a cell's file, and of the way that scores are made; part of its key
 # Fields of CAPConfig that the axes decide, and one whose file the study keeps itself.
 _OF_A_CELL = ("sparsity", "dataset", "seed", "scores")
 _COLUMNS = (

@@ -177,7 +177,7 @@ def test_weights_on_disk_are_pruned_as_in_memory(recipe: str, device: str, tmp_p
 
 
 @on_cuda
-def test_scores_outlive_a_full_gpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_scores_outlive_a_full_cuda_device(caplog: pytest.LogCaptureFixture) -> None:
     model, rows = tiny_model("llama").to("cuda"), examples(512, longest=60)
     sites = find_sites(model)
     torch.cuda.reset_peak_memory_stats()

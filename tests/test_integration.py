@@ -317,7 +317,13 @@ def test_compile(packed: Path) -> None:
         torch.testing.assert_close(torch.compile(model)(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_reader_in_the_documentation(packed: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reader_in_the_documentation(dtype: torch.dtype, tmp_path: Path) -> None:
+    from optimum_cap import CAPPruner
+
+    packed = tmp_path / "packed"
+    model = CAPPruner(config()).prune(tiny_model("llama", dtype=dtype), tiny_tokenizer())
+    model.save_pretrained(packed)
     page = Path(__file__).parents[1] / "docs" / "checkpoint_format.md"
     scope: dict[str, Any] = {}
     exec(page.read_text().split("```python\n")[1].split("```")[0], scope)
@@ -325,7 +331,8 @@ def test_the_reader_in_the_documentation(packed: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(packed).state_dict()
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
-        assert torch.equal(torch.from_numpy(weight), expected[name])
+        assert expected[name].dtype == dtype
+        assert torch.equal(torch.from_numpy(weight.copy()).view(dtype), expected[name])
 
 
 # Where the plugin is not imported

@@ -1,7 +1,7 @@
 """Prune with optimum-cap, as run_llmcompressor.py does with llm-compressor; called by pruning.py.
 
-Reads `job.json` in a folder (model, data, config, and for the paper's recipe `scores.safetensors`)
-and writes `measured.json` there.
+Reads `job.json` in a folder (model, data, config, and for the paper's recipe the file with its
+losses) and writes `measured.json` there.
 """
 
 import json
