@@ -177,8 +177,8 @@ def exact_losses(
 
     Raises:
         ValueError: Experts are to be masked that compute in a way that is not known, the layers
-            cannot be compiled, or the units are in another order.
-        ValueError: Processes that were launched together were given different things.
+            cannot be compiled, the units are in another order, or processes that were launched
+            together were given different things.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the launch has stopped.
     """
