@@ -20,7 +20,7 @@ from optimum_cap.calibration import Batch, CalibrationExample
 from optimum_cap.distributed import Team
 from optimum_cap.memory import Room, halves, is_out_of_memory, keep_freed_memory
 from optimum_cap.offload import device_of, is_offloaded
-from optimum_cap.score_cache import ScoreCache, way_on
+from optimum_cap.score_cache import ScoreCache, stoppable
 from optimum_cap.wavefront import Wavefront
 
 logger = logging.get_logger(__name__)
@@ -122,7 +122,7 @@ class ExactRun:
             ConnectionError: Another process has stopped, or cannot be reached.
         """
         found = {index for index, chunk in enumerate(chunks) if self._recall(chunk)}
-        try:
+        with stoppable(lambda: "scoring was stopped", self.cache):
             known = self.team.gather(found)
             left = sorted(set(range(len(chunks))).difference(*known))
             share = self.team.share([self._work([chunks[index]]) for index in left])
@@ -134,11 +134,6 @@ class ExactRun:
             for losses in self.team.gather({i: self._losses_of(chunks[i]) for i in told}):
                 for index, measured in losses.items():
                     self._fill(chunks[index], measured)
-        except KeyboardInterrupt:
-            logger.warning(f"scoring was stopped: {way_on(self.cache)}")
-            raise
-        except ConnectionError as error:
-            raise ConnectionError(f"{error}: {way_on(self.cache)}") from error
 
     def _measure_missing(self, chunks: list[Chunk], done: int) -> None:
         if device_of(self.model).type == "cpu" and not is_offloaded(self.model):

@@ -8,7 +8,7 @@ intact pass tells whether that gives the same output.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from optimum_cap.interventions import (
 )
 from optimum_cap.memory import is_out_of_memory
 from optimum_cap.offload import device_of
-from optimum_cap.segments import WORTHWHILE_SHARE, Segment
+from optimum_cap.segments import WORTHWHILE_SHARE, Segment, continued, tolerance
 
 logger = logging.get_logger(__name__)
 
@@ -57,27 +57,23 @@ class _Keys(DynamicCache):
         if self.suffice:
             self.parts.append((key_states, value_states))
             raise ReachedError
+        # As many as a cache of transformers keeps.
         window = getattr(self.layers[layer_idx], "sliding_window", None)
-        keys, values = zip(*self.parts, strict=True) if self.parts else ((), ())
-        return _joined(keys, key_states, window), _joined(values, value_states, window)
+        count = None if window is None else window - 1
+        keys = _last_tokens([key for key, _ in self.parts], count)
+        values = _last_tokens([value for _, value in self.parts], count)
+        return continued(keys, key_states), continued(values, value_states)
 
 
-def _joined(parts: Sequence[torch.Tensor], new: torch.Tensor, window: int | None) -> torch.Tensor:
-    """The rows of `new` behind those of `parts` that they branch from, copied only once.
-
-    Of the parts, a sliding window of so many tokens leaves what a cache of transformers would keep.
-    """
-    rows = len(parts[0]) if parts else len(new)
-    left = sum(part.shape[-2] for part in parts)
-    if window is not None:
-        left = min(left, window - 1)
-    joined = [new.unflatten(0, (rows, -1))]
+def _last_tokens(parts: Sequence[torch.Tensor], count: int | None) -> list[torch.Tensor]:
+    """The last tokens of `[..., tokens, channels]` one after the other; `None`: all of them."""
+    if count is None:
+        return list(parts)
+    kept: list[torch.Tensor] = []
     for part in reversed(parts):
-        kept = part[..., max(0, part.shape[-2] - left) :, :]
-        left -= kept.shape[-2]
-        kept = kept.unflatten(0, (rows, -1))
-        joined.insert(0, kept.expand(-1, joined[-1].shape[1], *kept.shape[2:]))
-    return torch.cat(joined, dim=-2).flatten(0, 1)
+        kept.insert(0, part[..., max(0, part.shape[-2] - count) :, :])
+        count -= kept[0].shape[-2]
+    return kept
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class LastAttention:
         if first < WORTHWHILE_SHARE * input_ids.shape[1]:
             return whole
         try:
-            cut = cls._cut(model, layers, site, segments, input_ids, first)
+            cut = whole._cut(layers, segments, input_ids, first)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -134,33 +130,31 @@ class LastAttention:
             return whole
         return cut or whole
 
-    @classmethod
     def _cut(
-        cls,
-        model: PreTrainedModel,
+        self,
         layers: list[nn.Module],
-        site: Site,
         segments: list[Segment],
         input_ids: torch.Tensor,
         first: int,
     ) -> "LastAttention | None":
         """Cut it and try that with the intact pass; `None` if something else comes out."""
-        *leading, suffix = segments
-        name = f"layer {site.layer}"
-        intact = [segment.calls[name].hidden for segment in segments]
+        intact = [segment.calls[self._name].hidden for segment in segments]
         before = sum(hidden.shape[1] for hidden in intact[:-1])
         parts = (input_ids[:, :first], before), (input_ids[:, first:], before + first)
-        form = suffix.calls[name].output
-        lead, tail = (_entered(model, layers, name, form, *part) for part in parts)
-        cut = cls(model, layers[-1], site, (*leading, lead), tail, first)
+        form = self.tail.calls[self._name].output
+        lead, tail = (_entered(self.model, layers, self._name, form, *part) for part in parts)
+        cut = replace(self, leading=(*self.leading, lead), tail=tail, start=first)
         keys = cut._keys(intact)
         if len(keys.parts) < len(cut.leading):
             return None  # the attention makes no use of a cache
-        expected = hidden_of(suffix.calls[f"attention {site.layer}"].output)[:, first:]
-        # Far above what rounding does.
-        tolerance = torch.finfo(expected.dtype).eps ** (2 / 3)
+        expected = hidden_of(self.tail.calls[f"attention {self.site.layer}"].output)[:, first:]
         change = (cut._after(keys, intact[-1]) - expected).float().norm()
-        return cut if change <= tolerance * expected.float().norm() else None
+        return cut if change <= tolerance(expected.dtype) * expected.float().norm() else None
+
+    @property
+    def _name(self) -> str:
+        """Name of the layer's calls in the segments."""
+        return f"layer {self.site.layer}"
 
     def outputs(self, streams: list[torch.Tensor]) -> torch.Tensor:
         """What it returns from position `start` on: `[streams * rows, tokens, hidden]`.
@@ -195,7 +189,7 @@ class LastAttention:
     def _arguments(
         self, segment: Segment, hidden: torch.Tensor, keys: _Keys
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return segment.arguments(f"layer {self.site.layer}", len(hidden), keys)
+        return segment.arguments(self._name, len(hidden), keys)
 
     @contextmanager
     def _no_queries(self) -> Iterator[None]:

@@ -37,7 +37,7 @@ from optimum_cap.masking import kth_smallest
 from optimum_cap.memory import budget_bytes, each_in_memory
 from optimum_cap.offload import brought_in, is_offloaded
 from optimum_cap.pruning_cache import KeptResponses
-from optimum_cap.score_cache import way_on
+from optimum_cap.score_cache import stoppable
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 _FEWEST_EXAMPLES = 16
@@ -131,7 +131,11 @@ def responses(
         ]
         for layer, own in groups.items()
     }
-    try:
+
+    def doing() -> str:
+        return f"trying sites was stopped after {len(known)} of {len(every)}"
+
+    with stoppable(doing, kept):
         # Closed at once whatever happens, so that the model is as it was.
         with closing(
             _measured(model, sites, left, examples, prune, count, gram, answer_weight)
@@ -142,13 +146,6 @@ def responses(
                     kept.keep_measured(site, divergences)
         for others in team.gather(known):
             known |= others
-    except KeyboardInterrupt:
-        logger.warning(
-            f"trying sites was stopped after {len(known)} of {len(every)}: {way_on(kept)}"
-        )
-        raise
-    except ConnectionError as error:
-        raise ConnectionError(f"{error}: {way_on(kept)}") from error
     return [_response(model, site, matrices, known[site]) for site, matrices in every]
 
 

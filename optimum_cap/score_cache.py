@@ -7,8 +7,8 @@ input cannot meet an old chunk, and two runs that share a folder write the same 
 
 import importlib.metadata
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +109,23 @@ def way_on(kept: "Keeping | None") -> str:
         return "without a cache_dir nothing is kept, and it has to begin anew"
     what = "not all that is done" if kept.files.failed else "what is done"
     return f"{what} is kept in {kept.files.folder}; run the same again to go on from there"
+
+
+@contextmanager
+def stoppable(doing: Callable[[], str], kept: Keeping | None) -> Iterator[None]:
+    """Say how to go on where a run is interrupted, or loses another process.
+
+    Args:
+        doing: What is stopped, and how far it is.
+        kept: Where finished parts are kept, if anywhere.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.warning(f"{doing()}: {way_on(kept)}")
+        raise
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}: {way_on(kept)}") from error
 
 
 class TensorFiles:

@@ -127,9 +127,9 @@ def code_digest(model: PreTrainedModel) -> str:
         _update(digest, name, [_name_of_code(kind), *named])
         if not _is_versioned(kind):
             files.add(kind.__module__)
-    for file in sorted(files):
-        with suppress(OSError, TypeError):  # made in an interactive session, or gone
-            _update(digest, file, inspect.getsource(sys.modules.get(file)))  # type: ignore[arg-type]
+    for file in sorted(files & sys.modules.keys()):
+        with suppress(OSError, TypeError):  # made in an interactive session
+            _update(digest, file, inspect.getsource(sys.modules[file]))
     return digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ from optimum_cap.interventions import (
 from optimum_cap.last_attention import LastAttention
 from optimum_cap.losses import Targets, logits_of, positions_per_chunk, token_losses
 from optimum_cap.offload import brought_in, device_of
-from optimum_cap.segments import WORTHWHILE_SHARE, PrefixCache, Segment, record
+from optimum_cap.segments import WORTHWHILE_SHARE, PrefixCache, Segment, record, tolerance
 
 logger = logging.get_logger(__name__)
 
@@ -412,11 +412,9 @@ def prefix_to_share(
         _intact_and_masked(Wavefront(model, layers, sites, batches(examples, 2, length)[0]), unit)
         for length in (prefix, 0)
     )
-    # Far above what rounding does to a mean loss: 2e-5 in float32, 4 % in bfloat16.
-    tolerance = torch.finfo(model.dtype).eps ** (2 / 3)
     # Where the model is sure of an answer: the last bits of its logits, in float32.
     quantum = 16 * torch.finfo(torch.float32).eps
-    if torch.allclose(apart, whole, rtol=tolerance, atol=quantum, equal_nan=True):
+    if torch.allclose(apart, whole, rtol=tolerance(model.dtype), atol=quantum, equal_nan=True):
         return prefix
     logger.warning_once(
         f"{type(model).__name__} gives other losses when the {prefix} tokens that all examples "
