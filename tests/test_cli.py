@@ -372,6 +372,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_eval_and_compare(dense: Path, data_dir: Path, tmp_path: Path) -> None:
     pruned, flags = tmp_path / "pruned", ["--tasks", "gsm8k,wikitext2", "--data-dir", data_dir]
     data = f"gsm8k={data_dir / 'gsm8k' / 'test.jsonl'}"

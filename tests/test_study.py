@@ -82,6 +82,7 @@ def test_every_cell_has_its_rows(values: dict[str, Any], tmp_path: Path) -> None
     assert [row["value"] for row in saved] == [str(row["value"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_several_processes_measure_the_same(values: dict[str, Any], tmp_path: Path) -> None:
     one = run_study(load(values, tmp_path), tmp_path / "one")
     two = run_study(load(values, tmp_path), tmp_path / "two", jobs=2)
