@@ -258,12 +258,13 @@ def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 def _plan(model: PreTrainedModel) -> dict[str, str]:
     config = model.config.get_text_config(decoder=True)
-    plan = PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None)
-    if not plan:
+    plan = PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None) or {}
+    if not any(".*." in pattern for pattern in plan):  # a plan may name no layer (dory)
         raise ValueError(
-            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: neither "
-            "its config has a base_model_tp_plan nor is the type in PLANS "
-            f"({', '.join(sorted(PLANS))}). Add it to PLANS in optimum_cap/architectures.py"
+            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: its "
+            "config has no base_model_tp_plan that names projections of the decoder layers, and it "
+            f"is not in PLANS ({', '.join(sorted(PLANS))}). Add it to PLANS in "
+            "optimum_cap/architectures.py"
         )
     return dict(plan)
 

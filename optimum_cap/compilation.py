@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 LayerCall = Callable[[nn.Module, torch.Tensor, Any, dict[str, Any]], Any]
 
-_LEAST_TORCH = "2.7"  # has all that is used here
+LEAST_TORCH = "2.7"  # has all that is used here
 _MOST_PROGRAMS = 64  # torch allows 8, shared by all models of the process
 
 
@@ -77,9 +77,9 @@ def check_compilable(model: PreTrainedModel) -> None:
     Raises:
         ValueError: torch is too old, or accelerate moves weights or inputs of the model.
     """
-    if Version(torch.__version__) < Version(_LEAST_TORCH):
+    if Version(torch.__version__) < Version(LEAST_TORCH):
         raise ValueError(
-            f"torch_compile needs torch {_LEAST_TORCH} or newer, and this is {torch.__version__}: "
+            f"torch_compile needs torch {LEAST_TORCH} or newer, and this is {torch.__version__}: "
             "upgrade torch, or leave torch_compile out"
         )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):

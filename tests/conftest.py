@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from packaging.version import Version
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -57,14 +58,23 @@ def _two_threads() -> None:
 
 
 @pytest.fixture
-def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+def torch_that_compiles() -> None:
+    """Skip where torch is too old for `torch_compile`."""
+    if Version(torch.__version__) < Version(compilation.LEAST_TORCH):
+        pytest.skip(f"torch_compile needs torch {compilation.LEAST_TORCH}")
+
+
+@pytest.fixture
+def compiled_calls(torch_that_compiles: None, monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes that compiled layers get from now on; what was compiled before is forgotten."""
     torch.compiler.reset()
     return counted(monkeypatch, compilation.call_compiled)
 
 
 @pytest.fixture
-def calls_to_compile(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+def calls_to_compile(
+    torch_that_compiles: None, monkeypatch: pytest.MonkeyPatch
+) -> list[torch.Size]:
     """Shapes that layers get from now on which are to be compiled, but are not, to save time."""
     return counted(monkeypatch, compilation.call_layer)
 

@@ -100,6 +100,7 @@ def on_disk(folder: Path) -> PreTrainedModel:
     return disk_offload(tiny_model("llama"), folder)
 
 
+@pytest.mark.usefixtures("torch_that_compiles")
 @pytest.mark.parametrize("place", [on_disk, lambda folder: spread_out(tiny_model("llama"))])
 def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path) -> None:
     model = place(tmp_path / "weights")

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+import transformers
+from safetensors import safe_open
+from tiny_models import _MOE, ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,8 +23,9 @@ from transformers import (
     pipeline,
 )
 
-from optimum_cap import CAPConfig, integration
+from optimum_cap import CAPConfig, quantizer
 from optimum_cap.integration import register
+from optimum_cap.version import NEWEST_TRANSFORMERS
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 IDS = torch.arange(4, 24)[None]
@@ -110,7 +114,7 @@ def test_weights_and_config_in_memory_need_no_files(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed)
     # With a network, this asks the Hub for a repository called "None", and raises.
-    monkeypatch.setattr(integration, "cached_file", lambda *a, **k: pytest.fail("asked for a file"))
+    monkeypatch.setattr(quantizer, "cached_file", lambda *a, **k: pytest.fail("asked for a file"))
     again = LlamaForCausalLM.from_pretrained(
         None, config=model.config, state_dict=model.state_dict()
     )
@@ -335,12 +339,87 @@ def test_the_reader_in_the_documentation(dtype: torch.dtype, tmp_path: Path) -> 
         assert torch.equal(torch.from_numpy(weight.copy()).view(dtype), expected[name])
 
 
-# Where the plugin is not imported
+@pytest.mark.parametrize(
+    "first", ["torch", "transformers.modeling_utils", "transformers.quantizers.auto"]
+)
+def test_an_installed_plugin_is_found_by_itself(first: str, packed: Path) -> None:
+    """Torch loads it, whichever module of transformers was the one that imported torch."""
+    result = run(
+        f"""
+import {first}
+from transformers import AutoModelForCausalLM
+print(AutoModelForCausalLM.from_pretrained({str(packed)!r}).pruning_record.sparsity > 0)
+""",
+        autoload=True,
+    )
+    assert result.stdout.strip() == "True", result.stderr
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_method_is_known_before_models_are(order: int, packed: Path) -> None:
+    """Programs read the method from config.json and hand it back, as lm-eval does."""
+    imports = [
+        "import optimum_cap",
+        "from transformers.quantizers.auto import AutoQuantizationConfig",
+    ]
+    result = run(
+        f"""
+{imports[order]}
+{imports[1 - order]}
+import sys
+from transformers import AutoConfig
+if {order} == 0:
+    assert "transformers.modeling_utils" not in sys.modules, "the test would not show anything"
+saved = AutoConfig.from_pretrained({str(packed)!r}).quantization_config
+method = AutoQuantizationConfig.from_dict(saved)
+from transformers import AutoModelForCausalLM
+loaded = AutoModelForCausalLM.from_pretrained({str(packed)!r}, quantization_config=method)
+print(loaded.pruning_record.sparsity > 0)
+"""
+    )
+    assert result.stdout.strip() == "True", result.stderr
+
+
+def test_another_method_than_the_saved_one_is_no_loading(packed: Path) -> None:
+    with pytest.raises(ValueError, match=r"is already pruned to sparsity 0\.3"):
+        AutoModelForCausalLM.from_pretrained(packed, quantization_config=config(sparsity=0.4))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "SarvamMoEConfig"), reason="new in transformers 5.24")
+def test_fused_projections_that_are_split_while_loading(tmp_path: Path) -> None:
+    """On disk query, key and value of sarvam_moe are one matrix, packed as one."""
+    from optimum_cap import CAPPruner
+
+    settings = {**_MOE, "num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.SarvamMoEConfig(**settings)).eval()
+    CAPPruner(config(sparsity=0.5)).prune(model, tiny_tokenizer()).save_pretrained(tmp_path / "a")
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert any(name.endswith("query_key_value.weight_mask") for name in file.keys())  # noqa: SIM118
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    for again in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "b")):
+        for name, weight in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_a_newer_transformers_that_fails_names_the_one_that_works(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizer.transformers, "__version__", "5.99.0")
+    monkeypatch.delattr(quantizer.CAPQuantizer.__mro__[1], "remove_quantization_config")
+    with pytest.raises(RuntimeError, match=f"install transformers=={NEWEST_TRANSFORMERS}"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+# Where the plugin is not installed (torch does not load it)
+
+
+def run(code: str, *, autoload: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, in which torch loads the installed plugin or does not."""
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload))}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_without_the_plugin_packed_checkpoints_stop_with_an_error(tmp_path: Path) -> None:

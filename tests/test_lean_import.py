@@ -1,5 +1,6 @@
 """`import optimum_cap` and `optimum-cli --help` stay light, and the registration still happens."""
 
+import os
 import subprocess
 import sys
 
@@ -7,9 +8,16 @@ import pytest
 
 
 def run_python(code: str) -> str:
-    """Run `code` in a fresh interpreter where warnings are errors; return what it printed."""
+    """Run `code` in a fresh interpreter where warnings are errors; return what it printed.
+
+    torch does not load the installed plugin there by itself.
+    """
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -56,17 +64,20 @@ CHECK_REGISTRATION = """
 import importlib.machinery
 import inspect
 import transformers.modeling_utils as module
+import transformers.quantizers.auto as auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["cap"].__module__ == "optimum_cap.config"
-assert AUTO_QUANTIZER_MAPPING["cap"].__module__ == "optimum_cap.integration"
+assert AUTO_QUANTIZER_MAPPING["cap"].__module__ == "optimum_cap.quantizer"
 assert not [finder for finder in sys.meta_path if "optimum_cap" in type(finder).__module__]
 assert all(finder in sys.meta_path for finder in finders_before)
 
-# The module of transformers looks as if nobody had watched its import.
-assert type(module.__spec__.loader) is importlib.machinery.SourceFileLoader, module.__spec__
-assert type(module.__loader__) is importlib.machinery.SourceFileLoader, module.__loader__
-assert module.__spec__.origin == module.__file__
+# The modules of transformers look as if nobody had watched their import.
+for watched in (module, auto):
+    assert type(watched) is type(sys)
+    assert type(watched.__spec__.loader) is importlib.machinery.SourceFileLoader, watched.__spec__
+    assert type(watched.__loader__) is importlib.machinery.SourceFileLoader, watched.__loader__
+    assert watched.__spec__.origin == watched.__file__
 assert "class PreTrainedModel" in inspect.getsource(module)
 
 # Once is enough.
