@@ -159,7 +159,7 @@ def _loading(packed: bool) -> list[str]:
         'model = AutoModelForCausalLM.from_pretrained("this/repository")',
         "```",
         "",
-        "gives an ordinary model. Without `import optimum_cap` loading stops with an error; "
+        "gives an ordinary model. Where optimum-cap is not installed, loading stops with an error; "
         "`optimum-cli cap convert` writes a version that needs no plugin.",
     ]
 

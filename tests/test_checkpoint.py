@@ -161,6 +161,13 @@ def test_experts_are_packed_whatever_format_is_asked_for(tmp_path: Path) -> None
 
 def test_adapters_are_saved_by_transformers(tmp_path: Path) -> None:
     from peft import LoraConfig
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.peft_utils import check_peft_version
+
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:  # transformers 5.24 asks for one that is not released yet
+        pytest.skip(str(error))
 
     model = pruned()
     model.add_adapter(LoraConfig(target_modules=["q_proj"]))
