@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from optimum_cap.architectures import Site, Unit
 from optimum_cap.offload import offloading_hook
@@ -130,6 +130,12 @@ def only_last_logits(model: PreTrainedModel) -> dict[str, int]:
     """The argument that spares logits nobody reads, where the model has it."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if known else {}
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """`cache` under the name that `model` has for it: transformers 5.24 renamed it."""
+    known = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if known else "past_key_values": cache}
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from optimum_cap.architectures import QUERIES, Site
 from optimum_cap.interventions import (
     ReachedError,
+    cache_argument,
     hidden_of,
     no_embeddings,
     output_of,
@@ -237,5 +238,6 @@ def _entered(
         replaced_forward(layers[-1], end),
         suppress(ReachedError),
     ):
-        model(input_ids=input_ids.to(device_of(model)), past_key_values=cache, use_cache=True)
+        ids = input_ids.to(device_of(model))
+        model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
     return Segment(len(input_ids), calls)

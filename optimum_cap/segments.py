@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from optimum_cap.interventions import RecordedCall, only_last_logits, recorded_calls
+from optimum_cap.interventions import RecordedCall, cache_argument, only_last_logits, recorded_calls
 from optimum_cap.offload import device_of
 
 WORTHWHILE_SHARE = 1 / 8
@@ -66,7 +66,7 @@ def record(
     cache: Cache | None = None,
 ) -> Segment:
     """Run the model over tokens `[rows, tokens]` and record the calls of `modules`, by name."""
-    cached = {} if cache is None else {"past_key_values": cache}
+    cached = {} if cache is None else cache_argument(model, cache)
     with recorded_calls(modules) as calls:
         model(
             input_ids=input_ids.to(device_of(model)),

@@ -4,6 +4,7 @@ That its losses are those of one hooked pass per unit is what `test_wavefront.py
 `test_attribution.py` show for every architecture; here is what it spares, and when it does not.
 """
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from test_wavefront import assert_exact, examples
 from tiny_models import ARCHITECTURES, SHARED_EXPERTS, tiny_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from optimum_cap.architectures import decoder_layers, find_sites
 from optimum_cap.calibration import CalibrationExample, batches
@@ -107,8 +108,9 @@ def test_an_encoding_that_depends_on_the_length_is_not_cut() -> None:
 def test_a_model_that_cannot_go_on_after_tokens_is_not_cut(llama: PreTrainedModel) -> None:
     own = llama.forward
 
+    @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
+        if any(isinstance(value, Cache) for value in kwargs.values()):
             raise AttributeError("'DynamicCache' object has no attribute 'key_cache'")
         return own(*args, **kwargs)
 
@@ -121,8 +123,11 @@ def test_an_attention_that_makes_no_use_of_a_cache_is_not_cut(llama: PreTrainedM
     attention = llama.model.layers[2].self_attn
     own = attention.forward
 
-    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return own(*args, past_key_values=None, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        without = {
+            name: None if isinstance(value, Cache) else value for name, value in kwargs.items()
+        }
+        return own(*args, **without)
 
     with replaced_forward(attention, forward):
         assert last_attention(llama, examples(0, SUFFIXES)).start == 0
