@@ -18,9 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import find_sites
 from optimum_cap.estimation import estimate
-from optimum_cap.estimators import ESTIMATORS
+from optimum_cap.models import find_sites
+from optimum_cap.scoring import ESTIMATORS
 
 SIZES = {"small": (4, 8, 384), "medium": (6, 8, 512), "large": (8, 12, 768)}
 _TOLERANCE = 0.3

@@ -23,12 +23,13 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig
-from optimum_cap.architectures import find_sites
-from optimum_cap.attribution import UnitLosses, causal_scores
-from optimum_cap.calibration import build_calibration_set
-from optimum_cap.estimators import (
+from optimum_cap.data import build_calibration_set
+from optimum_cap.models import find_sites
+from optimum_cap.scoring import (
     ESTIMATORS,
     SampledLosses,
+    UnitLosses,
+    causal_scores,
     chances_in_blocks,
     chances_of_drawing,
     draw_blocks,

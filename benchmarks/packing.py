@@ -25,9 +25,14 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimum_cap import CAPConfig
-from optimum_cap.checkpoint import attach, convert_checkpoint, inspect_checkpoint
+from optimum_cap.checkpoint import (
+    MatrixSparsity,
+    PruningRecord,
+    attach,
+    convert_checkpoint,
+    inspect_checkpoint,
+)
 from optimum_cap.formats import pack, unpack
-from optimum_cap.record import MatrixSparsity, PruningRecord
 
 
 def sparse_matrices(megabytes: int, sparsity: float) -> list[torch.Tensor]:

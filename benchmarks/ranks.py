@@ -19,10 +19,10 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_cap.architectures import find_sites
-from optimum_cap.attribution import exact_losses
-from optimum_cap.calibration import CalibrationExample
-from optimum_cap.distributed import Team
+from optimum_cap.data import CalibrationExample
+from optimum_cap.models import find_sites
+from optimum_cap.runtime import Team
+from optimum_cap.scoring import exact_losses
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.attribution import example_losses
-from optimum_cap.calibration import build_calibration_set
+from optimum_cap.data import build_calibration_set
+from optimum_cap.scoring import example_losses
 
 REASONER = Path(__file__).resolve().parents[1] / "examples" / "tiny_reasoner"
 VARIANTS: dict[str, dict[str, Any]] = {

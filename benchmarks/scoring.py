@@ -31,11 +31,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from optimum_cap.architectures import Site, Unit, decoder_layers, find_sites
-from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses, plain_losses
-from optimum_cap.calibration import CalibrationExample, shared_prefix
-from optimum_cap.hardware import device_name
-from optimum_cap.wavefront import tokens_per_chunk
+from optimum_cap.data import CalibrationExample, shared_prefix
+from optimum_cap.estimation import device_name
+from optimum_cap.models import Site, Unit, decoder_layers, find_sites
+from optimum_cap.scoring import (
+    UnitLosses,
+    causal_scores,
+    exact_losses,
+    plain_losses,
+    tokens_per_chunk,
+)
 
 
 def random_llama(

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from optimum_cap.masking import kth_smallest
+from optimum_cap.methods import kth_smallest
 
 
 def importances(count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ loads its modelling code, so that `optimum-cli --help` stays quick.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from optimum_cap._registration import register_with_transformers
+from optimum_cap.plugin.registration import register_with_transformers
 from optimum_cap.version import __version__
 
 if TYPE_CHECKING:

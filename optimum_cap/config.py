@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_cap.formats import FORMATS, check_format_version
-from optimum_cap.masking import WHOLE_HEADS, parse_pattern
+from optimum_cap.methods import WHOLE_HEADS, parse_pattern
 
 CONFIG_VERSION = 1
 """Version of the fields below. A reader refuses a newer one instead of guessing at its fields."""
@@ -122,7 +122,7 @@ class CAPConfig(QuantizationConfigMixin):
         dataset: Calibration data. A preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
             Hub id, a local json/jsonl/csv/parquet/txt file, a `datasets.Dataset`, a list of texts,
             of prompt/completion pairs or of chat messages; or a list of names and files, which mix
-            evenly. See `optimum_cap.data_sources`.
+            evenly. See `optimum_cap.data.sources`.
         num_samples: Number of calibration examples.
         subsets: Number K of disjoint subsets of the calibration set (Eq. 2).
         aggregation: How the masked losses of the subsets combine: `"median"` or `"mean"`.

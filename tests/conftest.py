@@ -23,7 +23,8 @@ from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from optimum_cap import compilation, wavefront
+from optimum_cap.models import compilation
+from optimum_cap.scoring import wavefront
 
 
 def pytest_unconfigure() -> None:
@@ -93,7 +94,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, call: compilation.LayerCall) -> lis
 @pytest.fixture
 def empty_presets(tmp_path: Path) -> Path:
     """A data folder with an empty file of each preset."""
-    from optimum_cap.data_sources import PRESETS
+    from optimum_cap.data.sources import PRESETS
 
     for preset in PRESETS.values():
         file = tmp_path / "presets" / preset.files[0]

@@ -7,8 +7,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from optimum_cap.architectures import Matrix, find_sites, prunable_matrices
-from optimum_cap.calibration import CalibrationExample
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.models.architectures import Matrix, find_sites, prunable_matrices
 
 
 class _Products(TorchFunctionMode):

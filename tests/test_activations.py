@@ -7,9 +7,10 @@ from test_attribution import examples
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
-from optimum_cap.activations import InputStatistics, LayerWalk
-from optimum_cap.architectures import Matrix, find_sites, matrices_by_layer
-from optimum_cap.calibration import CalibrationExample
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.methods.statistics import InputStatistics
+from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer
+from optimum_cap.pruning.activations import LayerWalk
 
 
 def walked(

@@ -7,9 +7,9 @@ from test_attribution import examples
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
-from optimum_cap.allocation import Layers, owl, uniform
-from optimum_cap.architectures import find_sites, matrices_by_layer, oriented
 from optimum_cap.config import CAPConfig
+from optimum_cap.models.architectures import find_sites, matrices_by_layer, oriented
+from optimum_cap.pruning.allocation import Layers, owl, uniform
 
 
 def layers_of(model: PreTrainedModel) -> Layers:

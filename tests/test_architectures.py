@@ -6,8 +6,8 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
-from optimum_cap.architectures import Site, Unit, find_sites, prunable_matrices
-from optimum_cap.interventions import masked_unit
+from optimum_cap.models.architectures import Site, Unit, find_sites, prunable_matrices
+from optimum_cap.models.hooks import masked_unit
 
 INPUT = torch.randint(4, 60, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -146,7 +146,9 @@ def test_model_without_language_head_is_refused(llama: PreTrainedModel) -> None:
 
 def test_unknown_architecture_says_where_to_add_it(llama: PreTrainedModel) -> None:
     llama.config.base_model_tp_plan = None
-    with pytest.raises(ValueError, match=r"Add it to PLANS in optimum_cap/architectures\.py"):
+    with pytest.raises(
+        ValueError, match=r"Add it to PLANS in optimum_cap/models/architectures\.py"
+    ):
         find_sites(llama)
 
 

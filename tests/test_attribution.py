@@ -8,11 +8,14 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap.architectures import Site, Unit, decoder_layers, find_sites
-from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses, plain_losses
-from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.interventions import replaced_forward
-from optimum_cap.wavefront import Wavefront
+from optimum_cap.data.batches import Batch, batches
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.models.architectures import Site, Unit, decoder_layers, find_sites
+from optimum_cap.models.hooks import replaced_forward
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.plain import plain_losses
+from optimum_cap.scoring.scores import UnitLosses, causal_scores
+from optimum_cap.scoring.wavefront import Wavefront
 
 
 def examples(count: int = 7, longest: int = 24, seed: int = 0) -> list[CalibrationExample]:
@@ -262,7 +265,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception)
                 raise error
             return super().masked_losses(jobs)
 
-    monkeypatch.setattr("optimum_cap.chunks.Wavefront", Limited)
+    monkeypatch.setattr("optimum_cap.scoring.chunks.Wavefront", Limited)
     return tried
 
 

@@ -11,16 +11,16 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.activations import InputStatistics
-from optimum_cap.allocation import ALLOCATIONS
-from optimum_cap.architectures import Matrix, find_sites, matrices_by_layer, oriented
-from optimum_cap.calibration import CalibrationExample, build_calibration_set
 from optimum_cap.config import ALLOCATIONS as ALLOCATION_NAMES
 from optimum_cap.config import CRITERIA as CRITERION_NAMES
 from optimum_cap.config import RECIPES
-from optimum_cap.criteria import CRITERIA
-from optimum_cap.masking import shares
-from optimum_cap.reconstruction import RECONSTRUCTIONS, sparsegpt
+from optimum_cap.data.calibration import CalibrationExample, build_calibration_set
+from optimum_cap.methods.criteria import CRITERIA
+from optimum_cap.methods.masks import shares
+from optimum_cap.methods.reconstruction import RECONSTRUCTIONS, sparsegpt
+from optimum_cap.methods.statistics import InputStatistics
+from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer, oriented
+from optimum_cap.pruning.allocation import ALLOCATIONS
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 
@@ -231,7 +231,7 @@ def test_experts_without_tokens_are_handled_and_reported(caplog: pytest.LogCaptu
 def test_an_interrupt_says_which_layers_are_pruned(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from optimum_cap.activations import LayerWalk
+    from optimum_cap.pruning.activations import LayerWalk
 
     stock = LayerWalk.statistics
 

@@ -11,9 +11,9 @@ import torch
 from tiny_models import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from optimum_cap.calibration import CalibrationSet, build_calibration_set
 from optimum_cap.config import CAPConfig
-from optimum_cap.data_sources import PRESETS, row_digest
+from optimum_cap.data.calibration import CalibrationSet, build_calibration_set
+from optimum_cap.data.sources import PRESETS, row_digest
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATE = (

@@ -11,11 +11,11 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import find_sites, heads, matrices_by_layer, oriented
-from optimum_cap.attribution import causal_scores
-from optimum_cap.estimators import ESTIMATORS
-from optimum_cap.record import PruningRecord
-from optimum_cap.responses import _Trial
+from optimum_cap.checkpoint.record import PruningRecord
+from optimum_cap.models.architectures import find_sites, heads, matrices_by_layer, oriented
+from optimum_cap.pruning.sensitivity import _Trial
+from optimum_cap.scoring.estimators import ESTIMATORS
+from optimum_cap.scoring.scores import causal_scores
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 

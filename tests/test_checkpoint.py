@@ -26,9 +26,10 @@ from transformers import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_cap import CAPConfig, checkpoint
-from optimum_cap.checkpoint import attach, convert_checkpoint, inspect_checkpoint
-from optimum_cap.record import MatrixSparsity, PruningRecord
+from optimum_cap import CAPConfig
+from optimum_cap.checkpoint.conversion import convert_checkpoint, inspect_checkpoint
+from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord
+from optimum_cap.checkpoint.saving import attach
 
 
 def pruned(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
@@ -396,7 +397,9 @@ FAILURES: list[tuple[BaseException, type[BaseException], str | None]] = [
 
 
 @pytest.mark.parametrize(("failure", "expected", "message"), FAILURES)
-@pytest.mark.parametrize("where", ["save_file", "model_card", "_write_json"])
+@pytest.mark.parametrize(
+    "where", ["transcoding.save_file", "saving.model_card", "transcoding._write_json"]
+)
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failing_save_leaves_the_old_folder_or_none(
     failure: BaseException,
@@ -416,7 +419,7 @@ def test_a_failing_save_leaves_the_old_folder_or_none(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(checkpoint, where, fail)
+    monkeypatch.setattr(f"optimum_cap.checkpoint.{where}", fail)
     with pytest.raises(expected, match=message):
         model.save_pretrained(tmp_path / "out")
     assert contents(tmp_path) == before
@@ -591,14 +594,15 @@ def test_kill_9_leaves_the_old_folder_or_none(point: str, tmp_path: Path) -> Non
     before = contents(tmp_path / "out")
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
     patched = {
-        "save_file": f"checkpoint.save_file = lambda *a, **k: {kill}",
-        "model_card": f"checkpoint.model_card = lambda *a, **k: {kill}",
-        "rename": f"checkpoint.Path.rename = lambda *a, **k: {kill}",
+        "save_file": f"transcoding.save_file = lambda *a, **k: {kill}",
+        "model_card": f"saving.model_card = lambda *a, **k: {kill}",
+        "rename": f"transcoding.Path.rename = lambda *a, **k: {kill}",
     }[point]
     code = SAVE_IN_A_PROCESS.format(
         tests=str(Path(__file__).parent),
         target=str(tmp_path / "out"),
-        limit=f"import os, signal\nfrom optimum_cap import checkpoint\n{patched}",
+        limit="import os, signal\nfrom optimum_cap.checkpoint import saving, transcoding\n"
+        + patched,
     )
     assert run(code).returncode == -signal.SIGKILL
     assert contents(tmp_path / "out") == before

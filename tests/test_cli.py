@@ -20,14 +20,15 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
-from optimum_cap.checkpoint import _MAX_SHARD_SIZE
+from optimum_cap.checkpoint.record import MatrixSparsity, SiteResponse
+from optimum_cap.checkpoint.saving import _MAX_SHARD_SIZE
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.prune import _CONFIG_FLAGS, PruneCommand
 from optimum_cap.commands.score import ScoreCommand
-from optimum_cap.commands.summary import format_size, response_table, sparsity_table
-from optimum_cap.record import MatrixSparsity, SiteResponse
+from optimum_cap.commands.summary import response_table, sparsity_table
+from optimum_cap.text import format_size
 
 OPTIMUM_CLI = str(Path(sys.executable).with_name("optimum-cli"))
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -546,7 +547,7 @@ def test_help_of_every_flag_is_one_line_with_the_default_of_the_config() -> None
 
 @pytest.mark.parametrize("command", [EvalCommand, CompareCommand, ScoreCommand])
 def test_help_of_other_commands(command: type[CAPSubcommand]) -> None:
-    from optimum_cap.evaluation_tasks import DEFAULT_TASKS
+    from optimum_cap.evaluation.tasks import DEFAULT_TASKS
 
     parser = argparse.ArgumentParser()
     command.parse_args(parser)

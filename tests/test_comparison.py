@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from optimum_cap.comparison import (
+from optimum_cap.evaluation.comparison import (
     bootstrap_interval,
     compare,
     comparison_table,
     mcnemar_p_value,
     newcombe_interval,
 )
-from optimum_cap.evaluation_results import (
+from optimum_cap.evaluation.results import (
     AccuracyResult,
     Answer,
     Evaluation,

@@ -15,15 +15,17 @@ from test_wavefront import examples
 from tiny_models import spread_out, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from optimum_cap import CAPConfig, CAPPruner, compilation
-from optimum_cap.architectures import all_units, decoder_layers, find_sites
-from optimum_cap.attribution import exact_losses, plain_losses
-from optimum_cap.calibration import batches
+from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.commands.prune import config_values
 from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.config import COMPILING
-from optimum_cap.estimators import ESTIMATORS
-from optimum_cap.score_cache import ScoreCache
+from optimum_cap.data.batches import batches
+from optimum_cap.models import compilation
+from optimum_cap.models.architectures import all_units, decoder_layers, find_sites
+from optimum_cap.scoring.cache import ScoreCache
+from optimum_cap.scoring.estimators import ESTIMATORS
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.plain import plain_losses
 
 FIELDS: dict[str, Any] = {
     "sparsity": 0.2,
@@ -159,7 +161,7 @@ def test_freed_memory_is_kept() -> None:
     program = """if True:
         import resource
         import torch
-        from optimum_cap.memory import keep_freed_memory
+        from optimum_cap.runtime.memory import keep_freed_memory
 
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -4,14 +4,9 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from optimum_cap.architectures import Matrix, find_sites
-from optimum_cap.criteria import (
-    Evidence,
-    magnitude_times_importance,
-    region_importances,
-    scaled_importances,
-    unit_importances,
-)
+from optimum_cap.methods.criteria import Evidence, magnitude_times_importance
+from optimum_cap.models.architectures import Matrix, find_sites
+from optimum_cap.pruning.regions import region_importances, scaled_importances, unit_importances
 
 
 def test_scores_map_linearly_to_one_to_ten() -> None:

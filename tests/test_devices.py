@@ -15,12 +15,20 @@ from test_score_cache import chunk_files, same_bytes, score
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_cap.architectures import find_sites, matrices_by_layer, oriented, prunable_matrices
-from optimum_cap.attribution import exact_losses, plain_losses
 from optimum_cap.config import RECIPES
-from optimum_cap.estimators import control_variate_losses, first_order_losses
-from optimum_cap.responses import estimated_responses, responses
-from optimum_cap.score_cache import ScoreCache
+from optimum_cap.models.architectures import (
+    find_sites,
+    matrices_by_layer,
+    oriented,
+    prunable_matrices,
+)
+from optimum_cap.pruning.fisher import estimated_responses
+from optimum_cap.pruning.sensitivity import responses
+from optimum_cap.scoring.cache import ScoreCache
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.first_order import first_order_losses
+from optimum_cap.scoring.plain import plain_losses
+from optimum_cap.scoring.sampling import control_variate_losses
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = [

@@ -19,8 +19,8 @@ from test_pruning_cache import pruned
 from test_score_cache import chunk_files, digest, score
 from tiny_models import tiny_model, tiny_tokenizer
 
-from optimum_cap.distributed import Team
-from optimum_cap.storage import digest_of
+from optimum_cap.runtime.digests import digest_of
+from optimum_cap.runtime.distributed import Team
 
 SCRIPT = """
 import os, signal, sys
@@ -159,12 +159,12 @@ TRIALS = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from test_pruning_cache import *
-from optimum_cap.pruner import _Work
-from optimum_cap.storage import digest_of
+from optimum_cap.pruning.run import PruningRun
+from optimum_cap.runtime.digests import digest_of
 
 torch.set_num_threads(1)
-solved, own = [], _Work._pruned
-_Work._pruned = lambda self, *args: solved.append(args[0].name) or own(self, *args)
+solved, own = [], PruningRun._pruned
+PruningRun._pruned = lambda self, *args: solved.append(args[0].name) or own(self, *args)
 model = pruned(tiny_model("mixtral"), Path(sys.argv[1]))
 print(digest_of(dict(model.state_dict())), len(solved))
 """

@@ -16,9 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from optimum_cap import activations, estimation, wavefront
-from optimum_cap.activations import InputStatistics, LayerWalk
-from optimum_cap.architectures import (
+from optimum_cap.commands.estimate import _OF_A_MODEL, EstimateCommand
+from optimum_cap.config import CRITERIA, RECIPES, CAPConfig, Method
+from optimum_cap.data.batches import batches
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.estimation import run as estimation
+from optimum_cap.estimation.costs import AMOUNTS, ESTIMATORS, PRUNING, STAGES, Meter
+from optimum_cap.estimation.hardware import (
+    DATA_SHEETS,
+    ROWS,
+    WALK_ROWS,
+    Hardware,
+    Size,
+    find_hardware,
+)
+from optimum_cap.estimation.run import estimate, lengths_of, load_config, study_hours, work_of
+from optimum_cap.estimation.work import AlpsWork, Product, Shape, count_work
+from optimum_cap.evaluation.tasks import TASKS
+from optimum_cap.methods.reconstruction import alps
+from optimum_cap.methods.statistics import InputStatistics
+from optimum_cap.models.architectures import (
     Matrix,
     decoder_layers,
     find_sites,
@@ -26,28 +43,18 @@ from optimum_cap.architectures import (
     oriented,
     stages_by_layer,
 )
-from optimum_cap.attribution import exact_losses, plain_losses
-from optimum_cap.calibration import CalibrationExample, batches
-from optimum_cap.commands.estimate import _OF_A_MODEL, EstimateCommand
-from optimum_cap.config import CRITERIA, RECIPES, CAPConfig, Method
-from optimum_cap.costs import AMOUNTS, ESTIMATORS, PRUNING, STAGES, Meter
-from optimum_cap.estimation import (
-    estimate,
-    format_duration,
-    lengths_of,
-    load_config,
-    study_hours,
-    work_of,
-)
-from optimum_cap.evaluation_tasks import TASKS
-from optimum_cap.hardware import DATA_SHEETS, ROWS, WALK_ROWS, Hardware, Size, find_hardware
-from optimum_cap.interventions import evaluation_mode
-from optimum_cap.paired_walk import PairedWalk
-from optimum_cap.reconstruction import alps
-from optimum_cap.responses import estimated_responses, responses
-from optimum_cap.score_cache import ScoreCache
-from optimum_cap.study import Study
-from optimum_cap.work import AlpsWork, Product, Shape, count_work
+from optimum_cap.models.modes import evaluation_mode
+from optimum_cap.pruning import activations
+from optimum_cap.pruning.activations import LayerWalk
+from optimum_cap.pruning.dense_reference import PairedWalk
+from optimum_cap.pruning.fisher import estimated_responses
+from optimum_cap.pruning.sensitivity import responses
+from optimum_cap.scoring import wavefront
+from optimum_cap.scoring.cache import ScoreCache
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.plain import plain_losses
+from optimum_cap.study.study import Study
+from optimum_cap.text import format_duration
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"

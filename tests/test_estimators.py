@@ -16,18 +16,15 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from optimum_cap import config, estimators
-from optimum_cap.architectures import Site, Unit, find_sites
-from optimum_cap.attribution import (
-    UnitLosses,
-    causal_scores,
-    exact_losses,
-    example_losses,
-    plain_losses,
-)
-from optimum_cap.calibration import Batch
-from optimum_cap.estimators import (
-    ESTIMATORS,
+from optimum_cap import config
+from optimum_cap.data.batches import Batch
+from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.scoring import first_order, sampling
+from optimum_cap.scoring.estimators import ESTIMATORS
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.first_order import first_order_losses
+from optimum_cap.scoring.plain import example_losses, plain_losses
+from optimum_cap.scoring.sampling import (
     SampledLosses,
     adaptive_losses,
     chances_in_blocks,
@@ -35,8 +32,8 @@ from optimum_cap.estimators import (
     control_variate_losses,
     draw_blocks,
     draw_examples,
-    first_order_losses,
 )
+from optimum_cap.scoring.scores import UnitLosses, causal_scores
 
 
 def names(losses: UnitLosses) -> list[tuple[str, int]]:
@@ -134,7 +131,7 @@ def test_first_order_goes_on_in_smaller_batches_where_memory_runs_out(
 ) -> None:
     sites, rows = find_sites(llama), examples()
     expected = first_order_losses(llama, sites, rows)
-    own, sizes = estimators._scored_losses, list[int]()
+    own, sizes = first_order._scored_losses, list[int]()
 
     def scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         sizes.append(len(batch.positions))
@@ -142,7 +139,7 @@ def test_first_order_goes_on_in_smaller_batches_where_memory_runs_out(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return own(model, batch)
 
-    monkeypatch.setattr(estimators, "_scored_losses", scored_losses)
+    monkeypatch.setattr(first_order, "_scored_losses", scored_losses)
     losses = first_order_losses(llama, sites, rows)
     torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
     assert max(sizes) > 2
@@ -180,7 +177,7 @@ def test_control_variate_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch)
     estimates, probabilities = [], []
     for start, probability in all_draws(chances):
         drawn = draw_examples(chances, start)
-        monkeypatch.setattr(estimators, "draw_examples", lambda *args, drawn=drawn, **_: drawn)
+        monkeypatch.setattr(sampling, "draw_examples", lambda *args, drawn=drawn, **_: drawn)
         estimates.append(control_variate_losses(model, sites, rows, exact_examples=2).masked)
         probabilities.append(probability)
     assert len(estimates) >= 6
@@ -390,7 +387,7 @@ def test_a_certain_example_is_what_was_measured_whatever_the_first_order_says(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = overflowing(first_order_losses, unit=1, example=3)
-    monkeypatch.setattr(estimators, "first_order_losses", broken)
+    monkeypatch.setattr(sampling, "first_order_losses", broken)
     sites, rows = find_sites(llama), examples(6)
     losses = control_variate_losses(llama, sites, rows, exact_examples=6)
     exact = exact_losses(llama, sites, rows)
@@ -434,7 +431,7 @@ def test_adaptive_spends_where_the_interval_is_wide(
         measured.append(losses.masked.shape)
         return losses
 
-    monkeypatch.setattr(estimators, "exact_losses", counting)
+    monkeypatch.setattr(sampling, "exact_losses", counting)
     sites = [site for site in find_sites(llama) if site.kind == "attention"]
     rows = examples(24)
     loose = adaptive_losses(llama, sites, rows, exact_examples=4, precision=0.2)
@@ -469,7 +466,7 @@ def test_an_exact_loss_that_overflows_is_left_out(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = overflowing(exact_losses, unit=2, example=0)
-    monkeypatch.setattr(estimators, "exact_losses", broken)
+    monkeypatch.setattr(sampling, "exact_losses", broken)
     rows = examples(12)
     losses = control_variate_losses(llama, find_sites(llama), rows, exact_examples=4)
     scores = causal_scores(losses)

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import optimum_cap
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.calibration import build_calibration_set
-from optimum_cap.data_sources import row_digest
-from optimum_cap.evaluation import _language_model, evaluate, load_task_data, render_prompt
-from optimum_cap.evaluation_results import Evaluation, Window, wilson_interval
-from optimum_cap.evaluation_tasks import (
+from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.data.sources import row_digest
+from optimum_cap.evaluation.harness import harness_model
+from optimum_cap.evaluation.results import Evaluation, Window, wilson_interval
+from optimum_cap.evaluation.run import evaluate, load_task_data, render_prompt
+from optimum_cap.evaluation.tasks import (
     GROUPS,
     TASKS,
     extract_label,
@@ -161,7 +162,7 @@ def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     config = CAPConfig(sparsity=0.5, dataset=[("what?", "so.")], num_samples=1, subsets=1)
     (example,) = build_calibration_set(config, tokenizer).examples
     prompt = example.input_ids[: int(example.scored.nonzero()[0])]
-    lm = _language_model(tiny_model("llama"), tokenizer, 64, 1)
+    lm = harness_model(tiny_model("llama"), tokenizer, 64, 1)
     ids, _ = lm.tok_batch_encode([render_prompt("what?", tokenizer)])
     assert ids[0].tolist() == prompt.tolist()
 
@@ -173,7 +174,7 @@ def test_special_tokens_are_those_of_calibration() -> None:
     config = CAPConfig(sparsity=0.5, dataset=str(file), num_samples=1, subsets=1)
     (example,) = build_calibration_set(config, tokenizer).examples
     row = json.loads(file.read_text().splitlines()[example.index])
-    lm = _language_model(tiny_model("llama"), tokenizer, 256, 1)
+    lm = harness_model(tiny_model("llama"), tokenizer, 256, 1)
     ids, _ = lm.tok_batch_encode([render_prompt(row["question"], tokenizer)])
     assert ids[0].tolist() == example.input_ids[: int(example.scored.nonzero()[0])].tolist()
 
@@ -370,7 +371,7 @@ def test_the_hub_gives_the_same_data_from_the_split_test(
         assert split == "test"
         return rows[hub_id.split("/")[1]], {"hub_id": hub_id, "split": split}
 
-    monkeypatch.setattr("optimum_cap.data_sources._load_from_hub", from_hub)
+    monkeypatch.setattr("optimum_cap.data.sources._load_from_hub", from_hub)
     names = ("gsm8k", "wikitext2")
     local, hub = load_task_data(names, data_dir), load_task_data(names)
     for name in names:
@@ -482,7 +483,7 @@ def test_missing_files_say_where_was_looked(
         load_task_data("gsm8k", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"data folder .*none does not exist"):
         load_task_data("gsm8k", tmp_path / "none")
-    monkeypatch.setattr("optimum_cap.evaluation_tasks._ROOT", tmp_path / "elsewhere")
+    monkeypatch.setattr("optimum_cap.evaluation.tasks._ROOT", tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     places = rf"{tmp_path}/elsewhere/examples/tiny_reasoner/data/test.jsonl, {tmp_path}/examples"
     with pytest.raises(FileNotFoundError, match=places):

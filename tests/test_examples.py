@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from optimum_cap import CAPConfig
-from optimum_cap.calibration import build_calibration_set
-from optimum_cap.data_sources import row_digest
+from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.data.sources import row_digest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 REASONER = EXAMPLES / "tiny_reasoner"

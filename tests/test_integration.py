@@ -23,8 +23,9 @@ from transformers import (
     pipeline,
 )
 
-from optimum_cap import CAPConfig, quantizer
-from optimum_cap.integration import register
+from optimum_cap import CAPConfig
+from optimum_cap.plugin import quantizer
+from optimum_cap.plugin.from_pretrained import register
 from optimum_cap.version import NEWEST_TRANSFORMERS
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]

@@ -14,11 +14,12 @@ from tiny_models import ARCHITECTURES, SHARED_EXPERTS, tiny_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from optimum_cap.architectures import decoder_layers, find_sites
-from optimum_cap.calibration import CalibrationExample, batches
-from optimum_cap.interventions import replaced_forward
-from optimum_cap.last_attention import LastAttention
-from optimum_cap.wavefront import Wavefront
+from optimum_cap.data.batches import batches
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.models.architectures import decoder_layers, find_sites
+from optimum_cap.models.hooks import replaced_forward
+from optimum_cap.scoring.last_attention import LastAttention
+from optimum_cap.scoring.wavefront import Wavefront
 
 SUFFIXES = (19, 14, 18)
 FIRST = 14 // 2 - 1  # the first position that predicts a scored token

@@ -68,7 +68,7 @@ import transformers.quantizers.auto as auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["cap"].__module__ == "optimum_cap.config"
-assert AUTO_QUANTIZER_MAPPING["cap"].__module__ == "optimum_cap.quantizer"
+assert AUTO_QUANTIZER_MAPPING["cap"].__module__ == "optimum_cap.plugin.quantizer"
 assert not [finder for finder in sys.meta_path if "optimum_cap" in type(finder).__module__]
 assert all(finder in sys.meta_path for finder in finders_before)
 
@@ -82,7 +82,7 @@ assert "class PreTrainedModel" in inspect.getsource(module)
 
 # Once is enough.
 loader = module.PreTrainedModel.from_pretrained.__func__
-optimum_cap._registration.register_with_transformers()
+optimum_cap.plugin.registration.register_with_transformers()
 assert module.PreTrainedModel.from_pretrained.__func__ is loader
 """
 
@@ -93,7 +93,7 @@ def test_registers_when_transformers_is_imported_later() -> None:
         "finders_before = list(sys.meta_path)\n"
         "import optimum_cap\n"
         "assert len(sys.meta_path) == len(finders_before) + 1\n"
-        "optimum_cap._registration.register_with_transformers()\n"
+        "optimum_cap.plugin.registration.register_with_transformers()\n"
         "assert len(sys.meta_path) == len(finders_before) + 1\n" + CHECK_REGISTRATION
     )
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_cap import masking
-from optimum_cap.masking import (
+from optimum_cap.methods import masks as masking
+from optimum_cap.methods.masks import (
     Threshold,
     apply_mask_,
     keep_masks,

@@ -8,8 +8,8 @@ import psutil
 import pytest
 from transformers import PreTrainedModel
 
-from optimum_cap import memory
-from optimum_cap.memory import budget_bytes, left_to_this_group
+from optimum_cap.runtime import memory
+from optimum_cap.runtime.memory import budget_bytes, left_to_this_group
 
 GB = 10**9
 

@@ -19,16 +19,18 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import Site, Unit, find_sites
-from optimum_cap.attribution import exact_losses, example_losses, plain_losses
-from optimum_cap.calibration import build_calibration_set
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.prune import PruneCommand
-from optimum_cap.estimators import first_order_losses
-from optimum_cap.interventions import float32_on_cpu, masked_unit
-from optimum_cap.offload import offloading_hook
-from optimum_cap.score_cache import ScoreCache
-from optimum_cap.wavefront import Wavefront
+from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.models.hooks import masked_unit
+from optimum_cap.models.modes import float32_on_cpu
+from optimum_cap.models.offload import offloading_hook
+from optimum_cap.scoring.cache import ScoreCache
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.first_order import first_order_losses
+from optimum_cap.scoring.plain import example_losses, plain_losses
+from optimum_cap.scoring.wavefront import Wavefront
 
 LAYERS = ("model.layers.1", "model.layers.2")
 RECIPES: list[dict[str, Any]] = [
@@ -170,7 +172,7 @@ def test_each_layer_is_brought_in_once_per_chunk(
 def test_weights_come_in_once_per_layer_and_pass_when_pruning_by_inputs(
     loads: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_cap.activations._TOKENS_PER_BATCH", {"cpu": 8})
+    monkeypatch.setattr("optimum_cap.pruning.activations._TOKENS_PER_BATCH", {"cpu": 8})
     model = on_disk(saved(tmp_path / "model"), tmp_path / "offload")
     CAPPruner(config(recipe="wanda")).prune(model)
     norms = [name for name in model.state_dict() if "layernorm" in name]
@@ -318,7 +320,9 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_offload import config, half_on_disk
-from optimum_cap import CAPPruner, checkpoint, pruner
+from optimum_cap import CAPPruner
+from optimum_cap.checkpoint import transcoding
+from optimum_cap import pruner
 model = half_on_disk(Path({folder!r}), Path({offload!r}))
 {before_pruning}
 try:
@@ -371,8 +375,8 @@ def test_a_full_disk_when_saving(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "point",
     [
-        "checkpoint.save_file",
-        pytest.param("checkpoint._write_json", marks=pytest.mark.slow),
+        "transcoding.save_file",
+        pytest.param("transcoding._write_json", marks=pytest.mark.slow),
         pytest.param("pruner.apply_mask_", marks=pytest.mark.slow),
     ],
 )

@@ -14,18 +14,20 @@ from tiny_models import SHARED_EXPERTS, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_cap.activations import InputStatistics, LayerWalk
-from optimum_cap.architectures import (
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.methods.statistics import InputStatistics
+from optimum_cap.models.architectures import (
     Matrix,
     find_sites,
     matrices_by_layer,
     oriented,
     stages_by_layer,
 )
-from optimum_cap.calibration import CalibrationExample
-from optimum_cap.interventions import evaluation_mode, hidden_of, recorded_calls
-from optimum_cap.offload import writable_weights
-from optimum_cap.paired_walk import PairedWalk
+from optimum_cap.models.hooks import hidden_of, recorded_calls
+from optimum_cap.models.modes import evaluation_mode
+from optimum_cap.models.offload import writable_weights
+from optimum_cap.pruning.activations import LayerWalk
+from optimum_cap.pruning.dense_reference import PairedWalk
 
 
 def without_small_ones(weight: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,14 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import find_sites, prunable_matrices
-from optimum_cap.architectures import heads as attention_heads
-from optimum_cap.attribution import causal_scores, exact_losses, plain_losses
-from optimum_cap.calibration import build_calibration_set
-from optimum_cap.estimators import ESTIMATORS, Estimator
-from optimum_cap.interventions import masked_unit
+from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.models.architectures import find_sites, prunable_matrices
+from optimum_cap.models.architectures import heads as attention_heads
+from optimum_cap.models.hooks import masked_unit
+from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.plain import plain_losses
+from optimum_cap.scoring.scores import causal_scores
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 

@@ -17,8 +17,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import Matrix
-from optimum_cap.pruner import _Work
+from optimum_cap.models.architectures import Matrix
+from optimum_cap.pruning.run import PruningRun
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 FIELDS: dict[str, Any] = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 8, "subsets": 2}
@@ -41,13 +41,13 @@ def layer_files(folder: Path) -> list[Path]:
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the matrices that are pruned from now on, trials of sites included."""
     names: list[str] = []
-    own = _Work._pruned
+    own = PruningRun._pruned
 
-    def counting(self: _Work, matrix: Matrix, *args: Any) -> torch.Tensor:
+    def counting(self: PruningRun, matrix: Matrix, *args: Any) -> torch.Tensor:
         names.append(matrix.name)
         return own(self, matrix, *args)
 
-    monkeypatch.setattr(_Work, "_pruned", counting)
+    monkeypatch.setattr(PruningRun, "_pruned", counting)
     return names
 
 
@@ -60,15 +60,15 @@ def stopped(
     **fields: Any,
 ) -> None:
     """Prune, and interrupt that once so many matrices have been pruned."""
-    counting, until = _Work._pruned, len(solved) + after
+    counting, until = PruningRun._pruned, len(solved) + after
 
-    def interrupted(self: _Work, *args: Any) -> torch.Tensor:
+    def interrupted(self: PruningRun, *args: Any) -> torch.Tensor:
         if len(solved) == until:
             raise KeyboardInterrupt
         return counting(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Work, "_pruned", interrupted)
+        patch.setattr(PruningRun, "_pruned", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pruned(model, folder, **fields)
 
@@ -141,7 +141,7 @@ def test_layers_are_kept_as_they_are_stored_where_nothing_is_widened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU."""
-    monkeypatch.setattr("optimum_cap.interventions._narrow_on_cpu", lambda model: iter(()))
+    monkeypatch.setattr("optimum_cap.models.modes._narrow_on_cpu", lambda model: iter(()))
     pruned(tiny_model("llama", dtype=torch.bfloat16), tmp_path)
     kept = [safetensors.torch.load_file(file)["tensor"] for file in layer_files(tmp_path)]
     assert {tensor.dtype for tensor in kept if tensor.ndim == 2} == {torch.bfloat16}
@@ -179,11 +179,11 @@ def test_a_push_that_fails_keeps_the_layers(
         raise ConnectionError("no network")
 
     with monkeypatch.context() as patch:
-        patch.setattr("optimum_cap.checkpoint.upload", fail)
+        patch.setattr("optimum_cap.checkpoint.saving.upload", fail)
         with pytest.raises(ConnectionError):
             model.push_to_hub("somebody/something")
     assert layer_files(tmp_path)
-    monkeypatch.setattr("optimum_cap.checkpoint.upload", lambda *args, **kwargs: "commit")
+    monkeypatch.setattr("optimum_cap.checkpoint.saving.upload", lambda *args, **kwargs: "commit")
     assert model.push_to_hub("somebody/something") == "commit"
     assert not layer_files(tmp_path)
 
@@ -262,7 +262,7 @@ def test_another_layout_meets_nothing(
 ) -> None:
     pruned(tiny_model("llama"), tmp_path, recipe="wanda")
     before = len(solved)
-    monkeypatch.setattr("optimum_cap.pruning_cache._LAYOUT", 2)
+    monkeypatch.setattr("optimum_cap.pruning.cache._LAYOUT", 2)
     pruned(tiny_model("llama"), tmp_path, recipe="wanda")
     assert len(solved) == 2 * before
 

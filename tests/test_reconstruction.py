@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from optimum_cap import reconstruction
-from optimum_cap.activations import InputStatistics
-from optimum_cap.criteria import Evidence, wanda
-from optimum_cap.masking import lowest_in_rows
-from optimum_cap.reconstruction import RECONSTRUCTIONS, Reconstruction, alps, corrected, sparsegpt
+from optimum_cap.methods import reconstruction
+from optimum_cap.methods.criteria import Evidence, wanda
+from optimum_cap.methods.masks import lowest_in_rows
+from optimum_cap.methods.reconstruction import (
+    RECONSTRUCTIONS,
+    Reconstruction,
+    alps,
+    corrected,
+    sparsegpt,
+)
+from optimum_cap.methods.statistics import InputStatistics
 
 both = pytest.mark.parametrize("prune", RECONSTRUCTIONS.values(), ids=RECONSTRUCTIONS)
 

@@ -13,10 +13,10 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig
-from optimum_cap import responses as engine
-from optimum_cap.activations import InputStatistics, LayerWalk
-from optimum_cap.allocation import interventional, uniform
-from optimum_cap.architectures import (
+from optimum_cap.data.batches import Batch, batches
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.methods.statistics import InputStatistics
+from optimum_cap.models.architectures import (
     Matrix,
     Site,
     find_sites,
@@ -24,19 +24,14 @@ from optimum_cap.architectures import (
     oriented,
     prunable_matrices,
 )
-from optimum_cap.calibration import Batch, CalibrationExample, batches
-from optimum_cap.estimators import frozen
-from optimum_cap.interventions import evaluation_mode
-from optimum_cap.pruning_cache import KeptResponses
-from optimum_cap.responses import (
-    Response,
-    _RoughPruning,
-    _Trial,
-    estimated_responses,
-    examples_to_measure,
-    responses,
-)
-from optimum_cap.score_cache import TensorFiles
+from optimum_cap.models.modes import evaluation_mode, frozen
+from optimum_cap.pruning import fisher as engine
+from optimum_cap.pruning.activations import LayerWalk
+from optimum_cap.pruning.allocation import interventional, uniform
+from optimum_cap.pruning.cache import KeptResponses
+from optimum_cap.pruning.fisher import _RoughPruning, estimated_responses
+from optimum_cap.pruning.sensitivity import Response, _Trial, examples_to_measure, responses
+from optimum_cap.runtime.files import TensorFiles
 
 SETTINGS = CAPConfig(sparsity=0.5)
 

@@ -25,13 +25,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import Site, Unit, find_sites
-from optimum_cap.attribution import UnitLosses, causal_scores, exact_losses
-from optimum_cap.calibration import CalibrationExample
-from optimum_cap.estimators import adaptive_losses, control_variate_losses
-from optimum_cap.score_cache import ScoreCache, TensorFiles, way_on
-from optimum_cap.storage import code_digest
-from optimum_cap.wavefront import Wavefront
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.runtime.digests import code_digest
+from optimum_cap.runtime.files import TensorFiles
+from optimum_cap.runtime.resume import way_on
+from optimum_cap.scoring.cache import ScoreCache
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.sampling import adaptive_losses, control_variate_losses
+from optimum_cap.scoring.scores import UnitLosses, causal_scores
+from optimum_cap.scoring.wavefront import Wavefront
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 BUDGET = 20_000  # makes several batches of several chunks
@@ -302,7 +305,7 @@ def test_what_is_free_later_does_not_change_the_chunks(
     sites, cache = find_sites(llama), ScoreCache(tmp_path, llama)
     expected = exact_losses(llama, sites, examples(), "auto", cache=cache)
     chunks = len(measured)
-    monkeypatch.setattr("optimum_cap.attribution.budget_bytes", lambda budget, model: 1)
+    monkeypatch.setattr("optimum_cap.scoring.scores.budget_bytes", lambda budget, model: 1)
     again = exact_losses(llama, sites, examples(), "auto", cache=cache)
     assert len(measured) == chunks
     assert same_bytes(again, expected)

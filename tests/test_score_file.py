@@ -14,14 +14,14 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import find_sites
-from optimum_cap.attribution import causal_scores
-from optimum_cap.calibration import build_calibration_set
-from optimum_cap.checkpoint import inspect_checkpoint
+from optimum_cap.checkpoint.conversion import inspect_checkpoint
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.commands.score import ScoreCommand, score_table
-from optimum_cap.estimators import ESTIMATORS, Estimator
-from optimum_cap.score_file import read_scores
+from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
+from optimum_cap.scoring.score_file import read_scores
+from optimum_cap.scoring.scores import causal_scores
 
 
 def config(**changes: Any) -> CAPConfig:

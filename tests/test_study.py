@@ -17,12 +17,12 @@ import pytest
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
-from optimum_cap import report, study
-from optimum_cap.attribution import exact_losses
-from optimum_cap.estimators import ESTIMATORS, Estimator
-from optimum_cap.evaluation_results import mean_and_interval
-from optimum_cap.report import markdown, write_report
-from optimum_cap.study import Cell, Study, run_study
+from optimum_cap.evaluation.results import mean_and_interval
+from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.study import report, study
+from optimum_cap.study.report import markdown, write_report
+from optimum_cap.study.study import Cell, Study, run_study
 
 SUMS = [{"question": f"{n}+{n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(12)]
 

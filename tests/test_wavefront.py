@@ -8,11 +8,13 @@ from tiny_models import SHARED_EXPERTS, spread_out, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap import wavefront
-from optimum_cap.architectures import all_units, decoder_layers, find_sites
-from optimum_cap.attribution import exact_losses, plain_losses
-from optimum_cap.calibration import CalibrationExample, batches, shared_prefix
-from optimum_cap.estimators import first_order_losses
+from optimum_cap.data.batches import batches, shared_prefix
+from optimum_cap.data.calibration import CalibrationExample
+from optimum_cap.models.architectures import all_units, decoder_layers, find_sites
+from optimum_cap.scoring import wavefront
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.first_order import first_order_losses
+from optimum_cap.scoring.plain import plain_losses
 
 
 def example(ids: torch.Tensor, first_scored: int) -> CalibrationExample:

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.activations import LayerWalk
-from optimum_cap.architectures import find_sites, matrices_by_layer, oriented
-from optimum_cap.calibration import CalibrationExample, build_calibration_set
+from optimum_cap.data import CalibrationExample, build_calibration_set
+from optimum_cap.models import find_sites, matrices_by_layer, oriented
+from optimum_cap.pruning import LayerWalk
 
 # 20 % of a row is no whole number of weights of the embedded model: the peer rounds down.
 TARGETS = ((0.2, "unstructured"), (0.25, "unstructured"), (0.5, "unstructured"), (0.5, "2:4"))

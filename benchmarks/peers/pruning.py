@@ -27,8 +27,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig
-from optimum_cap.architectures import find_sites, heads
-from optimum_cap.calibration import build_calibration_set
+from optimum_cap.data import build_calibration_set
+from optimum_cap.models import find_sites, heads
 
 REASONER = Path(__file__).parents[2] / "examples" / "tiny_reasoner"
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.architectures import find_sites, heads
-from optimum_cap.attribution import UnitLosses
+from optimum_cap.models import find_sites, heads
+from optimum_cap.scoring import UnitLosses
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from optimum_cap.evaluation_results import mean_and_interval
+from optimum_cap.evaluation import mean_and_interval
 
 Key = tuple[str, str, str, float]
 

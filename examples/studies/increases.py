@@ -13,7 +13,7 @@ import csv
 from pathlib import Path
 from statistics import fmean
 
-from optimum_cap.evaluation_results import mean_and_interval
+from optimum_cap.evaluation import mean_and_interval
 
 Seeds = dict[str, float]
 """Values by seed; of a recipe that uses no data the one value has the seed 0."""

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig
-from optimum_cap.architectures import find_sites
-from optimum_cap.attribution import causal_scores, exact_losses
-from optimum_cap.calibration import build_calibration_set
+from optimum_cap.data import build_calibration_set
+from optimum_cap.models import find_sites
+from optimum_cap.scoring import causal_scores, exact_losses
 
 DATA = Path(__file__).parents[1] / "tiny_reasoner" / "data" / "calibration.jsonl"
 

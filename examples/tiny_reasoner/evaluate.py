@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from optimum_cap.evaluation_results import wilson_interval
+from optimum_cap.evaluation import wilson_interval
 
 DATA = Path(__file__).parent / "data"
 

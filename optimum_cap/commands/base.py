@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from optimum.commands.base import BaseOptimumCLICommand
 
 if TYPE_CHECKING:
-    from optimum_cap.distributed import Team
+    from optimum_cap.runtime import Team
 
 EXIT_FAILURE = 1
 EXIT_BAD_ARGUMENTS = 2  # what argparse uses

@@ -8,8 +8,7 @@ from optimum_cap.commands.base import CAPSubcommand, add_common_flags
 from optimum_cap.commands.eval import add_evaluation_flags, check_model, evaluate_model
 
 if TYPE_CHECKING:
-    from optimum_cap.evaluation import TaskData
-    from optimum_cap.evaluation_results import Evaluation
+    from optimum_cap.evaluation import Evaluation, TaskData
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class CompareCommand(CAPSubcommand):
     def prepare(self) -> _Prepared:
         """Read the files, check the tasks, and read the data if there is a model to evaluate."""
         args = self.args
-        from optimum_cap.evaluation_results import Evaluation
-        from optimum_cap.evaluation_tasks import DEFAULT_TASKS, resolve_tasks
+        from optimum_cap.evaluation import DEFAULT_TASKS, Evaluation, resolve_tasks
 
         names = [args.dense, *args.pruned]
         saved = {name: Evaluation.load(name) for name in names if name.endswith(".json")}
@@ -66,7 +64,7 @@ class CompareCommand(CAPSubcommand):
 
     def execute(self, prepared: _Prepared) -> None:
         """Evaluate what is no file, and print a table per pruned model."""
-        from optimum_cap.comparison import comparison_table
+        from optimum_cap.evaluation import comparison_table
 
         args = self.args
         found = dict(prepared.saved)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from optimum_cap.commands.base import CAPSubcommand, add_common_flags, check_output_folder
-from optimum_cap.commands.summary import format_size
+from optimum_cap.text import format_size
 
 
 class ConvertCommand(CAPSubcommand):

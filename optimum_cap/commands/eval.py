@@ -14,8 +14,7 @@ from optimum_cap.commands.base import (
 )
 
 if TYPE_CHECKING:
-    from optimum_cap.evaluation import TaskData
-    from optimum_cap.evaluation_results import Evaluation
+    from optimum_cap.evaluation import Evaluation, TaskData
 
 
 class EvalCommand(CAPSubcommand):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from optimum_cap.config import CAPConfig
-    from optimum_cap.distributed import Team
+    from optimum_cap.runtime import Team
 
 
 def _size(text: str) -> int | str:
@@ -229,11 +229,10 @@ class PruneCommand(CAPSubcommand):
         if args.private and not args.push_to_hub:
             raise ValueError("--private is about the uploaded repository: it needs --push-to-hub")
 
-        from optimum_cap.calibration import build_calibration_set
         from optimum_cap.checkpoint import check_target
         from optimum_cap.config import CAPConfig
-        from optimum_cap.distributed import Team
-        from optimum_cap.score_cache import default_folder
+        from optimum_cap.data import build_calibration_set
+        from optimum_cap.runtime import Team, default_folder
 
         team = Team.of_this_run()
         team.quieten()
@@ -241,7 +240,7 @@ class PruneCommand(CAPSubcommand):
         given = config_values(vars(args))
         values = {"cache_dir": default_folder(), **given}
         if args.scores:
-            from optimum_cap.score_file import read_scores
+            from optimum_cap.scoring import read_scores
 
             # What is not given is as in the file; what is given has to be.
             values = {**read_scores(args.scores).settings, **values, "scores": args.scores}

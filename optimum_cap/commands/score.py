@@ -14,10 +14,11 @@ from optimum_cap.commands.base import (
     loading_options,
 )
 from optimum_cap.commands.prune import Prepared, add_config_flags, config_values, load_tokenizer
-from optimum_cap.commands.summary import aligned, scored_line
+from optimum_cap.commands.summary import scored_line
+from optimum_cap.text import aligned
 
 if TYPE_CHECKING:
-    from optimum_cap.attribution import CausalScores
+    from optimum_cap.scoring import CausalScores
 
 _FIELDS = (
     "num_samples",
@@ -62,10 +63,9 @@ class ScoreCommand(CAPSubcommand):
         if args.output.exists() and not args.overwrite:
             raise ValueError(f"the output {args.output} exists: pass --overwrite to replace it")
 
-        from optimum_cap.calibration import build_calibration_set
         from optimum_cap.config import CAPConfig
-        from optimum_cap.distributed import Team
-        from optimum_cap.score_cache import default_folder
+        from optimum_cap.data import build_calibration_set
+        from optimum_cap.runtime import Team, default_folder
 
         team = Team.of_this_run()
         team.quieten()
@@ -82,8 +82,8 @@ class ScoreCommand(CAPSubcommand):
         """Measure, save, print the units."""
         from transformers import AutoModelForCausalLM
 
-        from optimum_cap.attribution import causal_scores
         from optimum_cap.pruner import CAPPruner
+        from optimum_cap.scoring import causal_scores
 
         args, config = self.args, prepared.config
         start = time.monotonic()
@@ -106,7 +106,7 @@ class ScoreCommand(CAPSubcommand):
 
 def score_table(scores: "CausalScores") -> str:
     """Return a table of the units with score and standard error, the most needed first."""
-    from optimum_cap.record import unit_label
+    from optimum_cap.checkpoint import unit_label
 
     heads_only = all(site.kind == "attention" for site, _ in scores.units)
     rows = [["layer.head" if heads_only else "layer.unit", "score", "standard error"]]

@@ -78,8 +78,7 @@ class StudyCommand(CAPSubcommand):
                 print(cell)
             print(f"{len(cells)} cells")
             return
-        from optimum_cap.report import write_report
-        from optimum_cap.study import run_study
+        from optimum_cap.study import run_study, write_report
 
         folder = self.args.output or Path("runs") / self.args.study.stem
         rows = run_study(prepared, folder, self.args.jobs)

@@ -4,9 +4,10 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from optimum_cap.text import aligned, format_size
+
 if TYPE_CHECKING:
-    from optimum_cap.checkpoint import CheckpointSummary
-    from optimum_cap.record import MatrixSparsity, SiteResponse, UnitScore
+    from optimum_cap.checkpoint import CheckpointSummary, MatrixSparsity, SiteResponse, UnitScore
 
 _UNITS_SHOWN = 5
 _SITES_SHOWN = 10
@@ -15,7 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 def print_summary(summary: "CheckpointSummary") -> None:
     """Print one line per fact: units, weights, sparsity, threshold, size."""
-    from optimum_cap.masking import WHOLE_HEADS
+    from optimum_cap.methods import WHOLE_HEADS
 
     record = summary.record
     if record.scores:
@@ -38,7 +39,7 @@ def print_summary(summary: "CheckpointSummary") -> None:
 
 def scored_line(units: "list[tuple[str, int]]") -> str:
     """Return how many units were scored, from the kind and the layer of each."""
-    from optimum_cap.record import count_units
+    from optimum_cap.checkpoint import count_units
 
     layers = len({layer for _, layer in units})
     if all(kind == "attention" for kind, _ in units):
@@ -97,27 +98,6 @@ def response_table(responses: "list[SiteResponse]") -> str:
     if (left := len(ranked) - 2 * _SITES_SHOWN) > 0:
         rows[_SITES_SHOWN + 1 : -_SITES_SHOWN] = [[f"{left} more", "", "", ""]]
     return aligned(rows)
-
-
-def aligned(rows: "list[list[str]]") -> str:
-    """Return rows of cells as a table, aligned right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in rows
-    )
-
-
-def format_size(size: int) -> str:
-    """Return a number of bytes for people, such as `"12.3 MB"`."""
-    if size < 1000:
-        return f"{size} bytes"
-    value = float(size)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _ranked(scores: "list[UnitScore]") -> list[tuple[str, str]]:

@@ -1,0 +1,39 @@
+"""From rows of a data set to calibration examples and batches."""
+
+from optimum_cap.data.batches import Batch, batches, shared_prefix
+from optimum_cap.data.calibration import (
+    SEPARATOR,
+    CalibrationExample,
+    CalibrationSet,
+    build_calibration_set,
+    chat_template,
+    encode,
+)
+from optimum_cap.data.sources import (
+    Conversation,
+    Source,
+    check_folder,
+    first_file,
+    load_sources,
+    local_presets,
+    row_digest,
+)
+
+__all__ = [
+    "SEPARATOR",
+    "Batch",
+    "CalibrationExample",
+    "CalibrationSet",
+    "Conversation",
+    "Source",
+    "batches",
+    "build_calibration_set",
+    "chat_template",
+    "check_folder",
+    "encode",
+    "first_file",
+    "load_sources",
+    "local_presets",
+    "row_digest",
+    "shared_prefix",
+]

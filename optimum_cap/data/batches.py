@@ -1,0 +1,90 @@
+"""Batches of calibration examples: padded, cut by tokens, with what they have in common."""
+
+from dataclasses import dataclass
+
+import torch
+
+from optimum_cap.data.calibration import CalibrationExample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of similar length, padded on the right.
+
+    Padding needs no attention mask: under causal attention no real token sees what comes after it.
+
+    Attributes:
+        positions: Index of each example in the calibration set.
+        input_ids: int64 `[examples, tokens]`.
+        real: bool `[examples, tokens]`, False where there is padding.
+        scored: bool `[examples, tokens]`, True where a token is a target of the loss.
+        prefix: Number of tokens that all examples begin with and that are to be computed once.
+    """
+
+    positions: list[int]
+    input_ids: torch.Tensor
+    real: torch.Tensor
+    scored: torch.Tensor
+    prefix: int = 0
+
+    @property
+    def split(self) -> tuple["Batch", "Batch"]:
+        """The prefix as a batch of one row, and what follows it in each example."""
+        return (
+            self._part(slice(1), slice(self.prefix)),
+            self._part(slice(None), slice(self.prefix, None)),
+        )
+
+    def _part(self, rows: slice, columns: slice) -> "Batch":
+        return Batch(
+            self.positions[rows],
+            self.input_ids[rows, columns],
+            self.real[rows, columns],
+            self.scored[rows, columns],
+        )
+
+
+def shared_prefix(examples: list[CalibrationExample]) -> int:
+    """Number of tokens that all examples begin with and whose hidden states predict nothing scored.
+
+    A few-shot block, a system prompt or a first special token is such a prefix. It ends before the
+    token that predicts the first scored one, so that at least these two follow it in each example.
+    """
+    first = examples[0].input_ids
+    length = min(int(example.scored[1:].int().argmax()) for example in examples)
+    for example in examples:
+        differs = example.input_ids[:length] != first[:length]
+        length = int(differs.int().argmax()) if differs.any() else length
+    return length
+
+
+def batches(
+    examples: list[CalibrationExample], size: int, prefix: int = 0, tokens: int | None = None
+) -> list[Batch]:
+    """Group examples by length, the longest first so that memory runs out early if it does.
+
+    Args:
+        examples: The examples.
+        size: Examples per batch at most.
+        prefix: Tokens, at most `shared_prefix(examples)`, to be computed once per batch.
+        tokens: Tokens per batch at most, padding included, if there is more than one example: of
+            short examples a batch then has more. What is a prefix does not count.
+    """
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    made, start = [], 0
+    while start < len(order):
+        longest = len(examples[order[start]].input_ids)
+        count = size if tokens is None else min(size, max(1, tokens // (longest - prefix)))
+        positions = order[start : start + count]
+        start += count
+        input_ids = torch.zeros(len(positions), longest, dtype=torch.long)
+        real = torch.zeros(len(positions), longest, dtype=torch.bool)
+        scored = torch.zeros(len(positions), longest, dtype=torch.bool)
+        for row, position in enumerate(positions):
+            example = examples[position]
+            length = len(example.input_ids)
+            input_ids[row, :length] = example.input_ids
+            real[row, :length] = True
+            scored[row, :length] = example.scored
+        made.append(Batch(positions, input_ids, real, scored, prefix))
+    return made

@@ -1,0 +1,6 @@
+"""What scoring, pruning and evaluating will cost."""
+
+from optimum_cap.estimation.hardware import device_name
+from optimum_cap.estimation.run import Estimate, StudyHours, estimate, lengths_of, study_hours
+
+__all__ = ["Estimate", "StudyHours", "device_name", "estimate", "lengths_of", "study_hours"]

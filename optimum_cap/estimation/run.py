@@ -1,0 +1,439 @@
+"""Know before you run: operations, time, memory and disk of scoring, pruning and evaluation.
+
+The model is built on the meta device from its configuration: no weight is read or allocated. What
+is counted (`work.py`) is divided by what the hardware does (`hardware.py`); `costs.py` says how.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from optimum_cap.config import RECIPES, CAPConfig
+from optimum_cap.data import build_calibration_set, shared_prefix
+from optimum_cap.estimation.costs import ESTIMATORS, Cost, Meter
+from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
+from optimum_cap.estimation.work import ModelWork, Shape, count_work
+from optimum_cap.evaluation import DEFAULT_TASKS, resolve_tasks
+from optimum_cap.models import find_sites
+from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
+from optimum_cap.study import Study
+from optimum_cap.text import format_duration, format_size
+
+EXAMPLES = 128
+TOKENS = 256
+SPARSITY = 0.5
+_ADAPTIVE = "adaptive costs at most this: it stops as soon as the scores are known well enough."
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What scoring, pruning and evaluating a model costs.
+
+    Attributes:
+        model: Its name.
+        parameters: Number of parameters.
+        prunable: Number of prunable weights.
+        heads: Number of attention heads.
+        mlp_groups: Number of MLP units.
+        experts: Number of experts.
+        scored: Number of units that are scored.
+        weight_bytes: Bytes of the weights in the dtype that they run in.
+        shape: The calibration set.
+        hardware: The rates.
+        costs: One entry per estimator, recipe and evaluation.
+    """
+
+    model: str
+    parameters: int
+    prunable: int
+    heads: int
+    mlp_groups: int
+    experts: int
+    scored: int
+    weight_bytes: float
+    shape: Shape
+    hardware: Hardware
+    costs: tuple[Cost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Return everything as text for people."""
+        shape, hardware = self.shape, self.hardware
+        units = {"heads": self.heads, "MLP units": self.mlp_groups, "experts": self.experts}
+        shared = f", the first {shape.prefix} shared" if shape.prefix else ""
+        facts = {
+            "model": f"{self.model}, {self.parameters / 1e9:.3g} B parameters, "
+            f"{self.prunable / 1e9:.3g} B prunable, {format_size(int(self.weight_bytes))}",
+            "units": ", ".join(f"{count:,} {name}" for name, count in units.items() if count)
+            + (f"; {self.scored:,} units scored" if self.scored != self.heads else ""),
+            "calibration": f"{shape.examples} examples of {shape.tokens} tokens{shared}, "
+            f"{shape.scored} scored",
+            "hardware": f"{hardware.name}, {hardware.count} x {format_size(int(hardware.memory))}",
+            "rates": hardware.source,
+        }
+        lines = [f"{label:12} {text}" for label, text in facts.items()]
+        header = ("step", "", "operations", "time", "memory", "disk", "devices")
+        rows = [
+            (
+                cost.step,
+                cost.name,
+                f"{cost.operations:.2e}" if cost.operations else "-",
+                format_duration(cost.seconds),
+                format_size(int(cost.memory)),
+                format_size(int(cost.disk)) if cost.disk else "-",
+                str(cost.devices),
+            )
+            for cost in self.costs
+        ]
+        return "\n".join([*lines, "", _aligned([header, *rows]), "", _ADAPTIVE, *self._warnings()])
+
+    def _warnings(self) -> list[str]:
+        hardware = self.hardware
+        needed = max(cost.devices for cost in self.costs)
+        if needed <= hardware.count:
+            return []
+        least = min(cost.devices for cost in self.costs)
+        count = str(needed) if least == needed else f"{least} to {needed}"
+        return [
+            "",
+            f"{self.model} does not fit {hardware.name} in every step: one copy needs {count} "
+            f"devices of {format_size(int(hardware.memory))}, there are {hardware.count}. Times "
+            "are those of as many devices as a step needs, which work one after the other.",
+        ]
+
+
+def estimate(
+    model: str | Path | PretrainedConfig,
+    hardware: str | Hardware = "measured",
+    *,
+    examples: int = EXAMPLES,
+    tokens: int = TOKENS,
+    scored: int | None = None,
+    prefix: int = 0,
+    sparsity: float = SPARSITY,
+    limit: int | None = None,
+    batch_size: int = 32,
+    scored_units: str = "heads",
+    mlp_unit_size: int | None = None,
+    **load_options: Any,
+) -> Estimate:
+    """Estimate what scoring, pruning and evaluating a model costs, from its configuration alone.
+
+    Args:
+        model: A folder, a Hub id, a configuration file, or a configuration.
+        hardware: A name that `find_hardware` knows, or rates.
+        examples: Calibration examples.
+        tokens: Tokens per example.
+        scored: Scored tokens per example; `None` is half of those that follow the prefix.
+        prefix: Tokens that all examples begin with and that exact scoring computes once.
+        sparsity: Of the pruned checkpoint, for its size on disk.
+        limit: Questions or windows per evaluation task; `None` is all.
+        batch_size: Questions answered at a time.
+        scored_units: The units to score: `"heads"`, or `"all"`, with MLPs and experts.
+        mlp_unit_size: Channels per unit of an MLP or expert; `None` is all of them.
+        **load_options: For `AutoConfig.from_pretrained`: `revision`, `token`, ...
+
+    Raises:
+        ValueError: A count, the hardware or the architecture cannot be used; the message says why.
+        FileNotFoundError: There is no such model.
+    """
+    shape = _shape(examples, tokens, scored, prefix)
+    CAPConfig(sparsity=sparsity, scored_units=scored_units)  # checks them
+    config = load_config(model, **load_options)
+    work = work_of(config, mlp_unit_size, scored_units)
+    meter = _meter(work, config, hardware, tokens)
+    costs = [meter.scoring(name, shape) for name in ESTIMATORS]
+    costs.append(meter.paper(shape, sparsity))
+    for name in ("causal", "wanda", "sparsegpt"):
+        costs.append(meter.pruning(name, RECIPES[name], shape, sparsity))
+    costs.append(meter.evaluation(DEFAULT_TASKS, limit, batch_size))
+    return Estimate(
+        model=str(model) if isinstance(model, str | Path) else config.model_type,
+        parameters=work.parameters,
+        prunable=work.prunable,
+        heads=work.heads,
+        mlp_groups=sum(layer.groups for layer in work.layers),
+        experts=sum(layer.experts for layer in work.layers),
+        scored=work.scored,
+        weight_bytes=meter.weights,
+        shape=shape,
+        hardware=meter.hardware,
+        costs=tuple(costs),
+    )
+
+
+def load_config(model: str | Path | PretrainedConfig, **load_options: Any) -> PretrainedConfig:
+    """Return the configuration of a model: of a folder, a configuration file or a Hub id.
+
+    Raises:
+        ValueError: The file or folder holds no configuration of a known model type.
+        FileNotFoundError: It is neither a file, nor a folder, nor a Hub id that can be read.
+    """
+    if isinstance(model, PretrainedConfig):
+        return model
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    if path.is_file():
+        return _config_in(path, **load_options)
+    if Path(model).is_dir():
+        raise FileNotFoundError(f"the folder {model} holds no config.json: name a model's folder")
+    try:
+        return AutoConfig.from_pretrained(model, **load_options)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no model {str(model)!r}: it is no folder and no configuration file, and as an id on "
+            f"the Hub it cannot be read ({type(error).__name__})"
+        ) from error
+
+
+def _config_in(path: Path, **load_options: Any) -> PretrainedConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        if kind is None:
+            raise ValueError("it has no model_type")
+        return AutoConfig.from_pretrained(path, **load_options)
+    except ValueError as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"{path} is no configuration of a model: {reason}") from error
+
+
+def work_of(
+    config: PretrainedConfig, mlp_unit_size: int | None = None, scored_units: str = "heads"
+) -> ModelWork:
+    """Count the work of the model that a configuration describes, built on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return count_work(model, find_sites(model, mlp_unit_size), scored_units)
+
+
+def size_of(work: ModelWork, tokens: int) -> Size:
+    """Return the sizes of a model that `hardware.measure` measures with."""
+    layer = work.layers[0]
+    wide = max(product.inputs for product in layer.rest)
+    return Size(layer.hidden, wide, layer.heads, tokens)
+
+
+def lengths_of(config: CAPConfig, tokenizer: Any) -> dict[str, int]:
+    """Return the mean `tokens` and `scored` tokens of calibration examples, and their `prefix`.
+
+    The means are rounded up. The prefix is the one that exact scoring computes once for all
+    examples: 0 where that does not pay.
+
+    Args:
+        config: Says which data, and how many examples.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        ValueError: The data cannot be used.
+        FileNotFoundError: A file that does not exist.
+    """
+    examples = build_calibration_set(config, tokenizer).examples
+    count, prefix = len(examples), shared_prefix(examples)
+    lengths = [len(example.input_ids) for example in examples]
+    worthwhile = count > 1 and prefix >= WORTHWHILE_SHARE * max(lengths)
+    return {
+        "tokens": math.ceil(sum(lengths) / count),
+        "scored": math.ceil(sum(int(example.scored.sum()) for example in examples) / count),
+        "prefix": prefix if worthwhile else 0,
+    }
+
+
+# Studies
+
+
+@dataclass(frozen=True)
+class StudyHours:
+    """Device hours of a study: hours times the devices that the model takes.
+
+    Attributes:
+        hardware: The rates.
+        rows: Per model: `cells`, and device hours of loading, scoring, pruning and evaluation.
+    """
+
+    hardware: Hardware
+    rows: dict[str, dict[str, float]]
+
+    @property
+    def total(self) -> float:
+        """All hours."""
+        return sum(hours for row in self.rows.values() for hours in _hours(row))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON."""
+        return {**asdict(self), "total": self.total}
+
+    def table(self) -> str:
+        """Return everything as text for people."""
+        header = ("model", "cells", *_PARTS, "device hours")
+        rows = [
+            (label, f"{row['cells']:.0f}", *(f"{n:.2f}" for n in [*_hours(row), sum(_hours(row))]))
+            for label, row in self.rows.items()
+        ]
+        hardware = self.hardware
+        return (
+            f"hardware     {hardware.name}\nrates        {hardware.source}\n\n"
+            f"{_aligned([header, *rows])}\n"
+            f"\ntotal        {self.total:.1f} device hours"
+        )
+
+
+_PARTS = ("loading", "scoring", "pruning", "evaluation")
+
+
+def _hours(row: dict[str, float]) -> list[float]:
+    return [row[part] for part in _PARTS]
+
+
+def study_hours(
+    study: Study | str | Path,
+    hardware: str | Hardware = "measured",
+    *,
+    tokens: int = TOKENS,
+    **load_options: Any,
+) -> StudyHours:
+    """Estimate the device hours of a study whose cells are all still to be measured.
+
+    Every cell loads its model, prunes it and evaluates it; losses with masked units are measured
+    once for all cells that agree in what they depend on (`score_file.DECISIVE`), and a cell that
+    looks at no data once for all of them. Estimator `"adaptive"` is taken to measure every loss.
+
+    Args:
+        study: A study, or its file.
+        hardware: As for `estimate`. One device does the work, or as many as the model needs,
+            however many there are.
+        tokens: Tokens per calibration example, half of them scored.
+        **load_options: As for `estimate`.
+
+    Raises:
+        ValueError: As `Study.load` and `estimate`.
+        FileNotFoundError: As `Study.load` and `estimate`.
+    """
+    if not isinstance(study, Study):
+        study = Study.load(study)
+    tasks = resolve_tasks(study.tasks)
+    rows = {}
+    for label, name in study.models.items():
+        config = load_config(name, **load_options)
+        meter = _meter(work_of(config), config, hardware, tokens)
+        hardware = meter.hardware = replace(meter.hardware, count=1)  # measured once
+        evaluation = meter.evaluation(tasks, study.limit, study.batch_size)
+        pruned = _distinct(study, label)
+        count = 1 + len(pruned)
+        loading = meter.weights / hardware.loading * evaluation.devices
+        rows[label] = {
+            "cells": count,
+            "loading": count * loading / 3600,
+            "scoring": sum(_scoring(meter, config, pruned, tokens)) / 3600,
+            "pruning": sum(_pruning(meter, config, tokens) for config in pruned) / 3600,
+            "evaluation": count * _used(evaluation) / 3600,
+        }
+    return StudyHours(meter.hardware, rows)
+
+
+def _distinct(study: Study, label: str) -> list[CAPConfig]:
+    """Configurations of the cells of a model that the study measures apart."""
+    found = {}
+    for cell in study.cells():
+        config = cell.config()
+        if cell.label != label or config is None:
+            continue
+        key = config.to_dict()
+        # As in the keys of a study: these change no more than rounding.
+        del key["memory_budget"], key["torch_compile"]
+        if not config.method.needs_data:
+            del key["dataset"]
+            if config.method.criterion != "random":
+                del key["seed"]
+        found[json.dumps(key, sort_keys=True, default=str)] = config
+    return list(found.values())
+
+
+def _scoring(
+    meter: Meter, model: PretrainedConfig, configs: list[CAPConfig], tokens: int
+) -> list[float]:
+    """Device seconds of all losses with masked units; cells that agree in them share them."""
+    measured = {
+        str([getattr(config, name) for name in DECISIVE]): config
+        for config in configs
+        if config.method.criterion == "cap"
+    }
+    seconds = []
+    for config in measured.values():
+        if config.scored_units == "all":
+            work = work_of(model, config.mlp_unit_size, "all")
+            own = Meter(work, meter.hardware, meter.value)
+        else:
+            own = meter
+        shape = _shape(config.num_samples, tokens)
+        seconds.append(_used(own.scoring(config.estimator, shape, config.exact_examples)))
+    return seconds
+
+
+def _pruning(meter: Meter, config: CAPConfig, tokens: int) -> float:
+    """Device seconds of pruning with given scores."""
+    shape = _shape(config.num_samples, tokens)
+    return _used(
+        meter.pruning(
+            config.recipe,
+            config.method,
+            shape,
+            config.sparsity,
+            config.estimator,
+            config.allocation_examples,
+        )
+    )
+
+
+def _used(cost: Cost) -> float:
+    return cost.seconds * cost.devices
+
+
+# What both share
+
+
+def _meter(
+    work: ModelWork, config: PretrainedConfig, hardware: str | Hardware, tokens: int
+) -> Meter:
+    if isinstance(hardware, str):
+        hardware = find_hardware(hardware, size_of(work, tokens))
+    dtype = getattr(config, "dtype", None)
+    of_the_model = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+    return Meter(work, hardware, hardware.bytes_per_value or of_the_model)
+
+
+def _shape(examples: int, tokens: int, scored: int | None = None, prefix: int = 0) -> Shape:
+    scored = max(1, (tokens - prefix) // 2) if scored is None else scored
+    for label, value, least in (
+        ("examples", examples, 1),
+        ("tokens", tokens, 2),
+        ("scored", scored, 1),
+        ("prefix", prefix, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{label} must be at least {least}, got {value}")
+    if prefix + scored >= tokens:
+        raise ValueError(
+            f"prefix {prefix} and {scored} scored tokens leave no token of {tokens} that predicts "
+            "the first scored one: lower prefix or scored"
+        )
+    return Shape(examples, tokens, scored, prefix)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    """Align the first two columns left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,26 @@
+"""Accuracy and perplexity of models, and how two models compare."""
+
+from optimum_cap.evaluation.comparison import comparison_table
+from optimum_cap.evaluation.results import (
+    AccuracyResult,
+    Evaluation,
+    mean_and_interval,
+    wilson_interval,
+)
+from optimum_cap.evaluation.run import TaskData, check_counts, evaluate, load_task_data
+from optimum_cap.evaluation.tasks import DEFAULT_TASKS, TASKS, resolve_tasks
+
+__all__ = [
+    "DEFAULT_TASKS",
+    "TASKS",
+    "AccuracyResult",
+    "Evaluation",
+    "TaskData",
+    "check_counts",
+    "comparison_table",
+    "evaluate",
+    "load_task_data",
+    "mean_and_interval",
+    "resolve_tasks",
+    "wilson_interval",
+]

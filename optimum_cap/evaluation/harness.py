@@ -1,0 +1,123 @@
+"""What is asked of lm-evaluation-harness."""
+
+import copy
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_cap.evaluation.tasks import TASKS, Question, extract_of
+from optimum_cap.models import device_of
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a task, ready to be asked.
+
+    Attributes:
+        name: Name of the task.
+        questions: The questions.
+        prompts: What the model is given for each.
+        losses: Mean loss over the tokens of the worked answer, nats, where there is one.
+        excluded: Questions left out because the model was calibrated on them.
+        max_new_tokens: Longest answer, in tokens.
+        source: Where the questions come from.
+    """
+
+    name: str
+    questions: list[Question]
+    prompts: list[str]
+    losses: list[float | None]
+    excluded: int
+    max_new_tokens: int
+    source: dict[str, Any]
+
+
+# The engine
+
+
+def import_harness(module: str) -> Any:
+    """Import a module of lm-evaluation-harness, late: it takes seconds."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"evaluation needs lm-evaluation-harness ({error}): pip install optimum-cap[eval]"
+        ) from error
+
+
+def harness_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_size: int) -> Any:
+    """Return `model` as a language model of lm-evaluation-harness.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer; it is not changed.
+        length: Longest sequence, in tokens.
+        batch_size: Sequences at a time.
+    """
+    lm = import_harness("lm_eval.models.huggingface").HFLM(
+        pretrained=model,
+        # It sets a padding token and a padding side.
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=batch_size,
+        max_length=length,
+        # A chat template writes its own special tokens; None lets the tokenizer add what it adds.
+        add_bos_token=False if getattr(tokenizer, "chat_template", None) else None,
+        softmax_dtype="float32",
+    )
+    lm._device = device_of(model)  # not that of the first weights, which may be offloaded
+    return lm
+
+
+def harness_task(job: Questions) -> Any:
+    """Describe a task to lm-evaluation-harness: prompts that are ready, greedy, one metric."""
+    import datasets
+
+    rows = [
+        {"prompt": prompt, "target": question.answer}
+        for prompt, question in zip(job.prompts, job.questions, strict=True)
+    ]
+    extract = extract_of(job.name)
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        return {"test": datasets.Dataset.from_list(rows)}
+
+    def grade(row: dict[str, str], responses: list[str]) -> dict[str, float]:
+        return {"accuracy": float(extract(responses[0]) == extract(row["target"]))}
+
+    return import_harness("lm_eval.api.task").ConfigurableTask(
+        config={
+            "task": job.name,
+            "custom_dataset": dataset,
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": "target",
+            "num_fewshot": 0,
+            "process_results": grade,
+            "metric_list": [
+                {"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}
+            ],
+            "generation_kwargs": {
+                "until": list(TASKS[job.name].until),
+                "do_sample": False,
+                "max_gen_toks": job.max_new_tokens,
+            },
+        }
+    )
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Silence the harness's remarks on how it is called, which are about us, not about the user."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

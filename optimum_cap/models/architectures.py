@@ -1,0 +1,476 @@
+"""Model -> sites, units, regions. The only file that knows architectures.
+
+Where the branches of a decoder layer mix back into the residual stream is written down, for nearly
+every architecture, in transformers' own tensor-parallel plan: the `rowwise` projections are the
+mixing ones, the `colwise` projections beside them feed them. What the plan does not say is how the
+rows of a feeding projection belong to the units; that is `ROW_LAYOUTS`, by projection name.
+
+A new architecture needs an entry in `PLANS` if transformers has no plan for it, and one in
+`ROW_LAYOUTS` if it names or arranges a projection in a new way.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Range = tuple[int, int]
+"""`(start, stop)`, as in a slice."""
+
+QUERIES = "q_proj"
+"""The projection of an attention that makes its queries, where they have one of their own."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangular piece of one parameter: a range along one dimension, all of the others.
+
+    Attributes:
+        parameter: Name as in `model.named_parameters()`.
+        dim: Dimension of the matrix (0 or 1) along which the range runs; the leading expert
+            dimension of a 3-D parameter does not count.
+        start: First index.
+        stop: One past the last index.
+        expert: Index into the leading dimension of a 3-D parameter, otherwise `None`.
+    """
+
+    parameter: str
+    dim: int
+    start: int
+    stop: int
+    expert: int | None = None
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return this piece of `parameter`, as a view."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix.narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A slice of a site's input that can be masked: a head, a group of MLP channels, an expert.
+
+    Attributes:
+        index: Position among the units of the site.
+        channels: Range of the channels of the site's input.
+        region: The weights that belong to the unit. Under grouped-query attention several units
+            name the same key and value rows.
+    """
+
+    index: int
+    channels: Range
+    region: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """The input of a mixing projection, where parallel units join the residual stream.
+
+    Attributes:
+        name: Path of the mixing projection; an expert adds its index, as in `...down_proj[3]`.
+        kind: `"attention"`, `"mlp"` or `"expert"`.
+        layer: Index of the decoder layer.
+        layer_name: Path of the decoder layer.
+        branch: Path of the module around the projection (attention or MLP); the layer itself where
+            the projection sits directly in it.
+        width: Number of channels of the site's input.
+        units: The units, in the order of their channels; together they cover all channels.
+        expert: Index of the expert, otherwise `None`.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    layer_name: str
+    branch: str
+    width: int
+    units: tuple[Unit, ...]
+    expert: int | None = None
+
+    @property
+    def projection(self) -> str:
+        """Path of the mixing projection, without an expert's index."""
+        return self.name if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
+
+    @property
+    def mixing(self) -> "Matrix":
+        """The matrix of the mixing projection."""
+        return Matrix(self.units[0].region[0].parameter, self.expert)
+
+    @property
+    def outlet(self) -> str:
+        """Path of the module that returns what the projection does, or the sum over experts."""
+        return self.projection if self.branch == self.layer_name else self.branch
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One prunable matrix: a parameter, or one expert of a 3-D parameter."""
+
+    parameter: str
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
+
+    @property
+    def module(self) -> str:
+        """Path of the module that uses it."""
+        return self.parameter.rpartition(".")[0]
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the matrix, a 2-D view of `parameter`."""
+        return parameter if self.expert is None else parameter[self.expert]
+
+
+def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list[Site]:
+    """Find every site of `model`, layer by layer, attention before MLP.
+
+    Args:
+        model: A causal language model.
+        mlp_unit_size: Channels per unit of MLP and expert sites (the last unit may have fewer);
+            `None` makes each of these sites one unit.
+
+    Raises:
+        ValueError: `model` is no decoder-only language model, or its architecture is unknown; the
+            message says what was looked for and where to add it.
+    """
+    decoder_name, decoder = _decoder(model)
+    plan = _plan(model)
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    sites: list[Site] = []
+    for layer, layer_name in enumerate(_layer_names(decoder, plan)):
+        full_name = f"{decoder_name}.{layer_name}" if decoder_name else layer_name
+        found = [
+            site
+            for branch, (mixing, feeding) in _branches(plan).items()
+            for site in _branch_sites(
+                model, layer, full_name, branch, mixing, feeding, heads, mlp_unit_size
+            )
+        ]
+        if not any(site.kind == "attention" for site in found):
+            raise ValueError(
+                f"{type(model).__name__} is not supported: no attention site was found in "
+                f"{full_name}, where one of {', '.join(sorted(plan))} was looked for. "
+                "Add the architecture to PLANS in optimum_cap/models/architectures.py"
+            )
+        sites += sorted(found, key=lambda site: site.kind != "attention")
+    return sites
+
+
+def prunable_matrices(sites: Iterable[Site]) -> list[Matrix]:
+    """Return the matrices that the regions of `sites` cover, in the order of the model."""
+    blocks = (block for site in sites for unit in site.units for block in unit.region)
+    return list(dict.fromkeys(Matrix(block.parameter, block.expert) for block in blocks))
+
+
+def heads(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
+    """Return the attention heads among the units of `sites`, each with its site, in order."""
+    return [(site, unit) for site in sites if site.kind == "attention" for unit in site.units]
+
+
+def all_units(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
+    """Return all units of `sites`, each with its site, in order."""
+    return [(site, unit) for site in sites for unit in site.units]
+
+
+def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[Block]:
+    """Return the part of a head's region that can be zero without any effect on other heads.
+
+    Where queries or keys are normalised over all heads at once (OLMoE), their rows cannot.
+    """
+    branch = model.get_submodule(site.branch)
+    start, stop = unit.channels
+    joined = set()
+    for norm, projection in NORMS.items():
+        weight = getattr(getattr(branch, norm, None), "weight", None)
+        if weight is not None and weight.numel() > stop - start:
+            joined.add(f"{site.branch}.{projection}.weight")
+    return [block for block in unit.region if block.parameter not in joined]
+
+
+def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
+    """Return the weights of a matrix as a view `[out, in]`, whichever way they are stored."""
+    weight = matrix.of(model.get_parameter(matrix.parameter).data)
+    return weight.T if is_transposed(model, matrix) else weight
+
+
+def is_transposed(model: PreTrainedModel, matrix: Matrix) -> bool:
+    """Whether a matrix is stored as `[in, out]`."""
+    return isinstance(model.get_submodule(matrix.module), Conv1D)
+
+
+def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
+    """Return the prunable matrices of each decoder layer."""
+    sites = list(sites)
+    layers = sorted({site.layer for site in sites})
+    return {
+        layer: prunable_matrices(site for site in sites if site.layer == layer) for layer in layers
+    }
+
+
+def stages_by_layer(sites: Iterable[Site]) -> dict[int, list[list[Matrix]]]:
+    """Return the prunable matrices of each decoder layer in the order in which they run.
+
+    A stage holds matrices none of which feeds another: the projections that feed a site of
+    attention, the one that mixes, those that feed MLP or experts, those that mix.
+    """
+    stages: dict[int, list[list[Matrix]]] = {}
+    sites = list(sites)
+    for layer, own in matrices_by_layer(sites).items():
+        mixing = {site.mixing for site in sites if site.layer == layer}
+        attention = prunable_matrices(
+            site for site in sites if site.layer == layer and site.kind == "attention"
+        )
+        others = [matrix for matrix in own if matrix not in attention]
+        stages[layer] = [
+            stage
+            for branch in (attention, others)
+            for stage in (
+                [matrix for matrix in branch if matrix not in mixing],
+                [matrix for matrix in branch if matrix in mixing],
+            )
+            if stage
+        ]
+    return stages
+
+
+def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Module]:
+    """Return the decoder layers of `model` in order, as named by its `sites`."""
+    names = {site.layer: site.layer_name for site in sites}
+    return [model.get_submodule(names[layer]) for layer in sorted(names)]
+
+
+def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} is not a decoder-only causal language model, so it has no "
+            "loss on answers that CAP could measure: load the model with AutoModelForCausalLM"
+        )
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    return name, decoder
+
+
+def _plan(model: PreTrainedModel) -> dict[str, str]:
+    config = model.config.get_text_config(decoder=True)
+    plan = PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None) or {}
+    if not any(".*." in pattern for pattern in plan):  # a plan may name no layer (dory)
+        raise ValueError(
+            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: its "
+            "config has no base_model_tp_plan that names projections of the decoder layers, and it "
+            f"is not in PLANS ({', '.join(sorted(PLANS))}). Add it to PLANS in "
+            "optimum_cap/models/architectures.py"
+        )
+    return dict(plan)
+
+
+def _branches(plan: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
+    """Group the plan by branch: path in the layer -> (mixing projection, feeding projections)."""
+    mixing: dict[str, str] = {}
+    feeding: dict[str, list[str]] = {}
+    for pattern, style in plan.items():
+        if ".*." not in pattern:
+            continue
+        branch, _, projection = pattern.partition(".*.")[2].rpartition(".")
+        if style.startswith("rowwise"):
+            mixing[branch] = projection
+        elif "colwise" in style:
+            feeding.setdefault(branch, []).append(projection)
+    return {branch: (mixing[branch], feeding.get(branch, [])) for branch in mixing}
+
+
+def _layer_names(decoder: nn.Module, plan: dict[str, str]) -> Iterator[str]:
+    container = next(pattern.partition(".*.")[0] for pattern in plan if ".*." in pattern)
+    layers = getattr(decoder, container, None)
+    if layers is None:
+        raise ValueError(
+            f"{type(decoder).__name__} is not supported: its plan names decoder layers "
+            f"{container!r}, which it does not have. Add it to PLANS in "
+            "optimum_cap/models/architectures.py"
+        )
+    return (f"{container}.{index}" for index in range(len(layers)))
+
+
+def _branch_sites(
+    model: PreTrainedModel,
+    layer: int,
+    layer_name: str,
+    branch: str,
+    mixing: str,
+    feeding: list[str],
+    heads: int,
+    mlp_unit_size: int | None,
+) -> Iterator[Site]:
+    """Yield the site of one branch, or one per expert; nothing where the layer lacks the branch."""
+    branch_name = f"{layer_name}.{branch}" if branch else layer_name
+    projection = f"{branch_name}.{mixing}"
+    weight_name, weight, transposed = _weight(model, projection)
+    if weight is None:
+        return
+    is_attention = any(name in ATTENTION_LAYOUTS for name in feeding)
+    in_dim = 0 if transposed else 1
+    width = weight.shape[-2] if transposed else weight.shape[-1]
+    if is_attention and width % heads:
+        raise ValueError(
+            f"{projection} of {type(model).__name__} takes {width} channels, which {heads} "
+            "attention heads do not divide"
+        )
+    size = width // heads if is_attention else (mlp_unit_size or width)
+    bounds = [(start, min(start + size, width)) for start in range(0, width, size)]
+
+    experts: list[int | None] = list(range(weight.shape[0])) if weight.ndim == 3 else [None]
+    for expert in experts:
+        regions = [[Block(weight_name, in_dim, *channels, expert)] for channels in bounds]
+        for name in feeding:
+            for region, blocks in zip(
+                regions,
+                _feeding_blocks(model, f"{branch_name}.{name}", bounds, expert),
+                strict=True,
+            ):
+                region += blocks
+        yield Site(
+            name=projection if expert is None else f"{projection}[{expert}]",
+            kind="attention" if is_attention else "mlp" if expert is None else "expert",
+            layer=layer,
+            layer_name=layer_name,
+            branch=branch_name,
+            width=width,
+            units=tuple(
+                Unit(index, channels, tuple(region))
+                for index, (channels, region) in enumerate(zip(bounds, regions, strict=True))
+            ),
+            expert=expert,
+        )
+
+
+def _feeding_blocks(
+    model: PreTrainedModel, projection: str, bounds: list[Range], expert: int | None
+) -> list[list[Block]]:
+    """Return the blocks of a feeding projection for each unit."""
+    name = projection.rpartition(".")[2]
+    layout = ROW_LAYOUTS.get(name)
+    if layout is None:
+        raise ValueError(
+            f"{type(model).__name__} is not supported: the rows of {projection} belong to units in "
+            f"a way that is not known for {name!r} (known: {', '.join(sorted(ROW_LAYOUTS))}). Add "
+            "it to ROW_LAYOUTS in optimum_cap/models/architectures.py"
+        )
+    weight_name, weight, transposed = _weight(model, projection)
+    if weight is None:
+        return [[] for _ in bounds]
+    dim = 1 if transposed else 0
+    rows = weight.shape[-1] if transposed else weight.shape[-2]
+    ranges = layout(rows, bounds)
+    if max(stop for unit in ranges for _, stop in unit) != rows:
+        raise ValueError(
+            f"{projection} of {type(model).__name__} has {rows} rows, which does not fit the "
+            f"layout known for {name!r} with {len(bounds)} units of "
+            f"{bounds[0][1] - bounds[0][0]} channels; see optimum_cap/models/architectures.py"
+        )
+    return [[Block(weight_name, dim, *piece, expert) for piece in unit] for unit in ranges]
+
+
+def _weight(model: PreTrainedModel, path: str) -> tuple[str, torch.Tensor | None, bool]:
+    """Return (parameter name, parameter, whether stored as [in, out]) of a projection."""
+    parent_name, _, name = path.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_name)
+    except AttributeError:
+        return path, None, False
+    value = getattr(parent, name, None)
+    if isinstance(value, nn.Parameter):  # all experts in one 3-D parameter
+        return path, value, False
+    if isinstance(value, nn.Module) and isinstance(
+        weight := getattr(value, "weight", None), torch.Tensor
+    ):
+        return f"{path}.weight", weight, isinstance(value, Conv1D)
+    return path, None, False
+
+
+# Layouts: (number of rows, channel range of each unit) -> row ranges of each unit. "Rows" are
+# output features, whichever way the matrix is stored.
+
+
+def _one_to_one(rows: int, bounds: list[Range]) -> list[list[Range]]:
+    return [[channels] for channels in bounds]
+
+
+def _shared_key_value(rows: int, bounds: list[Range]) -> list[list[Range]]:
+    """Grouped-query attention: consecutive query heads share the rows of one key/value head."""
+    head_dim = bounds[0][1] - bounds[0][0]
+    queries_per_key = max(1, len(bounds) * head_dim // rows)
+    starts = [index // queries_per_key * head_dim for index in range(len(bounds))]
+    return [[(start, start + head_dim)] for start in starts]
+
+
+def _stacked_query_key_value(rows: int, bounds: list[Range]) -> list[list[Range]]:
+    """All queries, then all keys, then all values (Phi-3, GPT-2)."""
+    width = bounds[-1][1]
+    key_rows = (rows - width) // 2
+    shared = _shared_key_value(key_rows, bounds)
+    return [
+        [
+            channels,
+            (width + start, width + stop),
+            (width + key_rows + start, width + key_rows + stop),
+        ]
+        for channels, [(start, stop)] in zip(bounds, shared, strict=True)
+    ]
+
+
+def _interleaved_query_key_value(rows: int, bounds: list[Range]) -> list[list[Range]]:
+    """Query, key and value of the first head, then of the second, ... (GPT-NeoX)."""
+    return [[(3 * start, 3 * stop)] for start, stop in bounds]
+
+
+def _stacked_gate_up(rows: int, bounds: list[Range]) -> list[list[Range]]:
+    """All gate rows, then all up rows."""
+    half = rows // 2
+    return [[(start, stop), (half + start, half + stop)] for start, stop in bounds]
+
+
+Layout = Callable[[int, list[Range]], list[list[Range]]]
+
+ATTENTION_LAYOUTS: dict[str, Layout] = {
+    "q_proj": _one_to_one,
+    "k_proj": _shared_key_value,
+    "v_proj": _shared_key_value,
+    "qkv_proj": _stacked_query_key_value,
+    "c_attn": _stacked_query_key_value,
+    "query_key_value": _interleaved_query_key_value,
+}
+ROW_LAYOUTS: dict[str, Layout] = {
+    **ATTENTION_LAYOUTS,
+    "gate_proj": _one_to_one,
+    "up_proj": _one_to_one,
+    "gate_up_proj": _stacked_gate_up,
+    "dense_h_to_4h": _one_to_one,
+    "c_fc": _one_to_one,
+    "fc1": _one_to_one,
+}
+
+# Norms inside an attention, and the projections whose outputs they normalise.
+NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+
+# Tensor-parallel plans in transformers' notation, for architectures where transformers has none.
+PLANS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "h.*.attn.c_attn": "colwise",
+        "h.*.attn.c_proj": "rowwise",
+        "h.*.mlp.c_fc": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
+    },
+    "opt": {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.fc1": "colwise",
+        "layers.*.fc2": "rowwise",
+    },
+}

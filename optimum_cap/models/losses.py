@@ -1,0 +1,100 @@
+"""Losses of scored tokens, from what the last layer returns at the positions that predict them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.data import Batch
+from optimum_cap.models.hooks import in_form_of, no_embeddings, replaced_forward, skipped
+from optimum_cap.models.offload import device_of
+
+# On a GPU 0.7 GB with a copy in float32 and its logarithms, whatever the memory budget is.
+_LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The scored tokens of a batch.
+
+    Attributes:
+        examples: Number of examples.
+        rows, columns: Positions of the hidden states that predict scored tokens, int64 `[scored]`.
+        ids: The scored tokens, int64 `[scored]`.
+    """
+
+    examples: int
+    rows: torch.Tensor
+    columns: torch.Tensor
+    ids: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Targets":
+        rows, columns = batch.scored.nonzero(as_tuple=True)
+        return cls(len(batch.positions), rows, columns - 1, batch.input_ids[rows, columns])
+
+    def example_means(self, token_losses: torch.Tensor) -> torch.Tensor:
+        """Average `[..., scored]` losses over the tokens of each example: `[..., examples]`."""
+        rows = self.rows.cpu()
+        counts = torch.bincount(rows, minlength=self.examples)
+        sums = torch.zeros(*token_losses.shape[:-1], self.examples, dtype=torch.float64)
+        sums.index_add_(-1, rows, token_losses.double().cpu())
+        return sums / counts
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy per position in float32, whatever the dtype of the logits: `[positions]`."""
+    return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+
+
+def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
+    """Positions whose logits are computed at a time, which bounds their memory."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return max(1, _LOGITS_PER_CHUNK["cuda" if device.type == "cuda" else "cpu"] // vocabulary)
+
+
+def logits_of(
+    model: PreTrainedModel, layers: list[nn.Module], form: Any, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Logits of sequences of one token, with embeddings and decoder layers short-circuited.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        form: What a layer returned once, which says how it returns its hidden states.
+        hidden: Output of the last layer, `[positions, 1, hidden]`.
+
+    Returns:
+        `[positions, vocabulary]`.
+    """
+    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(model))
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        return in_form_of(form, hidden)
+
+    with (
+        no_embeddings(model, hidden.dtype),
+        skipped(layers[:-1], form),
+        replaced_forward(layers[-1], give),
+    ):
+        return model(input_ids=tokens, use_cache=False).logits[:, 0]
+
+
+def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits of an ordinary forward pass, at scored positions only: `[scored, vocabulary]`."""
+    targets = Targets.of(batch)
+
+    def select(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        rows, columns = targets.rows.to(args[0].device), targets.columns.to(args[0].device)
+        return (args[0][rows, columns][None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits: torch.Tensor = model(
+            input_ids=batch.input_ids.to(model.device), use_cache=False
+        ).logits[0]
+    finally:
+        handle.remove()
+    return logits

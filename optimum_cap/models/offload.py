@@ -1,0 +1,177 @@
+"""Weights that accelerate keeps on the CPU or on disk: brought in to be read, and changed there.
+
+Of a model that is larger than its devices (`device_map="auto"`), an offloaded parameter is on the
+meta device, and the `AlignDevicesHook` of its module holds a map of names to values. Everything
+here does nothing to a model that is in memory.
+"""
+
+import ctypes
+import errno
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.models.architectures import Matrix, is_transposed
+
+
+def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """Return the hook that brings the weights of `module` itself in, or `None` if they stay in."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether any weights of `model` are offloaded."""
+    return any(offloading_hook(module) is not None for module in model.modules())
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device for the inputs of `model`, also where its first weights are offloaded."""
+    if model.device.type == "meta":
+        for module in model.modules():
+            if (hook := offloading_hook(module)) is not None:
+                return torch.device(hook.execution_device)
+    return model.device
+
+
+@contextmanager
+def brought_in(module: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Keep offloaded weights in memory: each is loaded once, however often its module runs.
+
+    Args:
+        module: All weights in it are brought in ...
+        besides: ... but for those of these modules.
+    """
+    left_out = {child for other in besides for child in other.modules()}
+    with ExitStack() as stack:
+        if is_offloaded(module):
+            stack.callback(_return_freed_memory)
+        for child in module.modules():
+            if child not in left_out and (hook := offloading_hook(child)) is not None:
+                hook.pre_forward(child)
+                hook.offload = False
+                stack.callback(_let_go, child, hook)
+        yield
+
+
+def _let_go(module: nn.Module, hook: AlignDevicesHook) -> None:
+    hook.offload = True
+    hook.post_forward(module, None)
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library (glibc) can be asked to.
+
+    By itself it keeps pieces of up to 32 MB, and some megabytes more are lost with every layer.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def stored_parameter(model: nn.Module, name: str) -> torch.Tensor:
+    """Return the values of a parameter, to be read only; brought in if it is offloaded.
+
+    Args:
+        model: The model.
+        name: As in `model.named_parameters()`.
+    """
+    module, attribute = _owner(model, name)
+    hook = offloading_hook(module)
+    if hook is None:
+        return getattr(module, attribute).data
+    return hook.weights_map[attribute].to(hook.execution_device)
+
+
+def weights(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
+    """Return the weights of a matrix as `[out, in]`, to be read only; brought in if offloaded."""
+    weight = matrix.of(stored_parameter(model, matrix.parameter))
+    return weight.T if is_transposed(model, matrix) else weight
+
+
+def writable_weights(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
+    """Return the weights of a matrix as a view `[out, in]` to be changed in place, where they are.
+
+    Of weights on disk it is a memory-mapped view of a copy, which the model uses from then on and
+    which goes when the model goes: the files that the model was loaded from are never changed.
+
+    Raises:
+        OSError: There is no room for the copy.
+    """
+    module, name = _owner(model, matrix.parameter)
+    hook = offloading_hook(module)
+    stored = getattr(module, name).data if hook is None else _writable(hook, name)
+    weight = matrix.of(stored)
+    return weight.T if is_transposed(model, matrix) else weight
+
+
+def _owner(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    owner, _, name = parameter.rpartition(".")
+    return model.get_submodule(owner), name
+
+
+def _writable(hook: AlignDevicesHook, name: str) -> torch.Tensor:
+    values, key = hook.weights_map, name
+    while isinstance(values, PrefixedDataset):
+        values, key = values.dataset, f"{values.prefix}{key}"
+    if not isinstance(values, OffloadedWeightsLoader) or key in values.state_dict:
+        return values[key]
+    file = _folder_of_copies(values) / f"{key}.safetensors"
+    weight = values[key]
+    if not file.exists():
+        _save_copy(file, key, weight)
+        values.index[key] = {
+            "safetensors_file": str(file),
+            "weight_name": key,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        }
+        _return_freed_memory()
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")  # the length of the header, the header
+    data = np.memmap(file, dtype=np.uint8, mode="r+", offset=start)
+    return torch.from_numpy(data).view(weight.dtype).view(weight.shape)
+
+
+def _folder_of_copies(values: OffloadedWeightsLoader) -> Path:
+    """Return the folder for changed weights of one model, in its offload folder if it has one."""
+    if not hasattr(values, "folder_of_copies"):
+        values.folder_of_copies = tempfile.mkdtemp(prefix="pruned-", dir=values.save_folder)
+        weakref.finalize(values, shutil.rmtree, values.folder_of_copies, ignore_errors=True)
+    return Path(values.folder_of_copies)
+
+
+def _save_copy(file: Path, key: str, weight: torch.Tensor) -> None:
+    try:
+        save_file({key: weight.contiguous()}, file)
+    except (OSError, SafetensorError) as error:
+        file.unlink(missing_ok=True)
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"could not store the pruned {key} in {file.parent} ({error}); the model is pruned in "
+            "part: make room, or choose another offload_folder, and load it again",
+        ) from error
+
+
+def check_in_memory(model: PreTrainedModel) -> None:
+    """Check that a backward pass has all weights that it needs.
+
+    Raises:
+        ValueError: Weights of the model are offloaded.
+    """
+    if is_offloaded(model):
+        raise ValueError(
+            "to first order the weights have to be in memory, all at once, but some of this model "
+            "are offloaded: use estimator 'exact', or load it with a device_map that keeps them"
+        )

@@ -1,0 +1,1 @@
+"""The plugin for transformers: the quantization method and the keyword `pruning_config`."""

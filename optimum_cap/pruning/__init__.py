@@ -1,0 +1,22 @@
+"""From calibration data and scores to pruned weights."""
+
+from optimum_cap.pruning.activations import LayerWalk
+from optimum_cap.pruning.fisher import examples_to_estimate
+from optimum_cap.pruning.run import PruningRun, wait_for_all
+from optimum_cap.pruning.selection import (
+    matrices_to_prune,
+    number_of_heads_to_remove,
+    removable_heads,
+)
+from optimum_cap.pruning.sensitivity import examples_to_measure
+
+__all__ = [
+    "LayerWalk",
+    "PruningRun",
+    "examples_to_estimate",
+    "examples_to_measure",
+    "matrices_to_prune",
+    "number_of_heads_to_remove",
+    "removable_heads",
+    "wait_for_all",
+]

@@ -1,0 +1,102 @@
+"""From scores of units to importances of the weights that belong to them."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from optimum_cap.methods import HIGHEST, LOWEST
+from optimum_cap.models import Matrix, Site
+
+UnitKey = tuple[str, int]
+"""`(name of the site, index of the unit)`."""
+
+
+def scaled_importances(scores: torch.Tensor) -> torch.Tensor:
+    """Map scores linearly to importances in [1, 10] over all scored units (paper, Eq. 3).
+
+    In the paper these are the heads. Where MLPs and experts are scored too, there is one map over
+    units of all kinds, whatever their size: a score is what the loss gains without the whole unit,
+    so one with more weights tends to get more. Units of about as many weights as a head compare
+    best (`mlp_unit_size`).
+
+    A unit whose masked loss is not finite on any example (score NaN) is needed more than one that
+    can be measured, so it gets 10.
+
+    Args:
+        scores: Causal scores, `[units]`.
+
+    Returns:
+        Importances, float64 `[units]`; all 1 if all scores are equal.
+    """
+    scores = scores.double()
+    finite = scores[scores.isfinite()]
+    if len(finite) == 0 or finite.min() == finite.max():
+        importances = torch.full_like(scores, LOWEST)
+    else:
+        low, high = finite.min(), finite.max()
+        importances = LOWEST + (HIGHEST - LOWEST) * (scores - low) / (high - low)
+    return importances.where(scores.isfinite(), HIGHEST)
+
+
+def unit_importances(
+    sites: Iterable[Site], scored: Mapping[UnitKey, float]
+) -> dict[UnitKey, float]:
+    """Give every unit an importance: its own if it was scored, or the mean of its layer's heads.
+
+    The mean for MLPs is the paper's (step 5), which names it as its main weakness; experts are
+    treated as MLPs.
+
+    Args:
+        sites: All sites of the model.
+        scored: Importances of the units that were scored, all heads among them.
+    """
+    sites = list(sites)
+    means: dict[int, float] = {}
+    for site in sites:
+        if site.kind == "attention":
+            own = [scored[site.name, unit.index] for unit in site.units]
+            means[site.layer] = sum(own) / len(own)
+    return {
+        (site.name, unit.index): scored.get((site.name, unit.index), means[site.layer])
+        for site in sites
+        for unit in site.units
+    }
+
+
+def region_importances(
+    sites: Iterable[Site], importances: Mapping[UnitKey, float], kv_combination: str = "mean"
+) -> dict[Matrix, torch.Tensor]:
+    """Spread the importances of units over the rows or columns of their regions.
+
+    Args:
+        sites: All sites of the model.
+        importances: Importance per unit.
+        kv_combination: How a key/value row combines the units that share it: `"mean"` or `"max"`.
+
+    Returns:
+        For each matrix of shape `(a, b)` a float32 tensor that broadcasts against it: `[a, 1]` or
+        `[1, b]`.
+    """
+    combine = COMBINATIONS[kv_combination]
+    pieces: dict[Matrix, dict[tuple[int, int, int], list[float]]] = {}
+    for site in sites:
+        for unit in site.units:
+            for block in unit.region:
+                ranges = pieces.setdefault(Matrix(block.parameter, block.expert), {})
+                shared = ranges.setdefault((block.dim, block.start, block.stop), [])
+                shared.append(importances[site.name, unit.index])
+    spread: dict[Matrix, torch.Tensor] = {}
+    for matrix, ranges in pieces.items():
+        dim = next(iter(ranges))[0]
+        vector = torch.empty(max(stop for _, _, stop in ranges), dtype=torch.float32)
+        for (_, start, stop), values in ranges.items():
+            vector[start:stop] = combine(values)
+        spread[matrix] = vector.unsqueeze(1 - dim)
+    return spread
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+COMBINATIONS: dict[str, Callable[[list[float]], float]] = {"mean": _mean, "max": max}

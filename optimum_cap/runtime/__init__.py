@@ -1,0 +1,34 @@
+"""Runs that survive: several processes, memory that runs out, interrupts, digests and files."""
+
+from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
+from optimum_cap.runtime.distributed import Team, check_same_inputs
+from optimum_cap.runtime.files import TensorFiles, write_whole
+from optimum_cap.runtime.memory import (
+    Room,
+    budget_bytes,
+    each_in_memory,
+    halves,
+    is_out_of_memory,
+    keep_freed_memory,
+)
+from optimum_cap.runtime.resume import default_folder, stoppable
+
+__all__ = [
+    "VERSIONED",
+    "Room",
+    "Team",
+    "TensorFiles",
+    "budget_bytes",
+    "check_same_inputs",
+    "default_folder",
+    "digest_of",
+    "each_in_memory",
+    "examples_digest",
+    "halves",
+    "is_out_of_memory",
+    "keep_freed_memory",
+    "machine",
+    "model_digest",
+    "stoppable",
+    "write_whole",
+]

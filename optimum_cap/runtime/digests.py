@@ -1,0 +1,146 @@
+"""Digests of weights and plain values, and files that are written as a whole or not at all."""
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import sys
+from contextlib import suppress
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate.utils.modeling import align_module_device
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.data import CalibrationExample
+from optimum_cap.models import device_of
+
+_VERSIONED_CODE = ("torch", "transformers")
+# What config.json says of files, not of the computation, or what the parameters say better.
+_NOT_COMPUTED = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "pruning_config",
+    "quantization_config",
+    "transformers_version",
+)
+VERSIONED = ("optimum-cap", "torch", "transformers")
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Digest of what a model computes: its class, config and weights as they are stored."""
+    config = model.config.to_dict()
+    computed = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
+    return digest_of(type(model).__name__, computed, weights_digest(model))
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Digest of all parameters and buffers, one after the other; offloaded ones are fetched."""
+    digest = hashlib.sha256()
+    modules = dict(model.named_modules())
+    with logging.tqdm(total=len(modules), desc="Hashing weights", delay=5) as progress:
+        for name, module in modules.items():
+            with align_module_device(module):
+                own = chain(
+                    module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+                )
+                for tensor_name, tensor in own:
+                    _update(digest, f"{name}.{tensor_name}", tensor)
+            progress.update()
+    return digest.hexdigest()
+
+
+def sample_digest(model: PreTrainedModel) -> str:
+    """Digest of a few values of each parameter, which tells models apart without reading them."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        _update(digest, name, list(parameter.shape))
+        if parameter.device.type != "meta":
+            _update(digest, name, parameter.flatten()[:16])
+    return digest.hexdigest()
+
+
+def code_digest(model: PreTrainedModel) -> str:
+    """Digest of what the modules of a model are: their classes, hooks, and exchanged forwards.
+
+    Of classes that neither torch nor transformers brings, whose versions do not say it, the source
+    of their file counts, as far as there is one: code from a repository at another revision is
+    other code.
+    """
+    digest = hashlib.sha256()
+    files = set()
+    for name, module in model.named_modules():
+        kind = type(module)
+        changes = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's moves
+            changes.append(module.forward)
+        named = [_name_of_code(change) for change in changes if not _is_versioned(change)]
+        _update(digest, name, [_name_of_code(kind), *named])
+        if not _is_versioned(kind):
+            files.add(kind.__module__)
+    for file in sorted(files & sys.modules.keys()):
+        with suppress(OSError, TypeError):  # made in an interactive session
+            _update(digest, file, inspect.getsource(sys.modules[file]))
+    return digest.hexdigest()
+
+
+def _is_versioned(code: Any) -> bool:
+    """Whether torch or transformers brings it. Their own hooks record, and change nothing."""
+    return str(getattr(code, "__module__", "")).partition(".")[0] in _VERSIONED_CODE
+
+
+def _name_of_code(code: Any) -> str:
+    code = code if hasattr(code, "__qualname__") else type(code)
+    return f"{code.__module__}.{code.__qualname__}"
+
+
+def digest_of(*parts: Any) -> str:
+    """Return the sha256 of tensors, plain values, and lists and dictionaries of them."""
+    digest = hashlib.sha256()
+    for part in parts:
+        _update(digest, "", part)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, value: Any) -> None:
+    """Add a name and a value: tensors by their bytes, containers entry by entry, others as JSON."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, list):
+        digest.update(f"{name} [{len(value)}]\n".encode())
+        for entry in value:
+            _update(digest, name, entry)
+    elif isinstance(value, dict):
+        digest.update(f"{name} {{{len(value)}}}\n".encode())
+        for key in sorted(value, key=str):
+            _update(digest, str(key), value[key])
+    else:
+        digest.update(f"{name} {json.dumps(value, default=str)}\n".encode())
+
+
+def examples_digest(examples: list[CalibrationExample]) -> str:
+    """Digest of the tokens of examples, and of which are scored."""
+    return digest_of([[example.input_ids, example.scored] for example in examples])
+
+
+def machine(model: PreTrainedModel) -> dict[str, Any]:
+    """What measurements follow from beside the config, the weights and the tokens."""
+    device = device_of(model)
+    return {
+        "code": code_digest(model),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        "attention": model.config._attn_implementation,
+        "experts": getattr(model.config, "_experts_implementation", None),
+        "device": device.type,
+        "machine": (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            # Matrix products add up in another order with other instructions and threads.
+            else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+        ),
+        "precision": torch.get_float32_matmul_precision(),
+    }

@@ -1,0 +1,140 @@
+"""Masked losses of all units, measured exactly at about half the cost of one pass per unit."""
+
+from contextlib import nullcontext
+
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.data import CalibrationExample, batches
+from optimum_cap.models import (
+    Site,
+    Unit,
+    all_units,
+    check_compilable,
+    compiling,
+    decoder_layers,
+    evaluation_mode,
+    float32_on_cpu,
+)
+from optimum_cap.runtime import Room, Team, budget_bytes, check_same_inputs, is_out_of_memory
+from optimum_cap.scoring.cache import ScoreCache, names
+from optimum_cap.scoring.chunks import ExactRun, chunks_of, settled
+from optimum_cap.scoring.scores import UnitLosses
+from optimum_cap.scoring.wavefront import prefix_to_share, streams_per_chunk, tokens_per_batch
+
+logger = logging.get_logger(__name__)
+
+
+def exact_losses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+    units: list[tuple[Site, Unit]] | None = None,
+    cache: ScoreCache | None = None,
+    torch_compile: bool = False,
+    room: Room | None = None,
+) -> UnitLosses:
+    """Measure the loss with each unit of the sites masked.
+
+    Args:
+        model: A causal language model; it comes back as it was.
+        sites: All sites of the model (`find_sites`), or at least those of attention.
+        examples: The calibration examples.
+        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
+            free.
+        units: Which units to mask, in the order of the model; `None` masks all of the sites.
+        cache: Keeps finished chunks of this model, so that a run that was stopped goes on where it
+            was, with the same bytes as an undisturbed one.
+        torch_compile: Compile the decoder layers, which pays in long runs on a GPU
+            (`docs/performance.md`). A run that goes on then agrees with an undisturbed one up to
+            rounding.
+        room: What runs over this model have found out about its memory so far, and this one will.
+
+    Returns:
+        The losses, in the order of the units and of the examples. Processes that were launched
+        together (`accelerate launch`, `torchrun`) share the work, so that all of them have to call
+        this, and each returns all losses.
+
+    Raises:
+        ValueError: Experts are to be masked that compute in a way that is not known, the layers
+            cannot be compiled, the units are in another order, or processes that were launched
+            together were given different things.
+        MemoryError: Memory runs out with a single example and a single unit.
+        ConnectionError: Another process of the launch has stopped.
+    """
+    if torch_compile:
+        check_compilable(model)
+    jobs = all_units(sites) if units is None else units
+    _check_order(jobs)
+    check_same_inputs(model, examples, names(jobs), memory_budget)
+    layers = decoder_layers(model, sites)
+    measured = {site.name for site, _ in jobs}
+    sites = [site for site in sites if site.kind == "attention" or site.name in measured]
+    with evaluation_mode(model), float32_on_cpu(model):
+        # Of what is free when weights are widened.
+        budget = settled_budget(model, memory_budget, examples, jobs, cache)
+        prefix = settled(
+            "prefix",
+            lambda: _prefix(model, layers, sites, examples),
+            examples,
+            jobs,
+            cache,
+        )
+        tokens = tokens_per_batch(model, budget, prefix, sites)
+        made = batches(examples, len(examples), prefix, tokens)
+        chunks = [
+            chunk
+            for batch in made
+            for chunk in chunks_of(batch, len(jobs), streams_per_chunk(model, batch, budget))
+        ]
+        team = Team.of_this_run()
+        run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile, room)
+        with compiling() if torch_compile else nullcontext():
+            run.measure(chunks)
+    return UnitLosses(jobs, run.intact, run.masked)
+
+
+def _check_order(units: list[tuple[Site, Unit]]) -> None:
+    """Check that units can start one after the other as streams go up the layers."""
+    places = [(site.layer, site.kind != "attention") for site, _ in units]
+    for place, following, (site, unit) in zip(places, places[1:], units[1:], strict=False):
+        if following < place:
+            raise ValueError(
+                f"unit {unit.index} of {site.name} comes after a unit of a later site: give units "
+                "in the order of the model, as all_units does"
+            )
+
+
+def _prefix(
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    sites: list[Site],
+    examples: list[CalibrationExample],
+) -> int:
+    """Tokens to compute once for all examples; none where there is no memory to try it."""
+    try:
+        return prefix_to_share(model, layers, sites, examples)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    clear_device_cache(garbage_collection=True)
+    logger.warning_once(
+        "memory ran out with two examples: what all examples begin with is computed for each"
+    )
+    return 0
+
+
+def settled_budget(
+    model: PreTrainedModel,
+    memory_budget: int | str,
+    examples: list[CalibrationExample],
+    units: list[tuple[Site, Unit]],
+    cache: ScoreCache | None,
+) -> int:
+    """Return the bytes that activations may take, the same for all processes and later runs."""
+    if memory_budget != "auto":
+        return budget_bytes(memory_budget, model)
+    return settled("budget", lambda: budget_bytes("auto", model), examples, units, cache)

@@ -1,0 +1,72 @@
+"""The definition of masked losses: one hooked forward pass per unit, the reference for tests."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.data import Batch, CalibrationExample, batches
+from optimum_cap.models import (
+    Site,
+    Targets,
+    Unit,
+    all_units,
+    device_of,
+    evaluation_mode,
+    float32_on_cpu,
+    masked_unit,
+    token_losses,
+)
+from optimum_cap.runtime import budget_bytes
+from optimum_cap.scoring.scores import UnitLosses
+from optimum_cap.scoring.wavefront import tokens_per_batch
+
+
+def plain_losses(
+    model: PreTrainedModel,
+    sites: list[Site],
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+    units: list[tuple[Site, Unit]] | None = None,
+) -> UnitLosses:
+    """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
+    jobs = all_units(sites) if units is None else units
+    intact = torch.empty(len(examples), dtype=torch.float64)
+    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
+    with (
+        evaluation_mode(model),
+        float32_on_cpu(model),
+        logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
+    ):
+        budget = budget_bytes(memory_budget, model)
+        tokens = tokens_per_batch(model, budget)
+        for batch in batches(examples, len(examples), tokens=tokens):
+            intact[batch.positions] = _forward_losses(model, batch)
+            progress.update(len(batch.positions))
+            for index, (site, unit) in enumerate(jobs):
+                with masked_unit(model, site, unit):
+                    masked[index, batch.positions] = _forward_losses(model, batch)
+                progress.update(len(batch.positions))
+    return UnitLosses(jobs, intact, masked)
+
+
+def example_losses(
+    model: PreTrainedModel,
+    examples: list[CalibrationExample],
+    memory_budget: int | str = "auto",
+) -> torch.Tensor:
+    """Return the mean loss over the scored tokens of each example, nats, float64 `[examples]`."""
+    losses = torch.empty(len(examples), dtype=torch.float64)
+    with evaluation_mode(model), float32_on_cpu(model):
+        budget = budget_bytes(memory_budget, model)
+        tokens = tokens_per_batch(model, budget)
+        for batch in batches(examples, len(examples), tokens=tokens):
+            losses[batch.positions] = _forward_losses(model, batch)
+    return losses
+
+
+def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Mean loss per example of an ordinary forward pass, float64 `[examples]`."""
+    logits = model(input_ids=batch.input_ids.to(device_of(model)), use_cache=False).logits
+    targets = Targets.of(batch)
+    scored = logits[targets.rows.to(logits.device), targets.columns.to(logits.device)]
+    return targets.example_means(token_losses(scored, targets.ids.to(logits.device)))
