@@ -229,7 +229,7 @@ BAD_ARGUMENTS = {
     "--memory-budget plenty": 'memory_budget must be a number of bytes or text such as "4GB"',
     "--format zip": "checkpoint_format must be one of packed, dense, got 'zip'",
     "--dtype int8": "argument --dtype: invalid choice: 'int8'",
-    "--max-shard-size 3XB": "--max-shard-size must be a size such as 500MB, got '3XB'",
+    "--max-shard-size 3XB": '--max-shard-size must be a number of bytes or text such as "4GB", got',
     "--private": "--private .* needs --push-to-hub",
     "--max-memory cpu": "argument --max-memory: 'cpu' is no DEVICE=SIZE, such as 0=20GB",
     "--max-memory cpu=1GB": "--max-memory is for a placement .*, got --device-map cpu",

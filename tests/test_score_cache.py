@@ -305,7 +305,7 @@ def test_what_is_free_later_does_not_change_the_chunks(
     sites, cache = find_sites(llama), ScoreCache(tmp_path, llama)
     expected = exact_losses(llama, sites, examples(), "auto", cache=cache)
     chunks = len(measured)
-    monkeypatch.setattr("optimum_cap.scoring.scores.budget_bytes", lambda budget, model: 1)
+    monkeypatch.setattr("optimum_cap.scoring.exact.budget_bytes", lambda budget, model: 1)
     again = exact_losses(llama, sites, examples(), "auto", cache=cache)
     assert len(measured) == chunks
     assert same_bytes(again, expected)

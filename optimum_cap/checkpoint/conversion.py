@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from optimum_cap.checkpoint.folders import atomic_folder
 from optimum_cap.checkpoint.model_card import model_card

@@ -18,7 +18,7 @@ from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import model_card
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.checkpoint.transcoding import transcode_folder
-from optimum_cap.models import Matrix, is_offloaded, stored_parameter
+from optimum_cap.models import Matrix, has_adapters, is_offloaded, stored_parameter
 
 _MAX_SHARD_SIZE = "5GB"  # one file is held in memory while it is packed
 _OFFLOADED_SHARD_SIZE = "300MB"  # where memory is what there is little of
@@ -170,7 +170,7 @@ class PushPruned(_Saving):
 def _is_for_transformers(model: PreTrainedModel, options: dict[str, Any]) -> bool:
     """Whether the files to save are none of a float model, so that nothing is to be packed."""
     return bool(
-        getattr(model, "_hf_peft_config_loaded", False)  # adapters are saved as adapters
+        has_adapters(model)  # adapters are saved as adapters
         or getattr(model, "hf_quantizer", None) is not None
         or options.get("distributed_checkpoint")
     )

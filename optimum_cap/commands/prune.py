@@ -230,7 +230,7 @@ class PruneCommand(CAPSubcommand):
             raise ValueError("--private is about the uploaded repository: it needs --push-to-hub")
 
         from optimum_cap.checkpoint import check_target
-        from optimum_cap.config import CAPConfig
+        from optimum_cap.config import CAPConfig, parse_size
         from optimum_cap.data import build_calibration_set
         from optimum_cap.runtime import Team, default_folder
 
@@ -253,7 +253,7 @@ class PruneCommand(CAPSubcommand):
                 )
         config = CAPConfig(**values)
         if args.max_shard_size:
-            _check_shard_size(args.max_shard_size)
+            parse_size(args.max_shard_size, "--max-shard-size")
         # Saving checks this again: weights of another model in the folder are never replaced.
         check_target(args.output.absolute())
         if args.push_to_hub:
@@ -271,6 +271,7 @@ class PruneCommand(CAPSubcommand):
         from transformers import AutoModelForCausalLM
 
         from optimum_cap.checkpoint import inspect_checkpoint
+        from optimum_cap.config import parse_size
 
         args = self.args
         start = time.monotonic()
@@ -281,7 +282,7 @@ class PruneCommand(CAPSubcommand):
         if prepared.team.rank:
             return  # the model is the same in every process; the first one saves it
         before = _file_stamps(args.output)
-        limit = {"max_shard_size": args.max_shard_size} if args.max_shard_size else {}
+        limit = {"max_shard_size": parse_size(args.max_shard_size)} if args.max_shard_size else {}
         model.save_pretrained(args.output, **limit)
         prepared.tokenizer.save_pretrained(args.output)
 
@@ -298,16 +299,6 @@ class PruneCommand(CAPSubcommand):
             url = _upload(args.output, ours, args.push_to_hub, args.private, args.token)
             print(f"uploaded      {url}")
         _print_how_to_load(args.push_to_hub or str(args.output), prepared.config.checkpoint_format)
-
-
-def _check_shard_size(size: str) -> None:
-    """Let a size be read by what reads it when the model is saved, at the end of a long job."""
-    from huggingface_hub.serialization._base import parse_size_to_int
-
-    try:
-        parse_size_to_int(size)
-    except ValueError as error:
-        raise ValueError(f"--max-shard-size must be a size such as 500MB, got {size!r}") from error
 
 
 def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:

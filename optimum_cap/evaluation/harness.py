@@ -69,8 +69,18 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_siz
         add_bos_token=False if getattr(tokenizer, "chat_template", None) else None,
         softmax_dtype="float32",
     )
-    lm._device = device_of(model)  # not that of the first weights, which may be offloaded
+    # Not that of the first weights, which may be offloaded; `device` of HFLM has no setter.
+    lm._device = device_of(model)
     return lm
+
+
+def token_log_likelihoods(lm: Any, requests: list[Any]) -> list[tuple[float, bool]]:
+    """Return the log-likelihood of each request `(None, given ids, ids to predict)`.
+
+    The public `loglikelihood` takes text, which would be tokenised anew for each window.
+    """
+    scored: list[tuple[float, bool]] = lm._loglikelihood_tokens(requests)
+    return scored
 
 
 def harness_task(job: Questions) -> Any:

@@ -23,6 +23,7 @@ from optimum_cap.evaluation.harness import (
     harness_task,
     import_harness,
     quiet_harness,
+    token_log_likelihoods,
 )
 from optimum_cap.evaluation.results import (
     AccuracyResult,
@@ -382,14 +383,14 @@ def _graded(job: Questions, position: int, response: str) -> Answer:
 def _score(lm: Any, job: _Windows) -> PerplexityResult:
     """Measure the loss on every window: its first token is given, the others are predicted.
 
-    The harness's own perplexity tasks predict the first token too and take text, which would be
-    tokenised anew for each window, so its scoring of tokens is called.
+    The harness's own perplexity tasks predict the first token too, so its scoring of tokens is
+    called.
     """
     requests = [(None, window[:1], window[1:]) for window in job.windows]
     per_batch = max(1, _LONGEST_WINDOW // job.size)
     lm.batch_size_per_gpu, before = per_batch, lm.batch_size_per_gpu
     try:
-        scored = lm._loglikelihood_tokens(requests)
+        scored = token_log_likelihoods(lm, requests)
     finally:
         lm.batch_size_per_gpu = before
     items = []

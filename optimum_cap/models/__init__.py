@@ -40,6 +40,12 @@ from optimum_cap.models.hooks import (
     skipped,
     split_hidden,
 )
+from optimum_cap.models.internals import (
+    accelerate_hook,
+    forward_hooks,
+    has_adapters,
+    implementations,
+)
 from optimum_cap.models.losses import (
     Targets,
     logits_of,
@@ -68,6 +74,7 @@ __all__ = [
     "Site",
     "Targets",
     "Unit",
+    "accelerate_hook",
     "all_units",
     "brought_in",
     "cache_argument",
@@ -82,10 +89,13 @@ __all__ = [
     "experts_of",
     "find_sites",
     "float32_on_cpu",
+    "forward_hooks",
     "frozen",
     "gated",
+    "has_adapters",
     "heads",
     "hidden_of",
+    "implementations",
     "in_form_of",
     "is_offloaded",
     "is_transposed",

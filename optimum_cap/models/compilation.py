@@ -16,6 +16,8 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_cap.models.internals import accelerate_hook
+
 LayerCall = Callable[[nn.Module, torch.Tensor, Any, dict[str, Any]], Any]
 
 LEAST_TORCH = "2.7"  # has all that is used here
@@ -82,7 +84,7 @@ def check_compilable(model: PreTrainedModel) -> None:
             f"torch_compile needs torch {LEAST_TORCH} or newer, and this is {torch.__version__}: "
             "upgrade torch, or leave torch_compile out"
         )
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if any(accelerate_hook(module) is not None for module in model.modules()):
         raise ValueError(
             "torch_compile takes a model that is whole on one device, but this one is spread over "
             "several or offloaded: load it with a device_map such as 'cuda:0', or leave "

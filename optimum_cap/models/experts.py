@@ -57,6 +57,7 @@ def routing(module: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
 def gated(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
     """Return what an expert's down_proj gets for tokens `[tokens, hidden]`: `[tokens, width]`."""
     projected = nn.functional.linear(hidden, experts.gate_up_proj[expert])
+    # Private: activations differ between architectures, and nothing public applies one alone.
     activated: torch.Tensor = experts._apply_gate(projected)
     return activated
 

@@ -25,11 +25,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.models.architectures import Matrix, is_transposed
+from optimum_cap.models.internals import accelerate_hook
 
 
 def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
     """Return the hook that brings the weights of `module` itself in, or `None` if they stay in."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = accelerate_hook(module)
     return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
 

@@ -150,6 +150,7 @@ class CAPQuantizer(HfQuantizer):
 
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
+                # Private: `is_quantized` and `dequantize` of transformers leave this mark behind.
                 module.__dict__.pop("is_quantized", None)
                 module.config.__dict__.pop("_is_quantized", None)
                 module.config.__dict__.pop("quantization_config", None)
@@ -184,6 +185,7 @@ def _converter_of_weights(conversion: Any) -> list[Any]:
     """Return the twin, for weights alone, of a converter that names modules; nothing of others."""
     if not isinstance(conversion, WeightConverter):
         return []
+    # Private: the public patterns are those after processing, which `copy` would process again.
     sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
     names_modules = all(
         re.search(r"\w$", name) and not name.endswith(_PARAMETER_NAMES)

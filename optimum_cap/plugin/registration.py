@@ -29,6 +29,7 @@ def register_with_transformers() -> None:
             waiting[name] = register
         elif getattr(module.__spec__, "_initializing", False):
             # torch was imported, and so we were called, by this very module: wait for its end.
+            # Private, because importlib tells nobody else that a module is not complete yet.
             _register_at_first_use(module, register)
         else:
             register()

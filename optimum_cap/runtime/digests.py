@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample
-from optimum_cap.models import device_of
+from optimum_cap.models import accelerate_hook, device_of, forward_hooks, implementations
 
 _VERSIONED_CODE = ("torch", "transformers")
 # What config.json says of files, not of the computation, or what the parameters say better.
@@ -74,8 +74,8 @@ def code_digest(model: PreTrainedModel) -> str:
     files = set()
     for name, module in model.named_modules():
         kind = type(module)
-        changes = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's moves
+        changes = forward_hooks(module)
+        if "forward" in module.__dict__ and accelerate_hook(module) is None:
             changes.append(module.forward)
         named = [_name_of_code(change) for change in changes if not _is_versioned(change)]
         _update(digest, name, [_name_of_code(kind), *named])
@@ -133,8 +133,7 @@ def machine(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "code": code_digest(model),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-        "attention": model.config._attn_implementation,
-        "experts": getattr(model.config, "_experts_implementation", None),
+        **implementations(model),
         "device": device.type,
         "machine": (
             torch.cuda.get_device_name(device)

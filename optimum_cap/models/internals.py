@@ -1,0 +1,46 @@
+"""Private attributes of torch, transformers and accelerate, read in one place.
+
+Each function says which public way is missing. Other modules that may do the same: `experts` and
+`compilation` here, `plugin/quantizer.py`, `plugin/registration.py` and `evaluation/harness.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def accelerate_hook(module: nn.Module) -> Any:
+    """Return the hook that accelerate has put on `module`, or `None`.
+
+    accelerate adds and removes hooks publicly (`add_hook_to_module`), but has no getter.
+    """
+    return getattr(module, "_hf_hook", None)
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks of `module` that run before its forward, then those that run after it.
+
+    torch registers and removes hooks publicly, but does not list them.
+    """
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def implementations(model: PreTrainedModel) -> dict[str, str | None]:
+    """Return the implementations of attention and of experts that `model` runs.
+
+    transformers sets them publicly (`set_attn_implementation`), but has no getter.
+    """
+    return {
+        "attention": model.config._attn_implementation,
+        "experts": getattr(model.config, "_experts_implementation", None),
+    }
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether `add_adapter` or `load_adapter` has put adapters on `model`.
+
+    `active_adapters` raises where there are none, and where peft is not installed.
+    """
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
