@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import find_sites
-from optimum_cap.runtime import Team
+from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import exact_losses
 
 
@@ -44,13 +44,13 @@ def measure(arguments: argparse.Namespace) -> None:
         CalibrationExample(torch.randint(3, 1000, scored.shape), scored, "random", n, f"{n:064x}")
         for n in range(arguments.examples)
     ]
-    team = Team.of_this_run()
+    process_group = ProcessGroup.current()
     sites = [site for site in find_sites(model) if site.kind == "attention"]
-    team.gather(None)
+    process_group.all_gather(None)
     start = time.monotonic()
     losses = exact_losses(model, sites, examples, "1GB")
     seconds = time.monotonic() - start
-    if team.rank == 0:
+    if process_group.rank == 0:
         print(seconds, hashlib.sha256(losses.masked.numpy().tobytes()).hexdigest())
 
 

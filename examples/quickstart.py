@@ -56,12 +56,12 @@ def print_summary(output: Path, kinds: list[str], before: list[bool], after: lis
     summary = inspect_checkpoint(output)
     record = summary.record
     ranked = sorted(
-        (site for site in record.responses if site.divergence is not None),
+        (site for site in record.sensitivities if site.divergence is not None),
         key=lambda site: site.divergence,
         reverse=True,
     )
     print(
-        f"\nMeasured   {len(record.responses)} sites, each pruned alone, on "
+        f"\nMeasured   {len(record.sensitivities)} sites, each pruned alone, on "
         f"{len(record.calibration['digests'])} calibration examples"
     )
     for label, site in (("Needed most ", ranked[0]), ("Needed least", ranked[-1])):

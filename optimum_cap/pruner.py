@@ -121,7 +121,7 @@ class CAPPruner:
         if config.method.layer_by_layer:
             wait_for_all()
         record = dataclasses.replace(work.record(calibration), base_revision=base_revision)
-        attach(model, record, work.kept_layers.forget if work.kept_layers else None)
+        attach(model, record, work.layer_store.clear if work.layer_store else None)
         return model
 
     def measure(

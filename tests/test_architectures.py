@@ -18,7 +18,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _mixing_columns(model: PreTrainedModel, site: Site, unit: Unit) -> torch.Tensor:
-    """The columns of the mixing projection that multiply the unit, found without `Block`."""
+    """The columns of the output projection for the unit, found without `WeightSlice`."""
     start, stop = unit.channels
     holder = model.get_submodule(site.projection.rpartition(".")[0])
     projection = getattr(holder, site.projection.rpartition(".")[2])
@@ -49,7 +49,7 @@ def test_masking_equals_zeroing_columns(model: PreTrainedModel) -> None:
 def test_masking_a_whole_expert_equals_routing_no_weight_to_it(name: str) -> None:
     model = tiny_model(name)
     site = next(site for site in find_sites(model) if site.kind == "expert" and site.expert == 2)
-    experts = model.get_submodule(site.branch)
+    experts = model.get_submodule(site.block)
 
     def without_expert(module: nn.Module, args: tuple) -> tuple:
         hidden, index, weights = args
@@ -68,7 +68,7 @@ def test_a_head_of_the_site_input_is_a_head_of_the_attention(architecture: str) 
         pytest.skip("values are fused with queries and keys; the region test below covers them")
     model = tiny_model(architecture, num_key_value_heads=None if architecture == "opt" else 4)
     site = next(site for site in find_sites(model) if site.kind == "attention")
-    branch = model.get_submodule(site.branch)
+    block = model.get_submodule(site.block)
     unit = site.units[2]
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(site.projection).register_forward_pre_hook(
@@ -76,9 +76,9 @@ def test_a_head_of_the_site_input_is_a_head_of_the_attention(architecture: str) 
     )
     rows = next(b for b in unit.region if b.parameter.endswith("v_proj.weight"))
     with torch.no_grad():
-        rows.of(branch.v_proj.weight).zero_()
-        if branch.v_proj.bias is not None:
-            branch.v_proj.bias[rows.start : rows.stop] = 0
+        rows.of(block.v_proj.weight).zero_()
+        if block.v_proj.bias is not None:
+            block.v_proj.bias[rows.start : rows.stop] = 0
     logits(model)
     handle.remove()
     silent = (seen[0] == 0).all(dim=(0, 1))
@@ -90,8 +90,8 @@ def test_regions_cover_exactly_the_prunable_weights(model: PreTrainedModel) -> N
     covered = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for site in sites:
         for unit in site.units:
-            for block in unit.region:
-                block.of(covered[block.parameter]).add_(1)
+            for piece in unit.region:
+                piece.of(covered[piece.parameter]).add_(1)
 
     decoder = model.get_decoder()
     inside = {
@@ -113,8 +113,8 @@ def test_only_key_and_value_rows_are_shared(model: PreTrainedModel) -> None:
     covered = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for site in find_sites(model, mlp_unit_size=8):
         for unit in site.units:
-            for block in unit.region:
-                block.of(covered[block.parameter]).add_(1)
+            for piece in unit.region:
+                piece.of(covered[piece.parameter]).add_(1)
     shared = {name.rpartition(".weight")[0] for name, count in covered.items() if count.max() > 1}
     assert {name.rpartition(".")[2] for name in shared} <= {"k_proj", "v_proj", "qkv_proj"}
 

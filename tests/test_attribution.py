@@ -198,12 +198,12 @@ def test_a_masked_head_that_lets_the_model_overflow(llama: PreTrainedModel) -> N
     """Heads 0 and 1 take back what the other one adds, and without one the last norm overflows."""
     sites, rows = find_sites(llama), examples()
     attention, norm = llama.model.layers[1].self_attn, llama.model.norm
-    queries, mixing = attention.q_proj.weight, attention.o_proj.weight
+    queries, output_proj = attention.q_proj.weight, attention.o_proj.weight
     with torch.no_grad():
         queries[8:16] = queries[:8]  # they share keys and values
-        mixing[:, 8:16] = 0
-        mixing[0, :8] = 300
-        mixing[0, 8:16] = -300
+        output_proj[:, 8:16] = 0
+        output_proj[0, :8] = 300
+        output_proj[0, 8:16] = -300
     own = norm.forward
     with replaced_forward(norm, lambda x: own(x) * (x[..., :1].abs() / 16).exp()):
         exact, plain = exact_losses(llama, sites, rows), plain_losses(llama, sites, rows)

@@ -16,7 +16,7 @@ from optimum_cap.config import CRITERIA as CRITERION_NAMES
 from optimum_cap.config import RECIPES
 from optimum_cap.data.calibration import CalibrationExample, build_calibration_set
 from optimum_cap.methods.criteria import CRITERIA
-from optimum_cap.methods.masks import shares
+from optimum_cap.methods.masks import split_proportionally
 from optimum_cap.methods.reconstruction import RECONSTRUCTIONS, sparsegpt
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer, oriented
@@ -54,7 +54,7 @@ def test_zeros_are_exactly_the_rounded_target(recipe: str, model: PreTrainedMode
     )
     assert record.zeros == zeros == round(0.37 * record.total)
     assert bool(record.scores) == (recipe == "paper")
-    assert bool(record.responses) == (recipe == "causal")
+    assert bool(record.sensitivities) == (recipe == "causal")
     assert bool(record.calibration) == RECIPES[recipe].needs_data
     if RECIPES[recipe].criterion not in RECONSTRUCTIONS:
         for before, after in zip(model.parameters(), new.parameters(), strict=True):
@@ -105,7 +105,9 @@ def layer_by_layer(
 def counts(model: PreTrainedModel, sparsity: float) -> dict[Matrix, int]:
     matrices = [m for own in matrices_by_layer(find_sites(model)).values() for m in own]
     sizes = [oriented(model, matrix).numel() for matrix in matrices]
-    return dict(zip(matrices, shares(round(sparsity * sum(sizes)), sizes), strict=True))
+    return dict(
+        zip(matrices, split_proportionally(round(sparsity * sum(sizes)), sizes), strict=True)
+    )
 
 
 def agreement(first: PreTrainedModel, second: PreTrainedModel) -> float:
@@ -123,7 +125,9 @@ def test_wanda_follows_its_definition(model: PreTrainedModel) -> None:
         norm = inputs.norm(dim=0) if len(inputs) else torch.ones(weight.shape[1]).double()
         importance = weight.double().abs() * norm
         new = weight.clone()
-        for row, count in enumerate(shares(zeros[matrix], [weight.shape[1]] * len(weight))):
+        for row, count in enumerate(
+            split_proportionally(zeros[matrix], [weight.shape[1]] * len(weight))
+        ):
             new[row, importance[row].argsort()[:count]] = 0
         return new
 
@@ -231,16 +235,16 @@ def test_experts_without_tokens_are_handled_and_reported(caplog: pytest.LogCaptu
 def test_an_interrupt_says_which_layers_are_pruned(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from optimum_cap.pruning.activations import LayerWalk
+    from optimum_cap.pruning.activations import LayerwisePass
 
-    stock = LayerWalk.statistics
+    stock = LayerwisePass.statistics
 
-    def interrupted(self: LayerWalk, index: int, *args: Any, **kwargs: Any) -> Any:
+    def interrupted(self: LayerwisePass, index: int, *args: Any, **kwargs: Any) -> Any:
         if index == 1:
             raise KeyboardInterrupt
         return stock(self, index, *args, **kwargs)
 
-    monkeypatch.setattr(LayerWalk, "statistics", interrupted)
+    monkeypatch.setattr(LayerwisePass, "statistics", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CAPPruner(config("wanda")).prune(llama, tiny_tokenizer())
     assert "pruning stopped in layer 1 of 3" in caplog.text

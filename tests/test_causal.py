@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.models.architectures import find_sites, heads, matrices_by_layer, oriented
-from optimum_cap.pruning.sensitivity import _Trial
+from optimum_cap.pruning.sensitivity import DivergenceEvaluator
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.scores import causal_scores
 
@@ -55,15 +55,15 @@ def test_very_little_and_very_much_is_pruned(sparsity: float, model: PreTrainedM
     total = sum(weight.numel() for weight in weights)
     assert sum(int((weight == 0).sum()) for weight in weights) == round(sparsity * total)
     assert all(weight.isfinite().all() for weight in weights)
-    for response in new.pruning_record.responses:
-        less = sparsity - response.zeros / response.total
-        assert less <= min(0.1, sparsity / 2) + 2 / response.total
-        assert -less <= min(0.1, (1 - sparsity) / 2) + 2 / response.total
+    for sensitivity in new.pruning_record.sensitivities:
+        less = sparsity - sensitivity.zeros / sensitivity.total
+        assert less <= min(0.1, sparsity / 2) + 2 / sensitivity.total
+        assert -less <= min(0.1, (1 - sparsity) / 2) + 2 / sensitivity.total
 
 
 def test_more_fragile_sites_get_fewer_zeros(llama: PreTrainedModel) -> None:
-    responses = pruned(llama).pruning_record.responses
-    by_fragility = sorted(responses, key=lambda r: r.divergence / r.total)
+    sensitivities = pruned(llama).pruning_record.sensitivities
+    by_fragility = sorted(sensitivities, key=lambda r: r.divergence / r.total)
     shares = [r.zeros / r.total for r in by_fragility]
     assert shares[0] > 0.55
     assert shares[-1] < 0.45
@@ -73,15 +73,15 @@ def test_more_fragile_sites_get_fewer_zeros(llama: PreTrainedModel) -> None:
 def test_the_record_keeps_its_responses_in_json(llama: PreTrainedModel) -> None:
     record = pruned(llama).pruning_record
     assert PruningRecord.from_dict(record.to_dict()) == record
-    assert [r.site for r in record.responses] == [site.name for site in find_sites(llama)]
-    assert sum(r.zeros for r in record.responses) == record.zeros
-    assert sum(r.total for r in record.responses) == record.total
+    assert [r.site for r in record.sensitivities] == [site.name for site in find_sites(llama)]
+    assert sum(r.zeros for r in record.sensitivities) == record.zeros
+    assert sum(r.total for r in record.sensitivities) == record.total
 
 
 def test_a_record_from_before_responses_has_none(llama: PreTrainedModel) -> None:
     values = pruned(llama, recipe="wanda").pruning_record.to_dict()
-    del values["responses"]
-    assert PruningRecord.from_dict(values).responses == []
+    del values["sensitivities"]
+    assert PruningRecord.from_dict(values).sensitivities == []
 
 
 def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     new.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "ALPS (arXiv 2406.07831) and a sparsity for each site by what pruning it" in card
-    shares = [response.sparsity for response in new.pruning_record.responses]
+    shares = [sensitivity.sparsity for sensitivity in new.pruning_record.sensitivities]
     assert (
         f"| Measured | {len(shares)} sites, each pruned alone; their sparsities are "
         f"{min(shares):.2%} to {max(shares):.2%} |"
@@ -100,7 +100,7 @@ def test_a_pattern_takes_the_rest_of_the_recipe(llama: PreTrainedModel) -> None:
     new = pruned(llama, pattern="2:4")
     for weight in matrices(new):
         assert ((weight.reshape(len(weight), -1, 4) != 0).sum(-1) == 2).all()
-    assert new.pruning_record.responses == []
+    assert new.pruning_record.sensitivities == []
     assert not same(new, pruned(llama, pattern="2:4", criterion="alps"))
 
 
@@ -121,7 +121,7 @@ def test_responses_can_be_estimated(llama: PreTrainedModel) -> None:
     exact, estimated = pruned(llama), pruned(llama, estimator="first_order")
     assert exact.pruning_record.zeros == estimated.pruning_record.zeros
     assert not same(exact, estimated)
-    assert len(estimated.pruning_record.responses) == len(find_sites(llama))
+    assert len(estimated.pruning_record.sensitivities) == len(find_sites(llama))
     assert same(estimated, pruned(llama, estimator="first_order"))
     assert not same(estimated, pruned(llama, estimator="first_order", target="dense"))
 
@@ -148,7 +148,7 @@ def test_what_stays_dense_stays_as_it_was(llama: PreTrainedModel) -> None:
             assert torch.equal(weight, llama.get_parameter(name)), name
     record = new.pruning_record
     assert record.zeros == round(0.5 * record.total)
-    sites = [response.site.removeprefix("model.layers.") for response in record.responses]
+    sites = [sensitivity.site.removeprefix("model.layers.") for sensitivity in record.sensitivities]
     assert sites == ["0.self_attn.o_proj", "0.mlp.down_proj", "2.self_attn.o_proj"]
 
 
@@ -174,15 +174,15 @@ def test_an_interrupt_while_responses_are_measured_leaves_the_model(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    measure = _Trial.divergences
+    measure = DivergenceEvaluator.divergences
 
-    def interrupted(self: _Trial, layer: int, *args: Any) -> Any:
+    def interrupted(self: DivergenceEvaluator, layer: int, *args: Any) -> Any:
         if layer == 1:
             raise KeyboardInterrupt
         return measure(self, layer, *args)
 
     before = copy.deepcopy(llama)
-    monkeypatch.setattr(_Trial, "divergences", interrupted)
+    monkeypatch.setattr(DivergenceEvaluator, "divergences", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CAPPruner(config(cache_dir=tmp_path if cached else None)).prune(llama, tiny_tokenizer())
     assert same(llama, before)

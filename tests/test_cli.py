@@ -20,14 +20,14 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
-from optimum_cap.checkpoint.record import MatrixSparsity, SiteResponse
+from optimum_cap.checkpoint.record import MatrixSparsity, SiteSensitivity
 from optimum_cap.checkpoint.saving import _MAX_SHARD_SIZE
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.prune import _CONFIG_FLAGS, PruneCommand
 from optimum_cap.commands.score import ScoreCommand
-from optimum_cap.commands.summary import response_table, sparsity_table
+from optimum_cap.commands.summary import sensitivity_table, sparsity_table
 from optimum_cap.text import format_size
 
 OPTIMUM_CLI = str(Path(sys.executable).with_name("optimum-cli"))
@@ -599,11 +599,11 @@ def test_sparsity_table_merges_experts_and_marks_what_is_missing() -> None:
 
 def test_response_table_shows_the_ends_and_counts_what_is_between() -> None:
     sites = [
-        SiteResponse(f"layers.{layer}.experts.down_proj[7]", "expert", layer, 1, 4, layer, 0.5)
+        SiteSensitivity(f"layers.{layer}.experts.down_proj[7]", "expert", layer, 1, 4, layer, 0.5)
         for layer in range(23)
     ]
-    broken = SiteResponse("layers.23.self_attn.o_proj", "attention", 23, 3, 4, None, None)
-    header, *rows = [line.split() for line in response_table([*sites, broken]).splitlines()]
+    broken = SiteSensitivity("layers.23.self_attn.o_proj", "attention", 23, 3, 4, None, None)
+    header, *rows = [line.split() for line in sensitivity_table([*sites, broken]).splitlines()]
     assert header == ["layer.site", "nats", "per", "token", "standard", "error", "sparsity"]
     assert rows[0] == ["23.attention", "-", "-", "0.750"]
     assert rows[1] == ["22.expert7", "22", "0.5", "0.250"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from optimum_cap.methods.criteria import Evidence, magnitude_times_importance
+from optimum_cap.methods.criteria import CriterionInputs, magnitude_times_importance
 from optimum_cap.models.architectures import Matrix, find_sites
 from optimum_cap.pruning.regions import region_importances, scaled_importances, unit_importances
 
@@ -60,7 +60,7 @@ def test_importances_broadcast_against_every_matrix(architecture: str) -> None:
     for matrix, importance in region_importances(sites, unit_importances(sites, heads)).items():
         weight = matrix.of(model.get_parameter(matrix.parameter))
         before = weight.detach().clone()
-        product = magnitude_times_importance(weight, Evidence("", regions=importance))
+        product = magnitude_times_importance(weight, CriterionInputs("", regions=importance))
         assert product.dtype == torch.float32
         torch.testing.assert_close(product, before.abs())
         assert torch.equal(weight, before)

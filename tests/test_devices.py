@@ -22,8 +22,8 @@ from optimum_cap.models.architectures import (
     oriented,
     prunable_matrices,
 )
-from optimum_cap.pruning.fisher import estimated_responses
-from optimum_cap.pruning.sensitivity import responses
+from optimum_cap.pruning.fisher import estimate_sensitivities
+from optimum_cap.pruning.sensitivity import measure_sensitivities
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
@@ -91,10 +91,10 @@ def test_responses_are_those_of_the_cpu(name: str, device: str) -> None:
         alike = {m: oriented(moved, m).numel() // 2 for m in prunable_matrices(sites)}
         found.append(
             [
-                *responses(
+                *measure_sensitivities(
                     moved, sites, layers, rows, lambda m, _, own=moved: 0.5 * oriented(own, m)
                 ),
-                *estimated_responses(moved, sites, layers, rows, alike),
+                *estimate_sensitivities(moved, sites, layers, rows, alike),
             ]
         )
     for one, other in zip(*found, strict=True):

@@ -20,7 +20,7 @@ from test_score_cache import chunk_files, digest, score
 from tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap.runtime.digests import digest_of
-from optimum_cap.runtime.distributed import Team
+from optimum_cap.runtime.distributed import ProcessGroup
 
 SCRIPT = """
 import os, signal, sys
@@ -87,19 +87,19 @@ def ranks(*arguments: object, script: str = SCRIPT) -> list[subprocess.Completed
 
 @given(costs=st.lists(st.integers(1, 100), max_size=40), size=st.integers(1, 5))
 def test_shares_are_consecutive_complete_and_about_equal(costs: list[int], size: int) -> None:
-    shares = [Team(rank, size).share(costs) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).share(costs) for rank in range(size)]
     assert [index for share in shares for index in share] == list(range(len(costs)))
     for share in shares:
         assert sum(costs[index] for index in share) < sum(costs) / size + max(costs, default=1)
 
 
 def test_one_process_is_a_team_of_its_own() -> None:
-    team = Team.of_this_run()
-    assert team == Team(0, 1)
-    assert team.first(3) == 3
-    assert team.gather({"a": 1}) == [{"a": 1}]
-    assert team.share([1, 2, 3]) == [0, 1, 2]
-    assert team.placement("auto") == "auto"
+    process_group = ProcessGroup.current()
+    assert process_group == ProcessGroup(0, 1)
+    assert process_group.broadcast(3) == 3
+    assert process_group.all_gather({"a": 1}) == [{"a": 1}]
+    assert process_group.share([1, 2, 3]) == [0, 1, 2]
+    assert process_group.placement("auto") == "auto"
 
 
 @pytest.mark.slow
@@ -129,10 +129,10 @@ def test_two_ranks_give_the_losses_of_one_and_a_dead_one_stops_the_other(tmp_pat
 
 
 def test_processes_with_different_inputs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Team, "gather", lambda self, value: ["a", value, "a"])
-    Team(1, 3).check_alike(lambda: "a", "model")
+    monkeypatch.setattr(ProcessGroup, "all_gather", lambda self, value: ["a", value, "a"])
+    ProcessGroup(1, 3).check_consistent(lambda: "a", "model")
     with pytest.raises(ValueError, match="process 1 of 3 was given another model than process 0"):
-        Team(1, 3).check_alike(lambda: "b", "model")
+        ProcessGroup(1, 3).check_consistent(lambda: "b", "model")
 
 
 @pytest.mark.slow
@@ -174,7 +174,9 @@ print(digest_of(dict(model.state_dict())), len(solved))
 @pytest.mark.usefixtures("one_thread")
 def test_two_ranks_share_the_sites_that_are_tried(tmp_path: Path) -> None:
     expected = digest_of(dict(pruned(tiny_model("mixtral"), None).state_dict()))
-    first, second = (done.stdout.split() for done in ranks(tmp_path / "responses", script=TRIALS))
+    first, second = (
+        done.stdout.split() for done in ranks(tmp_path / "sensitivities", script=TRIALS)
+    )
     assert first[0] == second[0] == expected
     matrices = 3 * (4 + 4 * 2)
     tried = [int(own[1]) - matrices for own in (first, second)]

@@ -21,7 +21,7 @@ from optimum_cap.config import CRITERIA, RECIPES, CAPConfig, Method
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.estimation import run as estimation
-from optimum_cap.estimation.costs import AMOUNTS, ESTIMATORS, PRUNING, STAGES, Meter
+from optimum_cap.estimation.costs import AMOUNTS, ESTIMATORS, PRUNING, STAGES, CostModel
 from optimum_cap.estimation.hardware import (
     DATA_SHEETS,
     ROWS,
@@ -31,7 +31,7 @@ from optimum_cap.estimation.hardware import (
     find_hardware,
 )
 from optimum_cap.estimation.run import estimate, lengths_of, load_config, study_hours, work_of
-from optimum_cap.estimation.work import AlpsWork, Product, Shape, count_work
+from optimum_cap.estimation.work import AlpsWork, Product, Workload, count_work
 from optimum_cap.evaluation.tasks import TASKS
 from optimum_cap.methods.reconstruction import alps
 from optimum_cap.methods.statistics import InputStatistics
@@ -45,10 +45,10 @@ from optimum_cap.models.architectures import (
 )
 from optimum_cap.models.modes import evaluation_mode
 from optimum_cap.pruning import activations
-from optimum_cap.pruning.activations import LayerWalk
-from optimum_cap.pruning.dense_reference import PairedWalk
-from optimum_cap.pruning.fisher import estimated_responses
-from optimum_cap.pruning.sensitivity import responses
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.dense_reference import DenseReferencePass
+from optimum_cap.pruning.fisher import estimate_sensitivities
+from optimum_cap.pruning.sensitivity import measure_sensitivities
 from optimum_cap.scoring import wavefront
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
@@ -59,7 +59,7 @@ from optimum_cap.text import format_duration
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 TOKENS = 48
-SHAPE = Shape(examples=2, tokens=TOKENS, scored=20)
+SHAPE = Workload(examples=2, tokens=TOKENS, scored=20)
 SIZE = Size(hidden=16, wide=32, heads=2, tokens=8)
 
 
@@ -86,7 +86,7 @@ def counted(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-# Work
+# OperationCount
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -147,7 +147,7 @@ def test_exact_scoring_after_a_prefix_takes_the_operations_that_pytorch_counts()
 
     with torch.no_grad():
         real = counted(measure)
-    shared = Shape(SHAPE.examples, TOKENS, SHAPE.scored, prefix=24)
+    shared = Workload(SHAPE.examples, TOKENS, SHAPE.scored, prefix=24)
     assert count_work(model, sites).exact(shared).operations == pytest.approx(real, rel=0.05)
 
 
@@ -158,12 +158,12 @@ def test_first_order_takes_a_forward_and_a_backward_pass_with_frozen_weights() -
     embedded = model.get_input_embeddings()(input_ids).requires_grad_()
     real = counted(lambda: model(inputs_embeds=embedded, labels=input_ids).loss.backward())
     work = count_work(model, find_sites(model))
-    every = Shape(SHAPE.examples, TOKENS, TOKENS)
+    every = Workload(SHAPE.examples, TOKENS, TOKENS)
     assert work.first_order(every).operations == pytest.approx(real, rel=0.05)
 
 
 def walk_layers(
-    model: PreTrainedModel, kind: type[LayerWalk], by_projection: bool
+    model: PreTrainedModel, kind: type[LayerwisePass], by_projection: bool
 ) -> Callable[[], None]:
     """What passes all layers as pruning does, without the set-up that nothing counts."""
     sites = find_sites(model)
@@ -191,13 +191,13 @@ def test_walks_take_the_operations_that_pytorch_counts(
     architecture: str, by_projection: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Which outlets join the stream is tried on one batch, which is not counted.
-    monkeypatch.setattr(PairedWalk, "_find_joining", lambda *args: set())
+    monkeypatch.setattr(DenseReferencePass, "_find_joining", lambda *args: set())
     model = eager_model(architecture)
     work = count_work(model, find_sites(model))
     compared = SHAPE.examples * TOKENS * work.compared
     expected = {
-        LayerWalk: work.layer_walk(SHAPE, STAGES if by_projection else 1).operations,
-        PairedWalk: work.paired_walk(SHAPE, by_projection).operations + compared,
+        LayerwisePass: work.layer_walk(SHAPE, STAGES if by_projection else 1).operations,
+        DenseReferencePass: work.paired_walk(SHAPE, by_projection).operations + compared,
     }
     for kind, operations in expected.items():
         real = counted(walk_layers(model, kind, by_projection))
@@ -216,12 +216,14 @@ def test_interventions_take_the_operations_that_pytorch_counts(architecture: str
     layers = matrices_by_layer(sites)
     work = count_work(model, sites)
     prune = unchanged(model)
-    real = counted(lambda: responses(model, sites, layers, examples(), prune, 1, gram=False))
+    real = counted(
+        lambda: measure_sensitivities(model, sites, layers, examples(), prune, 1, gram=False)
+    )
     assert work.interventions(SHAPE, 1).operations == pytest.approx(real, rel=0.02)
     if architecture == "opt":  # where nothing can be estimated
         return
     zeros = {matrix: 1 for own in layers.values() for matrix in own}
-    real = counted(lambda: estimated_responses(model, sites, layers, examples(), zeros, 2))
+    real = counted(lambda: estimate_sensitivities(model, sites, layers, examples(), zeros, 2))
     # Within 15 %: the gradient stops at the outlets of the first of three layers.
     assert work.estimated_interventions(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
 
@@ -233,8 +235,8 @@ def test_alps_takes_the_operations_that_pytorch_counts(pruned: int) -> None:
     real = counted(lambda: alps(torch.randn(16, pruned), statistics, 100))
     work = work_of(tiny_model("llama").config)
     product = Product(pruned, 16, pruned=True)
-    layer = replace(work.layers[0], feeding=(), mixing=product, rest=(), closing=())
-    assert AlpsWork.of(replace(work, layers=(layer,)), corrected=False).products == real
+    layer = replace(work.layers[0], input_projs=(), output_proj=product, rest=(), closing=())
+    assert AlpsWork.of(replace(work, layers=(layer,)), correct_toward_dense=False).products == real
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -247,7 +249,7 @@ def test_meta_and_real_models_count_alike(architecture: str) -> None:
 
 def test_a_shared_prefix_is_computed_once() -> None:
     work = work_of(tiny_model("llama").config)
-    shared = Shape(SHAPE.examples, TOKENS, SHAPE.scored, prefix=24)
+    shared = Workload(SHAPE.examples, TOKENS, SHAPE.scored, prefix=24)
     assert shared.rows == 24 + 2 * 24
     assert work.exact(shared).operations < 0.9 * work.exact(SHAPE).operations
     assert work.plain(shared) == work.plain(SHAPE)
@@ -395,8 +397,8 @@ def test_every_architecture_has_an_estimate(architecture: str) -> None:
 
 def test_each_ingredient_of_the_default_recipe_has_its_price() -> None:
     work = work_of(load_config(CONFIGS / "llama-3-8b.json"))
-    meter = Meter(work, find_hardware("h100", SIZE), 2)
-    shape = Shape(128, 256, 128)
+    meter = CostModel(work, find_hardware("h100", SIZE), 2)
+    shape = Workload(128, 256, 128)
 
     def seconds(estimator: str = "exact", measured: int | None = None, **changes: Any) -> float:
         method = replace(RECIPES["causal"], **changes)
@@ -502,7 +504,11 @@ def test_a_study_takes_the_estimator_of_its_recipes(study: Path) -> None:
     recipes = {
         "exact": {"recipe": "paper", "estimator": "exact"},
         "first": {"recipe": "paper", "estimator": "first_order"},
-        "corrected": {"recipe": "paper", "estimator": "control_variate", "exact_examples": 8},
+        "correct_toward_dense": {
+            "recipe": "paper",
+            "estimator": "control_variate",
+            "exact_examples": 8,
+        },
     }
     study.write_text(yaml.safe_dump({**values, "recipes": recipes, "seeds": [0]}))
     found = costs("llama-3-8b")
@@ -666,7 +672,7 @@ def test_disk_of_scores_is_that_of_losses_and_of_the_files_of_chunks(
     heads = [site for site in sites if site.kind == "attention"]
     exact_losses(model, heads, rows, cache=ScoreCache(tmp_path, model))
     chunks = len(list(tmp_path.rglob("*.safetensors"))) - 2  # without the budget and the prefix
-    meter = Meter(count_work(model, sites), replace(find_hardware("h100", SIZE), kind="cpu"), 4)
+    meter = CostModel(count_work(model, sites), replace(find_hardware("h100", SIZE), kind="cpu"), 4)
     found = meter.scoring("exact", replace(SHAPE, examples=count))
     assert found.disk == 8 * 13 * count + 4096 * chunks
     assert meter.scoring("plain", SHAPE).disk == 8 * 13 * SHAPE.examples

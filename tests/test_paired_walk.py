@@ -23,11 +23,11 @@ from optimum_cap.models.architectures import (
     oriented,
     stages_by_layer,
 )
-from optimum_cap.models.hooks import hidden_of, recorded_calls
+from optimum_cap.models.hooks import hidden_states_of, recorded_calls
 from optimum_cap.models.modes import evaluation_mode
 from optimum_cap.models.offload import writable_weights
-from optimum_cap.pruning.activations import LayerWalk
-from optimum_cap.pruning.dense_reference import PairedWalk
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.dense_reference import DenseReferencePass
 
 
 def without_small_ones(weight: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def walked(
     sites = find_sites(model)
     found: dict[Matrix, InputStatistics] = {}
     with evaluation_mode(model):
-        walk = PairedWalk(model, sites, rows, **options)
+        walk = DenseReferencePass(model, sites, rows, **options)
         for layer, stages in stages_by_layer(sites).items():
             walk.begin(layer)
             for stage in stages:
@@ -85,7 +85,9 @@ class Passes:
 
     def returned(self, path: str) -> torch.Tensor:
         """Hidden states that a module gave, `[tokens, width]`."""
-        return torch.cat([hidden_of(calls[path].output).flatten(0, -2) for calls in self._calls])
+        return torch.cat(
+            [hidden_states_of(calls[path].output).flatten(0, -2) for calls in self._calls]
+        )
 
     def argument(self, path: str, place: int) -> torch.Tensor:
         """Another argument, `[tokens, ...]`."""
@@ -107,10 +109,10 @@ def by_definition(
     """Sum of e_i x_j, where e is what a matrix's outputs lack, and the stream where it joins."""
     pruned = pruned_before(dense, stage)
     sites = find_sites(dense)
-    mixing = {site.mixing: site for site in sites}
+    output_proj = {site.output_proj: site for site in sites}
     layer = next(s for s in sites if stage[0].parameter.startswith(f"{s.layer_name}."))
     attention = next(s for s in sites if s.layer == layer.layer and s.kind == "attention")
-    paths = [matrix.module for matrix in stage] + [layer.layer_name, attention.outlet]
+    paths = [matrix.module for matrix in stage] + [layer.layer_name, attention.output_module]
     of_dense, of_pruned = (Passes(model, rows, paths) for model in (dense, pruned))
     found = {}
     for matrix in stage:
@@ -127,11 +129,13 @@ def by_definition(
                 for model, hidden in ((dense, wanted), (pruned, x))
             )
         errors = (wanted - x) @ weight.T
-        if matrix in mixing:
-            site = mixing[matrix]
+        if matrix in output_proj:
+            site = output_proj[matrix]
             lost = of_dense.given(layer.layer_name) - of_pruned.given(layer.layer_name)
             if site.kind != "attention":
-                lost += of_dense.returned(attention.outlet) - of_pruned.returned(attention.outlet)
+                lost += of_dense.returned(attention.output_module) - of_pruned.returned(
+                    attention.output_module
+                )
             errors = errors + lost[tokens] / total[:, None]
         found[matrix] = (errors * shares.square()[:, None]).T @ x
     return found
@@ -146,23 +150,25 @@ def test_missing_is_what_two_full_passes_show(name: str) -> None:
         for stage in stages:
             for matrix, expected in by_definition(dense, stage, rows).items():
                 scale = float(expected.abs().max())
-                missing = found[matrix].missing
+                missing = found[matrix].output_error_moment
                 torch.testing.assert_close(missing, expected, rtol=1e-3, atol=1e-3 * scale + 1e-4)
     # Nothing is missing before anything is pruned; later it is much more than the tolerance.
-    assert all(found[matrix].missing.abs().max() < 1e-3 for matrix in stages[0])
-    assert all(found[m].missing.abs().max() > 1 for m in stages[-1] if found[m].tokens > 4)
+    assert all(found[matrix].output_error_moment.abs().max() < 1e-3 for matrix in stages[0])
+    assert all(
+        found[m].output_error_moment.abs().max() > 1 for m in stages[-1] if found[m].tokens > 4
+    )
 
 
 def test_nothing_is_missing_of_a_model_that_is_not_pruned(model: PreTrainedModel) -> None:
     for matrix, statistics in walked(model, examples(4), prune=False).items():
-        assert float(statistics.missing.abs().max()) < 1e-3, matrix
+        assert float(statistics.output_error_moment.abs().max()) < 1e-3, matrix
 
 
 @pytest.mark.parametrize("name", SHARED_EXPERTS)
 def test_shared_experts_are_walked_too(name: str) -> None:
     model = tiny_model(name)
     found = walked(model, examples(5))
-    assert all(statistics.missing.isfinite().all() for statistics in found.values())
+    assert all(statistics.output_error_moment.isfinite().all() for statistics in found.values())
 
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])
@@ -192,8 +198,8 @@ def predicts(row: CalibrationExample) -> torch.Tensor:
     return found.float()
 
 
-@pytest.mark.parametrize("kind", [LayerWalk, PairedWalk])
-def test_answers_weigh_more(kind: type[LayerWalk], model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("kind", [LayerwisePass, DenseReferencePass])
+def test_answers_weigh_more(kind: type[LayerwisePass], model: PreTrainedModel) -> None:
     rows, sites = examples(6), find_sites(model)
     expected = observed_inputs(model, rows)
     factor = torch.cat([1 + 2.5 * predicts(row) for row in rows]).double()
@@ -228,7 +234,7 @@ def test_answers_weigh_more(kind: type[LayerWalk], model: PreTrainedModel) -> No
 def test_outlets_join_the_stream_where_nothing_is_behind_them(name: str, joining: set[str]) -> None:
     model = tiny_model(name)
     with evaluation_mode(model):
-        walk = PairedWalk(model, find_sites(model), examples(4))
+        walk = DenseReferencePass(model, find_sites(model), examples(4))
         walk.begin(0)
         prefix = f"{find_sites(model)[0].layer_name}."
         assert walk._joining_outlets(0) == {prefix + path for path in joining}
@@ -237,15 +243,17 @@ def test_outlets_join_the_stream_where_nothing_is_behind_them(name: str, joining
 def test_behind_a_norm_the_streams_loss_is_not_added() -> None:
     dense, rows = tiny_model("gemma2"), examples(5)
     found = walked(copy.deepcopy(dense), rows)
-    mixing = Matrix("model.layers.2.mlp.down_proj.weight")
-    stage = next(own for own in stages_by_layer(find_sites(dense))[2] if mixing in own)
+    output_proj = Matrix("model.layers.2.mlp.down_proj.weight")
+    stage = next(own for own in stages_by_layer(find_sites(dense))[2] if output_proj in own)
     with torch.no_grad():
         wanted, x = (
-            Passes(model, rows, [mixing.module]).given(mixing.module)
+            Passes(model, rows, [output_proj.module]).given(output_proj.module)
             for model in (dense, pruned_before(dense, stage))
         )
-        expected = ((wanted - x) @ oriented(dense, mixing).T).T @ x
-    torch.testing.assert_close(found[mixing].missing, expected, rtol=1e-3, atol=1e-3)
+        expected = ((wanted - x) @ oriented(dense, output_proj).T).T @ x
+    torch.testing.assert_close(
+        found[output_proj].output_error_moment, expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_weights_are_where_they_belong_afterwards(model: PreTrainedModel) -> None:
@@ -274,7 +282,9 @@ def test_an_offloaded_model_gives_the_same(name: str, tmp_path: Path) -> None:
     expected = walked(AutoModelForCausalLM.from_pretrained(folder), rows)
     found = walked(on_disk(folder, tmp_path / "offload"), rows)
     for matrix, statistics in expected.items():
-        assert torch.equal(found[matrix].missing, statistics.missing), matrix
+        assert torch.equal(found[matrix].output_error_moment, statistics.output_error_moment), (
+            matrix
+        )
         assert torch.equal(found[matrix].gram, statistics.gram), matrix
 
 
@@ -282,7 +292,7 @@ def test_a_matrix_that_does_not_run_is_an_error(llama: PreTrainedModel) -> None:
     sites = find_sites(llama)
     llama.model.layers[0].mlp.forward = lambda hidden: hidden
     with evaluation_mode(llama):
-        walk = PairedWalk(llama, sites, examples(3))
+        walk = DenseReferencePass(llama, sites, examples(3))
         walk.begin(0)
         with pytest.raises(ValueError, match=r"did not run model\.layers\.0\.mlp\.down_proj, who"):
             walk.statistics(0, stages_by_layer(sites)[0][-1])
@@ -291,7 +301,7 @@ def test_a_matrix_that_does_not_run_is_an_error(llama: PreTrainedModel) -> None:
 def test_statistics_may_be_asked_for_again(llama: PreTrainedModel) -> None:
     sites, rows = find_sites(llama), examples(4)
     with evaluation_mode(llama):
-        walk = PairedWalk(llama, sites, rows)
+        walk = DenseReferencePass(llama, sites, rows)
         walk.begin(0)
         stage = stages_by_layer(sites)[0][-1]
         first, second = (walk.statistics(0, stage)[stage[0]] for _ in range(2))

@@ -54,10 +54,12 @@ def test_removed_heads_are_masked_heads(criterion: str, model: PreTrainedModel) 
     """Zeroing all weights of a head does what masking it does, also where keys are shared."""
     settings = config(pattern="heads", sparsity=0.5, criterion=criterion)
     pruned = CAPPruner(settings).prune(copy.deepcopy(model), tiny_tokenizer())
-    mixing = {site.name: f"{site.name}.weight" for site, _ in attention_heads(find_sites(model))}
+    output_proj = {
+        site.name: f"{site.name}.weight" for site, _ in attention_heads(find_sites(model))
+    }
     removed = []
     for site, unit in attention_heads(find_sites(pruned)):
-        columns = unit.region[0].of(pruned.get_parameter(mixing[site.name]))
+        columns = unit.region[0].of(pruned.get_parameter(output_proj[site.name]))
         if not columns.any():
             removed.append((site, unit))
     assert len(removed) == len(attention_heads(find_sites(model))) // 2
@@ -69,7 +71,7 @@ def test_removed_heads_are_masked_heads(criterion: str, model: PreTrainedModel) 
     with torch.no_grad():
         torch.testing.assert_close(pruned(input_ids=tokens).logits, expected)
     named = {matrix.name for matrix in pruned.pruning_record.matrices}
-    assert set(mixing.values()) <= named
+    assert set(output_proj.values()) <= named
     assert not any("mlp" in name or "fc" in name for name in named), "MLPs are not touched"
 
 

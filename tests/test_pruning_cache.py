@@ -110,7 +110,7 @@ def test_estimates_of_the_first_run_stay(
     expected = pruned(tiny_model("llama"), None, **fields)
     stopped(tiny_model("llama"), tmp_path, solved, 10, monkeypatch, **fields)
     resumed = pruned(tiny_model("llama"), tmp_path, memory_budget=1, **fields)
-    assert resumed.pruning_record.responses == expected.pruning_record.responses
+    assert resumed.pruning_record.sensitivities == expected.pruning_record.sensitivities
     assert weights(resumed) == weights(expected)
 
 
@@ -157,7 +157,7 @@ def test_a_finished_run_waits_until_it_is_saved(tmp_path: Path, solved: list[str
     assert weights(again) == weights(model)
     again.save_pretrained(tmp_path / "saved")
     assert not layer_files(cache)
-    assert list(cache.rglob("*.safetensors")), "responses stay"
+    assert list(cache.rglob("*.safetensors")), "sensitivities stay"
     model.save_pretrained(tmp_path / "saved too")
 
 
@@ -277,8 +277,8 @@ def test_other_scores_meet_nothing(tmp_path: Path) -> None:
         pruner = CAPPruner(dataclasses.replace(config, cache_dir=folder))
         found.append(pruner.prune(tiny_model("llama"), tiny_tokenizer(), losses=own))
     assert weights(found[1]) == weights(found[2])
-    responses = [model.pruning_record.responses for model in found]
-    assert responses[1] == responses[2] != responses[0]
+    sensitivities = [model.pruning_record.sensitivities for model in found]
+    assert sensitivities[1] == sensitivities[2] != sensitivities[0]
 
 
 def test_another_model_meets_nothing(tmp_path: Path, solved: list[str]) -> None:

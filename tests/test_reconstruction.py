@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from optimum_cap.methods import reconstruction
-from optimum_cap.methods.criteria import Evidence, wanda
-from optimum_cap.methods.masks import lowest_in_rows
+from optimum_cap.methods.criteria import CriterionInputs, wanda
+from optimum_cap.methods.masks import mask_per_row
 from optimum_cap.methods.reconstruction import (
     RECONSTRUCTIONS,
     Reconstruction,
     alps,
-    corrected,
+    correct_toward_dense,
     sparsegpt,
 )
 from optimum_cap.methods.statistics import InputStatistics
@@ -20,9 +20,9 @@ both = pytest.mark.parametrize("prune", RECONSTRUCTIONS.values(), ids=RECONSTRUC
 
 def correlated(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator)
+    output_proj = torch.randn(columns, columns, generator=generator)
     scale = torch.rand(columns, generator=generator) + 0.1
-    return torch.randn(tokens, columns, generator=generator) @ mixing * scale
+    return torch.randn(tokens, columns, generator=generator) @ output_proj * scale
 
 
 def matrix(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_output_stays_closer_than_with_the_masks_of_wanda(columns: int) -> None:
     inputs, weight = correlated(1000, columns), matrix(24, columns)
     statistics, zeros = statistics_of(inputs), weight.numel() // 2
     updated = sparsegpt(weight, statistics, zeros)
-    masked = weight * lowest_in_rows(wanda(weight, Evidence("", inputs=statistics)), zeros)
+    masked = weight * mask_per_row(wanda(weight, CriterionInputs("", inputs=statistics)), zeros)
     errors = [(inputs @ (weight - new).T).square().sum() for new in (updated, masked)]
     assert int((updated == 0).sum()) == zeros
     assert errors[0] < 0.85 * errors[1]
@@ -249,32 +249,32 @@ def test_corrected_is_ridge_regression_on_the_dense_outputs(
     inputs, weight = correlated(400, 40), matrix(12, 40)
     expected_outputs = (inputs + 0.3 * correlated(400, 40, seed=2)) @ weight.T
     statistics = statistics_of(inputs)
-    statistics.missing = (expected_outputs - inputs @ weight.T).T @ inputs
+    statistics.output_error_moment = (expected_outputs - inputs @ weight.T).T @ inputs
     ridge = (0.01 * statistics.squares.mean()).sqrt() * torch.eye(40)
     solution = torch.linalg.lstsq(
         torch.cat([inputs, ridge]).double(),
         torch.cat([expected_outputs, ridge @ weight.T]).double(),
     ).solution.T
-    three_quarters = corrected(weight, statistics)
+    three_quarters = correct_toward_dense(weight, statistics)
     monkeypatch.setattr(reconstruction, "_CORRECTION", 1.0)
-    whole = corrected(weight, statistics)
+    whole = correct_toward_dense(weight, statistics)
     torch.testing.assert_close(whole.double(), solution, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(three_quarters - weight, 0.75 * (whole - weight))
 
 
 def test_nothing_is_corrected_where_nothing_is_known() -> None:
     weight = matrix(6, 16)
-    assert corrected(weight, statistics_of(correlated(50, 16))) is weight
+    assert correct_toward_dense(weight, statistics_of(correlated(50, 16))) is weight
     unseen = InputStatistics.empty(16, weight.device, gram=True)
-    unseen.missing = torch.zeros(6, 16)
-    assert corrected(weight, unseen) is weight
+    unseen.output_error_moment = torch.zeros(6, 16)
+    assert correct_toward_dense(weight, unseen) is weight
 
 
 def test_outputs_that_miss_what_is_not_finite_are_an_error() -> None:
     statistics = statistics_of(correlated(50, 16))
-    statistics.missing = torch.full((6, 16), torch.nan)
+    statistics.output_error_moment = torch.full((6, 16), torch.nan)
     with pytest.raises(ValueError, match=r"layers\.3\.q_proj: .* not a finite way .*'local'"):
-        corrected(matrix(6, 16), statistics, "layers.3.q_proj")
+        correct_toward_dense(matrix(6, 16), statistics, "layers.3.q_proj")
 
 
 def test_alps_is_not_led_by_a_single_unusual_channel() -> None:

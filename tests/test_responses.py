@@ -1,4 +1,4 @@
-"""Responses of sites against the definition of the divergence, and the sparsity they give."""
+"""Sensitivities of sites against the definition of the divergence, and the sparsity they give."""
 
 import copy
 from collections.abc import Iterator
@@ -24,13 +24,18 @@ from optimum_cap.models.architectures import (
     oriented,
     prunable_matrices,
 )
-from optimum_cap.models.modes import evaluation_mode, frozen
+from optimum_cap.models.modes import evaluation_mode, without_parameter_grads
 from optimum_cap.pruning import fisher as engine
-from optimum_cap.pruning.activations import LayerWalk
+from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.allocation import interventional, uniform
-from optimum_cap.pruning.cache import KeptResponses
-from optimum_cap.pruning.fisher import _RoughPruning, estimated_responses
-from optimum_cap.pruning.sensitivity import Response, _Trial, examples_to_measure, responses
+from optimum_cap.pruning.cache import SensitivityStore
+from optimum_cap.pruning.fisher import WandaApproximation, estimate_sensitivities
+from optimum_cap.pruning.sensitivity import (
+    DivergenceEvaluator,
+    Sensitivity,
+    examples_to_measure,
+    measure_sensitivities,
+)
 from optimum_cap.runtime.files import TensorFiles
 
 SETTINGS = CAPConfig(sparsity=0.5)
@@ -43,9 +48,11 @@ def halved(model: PreTrainedModel, factor: float = 0.5) -> Any:
 
 def found_responses(
     model: PreTrainedModel, rows: list[CalibrationExample], **options: Any
-) -> list[Response]:
+) -> list[Sensitivity]:
     sites = find_sites(model)
-    return responses(model, sites, matrices_by_layer(sites), rows, halved(model), **options)
+    return measure_sensitivities(
+        model, sites, matrices_by_layer(sites), rows, halved(model), **options
+    )
 
 
 def divergences_by_definition(
@@ -68,20 +75,20 @@ def divergences_by_definition(
 def test_divergence_is_that_of_two_full_passes(model: PreTrainedModel) -> None:
     rows = examples(5)
     measured = found_responses(model, rows)
-    assert [response.site for response in measured] == find_sites(model)
-    for response in measured[:: max(1, len(measured) // 6)]:
+    assert [sensitivity.site for sensitivity in measured] == find_sites(model)
+    for sensitivity in measured[:: max(1, len(measured) // 6)]:
         changed = copy.deepcopy(model)
         with torch.no_grad():
-            for matrix in response.matrices:
+            for matrix in sensitivity.matrices:
                 oriented(changed, matrix).mul_(0.5)
         expected = divergences_by_definition(model, changed, rows)
-        assert response.divergence == pytest.approx(float(expected.mean()), rel=2e-3, abs=1e-6)
+        assert sensitivity.divergence == pytest.approx(float(expected.mean()), rel=2e-3, abs=1e-6)
         error = float(expected.std()) / 5**0.5
-        assert response.standard_error == pytest.approx(error, rel=2e-3, abs=1e-6)
-        sizes = [oriented(model, matrix).numel() for matrix in response.matrices]
-        assert list(response.sizes) == sizes
-        assert response.weights == sum(sizes)
-    assert max(response.divergence for response in measured) > 1e-2
+        assert sensitivity.standard_error == pytest.approx(error, rel=2e-3, abs=1e-6)
+        sizes = [oriented(model, matrix).numel() for matrix in sensitivity.matrices]
+        assert list(sensitivity.sizes) == sizes
+        assert sensitivity.weights == sum(sizes)
+    assert max(sensitivity.divergence for sensitivity in measured) > 1e-2
 
 
 def test_all_examples_give_statistics_and_the_first_ones_are_measured(
@@ -95,7 +102,7 @@ def test_all_examples_give_statistics_and_the_first_ones_are_measured(
         assert inputs.gram is not None
         return 0.5 * oriented(llama, matrix)
 
-    few = responses(llama, sites, matrices_by_layer(sites), rows, prune, count=2)
+    few = measure_sensitivities(llama, sites, matrices_by_layer(sites), rows, prune, count=2)
     assert tokens == {sum(len(row.input_ids) for row in rows)}
     for ours, expected in zip(few, found_responses(llama, rows[:2], gram=False), strict=True):
         assert ours.divergence == pytest.approx(expected.divergence, rel=1e-4)
@@ -110,9 +117,9 @@ def test_answers_weigh_more_in_the_statistics(llama: PreTrainedModel) -> None:
         return oriented(llama, matrix)
 
     layers = matrices_by_layer(sites)
-    responses(llama, sites, layers, rows, prune, answer_weight=3)
+    measure_sensitivities(llama, sites, layers, rows, prune, answer_weight=3)
     with evaluation_mode(llama):
-        expected = LayerWalk(llama, sites, rows, answer_weight=3).statistics(0, layers[0])
+        expected = LayerwisePass(llama, sites, rows, answer_weight=3).statistics(0, layers[0])
     for matrix, statistics in expected.items():
         torch.testing.assert_close(seen[matrix].squares, statistics.squares)
 
@@ -128,12 +135,12 @@ def test_a_site_that_breaks_the_model_is_said(
     broken = sites[1].name
 
     def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
-        return oriented(llama, matrix) * (torch.inf if matrix == sites[1].mixing else 0.5)
+        return oriented(llama, matrix) * (torch.inf if matrix == sites[1].output_proj else 0.5)
 
-    found = responses(llama, sites, matrices_by_layer(sites), examples(3), prune)
+    found = measure_sensitivities(llama, sites, matrices_by_layer(sites), examples(3), prune)
     assert [r.site.name for r in found if not r.divergence < torch.inf] == [broken]
     assert f"pruning {broken} alone gives predictions that are not finite" in caplog.text
-    total = sum(response.weights for response in found)
+    total = sum(sensitivity.weights for sensitivity in found)
     given = interventional(found, total // 2, 0.1)
     lowest = min(sparsities(found, given))
     assert sparsities(found, given)[1] == pytest.approx(lowest, abs=2 / found[1].weights)
@@ -151,13 +158,13 @@ def test_the_model_comes_back_as_it_was(
     model = tiny_model("llama", dtype=dtype).train()
     before = copy.deepcopy(model.state_dict())
     if interrupted:
-        run = _Trial._to_the_end
+        run = DivergenceEvaluator._to_the_end
         passed: Iterator[int] = iter(range(9))
 
-        def stopped(self: _Trial, *args: Any) -> Any:
+        def stopped(self: DivergenceEvaluator, *args: Any) -> Any:
             return interrupt() if next(passed) == 2 else run(self, *args)
 
-        monkeypatch.setattr(_Trial, "_to_the_end", stopped)
+        monkeypatch.setattr(DivergenceEvaluator, "_to_the_end", stopped)
         with pytest.raises(KeyboardInterrupt):
             found_responses(model, examples(3))
     else:
@@ -184,7 +191,7 @@ def test_an_interrupt_while_a_site_is_pruned_restores_it(llama: PreTrainedModel)
 def test_an_interrupt_between_two_sites_restores_the_model(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16).train()
     before = copy.deepcopy(model.state_dict())
-    kept = KeptResponses(TensorFiles(tmp_path), "responses")
+    kept = SensitivityStore(TensorFiles(tmp_path), "sensitivities")
     kept.keep_measured = interrupt
     with pytest.raises(KeyboardInterrupt) as error:
         found_responses(model, examples(3), kept=kept)
@@ -215,7 +222,7 @@ def test_responses_of_an_offloaded_model_are_the_same(name: str, tmp_path: Path)
         weights = AutoModelForCausalLM.from_pretrained(folder)
         sites = find_sites(model)
         layers = matrices_by_layer(sites)
-        found.append(responses(model, sites, layers, rows, halved(weights)))
+        found.append(measure_sensitivities(model, sites, layers, rows, halved(weights)))
     assert found[0] == found[1]
 
 
@@ -233,11 +240,11 @@ def test_measuring_costs_about_a_pass_over_the_examples() -> None:
 
 def estimates(
     model: PreTrainedModel, rows: list[CalibrationExample], sparsity: float = 0.5, **options: Any
-) -> list[Response]:
+) -> list[Sensitivity]:
     sites, layers = find_sites(model), matrices_by_layer(find_sites(model))
     total = sum(oriented(model, matrix).numel() for own in layers.values() for matrix in own)
     alike = uniform(model, sites, layers, round(sparsity * total), rows, SETTINGS)
-    return estimated_responses(model, sites, layers, rows, alike, **options)
+    return estimate_sensitivities(model, sites, layers, rows, alike, **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral", "gemma2"])
@@ -246,8 +253,10 @@ def test_estimates_are_positive_and_the_same_twice(name: str) -> None:
     before = copy.deepcopy(model.state_dict())
     first, second = (estimates(model, examples(6)) for _ in range(2))
     assert first == second
-    assert [response.site for response in first] == find_sites(model)
-    assert all(response.divergence > 0 for response in first if response.site.kind != "expert")
+    assert [sensitivity.site for sensitivity in first] == find_sites(model)
+    assert all(
+        sensitivity.divergence > 0 for sensitivity in first if sensitivity.site.kind != "expert"
+    )
     assert estimates(model, examples(6), seed=1) != first
     assert_untouched(model.train(), before)
 
@@ -257,15 +266,15 @@ def test_estimates_of_small_changes_are_about_the_divergence() -> None:
     sites, layers = find_sites(model), matrices_by_layer(find_sites(model))
     total = sum(oriented(model, matrix).numel() for own in layers.values() for matrix in own)
     alike = uniform(model, sites, layers, round(0.3 * total), rows, SETTINGS)
-    estimated = estimated_responses(model, sites, layers, rows, alike, count=64)
+    estimated = estimate_sensitivities(model, sites, layers, rows, alike, count=64)
 
     def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
-        rough = _RoughPruning(model, alike)
+        rough = WandaApproximation(model, alike)
         rough.look_at({matrix: inputs})
         return rough.pruned(matrix)
 
-    exact = responses(model, sites, layers, rows, prune, count=64)
-    assert max(response.divergence for response in exact) < 0.05
+    exact = measure_sensitivities(model, sites, layers, rows, prune, count=64)
+    assert max(sensitivity.divergence for sensitivity in exact) < 0.05
     ratios = [e.divergence / x.divergence for e, x in zip(estimated, exact, strict=True)]
     assert all(0.5 < ratio < 2 for ratio in ratios), ratios
 
@@ -308,14 +317,14 @@ def test_an_estimate_for_an_expert_is_that_of_the_whole_module() -> None:
     sites = find_sites(model)
     expert = next(site for site in sites if site.kind == "expert")
     batch = next(iter(batches(rows, 4)))
-    with evaluation_mode(model), frozen(model):
+    with evaluation_mode(model), without_parameter_grads(model):
         calls, gradients = engine._gradients_of_draw(model, sites, batch, 0)
-        call, gradient = calls[expert.outlet], gradients[expert.outlet]
+        call, gradient = calls[expert.output_module], gradients[expert.output_module]
         pruned = {matrix: 0.5 * oriented(model, matrix) for matrix in prunable_matrices([expert])}
         found = engine._along(model, expert, pruned, call, gradient, 4)
         for matrix, weight in pruned.items():
             oriented(model, matrix).copy_(weight)
-        change = model.get_submodule(expert.outlet)(call.hidden, *call.args) - call.output
+        change = model.get_submodule(expert.output_module)(call.hidden, *call.args) - call.output
     expected = (gradient * change).reshape(4, -1).sum(dim=1).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
     assert (found != 0).any()
@@ -346,14 +355,14 @@ def test_an_offloaded_model_cannot_be_estimated(tmp_path: Path) -> None:
 # Sparsities
 
 
-def response(layer: int, divergence: float, *sizes: int) -> Response:
+def sensitivity(layer: int, divergence: float, *sizes: int) -> Sensitivity:
     name = f"model.layers.{layer}.mlp.down_proj"
     site = Site(name, "mlp", layer, f"model.layers.{layer}", f"model.layers.{layer}.mlp", 8, ())
     matrices = tuple(Matrix(f"{name}.{index}") for index in range(len(sizes)))
-    return Response(site, matrices, sizes, divergence, 0.0)
+    return Sensitivity(site, matrices, sizes, divergence, 0.0)
 
 
-def sparsities(found: list[Response], given: dict[Matrix, int]) -> list[float]:
+def sparsities(found: list[Sensitivity], given: dict[Matrix, int]) -> list[float]:
     return [sum(given[matrix] for matrix in r.matrices) / r.weights for r in found]
 
 
@@ -361,10 +370,10 @@ def sparsities(found: list[Response], given: dict[Matrix, int]) -> list[float]:
 @pytest.mark.parametrize("bound", [0.05, 0.1, 0.6])
 def test_shares_add_up_within_the_bound(zeros: int, bound: float) -> None:
     found = [
-        response(0, 3.0, 500, 700),
-        response(1, 0.01, 800),
-        response(2, 1e-9, 1000, 1500),
-        response(3, 0.4, 1500),
+        sensitivity(0, 3.0, 500, 700),
+        sensitivity(1, 0.01, 800),
+        sensitivity(2, 1e-9, 1000, 1500),
+        sensitivity(3, 0.4, 1500),
     ]
     given = interventional(found, zeros, bound)
     assert sum(given.values()) == zeros
@@ -378,36 +387,40 @@ def test_shares_add_up_within_the_bound(zeros: int, bound: float) -> None:
 
 
 def test_a_site_e_times_as_fragile_gets_a_tenth_less() -> None:
-    found = [response(0, 1.0, 100_000), response(1, 2.718281828, 100_000)]
+    found = [sensitivity(0, 1.0, 100_000), sensitivity(1, 2.718281828, 100_000)]
     first, second = sparsities(found, interventional(found, 100_000, 0.3))
     assert first - second == pytest.approx(0.1, abs=1e-4)
 
 
 def test_equal_responses_per_weight_give_equal_sparsity() -> None:
-    found = [response(0, 0.2, 1000), response(1, 0.6, 1000, 2000), response(2, 0.1, 500)]
+    found = [sensitivity(0, 0.2, 1000), sensitivity(1, 0.6, 1000, 2000), sensitivity(2, 0.1, 500)]
     given = interventional(found, 2250, 0.1)
     assert sparsities(found, given) == [0.5, 0.5, 0.5]
 
 
 def test_nothing_that_is_known_moves_nothing() -> None:
-    found = [response(0, float("nan"), 1000), response(1, float("inf"), 1000)]
+    found = [sensitivity(0, float("nan"), 1000), sensitivity(1, float("inf"), 1000)]
     assert sparsities(found, interventional(found, 800, 0.1)) == [0.4, 0.4]
 
 
 def test_no_change_at_all_moves_nothing() -> None:
-    found = [response(0, 0.0, 1000), response(1, 0.0, 3000)]
+    found = [sensitivity(0, 0.0, 1000), sensitivity(1, 0.0, 3000)]
     assert sparsities(found, interventional(found, 1600, 0.1)) == [0.4, 0.4]
 
 
 def test_of_sites_that_change_nothing_only_one_that_breaks_the_model_is_spared() -> None:
-    found = [response(0, 0.0, 1000), response(1, 0.0, 3000), response(2, float("inf"), 1000)]
+    found = [
+        sensitivity(0, 0.0, 1000),
+        sensitivity(1, 0.0, 3000),
+        sensitivity(2, float("inf"), 1000),
+    ]
     first, second, broken = sparsities(found, interventional(found, 2500, 0.1))
     assert first == second > 0.5
     assert broken == 0.4
 
 
 def test_most_sites_without_any_change_do_not_decide_by_their_size() -> None:
-    found = [response(0, 0.0, 1000), response(1, 0.0, 1000), response(2, 0.1, 1000)]
-    found += [response(3, 0.1, 1000), response(4, 0.0, 1000)]
+    found = [sensitivity(0, 0.0, 1000), sensitivity(1, 0.0, 1000), sensitivity(2, 0.1, 1000)]
+    found += [sensitivity(3, 0.1, 1000), sensitivity(4, 0.0, 1000)]
     spared = sparsities(found, interventional(found, 2500, 0.1))
     assert spared == pytest.approx([0.567, 0.567, 0.4, 0.4, 0.567], abs=2e-3)

@@ -29,7 +29,7 @@ from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.models.architectures import Site, Unit, find_sites
 from optimum_cap.runtime.digests import code_digest
 from optimum_cap.runtime.files import TensorFiles
-from optimum_cap.runtime.resume import way_on
+from optimum_cap.runtime.resume import resume_hint
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.sampling import adaptive_losses, control_variate_losses
@@ -216,9 +216,9 @@ def test_what_could_not_be_written_is_not_said_to_be_kept(
 ) -> None:
     (tmp_path / "file").touch()
     cache = ScoreCache(tmp_path / "file" / "scores", llama)
-    assert way_on(cache).startswith(f"what is done is kept in {tmp_path}")
+    assert resume_hint(cache).startswith(f"what is done is kept in {tmp_path}")
     cache.files.write("key", torch.zeros(1))
-    assert way_on(cache).startswith(f"not all that is done is kept in {tmp_path}")
+    assert resume_hint(cache).startswith(f"not all that is done is kept in {tmp_path}")
 
 
 def test_code_of_a_repository_at_another_revision_is_other_code(

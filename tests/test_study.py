@@ -190,7 +190,7 @@ def test_presets_are_found_in_the_data_folder(values: dict[str, Any], tmp_path: 
 def test_launched_processes_are_refused(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study.Team, "of_this_run", lambda: study.Team(0, 2))
+    monkeypatch.setattr(study.ProcessGroup, "current", lambda: study.ProcessGroup(0, 2))
     with pytest.raises(ValueError, match="2 processes were launched, but a study is run by one"):
         run_study(load(values, tmp_path), tmp_path / "out")
 

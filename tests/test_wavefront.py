@@ -145,7 +145,7 @@ def test_all_implementations_of_experts_are_exact(implementation: str) -> None:
 
 
 def test_some_units_alone_are_exact() -> None:
-    """As adaptive scoring asks for them: the other branches of a layer are not recorded."""
+    """As adaptive scoring asks for them: the other blocks of a layer are not recorded."""
     model, rows = tiny_model("glm4_moe"), examples()
     sites = find_sites(model, mlp_unit_size=6)
     for kinds in (("expert",), ("mlp",), ("attention", "expert")):

@@ -11,7 +11,7 @@ from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.record import (
     MatrixSparsity,
     PruningRecord,
-    SiteResponse,
+    SiteSensitivity,
     UnitScore,
     count_units,
     unit_label,
@@ -24,7 +24,7 @@ __all__ = [
     "CheckpointSummary",
     "MatrixSparsity",
     "PruningRecord",
-    "SiteResponse",
+    "SiteSensitivity",
     "UnitScore",
     "attach",
     "check_target",

@@ -121,8 +121,8 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
             f"{units}, on {config['scored_tokens']} tokens; "
             f"{config['aggregation']} of {config['subsets']} subsets"
         )
-    if record.responses:
-        sparsities = [response.sparsity for response in record.responses]
+    if record.sensitivities:
+        sparsities = [sensitivity.sparsity for sensitivity in record.sensitivities]
         rows[record.responses_are.capitalize()] = (
             f"{len(sparsities)} sites, each pruned alone; their sparsities are "
             f"{min(sparsities):.2%} to {max(sparsities):.2%}"

@@ -61,7 +61,7 @@ class UnitScore:
 
 
 @dataclass(frozen=True)
-class SiteResponse:
+class SiteSensitivity:
     """What pruning one site alone does to the dense model's predictions, and what the site got.
 
     Attributes:
@@ -108,8 +108,8 @@ class PruningRecord:
         versions: Version per library.
         threshold: Importance up to which weights were pruned, where one threshold decided.
         intact_loss: Loss of the dense model on the calibration set, nats per scored token.
-        responses: What pruning each site alone does, in the order of the model, where that decided
-            the sparsities.
+        sensitivities: What pruning each site alone does, in the order of the model, where that
+            decided the sparsities.
     """
 
     config: dict[str, Any]
@@ -121,11 +121,11 @@ class PruningRecord:
     versions: dict[str, str]
     threshold: float | None = None
     intact_loss: float | None = None
-    responses: list[SiteResponse] = field(default_factory=list)
+    sensitivities: list[SiteSensitivity] = field(default_factory=list)
 
     @property
     def responses_are(self) -> str:
-        """How the responses came about: `"measured"` or `"estimated"`."""
+        """How the sensitivities came about: `"measured"` or `"estimated"`."""
         return "estimated" if self.config.get("estimator") == "first_order" else "measured"
 
     @property
@@ -157,7 +157,9 @@ class PruningRecord:
                     **values,
                     "matrices": [MatrixSparsity(**matrix) for matrix in values["matrices"]],
                     "scores": [UnitScore(**score) for score in values["scores"]],
-                    "responses": [SiteResponse(**own) for own in values.get("responses", [])],
+                    "sensitivities": [
+                        SiteSensitivity(**own) for own in values.get("sensitivities", [])
+                    ],
                 }
             )
         except (KeyError, TypeError) as error:

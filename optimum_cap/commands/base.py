@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from optimum.commands.base import BaseOptimumCLICommand
 
 if TYPE_CHECKING:
-    from optimum_cap.runtime import Team
+    from optimum_cap.runtime import ProcessGroup
 
 EXIT_FAILURE = 1
 EXIT_BAD_ARGUMENTS = 2  # what argparse uses
@@ -180,16 +180,19 @@ def check_loading_flags(args: Namespace, processes: int = 1) -> None:
         )
 
 
-def loading_options(args: Namespace, team: "Team | None" = None) -> dict[str, Any]:
+def loading_options(args: Namespace, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
     """Return what the flags say of how a model is loaded, for `from_pretrained`.
 
     Args:
         args: The flags.
-        team: The processes that were launched together, if the command is one that they share.
+        process_group: The processes that were launched together, if the command is one that they
+            share.
     """
     return {
         "dtype": args.dtype,
-        "device_map": team.placement(args.device_map) if team else args.device_map,
+        "device_map": process_group.placement(args.device_map)
+        if process_group
+        else args.device_map,
         "max_memory": dict(args.max_memory) if args.max_memory else None,
         "offload_folder": args.offload_folder,
         "revision": args.revision or "main",

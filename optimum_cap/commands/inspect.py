@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 from optimum_cap.commands.base import CAPSubcommand, add_common_flags
-from optimum_cap.commands.summary import print_summary, response_table, sparsity_table
+from optimum_cap.commands.summary import print_summary, sensitivity_table, sparsity_table
 
 
 class InspectCommand(CAPSubcommand):
@@ -48,7 +48,7 @@ class InspectCommand(CAPSubcommand):
         print(f"config        {', '.join(f'{name}={value}' for name, value in config.items())}")
         print_summary(summary)
         print(f"versions      {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
-        if record.responses:
+        if record.sensitivities:
             print(f"\nsites, each pruned alone ({record.responses_are})")
-            print(response_table(record.responses))
+            print(sensitivity_table(record.sensitivities))
         print(f"\n{sparsity_table(record.matrices)}")

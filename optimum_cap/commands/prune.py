@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from optimum_cap.config import CAPConfig
-    from optimum_cap.runtime import Team
+    from optimum_cap.runtime import ProcessGroup
 
 
 def _size(text: str) -> int | str:
@@ -178,7 +178,7 @@ class Prepared:
 
     config: "CAPConfig"
     tokenizer: "PreTrainedTokenizerBase"
-    team: "Team"
+    process_group: "ProcessGroup"
 
 
 class PruneCommand(CAPSubcommand):
@@ -232,11 +232,11 @@ class PruneCommand(CAPSubcommand):
         from optimum_cap.checkpoint import check_target
         from optimum_cap.config import CAPConfig, parse_size
         from optimum_cap.data import build_calibration_set
-        from optimum_cap.runtime import Team, default_folder
+        from optimum_cap.runtime import ProcessGroup, default_folder
 
-        team = Team.of_this_run()
-        team.quieten()
-        check_loading_flags(args, team.size)
+        process_group = ProcessGroup.current()
+        process_group.silence_other_ranks()
+        check_loading_flags(args, process_group.size)
         given = config_values(vars(args))
         values = {"cache_dir": default_folder(), **given}
         if args.scores:
@@ -263,8 +263,8 @@ class PruneCommand(CAPSubcommand):
             # Made again when the model prunes; here it shows what is wrong with the data in a
             # second.
             build_calibration_set(config, tokenizer)
-        team.gather(None)  # none may save before all have looked at the output folder
-        return Prepared(config, tokenizer, team)
+        process_group.all_gather(None)  # none may save before all have looked at the output folder
+        return Prepared(config, tokenizer, process_group)
 
     def execute(self, prepared: Prepared) -> None:
         """Prune, save, print what was done, upload."""
@@ -276,10 +276,12 @@ class PruneCommand(CAPSubcommand):
         args = self.args
         start = time.monotonic()
         model = AutoModelForCausalLM.from_pretrained(
-            args.model, **loading_options(args, prepared.team), pruning_config=prepared.config
+            args.model,
+            **loading_options(args, prepared.process_group),
+            pruning_config=prepared.config,
         )
-        prepared.team.leave()
-        if prepared.team.rank:
+        prepared.process_group.shutdown()
+        if prepared.process_group.rank:
             return  # the model is the same in every process; the first one saves it
         before = _file_stamps(args.output)
         limit = {"max_shard_size": parse_size(args.max_shard_size)} if args.max_shard_size else {}

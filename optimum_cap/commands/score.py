@@ -65,18 +65,18 @@ class ScoreCommand(CAPSubcommand):
 
         from optimum_cap.config import CAPConfig
         from optimum_cap.data import build_calibration_set
-        from optimum_cap.runtime import Team, default_folder
+        from optimum_cap.runtime import ProcessGroup, default_folder
 
-        team = Team.of_this_run()
-        team.quieten()
-        check_loading_flags(args, team.size)
+        process_group = ProcessGroup.current()
+        process_group.silence_other_ranks()
+        check_loading_flags(args, process_group.size)
         values = {"cache_dir": default_folder(), **config_values(vars(args))}
         # Scores are the same at every sparsity; the paper's recipe is the one that uses them.
         config = CAPConfig(sparsity=0.5, recipe="paper", **values)
         tokenizer = load_tokenizer(args)
         build_calibration_set(config, tokenizer)  # shows what is wrong with the data in a second
-        team.gather(None)  # none may write before all have looked at the output
-        return Prepared(config, tokenizer, team)
+        process_group.all_gather(None)  # none may write before all have looked at the output
+        return Prepared(config, tokenizer, process_group)
 
     def execute(self, prepared: Prepared) -> None:
         """Measure, save, print the units."""
@@ -87,13 +87,13 @@ class ScoreCommand(CAPSubcommand):
 
         args, config = self.args, prepared.config
         start = time.monotonic()
-        options = loading_options(args, prepared.team)
+        options = loading_options(args, prepared.process_group)
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
         # Every process has all losses; the first one saves them.
-        target = None if prepared.team.rank else args.output
+        target = None if prepared.process_group.rank else args.output
         losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=target)
-        prepared.team.leave()
-        if prepared.team.rank:
+        prepared.process_group.shutdown()
+        if prepared.process_group.rank:
             return
         scores = causal_scores(losses, config.subsets, config.aggregation)
         print(scored_line([(site.kind, site.layer) for site, _ in scores.units]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from optimum_cap.text import aligned, format_size
 
 if TYPE_CHECKING:
-    from optimum_cap.checkpoint import CheckpointSummary, MatrixSparsity, SiteResponse, UnitScore
+    from optimum_cap.checkpoint import CheckpointSummary, MatrixSparsity, SiteSensitivity, UnitScore
 
 _UNITS_SHOWN = 5
 _SITES_SHOWN = 10
@@ -78,18 +78,18 @@ def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
     return aligned(rows)
 
 
-def response_table(responses: "list[SiteResponse]") -> str:
+def sensitivity_table(sensitivities: "list[SiteSensitivity]") -> str:
     """Return a table of the sites that change the predictions the most and the least when pruned.
 
     Those in between are counted in a line of their own.
     """
     ranked = sorted(
-        responses,
+        sensitivities,
         key=lambda own: float("inf") if own.divergence is None else own.divergence,
         reverse=True,
     )
 
-    def row(own: "SiteResponse") -> list[str]:
+    def row(own: "SiteSensitivity") -> list[str]:
         measured = (own.divergence, own.standard_error)
         numbers = ["-" if number is None else f"{number:.3g}" for number in measured]
         return [own.label, *numbers, f"{own.sparsity:.3f}"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from optimum_cap.config import COMPILING, RECIPES, CAPConfig, Method
 from optimum_cap.estimation.hardware import ROWS, WALK_ROWS, Hardware
-from optimum_cap.estimation.work import AlpsWork, ModelWork, ObsWork, Shape, Work
+from optimum_cap.estimation.work import AlpsWork, ModelWork, ObsWork, OperationCount, Workload
 from optimum_cap.evaluation import TASKS
 from optimum_cap.pruning import examples_to_estimate, examples_to_measure
 
@@ -52,7 +52,7 @@ class Cost:
     devices: int
 
 
-class Meter:
+class CostModel:
     """Turns the work of a model into the cost of each step.
 
     Args:
@@ -69,7 +69,7 @@ class Meter:
         self.rows = ROWS[hardware.kind]
 
     def scoring(
-        self, name: str, shape: Shape, exact_examples: int = CAPConfig.exact_examples
+        self, name: str, shape: Workload, exact_examples: int = CAPConfig.exact_examples
     ) -> Cost:
         """Cost of scoring all units that the work counts as scored.
 
@@ -98,7 +98,7 @@ class Meter:
             devices=devices,
         )
 
-    def _chunks(self, name: str, shape: Shape, exact_examples: int) -> float:
+    def _chunks(self, name: str, shape: Workload, exact_examples: int) -> float:
         """Bytes of the files of finished chunks."""
         if name not in COMPILING:  # what compiles measures exactly, chunk by chunk
             return 0.0
@@ -116,7 +116,7 @@ class Meter:
         self,
         name: str,
         method: Method,
-        shape: Shape,
+        shape: Workload,
         sparsity: float,
         estimator: str = "exact",
         measured: int | None = None,
@@ -161,7 +161,7 @@ class Meter:
         """Looking at all weights before and after they are pruned."""
         return Part(0.0, self.through_memory(CHECK_PASSES * self.work.prunable))
 
-    def _walk(self, method: Method, shape: Shape) -> "Part":
+    def _walk(self, method: Method, shape: Workload) -> "Part":
         """The calibration set on its way through the layers, and what their inputs look like."""
         work, tokens = self.work, shape.examples * shape.tokens
         by_projection = method.order == "projection"
@@ -176,20 +176,20 @@ class Meter:
         seconds = self.seconds(walk) + compared / self.hardware.float32 + self._seeing(shape)
         return Part(walk.operations + compared, seconds, held)
 
-    def _seeing(self, shape: Shape) -> float:
+    def _seeing(self, shape: Workload) -> float:
         """Seconds for the inputs of all matrices, beside their products."""
         products = (product for layer in self.work.layers for product in layer.distinct_inputs)
         inputs = sum(product.inputs * product.active for product in products)
         return self.through_memory(INPUT_PASSES * shape.examples * shape.tokens * inputs)
 
-    def _outliers(self, shape: Shape) -> "Part":
+    def _outliers(self, shape: Workload) -> "Part":
         """The allocation `owl`: one pass through the layers, and all importances."""
         walk = self.work.layer_walk(shape, stages=0)
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
         return Part(walk.operations, self.seconds(walk) + self._seeing(shape) + ranking)
 
     def _responses(
-        self, method: Method, shape: Shape, estimator: str, measured: int | None
+        self, method: Method, shape: Workload, estimator: str, measured: int | None
     ) -> "Part":
         """The allocation `interventional`: every matrix is pruned, every site tried alone."""
         work = self.work
@@ -215,7 +215,7 @@ class Meter:
             shared=self.seconds(tried) - self.seconds(walks) + alone.seconds,
         )
 
-    def paper(self, shape: Shape, sparsity: float) -> Cost:
+    def paper(self, shape: Workload, sparsity: float) -> Cost:
         """Cost of the paper's recipe: exact scores, then one threshold."""
         scoring = self.scoring("exact", shape)
         pruning = self.pruning("paper", RECIPES["paper"], shape, sparsity)
@@ -242,7 +242,7 @@ class Meter:
             devices=self._devices(memory),
         )
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: OperationCount) -> float:
         """Time of an amount of work in chunks of `rows` tokens, on one device."""
         hardware = self.hardware
         computed = work.products / hardware.matmul + work.attention / hardware.attention
@@ -258,7 +258,7 @@ class Meter:
         """Seconds that so many float32 numbers take through memory."""
         return 4 * numbers / self.hardware.bandwidth
 
-    def walking(self, shape: Shape) -> float:
+    def walking(self, shape: Workload) -> float:
         """Bytes of the hidden states of all examples, and of a layer that runs on some of them."""
         tokens = shape.examples * shape.tokens
         hidden = tokens * self.work.layers[0].hidden * self.value
@@ -294,11 +294,11 @@ class Meter:
         """Operations, seconds and bytes beside the weights of one evaluation task."""
         items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
         tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
-        read = self.work.forward(Shape(items, tokens, 0))
+        read = self.work.forward(Workload(items, tokens, 0))
         if not longest:  # texts to predict
             held = tokens * (self.per_token + self.per_logits)
             return read.operations, self.seconds(read), held
-        written = self.work.forward(Shape(items, longest, 0))
+        written = self.work.forward(Workload(items, longest, 0))
         batch = min(items, batch_size)
         steps = math.ceil(items / batch) * longest
         keys = self.value * sum(layer.cached for layer in self.work.layers)
@@ -317,29 +317,41 @@ class Meter:
 # Estimators: work that every process does, and work that processes share
 
 
-def _exact(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
-    return Work(), work.exact(shape)
+def _exact(
+    work: ModelWork, shape: Workload, exact_examples: int
+) -> tuple[OperationCount, OperationCount]:
+    return OperationCount(), work.exact(shape)
 
 
-def _plain(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
-    return work.plain(shape), Work()
+def _plain(
+    work: ModelWork, shape: Workload, exact_examples: int
+) -> tuple[OperationCount, OperationCount]:
+    return work.plain(shape), OperationCount()
 
 
-def _first_order(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
-    return work.first_order(shape), Work()
+def _first_order(
+    work: ModelWork, shape: Workload, exact_examples: int
+) -> tuple[OperationCount, OperationCount]:
+    return work.first_order(shape), OperationCount()
 
 
-def _control_variate(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
+def _control_variate(
+    work: ModelWork, shape: Workload, exact_examples: int
+) -> tuple[OperationCount, OperationCount]:
     measured = replace(shape, examples=min(shape.examples, exact_examples))
     return work.first_order(shape), work.exact(measured)
 
 
-def _adaptive(work: ModelWork, shape: Shape, exact_examples: int) -> tuple[Work, Work]:
+def _adaptive(
+    work: ModelWork, shape: Workload, exact_examples: int
+) -> tuple[OperationCount, OperationCount]:
     """At most: no unit is known well enough before all its losses are measured."""
     return work.first_order(shape), work.exact(shape)
 
 
-ESTIMATORS: dict[str, Callable[[ModelWork, Shape, int], tuple[Work, Work]]] = {
+ESTIMATORS: dict[
+    str, Callable[[ModelWork, Workload, int], tuple[OperationCount, OperationCount]]
+] = {
     "exact": _exact,
     "plain": _plain,
     "first_order": _first_order,
@@ -351,32 +363,32 @@ ESTIMATORS: dict[str, Callable[[ModelWork, Shape, int], tuple[Work, Work]]] = {
 # Bytes beside the weights, where chunks have so many tokens
 
 
-def _batch(shape: Shape, rows: int) -> int:
+def _batch(shape: Workload, rows: int) -> int:
     """Tokens of a batch: a quarter of a chunk, and one example at least."""
     return min(shape.examples, max(1, rows // 4 // shape.tokens)) * shape.tokens
 
 
-def _streams(meter: Meter, shape: Shape, rows: int) -> float:
+def _streams(meter: CostModel, shape: Workload, rows: int) -> float:
     """What is recorded of the intact pass of a batch, and a chunk of masked streams."""
     batch = _batch(shape, rows)
     layers = meter.work.layers
-    # Of attention and its layer four tensors, of each other branch that is scored two.
+    # Of attention and its layer four tensors, of each other block that is scored two.
     tensors = sum(4 + 2 * bool(layer.others) for layer in layers)
     recorded = batch * tensors * layers[0].hidden * meter.value
     return recorded + max(batch, rows) * meter.per_token
 
 
-def _one_forward(meter: Meter, shape: Shape, rows: int) -> float:
+def _one_forward(meter: CostModel, shape: Workload, rows: int) -> float:
     return _batch(shape, rows) * (meter.per_token + meter.per_logits)
 
 
-def _all_layers(meter: Meter, shape: Shape, rows: int) -> float:
+def _all_layers(meter: CostModel, shape: Workload, rows: int) -> float:
     """What every layer keeps of a batch for the backward pass."""
     kept = len(meter.work.layers) * meter.per_token
     return _batch(shape, rows) * (kept + meter.per_logits)
 
 
-ACTIVATIONS: dict[str, Callable[[Meter, Shape, int], float]] = {
+ACTIVATIONS: dict[str, Callable[[CostModel, Workload, int], float]] = {
     "exact": _streams,
     "plain": _one_forward,
     "first_order": _all_layers,
@@ -405,18 +417,18 @@ class Part:
     shared: float = 0.0
 
 
-def _threshold(meter: Meter, method: Method, shape: Shape) -> Part:
+def _threshold(meter: CostModel, method: Method, shape: Workload) -> Part:
     seconds = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
     return Part(0.0, seconds, 12.0 * meter.largest)
 
 
-def _wanda(meter: Meter, method: Method, shape: Shape) -> Part:
+def _wanda(meter: CostModel, method: Method, shape: Workload) -> Part:
     weights = meter.work.prunable
     ranking = weights / meter.hardware.ranked + meter.through_memory(RANKING_PASSES * weights)
     return Part(0.0, ranking, 24.0 * meter.largest)
 
 
-def _sparsegpt(meter: Meter, method: Method, shape: Shape) -> Part:
+def _sparsegpt(meter: CostModel, method: Method, shape: Workload) -> Part:
     hardware = meter.hardware
     obs = ObsWork.of(meter.work, shape.examples * shape.tokens)
     products = (obs.grams + obs.updates) / hardware.float32 + obs.factors / hardware.factor
@@ -430,7 +442,7 @@ def _sparsegpt(meter: Meter, method: Method, shape: Shape) -> Part:
     )
 
 
-def _alps(meter: Meter, method: Method, shape: Shape) -> Part:
+def _alps(meter: CostModel, method: Method, shape: Workload) -> Part:
     hardware = meter.hardware
     grams = ObsWork.of(meter.work, shape.examples * shape.tokens).grams
     alps = AlpsWork.of(meter.work, method.target == "dense")
@@ -444,18 +456,18 @@ def _alps(meter: Meter, method: Method, shape: Shape) -> Part:
     )
 
 
-def _grams(meter: Meter) -> float:
+def _grams(meter: CostModel) -> float:
     """Bytes of the sums x_i x_j of a layer."""
     inputs = meter.work.layers[0].distinct_inputs
     return float(sum(4 * product.copies * product.inputs**2 for product in inputs))
 
 
-def _widest(meter: Meter) -> int:
+def _widest(meter: CostModel) -> int:
     """Inputs of the widest matrix."""
     return max(product.inputs for product in meter.work.layers[0].products)
 
 
-PRUNING: dict[str, Callable[[Meter, Method, Shape], Part]] = {
+PRUNING: dict[str, Callable[[CostModel, Method, Workload], Part]] = {
     "cap": _threshold,
     "magnitude": _threshold,
     "random": _threshold,

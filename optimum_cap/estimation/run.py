@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.data import build_calibration_set, shared_prefix
-from optimum_cap.estimation.costs import ESTIMATORS, Cost, Meter
+from optimum_cap.estimation.costs import ESTIMATORS, Cost, CostModel
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
-from optimum_cap.estimation.work import ModelWork, Shape, count_work
+from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import DEFAULT_TASKS, resolve_tasks
 from optimum_cap.models import find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
@@ -56,7 +56,7 @@ class Estimate:
     experts: int
     scored: int
     weight_bytes: float
-    shape: Shape
+    shape: Workload
     hardware: Hardware
     costs: tuple[Cost, ...]
 
@@ -145,11 +145,11 @@ def estimate(
         ValueError: A count, the hardware or the architecture cannot be used; the message says why.
         FileNotFoundError: There is no such model.
     """
-    shape = _shape(examples, tokens, scored, prefix)
+    shape = _workload(examples, tokens, scored, prefix)
     CAPConfig(sparsity=sparsity, scored_units=scored_units)  # checks them
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
-    meter = _meter(work, config, hardware, tokens)
+    meter = _cost_model(work, config, hardware, tokens)
     costs = [meter.scoring(name, shape) for name in ESTIMATORS]
     costs.append(meter.paper(shape, sparsity))
     for name in ("causal", "wanda", "sparsegpt"):
@@ -322,7 +322,7 @@ def study_hours(
     rows = {}
     for label, name in study.models.items():
         config = load_config(name, **load_options)
-        meter = _meter(work_of(config), config, hardware, tokens)
+        meter = _cost_model(work_of(config), config, hardware, tokens)
         hardware = meter.hardware = replace(meter.hardware, count=1)  # measured once
         evaluation = meter.evaluation(tasks, study.limit, study.batch_size)
         pruned = _distinct(study, label)
@@ -357,7 +357,7 @@ def _distinct(study: Study, label: str) -> list[CAPConfig]:
 
 
 def _scoring(
-    meter: Meter, model: PretrainedConfig, configs: list[CAPConfig], tokens: int
+    meter: CostModel, model: PretrainedConfig, configs: list[CAPConfig], tokens: int
 ) -> list[float]:
     """Device seconds of all losses with masked units; cells that agree in them share them."""
     measured = {
@@ -369,17 +369,17 @@ def _scoring(
     for config in measured.values():
         if config.scored_units == "all":
             work = work_of(model, config.mlp_unit_size, "all")
-            own = Meter(work, meter.hardware, meter.value)
+            own = CostModel(work, meter.hardware, meter.value)
         else:
             own = meter
-        shape = _shape(config.num_samples, tokens)
+        shape = _workload(config.num_samples, tokens)
         seconds.append(_used(own.scoring(config.estimator, shape, config.exact_examples)))
     return seconds
 
 
-def _pruning(meter: Meter, config: CAPConfig, tokens: int) -> float:
+def _pruning(meter: CostModel, config: CAPConfig, tokens: int) -> float:
     """Device seconds of pruning with given scores."""
-    shape = _shape(config.num_samples, tokens)
+    shape = _workload(config.num_samples, tokens)
     return _used(
         meter.pruning(
             config.recipe,
@@ -399,17 +399,17 @@ def _used(cost: Cost) -> float:
 # What both share
 
 
-def _meter(
+def _cost_model(
     work: ModelWork, config: PretrainedConfig, hardware: str | Hardware, tokens: int
-) -> Meter:
+) -> CostModel:
     if isinstance(hardware, str):
         hardware = find_hardware(hardware, size_of(work, tokens))
     dtype = getattr(config, "dtype", None)
     of_the_model = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
-    return Meter(work, hardware, hardware.bytes_per_value or of_the_model)
+    return CostModel(work, hardware, hardware.bytes_per_value or of_the_model)
 
 
-def _shape(examples: int, tokens: int, scored: int | None = None, prefix: int = 0) -> Shape:
+def _workload(examples: int, tokens: int, scored: int | None = None, prefix: int = 0) -> Workload:
     scored = max(1, (tokens - prefix) // 2) if scored is None else scored
     for label, value, least in (
         ("examples", examples, 1),
@@ -424,7 +424,7 @@ def _shape(examples: int, tokens: int, scored: int | None = None, prefix: int = 
             f"prefix {prefix} and {scored} scored tokens leave no token of {tokens} that predicts "
             "the first scored one: lower prefix or scored"
         )
-    return Shape(examples, tokens, scored, prefix)
+    return Workload(examples, tokens, scored, prefix)
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:

@@ -31,7 +31,7 @@ _STREAMS = 4  # per chunk, of a batch of the size that `wavefront.py` wants
 
 
 @dataclass(frozen=True)
-class Work:
+class OperationCount:
     """An amount of work; amounts add up, and a number of times an amount is an amount.
 
     Attributes:
@@ -51,16 +51,16 @@ class Work:
         """Floating-point operations."""
         return self.products + self.attention
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
+    def __add__(self, other: "OperationCount") -> "OperationCount":
+        return OperationCount(
             self.products + other.products,
             self.attention + other.attention,
             self.moved + other.moved,
             self.passed + other.passed,
         )
 
-    def __rmul__(self, times: float) -> "Work":
-        return Work(
+    def __rmul__(self, times: float) -> "OperationCount":
+        return OperationCount(
             times * self.products,
             times * self.attention,
             times * self.moved,
@@ -87,10 +87,10 @@ class Product:
     copies: int = 1
 
     @property
-    def per_token(self) -> Work:
+    def per_token(self) -> OperationCount:
         """Work for one token."""
         operations = 2.0 * self.inputs * self.outputs * self.active
-        return Work(operations, moved=_PER_OUTPUT * self.outputs * self.active)
+        return OperationCount(operations, moved=_PER_OUTPUT * self.outputs * self.active)
 
     @property
     def weights(self) -> int:
@@ -103,8 +103,8 @@ class LayerWork:
     """A decoder layer.
 
     Attributes:
-        feeding: Products that feed its attention (queries, keys, values).
-        mixing: The product of its attention site.
+        input_projs: Products that feed its attention (queries, keys, values).
+        output_proj: The product of its attention site.
         rest: The other products (MLP, router, experts).
         closing: Those of them that mix: the last ones of MLP and experts.
         hidden: Channels of the hidden state.
@@ -118,8 +118,8 @@ class LayerWork:
         window: Tokens that a token attends to, itself included; `None` is all before it.
     """
 
-    feeding: tuple[Product, ...]
-    mixing: Product
+    input_projs: tuple[Product, ...]
+    output_proj: Product
     rest: tuple[Product, ...]
     closing: tuple[Product, ...]
     hidden: int
@@ -128,19 +128,19 @@ class LayerWork:
     groups: int
     experts: int
     others: int = 0
-    masking: Work = Work()
+    masking: OperationCount = OperationCount()
     queries: Product | None = None
     window: int | None = None
 
     @property
     def products(self) -> tuple[Product, ...]:
         """All products of the layer."""
-        return (*self.feeding, self.mixing, *self.rest)
+        return (*self.input_projs, self.output_proj, *self.rest)
 
     @property
     def distinct_inputs(self) -> tuple[Product, ...]:
         """One product for each input of prunable matrices; those with the same input share it."""
-        parts = (self.feeding, (self.mixing,), self.rest)
+        parts = (self.input_projs, (self.output_proj,), self.rest)
         return tuple(
             product
             for part in parts
@@ -148,14 +148,14 @@ class LayerWork:
         )
 
     @property
-    def norms(self) -> Work:
+    def norms(self) -> OperationCount:
         """Work of what lies between the products, for one token."""
-        return Work(moved=_PER_CHANNEL * self.hidden, passed=1)
+        return OperationCount(moved=_PER_CHANNEL * self.hidden, passed=1)
 
     @property
     def cached(self) -> int:
         """Keys and values of a token."""
-        return sum(product.outputs for product in self.feeding) - self.width
+        return sum(product.outputs for product in self.input_projs) - self.width
 
     @property
     def prunable(self) -> int:
@@ -173,22 +173,22 @@ class LayerWork:
         return tuple(product for product in self.rest if not product.pruned)
 
     @property
-    def experts_again(self) -> Work:
+    def experts_again(self) -> OperationCount:
         """Work for one token of the inputs of the experts' last products, computed on their own."""
         return _per_token(tuple(p for p in self.rest if p.copies > 1 and p not in self.closing))
 
-    def attention(self, tokens: float, pairs: float) -> Work:
-        """Work of the attention: queries, keys and values, their products, and the mixing."""
+    def attention(self, tokens: float, pairs: float) -> OperationCount:
+        """Work of the attention: queries, keys, values, their products, the output projection."""
         return (
-            tokens * _per_token(self.feeding)
-            + Work(attention=4.0 * self.width * pairs)
-            + tokens * self.mixing.per_token
+            tokens * _per_token(self.input_projs)
+            + OperationCount(attention=4.0 * self.width * pairs)
+            + tokens * self.output_proj.per_token
         )
 
-    def last_attention(self, shape: "Shape") -> Work:
+    def last_attention(self, shape: "Workload") -> OperationCount:
         """Work of the attention of a stream in the last layer, as `LastAttention` does it."""
         querying = shape.querying
-        keys = _per_token(self.feeding)
+        keys = _per_token(self.input_projs)
         if self.queries is not None:
             keys += -1 * self.queries.per_token
         kept = shape.tokens - querying / shape.examples
@@ -197,21 +197,21 @@ class LayerWork:
         pairs = querying * (kept + querying / shape.examples)
         return (shape.rows - querying) * keys + self.attention(querying, pairs)
 
-    def remainder(self, tokens: float) -> Work:
+    def remainder(self, tokens: float) -> OperationCount:
         """Work of all but the attention."""
         return tokens * (_per_token(self.rest) + self.norms)
 
-    def starting(self, tokens: float) -> Work:
+    def starting(self, tokens: float) -> OperationCount:
         """Work of all streams that start in the MLP or in experts: no attention, little of both."""
         return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
 
-    def forward(self, tokens: float, pairs: float) -> Work:
+    def forward(self, tokens: float, pairs: float) -> OperationCount:
         """Work of the layer for tokens that make so many pairs of query and key."""
         return self.attention(tokens, pairs) + self.remainder(tokens)
 
 
 @dataclass(frozen=True)
-class Shape:
+class Workload:
     """Examples that have the same length.
 
     Attributes:
@@ -286,15 +286,17 @@ class ModelWork:
         """Number of units that are scored."""
         return self.heads + sum(layer.others for layer in self.layers)
 
-    def logits(self, positions: float) -> Work:
+    def logits(self, positions: float) -> OperationCount:
         """Work of the logits at so many positions."""
-        return positions * Work(self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs)
+        return positions * OperationCount(
+            self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs
+        )
 
-    def losses(self, shape: Shape) -> Work:
+    def losses(self, shape: Workload) -> OperationCount:
         """Work of the cross-entropies of the scored tokens, their logits given."""
-        return Work(moved=_PER_LOSS * self.head.outputs * shape.targets)
+        return OperationCount(moved=_PER_LOSS * self.head.outputs * shape.targets)
 
-    def forward(self, shape: Shape, logits: float | None = None) -> Work:
+    def forward(self, shape: Workload, logits: float | None = None) -> OperationCount:
         """Work of one forward pass.
 
         Args:
@@ -306,12 +308,12 @@ class ModelWork:
             work += layer.forward(shape.rows, shape.pairs)
         return work + self.logits(shape.rows if logits is None else logits)
 
-    def plain(self, shape: Shape) -> Work:
+    def plain(self, shape: Workload) -> OperationCount:
         """Work of `plain_losses`: one forward pass intact, and one per scored unit."""
-        whole = Shape(shape.examples, shape.tokens, shape.scored)
+        whole = Workload(shape.examples, shape.tokens, shape.scored)
         return (1 + self.scored) * (self.forward(whole) + self.losses(whole))
 
-    def exact(self, shape: Shape) -> Work:
+    def exact(self, shape: Workload) -> OperationCount:
         """Work of `exact_losses`: each masked stream from where it leaves the intact one.
 
         In the last layer, what follows the attention runs at scored positions only, and the
@@ -320,7 +322,7 @@ class ModelWork:
         work = self.forward(shape, logits=shape.examples)
         streams = 0
         for layer in self.layers[:-1]:
-            started = shape.rows * layer.mixing.per_token + layer.remainder(shape.rows)
+            started = shape.rows * layer.output_proj.per_token + layer.remainder(shape.rows)
             work += streams * layer.forward(shape.rows, shape.pairs) + layer.heads * started
             work += layer.starting(shape.rows)
             streams += layer.heads + layer.others
@@ -329,7 +331,7 @@ class ModelWork:
         work += (streams + 1) * last.last_attention(shape)
         entering = tuple(p for p in self.stem if p.outputs == last.hidden)
         work += (shape.rows - shape.prefix) * _per_token(entering)
-        work += last.heads * shape.targets * last.mixing.per_token
+        work += last.heads * shape.targets * last.output_proj.per_token
         streams += last.heads
         work += streams * last.remainder(shape.targets) + last.starting(shape.targets)
         streams += last.others
@@ -337,40 +339,40 @@ class ModelWork:
         scored = shape.targets * _per_token(self.stem) + self.logits(shape.targets)
         return work + (1 + streams) * (scored + self.losses(shape))
 
-    def first_order(self, shape: Shape) -> Work:
+    def first_order(self, shape: Workload) -> OperationCount:
         """Work of one forward and one backward pass.
 
         The weights are frozen, so a product with weights has one product as its gradient; one of
         attention has two. Experts that are scored are computed once more, by themselves.
         """
-        whole = Shape(shape.examples, shape.tokens, shape.scored)
+        whole = Workload(shape.examples, shape.tokens, shape.scored)
         work = self.forward(whole, logits=whole.targets) + self.losses(whole)
-        backward = Work(work.products, 2 * work.attention, 2 * work.moved, work.passed)
+        backward = OperationCount(work.products, 2 * work.attention, 2 * work.moved, work.passed)
         for layer in self.layers:
             if layer.others:
                 work += whole.rows * _per_token(tuple(p for p in layer.rest if p.copies > 1))
         return work + backward
 
-    def layer_walk(self, shape: Shape, stages: int = 1) -> Work:
+    def layer_walk(self, shape: Workload, stages: int = 1) -> OperationCount:
         """Work of pruning layer by layer: each runs before each of its stages, and at the end."""
         return (1 + stages) * self._layers(shape) + self._experts_again(shape)
 
-    def paired_walk(self, shape: Shape, by_projection: bool) -> Work:
-        """Work of a `PairedWalk`: the dense model runs too, and both only as far as is needed."""
+    def paired_walk(self, shape: Workload, by_projection: bool) -> OperationCount:
+        """Work of a `DenseReferencePass`: both models run, only as far as is needed."""
         rows, pairs = _apart(shape)
         work = 3 * self._layers(shape) + self._experts_again(shape)
         for layer in self.layers:
             work += -rows * _per_token(layer.closing)
             if by_projection:
-                work += 4 * layer.attention(rows, pairs) + -2 * rows * layer.mixing.per_token
+                work += 4 * layer.attention(rows, pairs) + -2 * rows * layer.output_proj.per_token
                 # A run ends at the last of the matrices that it is for.
                 entering = (p for p in layer.rest if p.pruned and p not in layer.closing)
                 single = tuple(product for product in entering if product.copies == 1)
-                ran = (*layer.feeding[:-1], *layer.routers, *single[:-1])
+                ran = (*layer.input_projs[:-1], *layer.routers, *single[:-1])
                 work += 2 * rows * _per_token(ran)
         return work
 
-    def interventions(self, shape: Shape, measured: int) -> Work:
+    def interventions(self, shape: Workload, measured: int) -> OperationCount:
         """Work of `responses` but for the pruning: a walk, and each site from its layer on.
 
         Args:
@@ -389,13 +391,13 @@ class ModelWork:
         scored = few.targets * _per_token(self.stem) + self.logits(few.targets) + self.losses(few)
         return work + 2 * sites * scored
 
-    def intervention_walks(self, shape: Shape, measured: int) -> Work:
+    def intervention_walks(self, shape: Workload, measured: int) -> OperationCount:
         """The part of `interventions` that does not depend on the sites that are tried."""
         few = replace(shape, examples=measured)
         return self._layers(shape) + self._experts_again(shape) + self._layers(few)
 
-    def estimated_interventions(self, shape: Shape, measured: int) -> Work:
-        """Work of `estimated_responses` but for the pruning: each branch runs once more.
+    def estimated_interventions(self, shape: Workload, measured: int) -> OperationCount:
+        """Work of `estimate_sensitivities` but for the pruning: each block runs once more.
 
         Experts run twice, one by one on the tokens that reach them: dense, and pruned.
 
@@ -410,13 +412,13 @@ class ModelWork:
             work += layer.attention(rows, pairs) + min(layer.sites - 1, 2) * layer.remainder(rows)
         return work
 
-    def _layers(self, shape: Shape) -> Work:
+    def _layers(self, shape: Workload) -> OperationCount:
         rows, pairs = _apart(shape)
-        return sum((layer.forward(rows, pairs) for layer in self.layers), Work())
+        return sum((layer.forward(rows, pairs) for layer in self.layers), OperationCount())
 
-    def _experts_again(self, shape: Shape) -> Work:
+    def _experts_again(self, shape: Workload) -> OperationCount:
         rows, _ = _apart(shape)
-        return sum((rows * layer.experts_again for layer in self.layers), Work())
+        return sum((rows * layer.experts_again for layer in self.layers), OperationCount())
 
     @property
     def compared(self) -> float:
@@ -425,7 +427,7 @@ class ModelWork:
         return sum(2 * product.per_token.products for product in pruned)
 
 
-def _apart(shape: Shape) -> tuple[float, float]:
+def _apart(shape: Workload) -> tuple[float, float]:
     """Tokens, and pairs of query and key, where no prefix is shared."""
     rows = shape.examples * shape.tokens
     return rows, rows * shape.tokens
@@ -480,17 +482,17 @@ class AlpsWork:
     steps: float
 
     @classmethod
-    def of(cls, work: ModelWork, corrected: bool) -> "AlpsWork":
-        """Count the work; `corrected` if each matrix is first fitted to the dense model."""
+    def of(cls, work: ModelWork, correct_toward_dense: bool) -> "AlpsWork":
+        """Count the work; `correct_toward_dense`: matrices are first fitted to the dense model."""
         pruned = [p for layer in work.layers for p in layer.products if p.pruned]
         squares = sum(2.0 * product.weights * product.inputs for product in pruned)
         cubes = sum(float(product.copies) * product.inputs**3 for product in pruned)
         # The target, one product in every step, the residual, one product in each fitting.
         products = (2 + ALPS_STEPS + FITTING_STEPS) * squares
         return cls(
-            products=products + corrected * squares,
+            products=products + correct_toward_dense * squares,
             # One factor finds the damping, one more that of the correction; an inverse is 1 n^3.
-            factors=((1 + corrected) / 3 + ALPS_INVERSES) * cubes,
+            factors=((1 + correct_toward_dense) / 3 + ALPS_INVERSES) * cubes,
             steps=float(work.prunable * (ALPS_STEPS + FITTING_STEPS)),
         )
 
@@ -512,13 +514,13 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
     layers = []
     for name, site in attention.items():
         own = {path: found.pop(path) for path in list(found) if path.startswith(f"{name}.")}
-        mixing = own.pop(site.projection)
-        inside = f"{site.branch}."
+        output_proj = own.pop(site.projection)
+        inside = f"{site.block}."
         others = [other for other in sites if other.layer == site.layer and other is not site]
         layers.append(
             LayerWork(
-                feeding=tuple(p for path, p in own.items() if path.startswith(inside)),
-                mixing=mixing,
+                input_projs=tuple(p for path, p in own.items() if path.startswith(inside)),
+                output_proj=output_proj,
                 rest=tuple(p for path, p in own.items() if not path.startswith(inside)),
                 closing=tuple(own[path] for path in dict.fromkeys(o.projection for o in others)),
                 hidden=config.hidden_size,
@@ -549,23 +551,23 @@ def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
         own: The products of the layer, by path.
         others: Its sites beside attention.
     """
-    work = Work()
+    work = OperationCount()
     for site in others:
-        mixing, units = own[site.projection], len(site.units)
-        inside = [p for path, p in own.items() if path.startswith(f"{site.branch}.") and p.pruned]
+        output_proj, units = own[site.projection], len(site.units)
+        inside = [p for path, p in own.items() if path.startswith(f"{site.block}.") and p.pruned]
         if site.expert is not None:
-            alone = _per_token(tuple(replace(p, active=1) for p in inside if p is not mixing))
-            each = replace(mixing, active=1).per_token
-            reached = mixing.active / mixing.copies
+            alone = _per_token(tuple(replace(p, active=1) for p in inside if p is not output_proj))
+            each = replace(output_proj, active=1).per_token
+            reached = output_proj.active / output_proj.copies
             work += reached * (_per_token(tuple(inside)) + alone + units * each)
         else:
-            chunks, feeding = max(1.0, units / _STREAMS), tuple(inside)
-            if site.outlet != site.branch:
+            chunks, input_projs = max(1.0, units / _STREAMS), tuple(inside)
+            if site.output_module != site.block:
                 # The projection alone is given, so what feeds it runs for each of the streams.
-                beside = (p for path, p in own.items() if path.rpartition(".")[0] == site.branch)
-                work += units * _per_token(tuple(p for p in beside if p is not mixing))
-                feeding = (mixing,)
-            work += chunks * _per_token(feeding) + units * mixing.per_token
+                beside = (p for path, p in own.items() if path.rpartition(".")[0] == site.block)
+                work += units * _per_token(tuple(p for p in beside if p is not output_proj))
+                input_projs = (output_proj,)
+            work += chunks * _per_token(input_projs) + units * output_proj.per_token
     return {"others": sum(len(site.units) for site in others), "masking": work}
 
 
@@ -595,5 +597,5 @@ def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _per_token(products: tuple[Product, ...]) -> Work:
-    return sum((product.per_token for product in products), Work())
+def _per_token(products: tuple[Product, ...]) -> OperationCount:
+    return sum((product.per_token for product in products), OperationCount())

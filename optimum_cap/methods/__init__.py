@@ -1,15 +1,22 @@
 """Pruning methods as functions of one matrix: masks, criteria, and solvers that update weights."""
 
-from optimum_cap.methods.criteria import CRITERIA, HIGHEST, LOWEST, Criterion, Evidence, wanda
+from optimum_cap.methods.criteria import (
+    CRITERIA,
+    HIGHEST,
+    LOWEST,
+    Criterion,
+    CriterionInputs,
+    wanda,
+)
 from optimum_cap.methods.masks import (
     SELECTIONS,
     WHOLE_HEADS,
     apply_mask_,
     keep_masks,
     kth_smallest,
-    most_of_each,
+    n_of_m_mask,
     parse_pattern,
-    shares,
+    split_proportionally,
 )
 from optimum_cap.methods.reconstruction import (
     ALPS_INVERSES,
@@ -17,7 +24,7 @@ from optimum_cap.methods.reconstruction import (
     BLOCK,
     FITTING_STEPS,
     RECONSTRUCTIONS,
-    corrected,
+    correct_toward_dense,
 )
 from optimum_cap.methods.statistics import InputStatistics
 
@@ -33,14 +40,14 @@ __all__ = [
     "SELECTIONS",
     "WHOLE_HEADS",
     "Criterion",
-    "Evidence",
+    "CriterionInputs",
     "InputStatistics",
     "apply_mask_",
-    "corrected",
+    "correct_toward_dense",
     "keep_masks",
     "kth_smallest",
-    "most_of_each",
+    "n_of_m_mask",
     "parse_pattern",
-    "shares",
+    "split_proportionally",
     "wanda",
 ]

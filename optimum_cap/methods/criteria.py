@@ -12,7 +12,7 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CriterionInputs:
     """What a criterion may look at, beside the weights of the matrix.
 
     Attributes:
@@ -37,29 +37,29 @@ class Criterion:
         compared: Weights compete in a `"matrix"` or in a `"row"` of it.
     """
 
-    importance: Callable[[torch.Tensor, Evidence], torch.Tensor]
+    importance: Callable[[torch.Tensor, CriterionInputs], torch.Tensor]
     compared: str = "matrix"
 
 
-def magnitude_times_importance(weight: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+def magnitude_times_importance(weight: torch.Tensor, evidence: CriterionInputs) -> torch.Tensor:
     """Return |W| * I (paper, Eq. 4)."""
     assert evidence.regions is not None
     # abs() first: it copies, so that the rest may work in place.
     return weight.detach().abs().float().mul_(evidence.regions.to(weight.device))
 
 
-def magnitude(weight: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+def magnitude(weight: torch.Tensor, evidence: CriterionInputs) -> torch.Tensor:
     """Return |W|."""
     return weight.detach().abs().float()
 
 
-def random(weight: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+def random(weight: torch.Tensor, evidence: CriterionInputs) -> torch.Tensor:
     """Return uniform random numbers, the same ones for the same seed and name on any device."""
     generator = torch.Generator().manual_seed(zlib.crc32(evidence.name.encode()) + evidence.seed)
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-def wanda(weight: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+def wanda(weight: torch.Tensor, evidence: CriterionInputs) -> torch.Tensor:
     """Return |W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Eq. 1).
 
     The norm of a channel is the root mean square over tokens, which ranks alike. A matrix that no

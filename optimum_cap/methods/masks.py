@@ -84,7 +84,7 @@ def keep_masks(importances: Iterable[torch.Tensor], threshold: Threshold) -> Ite
         yield keep
 
 
-def lowest_in_matrix(importance: torch.Tensor, zeros: int) -> torch.Tensor:
+def mask_per_matrix(importance: torch.Tensor, zeros: int) -> torch.Tensor:
     """Mask the least important weights of a matrix; ties go by position.
 
     Args:
@@ -100,7 +100,7 @@ def lowest_in_matrix(importance: torch.Tensor, zeros: int) -> torch.Tensor:
     return next(keep_masks((importance,), threshold))
 
 
-def lowest_in_rows(importance: torch.Tensor, zeros: int) -> torch.Tensor:
+def mask_per_row(importance: torch.Tensor, zeros: int) -> torch.Tensor:
     """Mask the least important weights of each row, as Wanda does; ties go by position.
 
     The rows get the same number of zeros if that divides, and numbers that differ by one if not.
@@ -109,14 +109,14 @@ def lowest_in_rows(importance: torch.Tensor, zeros: int) -> torch.Tensor:
         importance: float32 `[out, in]`; higher means keep.
         zeros: Number of weights to prune in the whole matrix.
     """
-    counts = shares(zeros, [importance.shape[1]] * len(importance))
+    counts = split_proportionally(zeros, [importance.shape[1]] * len(importance))
     order = importance.argsort(dim=1, stable=True)
     columns = torch.arange(importance.shape[1], device=importance.device)
     pruned = columns < torch.tensor(counts, device=importance.device).unsqueeze(1)
     return torch.empty_like(pruned).scatter_(1, order, ~pruned)
 
 
-def most_of_each(importance: torch.Tensor, kept: int, of: int) -> torch.Tensor:
+def n_of_m_mask(importance: torch.Tensor, kept: int, of: int) -> torch.Tensor:
     """Keep the `kept` most important of every `of` consecutive weights of a row; ties by position.
 
     Args:
@@ -125,7 +125,7 @@ def most_of_each(importance: torch.Tensor, kept: int, of: int) -> torch.Tensor:
         of: M of N:M.
     """
     groups = importance.reshape(-1, of)
-    return lowest_in_rows(groups, len(groups) * (of - kept)).view(importance.shape)
+    return mask_per_row(groups, len(groups) * (of - kept)).view(importance.shape)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -145,7 +145,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     )
 
 
-def shares(zeros: int, sizes: list[int]) -> list[int]:
+def split_proportionally(zeros: int, sizes: list[int]) -> list[int]:
     """Split a number of zeros over parts by their sizes; each is off its share by less than one."""
     total, before, given = sum(sizes), 0, []
     for size in sizes:
@@ -177,6 +177,6 @@ def _bin_of(histogram: torch.Tensor, k: int) -> tuple[int, int]:
 
 
 SELECTIONS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
-    "matrix": lowest_in_matrix,
-    "row": lowest_in_rows,
+    "matrix": mask_per_matrix,
+    "row": mask_per_row,
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from optimum_cap.methods.masks import lowest_in_matrix, most_of_each, shares
+from optimum_cap.methods.masks import mask_per_matrix, n_of_m_mask, split_proportionally
 from optimum_cap.methods.statistics import InputStatistics
 
 logger = logging.get_logger(__name__)
@@ -55,20 +55,20 @@ def sparsegpt(
     width = BLOCK if pattern is None else BLOCK // pattern[1] * pattern[1] or pattern[1]
     starts = range(0, columns, width)
     sizes = [rows * (min(start + width, columns) - start) for start in starts]
-    for start, block_zeros in zip(starts, shares(zeros, sizes), strict=True):
+    for start, block_zeros in zip(starts, split_proportionally(zeros, sizes), strict=True):
         stop = min(start + width, columns)
         block = new[:, start:stop]
         inner = factor[start:stop, start:stop]
         errors = torch.empty_like(block)
         if pattern is None:
-            keep = lowest_in_matrix((block / scale[start:stop]).square(), block_zeros)
+            keep = mask_per_matrix((block / scale[start:stop]).square(), block_zeros)
         else:
             keep = torch.ones_like(block, dtype=torch.bool)
         for column in range(stop - start):
             if pattern is not None and column % pattern[1] == 0:
                 group = slice(column, column + pattern[1])
                 importance = (block[:, group] / scale[start:stop][group]).square()
-                keep[:, group] = most_of_each(importance, *pattern)
+                keep[:, group] = n_of_m_mask(importance, *pattern)
             pruned = block[:, column].masked_fill(keep[:, column], 0)
             errors[:, column] = pruned / inner[column, column]
             block[:, column:] -= errors[:, column : column + 1] * inner[column, column:]
@@ -109,8 +109,8 @@ def alps(
 
     def kept(candidate: torch.Tensor) -> torch.Tensor:
         if pattern is not None:
-            return most_of_each(importance(candidate), *pattern)
-        return lowest_in_matrix(importance(candidate), zeros)
+            return n_of_m_mask(importance(candidate), *pattern)
+        return mask_per_matrix(importance(candidate), zeros)
 
     if inputs.tokens == 0:
         return dense.masked_fill(~kept(dense), 0)
@@ -185,7 +185,9 @@ def _least_squares_(
     return weight
 
 
-def corrected(weight: torch.Tensor, inputs: InputStatistics, name: str = "matrix") -> torch.Tensor:
+def correct_toward_dense(
+    weight: torch.Tensor, inputs: InputStatistics, name: str = "matrix"
+) -> torch.Tensor:
     """Return the dense matrix that best brings back what its outputs miss.
 
     Regression of the dense model's outputs on the inputs that the pruned model gives the matrix, as
@@ -194,21 +196,21 @@ def corrected(weight: torch.Tensor, inputs: InputStatistics, name: str = "matrix
 
     Args:
         weight: `[out, in]`; it is not changed.
-        inputs: Statistics of its inputs, with `gram` and `missing`.
+        inputs: Statistics of its inputs, with `gram` and `output_error_moment`.
         name: Of the matrix, for the log and errors.
 
     Raises:
         ValueError: What the outputs miss is not finite.
     """
-    if inputs.tokens == 0 or inputs.missing is None:
+    if inputs.tokens == 0 or inputs.output_error_moment is None:
         return weight
-    if not inputs.missing.isfinite().all():
+    if not inputs.output_error_moment.isfinite().all():
         raise ValueError(
             f"{name}: the pruned model's outputs are not a finite way from the dense model's, so "
             "the matrix cannot be fitted to them: check the model, or choose target 'local'"
         )
     _, lower = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)
-    change = torch.cholesky_solve(inputs.missing.T / inputs.tokens, lower).T
+    change = torch.cholesky_solve(inputs.output_error_moment.T / inputs.tokens, lower).T
     return weight.float() + _CORRECTION * change
 
 

@@ -16,14 +16,14 @@ class InputStatistics:
         tokens: Number of tokens, whatever they weigh.
         squares: Sum of x_i^2, float32 `[in]`.
         gram: Sum of x_i x_j, float32 `[in, in]`; `None` where it was not asked for.
-        missing: Sum of e_i x_j, where e is what the outputs of this matrix lack of those of the
-            dense model, float32 `[out, in]`; `None` where the two are not compared.
+        output_error_moment: Sum of e_i x_j, where e is what the outputs of this matrix lack of
+            those of the dense model, float32 `[out, in]`; `None` where the two are not compared.
     """
 
     tokens: int
     squares: torch.Tensor
     gram: torch.Tensor | None = None
-    missing: torch.Tensor | None = None
+    output_error_moment: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, width: int, device: torch.device, gram: bool) -> "InputStatistics":

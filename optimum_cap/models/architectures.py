@@ -1,9 +1,9 @@
 """Model -> sites, units, regions. The only file that knows architectures.
 
-Where the branches of a decoder layer mix back into the residual stream is written down, for nearly
+Where the blocks of a decoder layer mix back into the residual stream is written down, for nearly
 every architecture, in transformers' own tensor-parallel plan: the `rowwise` projections are the
-mixing ones, the `colwise` projections beside them feed them. What the plan does not say is how the
-rows of a feeding projection belong to the units; that is `ROW_LAYOUTS`, by projection name.
+output projections, the `colwise` projections beside them feed them. What the plan does not say is
+how the rows of an input projection belong to the units; that is `ROW_LAYOUTS`, by projection name.
 
 A new architecture needs an entry in `PLANS` if transformers has no plan for it, and one in
 `ROW_LAYOUTS` if it names or arranges a projection in a new way.
@@ -25,7 +25,7 @@ QUERIES = "q_proj"
 
 
 @dataclass(frozen=True)
-class Block:
+class WeightSlice:
     """A rectangular piece of one parameter: a range along one dimension, all of the others.
 
     Attributes:
@@ -62,19 +62,19 @@ class Unit:
 
     index: int
     channels: Range
-    region: tuple[Block, ...]
+    region: tuple[WeightSlice, ...]
 
 
 @dataclass(frozen=True)
 class Site:
-    """The input of a mixing projection, where parallel units join the residual stream.
+    """The input of a output projection, where parallel units join the residual stream.
 
     Attributes:
-        name: Path of the mixing projection; an expert adds its index, as in `...down_proj[3]`.
+        name: Path of the output projection; an expert adds its index, as in `...down_proj[3]`.
         kind: `"attention"`, `"mlp"` or `"expert"`.
         layer: Index of the decoder layer.
         layer_name: Path of the decoder layer.
-        branch: Path of the module around the projection (attention or MLP); the layer itself where
+        block: Path of the module around the projection (attention or MLP); the layer itself where
             the projection sits directly in it.
         width: Number of channels of the site's input.
         units: The units, in the order of their channels; together they cover all channels.
@@ -85,25 +85,25 @@ class Site:
     kind: str
     layer: int
     layer_name: str
-    branch: str
+    block: str
     width: int
     units: tuple[Unit, ...]
     expert: int | None = None
 
     @property
     def projection(self) -> str:
-        """Path of the mixing projection, without an expert's index."""
+        """Path of the output projection, without an expert's index."""
         return self.name if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
 
     @property
-    def mixing(self) -> "Matrix":
-        """The matrix of the mixing projection."""
+    def output_proj(self) -> "Matrix":
+        """The matrix of the output projection."""
         return Matrix(self.units[0].region[0].parameter, self.expert)
 
     @property
-    def outlet(self) -> str:
+    def output_module(self) -> str:
         """Path of the module that returns what the projection does, or the sum over experts."""
-        return self.projection if self.branch == self.layer_name else self.branch
+        return self.projection if self.block == self.layer_name else self.block
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
         full_name = f"{decoder_name}.{layer_name}" if decoder_name else layer_name
         found = [
             site
-            for branch, (mixing, feeding) in _branches(plan).items()
-            for site in _branch_sites(
-                model, layer, full_name, branch, mixing, feeding, heads, mlp_unit_size
+            for block, (output_proj, input_projs) in _blocks(plan).items()
+            for site in _block_sites(
+                model, layer, full_name, block, output_proj, input_projs, heads, mlp_unit_size
             )
         ]
         if not any(site.kind == "attention" for site in found):
@@ -164,8 +164,8 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
 
 def prunable_matrices(sites: Iterable[Site]) -> list[Matrix]:
     """Return the matrices that the regions of `sites` cover, in the order of the model."""
-    blocks = (block for site in sites for unit in site.units for block in unit.region)
-    return list(dict.fromkeys(Matrix(block.parameter, block.expert) for block in blocks))
+    slices = (piece for site in sites for unit in site.units for piece in unit.region)
+    return list(dict.fromkeys(Matrix(piece.parameter, piece.expert) for piece in slices))
 
 
 def heads(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
@@ -178,19 +178,19 @@ def all_units(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
     return [(site, unit) for site in sites for unit in site.units]
 
 
-def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[Block]:
+def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[WeightSlice]:
     """Return the part of a head's region that can be zero without any effect on other heads.
 
     Where queries or keys are normalised over all heads at once (OLMoE), their rows cannot.
     """
-    branch = model.get_submodule(site.branch)
+    block = model.get_submodule(site.block)
     start, stop = unit.channels
     joined = set()
     for norm, projection in NORMS.items():
-        weight = getattr(getattr(branch, norm, None), "weight", None)
+        weight = getattr(getattr(block, norm, None), "weight", None)
         if weight is not None and weight.numel() > stop - start:
-            joined.add(f"{site.branch}.{projection}.weight")
-    return [block for block in unit.region if block.parameter not in joined]
+            joined.add(f"{site.block}.{projection}.weight")
+    return [piece for piece in unit.region if piece.parameter not in joined]
 
 
 def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
@@ -222,17 +222,17 @@ def stages_by_layer(sites: Iterable[Site]) -> dict[int, list[list[Matrix]]]:
     stages: dict[int, list[list[Matrix]]] = {}
     sites = list(sites)
     for layer, own in matrices_by_layer(sites).items():
-        mixing = {site.mixing for site in sites if site.layer == layer}
+        output_proj = {site.output_proj for site in sites if site.layer == layer}
         attention = prunable_matrices(
             site for site in sites if site.layer == layer and site.kind == "attention"
         )
         others = [matrix for matrix in own if matrix not in attention]
         stages[layer] = [
             stage
-            for branch in (attention, others)
+            for block in (attention, others)
             for stage in (
-                [matrix for matrix in branch if matrix not in mixing],
-                [matrix for matrix in branch if matrix in mixing],
+                [matrix for matrix in block if matrix not in output_proj],
+                [matrix for matrix in block if matrix in output_proj],
             )
             if stage
         ]
@@ -269,19 +269,19 @@ def _plan(model: PreTrainedModel) -> dict[str, str]:
     return dict(plan)
 
 
-def _branches(plan: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
-    """Group the plan by branch: path in the layer -> (mixing projection, feeding projections)."""
-    mixing: dict[str, str] = {}
-    feeding: dict[str, list[str]] = {}
+def _blocks(plan: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
+    """Group the plan by block: path in the layer -> (output projection, input projections)."""
+    output_proj: dict[str, str] = {}
+    input_projs: dict[str, list[str]] = {}
     for pattern, style in plan.items():
         if ".*." not in pattern:
             continue
-        branch, _, projection = pattern.partition(".*.")[2].rpartition(".")
+        block, _, projection = pattern.partition(".*.")[2].rpartition(".")
         if style.startswith("rowwise"):
-            mixing[branch] = projection
+            output_proj[block] = projection
         elif "colwise" in style:
-            feeding.setdefault(branch, []).append(projection)
-    return {branch: (mixing[branch], feeding.get(branch, [])) for branch in mixing}
+            input_projs.setdefault(block, []).append(projection)
+    return {block: (output_proj[block], input_projs.get(block, [])) for block in output_proj}
 
 
 def _layer_names(decoder: nn.Module, plan: dict[str, str]) -> Iterator[str]:
@@ -296,23 +296,23 @@ def _layer_names(decoder: nn.Module, plan: dict[str, str]) -> Iterator[str]:
     return (f"{container}.{index}" for index in range(len(layers)))
 
 
-def _branch_sites(
+def _block_sites(
     model: PreTrainedModel,
     layer: int,
     layer_name: str,
-    branch: str,
-    mixing: str,
-    feeding: list[str],
+    block: str,
+    output_proj: str,
+    input_projs: list[str],
     heads: int,
     mlp_unit_size: int | None,
 ) -> Iterator[Site]:
-    """Yield the site of one branch, or one per expert; nothing where the layer lacks the branch."""
-    branch_name = f"{layer_name}.{branch}" if branch else layer_name
-    projection = f"{branch_name}.{mixing}"
+    """Yield the site of one block, or one per expert; nothing where the layer lacks the block."""
+    block_name = f"{layer_name}.{block}" if block else layer_name
+    projection = f"{block_name}.{output_proj}"
     weight_name, weight, transposed = _weight(model, projection)
     if weight is None:
         return
-    is_attention = any(name in ATTENTION_LAYOUTS for name in feeding)
+    is_attention = any(name in ATTENTION_LAYOUTS for name in input_projs)
     in_dim = 0 if transposed else 1
     width = weight.shape[-2] if transposed else weight.shape[-1]
     if is_attention and width % heads:
@@ -325,20 +325,20 @@ def _branch_sites(
 
     experts: list[int | None] = list(range(weight.shape[0])) if weight.ndim == 3 else [None]
     for expert in experts:
-        regions = [[Block(weight_name, in_dim, *channels, expert)] for channels in bounds]
-        for name in feeding:
-            for region, blocks in zip(
+        regions = [[WeightSlice(weight_name, in_dim, *channels, expert)] for channels in bounds]
+        for name in input_projs:
+            for region, slices in zip(
                 regions,
-                _feeding_blocks(model, f"{branch_name}.{name}", bounds, expert),
+                _input_slices(model, f"{block_name}.{name}", bounds, expert),
                 strict=True,
             ):
-                region += blocks
+                region += slices
         yield Site(
             name=projection if expert is None else f"{projection}[{expert}]",
             kind="attention" if is_attention else "mlp" if expert is None else "expert",
             layer=layer,
             layer_name=layer_name,
-            branch=branch_name,
+            block=block_name,
             width=width,
             units=tuple(
                 Unit(index, channels, tuple(region))
@@ -348,10 +348,10 @@ def _branch_sites(
         )
 
 
-def _feeding_blocks(
+def _input_slices(
     model: PreTrainedModel, projection: str, bounds: list[Range], expert: int | None
-) -> list[list[Block]]:
-    """Return the blocks of a feeding projection for each unit."""
+) -> list[list[WeightSlice]]:
+    """Return the slices of an input projection for each unit."""
     name = projection.rpartition(".")[2]
     layout = ROW_LAYOUTS.get(name)
     if layout is None:
@@ -372,7 +372,7 @@ def _feeding_blocks(
             f"layout known for {name!r} with {len(bounds)} units of "
             f"{bounds[0][1] - bounds[0][0]} channels; see optimum_cap/models/architectures.py"
         )
-    return [[Block(weight_name, dim, *piece, expert) for piece in unit] for unit in ranges]
+    return [[WeightSlice(weight_name, dim, *piece, expert) for piece in unit] for unit in ranges]
 
 
 def _weight(model: PreTrainedModel, path: str) -> tuple[str, torch.Tensor | None, bool]:

@@ -21,7 +21,7 @@ def experts_of(model: PreTrainedModel, site: Site) -> nn.Module:
         ValueError: It computes its experts in another way than `gated` and a product with
             `down_proj`.
     """
-    module = model.get_submodule(site.branch)
+    module = model.get_submodule(site.block)
     others = ("has_bias", "is_transposed", "has_post_expert_norm")
     if not all(
         hasattr(module, name) for name in ("_apply_gate", "gate_up_proj", "down_proj")

@@ -15,7 +15,7 @@ from optimum_cap.models.architectures import Site, Unit
 
 @contextmanager
 def masked_unit(model: PreTrainedModel, site: Site, unit: Unit) -> Iterator[None]:
-    """Mask one unit: its slice of the mixing projection's input is exactly zero (paper, step 2).
+    """Mask one unit: its slice of the output projection's input is exactly zero (paper, step 2).
 
     A projection that is a module gets a forward pre-hook. An expert of a 3-D parameter has no
     module to hook, so the columns that would multiply the slice are zeroed instead, which is the
@@ -86,7 +86,7 @@ def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Recorded
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls[name].output = in_form_of(output, hidden_of(output))
+            calls[name].output = repack_output(output, hidden_states_of(output))
 
         return hook
 
@@ -104,7 +104,7 @@ def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Recorded
 def split_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Split the hidden states from the other arguments of a layer or branch."""
+    """Split the hidden states from the other arguments of a layer or block."""
     if args:
         return args[0], args[1:], kwargs
     return (
@@ -114,12 +114,12 @@ def split_hidden(
     )
 
 
-def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a layer or branch returned."""
+def hidden_states_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer or block returned."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def in_form_of(output: Any, hidden: torch.Tensor) -> Any:
+def repack_output(output: Any, hidden: torch.Tensor) -> Any:
     """`hidden` in the form of `output`: alone, or first in a tuple of as many entries."""
     return (hidden, *[None] * (len(output) - 1)) if isinstance(output, tuple) else hidden
 
@@ -152,7 +152,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def no_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+def zero_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Let the model look up zeros instead of embeddings, without reading their weights."""
     embeddings = model.get_input_embeddings()
 
@@ -165,16 +165,16 @@ def no_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def skipped(layers: Iterable[nn.Module], form: Any) -> Iterator[None]:
+def bypass_layers(layers: Iterable[nn.Module], output_template: Any) -> Iterator[None]:
     """Let layers return the hidden states that they get.
 
     Args:
         layers: Decoder layers.
-        form: What one of them returned once, which says how they return hidden states.
+        output_template: What one of them returned once, which says how they return hidden states.
     """
 
     def skip(*args: Any, **kwargs: Any) -> Any:
-        return in_form_of(form, split_hidden(args, kwargs)[0])
+        return repack_output(output_template, split_hidden(args, kwargs)[0])
 
     with ExitStack() as stack:
         for layer in layers:
@@ -193,16 +193,16 @@ class ReachedError(Exception):
         self.output = output
 
 
-def output_of(branch: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What `branch` returns while `layer` runs on these arguments; the rest is not computed."""
-    own = branch.forward
+def run_until(block: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What `block` returns while `layer` runs on these arguments; the rest is not computed."""
+    own = block.forward
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise ReachedError(own(*args, **kwargs))
 
-    with replaced_forward(branch, stop):
+    with replaced_forward(block, stop):
         try:
             layer(*args, **kwargs)
         except ReachedError as reached:
             return reached.output
-    raise RuntimeError(f"{type(layer).__name__} did not run its {type(branch).__name__}")
+    raise RuntimeError(f"{type(layer).__name__} did not run its {type(block).__name__}")

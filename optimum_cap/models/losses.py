@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.data import Batch
-from optimum_cap.models.hooks import in_form_of, no_embeddings, replaced_forward, skipped
+from optimum_cap.models.hooks import bypass_layers, repack_output, replaced_forward, zero_embeddings
 from optimum_cap.models.offload import device_of
 
 # On a GPU 0.7 GB with a copy in float32 and its logarithms, whatever the memory budget is.
@@ -56,14 +56,14 @@ def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
 
 
 def logits_of(
-    model: PreTrainedModel, layers: list[nn.Module], form: Any, hidden: torch.Tensor
+    model: PreTrainedModel, layers: list[nn.Module], output_template: Any, hidden: torch.Tensor
 ) -> torch.Tensor:
     """Logits of sequences of one token, with embeddings and decoder layers short-circuited.
 
     Args:
         model: The model.
         layers: Its decoder layers.
-        form: What a layer returned once, which says how it returns its hidden states.
+        output_template: What a layer returned once, which says how it returns its hidden states.
         hidden: Output of the last layer, `[positions, 1, hidden]`.
 
     Returns:
@@ -72,11 +72,11 @@ def logits_of(
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(model))
 
     def give(*args: Any, **kwargs: Any) -> Any:
-        return in_form_of(form, hidden)
+        return repack_output(output_template, hidden)
 
     with (
-        no_embeddings(model, hidden.dtype),
-        skipped(layers[:-1], form),
+        zero_embeddings(model, hidden.dtype),
+        bypass_layers(layers[:-1], output_template),
         replaced_forward(layers[-1], give),
     ):
         return model(input_ids=tokens, use_cache=False).logits[:, 0]

@@ -11,7 +11,7 @@ from optimum_cap.models.offload import offloading_hook
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def without_parameter_grads(model: nn.Module) -> Iterator[None]:
     """Let no parameter ask for a gradient: the backward pass stays as short as it can be."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:

@@ -49,7 +49,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 @contextmanager
-def brought_in(module: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[None]:
+def onloaded(module: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Keep offloaded weights in memory: each is loaded once, however often its module runs.
 
     Args:

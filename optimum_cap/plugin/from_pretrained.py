@@ -29,14 +29,14 @@ def register() -> None:
     if hasattr(PreTrainedModel.from_pretrained, "__wrapped__"):
         return
     for owner, wrap in (
-        (PreTrainedModel, _prunes_and_keeps_the_record),
-        (AutoConfig, _hands_on_the_pruning_config),
+        (PreTrainedModel, wrap_model_from_pretrained),
+        (AutoConfig, wrap_config_from_pretrained),
     ):
         stock = owner.__dict__["from_pretrained"].__func__
         owner.from_pretrained = classmethod(wrap(stock))
 
 
-def _prunes_and_keeps_the_record(stock: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `PreTrainedModel.from_pretrained`, where the Auto classes end as well.
 
     It routes `pruning_config` to the native hook, and gives models that are loaded from a dense CAP
@@ -75,7 +75,7 @@ def _prunes_and_keeps_the_record(stock: Callable[..., Any]) -> Callable[..., Any
     return from_pretrained
 
 
-def _hands_on_the_pruning_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `AutoConfig.from_pretrained`, which would keep the keyword to itself.
 
     It sets every keyword that `config.json` knows, and the `config.json` of a model that is already

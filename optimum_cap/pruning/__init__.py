@@ -1,6 +1,6 @@
 """From calibration data and scores to pruned weights."""
 
-from optimum_cap.pruning.activations import LayerWalk
+from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.fisher import examples_to_estimate
 from optimum_cap.pruning.run import PruningRun, wait_for_all
 from optimum_cap.pruning.selection import (
@@ -11,7 +11,7 @@ from optimum_cap.pruning.selection import (
 from optimum_cap.pruning.sensitivity import examples_to_measure
 
 __all__ = [
-    "LayerWalk",
+    "LayerwisePass",
     "PruningRun",
     "examples_to_estimate",
     "examples_to_measure",

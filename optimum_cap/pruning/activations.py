@@ -1,9 +1,9 @@
 """What the inputs of the prunable matrices look like on the calibration set, layer by layer.
 
-`LayerWalk` takes the calibration set through the model one decoder layer at a time, so that a layer
-can be pruned before the next one is looked at, as the reference codes of Wanda and SparseGPT do
-(https://github.com/locuslab/wanda, `lib/prune.py`). Only the hidden states between two layers are
-kept.
+`LayerwisePass` takes the calibration set through the model one decoder layer at a time, so that a
+layer can be pruned before the next one is looked at, as the reference codes of Wanda and SparseGPT
+do (https://github.com/locuslab/wanda, `lib/prune.py`). Only the hidden states between two layers
+are kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,14 +20,14 @@ from optimum_cap.methods import InputStatistics
 from optimum_cap.models import (
     Matrix,
     Site,
-    brought_in,
     decoder_layers,
     device_of,
     gated,
-    hidden_of,
-    in_form_of,
+    hidden_states_of,
+    onloaded,
     only_last_logits,
     recorded_calls,
+    repack_output,
     replaced_forward,
     routed,
     split_hidden,
@@ -36,7 +36,7 @@ from optimum_cap.models import (
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
-class LayerWalk:
+class LayerwisePass:
     """The calibration set on its way through the decoder layers of a model.
 
     Args:
@@ -47,7 +47,8 @@ class LayerWalk:
 
     Attributes:
         layers: The decoder layers.
-        forms: What each layer returned once, which says how it returns its hidden states.
+        output_templates: What each layer returned once, which says how it returns its hidden
+            states.
         streams: The batches, between two layers.
     """
 
@@ -66,13 +67,13 @@ class LayerWalk:
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         with recorded_calls(named) as calls:
             model(input_ids=examples[0].input_ids[None, :1].to(device_of(model)), use_cache=False)
-        self.forms = [calls[name].output for name in named]
-        with brought_in(model, besides=[*self.layers, model.get_output_embeddings()]):
+        self.output_templates = [calls[name].output for name in named]
+        with onloaded(model, besides=[*self.layers, model.get_output_embeddings()]):
             self.streams = [
-                Stream(
+                LayerBatch(
                     batch,
                     _token_weights(batch, answer_weight),
-                    *_first_input(model, self.layers, self.forms, batch.input_ids),
+                    *_first_input(model, self.layers, self.output_templates, batch.input_ids),
                 )
                 for batch in batches(examples, size)
             ]
@@ -96,7 +97,7 @@ class LayerWalk:
             ValueError: A matrix is run in a way whose inputs cannot be seen.
         """
         collector = _Collector(self.model, list(matrices), gram)
-        with brought_in(self.layers[index]):
+        with onloaded(self.layers[index]):
             for stream in self.streams:
                 with collector.collecting(stream):
                     output = self.run(index, stream, stream.hidden)
@@ -106,17 +107,17 @@ class LayerWalk:
 
     def advance(self, index: int) -> None:
         """Run layer `index` as it is now; its outputs become the inputs of the next one."""
-        with brought_in(self.layers[index]):
+        with onloaded(self.layers[index]):
             for stream in self.streams:
                 stream.hidden = self.run(index, stream, stream.hidden)
 
-    def run(self, index: int, stream: "Stream", hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, index: int, stream: "LayerBatch", hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = stream.arguments[index]
-        return hidden_of(self.layers[index](hidden, *args, **kwargs))
+        return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
 
 
 @dataclass
-class Stream:
+class LayerBatch:
     """One batch between two layers.
 
     Attributes:
@@ -164,29 +165,32 @@ def _token_weights(batch: Batch, answer_weight: float) -> torch.Tensor | None:
 
 
 def _first_input(
-    model: PreTrainedModel, layers: list[nn.Module], forms: list[Any], input_ids: torch.Tensor
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    output_templates: list[Any],
+    input_ids: torch.Tensor,
 ) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """Input of the first layer, and the other arguments of every layer, which do not run.
 
-    `forms` are outputs of the layers, which say how each returns its hidden states.
+    `output_templates` are outputs of the layers, which say how each returns its hidden states.
     """
     inputs: list[torch.Tensor] = []
     arguments = []
 
-    def skip(form: Any) -> Callable[..., Any]:
+    def skip(output_template: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest, keywords = split_hidden(args, kwargs)
             inputs.append(hidden)
             arguments.append((rest, keywords))
-            return in_form_of(form, hidden)
+            return repack_output(output_template, hidden)
 
         return forward
 
     with ExitStack() as stack:
         head = model.get_output_embeddings()
         stack.enter_context(replaced_forward(head, lambda hidden: hidden))
-        for layer, form in zip(layers, forms, strict=True):
-            stack.enter_context(replaced_forward(layer, skip(form)))
+        for layer, output_template in zip(layers, output_templates, strict=True):
+            stack.enter_context(replaced_forward(layer, skip(output_template)))
         model(input_ids=input_ids.to(device_of(model)), use_cache=False, **only_last_logits(model))
     return inputs[0], arguments
 
@@ -208,7 +212,7 @@ class _Collector:
                 self._experts.setdefault(module, []).append(matrix)
 
     @contextmanager
-    def collecting(self, stream: Stream) -> Iterator[None]:
+    def collecting(self, stream: LayerBatch) -> Iterator[None]:
         """Add what the layer sees of a stream in this context."""
         seen: list[tuple[torch.Tensor, InputStatistics]] = []
 

@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
-from optimum_cap.methods import Evidence, shares, wanda
+from optimum_cap.methods import CriterionInputs, split_proportionally, wanda
 from optimum_cap.models import Matrix, Site, evaluation_mode, float32_on_cpu, oriented, weights
-from optimum_cap.pruning.activations import LayerWalk
-from optimum_cap.pruning.sensitivity import Response
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.sensitivity import Sensitivity
 
 _GROWTH = 10.0  # of the logarithm of a divergence, per unit of sparsity
 _SMALLEST = 1e-3  # of the median: what is less than that is hard to tell from rounding
@@ -43,7 +43,7 @@ def uniform(
     """
     matrices = [matrix for own in layers.values() for matrix in own]
     sizes = [oriented(model, matrix).numel() for matrix in matrices]
-    return dict(zip(matrices, shares(zeros, sizes), strict=True))
+    return dict(zip(matrices, split_proportionally(zeros, sizes), strict=True))
 
 
 def owl(
@@ -80,7 +80,7 @@ def owl(
     counts = _whole_numbers((sparsity - less) * sizes, zeros)
     given: dict[Matrix, int] = {}
     for own, count in zip(layers.values(), counts, strict=True):
-        parts = shares(count, [oriented(model, matrix).numel() for matrix in own])
+        parts = split_proportionally(count, [oriented(model, matrix).numel() for matrix in own])
         given.update(zip(own, parts, strict=True))
     return given
 
@@ -95,14 +95,16 @@ def _outlier_shares(
     """Share of weights per layer that are more than `ratio` times the mean, float64 `[layers]`."""
     found = []
     with evaluation_mode(model), float32_on_cpu(model):
-        walk = LayerWalk(model, sites, examples)
+        walk = LayerwisePass(model, sites, examples)
         for index in range(max(layers) + 1):
             own = layers.get(index, [])
             statistics = walk.statistics(index, own, advance=True)
             if not own:
                 continue
             importances = [
-                wanda(weights(model, matrix), Evidence(matrix.name, inputs=statistics[matrix]))
+                wanda(
+                    weights(model, matrix), CriterionInputs(matrix.name, inputs=statistics[matrix])
+                )
                 for matrix in own
             ]
             count = sum(importance.numel() for importance in importances)
@@ -112,7 +114,7 @@ def _outlier_shares(
     return torch.tensor(found, dtype=torch.float64)
 
 
-def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matrix, int]:
+def interventional(found: list[Sensitivity], zeros: int, bound: float) -> dict[Matrix, int]:
     """Move sparsity from sites whose pruning changes the predictions to sites where it does not.
 
     The divergence of a site pruned alone grows about exponentially with its sparsity (measured on
@@ -126,7 +128,7 @@ def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matr
     same sparsity.
 
     Args:
-        found: The responses of all sites that are to be pruned.
+        found: The sensitivities of all sites that are to be pruned.
         zeros: Number of zeros in all.
         bound: The most that the sparsity of a site may differ from that of the whole; near 0 and 1
             less, so that no site is left dense or emptied.
@@ -134,8 +136,10 @@ def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matr
     Returns:
         Number of zeros per matrix; they add up to `zeros`. Matrices of a site have its sparsity.
     """
-    sizes = torch.tensor([response.weights for response in found], dtype=torch.float64)
-    divergences = torch.tensor([response.divergence for response in found], dtype=torch.float64)
+    sizes = torch.tensor([sensitivity.weights for sensitivity in found], dtype=torch.float64)
+    divergences = torch.tensor(
+        [sensitivity.divergence for sensitivity in found], dtype=torch.float64
+    )
     sparsity = zeros / float(sizes.sum())
     finite = divergences.isfinite()
     positive = divergences[finite & (divergences > 0)]
@@ -160,9 +164,9 @@ def interventional(found: list[Response], zeros: int, bound: float) -> dict[Matr
             above = level
     counts = _whole_numbers(moved(above) * sizes, zeros)
     given: dict[Matrix, int] = {}
-    for response, count in zip(found, counts, strict=True):
-        parts = shares(count, list(response.sizes))
-        given.update(zip(response.matrices, parts, strict=True))
+    for sensitivity, count in zip(found, counts, strict=True):
+        parts = split_proportionally(count, list(sensitivity.sizes))
+        given.update(zip(sensitivity.matrices, parts, strict=True))
     return given
 
 

@@ -13,11 +13,18 @@ from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import Matrix, Site
-from optimum_cap.runtime import Team, TensorFiles, digest_of, examples_digest, machine, model_digest
+from optimum_cap.runtime import (
+    ProcessGroup,
+    TensorFiles,
+    digest_of,
+    examples_digest,
+    machine,
+    model_digest,
+)
 
 logger = logging.get_logger(__name__)
 
-_LAYOUT = 1  # of files and keys, and of the way that responses and weights are computed
+_LAYOUT = 1  # of files and keys, and of the way that sensitivities and weights are computed
 
 
 class PruningCache:
@@ -42,16 +49,16 @@ class PruningCache:
             _LAYOUT, machine(model), model_digest(model), examples_digest(examples)
         )
 
-    def responses(self, settings: Mapping[str, Any]) -> "KeptResponses":
-        """The responses of sites that are pruned in a certain way."""
-        return KeptResponses(self._files, f"{self._subject}/{_name(dict(settings))}")
+    def sensitivities(self, settings: Mapping[str, Any]) -> "SensitivityStore":
+        """The sensitivities of sites that are pruned in a certain way."""
+        return SensitivityStore(self._files, f"{self._subject}/{_name(dict(settings))}")
 
-    def layers(self, settings: Mapping[str, Any], size: int) -> "KeptLayers":
+    def layers(self, settings: Mapping[str, Any], size: int) -> "LayerStore":
         """The layers that are pruned in a certain way, of so many bytes in all."""
-        return KeptLayers(self._files, f"{self._subject}/layers/{_name(dict(settings))}", size)
+        return LayerStore(self._files, f"{self._subject}/layers/{_name(dict(settings))}", size)
 
 
-class KeptResponses:
+class SensitivityStore:
     """Divergences with sites pruned alone; they are small, and stay.
 
     Args:
@@ -84,7 +91,7 @@ class KeptResponses:
         return f"{self._prefix}/{_name(*parts)}"
 
 
-class KeptLayers:
+class LayerStore:
     """Layers that have been pruned; they take the room of the model until `forget`.
 
     Of processes that were launched together, all of which prune, the first one keeps them. Where
@@ -99,7 +106,7 @@ class KeptLayers:
     def __init__(self, files: TensorFiles, prefix: str, size: int) -> None:
         self._files = files
         self._prefix = prefix
-        first = Team.of_this_run().rank == 0
+        first = ProcessGroup.current().rank == 0
         kept = _size_of(files.folder / prefix) if first else 0
         self._writes = first and _has_room(files.folder, 2 * size - kept)
 
@@ -108,7 +115,7 @@ class KeptLayers:
         """Whether all that was to be kept could be."""
         return self._writes and not self._files.failed
 
-    def known(self, index: int, matrices: Sequence[Matrix]) -> dict[Matrix, int] | None:
+    def get(self, index: int, matrices: Sequence[Matrix]) -> dict[Matrix, int] | None:
         """How many tokens decided about each matrix of a layer; `None` unless all is kept."""
         tokens = self._files.read(self._mark(index))
         if tokens is None or len(tokens) != len(matrices):
@@ -128,17 +135,17 @@ class KeptLayers:
                 )
             yield matrix, weight
 
-    def keep(self, matrix: Matrix, weight: torch.Tensor) -> None:
+    def put(self, matrix: Matrix, weight: torch.Tensor) -> None:
         """Keep what a matrix became, `[out, in]`; it counts once its layer is finished."""
         if self._writes:
             self._files.write(self._key(matrix), weight.cpu().contiguous())
 
-    def finish(self, index: int, tokens: list[int]) -> None:
+    def commit(self, index: int, tokens: list[int]) -> None:
         """All matrices of a layer have been kept; so many tokens decided about each."""
         if self._writes:
             self._files.write(self._mark(index), torch.tensor(tokens))
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Delete them."""
         shutil.rmtree(self._files.folder / self._prefix, ignore_errors=True)
 

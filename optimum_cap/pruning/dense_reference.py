@@ -1,9 +1,9 @@
 """The calibration set on its way through the pruned model and the dense one, side by side.
 
 What a pruned layer gets wrong, the next matrices can make up for, if they know what the dense model
-has in the same place. `PairedWalk` tells them: to the statistics of the inputs it adds what the
-outputs of a matrix lack of the dense model's, and, where a projection joins the residual stream,
-what the stream itself lacks by then.
+has in the same place. `DenseReferencePass` tells them: to the statistics of the inputs it adds what
+the outputs of a matrix lack of the dense model's, and, where a projection joins the residual
+stream, what the stream itself lacks by then.
 
 A second copy of the model is not needed: a layer that is being pruned keeps its dense weights until
 both have passed it.
@@ -24,17 +24,17 @@ from optimum_cap.models import (
     Matrix,
     RecordedCall,
     Site,
-    brought_in,
-    hidden_of,
-    in_form_of,
+    hidden_states_of,
     is_transposed,
+    onloaded,
     prunable_matrices,
     recorded_calls,
+    repack_output,
     replaced_forward,
     routed,
     routing,
 )
-from optimum_cap.pruning.activations import LayerWalk, Stream, expert_input
+from optimum_cap.pruning.activations import LayerBatch, LayerwisePass, expert_input
 
 _ROUNDING = 4  # times the machine epsilon: what counts as equal
 
@@ -42,8 +42,8 @@ Calls = dict[str, RecordedCall]
 """Calls of the modules of a layer, by path."""
 
 
-class PairedWalk(LayerWalk):
-    """A `LayerWalk` that takes the dense model along.
+class DenseReferencePass(LayerwisePass):
+    """A `LayerwisePass` that takes the dense model along.
 
     Call `begin` before anything in a layer is pruned, `statistics` for matrices that are still
     dense (those that feed them may be pruned), and `advance` when the layer is done.
@@ -52,7 +52,7 @@ class PairedWalk(LayerWalk):
         model: The model, in evaluation mode and without gradients.
         sites: All sites of the model.
         examples: The calibration examples.
-        answer_weight: As for `LayerWalk`.
+        answer_weight: As for `LayerwisePass`.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class PairedWalk(LayerWalk):
         self._mixing: dict[Matrix, Site] = {}
         for site in sites:
             self._sites.setdefault(site.layer, []).append(site)
-            self._mixing[site.mixing] = site
+            self._mixing[site.output_proj] = site
         self._joining: dict[tuple[str, ...], set[str]] = {}
 
     def begin(self, index: int) -> None:
         """Keep the dense weights of layer `index`, nothing of which has been pruned so far."""
         names = dict.fromkeys(matrix.parameter for matrix in prunable_matrices(self._sites[index]))
-        with brought_in(self.layers[index]):
+        with onloaded(self.layers[index]):
             self._dense_weights = {
                 name: self.model.get_parameter(name).data.clone() for name in names
             }
@@ -85,7 +85,7 @@ class PairedWalk(LayerWalk):
 
     def advance(self, index: int) -> None:
         """Pass layer `index`, by the model as it is now and by the dense one."""
-        with brought_in(self.layers[index]):
+        with onloaded(self.layers[index]):
             super().advance(index)
             if not self._dense_outputs:
                 with self._dense(index):
@@ -104,17 +104,17 @@ class PairedWalk(LayerWalk):
         An expert's tokens are those that the pruned model routes to it. They weigh by the square of
         their routing weight, as their errors do in the sum over experts.
 
-        Args and raises: as `LayerWalk.statistics`.
+        Args and raises: as `LayerwisePass.statistics`.
         """
         own = list(matrices)
         # Once the dense model is as far as that, the rest of the layer costs it little.
-        mixing = (self._mixing[matrix] for matrix in own if matrix in self._mixing)
-        to_the_end = any(site.kind != "attention" for site in mixing)
+        output_proj = (self._mixing[matrix] for matrix in own if matrix in self._mixing)
+        to_the_end = any(site.kind != "attention" for site in output_proj)
         found: dict[Matrix, InputStatistics] = {}
         leaders: dict[Matrix, Matrix] = {}
         missing: dict[Matrix, torch.Tensor] = {}
         outputs = []
-        with brought_in(self.layers[index]):
+        with onloaded(self.layers[index]):
             for stream, dense_hidden in zip(self.streams, self._dense_hidden, strict=True):
                 calls, _ = self._seen(index, stream, stream.hidden, own)
                 routes = {matrix: self._route(matrix, stream, calls) for matrix in own}
@@ -136,8 +136,8 @@ class PairedWalk(LayerWalk):
                         found[matrix].add_(x, weights)
                     lacking = self._outputs(matrix, dense_inputs[matrix].float() - x)
                     site = self._mixing.get(matrix)
-                    if site is not None and site.outlet in lost:
-                        lacking += route.of(lost[site.outlet]).to(x.device)
+                    if site is not None and site.output_module in lost:
+                        lacking += route.of(lost[site.output_module]).to(x.device)
                     if weights is not None:
                         lacking *= weights.unsqueeze(1)
                     product = lacking.T @ x
@@ -147,14 +147,14 @@ class PairedWalk(LayerWalk):
         if advance:
             self.advance(index)
         return {
-            matrix: replace(found[leader], missing=missing[matrix])
+            matrix: replace(found[leader], output_error_moment=missing[matrix])
             for matrix, leader in leaders.items()
         }
 
     @contextmanager
     def _dense(self, index: int) -> Iterator[None]:
         """Give layer `index` its dense weights."""
-        with brought_in(self.layers[index]):
+        with onloaded(self.layers[index]):
             parameters = {name: self.model.get_parameter(name) for name in self._dense_weights}
             own = {name: parameter.data for name, parameter in parameters.items()}
             try:
@@ -168,7 +168,7 @@ class PairedWalk(LayerWalk):
     def _seen(
         self,
         index: int,
-        stream: Stream,
+        stream: LayerBatch,
         hidden: torch.Tensor,
         matrices: list[Matrix],
         to_the_end: bool = False,
@@ -176,7 +176,7 @@ class PairedWalk(LayerWalk):
         """Calls of the modules of matrices and of the attention; output of the layer if it ends."""
         inlets = {matrix.module: self.model.get_submodule(matrix.module) for matrix in matrices}
         attention = {
-            site.outlet: self.model.get_submodule(site.outlet)
+            site.output_module: self.model.get_submodule(site.output_module)
             for site in self._sites[index]
             if site.kind == "attention"
         }
@@ -201,7 +201,7 @@ class PairedWalk(LayerWalk):
             )
         return calls, output
 
-    def _route(self, matrix: Matrix, stream: Stream, calls: Calls) -> "_Route":
+    def _route(self, matrix: Matrix, stream: LayerBatch, calls: Calls) -> "_Route":
         """Which tokens reach a matrix; the experts get those chosen, and their weights, beside."""
         if matrix.expert is None:
             return _Route(None, stream.weights_on(calls[matrix.module].hidden.device), None)
@@ -216,7 +216,7 @@ class PairedWalk(LayerWalk):
         return _Route(tokens, squares, weights[tokens].sum(dim=1))
 
     def _inputs(
-        self, stream: Stream, calls: Calls, routes: dict[Matrix, "_Route"]
+        self, stream: LayerBatch, calls: Calls, routes: dict[Matrix, "_Route"]
     ) -> dict[Matrix, torch.Tensor]:
         """Inputs of matrices at the real tokens that reach them, `[tokens, in]`."""
         rows: dict[int, torch.Tensor] = {}
@@ -242,14 +242,14 @@ class PairedWalk(LayerWalk):
     def _lost(
         self,
         index: int,
-        stream: Stream,
+        stream: LayerBatch,
         dense_hidden: torch.Tensor,
         calls: Calls,
         dense_calls: Calls,
     ) -> dict[str, torch.Tensor]:
-        """What the residual stream lacks where an outlet joins it: `[real tokens, hidden]` each."""
+        """What the residual stream lacks at each output module: `[real tokens, hidden]`."""
         joining = self._joining_outlets(index)
-        attention = {site.outlet for site in self._sites[index] if site.kind == "attention"}
+        attention = {site.output_module for site in self._sites[index] if site.kind == "attention"}
         lost = {}
         error = dense_hidden - stream.hidden
         if attention <= joining:
@@ -258,7 +258,9 @@ class PairedWalk(LayerWalk):
             others = joining - attention
             if all(calls[path].output is not None for path in attention):
                 for path in attention:
-                    gone = hidden_of(dense_calls[path].output) - hidden_of(calls[path].output)
+                    gone = hidden_states_of(dense_calls[path].output) - hidden_states_of(
+                        calls[path].output
+                    )
                     error = error + gone.to(error.device)
                 for path in others:
                     lost[path] = stream.real_rows(error, path) / len(others)
@@ -271,11 +273,15 @@ class PairedWalk(LayerWalk):
         all layers that are built alike.
         """
         prefix = self._sites[index][0].layer_name
-        outlets = dict.fromkeys(site.outlet.removeprefix(prefix) for site in self._sites[index])
+        outlets = dict.fromkeys(
+            site.output_module.removeprefix(prefix) for site in self._sites[index]
+        )
         key = tuple(outlets)
         if key not in self._joining:
-            self._joining[key] = self._find_joining(index, [prefix + outlet for outlet in key])
-        return {prefix + outlet for outlet in self._joining[key]}
+            self._joining[key] = self._find_joining(
+                index, [prefix + output_module for output_module in key]
+            )
+        return {prefix + output_module for output_module in self._joining[key]}
 
     def _find_joining(self, index: int, outlets: list[str]) -> set[str]:
         """Add a known change to the layer's input and to each output: does it come out again?"""
@@ -292,10 +298,10 @@ class PairedWalk(LayerWalk):
             def comes_out(changed: str | None) -> bool:
                 with ExitStack() as stack:
                     for path, module in modules.items():
-                        output = hidden_of(calls[path].output)
+                        output = hidden_states_of(calls[path].output)
                         if path == changed:
                             output = output + change.view_as(output)
-                        given = in_form_of(calls[path].output, output)
+                        given = repack_output(calls[path].output, output)
                         stack.enter_context(replaced_forward(module, _giving(given)))
                     start = hidden if changed else hidden + change
                     off = self.run(index, stream, start) - whole - change

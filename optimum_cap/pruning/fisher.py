@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample, batches
-from optimum_cap.methods import Evidence, InputStatistics, kth_smallest, wanda
+from optimum_cap.methods import CriterionInputs, InputStatistics, kth_smallest, wanda
 from optimum_cap.models import (
     Matrix,
     RecordedCall,
@@ -21,28 +21,28 @@ from optimum_cap.models import (
     check_in_memory,
     evaluation_mode,
     float32_on_cpu,
-    frozen,
-    hidden_of,
+    hidden_states_of,
     oriented,
     recorded_calls,
     routed,
     routing,
     scored_logits,
+    without_parameter_grads,
 )
-from optimum_cap.pruning.activations import LayerWalk
-from optimum_cap.pruning.cache import KeptResponses
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.cache import SensitivityStore
 from optimum_cap.pruning.sensitivity import (
     FEWEST_EXAMPLES,
-    Response,
+    Sensitivity,
     group_by_layer,
     sensitivity_of,
     temporary_weights,
 )
-from optimum_cap.runtime import Team, budget_bytes, check_same_inputs, each_in_memory
+from optimum_cap.runtime import ProcessGroup, budget_bytes, check_same_inputs, each_in_memory
 from optimum_cap.scoring import examples_per_pass
 
 
-def estimated_responses(
+def estimate_sensitivities(
     model: PreTrainedModel,
     sites: list[Site],
     layers: Mapping[int, list[Matrix]],
@@ -52,15 +52,15 @@ def estimated_responses(
     seed: int = 0,
     answer_weight: float = 0.0,
     memory_budget: int | str = "auto",
-    kept: KeptResponses | None = None,
-) -> list[Response]:
+    kept: SensitivityStore | None = None,
+) -> list[Sensitivity]:
     """Estimate the same with one backward pass for all sites.
 
-    To second order the divergence of a change d in the output of a branch is d F d / 2, where F is
+    To second order the divergence of a change d in the output of a block is d F d / 2, where F is
     the Fisher information (Martens 2020, arXiv 1412.1193, section 5). It is the mean of (g d)^2,
     where g is the gradient of a random combination of the logits whose second moments are those of
     the likelihood's gradient, diag(p) - p p^T. Labels drawn from p have them too, but a confident
-    model nearly always draws the same. The change is what the branch shows when its site is pruned
+    model nearly always draws the same. The change is what the block shows when its site is pruned
     by Wanda, the quickest criterion that looks at inputs.
 
     Args:
@@ -71,26 +71,26 @@ def estimated_responses(
         shares: Number of zeros of each matrix.
         count: How many examples to use; `None`: as `examples_to_estimate`.
         seed: Seed of the random combinations.
-        answer_weight: As for `responses`.
+        answer_weight: As for `sensitivities`.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free. Where memory runs out all the same, batches are halved.
         kept: What was estimated in the same way: the last bits depend on the memory that is free.
 
     Returns:
-        As `responses`. Processes that were launched together have to call this together.
+        As `sensitivities`. Processes that were launched together have to call this together.
 
     Raises:
-        ValueError: Weights are offloaded, or a site's matrices are not all in one branch.
+        ValueError: Weights are offloaded, or a site's matrices are not all in one block.
         ConnectionError: Another process of the launch has stopped.
     """
     check_in_memory(model)
     check_same_inputs(model, examples, count, seed)
     groups = [group for own in group_by_layer(sites, layers).values() for group in own]
     for site, _ in groups:
-        if site.branch == site.layer_name:
+        if site.block == site.layer_name:
             raise ValueError(
                 f"{type(model).__name__} has no module around {site.name} that could be run alone, "
-                "so its response cannot be estimated: use estimator 'exact'"
+                "so its sensitivity cannot be estimated: use estimator 'exact'"
             )
     if count is None:
         count = examples_to_estimate(len(examples))
@@ -103,7 +103,7 @@ def estimated_responses(
         if kept:
             kept.keep_estimated(divergences, seed)
     # Every process has done all of it; what follows has to be the same in all.
-    divergences = Team.of_this_run().first(divergences)
+    divergences = ProcessGroup.current().broadcast(divergences)
     return [
         sensitivity_of(model, *group, own) for group, own in zip(groups, divergences, strict=True)
     ]
@@ -125,11 +125,11 @@ def _estimated(
     with (
         evaluation_mode(model),
         float32_on_cpu(model),
-        frozen(model),
-        logging.tqdm(total=len(chosen), desc="Estimating responses", delay=5) as progress,
+        without_parameter_grads(model),
+        logging.tqdm(total=len(chosen), desc="Estimating sensitivities", delay=5) as progress,
     ):
-        rough = _RoughPruning(model, shares)
-        walk = LayerWalk(model, sites, chosen, answer_weight)
+        rough = WandaApproximation(model, shares)
+        walk = LayerwisePass(model, sites, chosen, answer_weight)
         for layer in range(len(walk.layers)):
             rough.look_at(walk.statistics(layer, layers.get(layer, []), advance=True))
         del walk
@@ -139,7 +139,7 @@ def _estimated(
             along = []
             for site, matrices in groups:
                 pruned = {matrix: rough.pruned(matrix) for matrix in matrices}
-                call, gradient = calls[site.outlet], gradients[site.outlet]
+                call, gradient = calls[site.output_module], gradients[site.output_module]
                 along.append(_along(model, site, pruned, call, gradient, len(batch.positions)))
             return torch.stack(along).square() / 2
 
@@ -151,7 +151,7 @@ def _estimated(
     return divergences
 
 
-class _RoughPruning:
+class WandaApproximation:
     """Prunes by Wanda; of what it has seen it keeps a threshold and the size of the inputs."""
 
     def __init__(self, model: PreTrainedModel, shares: Mapping[Matrix, int]) -> None:
@@ -175,7 +175,7 @@ class _RoughPruning:
         return oriented(self._model, matrix).masked_fill(pruned, 0)
 
     def _importance(self, matrix: Matrix) -> torch.Tensor:
-        evidence = Evidence(matrix.name, inputs=self._inputs[matrix])
+        evidence = CriterionInputs(matrix.name, inputs=self._inputs[matrix])
         return wanda(oriented(self._model, matrix), evidence)
 
 
@@ -187,12 +187,12 @@ def _gradients_of_draw(
     The gradient is that of an example's combination of logits over the root of its scored tokens:
     then its square is a mean over these.
     """
-    modules = {site.outlet: model.get_submodule(site.outlet) for site in sites}
+    modules = {site.output_module: model.get_submodule(site.output_module) for site in sites}
     offsets: dict[str, torch.Tensor] = {}
 
     def offset(path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            hidden = hidden_of(output)
+            hidden = hidden_states_of(output)
             offsets[path] = torch.zeros_like(hidden, requires_grad=True)
             moved = hidden + offsets[path]
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
@@ -254,24 +254,24 @@ def _along(
         model: The model.
         site: The site.
         pruned: What its matrices become, `[out, in]`.
-        call: The call of its outlet.
-        gradient: In the output of the outlet.
+        call: The call of its output_module.
+        gradient: In the output of the output_module.
         examples: Number of examples, which have the same number of tokens.
     """
-    outlet = model.get_submodule(site.outlet)
+    output_module = model.get_submodule(site.output_module)
     if site.expert is None:
         with temporary_weights(model, pruned):
-            changed = hidden_of(outlet(call.hidden, *call.args, **call.kwargs))
-        change = changed - hidden_of(call.output)
+            changed = hidden_states_of(output_module(call.hidden, *call.args, **call.kwargs))
+        change = changed - hidden_states_of(call.output)
         return (gradient * change.float()).reshape(examples, -1).sum(dim=1).double().cpu()
-    chosen, weights = routing(site.branch, call.args)
+    chosen, weights = routing(site.block, call.args)
     tokens, slots = routed(chosen, site.expert)
     if not len(tokens):
         return torch.zeros(examples, dtype=torch.float64)
     own = call.hidden[tokens], chosen[tokens, slots, None], weights[tokens, slots, None]
-    change = -hidden_of(outlet(*own))
+    change = -hidden_states_of(output_module(*own))
     with temporary_weights(model, pruned):
-        change += hidden_of(outlet(*own))
+        change += hidden_states_of(output_module(*own))
     of_tokens = (gradient[tokens] * change.float()).sum(dim=1)
     example = tokens // (len(chosen) // examples)
     return torch.bincount(example.cpu(), of_tokens.double().cpu(), minlength=examples)

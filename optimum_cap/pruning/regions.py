@@ -81,9 +81,9 @@ def region_importances(
     pieces: dict[Matrix, dict[tuple[int, int, int], list[float]]] = {}
     for site in sites:
         for unit in site.units:
-            for block in unit.region:
-                ranges = pieces.setdefault(Matrix(block.parameter, block.expert), {})
-                shared = ranges.setdefault((block.dim, block.start, block.stop), [])
+            for piece in unit.region:
+                ranges = pieces.setdefault(Matrix(piece.parameter, piece.expert), {})
+                shared = ranges.setdefault((piece.dim, piece.start, piece.stop), [])
                 shared.append(importances[site.name, unit.index])
     spread: dict[Matrix, torch.Tensor] = {}
     for matrix, ranges in pieces.items():

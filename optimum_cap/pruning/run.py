@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.checkpoint import MatrixSparsity, PruningRecord, SiteResponse, UnitScore
+from optimum_cap.checkpoint import MatrixSparsity, PruningRecord, SiteSensitivity, UnitScore
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample, CalibrationSet
 from optimum_cap.methods import (
@@ -20,20 +20,20 @@ from optimum_cap.methods import (
     RECONSTRUCTIONS,
     SELECTIONS,
     Criterion,
-    Evidence,
+    CriterionInputs,
     InputStatistics,
     apply_mask_,
-    corrected,
+    correct_toward_dense,
     keep_masks,
     kth_smallest,
-    most_of_each,
+    n_of_m_mask,
     parse_pattern,
 )
 from optimum_cap.models import (
-    Block,
     Matrix,
     Site,
     Unit,
+    WeightSlice,
     decoder_layers,
     evaluation_mode,
     float32_on_cpu,
@@ -46,11 +46,11 @@ from optimum_cap.models import (
     weights,
     writable_weights,
 )
-from optimum_cap.pruning.activations import LayerWalk
+from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.allocation import ALLOCATIONS, interventional
-from optimum_cap.pruning.cache import KeptLayers, KeptResponses, PruningCache
-from optimum_cap.pruning.dense_reference import PairedWalk
-from optimum_cap.pruning.fisher import estimated_responses
+from optimum_cap.pruning.cache import LayerStore, PruningCache, SensitivityStore
+from optimum_cap.pruning.dense_reference import DenseReferencePass
+from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.regions import (
     UnitKey,
     region_importances,
@@ -58,8 +58,8 @@ from optimum_cap.pruning.regions import (
     unit_importances,
 )
 from optimum_cap.pruning.selection import number_of_heads_to_remove, removable_heads
-from optimum_cap.pruning.sensitivity import Response, responses
-from optimum_cap.runtime import Team
+from optimum_cap.pruning.sensitivity import Sensitivity, measure_sensitivities
+from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import (
     ESTIMATORS,
     CausalScores,
@@ -101,8 +101,8 @@ class PruningRun:
         self.importances: dict[UnitKey, float] = {}  # of the scored units
         self.threshold: float | None = None
         self.tokens: dict[Matrix, int] = {}
-        self.responses: list[Response] = []
-        self.kept_layers: KeptLayers | None = None
+        self.sensitivities: list[Sensitivity] = []
+        self.layer_store: LayerStore | None = None
         self._regions: dict[Matrix, torch.Tensor] = {}
 
     def score_units(self, losses: UnitLosses | None) -> None:
@@ -155,18 +155,18 @@ class PruningRun:
         if self.importances:
             return [self.importances[site.name, unit.index] for site, unit in candidates]
         regions = [separable(self.model, site, unit) for site, unit in candidates]
-        blocks: dict[str, set[Block]] = {}
-        for block in chain.from_iterable(regions):
-            blocks.setdefault(block.parameter, set()).add(block)
-        sums: dict[Block, float] = {}
-        sizes: dict[Block, int] = {}
+        pieces: dict[str, set[WeightSlice]] = {}
+        for piece in chain.from_iterable(regions):
+            pieces.setdefault(piece.parameter, set()).add(piece)
+        sums: dict[WeightSlice, float] = {}
+        sizes: dict[WeightSlice, int] = {}
         for matrix in self.matrices:
             importance = self._in_orientation(matrix, self._importance(matrix))
-            for block in blocks.get(matrix.parameter, ()):
-                piece = block.of(importance)
-                sums[block], sizes[block] = float(piece.double().sum()), piece.numel()
+            for piece in pieces.get(matrix.parameter, ()):
+                values = piece.of(importance)
+                sums[piece], sizes[piece] = float(values.double().sum()), values.numel()
         return [
-            sum(sums[block] for block in region) / sum(sizes[block] for block in region)
+            sum(sums[piece] for piece in region) / sum(sizes[piece] for piece in region)
             for region in regions
         ]
 
@@ -179,7 +179,7 @@ class PruningRun:
         alike = ALLOCATIONS["uniform"](model, sites, self.layers, zeros, self.examples, config)
         kept = self._kept_responses(alike)
         if config.estimator == "first_order":
-            self.responses = estimated_responses(
+            self.sensitivities = estimate_sensitivities(
                 model,
                 sites,
                 self.layers,
@@ -192,7 +192,7 @@ class PruningRun:
                 kept,
             )
         else:
-            self.responses = responses(
+            self.sensitivities = measure_sensitivities(
                 model,
                 sites,
                 self.layers,
@@ -203,7 +203,7 @@ class PruningRun:
                 config.method.answer_weight,
                 kept,
             )
-        return interventional(self.responses, zeros, config.allocation_bound)
+        return interventional(self.sensitivities, zeros, config.allocation_bound)
 
     def prune_each_matrix_(self, shares: Mapping[Matrix, int]) -> None:
         """Zero so many of the least important weights of each matrix."""
@@ -215,13 +215,13 @@ class PruningRun:
         model, method = self.model, self.config.method
         count = len(decoder_layers(model, self.sites))
         stages = stages_by_layer(self.sites)
-        self.kept_layers = kept = self._kept_layers(shares)
+        self.layer_store = kept = self._layer_store(shares)
         with (
             evaluation_mode(model),
             float32_on_cpu(model) as own_dtypes,
             logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
         ):
-            kind = PairedWalk if method.target == "dense" else LayerWalk
+            kind = DenseReferencePass if method.target == "dense" else LayerwisePass
             walk = kind(model, self.sites, self.examples, method.answer_weight)
             for index in range(count):
                 own = self.layers[index]
@@ -236,7 +236,7 @@ class PruningRun:
                                 inputs = {matrix: statistics[matrix] for matrix in chosen}
                                 self._prune_step_(inputs, shares, own_dtypes, kept)
                         if kept:
-                            kept.finish(index, [self.tokens[matrix] for matrix in own])
+                            kept.commit(index, [self.tokens[matrix] for matrix in own])
                     walk.advance(index)
                 except BaseException:
                     logger.warning(
@@ -253,7 +253,7 @@ class PruningRun:
         inputs: Mapping[Matrix, InputStatistics],
         shares: Mapping[Matrix, int],
         own_dtypes: Mapping[str, torch.dtype],
-        kept: KeptLayers | None,
+        kept: LayerStore | None,
     ) -> None:
         """Prune matrices, in the dtype in which they are stored.
 
@@ -266,16 +266,16 @@ class PruningRun:
             weight.copy_(new)
             self.tokens[matrix] = own.tokens
             if kept:
-                kept.keep(matrix, new)
+                kept.put(matrix, new)
 
-    def _kept_responses(self, shares: Mapping[Matrix, int]) -> KeptResponses | None:
+    def _kept_responses(self, shares: Mapping[Matrix, int]) -> SensitivityStore | None:
         """What an earlier run found about sites that are pruned so, if anything is kept."""
         if self._cache is None:
             return None
         settings = {"answer_weight": self.config.method.answer_weight, **self._way(shares)}
-        return self._cache.responses(settings)
+        return self._cache.sensitivities(settings)
 
-    def _kept_layers(self, shares: Mapping[Matrix, int]) -> KeptLayers | None:
+    def _layer_store(self, shares: Mapping[Matrix, int]) -> LayerStore | None:
         """The layers that an earlier run pruned so, if anything is kept."""
         if self._cache is None:
             return None
@@ -302,10 +302,10 @@ class PruningRun:
             "shares": {matrix.name: zeros for matrix, zeros in shares.items()},
         }
 
-    def _recall_layer_(self, index: int, kept: KeptLayers) -> bool:
+    def _recall_layer_(self, index: int, kept: LayerStore) -> bool:
         """Give the matrices of a layer what they became in an earlier run, if it is known."""
         own = self.layers[index]
-        if (tokens := kept.known(index, own)) is None:
+        if (tokens := kept.get(index, own)) is None:
             return False
         self.tokens.update(tokens)
         for matrix, weight in kept.weights(own):
@@ -333,17 +333,17 @@ class PruningRun:
             versions={name: importlib.metadata.version(name) for name in _VERSIONED},
             threshold=self.threshold,
             intact_loss=self.scores.intact_loss if self.scores else None,
-            responses=[
-                SiteResponse(
-                    site=response.site.name,
-                    kind=response.site.kind,
-                    layer=response.site.layer,
-                    zeros=sum(zeros[matrix] for matrix in response.matrices),
-                    total=response.weights,
-                    divergence=_finite(response.divergence),
-                    standard_error=_finite(response.standard_error),
+            sensitivities=[
+                SiteSensitivity(
+                    site=sensitivity.site.name,
+                    kind=sensitivity.site.kind,
+                    layer=sensitivity.site.layer,
+                    zeros=sum(zeros[matrix] for matrix in sensitivity.matrices),
+                    total=sensitivity.weights,
+                    divergence=_finite(sensitivity.divergence),
+                    standard_error=_finite(sensitivity.standard_error),
                 )
-                for response in self.responses
+                for sensitivity in self.sensitivities
             ],
         )
 
@@ -355,7 +355,7 @@ class PruningRun:
         regions = self._regions.get(matrix)
         if regions is not None:
             regions = self._in_orientation(matrix, regions)
-        evidence = Evidence(matrix.name, self.config.seed, regions, inputs)
+        evidence = CriterionInputs(matrix.name, self.config.seed, regions, inputs)
         return self.criterion.importance(weights(self.model, matrix), evidence)
 
     def _in_orientation(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
@@ -373,15 +373,15 @@ class PruningRun:
         if not self._updates:
             keep = self._kept(self._importance(matrix, inputs), zeros)
             return weight.masked_fill(~keep.to(weight.device), 0)
-        if inputs.missing is not None:
-            weight = corrected(weight, inputs, matrix.name)
+        if inputs.output_error_moment is not None:
+            weight = correct_toward_dense(weight, inputs, matrix.name)
         reconstruct = RECONSTRUCTIONS[self.config.method.criterion]
         return reconstruct(weight, inputs, zeros, self.pattern, matrix.name)
 
     def _kept(self, importance: torch.Tensor, zeros: int) -> torch.Tensor:
         if self.pattern is None:
             return SELECTIONS[self.criterion.compared](importance, zeros)
-        return most_of_each(importance, *self.pattern)
+        return n_of_m_mask(importance, *self.pattern)
 
     def _mask_(self, matrix: Matrix, importance: torch.Tensor, zeros: int) -> None:
         apply_mask_(writable_weights(self.model, matrix), self._kept(importance, zeros))
@@ -403,7 +403,7 @@ class PruningRun:
 def wait_for_all() -> None:
     """Wait until all processes have read the kept layers, which the first one then deletes."""
     try:
-        Team.of_this_run().gather(None)
+        ProcessGroup.current().all_gather(None)
     except ConnectionError as error:
         logger.warning(f"{error}; what this process has pruned is whole")
 

@@ -12,8 +12,8 @@ def matrices_to_prune(model: PreTrainedModel, sites: list[Site], config: CAPConf
     leave_dense = config.modules_to_leave_dense
     matrices = prunable_matrices(sites)
     if config.pattern == WHOLE_HEADS:
-        blocks = (block for job in heads(sites) for block in separable(model, *job))
-        of_heads = {Matrix(block.parameter) for block in blocks}
+        slices = (piece for job in heads(sites) for piece in separable(model, *job))
+        of_heads = {Matrix(piece.parameter) for piece in slices}
         matrices = [matrix for matrix in matrices if matrix in of_heads]
     for name in leave_dense:
         if not any(f".{name}." in f".{matrix.parameter}." for matrix in matrices):
@@ -39,7 +39,7 @@ def removable_heads(
     return [
         (site, unit)
         for site, unit in heads(sites)
-        if all(block.parameter in chosen for block in separable(model, site, unit))
+        if all(piece.parameter in chosen for piece in separable(model, site, unit))
     ]
 
 

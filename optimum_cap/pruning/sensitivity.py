@@ -20,18 +20,18 @@ from optimum_cap.models import (
     Matrix,
     Site,
     Targets,
-    brought_in,
     evaluation_mode,
     float32_on_cpu,
     is_offloaded,
     logits_of,
+    onloaded,
     oriented,
     positions_per_chunk,
     prunable_matrices,
 )
-from optimum_cap.pruning.activations import LayerWalk
-from optimum_cap.pruning.cache import KeptResponses
-from optimum_cap.runtime import Team, check_same_inputs, stoppable
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.cache import SensitivityStore
+from optimum_cap.runtime import ProcessGroup, check_same_inputs, resume_hint_on_stop
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 FEWEST_EXAMPLES = 16
@@ -44,7 +44,7 @@ Prune = Callable[[Matrix, InputStatistics], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Response:
+class Sensitivity:
     """What pruning one site alone does.
 
     Attributes:
@@ -68,7 +68,7 @@ class Response:
         return sum(self.sizes)
 
 
-def responses(
+def measure_sensitivities(
     model: PreTrainedModel,
     sites: list[Site],
     layers: Mapping[int, list[Matrix]],
@@ -77,8 +77,8 @@ def responses(
     count: int | None = None,
     gram: bool = True,
     answer_weight: float = 0.0,
-    kept: KeptResponses | None = None,
-) -> list[Response]:
+    kept: SensitivityStore | None = None,
+) -> list[Sensitivity]:
     """Prune each site alone and measure what that does to the predictions of scored tokens.
 
     The divergence from the dense model's predictions is what the loss would gain on answers drawn
@@ -94,12 +94,12 @@ def responses(
         prune: Prunes a matrix.
         count: How many examples to measure on; `None`: as `examples_to_measure`.
         gram: Whether `prune` needs x_i x_j of the inputs.
-        answer_weight: As for `LayerWalk`, in these statistics.
+        answer_weight: As for `LayerwisePass`, in these statistics.
         kept: What was measured in the same way, by a run that was stopped.
 
     Returns:
-        One response for each site with matrices to prune, in the order of the model. Processes that
-        were launched together share the sites, so that all of them have to call this.
+        One sensitivity for each site with matrices to prune, in the order of the model. Processes
+        that were launched together share the sites, so that all of them have to call this.
 
     Raises:
         ValueError: Processes that were launched together were given different things.
@@ -114,13 +114,15 @@ def responses(
     if kept:
         found = {site: kept.measured(site, count) for site, _ in every}
         known = {site: own for site, own in found.items() if own is not None}
-    team = Team.of_this_run()
+    process_group = ProcessGroup.current()
     check_same_inputs(model, examples, count)
     left = {
         # Shifted by layer: an attention takes less than the MLP beside it.
         layer: [
             group
-            for group in own[(team.rank + layer) % team.size :: team.size]
+            for group in own[
+                (process_group.rank + layer) % process_group.size :: process_group.size
+            ]
             if group[0] not in known
         ]
         for layer, own in groups.items()
@@ -129,7 +131,7 @@ def responses(
     def doing() -> str:
         return f"trying sites was stopped after {len(known)} of {len(every)}"
 
-    with stoppable(doing, kept):
+    with resume_hint_on_stop(doing, kept):
         # Closed at once whatever happens, so that the model is as it was.
         with closing(
             _measured(model, sites, left, examples, prune, count, gram, answer_weight)
@@ -138,7 +140,7 @@ def responses(
                 known[site] = divergences
                 if kept:
                     kept.keep_measured(site, divergences)
-        for others in team.gather(known):
+        for others in process_group.all_gather(known):
             known |= others
     return [sensitivity_of(model, site, matrices, known[site]) for site, matrices in every]
 
@@ -163,8 +165,8 @@ def _measured(
             total=sum(map(len, groups.values())), desc="Measuring sites", unit="site"
         ) as progress,
     ):
-        walk = LayerWalk(model, sites, examples, answer_weight)
-        trial = _Trial(model, sites, examples[:count])
+        walk = LayerwisePass(model, sites, examples, answer_weight)
+        trial = DivergenceEvaluator(model, sites, examples[:count])
         for layer, own in groups.items():
             if not own:
                 walk.advance(layer)
@@ -197,8 +199,8 @@ def group_by_layer(
 
 def sensitivity_of(
     model: PreTrainedModel, site: Site, matrices: list[Matrix], divergences: torch.Tensor
-) -> Response:
-    """Return the response of a site from its divergences on the examples, nats, `[examples]`."""
+) -> Sensitivity:
+    """Return the sensitivity of a site from its divergences on the examples, nats, `[examples]`."""
     count = len(divergences)
     if not divergences.isfinite().all():
         logger.warning(
@@ -207,7 +209,7 @@ def sensitivity_of(
         )
     error = float(divergences.std()) / sqrt(count) if count > 1 else nan
     sizes = tuple(oriented(model, matrix).numel() for matrix in matrices)
-    return Response(site, tuple(matrices), sizes, float(divergences.mean()), error)
+    return Sensitivity(site, tuple(matrices), sizes, float(divergences.mean()), error)
 
 
 def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
@@ -221,14 +223,14 @@ def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
     return min(examples, max(FEWEST_EXAMPLES, affordable))
 
 
-class _Trial:
+class DivergenceEvaluator:
     """The dense model's predictions on some examples, and how pruned layers change them."""
 
     def __init__(
         self, model: PreTrainedModel, sites: list[Site], examples: list[CalibrationExample]
     ) -> None:
         self.model = model
-        self.walk = LayerWalk(model, sites, examples)
+        self.walk = LayerwisePass(model, sites, examples)
         self.targets = [Targets.of(stream.batch) for stream in self.walk.streams]
         self.passed = 0
         self.together = _SETS_AT_A_TIME if is_offloaded(model) else 1
@@ -246,7 +248,7 @@ class _Trial:
         left = iter(pruned)
         while some := list(self._entered(layer, islice(left, self.together))):
             finals = self._to_the_end(layer + 1, some)
-            with brought_in(self.model, besides=besides):
+            with onloaded(self.model, besides=besides):
                 found = [self._divergence(final) for final in finals]
             yield from found
 
@@ -255,7 +257,7 @@ class _Trial:
     ) -> Iterator[list[torch.Tensor]]:
         """Yield the outputs of a layer, per batch, with each set of matrices exchanged."""
         for weights in pruned:
-            with brought_in(self.walk.layers[layer]), temporary_weights(self.model, weights):
+            with onloaded(self.walk.layers[layer]), temporary_weights(self.model, weights):
                 outputs = [self.walk.run(layer, each, each.hidden) for each in self.walk.streams]
             yield outputs
 
@@ -264,7 +266,7 @@ class _Trial:
     ) -> list[list[torch.Tensor]]:
         """Final hidden states at scored positions, `[scored, 1, hidden]`, per set and batch."""
         for index in range(layer, len(self.walk.layers)):
-            with brought_in(self.walk.layers[index]):
+            with onloaded(self.walk.layers[index]):
                 for hidden in carried:
                     for place, stream in enumerate(self.walk.streams):
                         hidden[place] = self.walk.run(index, stream, hidden[place])
@@ -279,7 +281,7 @@ class _Trial:
         ]
 
     def _divergence(self, final: list[torch.Tensor]) -> torch.Tensor:
-        form = self.walk.forms[-1]
+        output_template = self.walk.output_templates[-1]
         found = []
         for dense, changed, targets in zip(self.final, final, self.targets, strict=True):
             parts = []
@@ -287,7 +289,7 @@ class _Trial:
             for start in range(0, len(dense), step):
                 part = slice(start, start + step)
                 expected, given = (
-                    logits_of(self.model, self.walk.layers, form, hidden[part])
+                    logits_of(self.model, self.walk.layers, output_template, hidden[part])
                     .float()
                     .log_softmax(dim=-1)
                     for hidden in (dense, changed)

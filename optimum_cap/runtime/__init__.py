@@ -1,22 +1,22 @@
 """Runs that survive: several processes, memory that runs out, interrupts, digests and files."""
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
-from optimum_cap.runtime.distributed import Team, check_same_inputs
-from optimum_cap.runtime.files import TensorFiles, write_whole
+from optimum_cap.runtime.distributed import ProcessGroup, check_same_inputs
+from optimum_cap.runtime.files import TensorFiles, write_atomically
 from optimum_cap.runtime.memory import (
-    Room,
+    MemoryLimit,
     budget_bytes,
     each_in_memory,
     halves,
     is_out_of_memory,
     keep_freed_memory,
 )
-from optimum_cap.runtime.resume import default_folder, stoppable
+from optimum_cap.runtime.resume import default_folder, resume_hint_on_stop
 
 __all__ = [
     "VERSIONED",
-    "Room",
-    "Team",
+    "MemoryLimit",
+    "ProcessGroup",
     "TensorFiles",
     "budget_bytes",
     "check_same_inputs",
@@ -29,6 +29,6 @@ __all__ = [
     "keep_freed_memory",
     "machine",
     "model_digest",
-    "stoppable",
-    "write_whole",
+    "resume_hint_on_stop",
+    "write_atomically",
 ]

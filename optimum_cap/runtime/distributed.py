@@ -35,7 +35,7 @@ _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORL
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes of one run, each with its rank.
 
     Attributes:
@@ -47,7 +47,7 @@ class Team:
     size: int = 1
 
     @classmethod
-    def of_this_run(cls) -> "Team":
+    def current(cls) -> "ProcessGroup":
         """The processes that were launched together; this one alone if it was not launched so.
 
         Raises:
@@ -66,17 +66,17 @@ class Team:
             )
         return cls(state.process_index, state.num_processes)
 
-    def first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the value of the first process to all.
 
         Raises:
-            ConnectionError: As `gather`.
+            ConnectionError: As `all_gather`.
         """
         if self.size == 1:
             return value
         return self._together(lambda: broadcast_object_list([value])[0])
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, to all.
 
         Raises:
@@ -86,16 +86,16 @@ class Team:
             return [value]
         return self._together(lambda: gather_object([value]))
 
-    def check_alike(self, digest: Callable[[], str], what: str) -> None:
+    def check_consistent(self, digest: Callable[[], str], what: str) -> None:
         """Check that all processes were given the same, by a digest of it.
 
         Raises:
             ValueError: They were not.
-            ConnectionError: As `gather`.
+            ConnectionError: As `all_gather`.
         """
         if self.size == 1:
             return
-        digests = self.gather(digest())
+        digests = self.all_gather(digest())
         others = [str(rank) for rank, own in enumerate(digests) if own != digests[0]]
         if others:
             raise ValueError(
@@ -119,13 +119,13 @@ class Team:
         """Return where to load the model: of several processes, each has a device of its own."""
         return PartialState().device if self.size > 1 and device_map == "auto" else device_map
 
-    def quieten(self) -> None:
+    def silence_other_ranks(self) -> None:
         """Let only the first process write logs and progress."""
         if self.rank:
             logging.set_verbosity_error()
             logging.disable_progress_bar()
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """Close the connections at the end of a program."""
         if self.size > 1:
             PartialState().destroy_process_group()
@@ -162,7 +162,7 @@ def check_same_inputs(
         ValueError: They do not.
         ConnectionError: Another process has stopped.
     """
-    Team.of_this_run().check_alike(
+    ProcessGroup.current().check_consistent(
         lambda: digest_of(sample_digest(model), examples_digest(examples), *others),
         "model, calibration set or configuration",
     )

@@ -15,7 +15,7 @@ from optimum_cap.runtime.digests import digest_of
 logger = logging.get_logger(__name__)
 
 
-def write_whole(file: Path, data: bytes, replace: bool = True) -> None:
+def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
     """Write a file so that it is there with all of `data`, on the disk, or as it was before.
 
     Args:
@@ -107,7 +107,7 @@ class TensorFiles:
         data = safetensors.torch.save({"tensor": tensor}, {"sha256": digest_of(key, tensor)})
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, data, replace)
+            write_atomically(file, data, replace)
         except OSError as error:
             if not self.failed:
                 self.failed = True

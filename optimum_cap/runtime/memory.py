@@ -96,7 +96,7 @@ def _left_to(group: Path, limit: str, used: str, inactive: str) -> float:
 
 
 @dataclass
-class Room:
+class MemoryLimit:
     """How much fits into memory, as far as is known.
 
     Attributes:

@@ -23,13 +23,13 @@ def default_folder() -> Path:
     return Path(constants.HF_HOME) / "optimum_cap" / "scores"
 
 
-class Keeping(Protocol):
+class Resumable(Protocol):
     """What keeps finished parts of a run."""
 
     files: "TensorFiles"
 
 
-def way_on(kept: "Keeping | None") -> str:
+def resume_hint(kept: "Resumable | None") -> str:
     """Say what is left of a run that was stopped, and how to go on.
 
     Args:
@@ -42,7 +42,7 @@ def way_on(kept: "Keeping | None") -> str:
 
 
 @contextmanager
-def stoppable(doing: Callable[[], str], kept: Keeping | None) -> Iterator[None]:
+def resume_hint_on_stop(doing: Callable[[], str], kept: Resumable | None) -> Iterator[None]:
     """Say how to go on where a run is interrupted, or loses another process.
 
     Args:
@@ -52,7 +52,7 @@ def stoppable(doing: Callable[[], str], kept: Keeping | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        logger.warning(f"{doing()}: {way_on(kept)}")
+        logger.warning(f"{doing()}: {resume_hint(kept)}")
         raise
     except ConnectionError as error:
-        raise ConnectionError(f"{error}: {way_on(kept)}") from error
+        raise ConnectionError(f"{error}: {resume_hint(kept)}") from error

@@ -17,7 +17,14 @@ from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample
 from optimum_cap.models import Site, Unit, decoder_layers, device_of, is_offloaded
-from optimum_cap.runtime import Room, Team, halves, is_out_of_memory, keep_freed_memory, stoppable
+from optimum_cap.runtime import (
+    MemoryLimit,
+    ProcessGroup,
+    halves,
+    is_out_of_memory,
+    keep_freed_memory,
+    resume_hint_on_stop,
+)
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.wavefront import Wavefront
 
@@ -44,7 +51,7 @@ def chunks_of(batch: Batch, units: int, streams: int) -> list[Chunk]:
     return [Chunk(batch, part) for part in (range(0), *parts)]
 
 
-def settled(
+def agree_once(
     what: str,
     find: Callable[[], int],
     examples: list[CalibrationExample],
@@ -62,13 +69,15 @@ def settled(
         units: The units of the run.
         cache: Remembers what was found.
     """
-    team = Team.of_this_run()
-    if team.rank:
-        return team.first(0)
-    return team.first(cache.remembered(what, examples, units, find) if cache else find())
+    process_group = ProcessGroup.current()
+    if process_group.rank:
+        return process_group.broadcast(0)
+    return process_group.broadcast(
+        cache.remembered(what, examples, units, find) if cache else find()
+    )
 
 
-class ExactRun:
+class ExactScorer:
     """The losses of one scoring, filled in chunk by chunk.
 
     Where memory runs out, a chunk is measured in parts: fewer streams at a time, and at last fewer
@@ -77,12 +86,12 @@ class ExactRun:
     Args:
         model: The model, in evaluation mode.
         sites: All sites of the model.
-        jobs: The units to mask, by rising layer.
+        units: The units to mask, by rising layer.
         examples: Number of examples.
         cache: Where finished chunks are kept, if anywhere.
-        team: The processes that share the work.
+        process_group: The processes that share the work.
         torch_compile: Compile the layers that streams pass through whole.
-        room: What an earlier run over the same model found out.
+        memory_limit: What an earlier run over the same model found out.
 
     Attributes:
         intact: Loss per example, nats, float64 `[examples]`; complete after `measure`.
@@ -93,23 +102,23 @@ class ExactRun:
         self,
         model: PreTrainedModel,
         sites: list[Site],
-        jobs: list[tuple[Site, Unit]],
+        units: list[tuple[Site, Unit]],
         examples: int,
         cache: ScoreCache | None,
-        team: Team,
+        process_group: ProcessGroup,
         torch_compile: bool = False,
-        room: Room | None = None,
+        memory_limit: MemoryLimit | None = None,
     ) -> None:
         self.model = model
         self.layers = decoder_layers(model, sites)
         self.sites = sites
-        self.jobs = jobs
+        self.units = units
         self.cache = cache
-        self.team = team
+        self.process_group = process_group
         self.torch_compile = torch_compile
         self.intact = torch.empty(examples, dtype=torch.float64)
-        self.masked = torch.empty(len(jobs), examples, dtype=torch.float64)
-        self._room = room or Room()
+        self.masked = torch.empty(len(units), examples, dtype=torch.float64)
+        self._memory_limit = memory_limit or MemoryLimit()
 
     def measure(self, chunks: list[Chunk]) -> None:
         """Measure the chunks that the cache does not have; those of a batch follow one another.
@@ -120,16 +129,18 @@ class ExactRun:
             ConnectionError: Another process has stopped, or cannot be reached.
         """
         found = {index for index, chunk in enumerate(chunks) if self._recall(chunk)}
-        with stoppable(lambda: "scoring was stopped", self.cache):
-            known = self.team.gather(found)
+        with resume_hint_on_stop(lambda: "scoring was stopped", self.cache):
+            known = self.process_group.all_gather(found)
             left = sorted(set(range(len(chunks))).difference(*known))
-            share = self.team.share([self._work([chunks[index]]) for index in left])
+            share = self.process_group.share([self._work([chunks[index]]) for index in left])
             mine = [left[place] for place in share]
             done = self._work(chunks) - self._work([chunks[index] for index in left])
             self._measure_missing([chunks[index] for index in mine], done)
             # Processes without a common folder may have found different chunks.
             told = [*mine, *found.difference(known[0].intersection(*known))]
-            for losses in self.team.gather({i: self._losses_of(chunks[i]) for i in told}):
+            for losses in self.process_group.all_gather(
+                {i: self._losses_of(chunks[i]) for i in told}
+            ):
                 for index, measured in losses.items():
                     self._fill(chunks[index], measured)
 
@@ -142,7 +153,7 @@ class ExactRun:
             desc="Scoring",
             unit="tok",
             unit_scale=True,
-            disable=self.team.rank > 0,
+            disable=self.process_group.rank > 0,
         ) as progress:
             for _, own in groupby(chunks, key=lambda chunk: chunk.batch.positions):
                 self._measure_batch(list(own), progress)
@@ -151,7 +162,7 @@ class ExactRun:
         """Fill in a chunk if the cache has it."""
         if self.cache is None:
             return False
-        losses = self.cache.losses(chunk.batch, self._jobs_of(chunk), self.torch_compile)
+        losses = self.cache.losses(chunk.batch, self._units_of(chunk), self.torch_compile)
         if losses is None:
             return False
         self._fill(chunk, losses)
@@ -172,7 +183,7 @@ class ExactRun:
         """Measure the chunks of one batch, or of its halves where it is too large."""
         batch, left = chunks[0].batch, deque(chunks)
         tokens, splits = batch.input_ids.numel(), len(batch.positions) > 1
-        if self._room.tokens is None or tokens <= self._room.tokens or not splits:
+        if self._memory_limit.tokens is None or tokens <= self._memory_limit.tokens or not splits:
             try:
                 self._measure_at_once(batch, left, progress)
                 return
@@ -198,28 +209,30 @@ class ExactRun:
         """Measure the chunks `left` of a batch; those that are done are taken from it."""
         wavefront = Wavefront(self.model, self.layers, self.sites, batch, self.torch_compile)
         while left:
-            chunk, jobs = left[0], self._jobs_of(left[0])
+            chunk, units = left[0], self._units_of(left[0])
             losses = (
-                self._masked_losses(wavefront, jobs, batch.input_ids.numel())
-                if jobs
+                self._masked_losses(wavefront, units, batch.input_ids.numel())
+                if units
                 else wavefront.intact_losses()
             )
             self._fill(chunk, losses)
             if self.cache:
-                self.cache.keep(batch, jobs, losses, self.torch_compile)
+                self.cache.keep(batch, units, losses, self.torch_compile)
             progress.update(self._work([left.popleft()]))
 
     def _masked_losses(
-        self, wavefront: Wavefront, jobs: list[tuple[Site, Unit]], tokens: int
+        self, wavefront: Wavefront, units: list[tuple[Site, Unit]], tokens: int
     ) -> torch.Tensor:
         """Losses with each unit masked, `[units, examples]`, in steps that fit into memory."""
         while True:
-            streams = len(jobs)
-            if self._room.tokens is not None:
-                streams = min(streams, max(1, self._room.tokens // tokens))
-            starts = range(0, len(jobs), streams)
+            streams = len(units)
+            if self._memory_limit.tokens is not None:
+                streams = min(streams, max(1, self._memory_limit.tokens // tokens))
+            starts = range(0, len(units), streams)
             try:
-                steps = [wavefront.masked_losses(jobs[start : start + streams]) for start in starts]
+                steps = [
+                    wavefront.masked_losses(units[start : start + streams]) for start in starts
+                ]
                 return torch.cat(steps)
             except (RuntimeError, MemoryError) as error:
                 if streams == 1 or not is_out_of_memory(error):
@@ -228,16 +241,16 @@ class ExactRun:
 
     def _take_less(self, tokens: int) -> None:
         """Halve what is measured at a time: memory ran out with so many tokens."""
-        if self._room.tokens is None:
+        if self._memory_limit.tokens is None:
             logger.warning(
                 f"memory ran out with {tokens} tokens of masked streams at a time: going on with "
                 "half of them, and less where it must be; a lower memory_budget starts with less"
             )
-        self._room.tokens = tokens // 2
+        self._memory_limit.tokens = tokens // 2
         clear_device_cache(garbage_collection=True)
 
-    def _jobs_of(self, chunk: Chunk) -> list[tuple[Site, Unit]]:
-        return [self.jobs[unit] for unit in chunk.units]
+    def _units_of(self, chunk: Chunk) -> list[tuple[Site, Unit]]:
+        return [self.units[unit] for unit in chunk.units]
 
     def _work(self, chunks: list[Chunk]) -> int:
         """Tokens that pass a layer, summed over layers and streams."""
@@ -245,5 +258,5 @@ class ExactRun:
 
     def _work_of(self, chunk: Chunk) -> int:
         layers = len(self.layers)
-        passed = sum(layers - site.layer for site, _ in self._jobs_of(chunk))
+        passed = sum(layers - site.layer for site, _ in self._units_of(chunk))
         return int(chunk.batch.real.sum()) * (passed if chunk.units else layers)

@@ -18,9 +18,15 @@ from optimum_cap.models import (
     evaluation_mode,
     float32_on_cpu,
 )
-from optimum_cap.runtime import Room, Team, budget_bytes, check_same_inputs, is_out_of_memory
+from optimum_cap.runtime import (
+    MemoryLimit,
+    ProcessGroup,
+    budget_bytes,
+    check_same_inputs,
+    is_out_of_memory,
+)
 from optimum_cap.scoring.cache import ScoreCache, names
-from optimum_cap.scoring.chunks import ExactRun, chunks_of, settled
+from optimum_cap.scoring.chunks import ExactScorer, agree_once, chunks_of
 from optimum_cap.scoring.scores import UnitLosses
 from optimum_cap.scoring.wavefront import prefix_to_share, streams_per_chunk, tokens_per_batch
 
@@ -35,7 +41,7 @@ def exact_losses(
     units: list[tuple[Site, Unit]] | None = None,
     cache: ScoreCache | None = None,
     torch_compile: bool = False,
-    room: Room | None = None,
+    memory_limit: MemoryLimit | None = None,
 ) -> UnitLosses:
     """Measure the loss with each unit of the sites masked.
 
@@ -51,7 +57,8 @@ def exact_losses(
         torch_compile: Compile the decoder layers, which pays in long runs on a GPU
             (`docs/performance.md`). A run that goes on then agrees with an undisturbed one up to
             rounding.
-        room: What runs over this model have found out about its memory so far, and this one will.
+        memory_limit: What runs over this model have found out about its memory so far; this run
+            adds to it.
 
     Returns:
         The losses, in the order of the units and of the examples. Processes that were launched
@@ -67,20 +74,20 @@ def exact_losses(
     """
     if torch_compile:
         check_compilable(model)
-    jobs = all_units(sites) if units is None else units
-    _check_order(jobs)
-    check_same_inputs(model, examples, names(jobs), memory_budget)
+    units = all_units(sites) if units is None else units
+    _check_order(units)
+    check_same_inputs(model, examples, names(units), memory_budget)
     layers = decoder_layers(model, sites)
-    measured = {site.name for site, _ in jobs}
+    measured = {site.name for site, _ in units}
     sites = [site for site in sites if site.kind == "attention" or site.name in measured]
     with evaluation_mode(model), float32_on_cpu(model):
         # Of what is free when weights are widened.
-        budget = settled_budget(model, memory_budget, examples, jobs, cache)
-        prefix = settled(
+        budget = agreed_budget(model, memory_budget, examples, units, cache)
+        prefix = agree_once(
             "prefix",
             lambda: _prefix(model, layers, sites, examples),
             examples,
-            jobs,
+            units,
             cache,
         )
         tokens = tokens_per_batch(model, budget, prefix, sites)
@@ -88,13 +95,15 @@ def exact_losses(
         chunks = [
             chunk
             for batch in made
-            for chunk in chunks_of(batch, len(jobs), streams_per_chunk(model, batch, budget))
+            for chunk in chunks_of(batch, len(units), streams_per_chunk(model, batch, budget))
         ]
-        team = Team.of_this_run()
-        run = ExactRun(model, sites, jobs, len(examples), cache, team, torch_compile, room)
+        process_group = ProcessGroup.current()
+        run = ExactScorer(
+            model, sites, units, len(examples), cache, process_group, torch_compile, memory_limit
+        )
         with compiling() if torch_compile else nullcontext():
             run.measure(chunks)
-    return UnitLosses(jobs, run.intact, run.masked)
+    return UnitLosses(units, run.intact, run.masked)
 
 
 def _check_order(units: list[tuple[Site, Unit]]) -> None:
@@ -127,7 +136,7 @@ def _prefix(
     return 0
 
 
-def settled_budget(
+def agreed_budget(
     model: PreTrainedModel,
     memory_budget: int | str,
     examples: list[CalibrationExample],
@@ -137,4 +146,4 @@ def settled_budget(
     """Return the bytes that activations may take, the same for all processes and later runs."""
     if memory_budget != "auto":
         return budget_bytes(memory_budget, model)
-    return settled("budget", lambda: budget_bytes("auto", model), examples, units, cache)
+    return agree_once("budget", lambda: budget_bytes("auto", model), examples, units, cache)

@@ -20,16 +20,16 @@ from optimum_cap.models import (
     evaluation_mode,
     experts_of,
     float32_on_cpu,
-    frozen,
     gated,
     routed,
     routing,
     scored_logits,
     token_losses,
+    without_parameter_grads,
 )
-from optimum_cap.runtime import Team, check_same_inputs, each_in_memory
+from optimum_cap.runtime import ProcessGroup, check_same_inputs, each_in_memory
 from optimum_cap.scoring.cache import ScoreCache, names
-from optimum_cap.scoring.exact import settled_budget
+from optimum_cap.scoring.exact import agreed_budget
 from optimum_cap.scoring.scores import UnitLosses
 from optimum_cap.scoring.wavefront import tokens_per_chunk
 
@@ -68,31 +68,31 @@ def first_order_losses(
             known.
     """
     check_in_memory(model)
-    jobs = all_units(sites) if units is None else units
-    check_same_inputs(model, examples, names(jobs), memory_budget)
+    units = all_units(sites) if units is None else units
+    check_same_inputs(model, examples, names(units), memory_budget)
     intact = torch.empty(len(examples), dtype=torch.float64)
-    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
+    masked = torch.empty(len(units), len(examples), dtype=torch.float64)
     with (
         evaluation_mode(model),
         float32_on_cpu(model),
-        frozen(model),
+        without_parameter_grads(model),
         logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
     ):
-        budget = settled_budget(model, memory_budget, examples, jobs, cache)
+        budget = agreed_budget(model, memory_budget, examples, units, cache)
         parts = batches(examples, examples_per_pass(model, examples, budget))
-        for batch, losses in each_in_memory(parts, lambda batch: _first_order(model, jobs, batch)):
+        for batch, losses in each_in_memory(parts, lambda batch: _first_order(model, units, batch)):
             intact[batch.positions], masked[:, batch.positions] = losses
             progress.update(len(batch.positions))
     # Every process has done all of it; what follows has to be the same in all.
-    intact, masked = Team.of_this_run().first((intact, masked))
-    return UnitLosses(jobs, intact, masked)
+    intact, masked = ProcessGroup.current().broadcast((intact, masked))
+    return UnitLosses(units, intact, masked)
 
 
 def _first_order(
-    model: PreTrainedModel, jobs: list[tuple[Site, Unit]], batch: Batch
+    model: PreTrainedModel, units: list[tuple[Site, Unit]], batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of a batch, `[examples]` and `[units, examples]`."""
-    sites = {site.name: site for site, _ in jobs}.values()
+    sites = {site.name: site for site, _ in units}.values()
     examples = len(batch.positions)
     with torch.enable_grad(), _gates(model, sites, examples) as gates:
         with _recorded_experts(model, sites) as experts:
@@ -102,12 +102,12 @@ def _first_order(
     intact = losses.detach()
     by_leaf = dict(zip(leaves, gradients, strict=True))
     effects = []
-    for site, own in groupby(jobs, key=lambda job: job[0]):
+    for site, own in groupby(units, key=lambda job: job[0]):
         if site.expert is None:
             of_gates = by_leaf[site.name][:, 0]
         else:
             of_gates = _expert_gradients(
-                model, site, experts[site.branch], by_leaf[site.branch], examples
+                model, site, experts[site.block], by_leaf[site.block], examples
             )
         effects.append(_sums_over_units(of_gates, [unit for _, unit in own]))
     return intact, intact - torch.cat(effects)
@@ -186,14 +186,14 @@ def _recorded_experts(
         def hook(
             module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> torch.Tensor:
-            chosen, weights = routing(site.branch, args[1:])
+            chosen, weights = routing(site.block, args[1:])
             offset = torch.zeros_like(output, requires_grad=True)
-            calls[site.branch] = _ExpertsCall(args[0].detach(), chosen, weights.detach(), offset)
+            calls[site.block] = _ExpertsCall(args[0].detach(), chosen, weights.detach(), offset)
             return output + offset
 
         return hook
 
-    modules = {site.branch: site for site in sites if site.expert is not None}
+    modules = {site.block: site for site in sites if site.expert is not None}
     handles = [
         experts_of(model, site).register_forward_hook(record(site)) for site in modules.values()
     ]
@@ -218,7 +218,7 @@ def _expert_gradients(
     """
     assert site.expert is not None
     tokens, slots = routed(call.chosen, site.expert)
-    activated = gated(model.get_submodule(site.branch), site.expert, call.hidden[tokens])
+    activated = gated(model.get_submodule(site.block), site.expert, call.hidden[tokens])
     down = model.get_parameter(site.projection)[site.expert]
     of_tokens = activated * (gradient[tokens] @ down) * call.weights[tokens, slots, None]
     example = tokens // (len(call.chosen) // examples)

@@ -20,14 +20,14 @@ from optimum_cap.models import (
     QUERIES,
     ReachedError,
     Site,
+    bypass_layers,
     cache_argument,
     device_of,
-    hidden_of,
-    no_embeddings,
-    output_of,
+    hidden_states_of,
     recorded_calls,
     replaced_forward,
-    skipped,
+    run_until,
+    zero_embeddings,
 )
 from optimum_cap.runtime import is_out_of_memory
 from optimum_cap.scoring.prefix import WORTHWHILE_SHARE, Segment, continued, tolerance
@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 
 
 class _Keys(DynamicCache):
-    """Keys and values of the tokens so far, of which one row may branch into several.
+    """Keys and values of the tokens so far, of which one row may block into several.
 
     Attributes:
         suffice: End the forward pass as soon as those of its tokens are here.
@@ -143,13 +143,17 @@ class LastAttention:
         intact = [segment.calls[self._name].hidden for segment in segments]
         before = sum(hidden.shape[1] for hidden in intact[:-1])
         parts = (input_ids[:, :first], before), (input_ids[:, first:], before + first)
-        form = self.tail.calls[self._name].output
-        lead, tail = (_entered(self.model, layers, self._name, form, *part) for part in parts)
+        output_template = self.tail.calls[self._name].output
+        lead, tail = (
+            _entered(self.model, layers, self._name, output_template, *part) for part in parts
+        )
         cut = replace(self, leading=(*self.leading, lead), tail=tail, start=first)
         keys = cut._keys(intact)
         if len(keys.parts) < len(cut.leading):
             return None  # the attention makes no use of a cache
-        expected = hidden_of(self.tail.calls[f"attention {self.site.layer}"].output)[:, first:]
+        expected = hidden_states_of(self.tail.calls[f"attention {self.site.layer}"].output)[
+            :, first:
+        ]
         change = (cut._after(keys, intact[-1]) - expected).float().norm()
         return cut if change <= tolerance(expected.dtype) * expected.float().norm() else None
 
@@ -171,8 +175,8 @@ class LastAttention:
         """What it returns for the tail of the last segment, after the tokens with these keys."""
         hidden = stream[:, self.start :]
         args, kwargs = self._arguments(self.tail, hidden, keys)
-        branch = self.model.get_submodule(self.site.branch)
-        return hidden_of(output_of(branch, self.layer, hidden, *args, **kwargs))
+        block = self.model.get_submodule(self.site.block)
+        return hidden_states_of(run_until(block, self.layer, hidden, *args, **kwargs))
 
     def _keys(self, streams: list[torch.Tensor]) -> _Keys:
         """Keys and values of the leading tokens."""
@@ -196,7 +200,7 @@ class LastAttention:
     @contextmanager
     def _no_queries(self) -> Iterator[None]:
         """Let the projection of queries, where they have one of their own, return zeros."""
-        projection = getattr(self.model.get_submodule(self.site.branch), QUERIES, None)
+        projection = getattr(self.model.get_submodule(self.site.block), QUERIES, None)
         if not isinstance(projection, nn.Linear):
             yield
             return
@@ -209,7 +213,7 @@ def _entered(
     model: PreTrainedModel,
     layers: list[nn.Module],
     name: str,
-    form: Any,
+    output_template: Any,
     input_ids: torch.Tensor,
     before: int,
 ) -> Segment:
@@ -219,7 +223,7 @@ def _entered(
         model: The model.
         layers: Its decoder layers.
         name: What to record the call under.
-        form: What a layer returned once.
+        output_template: What a layer returned once.
         input_ids: The tokens, int64 `[rows, tokens]`.
         before: Number of tokens before them in each row.
     """
@@ -233,8 +237,8 @@ def _entered(
         raise ReachedError
 
     with (
-        no_embeddings(model, hidden_of(form).dtype),
-        skipped(layers[:-1], form),
+        zero_embeddings(model, hidden_states_of(output_template).dtype),
+        bypass_layers(layers[:-1], output_template),
         recorded_calls({name: layers[-1]}) as calls,
         replaced_forward(layers[-1], end),
         suppress(ReachedError),

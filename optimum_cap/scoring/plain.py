@@ -29,24 +29,24 @@ def plain_losses(
     units: list[tuple[Site, Unit]] | None = None,
 ) -> UnitLosses:
     """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
-    jobs = all_units(sites) if units is None else units
+    units = all_units(sites) if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
-    masked = torch.empty(len(jobs), len(examples), dtype=torch.float64)
+    masked = torch.empty(len(units), len(examples), dtype=torch.float64)
     with (
         evaluation_mode(model),
         float32_on_cpu(model),
-        logging.tqdm(total=len(examples) * (1 + len(jobs)), desc="Scoring") as progress,
+        logging.tqdm(total=len(examples) * (1 + len(units)), desc="Scoring") as progress,
     ):
         budget = budget_bytes(memory_budget, model)
         tokens = tokens_per_batch(model, budget)
         for batch in batches(examples, len(examples), tokens=tokens):
             intact[batch.positions] = _forward_losses(model, batch)
             progress.update(len(batch.positions))
-            for index, (site, unit) in enumerate(jobs):
+            for index, (site, unit) in enumerate(units):
                 with masked_unit(model, site, unit):
                     masked[index, batch.positions] = _forward_losses(model, batch)
                 progress.update(len(batch.positions))
-    return UnitLosses(jobs, intact, masked)
+    return UnitLosses(units, intact, masked)
 
 
 def example_losses(

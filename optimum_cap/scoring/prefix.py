@@ -113,7 +113,7 @@ class PrefixCache(DynamicCache):
 
 
 def continued(parts: Sequence[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
-    """The rows of `new` behind those of `parts` that they branch from, copied only once.
+    """The rows of `new` behind those of `parts` that they block from, copied only once.
 
     Args:
         parts: Keys or values of tokens one after the other, `[rows, heads, tokens, channels]`; of

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import Site, Unit
-from optimum_cap.runtime import Room
+from optimum_cap.runtime import MemoryLimit
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
@@ -160,13 +160,13 @@ def adaptive_losses(
     """
     blocks = draw_blocks(len(examples), exact_examples, seed)
     sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
-    wide, room = list(range(len(sampled.units))), Room()
+    wide, memory_limit = list(range(len(sampled.units))), MemoryLimit()
     for turn in range(max(map(len, blocks))):
         drawn = [block[turn] for block in blocks if turn < len(block)]
         rows = [examples[position] for position in drawn]
         still_wide = [sampled.units[index] for index in wide]
         exact = exact_losses(
-            model, sites, rows, memory_budget, still_wide, cache, torch_compile, room
+            model, sites, rows, memory_budget, still_wide, cache, torch_compile, memory_limit
         )
         sampled.record(wide, drawn, exact.masked, chances_in_blocks(blocks, turn + 1))
         narrow = sampled.narrow(precision)

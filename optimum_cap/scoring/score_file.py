@@ -21,7 +21,13 @@ from transformers import PreTrainedModel
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import Site, Unit
-from optimum_cap.runtime import VERSIONED, digest_of, examples_digest, model_digest, write_whole
+from optimum_cap.runtime import (
+    VERSIONED,
+    digest_of,
+    examples_digest,
+    model_digest,
+    write_atomically,
+)
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.scores import UnitLosses, scored_units
 
@@ -141,7 +147,7 @@ def save_scores(
     }
     metadata["sha256"] = digest_of(tensors, metadata)
     data = safetensors.torch.save(tensors, {_METADATA: json.dumps(metadata, sort_keys=True)})
-    write_whole(Path(path), data)
+    write_atomically(Path(path), data)
 
 
 def read_scores(path: str | os.PathLike[str]) -> SavedScores:

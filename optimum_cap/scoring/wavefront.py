@@ -2,7 +2,7 @@
 
 Masking a unit of layer l changes nothing before its site. So a stream starts from the recorded
 intact input of layer l, and the streams of many units travel through the later layers as rows of
-one batch. Where the branch of the masked unit would run, and those before and beside it, a starting
+one batch. Where the block of the masked unit would run, and those before and beside it, a starting
 stream gets the result instead. Logits are computed at scored positions only.
 
 Tokens that all examples begin with are computed once per stream: they run as one row, whose keys
@@ -26,17 +26,17 @@ from optimum_cap.models import (
     Site,
     Targets,
     Unit,
-    brought_in,
     call_compiled,
     call_layer,
     device_of,
     experts_of,
     gated,
-    hidden_of,
-    in_form_of,
+    hidden_states_of,
     logits_of,
+    onloaded,
     positions_per_chunk,
     recorded_calls,
+    repack_output,
     replaced_forward,
     routed,
     routing,
@@ -76,10 +76,10 @@ class Wavefront:
         self._call: LayerCall = call_compiled if torch_compile else call_layer
         self.attention = {site.layer: site for site in sites if site.kind == "attention"}
         self.outlets: dict[int, list[str]] = {}
-        for site in _other_branches(sites):
+        for site in _other_blocks(sites):
             if site.expert is not None:
                 experts_of(model, site)
-            self.outlets.setdefault(site.layer, []).append(site.outlet)
+            self.outlets.setdefault(site.layer, []).append(site.output_module)
         self._prefix = batch.prefix
         if batch.prefix:
             prefix, suffix = batch.split
@@ -94,10 +94,10 @@ class Wavefront:
         self.suffix = self.segments[-1]
 
     def _modules(self) -> dict[str, nn.Module]:
-        """The modules whose calls are recorded: layers, attentions and sites, other branches."""
+        """The modules whose calls are recorded: layers, attentions and sites, other blocks."""
         modules = {f"layer {index}": layer for index, layer in enumerate(self.layers)}
         for layer, site in self.attention.items():
-            modules[f"attention {layer}"] = self.model.get_submodule(site.branch)
+            modules[f"attention {layer}"] = self.model.get_submodule(site.block)
             modules[f"site {layer}"] = self.model.get_submodule(site.projection)
         for path in chain.from_iterable(self.outlets.values()):
             modules[path] = self.model.get_submodule(path)
@@ -108,27 +108,27 @@ class Wavefront:
 
     def intact_losses(self) -> torch.Tensor:
         """Losses of the intact model, float64 `[examples]`."""
-        output = hidden_of(self.suffix.calls[f"layer {len(self.layers) - 1}"].output)
+        output = hidden_states_of(self.suffix.calls[f"layer {len(self.layers) - 1}"].output)
         return self._losses(self._at_scored(output))[0]
 
-    def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+    def masked_losses(self, units: list[tuple[Site, Unit]]) -> torch.Tensor:
         """Losses with each unit masked, float64 `[units, examples]`.
 
         Args:
-            jobs: The units by rising layer, in each layer those of the attention first.
+            units: The units by rising layer, in each layer those of the attention first.
         """
-        first, last = jobs[0][0].layer, len(self.layers) - 1
+        first, last = units[0][0].layer, len(self.layers) - 1
         streams = [segment.calls[f"layer {first}"].hidden[:0] for segment in self.segments]
         for index in range(first, last):
-            starting = [job for job in jobs if job[0].layer == index]
+            starting = [job for job in units if job[0].layer == index]
             cache = self._cache(index)
-            with brought_in(self.layers[index]):
+            with onloaded(self.layers[index]):
                 streams = [
                     self._through_layer(segment, index, carried, starting, cache)
                     for segment, carried in zip(self.segments, streams, strict=True)
                 ]
-        starting = [job for job in jobs if job[0].layer == last]
-        with brought_in(self.layers[last]):
+        starting = [job for job in units if job[0].layer == last]
+        with onloaded(self.layers[last]):
             rows = self._through_last_layer(streams, starting)
         return self._losses(rows)
 
@@ -144,20 +144,20 @@ class Wavefront:
 
         Streams are rows `[streams * rows of the segment, tokens, hidden]`. A starting stream enters
         with the intact input of the layer (for the residual connection), and gets the results of
-        the branches up to the one that is masked.
+        the blocks up to the one that is masked.
         """
         call = segment.calls[f"layer {index}"]
         rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
         args, kwargs = segment.arguments(f"layer {index}", len(carried), cache)
         if not starting:
-            return hidden_of(self._call(self.layers[index], rows, args, kwargs))
+            return hidden_states_of(self._call(self.layers[index], rows, args, kwargs))
         with ExitStack() as stack:
             attention = self._attention_results(segment, index, starting, _every_position)
-            form = segment.calls[f"attention {index}"].output
-            branch = self.model.get_submodule(self.attention[index].branch)
-            stack.enter_context(_given_last_rows(branch, form, attention))
+            output_template = segment.calls[f"attention {index}"].output
+            block = self.model.get_submodule(self.attention[index].block)
+            stack.enter_context(_given_last_rows(block, output_template, attention))
             self._give_other_branches(stack, segment, index, starting, _every_position)
-            return hidden_of(self.layers[index](rows, *args, **kwargs))
+            return hidden_states_of(self.layers[index](rows, *args, **kwargs))
 
     def _through_last_layer(
         self, streams: list[torch.Tensor], starting: list[tuple[Site, Unit]]
@@ -172,7 +172,7 @@ class Wavefront:
         """
         index = len(self.layers) - 1
         recorded = self.suffix.calls[f"attention {index}"].output
-        branch = self.model.get_submodule(self.attention[index].branch)
+        block = self.model.get_submodule(self.attention[index].block)
         intact = self.suffix.calls[f"layer {index}"].hidden
         rows, attended = [], []
         if len(streams[-1]):
@@ -185,9 +185,9 @@ class Wavefront:
             attended.append(self._attention_results(self.suffix, index, starting, self._at_scored))
         args, kwargs = self.suffix.arguments(f"layer {index}", self.suffix.rows, None)
         with ExitStack() as stack:
-            stack.enter_context(_given_last_rows(branch, recorded, torch.cat(attended)))
+            stack.enter_context(_given_last_rows(block, recorded, torch.cat(attended)))
             self._give_other_branches(stack, self.suffix, index, starting, self._at_scored)
-            return hidden_of(self.layers[index](torch.cat(rows), *args, **kwargs))
+            return hidden_states_of(self.layers[index](torch.cat(rows), *args, **kwargs))
 
     def _attention_results(
         self,
@@ -203,7 +203,7 @@ class Wavefront:
             site_input = select(segment.calls[f"site {index}"].hidden)
             results.append(self._masked_products(self.attention[index], site_input, heads))
         if intact_streams := len(starting) - len(heads):
-            intact = select(hidden_of(segment.calls[f"attention {index}"].output))
+            intact = select(hidden_states_of(segment.calls[f"attention {index}"].output))
             results.append(intact.repeat(intact_streams, 1, 1))
         return torch.cat(results)
 
@@ -221,8 +221,10 @@ class Wavefront:
             return
         for path in self.outlets[index]:
             given = self._branch_results(segment, path, others, select)
-            form = segment.calls[path].output
-            stack.enter_context(_given_last_rows(self.model.get_submodule(path), form, given))
+            output_template = segment.calls[path].output
+            stack.enter_context(
+                _given_last_rows(self.model.get_submodule(path), output_template, given)
+            )
 
     def _branch_results(
         self,
@@ -231,36 +233,38 @@ class Wavefront:
         starting: list[tuple[Site, Unit]],
         select: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Output of an MLP or of experts for streams that start in this or another such branch."""
+        """Output of an MLP or of experts for streams that start in this or another such block."""
         call = segment.calls[path]
 
         def at_selected(tensor: torch.Tensor) -> torch.Tensor:
             # Experts and some MLPs see all tokens as one list.
             return select(tensor.reshape(segment.rows, -1, tensor.shape[-1]))
 
-        hidden, intact = at_selected(call.hidden), at_selected(hidden_of(call.output))
+        hidden, intact = at_selected(call.hidden), at_selected(hidden_states_of(call.output))
         results = []
-        for site, jobs in groupby(starting, key=lambda job: job[0]):
-            units = [unit for _, unit in jobs]
-            if site.outlet != path:
+        for site, group in groupby(starting, key=lambda started: started[0]):
+            units = [unit for _, unit in group]
+            if site.output_module != path:
                 results.append(intact.repeat(len(units), 1, 1))
             elif site.expert is None:
                 site_input = self._site_input(site, hidden)
                 results.append(self._masked_products(site, site_input, units))
             else:
-                chosen, weights = map(at_selected, routing(site.branch, call.args))
+                chosen, weights = map(at_selected, routing(site.block, call.args))
                 results.append(self._masked_experts(site, units, hidden, chosen, weights, intact))
         return torch.cat(results)
 
     def _site_input(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
-        """Input of the mixing projection of an MLP, from that of the MLP.
+        """Input of the output projection of an MLP, from that of the MLP.
 
         Raises:
             ValueError: What the projection returns is not what the MLP returns.
         """
-        modules = {name: self.model.get_submodule(name) for name in (site.outlet, site.projection)}
+        modules = {
+            name: self.model.get_submodule(name) for name in (site.output_module, site.projection)
+        }
         with recorded_calls(modules) as calls:
-            output = hidden_of(modules[site.outlet](hidden))
+            output = hidden_states_of(modules[site.output_module](hidden))
         projected = calls[site.projection].output
         if output.shape != projected.shape or not output.allclose(projected, equal_nan=True):
             raise ValueError(
@@ -273,7 +277,7 @@ class Wavefront:
     def _masked_products(
         self, site: Site, site_input: torch.Tensor, units: list[Unit]
     ) -> torch.Tensor:
-        """Output of a mixing projection with each unit masked: `[units * rows, tokens, hidden]`."""
+        """Output of a output projection with each unit masked: `[units * rows, tokens, hidden]`."""
         masked = site_input.repeat(len(units), 1, 1).view(len(units), *site_input.shape)
         for stream, unit in zip(masked, units, strict=True):
             stream[..., slice(*unit.channels)] = 0
@@ -353,11 +357,13 @@ class Wavefront:
         scored = len(self.targets.ids)
         targets = self.targets.ids.repeat(len(hidden) // scored).to(device_of(self.model))
         step = positions_per_chunk(self.model, hidden.device)
-        form = self.suffix.calls[f"layer {len(self.layers) - 1}"].output
-        with brought_in(self.model, besides=[*self.layers, self.model.get_input_embeddings()]):
+        output_template = self.suffix.calls[f"layer {len(self.layers) - 1}"].output
+        with onloaded(self.model, besides=[*self.layers, self.model.get_input_embeddings()]):
             losses = [
                 token_losses(
-                    logits_of(self.model, self.layers, form, hidden[start : start + step]),
+                    logits_of(
+                        self.model, self.layers, output_template, hidden[start : start + step]
+                    ),
                     targets[start : start + step],
                 )
                 for start in range(0, len(hidden), step)
@@ -366,13 +372,13 @@ class Wavefront:
 
 
 def _given_last_rows(
-    module: nn.Module, form: Any, given: torch.Tensor
+    module: nn.Module, output_template: Any, given: torch.Tensor
 ) -> AbstractContextManager[None]:
     """Let `module` return `given` for its last rows, and compute the others only.
 
     Args:
         module: An attention, an MLP, its projection, or experts.
-        form: What it returned once, which says how it returns its output.
+        output_template: What it returned once, which says how it returns its output.
         given: Its output for the last rows, `[rows, tokens, hidden]`.
     """
     own = module.forward
@@ -383,18 +389,18 @@ def _given_last_rows(
         last = given.flatten(0, given.ndim - hidden.ndim)
         computed = len(hidden) - len(last)
         if computed == 0:
-            return in_form_of(form, last)
+            return repack_output(output_template, last)
         # Experts get the routing of every row; what attention gets is of the computed rows already.
         others = [arg[:computed] if len(arg) == len(hidden) else arg for arg in args]
         output = own(hidden[:computed], *others, **kwargs)
-        return in_form_of(output, torch.cat([hidden_of(output), last]))
+        return repack_output(output, torch.cat([hidden_states_of(output), last]))
 
     return replaced_forward(module, forward)
 
 
-def _other_branches(sites: Iterable[Site]) -> list[Site]:
+def _other_blocks(sites: Iterable[Site]) -> list[Site]:
     """One site of each MLP and of each module of experts."""
-    return list({site.outlet: site for site in sites if site.kind != "attention"}.values())
+    return list({site.output_module: site for site in sites if site.kind != "attention"}.values())
 
 
 def _every_position(hidden: torch.Tensor) -> torch.Tensor:
@@ -457,13 +463,13 @@ def tokens_per_batch(
         model: The model.
         budget: Bytes.
         prefix: Tokens that are computed once for all examples, and do not count.
-        sites: Those whose branches are recorded beside attention.
+        sites: Those whose blocks are recorded beside attention.
     """
     config = model.config.get_text_config(decoder=True)
     # Input of the layer, input and output of the attention, and input of its projection.
     per_token = config.num_hidden_layers * 4 * config.hidden_size * 4
-    for site in _other_branches(sites):
-        input_width = site.width if site.outlet == site.projection else config.hidden_size
+    for site in _other_blocks(sites):
+        input_width = site.width if site.output_module == site.projection else config.hidden_size
         per_token += (input_width + config.hidden_size) * 4
     # Each batch computes the prefix anew, so few large ones are better.
     wanted = tokens_per_chunk(model) // (1 if prefix else 4)

@@ -42,7 +42,7 @@ from optimum_cap.evaluation import (
 )
 from optimum_cap.models import find_sites
 from optimum_cap.pruner import CAPPruner
-from optimum_cap.runtime import Team, write_whole
+from optimum_cap.runtime import ProcessGroup, write_atomically
 from optimum_cap.scoring import DECISIVE, UnitLosses, scored_units, tensors_of
 
 logger = logging.get_logger(__name__)
@@ -218,7 +218,7 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
     """
     if jobs < 1:
         raise ValueError(f"jobs must be an integer of at least 1, got {jobs}")
-    if (size := Team.of_this_run().size) > 1:
+    if (size := ProcessGroup.current().size) > 1:
         raise ValueError(
             f"{size} processes were launched, but a study is run by one: start it without "
             "torchrun or accelerate launch, and ask for several cells at a time with jobs"
@@ -241,7 +241,7 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
     lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
     text = io.StringIO(newline="")
     csv.writer(text).writerows(lines)
-    write_whole(folder / "results.csv", text.getvalue().encode())
+    write_atomically(folder / "results.csv", text.getvalue().encode())
     return rows
 
 
@@ -269,7 +269,7 @@ def _measure_all(
                 error = "the process that measured this cell died: killed, perhaps for its memory"
                 logger.warning(f"{cell}: {error}")
                 results[file] = _result(cell, error=error)
-                write_whole(file, json.dumps(results[file], indent=1).encode())
+                write_atomically(file, json.dumps(results[file], indent=1).encode())
             del left[file]
             yield file, results[file]
 
@@ -318,7 +318,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 def _measured_and_written(cell: Cell, file: Path, study: Study, data: TaskData) -> dict[str, Any]:
     found = _measured(cell, study, data, file.parents[1])
-    write_whole(file, json.dumps(found, indent=1).encode())
+    write_atomically(file, json.dumps(found, indent=1).encode())
     return found
 
 
@@ -388,7 +388,7 @@ def _losses(
             except SafetensorError:
                 logger.warning(f"{file} is damaged: its scores are measured again")
         losses = CAPPruner(config).measure(model, tokenizer)
-        write_whole(file, save(tensors_of(losses)))
+        write_atomically(file, save(tensors_of(losses)))
     return losses
 
 
