@@ -30,9 +30,9 @@ REASONER = Path(__file__).resolve().parents[1] / "examples" / "tiny_reasoner"
 VARIANTS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"recipe": "sparsegpt"},
     "causal": {},
-    "causal, estimated": {"estimator": "first_order", "order": "projection", "target": "dense"},
-    "causal, estimated, layer by layer": {"estimator": "first_order", "target": "dense"},
-    "quick (the same, local target)": {"estimator": "first_order"},
+    "causal, estimated": {"recipe": "causal_fast", "order": "projection", "target": "dense"},
+    "causal, estimated, layer by layer": {"recipe": "causal_fast", "target": "dense"},
+    "causal_fast (the same, local target)": {"recipe": "causal_fast"},
     "causal without interventions": {"allocation": "uniform"},
     "ALPS alone": {"criterion": "alps"},
 }

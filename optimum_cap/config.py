@@ -1,4 +1,4 @@
-"""`CAPConfig`: what to prune, how, and on which evidence. Validated, versioned, JSON in and out."""
+"""`CAPConfig`: what to prune and how. Validated, versioned, and serialised as JSON."""
 
 import copy
 import dataclasses
@@ -13,18 +13,15 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_cap.formats import FORMATS, check_format_version
-from optimum_cap.methods import WHOLE_HEADS, parse_pattern
+from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
 
 CONFIG_VERSION = 1
 """Version of the fields below. A reader refuses a newer one instead of guessing at its fields."""
 
-CRITERIA = ("cap", "magnitude", "random", "wanda", "sparsegpt", "alps")
-ALLOCATIONS = ("global", "uniform", "owl", "interventional")
+ALLOCATIONS = ("global", "uniform", "owl", "interventional", "fisher")
 TARGETS = ("local", "dense")
 ORDERS = ("layer", "projection")
-_LAYER_BY_LAYER = ("wanda", "sparsegpt", "alps")
-_UPDATING = ("sparsegpt", "alps")
-_UNITS_RANKED_BY = ("cap", "magnitude", "random")  # criteria that can rank whole heads
+_BY_SENSITIVITY = ("interventional", "fisher")  # measured, estimated
 
 
 @dataclass(frozen=True)
@@ -40,18 +37,20 @@ class Method:
     @property
     def layer_by_layer(self) -> bool:
         """Whether a layer is pruned before the next one is looked at."""
-        return self.criterion in _LAYER_BY_LAYER
+        return CRITERIA[self.criterion].needs_inputs
 
     @property
     def needs_data(self) -> bool:
         """Whether anything is measured on calibration data."""
-        looked_at = ("owl", "interventional")
-        return self.criterion not in ("magnitude", "random") or self.allocation in looked_at
+        criterion = CRITERIA[self.criterion]
+        by_data = self.allocation in ("owl", *_BY_SENSITIVITY)
+        return criterion.needs_scores or criterion.needs_inputs or by_data
 
 
 RECIPES = {
     "causal": Method("alps", "interventional", "dense", "projection", 3.0),
-    "paper": Method("cap", "global"),
+    "causal_fast": Method("alps", "fisher", answer_weight=3.0),
+    "paper": Method("causal_score", "global"),
     "magnitude": Method("magnitude", "uniform"),
     "magnitude_global": Method("magnitude", "global"),
     "random": Method("random", "uniform"),
@@ -66,7 +65,7 @@ SCORED_TOKENS = ("answer", "all")
 SCORED_UNITS = ("heads", "all")
 ESTIMATORS = ("exact", "plain", "first_order", "control_variate", "adaptive")
 _CHOICES = {
-    "criterion": CRITERIA,
+    "criterion": tuple(CRITERIA),
     "allocation": ALLOCATIONS,
     "target": TARGETS,
     "order": ORDERS,
@@ -88,84 +87,89 @@ class CAPConfig(QuantizationConfigMixin):
     """Configuration of Causal Attribution Pruning.
 
     Args:
-        sparsity: Fraction of the prunable weights that become zero, strictly between 0 and 1.
-        recipe: A choice of criterion, allocation, target, order and answer_weight. `"causal"`, the
-            default: what keeps the most (`docs/quality.md`). `"paper"`: importance of a weight is
-            its magnitude times the importance of its head, one global threshold (arXiv 2606.19350,
-            Eq. 1-4). The others, to compare with: `"magnitude"`, `"magnitude_global"`, `"random"`,
-            `"wanda"`, `"sparsegpt"`, `"owl_wanda"`, `"owl_sparsegpt"`. See `docs/baselines.md`.
-        criterion: Ranks the weights, instead of the recipe's: `"cap"`, `"magnitude"`, `"random"`,
-            `"wanda"`; or `"sparsegpt"` or `"alps"`, which also update the weights they keep. With a
-            criterion, the other choices of the recipe fall away.
-        allocation: How many zeros each matrix gets, instead of the recipe's: `"global"` (one
-            threshold over all weights), `"uniform"` (the same sparsity everywhere), `"owl"`
-            (less in layers with more outliers) or `"interventional"` (less in sites that, pruned
-            alone, change the model's predictions more).
-        allocation_bound: `"interventional"` moves the sparsity of a site by at most this.
-        allocation_examples: Calibration examples that `"interventional"` measures on; `None`: as
-            many as cost one pass over all of them, but at least 16, which cost more than that where
-            a model has many sites (`optimum-cli cap estimate` says how much).
-        target: What the weights that are kept are fitted to, by criteria that update them:
-            `"local"`, the outputs that the dense matrix has for the inputs that it gets; or
-            `"dense"`, what the dense model has in the same place, including what the residual
-            stream has lost by then.
-        order: What is pruned before inputs are looked at again: a whole `"layer"`, or each
+        sparsity: Fraction of the prunable weights to set to zero, strictly between 0 and 1.
+        recipe: A preset of criterion, allocation, target, order and answer_weight. `"causal"`, the
+            default, preserves the most (`docs/quality.md`). `"causal_fast"` is its quick variant,
+            which estimates sensitivities with one backward pass instead of measuring them.
+            `"paper"` ranks a weight by its magnitude times the importance of its head, under one
+            global threshold (arXiv 2606.19350, Eq. 1-4). Baselines: `"magnitude"`,
+            `"magnitude_global"`, `"random"`, `"wanda"`, `"sparsegpt"`, `"owl_wanda"`,
+            `"owl_sparsegpt"` (`docs/baselines.md`).
+        criterion: How weights are ranked, instead of the recipe's choice: `"causal_score"`,
+            `"magnitude"`, `"random"` or `"wanda"`; `"sparsegpt"` and `"alps"` also update the
+            weights they keep. Setting `criterion` resets the recipe's other fields unless you set
+            them.
+        allocation: How many zeros each matrix gets, instead of the recipe's choice: `"global"`
+            (one threshold over all weights), `"uniform"` (the same sparsity everywhere), `"owl"`
+            (less in layers with more outliers), `"interventional"` (less in sites whose pruning
+            changes the predictions more, measured by pruning each site alone) or `"fisher"` (the
+            same, estimated with one backward pass).
+        allocation_bound: Most by which `"interventional"` and `"fisher"` move the sparsity of a
+            site.
+        allocation_examples: Number of calibration examples that sensitivities are measured on.
+            `None` takes as many as cost one pass over the calibration set, but at least 16, which
+            costs more than that for a model with many sites (`optimum-cli cap estimate` says how
+            much).
+        target: What the kept weights are fitted to, by criteria that update them: `"local"`, the
+            outputs of the dense matrix for the inputs it receives; or `"dense"`, the outputs of
+            the dense model in the same place, including what the residual stream has lost so far.
+        order: What is pruned before inputs are measured again: a whole `"layer"`, or each
             `"projection"`.
-        answer_weight: Added to the weight 1 of calibration tokens that are scored, or predict one
-            that is, in the statistics of inputs.
-        pattern: `"unstructured"`; `"N:M"`: N weights kept of every M consecutive inputs, as
-            `"2:4"`, where the sparsity is 1 - N/M; or `"heads"`: whole attention heads are removed
-            and MLPs stay dense, where the sparsity is the fraction of heads. By `"cap"` those with
-            the lowest scores, by other criteria those with the lowest mean importance of a weight.
+        answer_weight: Added to the weight 1 of calibration tokens that are scored, or that predict
+            a scored token, in the statistics of inputs.
+        pattern: `"unstructured"`; `"N:M"`, which keeps N weights of every M consecutive inputs (as
+            in `"2:4"`; the sparsity is then 1 - N/M); or `"heads"`, which removes whole attention
+            heads and leaves MLPs dense (the sparsity is then the fraction of heads). Heads are
+            ranked by their causal scores, or by the mean importance of their weights under another
+            criterion.
         owl_outlier_ratio: An outlier of OWL is this many times the mean importance of its layer.
         owl_bound: OWL lets the sparsities of two layers differ by at most twice this.
-        dataset: Calibration data. A preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
-            Hub id, a local json/jsonl/csv/parquet/txt file, a `datasets.Dataset`, a list of texts,
-            of prompt/completion pairs or of chat messages; or a list of names and files, which mix
-            evenly. See `optimum_cap.data.sources`.
+        dataset: Calibration data: a preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
+            Hub id, a local json, jsonl, csv, parquet or txt file, a `datasets.Dataset`, a list of
+            texts, of prompt/completion pairs or of chat messages; or a list of names and files,
+            which are mixed evenly. See `docs/calibration.md`.
         num_samples: Number of calibration examples.
         subsets: Number K of disjoint subsets of the calibration set (Eq. 2).
-        aggregation: How the masked losses of the subsets combine: `"median"` or `"mean"`.
-        seed: Seed of the selection of examples and of their split into subsets.
-        kv_combination: How a key/value row takes the importances of the query heads that share it
-            under grouped-query attention: `"mean"` or `"max"`.
-        scored_tokens: Which tokens count in the loss: `"answer"` (never the prompt) or `"all"`.
-        scored_units: What gets a causal score of its own: `"heads"`, as in the paper, where MLPs
+        aggregation: How the masked losses of the subsets are combined: `"median"` or `"mean"`.
+        seed: Seed for selecting examples and splitting them into subsets.
+        kv_combination: How a key/value row combines the importances of the query heads that share
+            it under grouped-query attention: `"mean"` or `"max"`.
+        scored_tokens: Tokens that count in the loss: `"answer"` (never the prompt) or `"all"`.
+        scored_units: Units with a causal score of their own: `"heads"`, as in the paper, where MLPs
             and experts take the mean importance of the heads of their layer; or `"all"`: heads,
             MLPs and experts. See `docs/scoring.md`.
-        mlp_unit_size: Channels of an MLP or expert that are one unit under `scored_units="all"`;
-            `None`: all of them.
-        estimator: How the losses with a unit masked are found: `"exact"`; `"plain"`, the same by
-            its definition, slower; or estimated: `"first_order"`, `"control_variate"`,
-            `"adaptive"`. See `docs/estimators.md`. Also how `"interventional"` knows what pruning a
-            site does: `"first_order"` estimates it with one backward pass, and is the quick variant
-            of recipe `"causal"`: unless they are given, target is `"local"` and order `"layer"`.
-        exact_examples: Examples that `"control_variate"` measures exactly, and `"adaptive"` in each
-            of its rounds; at least 2.
-        precision: Where `"adaptive"` stops: 1.96 standard errors of what the draw of examples
-            leaves open of every mean score, as a fraction of the range of the scores of all units.
-        scores: A scores file (`optimum-cli cap score`) of the same model, data and seed, instead of
-            measuring. Not saved.
-        max_length: Longest example, in tokens; longer ones are passed over. `None`: 2048, or what
-            the model can take if that is less.
-        memory_budget: Memory for activations while scoring, in bytes or as `"4GB"`; `"auto"` takes
-            half of what is free.
-        torch_compile: Compile the decoder layers while causal scores are measured, which pays in
-            long runs on a GPU (`docs/performance.md`).
-        cache_dir: Folder that keeps what has been measured and, until the model is saved, pruned
-            layers, so that a run that was stopped goes on where it was (`docs/scoring.md`); `None`
-            keeps nothing. Not saved.
+        mlp_unit_size: Number of MLP or expert channels per unit under `scored_units="all"`; `None`
+            makes each MLP and each expert one unit.
+        estimator: How the causal scores are found: measured by `"exact"` (or by `"plain"`, its
+            slower definition), or estimated by `"first_order"`, `"control_variate"` or
+            `"adaptive"`. See `docs/estimators.md`.
+        exact_examples: Number of examples that `"control_variate"` measures exactly, and
+            `"adaptive"` in each of its rounds; at least 2.
+        precision: Where `"adaptive"` stops: 1.96 standard errors of the sampling error of every
+            mean score, as a fraction of the range of the scores of all units.
+        scores: A scores file (`optimum-cli cap score`) of the same model, data and seed, to use
+            instead of measuring. Not saved.
+        max_length: Longest example in tokens; longer ones are skipped. `None` is 2048, or the
+            model's limit if that is lower.
+        memory_budget: Memory for activations while anything is measured, in bytes or as text such
+            as `"4GB"`; `"auto"` is half of the free memory. The hidden states of the calibration
+            set between two layers come on top.
+        torch_compile: Compile the decoder layers while causal scores are measured, which pays off
+            in long runs on a GPU (`docs/performance.md`).
+        resume_dir: Folder for finished measurements and, until the model is saved, pruned layers,
+            so that an interrupted run resumes (`docs/scoring.md`); `None` stores nothing. Not
+            saved.
         modules_to_leave_dense: Names of modules (or trailing parts of names, such as `"layers.0"`
-            or `"o_proj"`) that are not pruned, beside embeddings, norms, routers and the LM head,
-            which never are.
+            or `"o_proj"`) to leave dense, in addition to embeddings, norms, routers and the LM
+            head, which are never pruned.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
-            `"dense"` (zeros stored, loads without this plugin).
+            `"dense"` (zeros stored; loads without this plugin).
         tokenizer: A tokenizer, or the name of one; `None` takes the model's own. Not saved.
         config_version: Version of these fields.
 
     Raises:
-        ValueError: A value is outside what is described above; the message names it.
-        TypeError: An unknown field.
+        ValueError: A value is outside the range described above; the message names it.
+        TypeError: A field is unknown.
     """
 
     quant_method: str = field(default="cap", init=False)
@@ -197,7 +201,7 @@ class CAPConfig(QuantizationConfigMixin):
     max_length: int | None = None
     memory_budget: int | str = "auto"
     torch_compile: bool = False
-    cache_dir: str | os.PathLike[str] | None = None
+    resume_dir: str | os.PathLike[str] | None = None
     modules_to_leave_dense: list[str] = field(default_factory=list)
     checkpoint_format: str = "packed"
     tokenizer: Any = None
@@ -235,6 +239,12 @@ class CAPConfig(QuantizationConfigMixin):
             )
         if self.memory_budget != "auto":
             parse_size(self.memory_budget, "memory_budget")
+            if not self.method.needs_data:
+                raise ValueError(
+                    f"memory_budget {self.memory_budget!r} limits activations, but criterion "
+                    f"{self.method.criterion!r} with allocation {self.method.allocation!r} never "
+                    "runs the model: leave memory_budget out"
+                )
         names = self.modules_to_leave_dense
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise ValueError(
@@ -273,28 +283,25 @@ class CAPConfig(QuantizationConfigMixin):
                 "second"
             )
         method = self.method
-        if self.scores is not None and method.criterion != "cap":
+        needs_scores = CRITERIA[method.criterion].needs_scores
+        if self.scores is not None and not needs_scores:
             raise ValueError(
-                f"scores are for criterion 'cap', which uses them, got criterion "
+                f"scores are for criterion 'causal_score', which uses them, got criterion "
                 f"{method.criterion!r}: choose recipe 'paper', or leave scores out"
+            )
+        if self.estimator != "exact" and not needs_scores:
+            raise ValueError(
+                f"estimator {self.estimator!r} is for causal scores, got criterion "
+                f"{method.criterion!r}, which needs none: choose recipe 'paper', or leave "
+                "estimator out (recipe 'causal_fast' is the quick variant of 'causal')"
             )
         if not isinstance(self.torch_compile, bool):
             raise ValueError(f"torch_compile must be True or False, got {self.torch_compile!r}")
-        if self.torch_compile and (method.criterion != "cap" or self.estimator not in COMPILING):
+        if self.torch_compile and (not needs_scores or self.estimator not in COMPILING):
             raise ValueError(
                 f"torch_compile is for causal scores by estimator {', '.join(COMPILING)}, got "
                 f"criterion {method.criterion!r} and estimator {self.estimator!r}: choose recipe "
                 "'paper' and one of these, or leave torch_compile out"
-            )
-        measured = ("exact", "first_order")
-        if (
-            method.allocation == "interventional"
-            and method.criterion != "cap"
-            and self.estimator not in measured
-        ):
-            raise ValueError(
-                f"estimator {self.estimator!r} is for causal scores; allocation 'interventional' "
-                f"measures responses: choose one of {', '.join(measured)}"
             )
 
     def _check_method(self) -> None:
@@ -311,17 +318,18 @@ class CAPConfig(QuantizationConfigMixin):
         self._check_updates()
         method, pattern = self.method, parse_pattern(self.pattern)
         if self.pattern == WHOLE_HEADS and (
-            method.criterion not in _UNITS_RANKED_BY or self.allocation is not None
+            not CRITERIA[method.criterion].ranks_heads or self.allocation is not None
         ):
+            ranking = [repr(name) for name, criterion in CRITERIA.items() if criterion.ranks_heads]
             raise ValueError(
                 "pattern 'heads' ranks all heads of the model against each other: choose criterion "
-                f"'cap', 'magnitude' or 'random' and no allocation, got {method.criterion!r} with "
-                f"allocation {self.allocation!r}"
+                f"{', '.join(ranking[:-1])} or {ranking[-1]} and no allocation, got "
+                f"{method.criterion!r} with allocation {self.allocation!r}"
             )
         if method.layer_by_layer and method.allocation == "global":
             raise ValueError(
                 f"criterion {method.criterion!r} prunes layer by layer, so there is no global "
-                "threshold: choose allocation 'uniform', 'owl' or 'interventional'"
+                f"threshold: choose allocation {', '.join(ALLOCATIONS[1:])}"
             )
         if pattern is None:
             return
@@ -340,10 +348,12 @@ class CAPConfig(QuantizationConfigMixin):
     def _check_updates(self) -> None:
         """Check that choices about inputs are made for a criterion that looks at them."""
         method = self.method
+        updating = [name for name, criterion in CRITERIA.items() if criterion.updates_weights]
+        by_inputs = [name for name, criterion in CRITERIA.items() if criterion.needs_inputs]
         for name, able in (
-            ("target", _UPDATING),
-            ("order", _LAYER_BY_LAYER),
-            ("answer_weight", _LAYER_BY_LAYER),
+            ("target", updating),
+            ("order", by_inputs),
+            ("answer_weight", by_inputs),
         ):
             if getattr(method, name) != getattr(Method, name) and method.criterion not in able:
                 raise ValueError(
@@ -357,18 +367,15 @@ class CAPConfig(QuantizationConfigMixin):
 
         A criterion that was given without an allocation is combined with `"uniform"`, and so is a
         pattern N:M with a recipe that gives matrices different sparsities. All heads compete in one
-        list, by their causal scores unless the recipe or a criterion says otherwise. Who asks for
-        estimates in the place of interventions gets the quick variant of the whole recipe.
+        list, by their causal scores unless the recipe or a criterion says otherwise.
         """
         recipe = RECIPES[self.recipe]
-        if self.recipe == "causal" and self.estimator == "first_order":
-            recipe = dataclasses.replace(recipe, target="local", order="layer")
         if self.criterion is not None:
             recipe = Method(self.criterion, "uniform")
         if self.pattern == WHOLE_HEADS:
-            by_default = self.criterion is None and self.recipe == "causal"
-            recipe = Method("cap" if by_default else recipe.criterion, "global")
-        elif self.pattern != "unstructured" and recipe.allocation in ("global", "interventional"):
+            by_default = self.criterion is None and recipe.allocation in _BY_SENSITIVITY
+            recipe = Method("causal_score" if by_default else recipe.criterion, "global")
+        elif self.pattern != "unstructured" and recipe.allocation in ("global", *_BY_SENSITIVITY):
             recipe = dataclasses.replace(recipe, allocation="uniform")
         given = {name: getattr(self, name) for name in _SETTLED}
         return dataclasses.replace(
@@ -416,7 +423,7 @@ class CAPConfig(QuantizationConfigMixin):
         and the tokenizer, the scores file and the cache folder are left out.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["tokenizer"], values["scores"], values["cache_dir"]
+        del values["tokenizer"], values["scores"], values["resume_dir"]
         values["dataset"] = describe_dataset(self.dataset)
         return copy.deepcopy(values)
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from optimum_cap.checkpoint import attach
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationSet, build_calibration_set
-from optimum_cap.methods import WHOLE_HEADS, parse_pattern
+from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
 from optimum_cap.models import Matrix, find_sites, oriented, prunable_matrices, weights
 from optimum_cap.pruning import (
     PruningRun,
@@ -55,7 +55,7 @@ class CAPPruner:
         Nothing is changed before everything is known: an error or an interrupt before the last step
         leaves the model as it was. Criteria that prune layer by layer (ALPS, Wanda, SparseGPT)
         cannot do so: interrupted while they prune, they leave the first layers pruned, and say so.
-        With a `cache_dir`, a run that was stopped goes on where it was when the dense model is
+        With a `resume_dir`, a run that was stopped goes on where it was when the dense model is
         pruned again with the same config. Processes that were launched together (`torchrun`) all
         have to call this: they share what is measured.
         Of a model with weights on disk, what is pruned goes to copies in its offload folder, never
@@ -66,8 +66,8 @@ class CAPPruner:
             tokenizer: Its tokenizer, or the name of one; `None` takes the config's, then the one
                 that is saved with the model.
             dataset: Calibration data that replaces the config's.
-            losses: What `measure` returned for this model, data and seed: the criterion `cap` does
-                not measure again, whatever the sparsity, subsets and aggregation.
+            losses: What `measure` returned for this model, data and seed, which the criterion
+                `causal_score` then uses for any sparsity, subsets and aggregation.
             base_revision: Commit of the dense model on the Hub, for the record.
 
         Returns:
@@ -82,10 +82,11 @@ class CAPPruner:
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
-        if losses is not None and config.method.criterion != "cap":
+        needs_scores = CRITERIA[config.method.criterion].needs_scores
+        if losses is not None and not needs_scores:
             raise ValueError(
-                f"losses are for criterion 'cap', which makes its scores of them, got criterion "
-                f"{config.method.criterion!r}: choose recipe 'paper', or leave losses out"
+                "losses are for criterion 'causal_score', which makes its scores of them, got "
+                f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
         sites = find_sites(model, config.mlp_unit_size)
         matrices = matrices_to_prune(model, sites, config)
@@ -105,7 +106,7 @@ class CAPPruner:
             model, config, sites, matrices, calibration.examples if calibration else []
         )
 
-        if config.method.criterion == "cap":
+        if needs_scores:
             work.score_units(losses)
         if config.pattern == WHOLE_HEADS:
             work.remove_heads_()

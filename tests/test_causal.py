@@ -118,12 +118,12 @@ def test_whole_heads_go_by_their_causal_scores(llama: PreTrainedModel) -> None:
 
 
 def test_responses_can_be_estimated(llama: PreTrainedModel) -> None:
-    exact, estimated = pruned(llama), pruned(llama, estimator="first_order")
+    exact, estimated = pruned(llama), pruned(llama, recipe="causal_fast")
     assert exact.pruning_record.zeros == estimated.pruning_record.zeros
     assert not same(exact, estimated)
     assert len(estimated.pruning_record.sensitivities) == len(find_sites(llama))
-    assert same(estimated, pruned(llama, estimator="first_order"))
-    assert not same(estimated, pruned(llama, estimator="first_order", target="dense"))
+    assert same(estimated, pruned(llama, recipe="causal_fast"))
+    assert not same(estimated, pruned(llama, recipe="causal_fast", target="dense"))
 
 
 def test_each_choice_changes_what_is_pruned(llama: PreTrainedModel) -> None:
@@ -160,7 +160,7 @@ def test_half_precision_is_stored_rounded() -> None:
     assert all(weight.isfinite().all() for weight in matrices(new))
 
 
-@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"exact", "first_order"}))
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"exact"}))
 def test_other_estimators_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"estimator '{name}' is for causal scores"):
         config(estimator=name, exact_examples=4)
@@ -184,12 +184,12 @@ def test_an_interrupt_while_responses_are_measured_leaves_the_model(
     before = copy.deepcopy(llama)
     monkeypatch.setattr(DivergenceEvaluator, "divergences", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        CAPPruner(config(cache_dir=tmp_path if cached else None)).prune(llama, tiny_tokenizer())
+        CAPPruner(config(resume_dir=tmp_path if cached else None)).prune(llama, tiny_tokenizer())
     assert same(llama, before)
     assert not hasattr(llama, "pruning_record")
     kept = (
         f"what is done is kept in {tmp_path}; run the same again to go on from there"
         if cached
-        else "without a cache_dir nothing is kept, and it has to begin anew"
+        else "without a resume_dir nothing is kept, and it has to begin anew"
     )
     assert caplog.messages == [f"trying sites was stopped after 2 of 6: {kept}"]

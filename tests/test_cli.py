@@ -222,7 +222,7 @@ def test_overwrite_replaces_the_checkpoint_and_keeps_other_files(
 BAD_ARGUMENTS = {
     "--sparsity 1.5": r"sparsity must be a number strictly between 0 and 1 .* got 1\.5",
     "--sparsity half": "argument --sparsity: invalid float value: 'half'",
-    "--recipe magic": "recipe must be one of causal, paper, .*, got 'magic'",
+    "--recipe magic": "recipe must be one of causal, causal_fast, .*, got 'magic'",
     "--aggregation max": "aggregation must be one of median, mean, got 'max'",
     "--num-samples 0": "num_samples must be an integer of at least 1, got 0",
     "--num-samples 2 --subsets 3": "subsets is 3, but num_samples is only 2",
@@ -469,7 +469,7 @@ def test_a_signal_stops_with_its_status_and_leaves_what_goes_on(
     rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in range(400)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     slowly = ["--dataset", tmp_path / "many.jsonl", "--num-samples", "400", "--memory-budget", "1"]
-    slowly += ["--cache-dir", tmp_path / "scores"]
+    slowly += ["--resume-dir", tmp_path / "scores"]
     command = [OPTIMUM_CLI, "cap", "prune", *map(str, [*settings, *slowly, "-o", tmp_path / "out"])]
     with subprocess.Popen(
         command,
@@ -510,7 +510,7 @@ def test_a_killed_and_resumed_pruning_gives_the_same_checkpoint(
     checksums, chunks = [], []
     for name in ("undisturbed", "killed"):
         scores = tmp_path / f"scores of {name}"
-        flags = [*settings, *slowly, "--cache-dir", scores, "-o", tmp_path / name]
+        flags = [*settings, *slowly, "--resume-dir", scores, "-o", tmp_path / name]
         if name == "killed":
             command = [OPTIMUM_CLI, "cap", "prune", *map(str, flags)]
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
@@ -561,11 +561,12 @@ def test_help_of_other_commands(command: type[CAPSubcommand]) -> None:
 def test_choices_in_the_help_are_those_of_the_config() -> None:
     from optimum_cap import config
     from optimum_cap.formats import FORMATS
+    from optimum_cap.methods import CRITERIA
 
     texts = {field: text for _, field, _, text in _CONFIG_FLAGS}
     for field, choices in {
         "recipe": config.RECIPES,
-        "criterion": config.CRITERIA,
+        "criterion": CRITERIA,
         "allocation": config.ALLOCATIONS,
         "target": config.TARGETS,
         "order": config.ORDERS,

@@ -106,7 +106,7 @@ def on_disk(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("place", [on_disk, lambda folder: spread_out(tiny_model("llama"))])
 def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path) -> None:
     model = place(tmp_path / "weights")
-    config = CAPConfig(torch_compile=True, cache_dir=tmp_path / "cache", **FIELDS)
+    config = CAPConfig(torch_compile=True, resume_dir=tmp_path / "cache", **FIELDS)
     message = r"torch_compile takes a model that is whole on one device, .* leave torch_compile out"
     with pytest.raises(ValueError, match=message):
         CAPPruner(config).measure(model, tiny_tokenizer())

@@ -21,7 +21,7 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("recipe", "magic", "recipe must be one of causal, paper, .*, got 'magic'"),
+        ("recipe", "magic", "recipe must be one of causal, causal_fast, .*, got 'magic'"),
         ("aggregation", "mode", "aggregation must be one of median, mean, got 'mode'"),
         ("kv_combination", "sum", "kv_combination must be one of mean, max, got 'sum'"),
         ("scored_tokens", "prompt", "scored_tokens must be one of answer, all, got 'prompt'"),
@@ -71,7 +71,9 @@ def test_compiling_where_nothing_is_compiled(fields: dict[str, Any]) -> None:
 
 def test_scores_for_a_criterion_without() -> None:
     for recipe, criterion in {"wanda": "wanda", "causal": "alps"}.items():
-        message = f"scores are for criterion 'cap', .* '{criterion}': choose recipe 'paper'"
+        message = (
+            f"scores are for criterion 'causal_score', .* '{criterion}': choose recipe 'paper'"
+        )
         with pytest.raises(ValueError, match=message):
             CAPConfig(sparsity=0.2, recipe=recipe, scores="scores.safetensors")
 
@@ -168,8 +170,8 @@ def test_paths_become_text(tmp_path: Path) -> None:
 
 
 def test_what_is_no_part_of_the_method_is_not_saved() -> None:
-    saved = CAPConfig(sparsity=0.2, tokenizer=object(), cache_dir="scores").to_dict()
-    assert not {"tokenizer", "cache_dir"} & set(saved)
+    saved = CAPConfig(sparsity=0.2, tokenizer=object(), resume_dir="scores").to_dict()
+    assert not {"tokenizer", "resume_dir"} & set(saved)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,10 @@ def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> Non
         ({"recipe": "wanda", "target": "dense"}, "target 'dense' is for the criteria sparsegpt, a"),
         ({"criterion": "magnitude", "answer_weight": 2}, "answer_weight 2 is for the criteria wan"),
         ({"recipe": "paper", "order": "projection"}, "order 'projection' is for the criteria wan"),
-        ({"pattern": "heads", "target": "dense"}, "target 'dense' is for .* got criterion 'cap'"),
+        (
+            {"pattern": "heads", "target": "dense"},
+            "target 'dense' is for .* got criterion 'causal_score'",
+        ),
         (
             {"pattern": "2:4", "allocation": "interventional"},
             "'2:4' gives every matrix the same .* 'uniform', got 'interventional'",
@@ -200,7 +205,15 @@ def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> Non
         ({"allocation": "global"}, "'alps' prunes layer by layer, so there is no global threshold"),
         (
             {"estimator": "adaptive"},
-            "'adaptive' is for causal scores; .* measures responses: choose one of exact, first_o",
+            "'adaptive' is for causal scores, .* 'alps', .* 'causal_fast'",
+        ),
+        (
+            {"recipe": "wanda", "estimator": "first_order"},
+            "'first_order' is for causal scores, got",
+        ),
+        (
+            {"recipe": "magnitude", "memory_budget": "1GB"},
+            "'1GB' limits activations, .* never runs",
         ),
         ({"answer_weight": -1}, "answer_weight other than 0 must be a positive number, got -1"),
         ({"allocation_bound": 0}, "allocation_bound must be a positive number, got 0"),
@@ -225,12 +238,13 @@ def test_choices_that_do_not_go_together(changes: dict[str, Any], message: str) 
             {"criterion": "wanda", "order": "projection"},
             Method("wanda", "uniform", order="projection"),
         ),
-        ({"estimator": "first_order"}, Method("alps", "interventional", "local", "layer", 3.0)),
+        ({"recipe": "causal_fast"}, Method("alps", "fisher", "local", "layer", 3.0)),
         (
-            {"estimator": "first_order", "target": "dense"},
-            Method("alps", "interventional", "dense", "layer", 3.0),
+            {"recipe": "causal_fast", "target": "dense"},
+            Method("alps", "fisher", "dense", "layer", 3.0),
         ),
-        ({"pattern": "heads"}, Method("cap", "global")),
+        ({"recipe": "causal_fast", "pattern": "heads"}, Method("causal_score", "global")),
+        ({"pattern": "heads"}, Method("causal_score", "global")),
         ({"pattern": "heads", "criterion": "random"}, Method("random", "global")),
     ],
 )

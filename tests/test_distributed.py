@@ -224,7 +224,7 @@ def launched(how: str, command: str, output: Path, cache: Path) -> subprocess.Po
     """Start a command of `optimum-cli cap` in one process or in two."""
     words = f"{LAUNCHES[how]} optimum.commands.optimum_cli cap {command}".split()
     return subprocess.Popen(
-        [sys.executable, *words, "-o", output, "--cache-dir", cache],
+        [sys.executable, *words, "-o", output, "--resume-dir", cache],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

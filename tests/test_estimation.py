@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from optimum_cap.commands.estimate import _OF_A_MODEL, EstimateCommand
-from optimum_cap.config import CRITERIA, RECIPES, CAPConfig, Method
+from optimum_cap.config import RECIPES, CAPConfig, Method
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.estimation import run as estimation
-from optimum_cap.estimation.costs import AMOUNTS, ESTIMATORS, PRUNING, STAGES, CostModel
+from optimum_cap.estimation.costs import AMOUNTS, ESTIMATORS, PRUNING_COSTS, STAGES, CostModel
 from optimum_cap.estimation.hardware import (
     DATA_SHEETS,
     ROWS,
@@ -33,6 +33,7 @@ from optimum_cap.estimation.hardware import (
 from optimum_cap.estimation.run import estimate, lengths_of, load_config, study_hours, work_of
 from optimum_cap.estimation.work import AlpsWork, Product, Workload, count_work
 from optimum_cap.evaluation.tasks import TASKS
+from optimum_cap.methods import CRITERIA
 from optimum_cap.methods.reconstruction import alps
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import (
@@ -400,13 +401,13 @@ def test_each_ingredient_of_the_default_recipe_has_its_price() -> None:
     meter = CostModel(work, find_hardware("h100", SIZE), 2)
     shape = Workload(128, 256, 128)
 
-    def seconds(estimator: str = "exact", measured: int | None = None, **changes: Any) -> float:
+    def seconds(measured: int | None = None, **changes: Any) -> float:
         method = replace(RECIPES["causal"], **changes)
-        return meter.pruning("", method, shape, 0.5, estimator, measured).seconds
+        return meter.pruning("", method, shape, 0.5, measured).seconds
 
     whole = seconds()
     assert seconds(measured=128) > whole
-    assert seconds(allocation="uniform") < seconds("first_order") < whole
+    assert seconds(allocation="uniform") < seconds(allocation="fisher") < whole
     assert seconds(target="local", order="layer") < seconds(order="layer") < whole
     assert seconds(criterion="wanda", target="local") < seconds(criterion="alps", target="local")
     plain = meter.pruning("", Method("alps", "uniform"), shape, 0.5)
@@ -416,7 +417,7 @@ def test_each_ingredient_of_the_default_recipe_has_its_price() -> None:
 
 def test_every_task_has_an_amount_and_every_criterion_a_cost() -> None:
     assert AMOUNTS.keys() == TASKS.keys()
-    assert set(PRUNING) == set(CRITERIA)
+    assert set(PRUNING_COSTS) == {criterion.cost for criterion in CRITERIA.values()}
 
 
 def test_lengths_come_from_the_data() -> None:
@@ -519,7 +520,7 @@ def test_a_study_takes_the_estimator_of_its_recipes(study: Path) -> None:
 
 def test_a_study_of_the_default_recipe_has_an_estimate(study: Path) -> None:
     values = yaml.safe_load(study.read_text())
-    recipes = {"causal": None, "quick": {"estimator": "first_order", "order": "layer"}}
+    recipes = {"causal": None, "causal_fast": None}
     study.write_text(yaml.safe_dump({**values, "recipes": recipes}))
     row = study_hours(study, "h100").rows["llama"]
     assert row["cells"] == 1 + 2 * 4

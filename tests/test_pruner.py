@@ -49,7 +49,7 @@ def test_zeros_are_exactly_the_rounded_target(
     assert total == record.total
 
 
-@pytest.mark.parametrize("criterion", ["cap", "magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["causal_score", "magnitude", "random"])
 def test_removed_heads_are_masked_heads(criterion: str, model: PreTrainedModel) -> None:
     """Zeroing all weights of a head does what masking it does, also where keys are shared."""
     settings = config(pattern="heads", sparsity=0.5, criterion=criterion)
@@ -302,7 +302,9 @@ def test_losses_of_something_else_are_refused(tokenizer: PreTrainedTokenizerFast
     losses = CAPPruner(config()).measure(tiny_model("llama"), tokenizer)
     with pytest.raises(ValueError, match=r"12 units and 12 examples, .* 13 examples: measure them"):
         CAPPruner(config(num_samples=13)).prune(tiny_model("llama"), tokenizer, losses=losses)
-    with pytest.raises(ValueError, match=r"losses are for criterion 'cap', .* criterion 'alps'"):
+    with pytest.raises(
+        ValueError, match=r"losses are for criterion 'causal_score', .* criterion 'alps'"
+    ):
         CAPPruner(config(recipe="causal")).prune(tiny_model("llama"), tokenizer, losses=losses)
     with pytest.raises(ValueError, match="losses are of 12 units"):
         CAPPruner(config()).prune(tiny_model("gpt2"), tokenizer, losses=losses)

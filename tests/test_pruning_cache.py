@@ -25,7 +25,7 @@ FIELDS: dict[str, Any] = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 8, "s
 
 
 def pruned(model: PreTrainedModel, folder: Path | None, **fields: Any) -> PreTrainedModel:
-    config = CAPConfig(**FIELDS, cache_dir=folder, **fields)
+    config = CAPConfig(**FIELDS, resume_dir=folder, **fields)
     return CAPPruner(config).prune(model, tiny_tokenizer())
 
 
@@ -75,8 +75,8 @@ def stopped(
 
 RUNS = {
     "measured": {},
-    "estimated": {"estimator": "first_order", "target": "dense", "order": "projection"},
-    "quick": {"estimator": "first_order"},
+    "estimated": {"recipe": "causal_fast", "target": "dense", "order": "projection"},
+    "fast": {"recipe": "causal_fast"},
     "sparsegpt": {"recipe": "sparsegpt"},
     "2:4": {"pattern": "2:4"},
 }
@@ -106,10 +106,11 @@ def test_estimates_of_the_first_run_stay(
     tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with less memory free would have others in the last bits, and other shares."""
-    fields = {"estimator": "first_order"}
+    fields = {"recipe": "causal_fast"}
     expected = pruned(tiny_model("llama"), None, **fields)
     stopped(tiny_model("llama"), tmp_path, solved, 10, monkeypatch, **fields)
-    resumed = pruned(tiny_model("llama"), tmp_path, memory_budget=1, **fields)
+    monkeypatch.setattr("optimum_cap.pruning.fisher.budget_bytes", lambda *args: 1)
+    resumed = pruned(tiny_model("llama"), tmp_path, **fields)
     assert resumed.pruning_record.sensitivities == expected.pruning_record.sensitivities
     assert weights(resumed) == weights(expected)
 
@@ -238,7 +239,7 @@ def test_another_run_meets_nothing(
 ) -> None:
     pruned(tiny_model("llama"), tmp_path)
     before, count = solved.copy(), len(solved)
-    config = CAPConfig(**{**FIELDS, **change}, cache_dir=tmp_path)
+    config = CAPConfig(**{**FIELDS, **change}, resume_dir=tmp_path)
     CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
     assert solved[count:] == (before if config.pattern == "unstructured" else before[count // 2 :])
 
@@ -268,13 +269,13 @@ def test_another_layout_meets_nothing(
 
 
 def test_other_scores_meet_nothing(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"criterion": "cap", "allocation": "interventional"}
-    config = CAPConfig(**FIELDS, cache_dir=tmp_path, **fields)
+    fields: dict[str, Any] = {"criterion": "causal_score", "allocation": "interventional"}
+    config = CAPConfig(**FIELDS, resume_dir=tmp_path, **fields)
     losses = CAPPruner(config).measure(tiny_model("llama"), tiny_tokenizer())
     other = dataclasses.replace(losses, masked=losses.masked.flip(0))
     found = []
     for own, folder in ((losses, tmp_path), (other, tmp_path), (other, None)):
-        pruner = CAPPruner(dataclasses.replace(config, cache_dir=folder))
+        pruner = CAPPruner(dataclasses.replace(config, resume_dir=folder))
         found.append(pruner.prune(tiny_model("llama"), tiny_tokenizer(), losses=own))
     assert weights(found[1]) == weights(found[2])
     sensitivities = [model.pruning_record.sensitivities for model in found]
@@ -307,7 +308,7 @@ def test_what_is_damaged_is_done_again(
 def test_measured_sites_are_not_measured_again(
     tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"criterion": "cap", "allocation": "interventional"}
+    fields = {"criterion": "causal_score", "allocation": "interventional"}
     expected = pruned(tiny_model("mixtral"), None, **fields)
     total = len(solved)
     stopped(tiny_model("mixtral"), tmp_path, solved, 11, monkeypatch, **fields)

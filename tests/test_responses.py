@@ -342,7 +342,9 @@ def test_draws_have_the_moments_of_the_likelihoods_gradient() -> None:
 
 
 def test_a_branch_without_a_module_cannot_be_estimated() -> None:
-    with pytest.raises(ValueError, match=r"no module around .*fc2 that .* use estimator 'exact'"):
+    with pytest.raises(
+        ValueError, match=r"no module around .*fc2 that .* use allocation 'interventional'"
+    ):
         estimates(tiny_model("opt"), examples(3))
 
 

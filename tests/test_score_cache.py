@@ -414,7 +414,7 @@ def test_pruning_with_a_cache_is_pruning(llama: PreTrainedModel, tmp_path: Path)
     settings = {"recipe": "paper", "dataset": ROWS, "num_samples": 12}
     expected = CAPPruner(CAPConfig(0.3, **settings)).prune(copy.deepcopy(llama), tokenizer)
     for sparsity in (0.5, 0.3):
-        config = CAPConfig(sparsity, **settings, cache_dir=tmp_path)
+        config = CAPConfig(sparsity, **settings, resume_dir=tmp_path)
         pruned = CAPPruner(config).prune(copy.deepcopy(llama), tokenizer)
     assert all(
         torch.equal(tensor, pruned.state_dict()[name])

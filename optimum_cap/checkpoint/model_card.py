@@ -9,19 +9,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord, count_units
 from optimum_cap.config import CAPConfig
+from optimum_cap.methods import CRITERIA
 
 _TAGS = ["optimum-cap", "pruning", "sparse"]
-_TITLES = {
-    "cap": "Causal Attribution Pruning (arXiv 2606.19350)",
-    "magnitude": "magnitude pruning",
-    "random": "random pruning",
-    "wanda": "Wanda (arXiv 2306.11695)",
-    "sparsegpt": "SparseGPT (arXiv 2301.00774)",
-    "alps": "ALPS (arXiv 2406.07831)",
-}
 _ALLOCATIONS = {
     "owl": " and OWL (arXiv 2310.05175)",
     "interventional": " and a sparsity for each site by what pruning it alone does",
+    "fisher": " and a sparsity for each site by an estimate of what pruning it alone does",
 }
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
@@ -55,7 +49,7 @@ def model_card(
         datasets=_hub_datasets(record) or None,
         tags=[
             *_TAGS,
-            *(["causal-attribution-pruning"] if method.criterion == "cap" else []),
+            *(["causal-attribution-pruning"] if CRITERIA[method.criterion].needs_scores else []),
             *(tags or []),
         ],
     )
@@ -63,7 +57,7 @@ def model_card(
     base_line = f"[{base}](https://huggingface.co/{base})" if base_repo else _local_name(base)
     if record.base_revision:
         base_line += f" at revision `{record.base_revision}`"
-    title = f"{_TITLES[method.criterion]}{_ALLOCATIONS.get(method.allocation, '')}"
+    title = f"{CRITERIA[method.criterion].title}{_ALLOCATIONS.get(method.allocation, '')}"
     sources = ", ".join(str(source["name"]) for source in record.calibration.get("sources", []))
     rows = {
         "Base model": base_line,

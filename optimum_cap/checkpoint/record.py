@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from optimum_cap.config import CAPConfig
+
 
 @dataclass(frozen=True)
 class MatrixSparsity:
@@ -126,7 +128,8 @@ class PruningRecord:
     @property
     def responses_are(self) -> str:
         """How the sensitivities came about: `"measured"` or `"estimated"`."""
-        return "estimated" if self.config.get("estimator") == "first_order" else "measured"
+        method = CAPConfig.from_dict(self.config).method
+        return "estimated" if method.allocation == "fisher" else "measured"
 
     @property
     def zeros(self) -> int:

@@ -36,20 +36,20 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--recipe",
         "recipe",
         str,
-        "causal, paper, magnitude, magnitude_global, random, wanda, sparsegpt, owl_wanda or "
-        "owl_sparsegpt (default: causal)",
+        "causal, causal_fast, paper, magnitude, magnitude_global, random, wanda, sparsegpt, "
+        "owl_wanda or owl_sparsegpt (default: causal)",
     ),
     (
         "--criterion",
         "criterion",
         str,
-        "ranks weights: cap, magnitude, random, wanda, sparsegpt, alps (default: the recipe's)",
+        "causal_score, magnitude, random, wanda, sparsegpt or alps (default: the recipe's)",
     ),
     (
         "--allocation",
         "allocation",
         str,
-        "zeros per matrix: global threshold, uniform, owl, interventional (default: the recipe's)",
+        "zeros per matrix: global, uniform, owl, interventional, fisher (default: the recipe's)",
     ),
     (
         "--allocation-bound",
@@ -124,7 +124,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--estimator",
         "estimator",
         str,
-        "exact, plain, first_order (quick causal), control_variate or adaptive (default: exact)",
+        "causal scores: exact, plain, first_order, control_variate or adaptive (default: exact)",
     ),
     (
         "--exact-examples",
@@ -157,8 +157,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "compile layers to measure causal scores: faster in long runs on a GPU (default: False)",
     ),
     (
-        "--cache-dir",
-        "cache_dir",
+        "--resume-dir",
+        "resume_dir",
         str,
         "finished parts of a run are kept here (default: optimum_cap/scores in HF_HOME)",
     ),
@@ -238,7 +238,7 @@ class PruneCommand(CAPSubcommand):
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
         given = config_values(vars(args))
-        values = {"cache_dir": default_folder(), **given}
+        values = {"resume_dir": default_folder(), **given}
         if args.scores:
             from optimum_cap.scoring import read_scores
 

@@ -33,7 +33,7 @@ _FIELDS = (
     "max_length",
     "memory_budget",
     "torch_compile",
-    "cache_dir",
+    "resume_dir",
     "seed",
 )
 
@@ -70,7 +70,7 @@ class ScoreCommand(CAPSubcommand):
         process_group = ProcessGroup.current()
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
-        values = {"cache_dir": default_folder(), **config_values(vars(args))}
+        values = {"resume_dir": default_folder(), **config_values(vars(args))}
         # Scores are the same at every sparsity; the paper's recipe is the one that uses them.
         config = CAPConfig(sparsity=0.5, recipe="paper", **values)
         tokenizer = load_tokenizer(args)

@@ -11,6 +11,7 @@ from optimum_cap.config import COMPILING, RECIPES, CAPConfig, Method
 from optimum_cap.estimation.hardware import ROWS, WALK_ROWS, Hardware
 from optimum_cap.estimation.work import AlpsWork, ModelWork, ObsWork, OperationCount, Workload
 from optimum_cap.evaluation import TASKS
+from optimum_cap.methods import CRITERIA
 from optimum_cap.pruning import examples_to_estimate, examples_to_measure
 
 USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
@@ -118,7 +119,6 @@ class CostModel:
         method: Method,
         shape: Workload,
         sparsity: float,
-        estimator: str = "exact",
         measured: int | None = None,
     ) -> Cost:
         """Cost of pruning one copy of the model, scores given, and of its packed checkpoint.
@@ -128,16 +128,18 @@ class CostModel:
             method: What is done.
             shape: The calibration set.
             sparsity: Of the checkpoint.
-            estimator: How the allocation `"interventional"` knows its responses.
             measured: Examples that it uses; `None`: as many as it takes by itself.
         """
-        parts = [PRUNING[method.criterion](self, method, shape), self._checking()]
+        parts = [
+            PRUNING_COSTS[CRITERIA[method.criterion].cost](self, method, shape),
+            self._checking(),
+        ]
         if method.layer_by_layer:
             parts.append(self._walk(method, shape))
         if method.allocation == "owl":
             parts.append(self._outliers(shape))
-        elif method.allocation == "interventional":
-            parts.append(self._responses(method, shape, estimator, measured))
+        elif method.allocation in ("interventional", "fisher"):
+            parts.append(self._sensitivities(method, shape, measured))
         memory = self.weights + sum(part.memory for part in parts)
         devices = self._devices(memory)
         shared = sum(part.shared for part in parts)
@@ -188,12 +190,10 @@ class CostModel:
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
         return Part(walk.operations, self.seconds(walk) + self._seeing(shape) + ranking)
 
-    def _responses(
-        self, method: Method, shape: Workload, estimator: str, measured: int | None
-    ) -> "Part":
-        """The allocation `interventional`: every matrix is pruned, every site tried alone."""
+    def _sensitivities(self, method: Method, shape: Workload, measured: int | None) -> "Part":
+        """The allocations by sensitivity: sites pruned alone, or one backward pass for all."""
         work = self.work
-        if estimator == "first_order":
+        if method.allocation == "fisher":
             count = min(measured or examples_to_estimate(shape.examples), shape.examples)
             few = replace(shape, examples=count)
             tried = work.estimated_interventions(shape, count)
@@ -205,7 +205,9 @@ class CostModel:
         per_layer = [layer.sites for layer in work.layers]
         count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
         tried, walks = work.interventions(shape, count), work.intervention_walks(shape, count)
-        alone = PRUNING[method.criterion](self, replace(method, target="local"), shape)
+        alone = PRUNING_COSTS[CRITERIA[method.criterion].cost](
+            self, replace(method, target="local"), shape
+        )
         # The hidden states before the layer, and those of the site that is tried.
         hidden = count * shape.tokens * work.layers[0].hidden * self.value
         return Part(
@@ -467,11 +469,9 @@ def _widest(meter: CostModel) -> int:
     return max(product.inputs for product in meter.work.layers[0].products)
 
 
-PRUNING: dict[str, Callable[[CostModel, Method, Workload], Part]] = {
-    "cap": _threshold,
-    "magnitude": _threshold,
-    "random": _threshold,
-    "wanda": _wanda,
+PRUNING_COSTS: dict[str, Callable[[CostModel, Method, Workload], Part]] = {
+    "threshold": _threshold,
+    "rows": _wanda,
     "sparsegpt": _sparsegpt,
     "alps": _alps,
 }

@@ -19,6 +19,7 @@ from optimum_cap.estimation.costs import ESTIMATORS, Cost, CostModel
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import DEFAULT_TASKS, resolve_tasks
+from optimum_cap.methods import CRITERIA
 from optimum_cap.models import find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
@@ -363,7 +364,7 @@ def _scoring(
     measured = {
         str([getattr(config, name) for name in DECISIVE]): config
         for config in configs
-        if config.method.criterion == "cap"
+        if CRITERIA[config.method.criterion].needs_scores
     }
     seconds = []
     for config in measured.values():
@@ -386,7 +387,6 @@ def _pruning(meter: CostModel, config: CAPConfig, tokens: int) -> float:
             config.method,
             shape,
             config.sparsity,
-            config.estimator,
             config.allocation_examples,
         )
     )

@@ -23,7 +23,6 @@ from optimum_cap.methods.reconstruction import (
     ALPS_STEPS,
     BLOCK,
     FITTING_STEPS,
-    RECONSTRUCTIONS,
     correct_toward_dense,
 )
 from optimum_cap.methods.statistics import InputStatistics
@@ -36,7 +35,6 @@ __all__ = [
     "FITTING_STEPS",
     "HIGHEST",
     "LOWEST",
-    "RECONSTRUCTIONS",
     "SELECTIONS",
     "WHOLE_HEADS",
     "Criterion",

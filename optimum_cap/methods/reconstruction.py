@@ -10,6 +10,11 @@ from optimum_cap.methods.statistics import InputStatistics
 
 logger = logging.get_logger(__name__)
 
+Reconstruction = Callable[
+    [torch.Tensor, InputStatistics, int, tuple[int, int] | None, str], torch.Tensor
+]
+"""`(weight [out, in], statistics of its inputs, zeros, pattern, name)` -> new weight."""
+
 BLOCK = 128  # columns
 _DAMPING = 0.01  # of the mean of the diagonal
 _MOST_DAMPING = 1.0
@@ -254,10 +259,3 @@ def _factor_of_inverse(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         return lower, failed
     factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     return factor, failed
-
-
-Reconstruction = Callable[
-    [torch.Tensor, InputStatistics, int, tuple[int, int] | None, str], torch.Tensor
-]
-
-RECONSTRUCTIONS: dict[str, Reconstruction] = {"alps": alps, "sparsegpt": sparsegpt}

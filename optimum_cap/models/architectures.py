@@ -239,6 +239,20 @@ def stages_by_layer(sites: Iterable[Site]) -> dict[int, list[list[Matrix]]]:
     return stages
 
 
+def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
+    """Bytes that a token takes while it passes a decoder layer in float32.
+
+    Args:
+        model: The model.
+        longest: Tokens of the longest sequence.
+    """
+    config = model.config.get_text_config(decoder=True)
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # Attention that is not fused keeps its probabilities and a widened copy of them.
+    attention = 8 * config.num_attention_heads * longest
+    return int(4 * (8 * config.hidden_size + 4 * wide) + attention)
+
+
 def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Module]:
     """Return the decoder layers of `model` in order, as named by its `sites`."""
     names = {site.layer: site.layer_name for site in sites}

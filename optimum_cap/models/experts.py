@@ -48,7 +48,8 @@ def routing(module: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
         raise ValueError(
             f"the model gives {module} something else than the chosen experts and their weights "
             "[tokens, k], so its experts cannot be looked at one by one: score heads only "
-            "(scored_units='heads'), and prune with target 'local' and estimator 'exact'"
+            "(scored_units='heads'), and prune with target 'local' and another allocation than "
+            "'fisher'"
         )
     chosen, weights = args
     return chosen, weights

@@ -174,5 +174,6 @@ def check_in_memory(model: PreTrainedModel) -> None:
     if is_offloaded(model):
         raise ValueError(
             "to first order the weights have to be in memory, all at once, but some of this model "
-            "are offloaded: use estimator 'exact', or load it with a device_map that keeps them"
+            "are offloaded: use estimator 'exact' or recipe 'causal', which need one layer at a "
+            "time, or load it with a device_map that keeps all weights in memory"
         )

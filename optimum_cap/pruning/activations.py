@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_cap.config import parse_size
 from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import (
     Matrix,
     Site,
+    activation_bytes_per_token,
     decoder_layers,
     device_of,
     gated,
@@ -44,6 +46,8 @@ class LayerwisePass:
         sites: All sites of the model.
         examples: The calibration examples.
         answer_weight: Added to the weight 1 of every token that is scored or predicts one that is.
+        memory_budget: Bytes for the activations of a batch, as a number or as text such as
+            `"4GB"`; `"auto"` does not limit them.
 
     Attributes:
         layers: The decoder layers.
@@ -58,11 +62,12 @@ class LayerwisePass:
         sites: list[Site],
         examples: list[CalibrationExample],
         answer_weight: float = 0.0,
+        memory_budget: int | str = "auto",
     ) -> None:
         self.model = model
         self.layers = decoder_layers(model, sites)
         longest = max(len(example.input_ids) for example in examples)
-        size = max(1, _TOKENS_PER_BATCH.get(device_of(model).type, 2048) // longest)
+        size = max(1, _tokens_per_batch(model, longest, memory_budget) // longest)
         # How each layer returns its output is seen on a single token.
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         with recorded_calls(named) as calls:
@@ -154,6 +159,14 @@ class LayerBatch:
     def weights_on(self, device: torch.device) -> torch.Tensor | None:
         """`weights`, on a device."""
         return None if self.weights is None else self.weights.to(device)
+
+
+def _tokens_per_batch(model: PreTrainedModel, longest: int, memory_budget: int | str) -> int:
+    """Tokens that pass a layer together, so that their activations fit the budget."""
+    tokens = _TOKENS_PER_BATCH.get(device_of(model).type, 2048)
+    if memory_budget == "auto":
+        return tokens
+    return min(tokens, parse_size(memory_budget) // activation_bytes_per_token(model, longest))
 
 
 def _token_weights(batch: Batch, answer_weight: float) -> torch.Tensor | None:

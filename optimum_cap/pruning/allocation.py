@@ -64,7 +64,7 @@ def owl(
 
     Args and returns: as `uniform`.
     """
-    outliers = _outlier_shares(model, sites, layers, examples, config.owl_outlier_ratio)
+    outliers = _outlier_shares(model, sites, layers, examples, config)
     sizes = torch.tensor(
         [sum(oriented(model, matrix).numel() for matrix in own) for own in layers.values()],
         dtype=torch.float64,
@@ -90,12 +90,12 @@ def _outlier_shares(
     sites: list[Site],
     layers: Layers,
     examples: list[CalibrationExample],
-    ratio: float,
+    config: CAPConfig,
 ) -> torch.Tensor:
-    """Share of weights per layer that are more than `ratio` times the mean, float64 `[layers]`."""
+    """Share of weights per layer that are outliers, float64 `[layers]`."""
     found = []
     with evaluation_mode(model), float32_on_cpu(model):
-        walk = LayerwisePass(model, sites, examples)
+        walk = LayerwisePass(model, sites, examples, memory_budget=config.memory_budget)
         for index in range(max(layers) + 1):
             own = layers.get(index, [])
             statistics = walk.statistics(index, own, advance=True)
@@ -103,13 +103,17 @@ def _outlier_shares(
                 continue
             importances = [
                 wanda(
-                    weights(model, matrix), CriterionInputs(matrix.name, inputs=statistics[matrix])
+                    weights(model, matrix),
+                    CriterionInputs(matrix.name, statistics=statistics[matrix]),
                 )
                 for matrix in own
             ]
             count = sum(importance.numel() for importance in importances)
             mean = sum(float(importance.double().sum()) for importance in importances) / count
-            above = sum(int((importance > ratio * mean).sum()) for importance in importances)
+            above = sum(
+                int((importance > config.owl_outlier_ratio * mean).sum())
+                for importance in importances
+            )
             found.append(above / count)
     return torch.tensor(found, dtype=torch.float64)
 

@@ -175,6 +175,6 @@ def _has_room(folder: Path, size: int) -> bool:
         logger.warning(
             f"{existing} has {free / 1e9:.1f} GB left, and pruned layers are kept only where there "
             f"are {size / 1e9:.1f} GB: pruning that is stopped will start anew; name another "
-            "folder as cache_dir to keep them"
+            "folder as resume_dir to keep them"
         )
     return free >= size

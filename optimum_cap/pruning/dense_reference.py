@@ -53,6 +53,7 @@ class DenseReferencePass(LayerwisePass):
         sites: All sites of the model.
         examples: The calibration examples.
         answer_weight: As for `LayerwisePass`.
+        memory_budget: As for `LayerwisePass`.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class DenseReferencePass(LayerwisePass):
         sites: list[Site],
         examples: list[CalibrationExample],
         answer_weight: float = 0.0,
+        memory_budget: int | str = "auto",
     ) -> None:
-        super().__init__(model, sites, examples, answer_weight)
+        super().__init__(model, sites, examples, answer_weight, memory_budget)
         self._dense_hidden = [stream.hidden for stream in self.streams]
         self._dense_outputs: list[torch.Tensor] = []  # of the layer, once they are known
         self._dense_weights: dict[str, torch.Tensor] = {}

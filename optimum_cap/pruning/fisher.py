@@ -90,7 +90,7 @@ def estimate_sensitivities(
         if site.block == site.layer_name:
             raise ValueError(
                 f"{type(model).__name__} has no module around {site.name} that could be run alone, "
-                "so its sensitivity cannot be estimated: use estimator 'exact'"
+                "so its sensitivity cannot be estimated: use allocation 'interventional'"
             )
     if count is None:
         count = examples_to_estimate(len(examples))
@@ -129,7 +129,7 @@ def _estimated(
         logging.tqdm(total=len(chosen), desc="Estimating sensitivities", delay=5) as progress,
     ):
         rough = WandaApproximation(model, shares)
-        walk = LayerwisePass(model, sites, chosen, answer_weight)
+        walk = LayerwisePass(model, sites, chosen, answer_weight, memory_budget)
         for layer in range(len(walk.layers)):
             rough.look_at(walk.statistics(layer, layers.get(layer, []), advance=True))
         del walk
@@ -175,8 +175,8 @@ class WandaApproximation:
         return oriented(self._model, matrix).masked_fill(pruned, 0)
 
     def _importance(self, matrix: Matrix) -> torch.Tensor:
-        evidence = CriterionInputs(matrix.name, inputs=self._inputs[matrix])
-        return wanda(oriented(self._model, matrix), evidence)
+        inputs = CriterionInputs(matrix.name, statistics=self._inputs[matrix])
+        return wanda(oriented(self._model, matrix), inputs)
 
 
 def _gradients_of_draw(

@@ -17,7 +17,6 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample, CalibrationSet
 from optimum_cap.methods import (
     CRITERIA,
-    RECONSTRUCTIONS,
     SELECTIONS,
     Criterion,
     CriterionInputs,
@@ -173,12 +172,12 @@ class PruningRun:
     def allocate(self, zeros: int) -> dict[Matrix, int]:
         """Decide how many zeros each matrix gets."""
         model, sites, config = self.model, self.sites, self.config
-        if config.method.allocation != "interventional":
+        if config.method.allocation not in ("interventional", "fisher"):
             allocation = ALLOCATIONS[config.method.allocation]
             return allocation(model, sites, self.layers, zeros, self.examples, config)
         alike = ALLOCATIONS["uniform"](model, sites, self.layers, zeros, self.examples, config)
         kept = self._kept_responses(alike)
-        if config.estimator == "first_order":
+        if config.method.allocation == "fisher":
             self.sensitivities = estimate_sensitivities(
                 model,
                 sites,
@@ -202,6 +201,7 @@ class PruningRun:
                 self._updates,
                 config.method.answer_weight,
                 kept,
+                config.memory_budget,
             )
         return interventional(self.sensitivities, zeros, config.allocation_bound)
 
@@ -222,7 +222,13 @@ class PruningRun:
             logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
         ):
             kind = DenseReferencePass if method.target == "dense" else LayerwisePass
-            walk = kind(model, self.sites, self.examples, method.answer_weight)
+            walk = kind(
+                model,
+                self.sites,
+                self.examples,
+                method.answer_weight,
+                self.config.memory_budget,
+            )
             for index in range(count):
                 own = self.layers[index]
                 steps = stages[index] if method.order == "projection" else [own]
@@ -287,7 +293,7 @@ class PruningRun:
     @functools.cached_property
     def _cache(self) -> PruningCache | None:
         """What is known about the dense model; it is asked for before any weight is changed."""
-        folder = self.config.cache_dir
+        folder = self.config.resume_dir
         return None if folder is None else PruningCache(folder, self.model, self.examples)
 
     def _way(self, shares: Mapping[Matrix, int]) -> dict[str, Any]:
@@ -355,8 +361,9 @@ class PruningRun:
         regions = self._regions.get(matrix)
         if regions is not None:
             regions = self._in_orientation(matrix, regions)
-        evidence = CriterionInputs(matrix.name, self.config.seed, regions, inputs)
-        return self.criterion.importance(weights(self.model, matrix), evidence)
+        assert self.criterion.importance is not None
+        known = CriterionInputs(matrix.name, self.config.seed, regions, inputs)
+        return self.criterion.importance(weights(self.model, matrix), known)
 
     def _in_orientation(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
         """Turn values per weight from `[out, in]` to how the matrix is stored, or back."""
@@ -365,18 +372,18 @@ class PruningRun:
     @property
     def _updates(self) -> bool:
         """Whether the weights that are kept change too."""
-        return self.config.method.criterion in RECONSTRUCTIONS
+        return self.criterion.updates_weights
 
     def _pruned(self, matrix: Matrix, inputs: InputStatistics, zeros: int) -> torch.Tensor:
         """Return what a matrix becomes, `[out, in]`; it is not changed."""
         weight = weights(self.model, matrix)
-        if not self._updates:
+        solve = self.criterion.solve
+        if solve is None:
             keep = self._kept(self._importance(matrix, inputs), zeros)
             return weight.masked_fill(~keep.to(weight.device), 0)
         if inputs.output_error_moment is not None:
             weight = correct_toward_dense(weight, inputs, matrix.name)
-        reconstruct = RECONSTRUCTIONS[self.config.method.criterion]
-        return reconstruct(weight, inputs, zeros, self.pattern, matrix.name)
+        return solve(weight, inputs, zeros, self.pattern, matrix.name)
 
     def _kept(self, importance: torch.Tensor, zeros: int) -> torch.Tensor:
         if self.pattern is None:

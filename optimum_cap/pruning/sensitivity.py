@@ -78,6 +78,7 @@ def measure_sensitivities(
     gram: bool = True,
     answer_weight: float = 0.0,
     kept: SensitivityStore | None = None,
+    memory_budget: int | str = "auto",
 ) -> list[Sensitivity]:
     """Prune each site alone and measure what that does to the predictions of scored tokens.
 
@@ -96,6 +97,7 @@ def measure_sensitivities(
         gram: Whether `prune` needs x_i x_j of the inputs.
         answer_weight: As for `LayerwisePass`, in these statistics.
         kept: What was measured in the same way, by a run that was stopped.
+        memory_budget: As for `LayerwisePass`.
 
     Returns:
         One sensitivity for each site with matrices to prune, in the order of the model. Processes
@@ -134,7 +136,9 @@ def measure_sensitivities(
     with resume_hint_on_stop(doing, kept):
         # Closed at once whatever happens, so that the model is as it was.
         with closing(
-            _measured(model, sites, left, examples, prune, count, gram, answer_weight)
+            _measured(
+                model, sites, left, examples, prune, count, gram, answer_weight, memory_budget
+            )
         ) as measured:
             for site, divergences in measured:
                 known[site] = divergences
@@ -154,6 +158,7 @@ def _measured(
     count: int,
     gram: bool,
     answer_weight: float,
+    memory_budget: int | str,
 ) -> Generator[tuple[Site, torch.Tensor], None, None]:
     """Yield the divergences of sites, given by layer with their matrices, on the first examples."""
     if not any(groups.values()):
@@ -165,8 +170,8 @@ def _measured(
             total=sum(map(len, groups.values())), desc="Measuring sites", unit="site"
         ) as progress,
     ):
-        walk = LayerwisePass(model, sites, examples, answer_weight)
-        trial = DivergenceEvaluator(model, sites, examples[:count])
+        walk = LayerwisePass(model, sites, examples, answer_weight, memory_budget)
+        trial = DivergenceEvaluator(model, sites, examples[:count], memory_budget)
         for layer, own in groups.items():
             if not own:
                 walk.advance(layer)
@@ -227,10 +232,14 @@ class DivergenceEvaluator:
     """The dense model's predictions on some examples, and how pruned layers change them."""
 
     def __init__(
-        self, model: PreTrainedModel, sites: list[Site], examples: list[CalibrationExample]
+        self,
+        model: PreTrainedModel,
+        sites: list[Site],
+        examples: list[CalibrationExample],
+        memory_budget: int | str,
     ) -> None:
         self.model = model
-        self.walk = LayerwisePass(model, sites, examples)
+        self.walk = LayerwisePass(model, sites, examples, memory_budget=memory_budget)
         self.targets = [Targets.of(stream.batch) for stream in self.walk.streams]
         self.passed = 0
         self.together = _SETS_AT_A_TIME if is_offloaded(model) else 1

@@ -114,7 +114,7 @@ class TensorFiles:
                 logger.warning(
                     f"the cache {self.folder} cannot be written ({error.strerror}): the run goes "
                     "on, but what it finds from here on is lost if it stops; make room, or name "
-                    "another folder as cache_dir"
+                    "another folder as resume_dir"
                 )
 
     def _file(self, key: str) -> Path:

@@ -36,7 +36,7 @@ def resume_hint(kept: "Resumable | None") -> str:
         kept: Where finished parts are kept, if anywhere.
     """
     if kept is None:
-        return "without a cache_dir nothing is kept, and it has to begin anew"
+        return "without a resume_dir nothing is kept, and it has to begin anew"
     what = "not all that is done" if kept.files.failed else "what is done"
     return f"{what} is kept in {kept.files.folder}; run the same again to go on from there"
 

@@ -59,8 +59,8 @@ class Estimator:
         if self.compiles and config.torch_compile:
             check_compilable(model)
             settings["torch_compile"] = True
-        if self.resumes and config.cache_dir is not None:
-            settings["cache"] = ScoreCache(config.cache_dir, model)
+        if self.resumes and config.resume_dir is not None:
+            settings["cache"] = ScoreCache(config.resume_dir, model)
         units = scored_units(sites, config.scored_units)
         return self.function(model, sites, examples, config.memory_budget, units, **settings)
 

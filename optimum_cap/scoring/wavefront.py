@@ -26,6 +26,7 @@ from optimum_cap.models import (
     Site,
     Targets,
     Unit,
+    activation_bytes_per_token,
     call_compiled,
     call_layer,
     device_of,
@@ -481,10 +482,7 @@ def streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:
     config = model.config.get_text_config(decoder=True)
     count, longest = batch.input_ids.shape
     tokens = batch.prefix + count * (longest - batch.prefix)
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_token = 4 * (8 * config.hidden_size + 4 * wide)
-    # Attention that is not fused keeps its probabilities and a widened copy of them.
-    per_token += 8 * config.num_attention_heads * longest
+    per_token = activation_bytes_per_token(model, longest)
     # Each example reads the keys and values of the prefix, once more for grouped-query attention.
     read = count * batch.prefix * 4 * 4 * config.hidden_size
     wanted = tokens_per_chunk(model) // tokens

@@ -40,6 +40,7 @@ from optimum_cap.evaluation import (
     load_task_data,
     resolve_tasks,
 )
+from optimum_cap.methods import CRITERIA
 from optimum_cap.models import find_sites
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import ProcessGroup, write_atomically
@@ -334,7 +335,7 @@ def _measured(cell: Cell, study: Study, data: TaskData, folder: Path) -> dict[st
         tokenizer = AutoTokenizer.from_pretrained(cell.model)
         if (config := cell.config()) is not None:
             losses = None
-            if config.method.criterion == "cap":
+            if CRITERIA[config.method.criterion].needs_scores:
                 losses = _losses(cell, config, model, tokenizer, folder)
             CAPPruner(config).prune(model, tokenizer, losses=losses)
             record = model.pruning_record.to_dict()
