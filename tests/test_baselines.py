@@ -48,7 +48,9 @@ def test_zeros_are_exactly_the_rounded_target(
     recipe: str, architecture: str, model: PreTrainedModel
 ) -> None:
     if recipe == "causal_fast" and architecture == "opt":  # its MLP is no module of its own
-        with pytest.raises(ValueError, match="no module around .* use allocation 'interventional'"):
+        with pytest.raises(
+            ValueError, match=r"no module around .* use allocation 'interventional'"
+        ):
             pruned(config(recipe), model)
         return
     new = pruned(config(recipe, sparsity=0.37), model)

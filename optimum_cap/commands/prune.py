@@ -37,7 +37,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "recipe",
         str,
         "causal, causal_fast, paper, magnitude, magnitude_global, random, wanda, sparsegpt, "
-        "owl_wanda or owl_sparsegpt (default: causal)",
+        "owl_wanda, owl_sparsegpt (default: causal)",
     ),
     (
         "--criterion",
