@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.estimation import estimate
-from optimum_cap.models import find_sites
+from optimum_cap.models import ModelView, find_sites
 from optimum_cap.scoring import ESTIMATORS
 
 SIZES = {"small": (4, 8, 384), "medium": (6, 8, 512), "large": (8, 12, 768)}
@@ -47,7 +47,7 @@ def steps(
     texts = [" ".join(map(str, example.input_ids.tolist())) for example in examples]
 
     def scoring(name: str) -> Callable[[], Callable[[], object]]:
-        return lambda: lambda: ESTIMATORS[name].function(model, sites, examples)
+        return lambda: lambda: ESTIMATORS[name].function(ModelView(model, sites), examples)
 
     def pruning(name: str) -> Callable[[], Callable[[], object]]:
         config = CAPConfig(sparsity=0.5, recipe=name, dataset=texts, num_samples=count, subsets=1)

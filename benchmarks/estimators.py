@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from optimum_cap import CAPConfig
 from optimum_cap.data import build_calibration_set
-from optimum_cap.models import find_sites
+from optimum_cap.models import ModelView, find_sites
 from optimum_cap.scoring import (
     ESTIMATORS,
     SampledLosses,
@@ -148,11 +148,15 @@ def main() -> None:
     found: dict[str, list[UnitLosses]] = {name: [] for name in ESTIMATORS}
     # The first pass of a kind pays for what all later ones use.
     for estimator in ESTIMATORS.values():
-        estimator.losses(model, sites, examples[:2], dataclasses.replace(config, exact_examples=2))
+        estimator.losses(
+            ModelView(model, sites), examples[:2], dataclasses.replace(config, exact_examples=2)
+        )
     for run in range(arguments.runs):
         for name, estimator in ESTIMATORS.items():
             start = clock()
-            losses = estimator.losses(model, sites, examples, dataclasses.replace(config, seed=run))
+            losses = estimator.losses(
+                ModelView(model, sites), examples, dataclasses.replace(config, seed=run)
+            )
             seconds[name].append(clock() - start)
             found[name].append(losses)
             print(f"run {run}: {name} {seconds[name][-1]:.2f} s", file=sys.stderr)

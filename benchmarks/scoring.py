@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample, shared_prefix
 from optimum_cap.estimation import device_name
-from optimum_cap.models import Site, Unit, decoder_layers, find_sites
+from optimum_cap.models import Site, decoder_layers, find_sites
 from optimum_cap.scoring import (
     UnitLosses,
     causal_scores,
@@ -131,7 +131,7 @@ def linear_flops(layer: nn.Module) -> dict[str, int]:
 
 def floor_flops(
     model: PreTrainedModel,
-    units: list[tuple[Site, Unit]],
+    units: list[SiteUnit],
     examples: list[CalibrationExample],
 ) -> int:
     """Floating-point operations that exact scores of a Llama's heads cannot do without.

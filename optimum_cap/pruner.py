@@ -11,13 +11,12 @@ from optimum_cap.checkpoint import attach
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationSet, build_calibration_set
 from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
-from optimum_cap.models import Matrix, find_sites, oriented, prunable_matrices, weights
+from optimum_cap.models import Matrix, ModelView
 from optimum_cap.pruning import (
     PruningRun,
     matrices_to_prune,
     number_of_heads_to_remove,
     removable_heads,
-    wait_for_all,
 )
 from optimum_cap.scoring import ESTIMATORS, UnitLosses, save_scores
 
@@ -88,41 +87,31 @@ class CAPPruner:
                 "losses are for criterion 'causal_score', which makes its scores of them, got "
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
-        sites = find_sites(model, config.mlp_unit_size)
-        matrices = matrices_to_prune(model, sites, config)
-        _check_weights(model, matrices)
+        view = ModelView.of(model, config.mlp_unit_size)
+        matrices = matrices_to_prune(view, config)
+        _check_weights(view, matrices)
         if config.pattern == WHOLE_HEADS:
-            number_of_heads_to_remove(removable_heads(model, sites, matrices), config.sparsity)
-        total = sum(oriented(model, matrix).numel() for matrix in matrices)
-        zeros = round(config.sparsity * total)
-        if not 0 < zeros < total:
-            raise ValueError(
-                f"sparsity {config.sparsity} of {total} prunable weights is {zeros} zeros: ask for "
-                "a sparsity that prunes some weights and keeps some"
-            )
-        _check_pattern(model, matrices, config.pattern)
+            number_of_heads_to_remove(removable_heads(view, matrices), config.sparsity)
+        zeros = _number_of_zeros(view, matrices, config.sparsity)
+        _check_pattern(view, matrices, config.pattern)
         calibration = _calibration(model, config, tokenizer) if config.method.needs_data else None
-        work = PruningRun(
-            model, config, sites, matrices, calibration.examples if calibration else []
-        )
+        run = PruningRun(view, config, matrices, calibration.examples if calibration else [])
 
         if needs_scores:
-            work.score_units(losses)
+            run.score_units(losses)
         if config.pattern == WHOLE_HEADS:
-            work.remove_heads_()
+            run.remove_heads_()
         elif config.method.allocation == "global":
-            work.prune_below_one_threshold_(zeros)
+            run.prune_below_global_threshold_(zeros)
         else:
-            shares = work.allocate(zeros)
+            zeros_per_matrix = run.allocate(zeros)
             if config.method.layer_by_layer:
-                work.prune_layer_by_layer_(shares)
+                run.prune_layer_by_layer_(zeros_per_matrix)
             else:
-                work.prune_each_matrix_(shares)
+                run.prune_each_matrix_(zeros_per_matrix)
 
-        if config.method.layer_by_layer:
-            wait_for_all()
-        record = dataclasses.replace(work.record(calibration), base_revision=base_revision)
-        attach(model, record, work.layer_store.clear if work.layer_store else None)
+        record = dataclasses.replace(run.record(calibration), base_revision=base_revision)
+        attach(model, record, run.layer_store.clear if run.layer_store else None)
         return model
 
     def measure(
@@ -143,10 +132,10 @@ class CAPPruner:
             ValueError: As `prune`.
             OSError: The file cannot be written.
         """
-        sites = find_sites(model, self.config.mlp_unit_size)
-        _check_weights(model, prunable_matrices(sites))
+        view = ModelView.of(model, self.config.mlp_unit_size)
+        _check_weights(view, view.matrices)
         examples = _calibration(model, self.config, tokenizer).examples
-        losses = ESTIMATORS[self.config.estimator].losses(model, sites, examples, self.config)
+        losses = ESTIMATORS[self.config.estimator].losses(view, examples, self.config)
         if save_to is not None:
             save_scores(save_to, losses, model, examples, self.config)
         return losses
@@ -157,11 +146,22 @@ def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> C
     return build_calibration_set(config, tokenizer, max_length=_max_length(model))
 
 
-def _check_pattern(model: PreTrainedModel, matrices: list[Matrix], pattern: str) -> None:
+def _number_of_zeros(view: ModelView, matrices: list[Matrix], sparsity: float) -> int:
+    total = sum(view.oriented(matrix).numel() for matrix in matrices)
+    zeros = round(sparsity * total)
+    if not 0 < zeros < total:
+        raise ValueError(
+            f"sparsity {sparsity} of {total} prunable weights is {zeros} zeros: ask for a sparsity "
+            "that prunes some weights and keeps some"
+        )
+    return zeros
+
+
+def _check_pattern(view: ModelView, matrices: list[Matrix], pattern: str) -> None:
     if (parsed := parse_pattern(pattern)) is None:
         return
     for matrix in matrices:
-        if (inputs := oriented(model, matrix).shape[1]) % parsed[1]:
+        if (inputs := view.oriented(matrix).shape[1]) % parsed[1]:
             raise ValueError(
                 f"pattern {pattern!r} does not fit {matrix.name}, which has {inputs} inputs, no "
                 f"multiple of {parsed[1]}: leave it dense (modules_to_leave_dense), or choose "
@@ -169,9 +169,9 @@ def _check_pattern(model: PreTrainedModel, matrices: list[Matrix], pattern: str)
             )
 
 
-def _check_weights(model: PreTrainedModel, matrices: list[Matrix]) -> None:
+def _check_weights(view: ModelView, matrices: list[Matrix]) -> None:
     for matrix in matrices:
-        weight = weights(model, matrix)
+        weight = view.weights(matrix)
         if weight.device.type == "meta":
             raise ValueError(
                 f"{matrix.name} is on the meta device, and nothing says where its values are: "

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer
+from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
 
 
@@ -19,7 +20,7 @@ def walked(
     sites = find_sites(model)
     found: dict[Matrix, InputStatistics] = {}
     with torch.no_grad():
-        walk = LayerwisePass(model, sites, rows)
+        walk = LayerwisePass(ModelView(model, sites), rows)
         for layer, matrices in matrices_by_layer(sites).items():
             found |= walk.statistics(layer, matrices, gram, advance)
             if not advance:
@@ -75,7 +76,7 @@ def test_later_layers_see_what_was_changed_before(model: PreTrainedModel) -> Non
     rows, sites = examples(5), find_sites(model)
     layers = matrices_by_layer(sites)
     with torch.no_grad():
-        walk = LayerwisePass(model, sites, rows)
+        walk = LayerwisePass(ModelView(model, sites), rows)
         for matrix in layers[0]:
             matrix.of(model.get_parameter(matrix.parameter)).mul_(0.5)
         walk.advance(0)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.models.architectures import find_sites, matrices_by_layer, oriented
+from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.allocation import Layers, owl, uniform
 
 
@@ -23,7 +24,7 @@ def size(model: PreTrainedModel, layers: Layers, layer: int) -> int:
 def test_uniform_gives_every_matrix_its_share(model: PreTrainedModel) -> None:
     layers = layers_of(model)
     total = sum(size(model, layers, layer) for layer in layers)
-    given = uniform(model, find_sites(model), layers, 1234, [], CAPConfig(sparsity=0.3))
+    given = uniform(ModelView.of(model), layers, 1234, [], CAPConfig(sparsity=0.3))
     assert sum(given.values()) == 1234
     for matrix, zeros in given.items():
         assert abs(zeros - 1234 * oriented(model, matrix).numel() / total) < 1
@@ -58,7 +59,7 @@ def test_owl_follows_its_definition(architecture: str) -> None:
     zeros = round(0.4 * sum(sizes))
 
     config = CAPConfig(sparsity=0.4, recipe="owl_wanda", owl_outlier_ratio=3.0, owl_bound=0.05)
-    given = owl(model, sites, layers, zeros, rows, config)
+    given = owl(ModelView(model, sites), layers, zeros, rows, config)
     assert sum(given.values()) == zeros
     for matrices, n, d in zip(layers.values(), sizes, density, strict=True):
         found = sum(given[matrix] for matrix in matrices)
@@ -75,7 +76,7 @@ def test_owl_stays_within_what_a_layer_has(sparsity: float) -> None:
     total = sum(size(model, layers, layer) for layer in layers)
     zeros = round(sparsity * total)
     config = CAPConfig(sparsity=sparsity, recipe="owl_wanda", owl_bound=0.4)
-    given = owl(model, find_sites(model), layers, zeros, examples(4), config)
+    given = owl(ModelView.of(model), layers, zeros, examples(4), config)
     assert sum(given.values()) == zeros
     assert all(0 <= count <= oriented(model, matrix).numel() for matrix, count in given.items())
 
@@ -83,6 +84,6 @@ def test_owl_stays_within_what_a_layer_has(sparsity: float) -> None:
 def test_owl_without_outliers_is_uniform(llama: PreTrainedModel) -> None:
     sites, layers, rows = find_sites(llama), layers_of(llama), examples(4)
     config = CAPConfig(sparsity=0.4, recipe="owl_wanda", owl_outlier_ratio=1e6)
-    assert owl(llama, sites, layers, 999, rows, config) == uniform(
-        llama, sites, layers, 999, rows, config
+    assert owl(ModelView(llama, sites), layers, 999, rows, config) == uniform(
+        ModelView(llama, sites), layers, 999, rows, config
     )

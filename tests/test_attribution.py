@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import Batch, batches
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import Site, Unit, decoder_layers, find_sites
+from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.hooks import replaced_forward
+from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.scores import UnitLosses, causal_scores
@@ -41,7 +42,10 @@ def hand_losses(model: PreTrainedModel, row: CalibrationExample) -> float:
 
 def test_exact_equals_plain(model: PreTrainedModel) -> None:
     sites, rows = find_sites(model, mlp_unit_size=8), examples()
-    exact, plain = exact_losses(model, sites, rows), plain_losses(model, sites, rows)
+    exact, plain = (
+        exact_losses(ModelView(model, sites), rows),
+        plain_losses(ModelView(model, sites), rows),
+    )
     assert [(s.name, u.index) for s, u in exact.units] == [
         (s.name, u.index) for s, u in plain.units
     ]
@@ -54,8 +58,8 @@ def test_exact_equals_plain(model: PreTrainedModel) -> None:
 def test_a_small_budget_gives_the_same_losses(model: PreTrainedModel) -> None:
     sites, rows = find_sites(model), examples()
     torch.testing.assert_close(
-        exact_losses(model, sites, rows, memory_budget=20_000).masked,
-        exact_losses(model, sites, rows).masked,
+        exact_losses(ModelView(model, sites), rows, memory_budget=20_000).masked,
+        exact_losses(ModelView(model, sites), rows).masked,
         rtol=1e-5,
         atol=0,
     )
@@ -67,8 +71,8 @@ def test_both_attention_implementations(name: str, attention: str) -> None:
     model = tiny_model(name, attn_implementation=attention)
     sites, rows = find_sites(model), examples()
     torch.testing.assert_close(
-        exact_losses(model, sites, rows).masked,
-        plain_losses(model, sites, rows).masked,
+        exact_losses(ModelView(model, sites), rows).masked,
+        plain_losses(ModelView(model, sites), rows).masked,
         rtol=1e-5,
         atol=0,
     )
@@ -78,8 +82,8 @@ def test_post_norm_opt_equals_plain() -> None:
     model = tiny_model("opt", do_layer_norm_before=False)
     sites, rows = find_sites(model, mlp_unit_size=8), examples()
     torch.testing.assert_close(
-        exact_losses(model, sites, rows).masked,
-        plain_losses(model, sites, rows).masked,
+        exact_losses(ModelView(model, sites), rows).masked,
+        plain_losses(ModelView(model, sites), rows).masked,
         rtol=1e-5,
         atol=0,
     )
@@ -87,7 +91,7 @@ def test_post_norm_opt_equals_plain() -> None:
 
 def test_losses_are_means_over_scored_tokens(model: PreTrainedModel) -> None:
     rows = examples()
-    losses = exact_losses(model, find_sites(model), rows)
+    losses = exact_losses(ModelView.of(model), rows)
     expected = torch.tensor([hand_losses(model, row) for row in rows])
     torch.testing.assert_close(losses.intact.float(), expected, rtol=1e-5, atol=1e-6)
 
@@ -107,7 +111,7 @@ def test_padding_with_an_attention_mask_gives_the_same_losses(model: PreTrainedM
     for index, row in enumerate(rows):
         at = row.scored.nonzero().flatten()
         expected.append(-logprobs[index, at - 1, row.input_ids[at]].mean())
-    losses = exact_losses(model, find_sites(model), rows)
+    losses = exact_losses(ModelView.of(model), rows)
     torch.testing.assert_close(losses.intact.float(), torch.stack(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -116,7 +120,7 @@ def test_the_model_comes_back_as_it_was(model: PreTrainedModel) -> None:
     model.get_decoder().eval()  # a mixture of modes must survive
     modes = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    exact_losses(model, find_sites(model), examples(3))
+    exact_losses(ModelView.of(model), examples(3))
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     for module in model.modules():
@@ -129,7 +133,7 @@ def test_an_error_on_the_way_leaves_no_trace(llama: PreTrainedModel) -> None:
     rows = examples(3)
     rows[1].input_ids[0] = 10_000  # outside of the vocabulary
     with pytest.raises(IndexError):
-        exact_losses(llama, find_sites(llama), rows)
+        exact_losses(ModelView.of(llama), rows)
     for module in llama.modules():
         assert "forward" not in module.__dict__
         assert not module._forward_pre_hooks
@@ -141,9 +145,9 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sites, rows = find_sites(model), examples()
-    losses = exact_losses(model, sites, rows)
+    losses = exact_losses(ModelView(model, sites), rows)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-    widened = plain_losses(model.float(), sites, rows)
+    widened = plain_losses(ModelView(model.float(), sites), rows)
     torch.testing.assert_close(losses.masked, widened.masked, rtol=1e-5, atol=0)
 
 
@@ -206,7 +210,10 @@ def test_a_masked_head_that_lets_the_model_overflow(llama: PreTrainedModel) -> N
         output_proj[0, 8:16] = -300
     own = norm.forward
     with replaced_forward(norm, lambda x: own(x) * (x[..., :1].abs() / 16).exp()):
-        exact, plain = exact_losses(llama, sites, rows), plain_losses(llama, sites, rows)
+        exact, plain = (
+            exact_losses(ModelView(llama, sites), rows),
+            plain_losses(ModelView(llama, sites), rows),
+        )
     assert torch.equal(exact.masked.isfinite(), plain.masked.isfinite())
     assert exact.intact.isfinite().all()
     scores = causal_scores(exact, subsets=2)
@@ -221,7 +228,7 @@ def test_units_out_of_order_are_refused(llama: PreTrainedModel) -> None:
     sites = find_sites(llama)
     units = [(sites[-2], sites[-2].units[1]), (sites[0], sites[0].units[0])]
     with pytest.raises(ValueError, match=r"unit 0 of model\.layers\.0\.self_attn\.o_proj comes"):
-        exact_losses(llama, sites, examples(2), units=units)
+        exact_losses(ModelView(llama, sites), examples(2), units=units)
 
 
 def test_nonfinite_intact_loss_is_an_error() -> None:
@@ -250,20 +257,18 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception)
     class Limited(Wavefront):
         def __init__(
             self,
-            model: PreTrainedModel,
-            layers: list[nn.Module],
-            sites: list[Site],
+            view: ModelView,
             batch: Batch,
             torch_compile: bool,
         ) -> None:
-            super().__init__(model, layers, sites, batch, torch_compile)
+            super().__init__(view, batch, torch_compile)
             self.tokens_of_a_stream = batch.input_ids.numel()
 
-        def masked_losses(self, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
-            tried.append(len(jobs) * self.tokens_of_a_stream)
+        def masked_losses(self, units: list[SiteUnit]) -> torch.Tensor:
+            tried.append(len(units) * self.tokens_of_a_stream)
             if tried[-1] > tokens:
                 raise error
-            return super().masked_losses(jobs)
+            return super().masked_losses(units)
 
     monkeypatch.setattr("optimum_cap.scoring.chunks.Wavefront", Limited)
     return tried
@@ -282,9 +287,9 @@ def test_out_of_memory_goes_on_with_less(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sites, rows = find_sites(llama, mlp_unit_size=4), examples(12)
-    expected = exact_losses(llama, sites, rows)
+    expected = exact_losses(ModelView(llama, sites), rows)
     tried = limit_memory(monkeypatch, tokens, OUT_OF_MEMORY[device])
-    losses = exact_losses(llama, sites, rows)
+    losses = exact_losses(ModelView(llama, sites), rows)
     torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-6, atol=0)
     torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-6, atol=0)
     (said,) = caplog.messages
@@ -299,7 +304,7 @@ def test_out_of_memory_with_a_single_example_and_unit_is_an_error(
 ) -> None:
     limit_memory(monkeypatch, 0, OUT_OF_MEMORY["cuda"])
     with pytest.raises(MemoryError, match=r"a single example of \d+ tokens .* memory_budget"):
-        exact_losses(llama, find_sites(llama), examples(3))
+        exact_losses(ModelView.of(llama), examples(3))
 
 
 def test_another_error_is_no_lack_of_memory(
@@ -307,7 +312,7 @@ def test_another_error_is_no_lack_of_memory(
 ) -> None:
     tried = limit_memory(monkeypatch, 0, RuntimeError("a wrong shape"))
     with pytest.raises(RuntimeError, match="a wrong shape"):
-        exact_losses(llama, find_sites(llama), examples(3))
+        exact_losses(ModelView.of(llama), examples(3))
     assert len(tried) == 1
 
 
@@ -319,7 +324,7 @@ def test_memory_that_runs_out_inside_the_model_leaves_no_trace(
 ) -> None:
     """In a layer that is passed whole, under replaced forwards of the last one, in the logits."""
     sites, rows = find_sites(llama, mlp_unit_size=4), examples(12)
-    expected = exact_losses(llama, sites, rows)
+    expected = exact_losses(ModelView(llama, sites), rows)
     failures = iter([3, 7, 8])
     calls, due = 0, next(failures)
     module = llama.get_submodule(where)
@@ -332,7 +337,7 @@ def test_memory_that_runs_out_inside_the_model_leaves_no_trace(
             raise OUT_OF_MEMORY["cuda"]
 
     handle = module.register_forward_pre_hook(fail)
-    losses = exact_losses(llama, sites, rows)
+    losses = exact_losses(ModelView(llama, sites), rows)
     handle.remove()
     assert due == 0
     torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-6, atol=0)
@@ -346,6 +351,6 @@ def test_the_weights_of_attention_are_not_recorded() -> None:
     sites = find_sites(model)
     [batch] = batches(examples(3), 3)
     with torch.no_grad():
-        waves = Wavefront(model, decoder_layers(model, sites), sites, batch)
+        waves = Wavefront(ModelView(model, sites), batch)
     _, weights = waves.suffix.calls["attention 1"].output
     assert weights is None

@@ -22,6 +22,7 @@ from optimum_cap.models.architectures import (
     oriented,
     prunable_matrices,
 )
+from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.sensitivity import measure_sensitivities
 from optimum_cap.scoring.cache import ScoreCache
@@ -44,10 +45,13 @@ of_each_kind = pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 @of_each_kind
 def test_scores_are_those_of_the_cpu(name: str, device: str) -> None:
     model, rows = tiny_model(name), examples(6)
-    expected = plain_losses(model, find_sites(model), rows)
+    expected = plain_losses(ModelView.of(model), rows)
     model.to(device)
     sites = find_sites(model)
-    for losses in (exact_losses(model, sites, rows), plain_losses(model, sites, rows)):
+    for losses in (
+        exact_losses(ModelView(model, sites), rows),
+        plain_losses(ModelView(model, sites), rows),
+    ):
         torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
 
@@ -57,7 +61,9 @@ def test_scores_are_those_of_the_cpu(name: str, device: str) -> None:
 def test_scores_within_a_small_budget(name: str, device: str) -> None:
     model, rows = tiny_model(name).to(device), examples(6)
     sites = find_sites(model, mlp_unit_size=8)
-    whole, parts = (exact_losses(model, sites, rows, budget) for budget in ("1GB", 10_000))
+    whole, parts = (
+        exact_losses(ModelView(model, sites), rows, budget) for budget in ("1GB", 10_000)
+    )
     torch.testing.assert_close(parts.masked, whole.masked, rtol=1e-4, atol=1e-6)
 
 
@@ -67,13 +73,13 @@ def test_estimated_scores_are_those_of_the_cpu(name: str, device: str) -> None:
     model, rows = tiny_model(name), examples(6)
     options: dict[str, Any] = {"exact_examples": 3, "seed": 1}
     expected = [
-        first_order_losses(model, find_sites(model), rows),
-        control_variate_losses(model, find_sites(model), rows, **options),
+        first_order_losses(ModelView.of(model), rows),
+        control_variate_losses(ModelView.of(model), rows, **options),
     ]
     model.to(device)
     found = [
-        first_order_losses(model, find_sites(model), rows),
-        control_variate_losses(model, find_sites(model), rows, **options),
+        first_order_losses(ModelView.of(model), rows),
+        control_variate_losses(ModelView.of(model), rows, **options),
     ]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.masked, other.masked, rtol=1e-3, atol=1e-5)
@@ -92,9 +98,12 @@ def test_responses_are_those_of_the_cpu(name: str, device: str) -> None:
         found.append(
             [
                 *measure_sensitivities(
-                    moved, sites, layers, rows, lambda m, _, own=moved: 0.5 * oriented(own, m)
+                    ModelView(moved, sites),
+                    layers,
+                    rows,
+                    lambda m, _, own=moved: 0.5 * oriented(own, m),
                 ),
-                *estimate_sensitivities(moved, sites, layers, rows, alike),
+                *estimate_sensitivities(ModelView(moved, sites), layers, rows, alike),
             ]
         )
     for one, other in zip(*found, strict=True):
@@ -124,11 +133,11 @@ def test_every_recipe_prunes_saves_and_loads(
 def test_the_default_recipe_keeps_what_it_keeps_on_the_cpu(device: str) -> None:
     rows = examples(6)
     dense = tiny_model("llama")
-    intact = exact_losses(dense, find_sites(dense), rows).intact
+    intact = exact_losses(ModelView.of(dense), rows).intact
     found = []
     for place in ("cpu", device):
         model = pruned(copy.deepcopy(dense).to(place), None)
-        found.append(exact_losses(model, find_sites(model), rows).intact - intact)
+        found.append(exact_losses(ModelView.of(model), rows).intact - intact)
     # Another order of sums can decide between two weights, and the rest follows.
     torch.testing.assert_close(found[0].mean(), found[1].mean(), rtol=0.2, atol=0.02)
 
@@ -152,15 +161,15 @@ def test_compiled_layers_score_alike(
     model, rows = tiny_model("llama", dtype=dtype).to(device), examples(6)
     sites, cache = find_sites(model), ScoreCache(tmp_path, model)
     compiled: dict[str, Any] = {"memory_budget": BUDGET, "torch_compile": True}
-    expected = exact_losses(model, sites, rows, cache=cache, **compiled)
+    expected = exact_losses(ModelView(model, sites), rows, cache=cache, **compiled)
     assert compiled_calls
     # Rounded where the layer itself rounds, but sums are in another order.
     tolerance = 1e-4 if dtype == torch.float32 or device == "cpu" else 2e-2
-    plain = plain_losses(model, sites, rows)
+    plain = plain_losses(ModelView(model, sites), rows)
     torch.testing.assert_close(expected.masked, plain.masked, rtol=tolerance, atol=1e-6)
     for file in chunk_files(tmp_path)[::2]:
         file.unlink()
-    again = exact_losses(model, sites, rows, cache=cache, **compiled)
+    again = exact_losses(ModelView(model, sites), rows, cache=cache, **compiled)
     torch.testing.assert_close(again.masked, expected.masked, rtol=tolerance, atol=1e-6)
 
 
@@ -189,13 +198,13 @@ def test_scores_outlive_a_full_cuda_device(caplog: pytest.LogCaptureFixture) -> 
     model, rows = tiny_model("llama").to("cuda"), examples(512, longest=60)
     sites = find_sites(model)
     torch.cuda.reset_peak_memory_stats()
-    expected = exact_losses(model, sites, rows)
+    expected = exact_losses(ModelView(model, sites), rows)
     needed = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties("cuda").total_memory
     torch.cuda.set_per_process_memory_fraction(0.6 * needed / total)
     try:
-        losses = exact_losses(model, sites, rows, memory_budget=total)
+        losses = exact_losses(ModelView(model, sites), rows, memory_budget=total)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "memory ran out" in caplog.text

@@ -159,12 +159,12 @@ TRIALS = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from test_pruning_cache import *
-from optimum_cap.pruning.run import PruningRun
+from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.runtime.digests import digest_of
 
 torch.set_num_threads(1)
-solved, own = [], PruningRun._pruned
-PruningRun._pruned = lambda self, *args: solved.append(args[0].name) or own(self, *args)
+solved, own = [], MatrixPruner.pruned
+MatrixPruner.pruned = lambda self, *args: solved.append(args[0].name) or own(self, *args)
 model = pruned(tiny_model("mixtral"), Path(sys.argv[1]))
 print(digest_of(dict(model.state_dict())), len(solved))
 """

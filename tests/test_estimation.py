@@ -38,13 +38,13 @@ from optimum_cap.methods.reconstruction import alps
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import (
     Matrix,
-    decoder_layers,
     find_sites,
     matrices_by_layer,
     oriented,
     stages_by_layer,
 )
 from optimum_cap.models.modes import evaluation_mode
+from optimum_cap.models.view import ModelView
 from optimum_cap.pruning import activations
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.dense_reference import DenseReferencePass
@@ -105,7 +105,7 @@ def test_plain_scoring_takes_the_operations_that_pytorch_counts(architecture: st
     model = eager_model(architecture)
     sites = find_sites(model)
     heads = [site for site in sites if site.kind == "attention"]
-    real = counted(lambda: plain_losses(model, heads, examples()))
+    real = counted(lambda: plain_losses(ModelView(model, heads), examples()))
     assert count_work(model, sites).plain(SHAPE).operations == pytest.approx(real, rel=1e-3)
 
 
@@ -114,7 +114,7 @@ def test_exact_scoring_takes_the_operations_that_pytorch_counts(architecture: st
     model = eager_model(architecture)
     sites = find_sites(model)
     heads = [site for site in sites if site.kind == "attention"]
-    real = counted(lambda: exact_losses(model, heads, examples()))
+    real = counted(lambda: exact_losses(ModelView(model, heads), examples()))
     assert count_work(model, sites).exact(SHAPE).operations == pytest.approx(real, rel=1e-3)
 
 
@@ -126,10 +126,10 @@ def test_scoring_all_units_takes_the_operations_that_pytorch_counts(
     model = eager_model(architecture)
     sites = find_sites(model, mlp_unit_size)
     work = count_work(model, sites, "all")
-    real = counted(lambda: plain_losses(model, sites, examples()))
+    real = counted(lambda: plain_losses(ModelView(model, sites), examples()))
     assert work.plain(SHAPE).operations == pytest.approx(real, rel=1e-3)
     # Within 3 %: how many tokens reach an expert is assumed, and MLPs are computed once per chunk.
-    real = counted(lambda: exact_losses(model, sites, examples()))
+    real = counted(lambda: exact_losses(ModelView(model, sites), examples()))
     assert work.exact(SHAPE).operations == pytest.approx(real, rel=0.03)
 
 
@@ -142,7 +142,7 @@ def test_exact_scoring_after_a_prefix_takes_the_operations_that_pytorch_counts()
     (batch,) = batches(examples(), SHAPE.examples, 24)
 
     def measure() -> None:
-        stream = wavefront.Wavefront(model, decoder_layers(model, sites), sites, batch)
+        stream = wavefront.Wavefront(ModelView(model, sites), batch)
         stream.intact_losses()
         stream.masked_losses(jobs)
 
@@ -169,7 +169,7 @@ def walk_layers(
     """What passes all layers as pruning does, without the set-up that nothing counts."""
     sites = find_sites(model)
     with evaluation_mode(model):
-        walk = kind(model, sites, examples())
+        walk = kind(ModelView(model, sites), examples())
     stages = stages_by_layer(sites) if by_projection else None
 
     def run() -> None:
@@ -218,13 +218,17 @@ def test_interventions_take_the_operations_that_pytorch_counts(architecture: str
     work = count_work(model, sites)
     prune = unchanged(model)
     real = counted(
-        lambda: measure_sensitivities(model, sites, layers, examples(), prune, 1, gram=False)
+        lambda: measure_sensitivities(
+            ModelView(model, sites), layers, examples(), prune, 1, gram=False
+        )
     )
     assert work.interventions(SHAPE, 1).operations == pytest.approx(real, rel=0.02)
     if architecture == "opt":  # where nothing can be estimated
         return
     zeros = {matrix: 1 for own in layers.values() for matrix in own}
-    real = counted(lambda: estimate_sensitivities(model, sites, layers, examples(), zeros, 2))
+    real = counted(
+        lambda: estimate_sensitivities(ModelView(model, sites), layers, examples(), zeros, 2)
+    )
     # Within 15 %: the gradient stops at the outlets of the first of three layers.
     assert work.estimated_interventions(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
 
@@ -671,7 +675,7 @@ def test_disk_of_scores_is_that_of_losses_and_of_the_files_of_chunks(
     ]
     sites = find_sites(model)
     heads = [site for site in sites if site.kind == "attention"]
-    exact_losses(model, heads, rows, cache=ScoreCache(tmp_path, model))
+    exact_losses(ModelView(model, heads), rows, cache=ScoreCache(tmp_path, model))
     chunks = len(list(tmp_path.rglob("*.safetensors"))) - 2  # without the budget and the prefix
     meter = CostModel(count_work(model, sites), replace(find_hardware("h100", SIZE), kind="cpu"), 4)
     found = meter.scoring("exact", replace(SHAPE, examples=count))

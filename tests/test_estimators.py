@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from optimum_cap import config
 from optimum_cap.data.batches import Batch
 from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.models.view import ModelView
 from optimum_cap.scoring import first_order, sampling
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.exact import exact_losses
@@ -57,8 +58,8 @@ def scaled_losses(model: PreTrainedModel, site: Site, unit: Unit, factor: float)
 def test_first_order_is_the_derivative(model: PreTrainedModel) -> None:
     """Central differences of the loss in the scale of a unit, on every architecture."""
     sites = find_sites(model, mlp_unit_size=8)
-    found = first_order_losses(model, sites, examples())
-    assert names(found) == names(plain_losses(model, sites, examples(2)))
+    found = first_order_losses(ModelView(model, sites), examples())
+    assert names(found) == names(plain_losses(ModelView(model, sites), examples(2)))
     torch.testing.assert_close(found.intact, example_losses(model, examples()), rtol=1e-5, atol=0)
     errors = []
     for index in range(0, len(found.units), 5):
@@ -74,7 +75,7 @@ def test_first_order_of_experts_is_the_gradient_in_their_columns(name: str) -> N
     """By autograd in a factor on the columns of each unit, on whole examples one at a time."""
     model, rows = tiny_model(name), examples(3)
     sites = [site for site in find_sites(model, mlp_unit_size=8) if site.kind == "expert"]
-    found = first_order_losses(model, sites, rows)
+    found = first_order_losses(ModelView(model, sites), rows)
     assert len(found.units) >= 16
     model.requires_grad_(False)
     for index, (_, unit) in enumerate(found.units):
@@ -96,7 +97,7 @@ def test_channels_add_up_to_their_group(name: str) -> None:
     model, rows = tiny_model(name), examples(4)
     channels, groups = (
         first_order_losses(
-            model, [s for s in find_sites(model, size) if s.kind != "attention"], rows
+            ModelView(model, [s for s in find_sites(model, size) if s.kind != "attention"]), rows
         )
         for size in (1, 5)
     )
@@ -108,7 +109,7 @@ def test_channels_add_up_to_their_group(name: str) -> None:
 def test_first_order_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     model.train()
     learning = [parameter.requires_grad for parameter in model.parameters()]
-    first_order_losses(model, find_sites(model), examples(3))
+    first_order_losses(ModelView.of(model), examples(3))
     assert all(module.training for module in model.modules())
     assert [parameter.requires_grad for parameter in model.parameters()] == learning
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -119,8 +120,8 @@ def test_first_order_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
 def test_a_small_budget_gives_the_same_first_order(llama: PreTrainedModel) -> None:
     sites = find_sites(llama)
     torch.testing.assert_close(
-        first_order_losses(llama, sites, examples(), memory_budget=20_000).masked,
-        first_order_losses(llama, sites, examples()).masked,
+        first_order_losses(ModelView(llama, sites), examples(), memory_budget=20_000).masked,
+        first_order_losses(ModelView(llama, sites), examples()).masked,
         rtol=1e-5,
         atol=1e-6,
     )
@@ -130,7 +131,7 @@ def test_first_order_goes_on_in_smaller_batches_where_memory_runs_out(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sites, rows = find_sites(llama), examples()
-    expected = first_order_losses(llama, sites, rows)
+    expected = first_order_losses(ModelView(llama, sites), rows)
     own, sizes = first_order._scored_losses, list[int]()
 
     def scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -140,7 +141,7 @@ def test_first_order_goes_on_in_smaller_batches_where_memory_runs_out(
         return own(model, batch)
 
     monkeypatch.setattr(first_order, "_scored_losses", scored_losses)
-    losses = first_order_losses(llama, sites, rows)
+    losses = first_order_losses(ModelView(llama, sites), rows)
     torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
     assert max(sizes) > 2
     assert set(sizes[2:]) <= {1, 2, sizes[0] // 2, sizes[0] - sizes[0] // 2}
@@ -150,9 +151,9 @@ def test_first_order_goes_on_in_smaller_batches_where_memory_runs_out(
 def test_first_order_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype)
     sites = find_sites(model)
-    narrow = first_order_losses(model, sites, examples())
+    narrow = first_order_losses(ModelView(model, sites), examples())
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    wide = first_order_losses(model.float(), sites, examples())
+    wide = first_order_losses(ModelView(model.float(), sites), examples())
     torch.testing.assert_close(narrow.masked, wide.masked, rtol=1e-6, atol=0)
 
 
@@ -171,17 +172,19 @@ def test_control_variate_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch)
     """The mean over all possible draws is the exact loss, of every unit and every example."""
     model, rows = tiny_model(name), examples(7)
     sites = [site for site in find_sites(model) if site.kind == "attention"]
-    first_order = first_order_losses(model, sites, rows)
+    first_order = first_order_losses(ModelView(model, sites), rows)
     chances = chances_of_drawing(first_order, 2)
     assert chances.unique().numel() == 7
     estimates, probabilities = [], []
     for start, probability in all_draws(chances):
         drawn = draw_examples(chances, start)
         monkeypatch.setattr(sampling, "draw_examples", lambda *args, drawn=drawn, **_: drawn)
-        estimates.append(control_variate_losses(model, sites, rows, exact_examples=2).masked)
+        estimates.append(
+            control_variate_losses(ModelView(model, sites), rows, exact_examples=2).masked
+        )
         probabilities.append(probability)
     assert len(estimates) >= 6
-    exact = plain_losses(model, sites, rows).masked
+    exact = plain_losses(ModelView(model, sites), rows).masked
     mean = torch.einsum("d,due->ue", torch.tensor(probabilities).double(), torch.stack(estimates))
     torch.testing.assert_close(mean, exact, rtol=1e-5, atol=1e-6)
     # The agreement means something: one draw, and the first-order losses, are off by far more.
@@ -318,10 +321,10 @@ def test_the_draw_takes_one_of_each_block_with_equal_chance() -> None:
 
 def test_all_examples_drawn_is_exact(llama: PreTrainedModel) -> None:
     sites, rows = find_sites(llama), examples(6)
-    exact = exact_losses(llama, sites, rows)
+    exact = exact_losses(ModelView(llama, sites), rows)
     for losses in (
-        control_variate_losses(llama, sites, rows, exact_examples=6),
-        adaptive_losses(llama, sites, rows, exact_examples=2, precision=1e-9),
+        control_variate_losses(ModelView(llama, sites), rows, exact_examples=6),
+        adaptive_losses(ModelView(llama, sites), rows, exact_examples=2, precision=1e-9),
     ):
         torch.testing.assert_close(losses.masked, exact.masked, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
@@ -334,9 +337,9 @@ def test_all_examples_drawn_is_exact(llama: PreTrainedModel) -> None:
 
 def test_more_exact_examples_than_examples(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="exact_examples is 8, but there are only 7"):
-        control_variate_losses(llama, find_sites(llama), examples(7), exact_examples=8)
+        control_variate_losses(ModelView.of(llama), examples(7), exact_examples=8)
     with pytest.raises(ValueError, match="exact_examples is 1, but a standard error takes"):
-        adaptive_losses(llama, find_sites(llama), examples(7), exact_examples=1)
+        adaptive_losses(ModelView.of(llama), examples(7), exact_examples=1)
 
 
 def sampled(
@@ -389,8 +392,8 @@ def test_a_certain_example_is_what_was_measured_whatever_the_first_order_says(
     broken = overflowing(first_order_losses, unit=1, example=3)
     monkeypatch.setattr(sampling, "first_order_losses", broken)
     sites, rows = find_sites(llama), examples(6)
-    losses = control_variate_losses(llama, sites, rows, exact_examples=6)
-    exact = exact_losses(llama, sites, rows)
+    losses = control_variate_losses(ModelView(llama, sites), rows, exact_examples=6)
+    exact = exact_losses(ModelView(llama, sites), rows)
     torch.testing.assert_close(losses.masked, exact.masked, rtol=0, atol=1e-6)
     assert losses.standard_errors is not None
     assert losses.standard_errors.isfinite().all()
@@ -401,7 +404,7 @@ def test_standard_errors_of_the_control_variate_cover() -> None:
     model, rows = tiny_model("llama"), examples(300)
     sites = [site for site in find_sites(model) if site.kind == "attention"]
     exact, first_order = (
-        method(model, sites, rows) for method in (exact_losses, first_order_losses)
+        method(ModelView(model, sites), rows) for method in (exact_losses, first_order_losses)
     )
     truth = (exact.masked - exact.intact).mean(dim=1)
     random = np.random.default_rng(0)
@@ -434,18 +437,18 @@ def test_adaptive_spends_where_the_interval_is_wide(
     monkeypatch.setattr(sampling, "exact_losses", counting)
     sites = [site for site in find_sites(llama) if site.kind == "attention"]
     rows = examples(24)
-    loose = adaptive_losses(llama, sites, rows, exact_examples=4, precision=0.2)
+    loose = adaptive_losses(ModelView(llama, sites), rows, exact_examples=4, precision=0.2)
     units = [units for units, _ in measured]
     assert units == sorted(units, reverse=True)
     assert units[0] == 12
     assert len(units) > 1
     assert sum(math.prod(shape) for shape in measured) < 12 * 24
     scores = causal_scores(loose, 1, "mean").scores
-    exact = causal_scores(exact_losses(llama, sites, rows), 1, "mean").scores
+    exact = causal_scores(exact_losses(ModelView(llama, sites), rows), 1, "mean").scores
     assert (scores - exact).abs().max() < 2 * 0.2 * (exact.max() - exact.min())
 
     measured.clear()
-    adaptive_losses(llama, sites, rows, exact_examples=4, precision=1e9)
+    adaptive_losses(ModelView(llama, sites), rows, exact_examples=4, precision=1e9)
     assert measured == [(12, 4)], "one round is the least"
 
 
@@ -454,7 +457,7 @@ def test_adaptive_meets_a_lack_of_memory_once(
 ) -> None:
     tried = limit_memory(monkeypatch, 100, OUT_OF_MEMORY["cuda"])
     rows = examples(24)
-    adaptive_losses(llama, find_sites(llama), rows, exact_examples=4, precision=1e-9)
+    adaptive_losses(ModelView.of(llama), rows, exact_examples=4, precision=1e-9)
     assert [message for message in caplog.messages if "memory ran out" in message] == (
         caplog.messages
     )
@@ -468,7 +471,7 @@ def test_an_exact_loss_that_overflows_is_left_out(
     broken = overflowing(exact_losses, unit=2, example=0)
     monkeypatch.setattr(sampling, "exact_losses", broken)
     rows = examples(12)
-    losses = control_variate_losses(llama, find_sites(llama), rows, exact_examples=4)
+    losses = control_variate_losses(ModelView.of(llama), rows, exact_examples=4)
     scores = causal_scores(losses)
     assert scores.nonfinite.tolist() == [0, 0, 1, *[0] * (len(scores.units) - 3)]
     assert scores.scores.isfinite().all()

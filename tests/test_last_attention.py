@@ -16,8 +16,9 @@ from transformers import Cache, PreTrainedModel
 
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import decoder_layers, find_sites
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import replaced_forward
+from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.last_attention import LastAttention
 from optimum_cap.scoring.wavefront import Wavefront
 
@@ -31,7 +32,7 @@ def wavefront_of(
     sites = find_sites(model)
     [batch] = batches(rows, len(rows), prefix)
     with torch.no_grad():
-        return Wavefront(model, decoder_layers(model, sites), sites, batch)
+        return Wavefront(ModelView(model, sites), batch)
 
 
 def last_attention(

@@ -22,10 +22,11 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.data.calibration import build_calibration_set
-from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.hooks import masked_unit
 from optimum_cap.models.modes import float32_on_cpu
 from optimum_cap.models.offload import offloading_hook
+from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
@@ -101,12 +102,12 @@ def test_scores_are_those_in_memory(architecture: str, dtype: torch.dtype, tmp_p
     folder = saved(tmp_path / "model", architecture, dtype=dtype)
     in_memory = AutoModelForCausalLM.from_pretrained(folder)
     examples = build_calibration_set(config(), tiny_tokenizer()).examples
-    expected = plain_losses(in_memory, find_sites(in_memory), examples)
+    expected = plain_losses(ModelView.of(in_memory), examples)
     model = on_disk(folder, tmp_path / "offload")
-    losses = exact_losses(model, find_sites(model), examples)
+    losses = exact_losses(ModelView.of(model), examples)
     torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
-    same = exact_losses(in_memory, find_sites(in_memory), examples)
+    same = exact_losses(ModelView.of(in_memory), examples)
     assert torch.equal(losses.masked, same.masked)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -129,10 +130,10 @@ def test_chunks_of_an_offloaded_model_serve_it_in_memory(tmp_path: Path) -> None
     )
     examples = build_calibration_set(config(), tiny_tokenizer()).examples
     cache = ScoreCache(tmp_path / "cache", model)
-    losses = exact_losses(model, find_sites(model), examples, "1MB", cache=cache)
+    losses = exact_losses(ModelView.of(model), examples, "1MB", cache=cache)
     same = ScoreCache(tmp_path / "cache", in_memory)
     kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    again = exact_losses(in_memory, find_sites(in_memory), examples, "1MB", cache=same)
+    again = exact_losses(ModelView.of(in_memory), examples, "1MB", cache=same)
     assert torch.equal(losses.masked, again.masked)
     assert sorted((tmp_path / "cache").rglob("*.safetensors")) == kept
 
@@ -141,7 +142,7 @@ def test_first_order_needs_the_weights_in_memory(tmp_path: Path) -> None:
     model = on_disk(saved(tmp_path / "model"), tmp_path / "offload")
     examples = build_calibration_set(config(), tiny_tokenizer()).examples
     with pytest.raises(ValueError, match="to first order the weights have to be in memory"):
-        first_order_losses(model, find_sites(model), examples)
+        first_order_losses(ModelView.of(model), examples)
 
 
 def test_each_layer_is_brought_in_once_per_chunk(
@@ -152,19 +153,19 @@ def test_each_layer_is_brought_in_once_per_chunk(
     chunks = []
     own = Wavefront.masked_losses
 
-    def watched(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+    def watched(self: Wavefront, units: list[SiteUnit]) -> torch.Tensor:
         loads.clear()
-        losses = own(self, jobs)
-        chunks.append(len(jobs))
+        losses = own(self, units)
+        chunks.append(len(units))
         for name in model.state_dict():
             in_layer = name.startswith("model.layers.")
-            passed = in_layer and int(name.split(".")[2]) < jobs[0][0].layer
+            passed = in_layer and int(name.split(".")[2]) < units[0][0].layer
             unused = passed or name.startswith("model.embed_tokens")
             assert loads[name] == (0 if unused else 1), name
         return losses
 
     monkeypatch.setattr(Wavefront, "masked_losses", watched)
-    exact_losses(model, find_sites(model), examples, memory_budget="1MB")
+    exact_losses(ModelView.of(model), examples, memory_budget="1MB")
     assert len(chunks) > 3
     assert max(chunks) > 1
 

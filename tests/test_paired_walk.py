@@ -26,6 +26,7 @@ from optimum_cap.models.architectures import (
 from optimum_cap.models.hooks import hidden_states_of, recorded_calls
 from optimum_cap.models.modes import evaluation_mode
 from optimum_cap.models.offload import writable_weights
+from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.dense_reference import DenseReferencePass
 
@@ -41,7 +42,7 @@ def walked(
     sites = find_sites(model)
     found: dict[Matrix, InputStatistics] = {}
     with evaluation_mode(model):
-        walk = DenseReferencePass(model, sites, rows, **options)
+        walk = DenseReferencePass(ModelView(model, sites), rows, **options)
         for layer, stages in stages_by_layer(sites).items():
             walk.begin(layer)
             for stage in stages:
@@ -204,7 +205,7 @@ def test_answers_weigh_more(kind: type[LayerwisePass], model: PreTrainedModel) -
     expected = observed_inputs(model, rows)
     factor = torch.cat([1 + 2.5 * predicts(row) for row in rows]).double()
     with evaluation_mode(model):
-        walk = kind(model, sites, rows, 2.5)
+        walk = kind(ModelView(model, sites), rows, 2.5)
         for layer, matrices in matrices_by_layer(sites).items():
             walk.begin(layer)
             found = walk.statistics(layer, matrices, gram=True)
@@ -234,7 +235,7 @@ def test_answers_weigh_more(kind: type[LayerwisePass], model: PreTrainedModel) -
 def test_outlets_join_the_stream_where_nothing_is_behind_them(name: str, joining: set[str]) -> None:
     model = tiny_model(name)
     with evaluation_mode(model):
-        walk = DenseReferencePass(model, find_sites(model), examples(4))
+        walk = DenseReferencePass(ModelView.of(model), examples(4))
         walk.begin(0)
         prefix = f"{find_sites(model)[0].layer_name}."
         assert walk._joining_outlets(0) == {prefix + path for path in joining}
@@ -292,7 +293,7 @@ def test_a_matrix_that_does_not_run_is_an_error(llama: PreTrainedModel) -> None:
     sites = find_sites(llama)
     llama.model.layers[0].mlp.forward = lambda hidden: hidden
     with evaluation_mode(llama):
-        walk = DenseReferencePass(llama, sites, examples(3))
+        walk = DenseReferencePass(ModelView(llama, sites), examples(3))
         walk.begin(0)
         with pytest.raises(ValueError, match=r"did not run model\.layers\.0\.mlp\.down_proj, who"):
             walk.statistics(0, stages_by_layer(sites)[0][-1])
@@ -301,7 +302,7 @@ def test_a_matrix_that_does_not_run_is_an_error(llama: PreTrainedModel) -> None:
 def test_statistics_may_be_asked_for_again(llama: PreTrainedModel) -> None:
     sites, rows = find_sites(llama), examples(4)
     with evaluation_mode(llama):
-        walk = DenseReferencePass(llama, sites, rows)
+        walk = DenseReferencePass(ModelView(llama, sites), rows)
         walk.begin(0)
         stage = stages_by_layer(sites)[0][-1]
         first, second = (walk.statistics(0, stage)[stage[0]] for _ in range(2))

@@ -14,6 +14,7 @@ from optimum_cap.data.calibration import build_calibration_set
 from optimum_cap.models.architectures import find_sites, prunable_matrices
 from optimum_cap.models.architectures import heads as attention_heads
 from optimum_cap.models.hooks import masked_unit
+from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
@@ -109,7 +110,7 @@ def paper_zeros(model: PreTrainedModel, tokenizer: Any, settings: CAPConfig) -> 
     """The paper's recipe for a Llama, spelled out: hooked passes, a sort, loops over heads."""
     examples = build_calibration_set(settings, tokenizer).examples
     sites = [site for site in find_sites(model) if site.kind == "attention"]
-    scores = causal_scores(plain_losses(model, sites, examples), settings.subsets).scores
+    scores = causal_scores(plain_losses(ModelView(model, sites), examples), settings.subsets).scores
     low, high = scores.min(), scores.max()
     importance = (1 + 9 * (scores - low) / (high - low)).view(len(model.model.layers), -1)
     weighted = {}

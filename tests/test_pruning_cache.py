@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.models.architectures import Matrix
-from optimum_cap.pruning.run import PruningRun
+from optimum_cap.pruning.matrix_pruner import MatrixPruner
 
 ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 FIELDS: dict[str, Any] = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 8, "subsets": 2}
@@ -41,13 +41,13 @@ def layer_files(folder: Path) -> list[Path]:
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the matrices that are pruned from now on, trials of sites included."""
     names: list[str] = []
-    own = PruningRun._pruned
+    own = MatrixPruner.pruned
 
-    def counting(self: PruningRun, matrix: Matrix, *args: Any) -> torch.Tensor:
+    def counting(self: MatrixPruner, matrix: Matrix, *args: Any) -> torch.Tensor:
         names.append(matrix.name)
         return own(self, matrix, *args)
 
-    monkeypatch.setattr(PruningRun, "_pruned", counting)
+    monkeypatch.setattr(MatrixPruner, "pruned", counting)
     return names
 
 
@@ -60,15 +60,15 @@ def stopped(
     **fields: Any,
 ) -> None:
     """Prune, and interrupt that once so many matrices have been pruned."""
-    counting, until = PruningRun._pruned, len(solved) + after
+    counting, until = MatrixPruner.pruned, len(solved) + after
 
-    def interrupted(self: PruningRun, *args: Any) -> torch.Tensor:
+    def interrupted(self: MatrixPruner, *args: Any) -> torch.Tensor:
         if len(solved) == until:
             raise KeyboardInterrupt
         return counting(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PruningRun, "_pruned", interrupted)
+        patch.setattr(MatrixPruner, "pruned", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pruned(model, folder, **fields)
 
@@ -122,7 +122,7 @@ def test_an_interrupt_says_how_to_go_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stopped(tiny_model("llama"), tmp_path, solved, 10, monkeypatch, recipe="wanda")
-    assert "load the model again before you use or prune it; the same call then goes on here" in (
+    assert "load the model again before you use or prune it; the same call then resumes here" in (
         caplog.text
     )
 
@@ -209,7 +209,7 @@ def test_without_room_no_layers_are_kept(
     stopped(tiny_model("llama"), tmp_path, solved, 10, monkeypatch, recipe="wanda")
     assert not layer_files(tmp_path)
     assert f"{tmp_path} has 0.0 GB left, and pruned layers are kept only where" in caplog.text
-    assert "goes on here" not in caplog.text
+    assert "resumes here" not in caplog.text
 
 
 def test_layers_that_are_kept_already_need_no_room_again(

@@ -25,6 +25,7 @@ from optimum_cap.models.architectures import (
     prunable_matrices,
 )
 from optimum_cap.models.modes import evaluation_mode, without_parameter_grads
+from optimum_cap.models.view import ModelView
 from optimum_cap.pruning import fisher as engine
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.allocation import interventional, uniform
@@ -51,7 +52,7 @@ def found_responses(
 ) -> list[Sensitivity]:
     sites = find_sites(model)
     return measure_sensitivities(
-        model, sites, matrices_by_layer(sites), rows, halved(model), **options
+        ModelView(model, sites), matrices_by_layer(sites), rows, halved(model), **options
     )
 
 
@@ -102,7 +103,9 @@ def test_all_examples_give_statistics_and_the_first_ones_are_measured(
         assert inputs.gram is not None
         return 0.5 * oriented(llama, matrix)
 
-    few = measure_sensitivities(llama, sites, matrices_by_layer(sites), rows, prune, count=2)
+    few = measure_sensitivities(
+        ModelView(llama, sites), matrices_by_layer(sites), rows, prune, count=2
+    )
     assert tokens == {sum(len(row.input_ids) for row in rows)}
     for ours, expected in zip(few, found_responses(llama, rows[:2], gram=False), strict=True):
         assert ours.divergence == pytest.approx(expected.divergence, rel=1e-4)
@@ -117,9 +120,11 @@ def test_answers_weigh_more_in_the_statistics(llama: PreTrainedModel) -> None:
         return oriented(llama, matrix)
 
     layers = matrices_by_layer(sites)
-    measure_sensitivities(llama, sites, layers, rows, prune, answer_weight=3)
+    measure_sensitivities(ModelView(llama, sites), layers, rows, prune, answer_weight=3)
     with evaluation_mode(llama):
-        expected = LayerwisePass(llama, sites, rows, answer_weight=3).statistics(0, layers[0])
+        expected = LayerwisePass(ModelView(llama, sites), rows, answer_weight=3).statistics(
+            0, layers[0]
+        )
     for matrix, statistics in expected.items():
         torch.testing.assert_close(seen[matrix].squares, statistics.squares)
 
@@ -137,7 +142,9 @@ def test_a_site_that_breaks_the_model_is_said(
     def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
         return oriented(llama, matrix) * (torch.inf if matrix == sites[1].output_proj else 0.5)
 
-    found = measure_sensitivities(llama, sites, matrices_by_layer(sites), examples(3), prune)
+    found = measure_sensitivities(
+        ModelView(llama, sites), matrices_by_layer(sites), examples(3), prune
+    )
     assert [r.site.name for r in found if not r.divergence < torch.inf] == [broken]
     assert f"pruning {broken} alone gives predictions that are not finite" in caplog.text
     total = sum(sensitivity.weights for sensitivity in found)
@@ -222,7 +229,7 @@ def test_responses_of_an_offloaded_model_are_the_same(name: str, tmp_path: Path)
         weights = AutoModelForCausalLM.from_pretrained(folder)
         sites = find_sites(model)
         layers = matrices_by_layer(sites)
-        found.append(measure_sensitivities(model, sites, layers, rows, halved(weights)))
+        found.append(measure_sensitivities(ModelView(model, sites), layers, rows, halved(weights)))
     assert found[0] == found[1]
 
 
@@ -243,8 +250,8 @@ def estimates(
 ) -> list[Sensitivity]:
     sites, layers = find_sites(model), matrices_by_layer(find_sites(model))
     total = sum(oriented(model, matrix).numel() for own in layers.values() for matrix in own)
-    alike = uniform(model, sites, layers, round(sparsity * total), rows, SETTINGS)
-    return estimate_sensitivities(model, sites, layers, rows, alike, **options)
+    alike = uniform(ModelView(model, sites), layers, round(sparsity * total), rows, SETTINGS)
+    return estimate_sensitivities(ModelView(model, sites), layers, rows, alike, **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral", "gemma2"])
@@ -265,15 +272,15 @@ def test_estimates_of_small_changes_are_about_the_divergence() -> None:
     model, rows = tiny_model("llama", initializer_range=0.1), examples(64, longest=12)
     sites, layers = find_sites(model), matrices_by_layer(find_sites(model))
     total = sum(oriented(model, matrix).numel() for own in layers.values() for matrix in own)
-    alike = uniform(model, sites, layers, round(0.3 * total), rows, SETTINGS)
-    estimated = estimate_sensitivities(model, sites, layers, rows, alike, count=64)
+    alike = uniform(ModelView(model, sites), layers, round(0.3 * total), rows, SETTINGS)
+    estimated = estimate_sensitivities(ModelView(model, sites), layers, rows, alike, count=64)
 
     def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
         rough = WandaApproximation(model, alike)
         rough.look_at({matrix: inputs})
         return rough.pruned(matrix)
 
-    exact = measure_sensitivities(model, sites, layers, rows, prune, count=64)
+    exact = measure_sensitivities(ModelView(model, sites), layers, rows, prune, count=64)
     assert max(sensitivity.divergence for sensitivity in exact) < 0.05
     ratios = [e.divergence / x.divergence for e, x in zip(estimated, exact, strict=True)]
     assert all(0.5 < ratio < 2 for ratio in ratios), ratios

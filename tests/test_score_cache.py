@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.models.architectures import SiteUnit, find_sites
+from optimum_cap.models.view import ModelView
 from optimum_cap.runtime.digests import code_digest
 from optimum_cap.runtime.files import TensorFiles
 from optimum_cap.runtime.resume import resume_hint
@@ -52,7 +53,7 @@ def examples(count: int = 6) -> list[CalibrationExample]:
 
 def score(model: PreTrainedModel, folder: Path | None, count: int = 6) -> UnitLosses:
     cache = ScoreCache(folder, model) if folder else None
-    return exact_losses(model, find_sites(model), examples(count), BUDGET, cache=cache)
+    return exact_losses(ModelView.of(model), examples(count), BUDGET, cache=cache)
 
 
 def same_bytes(first: UnitLosses, second: UnitLosses) -> bool:
@@ -72,9 +73,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     own = Wavefront.masked_losses
 
-    def masked_losses(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
-        losses = own(self, jobs)
-        counts.append(len(jobs))
+    def masked_losses(self: Wavefront, units: list[SiteUnit]) -> torch.Tensor:
+        losses = own(self, units)
+        counts.append(len(units))
         return losses
 
     monkeypatch.setattr(Wavefront, "masked_losses", masked_losses)
@@ -113,10 +114,10 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         counting = Wavefront.masked_losses
 
-        def interrupted(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+        def interrupted(self: Wavefront, units: list[SiteUnit]) -> torch.Tensor:
             if len(measured) == total + 5:
                 raise KeyboardInterrupt
-            return counting(self, jobs)
+            return counting(self, units)
 
         patch.setattr(Wavefront, "masked_losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -142,16 +143,16 @@ def test_sampled_estimates_go_on_with_the_same_bytes(
     sites, rows = find_sites(llama), examples(12)
 
     def run(cache: ScoreCache | None) -> UnitLosses:
-        return estimate(llama, sites, rows, BUDGET, exact_examples=4, cache=cache)
+        return estimate(ModelView(llama, sites), rows, BUDGET, exact_examples=4, cache=cache)
 
     expected = run(None)
     total = len(measured)
     counting = Wavefront.masked_losses
 
-    def interrupted(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
+    def interrupted(self: Wavefront, units: list[SiteUnit]) -> torch.Tensor:
         if len(measured) == total + 4:
             raise KeyboardInterrupt
-        return counting(self, jobs)
+        return counting(self, units)
 
     with monkeypatch.context() as patch:
         patch.setattr(Wavefront, "masked_losses", interrupted)
@@ -294,7 +295,7 @@ def test_changed_data_or_versions_meet_no_old_chunk(
         rows[0].scored[-1] = False
     else:
         monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
-    exact_losses(llama, find_sites(llama), rows, BUDGET, cache=ScoreCache(tmp_path, llama))
+    exact_losses(ModelView.of(llama), rows, BUDGET, cache=ScoreCache(tmp_path, llama))
     again = len(measured) - first
     assert again == (first if change == "version" else first // 6), "of one batch of one example"
 
@@ -303,13 +304,13 @@ def test_what_is_free_later_does_not_change_the_chunks(
     llama: PreTrainedModel, tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sites, cache = find_sites(llama), ScoreCache(tmp_path, llama)
-    expected = exact_losses(llama, sites, examples(), "auto", cache=cache)
+    expected = exact_losses(ModelView(llama, sites), examples(), "auto", cache=cache)
     chunks = len(measured)
     monkeypatch.setattr("optimum_cap.scoring.exact.budget_bytes", lambda budget, model: 1)
-    again = exact_losses(llama, sites, examples(), "auto", cache=cache)
+    again = exact_losses(ModelView(llama, sites), examples(), "auto", cache=cache)
     assert len(measured) == chunks
     assert same_bytes(again, expected)
-    other = exact_losses(llama, sites, examples(5), "auto", cache=cache)
+    other = exact_losses(ModelView(llama, sites), examples(5), "auto", cache=cache)
     assert set(measured[chunks:]) == {1}
     torch.testing.assert_close(other.masked, expected.masked[:, :5], rtol=1e-5, atol=0)
 
@@ -379,9 +380,9 @@ def test_losses_that_overflow_survive_the_cache(
 ) -> None:
     own = Wavefront.masked_losses
 
-    def overflowing(self: Wavefront, jobs: list[tuple[Site, Unit]]) -> torch.Tensor:
-        losses = own(self, jobs)
-        for row, (site, unit) in enumerate(jobs):
+    def overflowing(self: Wavefront, units: list[SiteUnit]) -> torch.Tensor:
+        losses = own(self, units)
+        for row, (site, unit) in enumerate(units):
             if (site.layer, unit.index) == (1, 2):
                 losses[row, 0] = math.inf
         return losses
@@ -402,9 +403,9 @@ def test_out_of_memory_meets_the_cache(
     """Halves of a batch have chunks of their own, which the next run finds as well."""
     sites = find_sites(llama)
     limit_memory(monkeypatch, 40, OUT_OF_MEMORY["cuda"])
-    first = exact_losses(llama, sites, examples(), cache=ScoreCache(tmp_path, llama))
+    first = exact_losses(ModelView(llama, sites), examples(), cache=ScoreCache(tmp_path, llama))
     chunks = len(measured)
-    again = exact_losses(llama, sites, examples(), cache=ScoreCache(tmp_path, llama))
+    again = exact_losses(ModelView(llama, sites), examples(), cache=ScoreCache(tmp_path, llama))
     assert len(measured) == chunks
     assert same_bytes(first, again)
 
@@ -435,8 +436,8 @@ def main(folder, largest_file=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest_file), resource.RLIM_INFINITY))
     own = Wavefront.masked_losses
 
-    def masked_losses(self, jobs):
-        losses = own(self, jobs)
+    def masked_losses(self, units):
+        losses = own(self, units)
         print("measured", flush=True)
         return losses
 

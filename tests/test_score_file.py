@@ -19,6 +19,7 @@ from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.commands.score import ScoreCommand, score_table
 from optimum_cap.data.calibration import build_calibration_set
 from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.score_file import read_scores
 from optimum_cap.scoring.scores import causal_scores
@@ -110,9 +111,9 @@ def test_a_file_from_before_other_units_is_of_heads(scores: Path) -> None:
         del saved.settings[field]
     model, sites = tiny_model("llama"), find_sites(tiny_model("llama"))
     rows = build_calibration_set(config(), tiny_tokenizer(), max_length=64).examples
-    assert len(saved.losses(model, sites, rows, config()).units) == 12
+    assert len(saved.losses(ModelView(model, sites), rows, config()).units) == 12
     with pytest.raises(ValueError, match="of scored_units 'heads', but the config asks for 'all'"):
-        saved.losses(model, sites, rows, config(scored_units="all"))
+        saved.losses(ModelView(model, sites), rows, config(scored_units="all"))
 
 
 @pytest.mark.parametrize("other", [("gpt2", 0), ("llama", 1)])

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import batches, shared_prefix
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import all_units, decoder_layers, find_sites
+from optimum_cap.models.architectures import all_units, find_sites
+from optimum_cap.models.view import ModelView
 from optimum_cap.scoring import wavefront
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
@@ -44,8 +45,8 @@ def assert_exact(
     mlp_unit_size: int | None = 8,
 ) -> None:
     sites = find_sites(model, mlp_unit_size)
-    exact = exact_losses(model, sites, rows, memory_budget)
-    plain = plain_losses(model, sites, rows)
+    exact = exact_losses(ModelView(model, sites), rows, memory_budget)
+    plain = plain_losses(ModelView(model, sites), rows)
     torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
     torch.testing.assert_close(exact.intact, plain.intact, rtol=1e-5, atol=0)
     # The agreement means something: masking moves the losses by much more than the tolerance.
@@ -56,7 +57,7 @@ def prefix_of(model: PreTrainedModel, rows: list[CalibrationExample]) -> int:
     """The prefix that `exact_losses` computes once."""
     sites = find_sites(model)
     with torch.no_grad():
-        return wavefront.prefix_to_share(model, decoder_layers(model, sites), sites, rows)
+        return wavefront.prefix_to_share(ModelView(model, sites), rows)
 
 
 # What is shared
@@ -150,8 +151,8 @@ def test_some_units_alone_are_exact() -> None:
     sites = find_sites(model, mlp_unit_size=6)
     for kinds in (("expert",), ("mlp",), ("attention", "expert")):
         units = [unit for unit in all_units(sites) if unit[0].kind in kinds][::3]
-        exact = exact_losses(model, sites, rows, units=units)
-        plain = plain_losses(model, sites, rows, units=units)
+        exact = exact_losses(ModelView(model, sites), rows, units=units)
+        plain = plain_losses(ModelView(model, sites), rows, units=units)
         torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
 
 
@@ -166,11 +167,11 @@ def test_a_shared_prefix_with_both_attention_implementations(name: str, attentio
 def test_a_model_whose_modules_move_their_inputs(name: str, prefix: int) -> None:
     model, rows = tiny_model(name), examples(prefix, (19, 14, 18))
     sites = find_sites(model, 8)
-    expected = exact_losses(model, sites, rows)
+    expected = exact_losses(ModelView(model, sites), rows)
     spread_out(model)
     assert hasattr(model.get_decoder(), "_hf_hook") or hasattr(model.lm_head, "_hf_hook")
     assert_exact(model, rows)
-    assert torch.equal(exact_losses(model, sites, rows).masked, expected.masked)
+    assert torch.equal(exact_losses(ModelView(model, sites), rows).masked, expected.masked)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
@@ -214,7 +215,7 @@ def test_the_prefix_is_computed_once_per_stream(llama: PreTrainedModel) -> None:
     llama.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     [batch] = batches(examples(prefix=12, suffixes=(9, 9, 5)), 3, 12)
     with torch.no_grad():
-        waves = wavefront.Wavefront(llama, decoder_layers(llama, sites), sites, batch)
+        waves = wavefront.Wavefront(ModelView(llama, sites), batch)
         waves.masked_losses([(sites[0], unit) for unit in sites[0].units])
     per_stream = 12 + 3 * (9 - 1)  # the last token predicts nothing
     assert sum(hidden.shape[:2].numel() for hidden in seen) == (1 + 4) * per_stream
@@ -234,7 +235,7 @@ def test_a_stream_that_starts_in_the_mlp_computes_no_mlp_of_its_layer(name: str)
         return hook
 
     with torch.no_grad():
-        waves = wavefront.Wavefront(model, decoder_layers(model, sites), sites, batch)
+        waves = wavefront.Wavefront(ModelView(model, sites), batch)
         for layer in (0, 1):
             mlp = model.model.layers[layer].mlp
             projected = mlp.experts.act_fn if name == "mixtral" else mlp.act_fn
@@ -252,7 +253,7 @@ def test_attention_alone_records_no_other_branch(llama: PreTrainedModel) -> None
     [batch] = batches(examples(prefix=0), 5, 0)
     attention = [site for site in sites if site.kind == "attention"]
     with torch.no_grad():
-        waves = wavefront.Wavefront(llama, decoder_layers(llama, sites), attention, batch)
+        waves = wavefront.Wavefront(ModelView(llama, attention), batch)
     assert not any("mlp" in name for name in waves.suffix.calls)
 
 
@@ -278,9 +279,9 @@ def test_experts_with_a_norm_behind_them_are_refused() -> None:
     sites = find_sites(model)
     for method in (exact_losses, first_order_losses):
         with pytest.raises(ValueError, match=r"experts of MixtralForCausalLM \(MixtralExperts\)"):
-            method(model, sites, examples())
+            method(ModelView(model, sites), examples())
     heads = [site for site in sites if site.kind == "attention"]
-    assert len(exact_losses(model, heads, examples()).units) == 12
+    assert len(exact_losses(ModelView(model, heads), examples()).units) == 12
 
 
 def test_experts_with_another_routing_are_refused() -> None:
@@ -294,7 +295,7 @@ def test_experts_with_another_routing_are_refused() -> None:
     ).view(hidden.shape)
     for method in (exact_losses, first_order_losses):
         with pytest.raises(ValueError, match=r"gives model\.layers\.1\.mlp\.experts something"):
-            method(model, find_sites(model), examples())
+            method(ModelView.of(model), examples())
 
 
 def test_an_mlp_that_changes_what_its_projection_returns_is_refused(
@@ -302,4 +303,4 @@ def test_an_mlp_that_changes_what_its_projection_returns_is_refused(
 ) -> None:
     llama.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(ValueError, match=r"changes what model\.layers\.1\.mlp\.down_proj returns"):
-        exact_losses(llama, find_sites(llama), examples())
+        exact_losses(ModelView.of(llama), examples())

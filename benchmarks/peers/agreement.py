@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data import CalibrationExample, build_calibration_set
-from optimum_cap.models import find_sites, matrices_by_layer, oriented
+from optimum_cap.models import ModelView, find_sites, matrices_by_layer, oriented
 from optimum_cap.pruning import LayerwisePass
 
 # 20 % of a row is no whole number of weights of the embedded model: the peer rounds down.
@@ -68,7 +68,7 @@ def reconstruction_errors(
     """
     model = copy.deepcopy(dense)
     sites = find_sites(model)
-    walk = LayerwisePass(model, sites, examples)
+    walk = LayerwisePass(ModelView(model, sites), examples)
     errors: list[list[float]] = [[] for _ in candidates]
     for layer, matrices in matrices_by_layer(sites).items():
         statistics = walk.statistics(layer, matrices, gram=True)

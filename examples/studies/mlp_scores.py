@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from optimum_cap import CAPConfig
 from optimum_cap.data import build_calibration_set
-from optimum_cap.models import find_sites
+from optimum_cap.models import ModelView
 from optimum_cap.scoring import causal_scores, exact_losses
 
 DATA = Path(__file__).parents[1] / "tiny_reasoner" / "data" / "calibration.jsonl"
@@ -26,7 +26,7 @@ def scores_by_layer(model_name: str, data: str, seed: int) -> tuple[torch.Tensor
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     config = CAPConfig(sparsity=0.5, dataset=data, seed=seed)
     calibration = build_calibration_set(config, AutoTokenizer.from_pretrained(model_name))
-    scores = causal_scores(exact_losses(model, find_sites(model), calibration.examples))
+    scores = causal_scores(exact_losses(ModelView.of(model), calibration.examples))
     found: dict[str, dict[int, list[float]]] = {"attention": {}, "mlp": {}}
     for (site, _), score in zip(scores.units, scores.scores.tolist(), strict=True):
         found[site.kind].setdefault(site.layer, []).append(score)

@@ -4,6 +4,7 @@ from optimum_cap.models.architectures import (
     QUERIES,
     Matrix,
     Site,
+    SiteUnit,
     Unit,
     WeightSlice,
     activation_bytes_per_token,
@@ -64,14 +65,17 @@ from optimum_cap.models.offload import (
     weights,
     writable_weights,
 )
+from optimum_cap.models.view import ModelView
 
 __all__ = [
     "QUERIES",
     "LayerCall",
     "Matrix",
+    "ModelView",
     "ReachedError",
     "RecordedCall",
     "Site",
+    "SiteUnit",
     "Targets",
     "Unit",
     "WeightSlice",

@@ -11,6 +11,7 @@ A new architecture needs an entry in `PLANS` if transformers has no plan for it,
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -106,6 +107,13 @@ class Site:
         return self.projection if self.block == self.layer_name else self.block
 
 
+class SiteUnit(NamedTuple):
+    """A unit and the site that it belongs to."""
+
+    site: Site
+    unit: Unit
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One prunable matrix: a parameter, or one expert of a 3-D parameter."""
@@ -168,14 +176,16 @@ def prunable_matrices(sites: Iterable[Site]) -> list[Matrix]:
     return list(dict.fromkeys(Matrix(piece.parameter, piece.expert) for piece in slices))
 
 
-def heads(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
+def heads(sites: Iterable[Site]) -> list[SiteUnit]:
     """Return the attention heads among the units of `sites`, each with its site, in order."""
-    return [(site, unit) for site in sites if site.kind == "attention" for unit in site.units]
+    return [
+        SiteUnit(site, unit) for site in sites if site.kind == "attention" for unit in site.units
+    ]
 
 
-def all_units(sites: Iterable[Site]) -> list[tuple[Site, Unit]]:
+def all_units(sites: Iterable[Site]) -> list[SiteUnit]:
     """Return all units of `sites`, each with its site, in order."""
-    return [(site, unit) for site in sites for unit in site.units]
+    return [SiteUnit(site, unit) for site in sites for unit in site.units]
 
 
 def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[WeightSlice]:

@@ -2,12 +2,9 @@
 
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.fisher import examples_to_estimate
-from optimum_cap.pruning.run import PruningRun, wait_for_all
-from optimum_cap.pruning.selection import (
-    matrices_to_prune,
-    number_of_heads_to_remove,
-    removable_heads,
-)
+from optimum_cap.pruning.head_removal import number_of_heads_to_remove, removable_heads
+from optimum_cap.pruning.run import PruningRun
+from optimum_cap.pruning.selection import matrices_to_prune
 from optimum_cap.pruning.sensitivity import examples_to_measure
 
 __all__ = [
@@ -18,5 +15,4 @@ __all__ = [
     "matrices_to_prune",
     "number_of_heads_to_remove",
     "removable_heads",
-    "wait_for_all",
 ]

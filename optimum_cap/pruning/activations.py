@@ -20,9 +20,8 @@ from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import (
     Matrix,
-    Site,
+    ModelView,
     activation_bytes_per_token,
-    decoder_layers,
     device_of,
     gated,
     hidden_states_of,
@@ -42,8 +41,7 @@ class LayerwisePass:
     """The calibration set on its way through the decoder layers of a model.
 
     Args:
-        model: The model, in evaluation mode and without gradients.
-        sites: All sites of the model.
+        view: The model, in evaluation mode and without gradients.
         examples: The calibration examples.
         answer_weight: Added to the weight 1 of every token that is scored or predicts one that is.
         memory_budget: Bytes for the activations of a batch, as a number or as text such as
@@ -58,27 +56,26 @@ class LayerwisePass:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        sites: list[Site],
+        view: ModelView,
         examples: list[CalibrationExample],
         answer_weight: float = 0.0,
         memory_budget: int | str = "auto",
     ) -> None:
-        self.model = model
-        self.layers = decoder_layers(model, sites)
+        self.model = view.model
+        self.layers = view.layers
         longest = max(len(example.input_ids) for example in examples)
-        size = max(1, _tokens_per_batch(model, longest, memory_budget) // longest)
+        size = max(1, _tokens_per_batch(view.model, longest, memory_budget) // longest)
         # How each layer returns its output is seen on a single token.
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         with recorded_calls(named) as calls:
-            model(input_ids=examples[0].input_ids[None, :1].to(device_of(model)), use_cache=False)
+            view.model(input_ids=examples[0].input_ids[None, :1].to(view.device), use_cache=False)
         self.output_templates = [calls[name].output for name in named]
-        with onloaded(model, besides=[*self.layers, model.get_output_embeddings()]):
+        with onloaded(view.model, besides=[*self.layers, view.model.get_output_embeddings()]):
             self.streams = [
                 LayerBatch(
                     batch,
                     _token_weights(batch, answer_weight),
-                    *_first_input(model, self.layers, self.output_templates, batch.input_ids),
+                    *_first_input(view.model, self.layers, self.output_templates, batch.input_ids),
                 )
                 for batch in batches(examples, size)
             ]

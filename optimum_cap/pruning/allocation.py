@@ -3,12 +3,16 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from transformers import PreTrainedModel
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import CriterionInputs, split_proportionally, wanda
-from optimum_cap.models import Matrix, Site, evaluation_mode, float32_on_cpu, oriented, weights
+from optimum_cap.models import (
+    Matrix,
+    ModelView,
+    evaluation_mode,
+    float32_on_cpu,
+)
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.sensitivity import Sensitivity
 
@@ -21,8 +25,7 @@ Layers = Mapping[int, list[Matrix]]
 
 
 def uniform(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     layers: Layers,
     zeros: int,
     examples: list[CalibrationExample],
@@ -31,8 +34,7 @@ def uniform(
     """Give every matrix the same sparsity.
 
     Args:
-        model: The model.
-        sites: All its sites.
+        view: The model.
         layers: The matrices to prune.
         zeros: Number of zeros in all.
         examples: The calibration examples.
@@ -42,13 +44,12 @@ def uniform(
         Number of zeros per matrix; they add up to `zeros`.
     """
     matrices = [matrix for own in layers.values() for matrix in own]
-    sizes = [oriented(model, matrix).numel() for matrix in matrices]
+    sizes = [view.oriented(matrix).numel() for matrix in matrices]
     return dict(zip(matrices, split_proportionally(zeros, sizes), strict=True))
 
 
 def owl(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     layers: Layers,
     zeros: int,
     examples: list[CalibrationExample],
@@ -64,15 +65,15 @@ def owl(
 
     Args and returns: as `uniform`.
     """
-    outliers = _outlier_shares(model, sites, layers, examples, config)
+    outliers = _outlier_shares(view, layers, examples, config)
     sizes = torch.tensor(
-        [sum(oriented(model, matrix).numel() for matrix in own) for own in layers.values()],
+        [sum(view.oriented(matrix).numel() for matrix in own) for own in layers.values()],
         dtype=torch.float64,
     )
     sparsity = zeros / float(sizes.sum())
     span = float(outliers.max() - outliers.min())
     if span == 0:
-        return uniform(model, sites, layers, zeros, examples, config)
+        return uniform(view, layers, zeros, examples, config)
     less = (outliers - outliers.min()) / span * 2 * config.owl_bound
     less -= (less * sizes).sum() / sizes.sum()
     room = torch.where(less > 0, sparsity / less, (1 - sparsity) / -less)
@@ -80,22 +81,21 @@ def owl(
     counts = _whole_numbers((sparsity - less) * sizes, zeros)
     given: dict[Matrix, int] = {}
     for own, count in zip(layers.values(), counts, strict=True):
-        parts = split_proportionally(count, [oriented(model, matrix).numel() for matrix in own])
+        parts = split_proportionally(count, [view.oriented(matrix).numel() for matrix in own])
         given.update(zip(own, parts, strict=True))
     return given
 
 
 def _outlier_shares(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     layers: Layers,
     examples: list[CalibrationExample],
     config: CAPConfig,
 ) -> torch.Tensor:
     """Share of weights per layer that are outliers, float64 `[layers]`."""
     found = []
-    with evaluation_mode(model), float32_on_cpu(model):
-        walk = LayerwisePass(model, sites, examples, memory_budget=config.memory_budget)
+    with evaluation_mode(view.model), float32_on_cpu(view.model):
+        walk = LayerwisePass(view, examples, memory_budget=config.memory_budget)
         for index in range(max(layers) + 1):
             own = layers.get(index, [])
             statistics = walk.statistics(index, own, advance=True)
@@ -103,7 +103,7 @@ def _outlier_shares(
                 continue
             importances = [
                 wanda(
-                    weights(model, matrix),
+                    view.weights(matrix),
                     CriterionInputs(matrix.name, statistics=statistics[matrix]),
                 )
                 for matrix in own
@@ -182,8 +182,7 @@ def _whole_numbers(wanted: torch.Tensor, total: int) -> list[int]:
 
 
 Allocation = Callable[
-    [PreTrainedModel, list[Site], Layers, int, list[CalibrationExample], CAPConfig],
-    dict[Matrix, int],
+    [ModelView, Layers, int, list[CalibrationExample], CAPConfig], dict[Matrix, int]
 ]
 
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "owl": owl}

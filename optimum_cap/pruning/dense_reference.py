@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import (
     Matrix,
+    ModelView,
     RecordedCall,
     Site,
     hidden_states_of,
@@ -49,8 +49,7 @@ class DenseReferencePass(LayerwisePass):
     dense (those that feed them may be pruned), and `advance` when the layer is done.
 
     Args:
-        model: The model, in evaluation mode and without gradients.
-        sites: All sites of the model.
+        view: The model, in evaluation mode and without gradients.
         examples: The calibration examples.
         answer_weight: As for `LayerwisePass`.
         memory_budget: As for `LayerwisePass`.
@@ -58,19 +57,18 @@ class DenseReferencePass(LayerwisePass):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        sites: list[Site],
+        view: ModelView,
         examples: list[CalibrationExample],
         answer_weight: float = 0.0,
         memory_budget: int | str = "auto",
     ) -> None:
-        super().__init__(model, sites, examples, answer_weight, memory_budget)
+        super().__init__(view, examples, answer_weight, memory_budget)
         self._dense_hidden = [stream.hidden for stream in self.streams]
         self._dense_outputs: list[torch.Tensor] = []  # of the layer, once they are known
         self._dense_weights: dict[str, torch.Tensor] = {}
         self._sites: dict[int, list[Site]] = {}
         self._mixing: dict[Matrix, Site] = {}
-        for site in sites:
+        for site in view.sites:
             self._sites.setdefault(site.layer, []).append(site)
             self._mixing[site.output_proj] = site
         self._joining: dict[tuple[str, ...], set[str]] = {}

@@ -15,6 +15,7 @@ from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.methods import CriterionInputs, InputStatistics, kth_smallest, wanda
 from optimum_cap.models import (
     Matrix,
+    ModelView,
     RecordedCall,
     Site,
     Targets,
@@ -43,11 +44,10 @@ from optimum_cap.scoring import examples_per_pass
 
 
 def estimate_sensitivities(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     layers: Mapping[int, list[Matrix]],
     examples: list[CalibrationExample],
-    shares: Mapping[Matrix, int],
+    zeros_per_matrix: Mapping[Matrix, int],
     count: int | None = None,
     seed: int = 0,
     answer_weight: float = 0.0,
@@ -64,11 +64,10 @@ def estimate_sensitivities(
     by Wanda, the quickest criterion that looks at inputs.
 
     Args:
-        model: The model, dense and whole in memory; it comes back as it was.
-        sites: All its sites.
+        view: The model, dense and whole in memory; it comes back as it was.
         layers: The matrices to prune, by decoder layer.
         examples: The calibration examples, in random order; the first ones are used.
-        shares: Number of zeros of each matrix.
+        zeros_per_matrix: Number of zeros of each matrix.
         count: How many examples to use; `None`: as `examples_to_estimate`.
         seed: Seed of the random combinations.
         answer_weight: As for `sensitivities`.
@@ -83,14 +82,14 @@ def estimate_sensitivities(
         ValueError: Weights are offloaded, or a site's matrices are not all in one block.
         ConnectionError: Another process of the launch has stopped.
     """
-    check_in_memory(model)
-    check_same_inputs(model, examples, count, seed)
-    groups = [group for own in group_by_layer(sites, layers).values() for group in own]
+    check_in_memory(view.model)
+    check_same_inputs(view.model, examples, count, seed)
+    groups = [group for own in group_by_layer(view.sites, layers).values() for group in own]
     for site, _ in groups:
         if site.block == site.layer_name:
             raise ValueError(
-                f"{type(model).__name__} has no module around {site.name} that could be run alone, "
-                "so its sensitivity cannot be estimated: use allocation 'interventional'"
+                f"{type(view.model).__name__} has no module around {site.name} that could be run "
+                "alone, so its sensitivity cannot be estimated: use allocation 'interventional'"
             )
     if count is None:
         count = examples_to_estimate(len(examples))
@@ -98,24 +97,24 @@ def estimate_sensitivities(
     divergences = kept.estimated(len(chosen), seed) if kept else None
     if divergences is None:
         divergences = _estimated(
-            model, sites, layers, groups, chosen, shares, seed, answer_weight, memory_budget
+            view, layers, groups, chosen, zeros_per_matrix, seed, answer_weight, memory_budget
         )
         if kept:
             kept.keep_estimated(divergences, seed)
     # Every process has done all of it; what follows has to be the same in all.
     divergences = ProcessGroup.current().broadcast(divergences)
     return [
-        sensitivity_of(model, *group, own) for group, own in zip(groups, divergences, strict=True)
+        sensitivity_of(view.model, *group, own)
+        for group, own in zip(groups, divergences, strict=True)
     ]
 
 
 def _estimated(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     layers: Mapping[int, list[Matrix]],
     groups: list[tuple[Site, list[Matrix]]],
     chosen: list[CalibrationExample],
-    shares: Mapping[Matrix, int],
+    zeros_per_matrix: Mapping[Matrix, int],
     seed: int,
     answer_weight: float,
     memory_budget: int | str,
@@ -123,28 +122,30 @@ def _estimated(
     """Estimates for sites with their matrices on the chosen examples: `[sites, examples]`."""
     divergences = torch.empty(len(groups), len(chosen), dtype=torch.float64)
     with (
-        evaluation_mode(model),
-        float32_on_cpu(model),
-        without_parameter_grads(model),
+        evaluation_mode(view.model),
+        float32_on_cpu(view.model),
+        without_parameter_grads(view.model),
         logging.tqdm(total=len(chosen), desc="Estimating sensitivities", delay=5) as progress,
     ):
-        rough = WandaApproximation(model, shares)
-        walk = LayerwisePass(model, sites, chosen, answer_weight, memory_budget)
+        rough = WandaApproximation(view.model, zeros_per_matrix)
+        walk = LayerwisePass(view, chosen, answer_weight, memory_budget)
         for layer in range(len(walk.layers)):
             rough.look_at(walk.statistics(layer, layers.get(layer, []), advance=True))
         del walk
 
         def estimate(batch: Batch) -> torch.Tensor:
-            calls, gradients = _gradients_of_draw(model, [site for site, _ in groups], batch, seed)
+            calls, gradients = _gradients_of_draw(
+                view.model, [site for site, _ in groups], batch, seed
+            )
             along = []
             for site, matrices in groups:
                 pruned = {matrix: rough.pruned(matrix) for matrix in matrices}
                 call, gradient = calls[site.output_module], gradients[site.output_module]
-                along.append(_along(model, site, pruned, call, gradient, len(batch.positions)))
+                along.append(_along(view.model, site, pruned, call, gradient, len(batch.positions)))
             return torch.stack(along).square() / 2
 
-        budget = budget_bytes(memory_budget, model)
-        parts = batches(chosen, examples_per_pass(model, chosen, budget))
+        budget = budget_bytes(memory_budget, view.model)
+        parts = batches(chosen, examples_per_pass(view.model, chosen, budget))
         for batch, found in each_in_memory(parts, estimate):
             divergences[:, batch.positions] = found
             progress.update(len(batch.positions))
@@ -154,9 +155,9 @@ def _estimated(
 class WandaApproximation:
     """Prunes by Wanda; of what it has seen it keeps a threshold and the size of the inputs."""
 
-    def __init__(self, model: PreTrainedModel, shares: Mapping[Matrix, int]) -> None:
+    def __init__(self, model: PreTrainedModel, zeros_per_matrix: Mapping[Matrix, int]) -> None:
         self._model = model
-        self._shares = shares
+        self._zeros = zeros_per_matrix
         self._thresholds: dict[Matrix, float] = {}
         self._inputs: dict[Matrix, InputStatistics] = {}
 
@@ -166,7 +167,7 @@ class WandaApproximation:
         self._thresholds.update({matrix: self._threshold(matrix) for matrix in statistics})
 
     def _threshold(self, matrix: Matrix) -> float:
-        zeros = self._shares[matrix]
+        zeros = self._zeros[matrix]
         return kth_smallest(lambda: (self._importance(matrix),), zeros).value if zeros else -inf
 
     def pruned(self, matrix: Matrix) -> torch.Tensor:

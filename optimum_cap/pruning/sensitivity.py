@@ -18,6 +18,7 @@ from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import (
     Matrix,
+    ModelView,
     Site,
     Targets,
     evaluation_mode,
@@ -69,8 +70,7 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     layers: Mapping[int, list[Matrix]],
     examples: list[CalibrationExample],
     prune: Prune,
@@ -87,8 +87,7 @@ def measure_sensitivities(
     examples show it.
 
     Args:
-        model: The model, dense; it comes back as it was.
-        sites: All its sites.
+        view: The model, dense; it comes back as it was.
         layers: The matrices to prune, by decoder layer.
         examples: The calibration examples, in random order: all are used for the statistics of the
             inputs, the first ones to measure.
@@ -107,7 +106,7 @@ def measure_sensitivities(
         ValueError: Processes that were launched together were given different things.
         ConnectionError: Another process of the launch has stopped.
     """
-    groups = group_by_layer(sites, layers)
+    groups = group_by_layer(view.sites, layers)
     if count is None:
         count = examples_to_measure([len(groups[layer]) for layer in sorted(groups)], len(examples))
     count = min(count, len(examples))
@@ -117,7 +116,7 @@ def measure_sensitivities(
         found = {site: kept.measured(site, count) for site, _ in every}
         known = {site: own for site, own in found.items() if own is not None}
     process_group = ProcessGroup.current()
-    check_same_inputs(model, examples, count)
+    check_same_inputs(view.model, examples, count)
     left = {
         # Shifted by layer: an attention takes less than the MLP beside it.
         layer: [
@@ -136,9 +135,7 @@ def measure_sensitivities(
     with resume_hint_on_stop(doing, kept):
         # Closed at once whatever happens, so that the model is as it was.
         with closing(
-            _measured(
-                model, sites, left, examples, prune, count, gram, answer_weight, memory_budget
-            )
+            _measured(view, left, examples, prune, count, gram, answer_weight, memory_budget)
         ) as measured:
             for site, divergences in measured:
                 known[site] = divergences
@@ -146,12 +143,11 @@ def measure_sensitivities(
                     kept.keep_measured(site, divergences)
         for others in process_group.all_gather(known):
             known |= others
-    return [sensitivity_of(model, site, matrices, known[site]) for site, matrices in every]
+    return [sensitivity_of(view.model, site, matrices, known[site]) for site, matrices in every]
 
 
 def _measured(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     groups: dict[int, list[tuple[Site, list[Matrix]]]],
     examples: list[CalibrationExample],
     prune: Prune,
@@ -164,14 +160,14 @@ def _measured(
     if not any(groups.values()):
         return
     with (
-        evaluation_mode(model),
-        float32_on_cpu(model),
+        evaluation_mode(view.model),
+        float32_on_cpu(view.model),
         logging.tqdm(
             total=sum(map(len, groups.values())), desc="Measuring sites", unit="site"
         ) as progress,
     ):
-        walk = LayerwisePass(model, sites, examples, answer_weight, memory_budget)
-        trial = DivergenceEvaluator(model, sites, examples[:count], memory_budget)
+        walk = LayerwisePass(view, examples, answer_weight, memory_budget)
+        trial = DivergenceEvaluator(view, examples[:count], memory_budget)
         for layer, own in groups.items():
             if not own:
                 walk.advance(layer)
@@ -233,16 +229,15 @@ class DivergenceEvaluator:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        sites: list[Site],
+        view: ModelView,
         examples: list[CalibrationExample],
         memory_budget: int | str,
     ) -> None:
-        self.model = model
-        self.walk = LayerwisePass(model, sites, examples, memory_budget=memory_budget)
+        self.model = view.model
+        self.walk = LayerwisePass(view, examples, memory_budget=memory_budget)
         self.targets = [Targets.of(stream.batch) for stream in self.walk.streams]
         self.passed = 0
-        self.together = _SETS_AT_A_TIME if is_offloaded(model) else 1
+        self.together = _SETS_AT_A_TIME if is_offloaded(view.model) else 1
         hidden = [stream.hidden for stream in self.walk.streams]
         self.final = self._to_the_end(0, [hidden])[0]
 

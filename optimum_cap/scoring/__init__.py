@@ -13,7 +13,7 @@ from optimum_cap.scoring.sampling import (
     draw_examples,
 )
 from optimum_cap.scoring.score_file import DECISIVE, read_scores, save_scores, tensors_of
-from optimum_cap.scoring.scores import CausalScores, UnitLosses, causal_scores, scored_units
+from optimum_cap.scoring.scores import CausalScores, UnitLosses, causal_scores
 from optimum_cap.scoring.wavefront import tokens_per_chunk
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "plain_losses",
     "read_scores",
     "save_scores",
-    "scored_units",
     "tensors_of",
     "tokens_per_chunk",
 ]

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_cap.data import Batch, CalibrationExample
-from optimum_cap.models import Site, Unit
+from optimum_cap.models import SiteUnit
 from optimum_cap.runtime import TensorFiles, digest_of, examples_digest, machine, model_digest
 
 _LAYOUT = 2  # of files and keys, and of the way that losses are computed
@@ -29,7 +29,7 @@ class ScoreCache:
         self._model = digest_of(_LAYOUT, machine(model), model_digest(model))[:32]
 
     def losses(
-        self, batch: Batch, units: list[tuple[Site, Unit]], torch_compile: bool = False
+        self, batch: Batch, units: list[SiteUnit], torch_compile: bool = False
     ) -> torch.Tensor | None:
         """Losses of a batch with each unit masked, or intact with no units; `None` if unknown.
 
@@ -40,7 +40,7 @@ class ScoreCache:
     def keep(
         self,
         batch: Batch,
-        units: list[tuple[Site, Unit]],
+        units: list[SiteUnit],
         losses: torch.Tensor,
         torch_compile: bool = False,
     ) -> None:
@@ -51,7 +51,7 @@ class ScoreCache:
         self,
         what: str,
         examples: list[CalibrationExample],
-        units: list[tuple[Site, Unit]],
+        units: list[SiteUnit],
         find: Callable[[], int],
     ) -> int:
         """Return what was found when the first run over these began, perhaps this one."""
@@ -63,7 +63,7 @@ class ScoreCache:
             return int(found if known is None else known)
         return int(known)
 
-    def _chunk(self, batch: Batch, units: list[tuple[Site, Unit]], torch_compile: bool) -> str:
+    def _chunk(self, batch: Batch, units: list[SiteUnit], torch_compile: bool) -> str:
         # Where the examples of the batch stand in the calibration set changes no loss.
         content = {name: value for name, value in vars(batch).items() if name != "positions"}
         what = "compiled chunk" if torch_compile else "chunk"
@@ -73,6 +73,6 @@ class ScoreCache:
         return f"{self._model}/{digest_of(*parts)[:32]}"
 
 
-def names(units: list[tuple[Site, Unit]]) -> list[str]:
+def names(units: list[SiteUnit]) -> list[str]:
     """What tells units apart: their sites and channels."""
     return [f"{site.name} {unit.channels}" for site, unit in units]

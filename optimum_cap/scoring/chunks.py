@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample
-from optimum_cap.models import Site, Unit, decoder_layers, device_of, is_offloaded
+from optimum_cap.models import (
+    ModelView,
+    SiteUnit,
+    is_offloaded,
+)
 from optimum_cap.runtime import (
     MemoryLimit,
     ProcessGroup,
@@ -55,7 +58,7 @@ def agree_once(
     what: str,
     find: Callable[[], int],
     examples: list[CalibrationExample],
-    units: list[tuple[Site, Unit]],
+    units: list[SiteUnit],
     cache: ScoreCache | None,
 ) -> int:
     """Return what the first process finds, or found when a run over these began, to all processes.
@@ -84,8 +87,7 @@ class ExactScorer:
     examples. The parts stay small for the rest of the run.
 
     Args:
-        model: The model, in evaluation mode.
-        sites: All sites of the model.
+        view: The model, in evaluation mode.
         units: The units to mask, by rising layer.
         examples: Number of examples.
         cache: Where finished chunks are kept, if anywhere.
@@ -100,18 +102,15 @@ class ExactScorer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        sites: list[Site],
-        units: list[tuple[Site, Unit]],
+        view: ModelView,
+        units: list[SiteUnit],
         examples: int,
         cache: ScoreCache | None,
         process_group: ProcessGroup,
         torch_compile: bool = False,
         memory_limit: MemoryLimit | None = None,
     ) -> None:
-        self.model = model
-        self.layers = decoder_layers(model, sites)
-        self.sites = sites
+        self.view = view
         self.units = units
         self.cache = cache
         self.process_group = process_group
@@ -145,7 +144,7 @@ class ExactScorer:
                     self._fill(chunks[index], measured)
 
     def _measure_missing(self, chunks: list[Chunk], done: int) -> None:
-        if device_of(self.model).type == "cpu" and not is_offloaded(self.model):
+        if self.view.device.type == "cpu" and not is_offloaded(self.view.model):
             keep_freed_memory()
         with logging.tqdm(
             total=done + self._work(chunks),
@@ -207,7 +206,7 @@ class ExactScorer:
 
     def _measure_at_once(self, batch: Batch, left: deque[Chunk], progress: Any) -> None:
         """Measure the chunks `left` of a batch; those that are done are taken from it."""
-        wavefront = Wavefront(self.model, self.layers, self.sites, batch, self.torch_compile)
+        wavefront = Wavefront(self.view, batch, self.torch_compile)
         while left:
             chunk, units = left[0], self._units_of(left[0])
             losses = (
@@ -221,7 +220,7 @@ class ExactScorer:
             progress.update(self._work([left.popleft()]))
 
     def _masked_losses(
-        self, wavefront: Wavefront, units: list[tuple[Site, Unit]], tokens: int
+        self, wavefront: Wavefront, units: list[SiteUnit], tokens: int
     ) -> torch.Tensor:
         """Losses with each unit masked, `[units, examples]`, in steps that fit into memory."""
         while True:
@@ -249,7 +248,7 @@ class ExactScorer:
         self._memory_limit.tokens = tokens // 2
         clear_device_cache(garbage_collection=True)
 
-    def _units_of(self, chunk: Chunk) -> list[tuple[Site, Unit]]:
+    def _units_of(self, chunk: Chunk) -> list[SiteUnit]:
         return [self.units[unit] for unit in chunk.units]
 
     def _work(self, chunks: list[Chunk]) -> int:
@@ -257,6 +256,6 @@ class ExactScorer:
         return sum(map(self._work_of, chunks))
 
     def _work_of(self, chunk: Chunk) -> int:
-        layers = len(self.layers)
+        layers = len(self.view.layers)
         passed = sum(layers - site.layer for site, _ in self._units_of(chunk))
         return int(chunk.batch.real.sum()) * (passed if chunk.units else layers)

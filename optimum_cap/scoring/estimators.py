@@ -9,18 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
-from optimum_cap.models import Site, check_compilable, check_in_memory
+from optimum_cap.models import ModelView, check_compilable, check_in_memory
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.sampling import adaptive_losses, control_variate_losses
-from optimum_cap.scoring.scores import UnitLosses, scored_units
+from optimum_cap.scoring.scores import UnitLosses
 
 logger = logging.get_logger(__name__)
 
@@ -46,8 +45,7 @@ class Estimator:
 
     def losses(
         self,
-        model: PreTrainedModel,
-        sites: list[Site],
+        view: ModelView,
         examples: list[CalibrationExample],
         config: CAPConfig,
     ) -> UnitLosses:
@@ -55,14 +53,14 @@ class Estimator:
         settings: dict[str, Any] = {name: getattr(config, name) for name in self.settings}
         # Before a cache reads all weights.
         if self.differentiates:
-            check_in_memory(model)
+            check_in_memory(view.model)
         if self.compiles and config.torch_compile:
-            check_compilable(model)
+            check_compilable(view.model)
             settings["torch_compile"] = True
         if self.resumes and config.resume_dir is not None:
-            settings["cache"] = ScoreCache(config.resume_dir, model)
-        units = scored_units(sites, config.scored_units)
-        return self.function(model, sites, examples, config.memory_budget, units, **settings)
+            settings["cache"] = ScoreCache(config.resume_dir, view.model)
+        units = view.units(config.scored_units)
+        return self.function(view, examples, config.memory_budget, units, **settings)
 
 
 ESTIMATORS = {

@@ -3,18 +3,15 @@
 from contextlib import nullcontext
 
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample, batches
 from optimum_cap.models import (
-    Site,
-    Unit,
-    all_units,
+    ModelView,
+    SiteUnit,
     check_compilable,
     compiling,
-    decoder_layers,
     evaluation_mode,
     float32_on_cpu,
 )
@@ -34,11 +31,10 @@ logger = logging.get_logger(__name__)
 
 
 def exact_losses(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
-    units: list[tuple[Site, Unit]] | None = None,
+    units: list[SiteUnit] | None = None,
     cache: ScoreCache | None = None,
     torch_compile: bool = False,
     memory_limit: MemoryLimit | None = None,
@@ -46,8 +42,7 @@ def exact_losses(
     """Measure the loss with each unit of the sites masked.
 
     Args:
-        model: A causal language model; it comes back as it was.
-        sites: All sites of the model (`find_sites`), or at least those of attention.
+        view: A causal language model; it comes back as it was.
         examples: The calibration examples.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free.
@@ -73,40 +68,38 @@ def exact_losses(
         ConnectionError: Another process of the launch has stopped.
     """
     if torch_compile:
-        check_compilable(model)
-    units = all_units(sites) if units is None else units
+        check_compilable(view.model)
+    units = view.units() if units is None else units
     _check_order(units)
-    check_same_inputs(model, examples, names(units), memory_budget)
-    layers = decoder_layers(model, sites)
-    measured = {site.name for site, _ in units}
-    sites = [site for site in sites if site.kind == "attention" or site.name in measured]
-    with evaluation_mode(model), float32_on_cpu(model):
+    check_same_inputs(view.model, examples, names(units), memory_budget)
+    view = view.with_sites({site.name for site, _ in units})
+    with evaluation_mode(view.model), float32_on_cpu(view.model):
         # Of what is free when weights are widened.
-        budget = agreed_budget(model, memory_budget, examples, units, cache)
+        budget = agreed_budget(view.model, memory_budget, examples, units, cache)
         prefix = agree_once(
             "prefix",
-            lambda: _prefix(model, layers, sites, examples),
+            lambda: _prefix(view, examples),
             examples,
             units,
             cache,
         )
-        tokens = tokens_per_batch(model, budget, prefix, sites)
+        tokens = tokens_per_batch(view.model, budget, prefix, view.sites)
         made = batches(examples, len(examples), prefix, tokens)
         chunks = [
             chunk
             for batch in made
-            for chunk in chunks_of(batch, len(units), streams_per_chunk(model, batch, budget))
+            for chunk in chunks_of(batch, len(units), streams_per_chunk(view.model, batch, budget))
         ]
         process_group = ProcessGroup.current()
         run = ExactScorer(
-            model, sites, units, len(examples), cache, process_group, torch_compile, memory_limit
+            view, units, len(examples), cache, process_group, torch_compile, memory_limit
         )
         with compiling() if torch_compile else nullcontext():
             run.measure(chunks)
     return UnitLosses(units, run.intact, run.masked)
 
 
-def _check_order(units: list[tuple[Site, Unit]]) -> None:
+def _check_order(units: list[SiteUnit]) -> None:
     """Check that units can start one after the other as streams go up the layers."""
     places = [(site.layer, site.kind != "attention") for site, _ in units]
     for place, following, (site, unit) in zip(places, places[1:], units[1:], strict=False):
@@ -118,14 +111,12 @@ def _check_order(units: list[tuple[Site, Unit]]) -> None:
 
 
 def _prefix(
-    model: PreTrainedModel,
-    layers: list[nn.Module],
-    sites: list[Site],
+    view: ModelView,
     examples: list[CalibrationExample],
 ) -> int:
     """Tokens to compute once for all examples; none where there is no memory to try it."""
     try:
-        return prefix_to_share(model, layers, sites, examples)
+        return prefix_to_share(view, examples)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -140,7 +131,7 @@ def agreed_budget(
     model: PreTrainedModel,
     memory_budget: int | str,
     examples: list[CalibrationExample],
-    units: list[tuple[Site, Unit]],
+    units: list[SiteUnit],
     cache: ScoreCache | None,
 ) -> int:
     """Return the bytes that activations may take, the same for all processes and later runs."""

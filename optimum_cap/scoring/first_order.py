@@ -12,10 +12,11 @@ from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.models import (
+    ModelView,
     Site,
+    SiteUnit,
     Targets,
     Unit,
-    all_units,
     check_in_memory,
     evaluation_mode,
     experts_of,
@@ -35,11 +36,10 @@ from optimum_cap.scoring.wavefront import tokens_per_chunk
 
 
 def first_order_losses(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
-    units: list[tuple[Site, Unit]] | None = None,
+    units: list[SiteUnit] | None = None,
     cache: ScoreCache | None = None,
 ) -> UnitLosses:
     """Estimate the masked losses to first order, with one backward pass for all units.
@@ -52,8 +52,7 @@ def first_order_losses(
     gradients from that in the sum over experts; its routing is as in the intact pass.
 
     Args:
-        model: A causal language model, whole in memory; it comes back as it was.
-        sites: All sites of the model (`find_sites`).
+        view: A causal language model, whole in memory; it comes back as it was.
         examples: The calibration examples.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free.
@@ -67,20 +66,22 @@ def first_order_losses(
         ValueError: Weights of the model are offloaded, or experts compute in a way that is not
             known.
     """
-    check_in_memory(model)
-    units = all_units(sites) if units is None else units
-    check_same_inputs(model, examples, names(units), memory_budget)
+    check_in_memory(view.model)
+    units = view.units() if units is None else units
+    check_same_inputs(view.model, examples, names(units), memory_budget)
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(units), len(examples), dtype=torch.float64)
     with (
-        evaluation_mode(model),
-        float32_on_cpu(model),
-        without_parameter_grads(model),
+        evaluation_mode(view.model),
+        float32_on_cpu(view.model),
+        without_parameter_grads(view.model),
         logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
     ):
-        budget = agreed_budget(model, memory_budget, examples, units, cache)
-        parts = batches(examples, examples_per_pass(model, examples, budget))
-        for batch, losses in each_in_memory(parts, lambda batch: _first_order(model, units, batch)):
+        budget = agreed_budget(view.model, memory_budget, examples, units, cache)
+        parts = batches(examples, examples_per_pass(view.model, examples, budget))
+        for batch, losses in each_in_memory(
+            parts, lambda batch: _first_order(view.model, units, batch)
+        ):
             intact[batch.positions], masked[:, batch.positions] = losses
             progress.update(len(batch.positions))
     # Every process has done all of it; what follows has to be the same in all.
@@ -89,7 +90,7 @@ def first_order_losses(
 
 
 def _first_order(
-    model: PreTrainedModel, units: list[tuple[Site, Unit]], batch: Batch
+    model: PreTrainedModel, units: list[SiteUnit], batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of a batch, `[examples]` and `[units, examples]`."""
     sites = {site.name: site for site, _ in units}.values()

@@ -6,10 +6,9 @@ from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.models import (
-    Site,
+    ModelView,
+    SiteUnit,
     Targets,
-    Unit,
-    all_units,
     device_of,
     evaluation_mode,
     float32_on_cpu,
@@ -22,29 +21,28 @@ from optimum_cap.scoring.wavefront import tokens_per_batch
 
 
 def plain_losses(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
-    units: list[tuple[Site, Unit]] | None = None,
+    units: list[SiteUnit] | None = None,
 ) -> UnitLosses:
     """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
-    units = all_units(sites) if units is None else units
+    units = view.units() if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(units), len(examples), dtype=torch.float64)
     with (
-        evaluation_mode(model),
-        float32_on_cpu(model),
+        evaluation_mode(view.model),
+        float32_on_cpu(view.model),
         logging.tqdm(total=len(examples) * (1 + len(units)), desc="Scoring") as progress,
     ):
-        budget = budget_bytes(memory_budget, model)
-        tokens = tokens_per_batch(model, budget)
+        budget = budget_bytes(memory_budget, view.model)
+        tokens = tokens_per_batch(view.model, budget)
         for batch in batches(examples, len(examples), tokens=tokens):
-            intact[batch.positions] = _forward_losses(model, batch)
+            intact[batch.positions] = _forward_losses(view.model, batch)
             progress.update(len(batch.positions))
             for index, (site, unit) in enumerate(units):
-                with masked_unit(model, site, unit):
-                    masked[index, batch.positions] = _forward_losses(model, batch)
+                with masked_unit(view.model, site, unit):
+                    masked[index, batch.positions] = _forward_losses(view.model, batch)
                 progress.update(len(batch.positions))
     return UnitLosses(units, intact, masked)
 

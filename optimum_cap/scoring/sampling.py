@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from optimum_cap.data import CalibrationExample
-from optimum_cap.models import Site, Unit
+from optimum_cap.models import ModelView, SiteUnit
 from optimum_cap.runtime import MemoryLimit
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
@@ -20,11 +19,10 @@ _ROUNDING = 1e-9  # a probability that is nearer to 1 than this is 1
 
 
 def control_variate_losses(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
-    units: list[tuple[Site, Unit]] | None = None,
+    units: list[SiteUnit] | None = None,
     *,
     exact_examples: int = 16,
     seed: int = 0,
@@ -41,8 +39,7 @@ def control_variate_losses(
     are drawn more often (`chances_of_drawing`).
 
     Args:
-        model: As for `first_order_losses`, and so the next four.
-        sites: All sites of the model.
+        view: As for `first_order_losses`, and so the next four.
         examples: The calibration examples.
         memory_budget: For activations.
         units: Which units to mask.
@@ -55,11 +52,11 @@ def control_variate_losses(
         ValueError: There are fewer examples than that, or it is below 2.
     """
     _check_exact_examples(exact_examples, len(examples))
-    sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
+    sampled = SampledLosses(first_order_losses(view, examples, memory_budget, units, cache))
     chances = chances_of_drawing(sampled.first_order, exact_examples)
     drawn = draw_examples(chances, start=float(np.random.default_rng(seed).random()))
     rows = [examples[position] for position in drawn]
-    exact = exact_losses(model, sites, rows, memory_budget, sampled.units, cache, torch_compile)
+    exact = exact_losses(view, rows, memory_budget, sampled.units, cache, torch_compile)
     sampled.record(range(len(sampled.units)), drawn, exact.masked, chances)
     return sampled.losses()
 
@@ -124,11 +121,10 @@ def _check_exact_examples(exact_examples: int, examples: int) -> None:
 
 
 def adaptive_losses(
-    model: PreTrainedModel,
-    sites: list[Site],
+    view: ModelView,
     examples: list[CalibrationExample],
     memory_budget: int | str = "auto",
-    units: list[tuple[Site, Unit]] | None = None,
+    units: list[SiteUnit] | None = None,
     *,
     exact_examples: int = 16,
     precision: float = 0.1,
@@ -144,8 +140,7 @@ def adaptive_losses(
     importance is relative to (Eq. 3). A unit that stays wide to the end is measured exactly.
 
     Args:
-        model: As for `first_order_losses`, and so the next four.
-        sites: All sites of the model.
+        view: As for `first_order_losses`, and so the next four.
         examples: The calibration examples.
         memory_budget: For activations.
         units: Which units to mask.
@@ -159,14 +154,14 @@ def adaptive_losses(
         ValueError: There are fewer examples than `exact_examples`, or it is below 2.
     """
     blocks = draw_blocks(len(examples), exact_examples, seed)
-    sampled = SampledLosses(first_order_losses(model, sites, examples, memory_budget, units, cache))
+    sampled = SampledLosses(first_order_losses(view, examples, memory_budget, units, cache))
     wide, memory_limit = list(range(len(sampled.units))), MemoryLimit()
     for turn in range(max(map(len, blocks))):
         drawn = [block[turn] for block in blocks if turn < len(block)]
         rows = [examples[position] for position in drawn]
         still_wide = [sampled.units[index] for index in wide]
         exact = exact_losses(
-            model, sites, rows, memory_budget, still_wide, cache, torch_compile, memory_limit
+            view, rows, memory_budget, still_wide, cache, torch_compile, memory_limit
         )
         sampled.record(wide, drawn, exact.masked, chances_in_blocks(blocks, turn + 1))
         narrow = sampled.narrow(precision)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
-from optimum_cap.models import Site, Unit
+from optimum_cap.models import ModelView, SiteUnit
 from optimum_cap.runtime import (
     VERSIONED,
     digest_of,
@@ -29,7 +29,7 @@ from optimum_cap.runtime import (
     write_atomically,
 )
 from optimum_cap.scoring.estimators import ESTIMATORS
-from optimum_cap.scoring.scores import UnitLosses, scored_units
+from optimum_cap.scoring.scores import UnitLosses
 
 _LAYOUT = 1
 _METADATA = "optimum_cap_scores"
@@ -71,8 +71,7 @@ class SavedScores:
 
     def losses(
         self,
-        model: PreTrainedModel,
-        sites: list[Site],
+        view: ModelView,
         examples: list[CalibrationExample],
         config: CAPConfig,
     ) -> UnitLosses:
@@ -84,13 +83,15 @@ class SavedScores:
         """
         settings = self.settings
         self._check_settings(_UNITS, config)
-        units = scored_units(sites, config.scored_units)
-        if self.metadata["units"] != _names(units) or self.metadata["model"] != model_digest(model):
+        units = view.units(config.scored_units)
+        if self.metadata["units"] != _names(units) or self.metadata["model"] != model_digest(
+            view.model
+        ):
             raise ValueError(
                 f"the scores in {self.path} are of another model "
                 f"({self.metadata['base_model'] or 'unnamed'}) than "
-                f"{model.name_or_path or 'this one'}, or of other weights: score this model with "
-                "`optimum-cli cap score`"
+                f"{view.model.name_or_path or 'this one'}, or of other weights: score this model "
+                "with `optimum-cli cap score`"
             )
         if self.metadata["examples"] != examples_digest(examples):
             raise ValueError(
@@ -188,5 +189,5 @@ def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _names(units: list[tuple[Site, Unit]]) -> list[list[str | int]]:
+def _names(units: list[SiteUnit]) -> list[list[str | int]]:
     return [[site.name, unit.index] for site, unit in units]

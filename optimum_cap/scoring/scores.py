@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from optimum_cap.models import Site, Unit, all_units, heads
+from optimum_cap.models import SiteUnit
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +29,7 @@ class UnitLosses:
             the masked losses are estimates that do not show it by themselves.
     """
 
-    units: list[tuple[Site, Unit]]
+    units: list[SiteUnit]
     intact: torch.Tensor
     masked: torch.Tensor
     standard_errors: torch.Tensor | None = None
@@ -48,7 +48,7 @@ class CausalScores:
         intact_loss: Mean over subsets of the intact loss.
     """
 
-    units: list[tuple[Site, Unit]]
+    units: list[SiteUnit]
     scores: torch.Tensor
     standard_errors: torch.Tensor
     nonfinite: torch.Tensor
@@ -126,8 +126,3 @@ def nanvar(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     squares = (weights * (values - mean.unsqueeze(1)).square()).nansum(dim=1)
     variance = (squares / (total - weights.square().sum(dim=1) / total)).where(total > 0, 0.0)
     return variance.where(known.any(dim=1) & ((weights > 0).sum(dim=1) != 1), torch.nan)
-
-
-def scored_units(sites: list[Site], which: str = "heads") -> list[tuple[Site, Unit]]:
-    """Return the units to score: `"heads"`, or `"all"`, with MLPs and experts."""
-    return all_units(sites) if which == "all" else heads(sites)

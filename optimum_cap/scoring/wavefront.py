@@ -23,7 +23,9 @@ from transformers.utils import logging
 from optimum_cap.data import Batch, CalibrationExample, batches, shared_prefix
 from optimum_cap.models import (
     LayerCall,
+    ModelView,
     Site,
+    SiteUnit,
     Targets,
     Unit,
     activation_bytes_per_token,
@@ -54,9 +56,7 @@ class Wavefront:
     """The masked streams of one batch, started from the recorded intact stream.
 
     Args:
-        model: The model, in evaluation mode.
-        layers: Its decoder layers.
-        sites: The sites of attention, and all others whose units are to be masked.
+        view: The model, in evaluation mode.
         batch: The examples; their shared prefix, if they have one, is computed once per stream.
         torch_compile: Compile the layers that streams pass through whole.
 
@@ -66,20 +66,18 @@ class Wavefront:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        layers: list[nn.Module],
-        sites: list[Site],
+        view: ModelView,
         batch: Batch,
         torch_compile: bool = False,
     ) -> None:
-        self.model = model
-        self.layers = layers
+        self.model = view.model
+        self.layers = view.layers
         self._call: LayerCall = call_compiled if torch_compile else call_layer
-        self.attention = {site.layer: site for site in sites if site.kind == "attention"}
+        self.attention = {site.layer: site for site in view.sites if site.kind == "attention"}
         self.outlets: dict[int, list[str]] = {}
-        for site in _other_blocks(sites):
+        for site in _other_blocks(view.sites):
             if site.expert is not None:
-                experts_of(model, site)
+                experts_of(view.model, site)
             self.outlets.setdefault(site.layer, []).append(site.output_module)
         self._prefix = batch.prefix
         if batch.prefix:
@@ -91,7 +89,7 @@ class Wavefront:
         self.targets = Targets.of(suffix)
         self._suffix_ids = inputs[-1]
         cache, modules = self._cache(), self._modules()
-        self.segments = [record(model, modules, input_ids, cache) for input_ids in inputs]
+        self.segments = [record(view.model, modules, input_ids, cache) for input_ids in inputs]
         self.suffix = self.segments[-1]
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -112,7 +110,7 @@ class Wavefront:
         output = hidden_states_of(self.suffix.calls[f"layer {len(self.layers) - 1}"].output)
         return self._losses(self._at_scored(output))[0]
 
-    def masked_losses(self, units: list[tuple[Site, Unit]]) -> torch.Tensor:
+    def masked_losses(self, units: list[SiteUnit]) -> torch.Tensor:
         """Losses with each unit masked, float64 `[units, examples]`.
 
         Args:
@@ -138,7 +136,7 @@ class Wavefront:
         segment: Segment,
         index: int,
         carried: torch.Tensor,
-        starting: list[tuple[Site, Unit]],
+        starting: list[SiteUnit],
         cache: Cache | None,
     ) -> torch.Tensor:
         """Push carried streams and those that start in this layer through it.
@@ -161,7 +159,7 @@ class Wavefront:
             return hidden_states_of(self.layers[index](rows, *args, **kwargs))
 
     def _through_last_layer(
-        self, streams: list[torch.Tensor], starting: list[tuple[Site, Unit]]
+        self, streams: list[torch.Tensor], starting: list[SiteUnit]
     ) -> torch.Tensor:
         """Do the same in the last layer, whose output matters at scored positions only.
 
@@ -194,7 +192,7 @@ class Wavefront:
         self,
         segment: Segment,
         index: int,
-        starting: list[tuple[Site, Unit]],
+        starting: list[SiteUnit],
         select: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Output of the attention for starting streams, at the positions that `select` keeps."""
@@ -213,7 +211,7 @@ class Wavefront:
         stack: ExitStack,
         segment: Segment,
         index: int,
-        starting: list[tuple[Site, Unit]],
+        starting: list[SiteUnit],
         select: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Let MLP and experts return, for streams that start there, what they do when masked."""
@@ -231,7 +229,7 @@ class Wavefront:
         self,
         segment: Segment,
         path: str,
-        starting: list[tuple[Site, Unit]],
+        starting: list[SiteUnit],
         select: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Output of an MLP or of experts for streams that start in this or another such block."""
@@ -409,9 +407,7 @@ def _every_position(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def prefix_to_share(
-    model: PreTrainedModel,
-    layers: list[nn.Module],
-    sites: list[Site],
+    view: ModelView,
     examples: list[CalibrationExample],
 ) -> int:
     """Tokens to compute once for all examples: their shared prefix where it pays, otherwise 0.
@@ -424,23 +420,23 @@ def prefix_to_share(
     longest = max(len(example.input_ids) for example in examples)
     if len(examples) == 1 or prefix < WORTHWHILE_SHARE * longest:
         return 0
-    unit = next((site, site.units[0]) for site in sites if site.kind == "attention")
+    unit = next(SiteUnit(site, site.units[0]) for site in view.sites if site.kind == "attention")
     apart, whole = (
-        _intact_and_masked(Wavefront(model, layers, sites, batches(examples, 2, length)[0]), unit)
+        _intact_and_masked(Wavefront(view, batches(examples, 2, length)[0]), unit)
         for length in (prefix, 0)
     )
     # Where the model is sure of an answer: the last bits of its logits, in float32.
     quantum = 16 * torch.finfo(torch.float32).eps
-    if torch.allclose(apart, whole, rtol=tolerance(model.dtype), atol=quantum, equal_nan=True):
+    if torch.allclose(apart, whole, rtol=tolerance(view.model.dtype), atol=quantum, equal_nan=True):
         return prefix
     logger.warning_once(
-        f"{type(model).__name__} gives other losses when the {prefix} tokens that all examples "
-        "begin with are computed apart: they are computed again for each example."
+        f"{type(view.model).__name__} gives other losses when the {prefix} tokens that all "
+        "examples begin with are computed apart: they are computed again for each example."
     )
     return 0
 
 
-def _intact_and_masked(wavefront: Wavefront, unit: tuple[Site, Unit]) -> torch.Tensor:
+def _intact_and_masked(wavefront: Wavefront, unit: SiteUnit) -> torch.Tensor:
     return torch.stack([wavefront.intact_losses(), wavefront.masked_losses([unit])[0]])
 
 

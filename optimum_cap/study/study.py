@@ -41,10 +41,10 @@ from optimum_cap.evaluation import (
     resolve_tasks,
 )
 from optimum_cap.methods import CRITERIA
-from optimum_cap.models import find_sites
+from optimum_cap.models import ModelView
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import ProcessGroup, write_atomically
-from optimum_cap.scoring import DECISIVE, UnitLosses, scored_units, tensors_of
+from optimum_cap.scoring import DECISIVE, UnitLosses, tensors_of
 
 logger = logging.get_logger(__name__)
 
@@ -384,8 +384,8 @@ def _losses(
     with FileLock(file.with_suffix(".lock")):  # another cell may be measuring the same
         if file.is_file():
             try:
-                sites = find_sites(model, config.mlp_unit_size)
-                return UnitLosses(scored_units(sites, config.scored_units), **load_file(file))
+                units = ModelView.of(model, config.mlp_unit_size).units(config.scored_units)
+                return UnitLosses(units, **load_file(file))
             except SafetensorError:
                 logger.warning(f"{file} is damaged: its scores are measured again")
         losses = CAPPruner(config).measure(model, tokenizer)

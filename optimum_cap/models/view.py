@@ -1,0 +1,108 @@
+"""`ModelView`: a model together with its sites, which is what scoring and pruning work on."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.models.architectures import (
+    Matrix,
+    Site,
+    SiteUnit,
+    all_units,
+    decoder_layers,
+    find_sites,
+    heads,
+    is_transposed,
+    matrices_by_layer,
+    oriented,
+    prunable_matrices,
+    stages_by_layer,
+)
+from optimum_cap.models.offload import device_of, weights, writable_weights
+
+
+@dataclass(frozen=True, eq=False)
+class ModelView:
+    """A causal language model as its sites, units and matrices.
+
+    Attributes:
+        model: The model.
+        sites: Its sites, layer by layer, attention before MLP.
+    """
+
+    model: PreTrainedModel
+    sites: list[Site]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, mlp_unit_size: int | None = None) -> "ModelView":
+        """Look at all sites of `model`.
+
+        Args:
+            model: A decoder-only causal language model.
+            mlp_unit_size: Channels per unit of an MLP or expert; `None` makes each one unit.
+
+        Raises:
+            ValueError: The architecture is not supported.
+        """
+        return cls(model, find_sites(model, mlp_unit_size))
+
+    def with_sites(self, names: set[str]) -> "ModelView":
+        """Return a view of the attention sites and of the other sites with these names."""
+        chosen = [site for site in self.sites if site.kind == "attention" or site.name in names]
+        return replace(self, sites=chosen)
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        return decoder_layers(self.model, self.sites)
+
+    @cached_property
+    def matrices(self) -> list[Matrix]:
+        """The prunable matrices, in the order of the model."""
+        return prunable_matrices(self.sites)
+
+    @property
+    def matrices_by_layer(self) -> dict[int, list[Matrix]]:
+        """The prunable matrices of each decoder layer."""
+        return matrices_by_layer(self.sites)
+
+    @property
+    def stages_by_layer(self) -> dict[int, list[list[Matrix]]]:
+        """The prunable matrices of each decoder layer, in the order in which they run."""
+        return stages_by_layer(self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        """The device for the inputs of the model."""
+        return device_of(self.model)
+
+    def units(self, which: str = "all") -> list[SiteUnit]:
+        """Return the units of the sites: `"all"` of them, or the `"heads"` alone."""
+        return all_units(self.sites) if which == "all" else heads(self.sites)
+
+    def is_transposed(self, matrix: Matrix) -> bool:
+        """Whether a matrix is stored as `[in, out]`."""
+        return is_transposed(self.model, matrix)
+
+    def in_orientation(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
+        """Turn values per weight from `[out, in]` to how the matrix is stored, or back."""
+        return values.T if self.is_transposed(matrix) else values
+
+    def oriented(self, matrix: Matrix) -> torch.Tensor:
+        """Return a matrix as a view `[out, in]`; on the meta device if it is offloaded."""
+        return oriented(self.model, matrix)
+
+    def weights(self, matrix: Matrix) -> torch.Tensor:
+        """Return the weights of a matrix, `[out, in]`, to be read only; loaded if offloaded."""
+        return weights(self.model, matrix)
+
+    def writable_weights(self, matrix: Matrix) -> torch.Tensor:
+        """Return the weights of a matrix as a view `[out, in]` to be changed in place.
+
+        Raises:
+            OSError: There is no room for a copy of weights on disk.
+        """
+        return writable_weights(self.model, matrix)

@@ -1,0 +1,98 @@
+"""`pattern="heads"`: whole attention heads are removed."""
+
+from collections.abc import Mapping
+from itertools import chain
+
+from optimum_cap.methods import apply_mask_
+from optimum_cap.models import Matrix, ModelView, SiteUnit, WeightSlice, separable
+from optimum_cap.pruning.matrix_pruner import MatrixPruner
+from optimum_cap.pruning.regions import UnitKey, region_importances
+
+
+def removable_heads(view: ModelView, matrices: list[Matrix]) -> list[SiteUnit]:
+    """Return the heads none of whose weights is to stay dense."""
+    chosen = {matrix.name for matrix in matrices}
+    return [
+        head
+        for head in view.units("heads")
+        if all(piece.parameter in chosen for piece in separable(view.model, *head))
+    ]
+
+
+def number_of_heads_to_remove(candidates: list[SiteUnit], sparsity: float) -> int:
+    """Return how many heads to remove.
+
+    Raises:
+        ValueError: There is no removable head, or the sparsity rounds to none or all of them.
+    """
+    total = len(candidates)
+    if not total:
+        raise ValueError(
+            "modules_to_leave_dense leaves no head whole: pattern 'heads' removes all weights of a "
+            "head, so leave none of them dense but in whole layers, such as layers.0"
+        )
+    count = round(sparsity * total)
+    if not 0 < count < total:
+        raise ValueError(
+            f"sparsity {sparsity} of {total} heads is {count} heads: ask for a sparsity that "
+            "removes some heads and keeps some"
+        )
+    return count
+
+
+def remove_heads_(
+    view: ModelView,
+    matrices: list[Matrix],
+    sparsity: float,
+    pruner: MatrixPruner,
+    scored: Mapping[UnitKey, float],
+) -> None:
+    """Zero all weights that belong to the least important heads, and to no other head.
+
+    Args:
+        view: The model, which is changed.
+        matrices: The matrices that may be changed.
+        sparsity: Fraction of the removable heads to remove.
+        pruner: Ranks weights, and so heads by the mean importance of their weights.
+        scored: Importances of heads by their causal scores, which rank them instead if there are
+            any.
+    """
+    candidates = removable_heads(view, matrices)
+    count = number_of_heads_to_remove(candidates, sparsity)
+    if scored:
+        ranks = [scored[site.name, unit.index] for site, unit in candidates]
+    else:
+        ranks = _mean_importances(view, matrices, pruner, candidates)
+    order = sorted(range(len(candidates)), key=ranks.__getitem__)
+    removed = {candidates[index] for index in order[:count]}
+    kept = {
+        (head.site.name, head.unit.index): float(head not in removed)
+        for head in view.units("heads")
+    }
+    attention = [site for site in view.sites if site.kind == "attention"]
+    # A key/value head goes with the last of the query heads that share it.
+    regions = region_importances(attention, kept, "max")
+    for matrix in matrices:
+        keep = view.in_orientation(matrix, regions[matrix]).bool()
+        apply_mask_(view.writable_weights(matrix), keep)
+
+
+def _mean_importances(
+    view: ModelView, matrices: list[Matrix], pruner: MatrixPruner, heads: list[SiteUnit]
+) -> list[float]:
+    """Mean importance of the weights of each head."""
+    regions = [separable(view.model, site, unit) for site, unit in heads]
+    pieces: dict[str, set[WeightSlice]] = {}
+    for piece in chain.from_iterable(regions):
+        pieces.setdefault(piece.parameter, set()).add(piece)
+    sums: dict[WeightSlice, float] = {}
+    sizes: dict[WeightSlice, int] = {}
+    for matrix in matrices:
+        importance = view.in_orientation(matrix, pruner.importance(matrix))
+        for piece in pieces.get(matrix.parameter, ()):
+            values = piece.of(importance)
+            sums[piece], sizes[piece] = float(values.double().sum()), values.numel()
+    return [
+        sum(sums[piece] for piece in region) / sum(sizes[piece] for piece in region)
+        for region in regions
+    ]

@@ -1,0 +1,151 @@
+"""Pruning layer by layer: each layer is calibrated on what the layers before it have become."""
+
+from collections.abc import Mapping
+
+import torch
+from transformers.utils import logging
+
+from optimum_cap.config import CAPConfig
+from optimum_cap.data import CalibrationExample
+from optimum_cap.methods import InputStatistics
+from optimum_cap.models import Matrix, ModelView, evaluation_mode, float32_on_cpu
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.cache import LayerStore
+from optimum_cap.pruning.dense_reference import DenseReferencePass
+from optimum_cap.pruning.matrix_pruner import MatrixPruner
+
+logger = logging.get_logger(__name__)
+
+
+def prune_layer_by_layer_(
+    view: ModelView,
+    layers: Mapping[int, list[Matrix]],
+    zeros: Mapping[Matrix, int],
+    examples: list[CalibrationExample],
+    config: CAPConfig,
+    pruner: MatrixPruner,
+    store: LayerStore | None,
+) -> dict[Matrix, int]:
+    """Prune the matrices of each layer by the inputs that they have once all before are pruned.
+
+    Args:
+        view: The model, which is changed.
+        layers: The matrices to prune, by decoder layer.
+        zeros: Number of zeros of each.
+        examples: The calibration examples.
+        config: Target, order, answer weight and memory budget.
+        pruner: Prunes one matrix.
+        store: Keeps finished layers, and returns those of an interrupted run.
+
+    Returns:
+        Number of calibration tokens that each matrix was pruned by.
+    """
+    return _LayerByLayer(view, layers, zeros, examples, config, pruner, store).run_()
+
+
+class _LayerByLayer:
+    def __init__(
+        self,
+        view: ModelView,
+        layers: Mapping[int, list[Matrix]],
+        zeros: Mapping[Matrix, int],
+        examples: list[CalibrationExample],
+        config: CAPConfig,
+        pruner: MatrixPruner,
+        store: LayerStore | None,
+    ) -> None:
+        self.view = view
+        self.layers = layers
+        self.zeros = zeros
+        self.examples = examples
+        self.config = config
+        self.pruner = pruner
+        self.store = store
+        self.tokens: dict[Matrix, int] = {}
+
+    def run_(self) -> dict[Matrix, int]:
+        view, method = self.view, self.config.method
+        count, stages = len(view.layers), view.stages_by_layer
+        with (
+            evaluation_mode(view.model),
+            float32_on_cpu(view.model) as stored_dtypes,
+            logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
+        ):
+            kind = DenseReferencePass if method.target == "dense" else LayerwisePass
+            layerwise = kind(view, self.examples, method.answer_weight, self.config.memory_budget)
+            for index in range(count):
+                whole_layer = [self.layers[index]]
+                steps = stages[index] if method.order == "projection" else whole_layer
+                try:
+                    layerwise.begin(index)
+                    if not self._restore_layer_(index):
+                        self._prune_layer_(layerwise, index, steps, stored_dtypes)
+                    layerwise.advance(index)
+                except BaseException:
+                    resumes = self.store is not None and self.store.complete
+                    logger.warning(
+                        f"pruning stopped in layer {index} of {count}; the layers before it are "
+                        "pruned already: load the model again before you use or prune it"
+                        + ("; the same call then resumes here" if resumes else "")
+                    )
+                    raise
+                progress.update()
+        self._warn_about_few_tokens()
+        return self.tokens
+
+    def _prune_layer_(
+        self,
+        layerwise: LayerwisePass,
+        index: int,
+        steps: list[list[Matrix]],
+        stored_dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        layer_matrices = self.layers[index]
+        for step in steps:
+            chosen = [matrix for matrix in step if matrix in layer_matrices]
+            if chosen:  # some modules may stay dense
+                gram = self.pruner.criterion.updates_weights
+                statistics = layerwise.statistics(index, chosen, gram=gram)
+                for matrix in chosen:
+                    self._prune_matrix_(matrix, statistics[matrix], stored_dtypes)
+        if self.store:
+            self.store.commit(index, [self.tokens[matrix] for matrix in layer_matrices])
+
+    def _prune_matrix_(
+        self,
+        matrix: Matrix,
+        statistics: InputStatistics,
+        stored_dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        """Prune a matrix in its stored dtype: later ones are calibrated on what is saved."""
+        pruned = self.pruner.pruned(matrix, statistics, self.zeros[matrix])
+        weight = self.view.writable_weights(matrix)
+        pruned = pruned.to(stored_dtypes.get(matrix.parameter, weight.dtype))
+        weight.copy_(pruned)
+        self.tokens[matrix] = statistics.tokens
+        if self.store:
+            self.store.put(matrix, pruned)
+
+    def _restore_layer_(self, index: int) -> bool:
+        """Give the matrices of a layer the weights that an interrupted run has stored, if any."""
+        layer_matrices = self.layers[index]
+        tokens = self.store.get(index, layer_matrices) if self.store else None
+        if self.store is None or tokens is None:
+            return False
+        self.tokens.update(tokens)
+        for matrix, weight in self.store.weights(layer_matrices):
+            self.view.writable_weights(matrix).copy_(weight)
+        return True
+
+    def _warn_about_few_tokens(self) -> None:
+        few = [
+            matrix.name
+            for matrix, tokens in self.tokens.items()
+            if tokens < self.view.oriented(matrix).shape[1]
+        ]
+        if few:
+            logger.warning(
+                f"{len(few)} of {len(self.tokens)} matrices saw fewer calibration tokens than they "
+                f"have inputs ({', '.join(few[:3])}{', ...' if len(few) > 3 else ''}); the record "
+                "has the numbers: more or longer calibration examples help"
+            )

@@ -1,0 +1,68 @@
+"""`MatrixPruner`: what a criterion and a pattern make of one matrix."""
+
+from collections.abc import Mapping
+
+import torch
+
+from optimum_cap.config import CAPConfig
+from optimum_cap.methods import (
+    CRITERIA,
+    SELECTIONS,
+    CriterionInputs,
+    InputStatistics,
+    apply_mask_,
+    correct_toward_dense,
+    n_of_m_mask,
+    parse_pattern,
+)
+from optimum_cap.models import Matrix, ModelView
+
+
+class MatrixPruner:
+    """Prunes matrices of a model one at a time, by the criterion and the pattern of a config.
+
+    Args:
+        view: The model.
+        config: Names the criterion, the pattern and the seed.
+
+    Attributes:
+        regions: Importance of the units that the weights of a matrix belong to, broadcastable to
+            `[out, in]`, for criteria that need causal scores.
+    """
+
+    def __init__(self, view: ModelView, config: CAPConfig) -> None:
+        self.criterion = CRITERIA[config.method.criterion]
+        self.regions: Mapping[Matrix, torch.Tensor] = {}
+        self._view = view
+        self._pattern = parse_pattern(config.pattern)
+        self._seed = config.seed
+
+    def importance(self, matrix: Matrix, statistics: InputStatistics | None = None) -> torch.Tensor:
+        """Return the importance of each weight, float32 `[out, in]`; higher means keep."""
+        assert self.criterion.importance is not None
+        regions = self.regions.get(matrix)
+        if regions is not None:
+            regions = self._view.in_orientation(matrix, regions)
+        inputs = CriterionInputs(matrix.name, self._seed, regions, statistics)
+        return self.criterion.importance(self._view.weights(matrix), inputs)
+
+    def pruned(self, matrix: Matrix, statistics: InputStatistics, zeros: int) -> torch.Tensor:
+        """Return what a matrix becomes, `[out, in]`; the matrix itself is not changed."""
+        weight = self._view.weights(matrix)
+        solve = self.criterion.solve
+        if solve is None:
+            keep = self._keep_mask(self.importance(matrix, statistics), zeros)
+            return weight.masked_fill(~keep.to(weight.device), 0)
+        if statistics.output_error_moment is not None:
+            weight = correct_toward_dense(weight, statistics, matrix.name)
+        return solve(weight, statistics, zeros, self._pattern, matrix.name)
+
+    def mask_(self, matrix: Matrix, zeros: int) -> None:
+        """Zero the least important weights of a matrix, in place."""
+        keep = self._keep_mask(self.importance(matrix), zeros)
+        apply_mask_(self._view.writable_weights(matrix), keep)
+
+    def _keep_mask(self, importance: torch.Tensor, zeros: int) -> torch.Tensor:
+        if self._pattern is None:
+            return SELECTIONS[self.criterion.compared](importance, zeros)
+        return n_of_m_mask(importance, *self._pattern)
