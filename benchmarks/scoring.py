@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample, shared_prefix
 from optimum_cap.estimation import device_name
-from optimum_cap.models import Site, decoder_layers, find_sites
+from optimum_cap.models import Site, SiteUnit, decoder_layers, find_sites
 from optimum_cap.scoring import (
     UnitLosses,
     causal_scores,
