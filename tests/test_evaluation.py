@@ -490,7 +490,10 @@ def test_missing_files_say_where_was_looked(
         load_task_data("tiny_reasoner")
 
 
-def test_embedded_problems_are_found_in_a_checkout_and_in_a_data_folder() -> None:
+def test_embedded_problems_are_found_in_a_checkout_and_in_a_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the checkout is found from the package, not the current folder
     for folder in (None, REASONER.parent, REASONER / "data"):
         data = load_task_data("tiny_reasoner", folder)
         assert [len(questions) for questions, _ in data.values()] == [300, 300, 300]
