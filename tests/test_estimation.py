@@ -192,7 +192,7 @@ def test_walks_take_the_operations_that_pytorch_counts(
     architecture: str, by_projection: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Which outlets join the stream is tried on one batch, which is not counted.
-    monkeypatch.setattr(DenseReferencePass, "_find_joining", lambda *args: set())
+    monkeypatch.setattr(DenseReferencePass, "joining_modules", lambda *args: set())
     model = eager_model(architecture)
     work = count_work(model, find_sites(model))
     compared = SHAPE.examples * TOKENS * work.compared

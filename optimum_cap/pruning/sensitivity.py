@@ -235,10 +235,10 @@ class DivergenceEvaluator:
     ) -> None:
         self.model = view.model
         self.walk = LayerwisePass(view, examples, memory_budget=memory_budget)
-        self.targets = [Targets.of(stream.batch) for stream in self.walk.streams]
+        self.targets = [Targets.of(batch.batch) for batch in self.walk.batches]
         self.passed = 0
         self.together = _SETS_AT_A_TIME if is_offloaded(view.model) else 1
-        hidden = [stream.hidden for stream in self.walk.streams]
+        hidden = [batch.hidden for batch in self.walk.batches]
         self.final = self._to_the_end(0, [hidden])[0]
 
     def divergences(
@@ -262,7 +262,7 @@ class DivergenceEvaluator:
         """Yield the outputs of a layer, per batch, with each set of matrices exchanged."""
         for weights in pruned:
             with onloaded(self.walk.layers[layer]), temporary_weights(self.model, weights):
-                outputs = [self.walk.run(layer, each, each.hidden) for each in self.walk.streams]
+                outputs = [self.walk.run(layer, each, each.hidden) for each in self.walk.batches]
             yield outputs
 
     def _to_the_end(
@@ -272,8 +272,8 @@ class DivergenceEvaluator:
         for index in range(layer, len(self.walk.layers)):
             with onloaded(self.walk.layers[index]):
                 for hidden in carried:
-                    for place, stream in enumerate(self.walk.streams):
-                        hidden[place] = self.walk.run(index, stream, hidden[place])
+                    for place, batch in enumerate(self.walk.batches):
+                        hidden[place] = self.walk.run(index, batch, hidden[place])
         return [
             [
                 hidden[targets.rows.to(hidden.device), targets.columns.to(hidden.device)].unsqueeze(

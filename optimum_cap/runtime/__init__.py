@@ -2,7 +2,7 @@
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
 from optimum_cap.runtime.distributed import ProcessGroup, check_same_inputs
-from optimum_cap.runtime.files import TensorFiles, write_atomically
+from optimum_cap.runtime.files import TensorFiles, sync, write_atomically
 from optimum_cap.runtime.memory import (
     MemoryLimit,
     budget_bytes,
@@ -30,5 +30,6 @@ __all__ = [
     "machine",
     "model_digest",
     "resume_hint_on_stop",
+    "sync",
     "write_atomically",
 ]
