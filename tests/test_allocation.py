@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from observed_inputs import observed_inputs
-from test_attribution import examples
-from tiny_models import tiny_model
+from helpers.calibration import examples
+from helpers.observed_inputs import observed_inputs
+from helpers.tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from optimum_cap.config import CAPConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from helpers.tiny_models import tiny_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 

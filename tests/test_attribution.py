@@ -4,32 +4,21 @@ import math
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from helpers.calibration import examples
+from helpers.out_of_memory import OUT_OF_MEMORY, limit_memory
+from helpers.tiny_models import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap.data.batches import Batch, batches
+from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import SiteUnit, find_sites
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import replaced_forward
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.scores import UnitLosses, causal_scores
 from optimum_cap.scoring.wavefront import Wavefront
-
-
-def examples(count: int = 7, longest: int = 24, seed: int = 0) -> list[CalibrationExample]:
-    """Random examples of different lengths whose second half is scored."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for index in range(count):
-        tokens = int(torch.randint(6, longest, (1,), generator=generator))
-        scored = torch.zeros(tokens, dtype=torch.bool)
-        scored[tokens // 2 :] = True
-        ids = torch.randint(4, 60, (tokens,), generator=generator)
-        made.append(CalibrationExample(ids, scored, "random", index, f"{index:064x}"))
-    return made
 
 
 def hand_losses(model: PreTrainedModel, row: CalibrationExample) -> float:
@@ -239,39 +228,6 @@ def test_nonfinite_intact_loss_is_an_error() -> None:
 def test_more_subsets_than_examples_is_an_error() -> None:
     with pytest.raises(ValueError, match="2 calibration examples cannot be split into 3"):
         causal_scores(losses_of([[1, 1]], [1, 1]), subsets=3)
-
-
-OUT_OF_MEMORY = {
-    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
-    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
-    "python": MemoryError(),
-}
-
-
-def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception) -> list[int]:
-    """Let the masked streams of so many tokens raise `error`; return the list of what was tried."""
-    tried = []
-
-    class Limited(Wavefront):
-        def __init__(
-            self,
-            view: ModelView,
-            batch: Batch,
-            torch_compile: bool,
-        ) -> None:
-            super().__init__(view, batch, torch_compile)
-            self.tokens_of_a_stream = batch.input_ids.numel()
-
-        def masked_losses(self, units: list[SiteUnit]) -> torch.Tensor:
-            tried.append(len(units) * self.tokens_of_a_stream)
-            if tried[-1] > tokens:
-                raise error
-            return super().masked_losses(units)
-
-    monkeypatch.setattr("optimum_cap.scoring.chunks.Wavefront", Limited)
-    return tried
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from observed_inputs import observed_inputs
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.calibration import ROWS
+from helpers.observed_inputs import observed_inputs
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -20,8 +21,6 @@ from optimum_cap.methods.reconstruction import sparsegpt
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer, oriented
 from optimum_cap.pruning.allocation import ALLOCATIONS
-
-ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 
 
 def config(recipe: str = "paper", **changes: Any) -> CAPConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tiny_models import tiny_tokenizer
+from helpers.tiny_models import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from optimum_cap.config import CAPConfig

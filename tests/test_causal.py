@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.calibration import ROWS
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -16,8 +17,6 @@ from optimum_cap.models.architectures import find_sites, heads, matrices_by_laye
 from optimum_cap.pruning.sensitivity import DivergenceEvaluator
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.scores import causal_scores
-
-ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 
 
 def config(**changes: Any) -> CAPConfig:

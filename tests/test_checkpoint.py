@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import contents, pruned, same_weights
+from helpers.paths import TESTS
+from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,50 +28,7 @@ from transformers import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_cap import CAPConfig
 from optimum_cap.checkpoint.conversion import convert_checkpoint, inspect_checkpoint
-from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord
-from optimum_cap.checkpoint.saving import attach
-
-
-def pruned(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
-    """A tiny model with 30 % random zeros in its large matrices, and a record to match."""
-    settings = {"checkpoint_format": changes.pop("checkpoint_format", "packed")}
-    model = tiny_model(architecture, **changes)
-    generator = torch.Generator().manual_seed(0)
-    matrices = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and ("proj" in name or "fc" in name or "dense" in name):
-            mask = torch.rand(parameter.shape, generator=generator) < 0.3
-            parameter.data[mask] = 0
-            experts = parameter if parameter.ndim == 3 else [parameter]
-            matrices += [
-                MatrixSparsity(
-                    f"{name}[{index}]" if parameter.ndim == 3 else name,
-                    int((matrix == 0).sum()),
-                    matrix.numel(),
-                )
-                for index, matrix in enumerate(experts)
-            ]
-    config = CAPConfig(sparsity=0.3, dataset="gsm8k", **settings).to_dict()
-    calibration = {"sources": [{"name": "gsm8k", "hub_id": "openai/gsm8k"}], "digests": []}
-    attach(model, PruningRecord(config, None, None, matrices, [], calibration, {"torch": "0"}))
-    return model
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def same_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
-    )
 
 
 def test_round_trip_is_bit_identical(architecture: str, tmp_path: Path) -> None:
@@ -558,7 +517,7 @@ def test_a_mount_point_is_as_it_was_after_a_failure(
 SAVE_IN_A_PROCESS = """
 import resource, sys
 sys.path.insert(0, {tests!r})
-from test_checkpoint import pruned
+from helpers.checkpoints import pruned
 model = pruned()
 {limit}
 try:
@@ -576,7 +535,7 @@ def run(code: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 def test_a_full_disk(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a disk that is really full."""
     code = SAVE_IN_A_PROCESS.format(
-        tests=str(Path(__file__).parent),
+        tests=str(TESTS),
         target=str(tmp_path / "out"),
         limit="import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))",
@@ -599,7 +558,7 @@ def test_kill_9_leaves_the_old_folder_or_none(point: str, tmp_path: Path) -> Non
         "rename": f"transcoding.Path.rename = lambda *a, **k: {kill}",
     }[point]
     code = SAVE_IN_A_PROCESS.format(
-        tests=str(Path(__file__).parent),
+        tests=str(TESTS),
         target=str(tmp_path / "out"),
         limit="import os, signal\nfrom optimum_cap.checkpoint import saving, transcoding\n"
         + patched,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from optimum.commands import optimum_cli
-from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
-from test_score_file import ROWS
-from test_wavefront import examples
-from tiny_models import spread_out, tiny_model, tiny_tokenizer
+from helpers.calibration import ROWS
+from helpers.score_runs import ONE_STREAM_BUDGET
+from helpers.shared_prefix import examples
+from helpers.tiny_models import spread_out, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -35,7 +36,6 @@ FIELDS: dict[str, Any] = {
     "num_samples": 6,
     "subsets": 1,
 }
-BUDGET = 10_000  # makes chunks of one stream, which pass all layers but their own whole
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_compiled_equals_plain(name: str, prefix: int, compiled_calls: list[torc
     model, rows = tiny_model(name), examples(prefix)
     sites = find_sites(model)
     plain = plain_losses(ModelView(model, sites), rows)
-    exact = exact_losses(ModelView(model, sites), rows, BUDGET, torch_compile=True)
+    exact = exact_losses(ModelView(model, sites), rows, ONE_STREAM_BUDGET, torch_compile=True)
     assert len(compiled_calls) >= 4  # of each head of the first layer, through the second one
     torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
     torch.testing.assert_close(exact.intact, plain.intact, rtol=1e-5, atol=0)
@@ -62,14 +62,19 @@ def test_all_layers_are_one_program(prefix: int, compiled_calls: list[torch.Size
         torch.compiler.reset()
         counters.clear()
         model = tiny_model("llama", num_hidden_layers=layers)
-        exact_losses(ModelView.of(model), examples(prefix), BUDGET, torch_compile=True)
+        exact_losses(ModelView.of(model), examples(prefix), ONE_STREAM_BUDGET, torch_compile=True)
         found.append(counters["stats"]["unique_graphs"])
     assert found[0] == found[1] > 0
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimators_that_compile(estimator: str, calls_to_compile: list[torch.Size]) -> None:
-    fields = {**FIELDS, "estimator": estimator, "exact_examples": 2, "memory_budget": BUDGET}
+    fields = {
+        **FIELDS,
+        "estimator": estimator,
+        "exact_examples": 2,
+        "memory_budget": ONE_STREAM_BUDGET,
+    }
     losses = []
     for torch_compile in (False, True) if estimator in COMPILING else (False,):
         config = CAPConfig(torch_compile=torch_compile, **fields)
@@ -129,8 +134,8 @@ def test_a_layer_that_cannot_be_compiled_is_named(compiled_calls: list[torch.Siz
         layer.register_forward_pre_hook(lambda module, args: print(args))
     message = r"torch_compile: LlamaDecoderLayer cannot be compiled here .* leave torch_compile out"
     with pytest.raises(ValueError, match=message):
-        exact_losses(ModelView(model, sites), examples(), BUDGET, torch_compile=True)
-    exact_losses(ModelView(model, sites), examples(), BUDGET)
+        exact_losses(ModelView(model, sites), examples(), ONE_STREAM_BUDGET, torch_compile=True)
+    exact_losses(ModelView(model, sites), examples(), ONE_STREAM_BUDGET)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from helpers.tiny_models import tiny_model
 
 from optimum_cap.methods.criteria import CriterionInputs, magnitude_times_importance
 from optimum_cap.models.architectures import Matrix, find_sites

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
-from test_attribution import examples
-from test_checkpoint import contents, same_weights
-from test_compilation import BUDGET
-from test_pruning_cache import FIELDS, pruned
-from test_score_cache import chunk_files, same_bytes, score
-from tiny_models import tiny_model
+from helpers.calibration import examples
+from helpers.checkpoints import contents, same_weights
+from helpers.pruning_runs import FIELDS, pruned
+from helpers.score_runs import ONE_STREAM_BUDGET, chunk_files, same_bytes, score
+from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_cap.config import RECIPES
@@ -160,7 +159,7 @@ def test_compiled_layers_score_alike(
 ) -> None:
     model, rows = tiny_model("llama", dtype=dtype).to(device), examples(6)
     sites, cache = find_sites(model), ScoreCache(tmp_path, model)
-    compiled: dict[str, Any] = {"memory_budget": BUDGET, "torch_compile": True}
+    compiled: dict[str, Any] = {"memory_budget": ONE_STREAM_BUDGET, "torch_compile": True}
     expected = exact_losses(ModelView(model, sites), rows, cache=cache, **compiled)
     assert compiled_calls
     # Rounded where the layer itself rounds, but sums are in another order.

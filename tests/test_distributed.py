@@ -13,19 +13,23 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from helpers.paths import TESTS
+from helpers.pruning_runs import pruned
+from helpers.score_runs import chunk_files, digest, score
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pruning_cache import pruned
-from test_score_cache import chunk_files, digest, score
-from tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap.runtime.digests import digest_of
 from optimum_cap.runtime.distributed import ProcessGroup
 
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
-from test_score_cache import *
+from pathlib import Path
+from helpers.score_runs import digest, score
+from helpers.tiny_models import tiny_model
+from optimum_cap.scoring.wavefront import Wavefront
 
 def main(folder, dies_after=None):
     own, measured = Wavefront.masked_losses, []
@@ -68,7 +72,7 @@ def ranks(*arguments: object, script: str = SCRIPT) -> list[subprocess.Completed
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-c", script.format(tests=str(Path(__file__).parent))]
+        command = [sys.executable, "-c", script.format(tests=str(TESTS))]
         processes.append(
             subprocess.Popen(
                 [*command, *map(str, arguments)],
@@ -156,9 +160,11 @@ def test_ranks_without_a_cache() -> None:
 
 
 TRIALS = """
-import os, sys
+import sys, torch
 sys.path.insert(0, {tests!r})
-from test_pruning_cache import *
+from pathlib import Path
+from helpers.pruning_runs import pruned
+from helpers.tiny_models import tiny_model
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.runtime.digests import digest_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
+from helpers.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.calibration import examples
+from helpers.out_of_memory import OUT_OF_MEMORY, limit_memory
+from helpers.tiny_models import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attribution import OUT_OF_MEMORY, examples, limit_memory
-from tiny_models import tiny_model
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel

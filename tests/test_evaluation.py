@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import optimum_cap

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import PART_SIZE, LoopbackHub
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.hub_server import PART_SIZE, LoopbackHub
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 OWNER, STRANGER = "hf_owner", "hf_stranger"
 CONFIG = (

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.calibration import ROWS
+from helpers.tiny_models import ARCHITECTURES, MOE, tiny_model, tiny_tokenizer
 from safetensors import safe_open
-from tiny_models import _MOE, ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -28,7 +29,6 @@ from optimum_cap.plugin import quantizer
 from optimum_cap.plugin.from_pretrained import register
 from optimum_cap.version import NEWEST_TRANSFORMERS
 
-ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
 IDS = torch.arange(4, 24)[None]
 
 
@@ -391,7 +391,7 @@ def test_fused_projections_that_are_split_while_loading(tmp_path: Path) -> None:
     """On disk query, key and value of sarvam_moe are one matrix, packed as one."""
     from optimum_cap import CAPPruner
 
-    settings = {**_MOE, "num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8}
+    settings = {**MOE, "num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.SarvamMoEConfig(**settings)).eval()
     CAPPruner(config(sparsity=0.5)).prune(model, tiny_tokenizer()).save_pretrained(tmp_path / "a")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_wavefront import assert_exact, examples
-from tiny_models import ARCHITECTURES, SHARED_EXPERTS, tiny_model
+from helpers.score_runs import assert_exact
+from helpers.shared_prefix import examples
+from helpers.tiny_models import ARCHITECTURES, SHARED_EXPERTS, tiny_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 

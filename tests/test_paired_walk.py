@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from observed_inputs import observed_inputs
-from test_attribution import examples
-from test_offload import on_disk, saved
-from tiny_models import SHARED_EXPERTS, tiny_model
+from helpers.calibration import examples
+from helpers.checkpoints import on_disk, saved
+from helpers.observed_inputs import observed_inputs
+from helpers.tiny_models import SHARED_EXPERTS, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

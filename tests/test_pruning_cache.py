@@ -12,29 +12,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from test_offload import on_disk, saved
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.checkpoints import on_disk, saved
+from helpers.paths import TESTS
+from helpers.pruning_runs import FIELDS, layer_files, pruned, weights
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.models.architectures import Matrix
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
-
-ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
-FIELDS: dict[str, Any] = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 8, "subsets": 2}
-
-
-def pruned(model: PreTrainedModel, folder: Path | None, **fields: Any) -> PreTrainedModel:
-    config = CAPConfig(**FIELDS, resume_dir=folder, **fields)
-    return CAPPruner(config).prune(model, tiny_tokenizer())
-
-
-def weights(model: PreTrainedModel) -> list[bytes]:
-    return [tensor.view(torch.uint8).numpy().tobytes() for tensor in model.state_dict().values()]
-
-
-def layer_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/layers/*/*.safetensors"))
 
 
 @pytest.fixture
@@ -334,19 +320,20 @@ def test_an_offloaded_model_goes_on(
 
 
 SCRIPT = """
-import sys
+import sys, torch
 sys.path.insert(0, {tests!r})
-from test_pruning_cache import *
+from helpers.pruning_runs import pruned
+from helpers.tiny_models import tiny_model
 
 torch.set_num_threads(1)
-pruned(tiny_model("llama"), Path(sys.argv[1])).save_pretrained(sys.argv[2])
+pruned(tiny_model("llama"), sys.argv[1]).save_pretrained(sys.argv[2])
 """
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     def start(cache: str, output: str) -> "subprocess.Popen[bytes]":
-        script = SCRIPT.format(tests=str(Path(__file__).parent))
+        script = SCRIPT.format(tests=str(TESTS))
         return subprocess.Popen(
             [sys.executable, "-c", script, tmp_path / cache, tmp_path / output],
             stderr=subprocess.DEVNULL,

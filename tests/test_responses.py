@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_attribution import examples
-from test_offload import on_disk, saved
-from tiny_models import tiny_model
+from helpers.calibration import examples
+from helpers.checkpoints import on_disk, saved
+from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig

@@ -1,7 +1,6 @@
 """Scoring that is stopped goes on where it was, with the bytes of an undisturbed run."""
 
 import copy
-import hashlib
 import importlib
 import linecache
 import math
@@ -19,13 +18,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_attribution import OUT_OF_MEMORY, limit_memory
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.calibration import ROWS
+from helpers.out_of_memory import OUT_OF_MEMORY, limit_memory
+from helpers.paths import TESTS
+from helpers.score_runs import BUDGET, chunk_files, digest, examples, same_bytes, score
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.view import ModelView
 from optimum_cap.runtime.digests import code_digest
@@ -36,35 +37,6 @@ from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.sampling import adaptive_losses, control_variate_losses
 from optimum_cap.scoring.scores import UnitLosses, causal_scores
 from optimum_cap.scoring.wavefront import Wavefront
-
-ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
-BUDGET = 20_000  # makes several batches of several chunks
-
-
-def examples(count: int = 6) -> list[CalibrationExample]:
-    """Examples of three lengths whose second half is scored."""
-    made = []
-    for index in range(count):
-        ids = torch.arange(12 + 4 * (index % 3)) * (index + 7) % 60 + 4
-        scored = torch.arange(len(ids)) >= len(ids) // 2
-        made.append(CalibrationExample(ids, scored, "sums", index, f"{index:064x}"))
-    return made
-
-
-def score(model: PreTrainedModel, folder: Path | None, count: int = 6) -> UnitLosses:
-    cache = ScoreCache(folder, model) if folder else None
-    return exact_losses(ModelView.of(model), examples(count), BUDGET, cache=cache)
-
-
-def same_bytes(first: UnitLosses, second: UnitLosses) -> bool:
-    return all(
-        one.numpy().tobytes() == other.numpy().tobytes()
-        for one, other in ((first.intact, second.intact), (first.masked, second.masked))
-    )
-
-
-def chunk_files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
 
 
 @pytest.fixture
@@ -427,9 +399,12 @@ def test_pruning_with_a_cache_is_pruning(llama: PreTrainedModel, tmp_path: Path)
 # Processes
 
 SCRIPT = """
-import resource, sys
+import resource, sys, torch
 sys.path.insert(0, {tests!r})
-from test_score_cache import *
+from pathlib import Path
+from helpers.score_runs import digest, score
+from helpers.tiny_models import tiny_model
+from optimum_cap.scoring.wavefront import Wavefront
 
 def main(folder, largest_file=None):
     if largest_file is not None:
@@ -449,17 +424,13 @@ main(*sys.argv[1:])
 """
 
 
-def digest(losses: UnitLosses) -> str:
-    return hashlib.sha256(losses.masked.numpy().tobytes()).hexdigest()
-
-
 def undisturbed() -> str:
     return digest(score(tiny_model("llama"), None, count=60))
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """Score 60 examples of a Llama in a process of its own."""
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    script = SCRIPT.format(tests=str(TESTS))
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.calibration import ROWS
+from helpers.pruning_runs import config
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from test_pruner import ROWS
-from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap import CAPPruner
 from optimum_cap.checkpoint.conversion import inspect_checkpoint
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.commands.score import ScoreCommand, score_table
@@ -23,11 +24,6 @@ from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.score_file import read_scores
 from optimum_cap.scoring.scores import causal_scores
-
-
-def config(**changes: Any) -> CAPConfig:
-    values = {"sparsity": 0.3, "recipe": "paper", "dataset": ROWS, "num_samples": 12, **changes}
-    return CAPConfig(**values)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap.evaluation.results import mean_and_interval
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import SHARED_EXPERTS, spread_out, tiny_model
+from helpers.score_runs import assert_exact
+from helpers.shared_prefix import example, examples
+from helpers.tiny_models import SHARED_EXPERTS, spread_out, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,41 +18,6 @@ from optimum_cap.scoring import wavefront
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
 from optimum_cap.scoring.plain import plain_losses
-
-
-def example(ids: torch.Tensor, first_scored: int) -> CalibrationExample:
-    scored = torch.zeros(len(ids), dtype=torch.bool)
-    scored[first_scored:] = True
-    return CalibrationExample(ids, scored, "random", 0, "")
-
-
-def examples(
-    prefix: int = 12, suffixes: tuple[int, ...] = (9, 4, 2, 7, 5), seed: int = 0
-) -> list[CalibrationExample]:
-    """Examples that begin alike, and then differ at once; the last half of the rest is scored."""
-    generator = torch.Generator().manual_seed(seed)
-    begin = torch.randint(4, 60, (prefix,), generator=generator)
-    made = []
-    for index, suffix in enumerate(suffixes):
-        own = torch.randint(4, 60, (suffix - 1,), generator=generator)
-        ids = torch.cat([begin, torch.tensor([4 + index]), own])
-        made.append(example(ids, prefix + suffix // 2))
-    return made
-
-
-def assert_exact(
-    model: PreTrainedModel,
-    rows: list[CalibrationExample],
-    memory_budget: int | str = "auto",
-    mlp_unit_size: int | None = 8,
-) -> None:
-    sites = find_sites(model, mlp_unit_size)
-    exact = exact_losses(ModelView(model, sites), rows, memory_budget)
-    plain = plain_losses(ModelView(model, sites), rows)
-    torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
-    torch.testing.assert_close(exact.intact, plain.intact, rtol=1e-5, atol=0)
-    # The agreement means something: masking moves the losses by much more than the tolerance.
-    assert (plain.masked - plain.intact).abs().max() > 1e-2
 
 
 def prefix_of(model: PreTrainedModel, rows: list[CalibrationExample]) -> int:

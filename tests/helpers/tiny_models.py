@@ -34,7 +34,7 @@ _GEMMA = {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
-_MOE = {**_GQA, "num_experts_per_tok": 2, "output_router_logits": False}
+MOE = {**_GQA, "num_experts_per_tok": 2, "output_router_logits": False}
 
 CONFIGS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {**_GQA, "head_dim": 8}),
@@ -76,18 +76,18 @@ CONFIGS: dict[str, tuple[str, dict]] = {
             "init_std": 0.2,
         },
     ),
-    "mixtral": ("Mixtral", {**_MOE, "num_local_experts": 4, "sliding_window": 8}),
+    "mixtral": ("Mixtral", {**MOE, "num_local_experts": 4, "sliding_window": 8}),
     "qwen3_moe": (
         "Qwen3Moe",
         {
-            **_MOE,
+            **MOE,
             "num_experts": 4,
             "moe_intermediate_size": 12,
             "head_dim": 8,
             "mlp_only_layers": [1],
         },
     ),
-    "olmoe": ("Olmoe", {**_MOE, "num_experts": 4}),
+    "olmoe": ("Olmoe", {**MOE, "num_experts": 4}),
 }
 ARCHITECTURES = sorted(CONFIGS)
 
@@ -96,7 +96,7 @@ SHARED_EXPERTS: dict[str, tuple[str, dict]] = {
     "glm4_moe": (
         "Glm4Moe",
         {
-            **_MOE,
+            **MOE,
             "n_routed_experts": 4,
             "moe_intermediate_size": 12,
             "first_k_dense_replace": 1,
@@ -108,7 +108,7 @@ SHARED_EXPERTS: dict[str, tuple[str, dict]] = {
     "qwen2_moe": (
         "Qwen2Moe",
         {
-            **_MOE,
+            **MOE,
             "num_experts": 4,
             "moe_intermediate_size": 12,
             "shared_expert_intermediate_size": 12,
