@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.paths import EXAMPLES
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,8 +58,8 @@ from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.study.study import Study
 from optimum_cap.text import format_duration
 
-CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-STUDIES = Path(__file__).parents[1] / "examples" / "studies"
+CONFIGS = EXAMPLES / "configs"
+STUDIES = EXAMPLES / "studies"
 TOKENS = 48
 SHAPE = Workload(examples=2, tokens=TOKENS, scored=20)
 SIZE = Size(hidden=16, wide=32, heads=2, tokens=8)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from helpers.paths import EXAMPLES, SHARED
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -34,8 +35,7 @@ from optimum_cap.evaluation.tasks import (
     resolve_tasks,
 )
 
-SHARED = Path(__file__).parents[2] / "shared"
-REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
+REASONER = EXAMPLES / "tiny_reasoner"
 sys.path.insert(0, str(REASONER))  # the examples are scripts, no package
 from evaluate import correct_answers, load_problems  # noqa: E402
 

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from helpers.paths import SHARED
 from helpers.tiny_models import tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -15,7 +16,6 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data.calibration import CalibrationSet, build_calibration_set
 from optimum_cap.data.sources import PRESETS, row_digest
 
-SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,7 +1,7 @@
 """The attention of the last layer: keys and values of all tokens, queries from the first scored on.
 
 That its losses are those of one hooked pass per unit is what `test_wavefront.py` and
-`test_attribution.py` show for every architecture; here is what it spares, and when it does not.
+`test_exact.py` show for every architecture; here is what it spares, and when it does not.
 """
 
 import functools

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers.calibration import ROWS
+from helpers.paths import ROOT
 from helpers.tiny_models import ARCHITECTURES, MOE, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from transformers import (
@@ -329,7 +330,7 @@ def test_the_reader_in_the_documentation(dtype: torch.dtype, tmp_path: Path) -> 
     packed = tmp_path / "packed"
     model = CAPPruner(config()).prune(tiny_model("llama", dtype=dtype), tiny_tokenizer())
     model.save_pretrained(packed)
-    page = Path(__file__).parents[1] / "docs" / "checkpoint_format.md"
+    page = ROOT / "docs" / "checkpoint_format.md"
     scope: dict[str, Any] = {}
     exec(page.read_text().split("```python\n")[1].split("```")[0], scope)
     weights = scope["read"](packed / "model.safetensors")

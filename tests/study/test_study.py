@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.paths import EXAMPLES
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap.evaluation.results import mean_and_interval
@@ -423,7 +424,7 @@ def test_what_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_the_examples_are_valid(empty_presets: Path) -> None:
-    folder = Path(__file__).parents[1] / "examples" / "studies"
+    folder = EXAMPLES / "studies"
     for file in folder.glob("*.yaml"):
         assert list(Study.load(file, data_dir=empty_presets).cells())
 
