@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from packaging.version import Version
-from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

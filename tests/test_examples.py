@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.paths import EXAMPLES
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from optimum_cap import CAPConfig
 from optimum_cap.data.calibration import build_calibration_set
 from optimum_cap.data.sources import row_digest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 REASONER = EXAMPLES / "tiny_reasoner"
 MODEL = REASONER / "model"
 CALIBRATION = REASONER / "data" / "calibration.jsonl"

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
-from test_checkpoint import contents
-from test_pruner import config
-from tiny_models import tiny_model, tiny_tokenizer
+from accelerate import cpu_offload
+from helpers.checkpoints import contents, half_on_disk, on_disk, saved
+from helpers.paths import TESTS
+from helpers.pruning_runs import config
+from helpers.tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -31,9 +32,9 @@ from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
 from optimum_cap.scoring.plain import example_losses, plain_losses
+from optimum_cap.scoring.settings import ScoringSettings
 from optimum_cap.scoring.wavefront import Wavefront
 
-LAYERS = ("model.layers.1", "model.layers.2")
 RECIPES: list[dict[str, Any]] = [
     {"recipe": "causal"},
     {"recipe": "paper"},
@@ -49,27 +50,6 @@ RECIPES: list[dict[str, Any]] = [
     {"recipe": "paper", "pattern": "heads", "sparsity": 0.5},
     {"recipe": "paper", "criterion": "magnitude", "pattern": "heads", "sparsity": 0.5},
 ]
-
-
-def saved(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
-    tiny_model(architecture, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def half_on_disk(folder: Path, offload_folder: Path | None, **options: Any) -> PreTrainedModel:
-    """Load a model of three decoder layers of which two, and the head, stay on disk."""
-    names = ("model.embed_tokens", "model.rotary_emb", "model.norm", "model.layers.0")
-    places = dict.fromkeys(names, "cpu") | dict.fromkeys((*LAYERS, "lm_head"), "disk")
-    return AutoModelForCausalLM.from_pretrained(
-        folder, device_map=places, offload_folder=offload_folder, **options
-    )
-
-
-def on_disk(folder: Path, offload_folder: Path) -> PreTrainedModel:
-    """Load a model, then put all of its weights on disk."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return disk_offload(model, offload_folder)
 
 
 def pruned(model: PreTrainedModel, target: Path, settings: CAPConfig) -> dict[str, bytes]:
@@ -130,10 +110,14 @@ def test_chunks_of_an_offloaded_model_serve_it_in_memory(tmp_path: Path) -> None
     )
     examples = build_calibration_set(config(), tiny_tokenizer()).examples
     cache = ScoreCache(tmp_path / "cache", model)
-    losses = exact_losses(ModelView.of(model), examples, "1MB", cache=cache)
+    losses = exact_losses(
+        ModelView.of(model), examples, settings=ScoringSettings(memory_budget="1MB", cache=cache)
+    )
     same = ScoreCache(tmp_path / "cache", in_memory)
     kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    again = exact_losses(ModelView.of(in_memory), examples, "1MB", cache=same)
+    again = exact_losses(
+        ModelView.of(in_memory), examples, settings=ScoringSettings(memory_budget="1MB", cache=same)
+    )
     assert torch.equal(losses.masked, again.masked)
     assert sorted((tmp_path / "cache").rglob("*.safetensors")) == kept
 
@@ -165,7 +149,7 @@ def test_each_layer_is_brought_in_once_per_chunk(
         return losses
 
     monkeypatch.setattr(Wavefront, "masked_losses", watched)
-    exact_losses(ModelView.of(model), examples, memory_budget="1MB")
+    exact_losses(ModelView.of(model), examples, settings=ScoringSettings(memory_budget="1MB"))
     assert len(chunks) > 3
     assert max(chunks) > 1
 
@@ -320,7 +304,8 @@ PRUNE_IN_A_PROCESS = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_offload import config, half_on_disk
+from helpers.checkpoints import half_on_disk
+from helpers.pruning_runs import config
 from optimum_cap import CAPPruner
 from optimum_cap.checkpoint import transcoding
 from optimum_cap import pruner
@@ -337,7 +322,7 @@ except OSError as error:
 
 def run(tmp_path: Path, before_pruning: str = "", before_saving: str = "pass") -> Any:
     code = PRUNE_IN_A_PROCESS.format(
-        tests=str(Path(__file__).parent),
+        tests=str(TESTS),
         folder=str(tmp_path / "model"),
         offload=str(tmp_path / "offload"),
         target=str(tmp_path / "out"),

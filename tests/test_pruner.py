@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.calibration import ROWS
+from helpers.pruning_runs import config
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -19,14 +21,6 @@ from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.scores import causal_scores
-
-ROWS = [(f"{a}+{b}=?", f"{a + b}") for a in range(9) for b in range(9)]
-
-
-def config(**changes: Any) -> CAPConfig:
-    """Settings of a small pruning by the paper's recipe; the default is in test_causal.py."""
-    values = {"sparsity": 0.3, "recipe": "paper", "dataset": ROWS, "num_samples": 12, **changes}
-    return CAPConfig(**values)
 
 
 def test_zeros_are_exactly_the_rounded_target(

@@ -1,0 +1,1 @@
+"""What tests share: models, data, runs, servers. Tests import this, never one another."""
