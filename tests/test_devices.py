@@ -163,7 +163,7 @@ def test_compiled_layers_score_alike(
     sites, cache = find_sites(model), ScoreCache(tmp_path, model)
     compiled: dict[str, Any] = {"memory_budget": ONE_STREAM_BUDGET, "torch_compile": True}
     expected = exact_losses(
-        ModelView(model, sites), rows, settings=ScoringSettings(cache=cache, torch_compile=compiled)
+        ModelView(model, sites), rows, settings=ScoringSettings(cache=cache, **compiled)
     )
     assert compiled_calls
     # Rounded where the layer itself rounds, but sums are in another order.
@@ -173,7 +173,7 @@ def test_compiled_layers_score_alike(
     for file in chunk_files(tmp_path)[::2]:
         file.unlink()
     again = exact_losses(
-        ModelView(model, sites), rows, settings=ScoringSettings(cache=cache, torch_compile=compiled)
+        ModelView(model, sites), rows, settings=ScoringSettings(cache=cache, **compiled)
     )
     torch.testing.assert_close(again.masked, expected.masked, rtol=tolerance, atol=1e-6)
 

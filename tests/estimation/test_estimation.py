@@ -39,6 +39,7 @@ from optimum_cap.methods.reconstruction import alps
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import (
     Matrix,
+    SiteUnit,
     find_sites,
     matrices_by_layer,
     oriented,
@@ -140,13 +141,15 @@ def test_exact_scoring_after_a_prefix_takes_the_operations_that_pytorch_counts()
     # counted. The trial whether the model can share a prefix is not counted, so it is not run.
     model = eager_model("llama")
     sites = find_sites(model)
-    jobs = [(site, unit) for site in sites if site.kind == "attention" for unit in site.units]
+    units = [
+        SiteUnit(site, unit) for site in sites if site.kind == "attention" for unit in site.units
+    ]
     (batch,) = batches(examples(), SHAPE.examples, 24)
 
     def measure() -> None:
         stream = wavefront.Wavefront(ModelView(model, sites), batch)
         stream.intact_losses()
-        stream.masked_losses(jobs)
+        stream.masked_losses(units)
 
     with torch.no_grad():
         real = counted(measure)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap import config
 from optimum_cap.data.batches import Batch
-from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.models.architectures import Site, SiteUnit, Unit, find_sites
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring import first_order, sampling
 from optimum_cap.scoring.estimators import ESTIMATORS
@@ -202,7 +202,7 @@ def effects_of(sizes: torch.Tensor) -> UnitLosses:
     unit = Unit(0, (0, 1), ())
     site = Site("layer.o_proj", "attention", 0, "layer", "layer", 1, (unit,))
     masked = torch.stack([intact - sizes / 4, intact + 3 * sizes, intact])
-    return UnitLosses([(site, unit)] * 3, intact, masked)
+    return UnitLosses([SiteUnit(site, unit)] * 3, intact, masked)
 
 
 def estimated(

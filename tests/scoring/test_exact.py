@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.hooks import replaced_forward
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.exact import exact_losses
@@ -145,7 +145,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 def losses_of(masked: list[list[float]], intact: list[float]) -> UnitLosses:
     site = find_sites(tiny_model("llama"))[0]
-    units = [(site, site.units[index]) for index in range(len(masked))]
+    units = [SiteUnit(site, site.units[index]) for index in range(len(masked))]
     as_tensor = torch.tensor(masked, dtype=torch.float64)
     return UnitLosses(units, torch.tensor(intact, dtype=torch.float64), as_tensor)
 
