@@ -66,7 +66,7 @@ def test_what_is_computed_of_the_last_attention(llama: PreTrainedModel, prefix: 
 
         return replaced_forward(module, forward)
 
-    site = waves.attention[0]
+    site = waves.blocks.attention[0]
     with torch.no_grad():
         _ = waves._last_attention  # the trial with the intact stream
         with (
