@@ -19,7 +19,7 @@ from optimum_cap.pruning.allocation import ALLOCATIONS, interventional, uniform
 from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.head_removal import remove_heads_
-from optimum_cap.pruning.layer_by_layer import prune_layer_by_layer_
+from optimum_cap.pruning.layer_by_layer import LayerByLayerPruning
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.pruning.regions import (
     UnitKey,
@@ -166,7 +166,7 @@ class PruningRun:
             size = sum(view.numel() * view.element_size() for view in views)
             settings = {**dataclasses.asdict(self.config.method), **self._settings(zeros)}
             self.layer_store = self._cache.layers(settings, size)
-        self.tokens = prune_layer_by_layer_(
+        self.tokens = LayerByLayerPruning(
             self.view,
             self.layers,
             zeros,
@@ -174,7 +174,7 @@ class PruningRun:
             self.config,
             self.pruner,
             self.layer_store,
-        )
+        ).run_()
         self._wait_for_all_processes()
 
     @functools.cached_property
