@@ -1,8 +1,8 @@
 """Causal Attribution Pruning (CAP) for transformers models.
 
-Importing this package teaches `from_pretrained` the keyword `pruning_config` and the quantization
-method `"cap"`. It imports neither torch nor transformers: the registration waits until transformers
-loads its modelling code, so that `optimum-cli --help` stays quick.
+Importing this package adds the keyword `pruning_config` to `from_pretrained` and registers the
+quantization method `"cap"`. It imports neither torch nor transformers: the registration waits until
+transformers loads its modelling code, so that `optimum-cli --help` stays fast.
 """
 
 import importlib
@@ -22,7 +22,7 @@ register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, because all of them import transformers and torch.
+    # Imported lazily, because each of them imports transformers and torch.
     if name == "CAPConfig":
         from optimum_cap.config import CAPConfig
 

@@ -16,7 +16,7 @@ from optimum_cap.formats import FORMATS, check_format_version
 from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
 
 CONFIG_VERSION = 1
-"""Version of the fields below. A reader refuses a newer one instead of guessing at its fields."""
+"""Version of the fields of `CAPConfig`. A config of a newer version raises an error."""
 
 ALLOCATIONS = ("global", "uniform", "owl", "interventional", "fisher")
 TARGETS = ("local", "dense")
@@ -26,7 +26,7 @@ _BY_SENSITIVITY = ("interventional", "fisher")  # measured, estimated
 
 @dataclass(frozen=True)
 class Method:
-    """What is done, all choices settled: the fields of `CAPConfig` of the same names."""
+    """A pruning method: the `CAPConfig` fields of the same names, with no choice left open."""
 
     criterion: str
     allocation: str
@@ -36,12 +36,12 @@ class Method:
 
     @property
     def layer_by_layer(self) -> bool:
-        """Whether a layer is pruned before the next one is looked at."""
+        """Whether each layer is pruned before the inputs of the next one are measured."""
         return CRITERIA[self.criterion].needs_inputs
 
     @property
     def needs_data(self) -> bool:
-        """Whether anything is measured on calibration data."""
+        """Whether the method measures anything on calibration data."""
         criterion = CRITERIA[self.criterion]
         by_data = self.allocation in ("owl", *_BY_SENSITIVITY)
         return criterion.needs_scores or criterion.needs_inputs or by_data
@@ -70,7 +70,7 @@ _CHOICES = {
     "target": TARGETS,
     "order": ORDERS,
 }
-_SETTLED = ("allocation", "target", "order", "answer_weight")
+_OVERRIDES = ("allocation", "target", "order", "answer_weight")
 _SAMPLING = ("control_variate", "adaptive")  # measure some of the examples exactly
 COMPILING = ("exact", *_SAMPLING)  # the estimators that take `torch_compile`
 
@@ -140,20 +140,22 @@ class CAPConfig(QuantizationConfigMixin):
             MLPs and experts. See `docs/scoring.md`.
         mlp_unit_size: Number of MLP or expert channels per unit under `scored_units="all"`; `None`
             makes each MLP and each expert one unit.
-        estimator: How the causal scores are found: measured by `"exact"` (or by `"plain"`, its
-            slower definition), or estimated by `"first_order"`, `"control_variate"` or
-            `"adaptive"`. See `docs/estimators.md`.
+        estimator: How the causal scores are obtained: measured by `"exact"` (or by `"plain"`, its
+            slower reference implementation), or estimated by `"first_order"`, `"control_variate"`
+            or `"adaptive"`. See `docs/estimators.md`.
         exact_examples: Number of examples that `"control_variate"` measures exactly, and
             `"adaptive"` in each of its rounds; at least 2.
-        precision: Where `"adaptive"` stops: 1.96 standard errors of the sampling error of every
-            mean score, as a fraction of the range of the scores of all units.
+        precision: When `"adaptive"` stops: once 1.96 standard errors of the sampling error of every
+            mean score are at most this fraction of the range of the scores of all units.
         scores: A scores file (`optimum-cli cap score`) of the same model, data and seed, to use
             instead of measuring. Not saved.
         max_length: Longest example in tokens; longer ones are skipped. `None` is 2048, or the
             model's limit if that is lower.
-        memory_budget: Memory for activations while anything is measured, in bytes or as text such
-            as `"4GB"`; `"auto"` is half of the free memory. The hidden states of the calibration
-            set between two layers come on top.
+        memory_budget: Memory for activations while the model runs on calibration data, in bytes or
+            as text such as `"4GB"`. `"auto"` is half of the free memory where causal scores are
+            measured and in backward passes; layer-by-layer passes then take 2048 tokens per batch
+            on CPU and 16384 on CUDA, which a number of bytes can only lower. The hidden states of
+            the calibration set between two layers come on top.
         torch_compile: Compile the decoder layers while causal scores are measured, which pays off
             in long runs on a GPU (`docs/performance.md`).
         resume_dir: Folder for finished measurements and, until the model is saved, pruned layers,
@@ -164,7 +166,7 @@ class CAPConfig(QuantizationConfigMixin):
             head, which are never pruned.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
             `"dense"` (zeros stored; loads without this plugin).
-        tokenizer: A tokenizer, or the name of one; `None` takes the model's own. Not saved.
+        tokenizer: A tokenizer, or the name of one; `None` loads the model's tokenizer. Not saved.
         config_version: Version of these fields.
 
     Raises:
@@ -210,7 +212,7 @@ class CAPConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if isinstance(self.config_version, int) and self.config_version > CONFIG_VERSION:
             raise ValueError(
-                f"this pruning config has config_version {self.config_version}, but this "
+                f"the pruning config has config_version {self.config_version}, but this "
                 f"optimum-cap reads up to {CONFIG_VERSION}: upgrade optimum-cap"
             )
         self._check_sparsity()
@@ -268,7 +270,7 @@ class CAPConfig(QuantizationConfigMixin):
         _check_integer("mlp_unit_size", self.mlp_unit_size, at_least=1)
         if self.scored_units != "all":
             raise ValueError(
-                f"mlp_unit_size {self.mlp_unit_size} is about MLPs and experts, but scored_units "
+                f"mlp_unit_size {self.mlp_unit_size} applies to MLPs and experts, but scored_units "
                 f"is {self.scored_units!r}: choose scored_units 'all', or leave mlp_unit_size out"
             )
 
@@ -286,22 +288,23 @@ class CAPConfig(QuantizationConfigMixin):
         needs_scores = CRITERIA[method.criterion].needs_scores
         if self.scores is not None and not needs_scores:
             raise ValueError(
-                f"scores are for criterion 'causal_score', which uses them, got criterion "
-                f"{method.criterion!r}: choose recipe 'paper', or leave scores out"
+                f"scores need criterion 'causal_score', got criterion {method.criterion!r}: choose "
+                "recipe 'paper', or leave scores out"
             )
         if self.estimator != "exact" and not needs_scores:
             raise ValueError(
-                f"estimator {self.estimator!r} is for causal scores, got criterion "
-                f"{method.criterion!r}, which needs none: choose recipe 'paper', or leave "
-                "estimator out (recipe 'causal_fast' is the quick variant of 'causal')"
+                f"estimator {self.estimator!r} needs criterion 'causal_score', got criterion "
+                f"{method.criterion!r}: choose recipe 'paper', or leave estimator out (recipe "
+                "'causal_fast' is the quick variant of 'causal')"
             )
         if not isinstance(self.torch_compile, bool):
             raise ValueError(f"torch_compile must be True or False, got {self.torch_compile!r}")
         if self.torch_compile and (not needs_scores or self.estimator not in COMPILING):
             raise ValueError(
-                f"torch_compile is for causal scores by estimator {', '.join(COMPILING)}, got "
-                f"criterion {method.criterion!r} and estimator {self.estimator!r}: choose recipe "
-                "'paper' and one of these, or leave torch_compile out"
+                f"torch_compile needs criterion 'causal_score' and estimator "
+                f"{', '.join(COMPILING)}, got criterion {method.criterion!r} and estimator "
+                f"{self.estimator!r}: choose recipe 'paper' and one of these estimators, or leave "
+                "torch_compile out"
             )
 
     def _check_method(self) -> None:
@@ -328,46 +331,48 @@ class CAPConfig(QuantizationConfigMixin):
             )
         if method.layer_by_layer and method.allocation == "global":
             raise ValueError(
-                f"criterion {method.criterion!r} prunes layer by layer, so there is no global "
-                f"threshold: choose allocation {', '.join(ALLOCATIONS[1:])}"
+                f"criterion {method.criterion!r} prunes layer by layer, so allocation 'global' is "
+                f"not supported: choose allocation {', '.join(ALLOCATIONS[1:])}"
             )
         if pattern is None:
             return
         kept, of = pattern
         if method.allocation != "uniform":
             raise ValueError(
-                f"pattern {self.pattern!r} gives every matrix the same sparsity: choose allocation "
-                f"'uniform', got {method.allocation!r}"
+                f"pattern {self.pattern!r} gives every matrix the same sparsity, got allocation "
+                f"{method.allocation!r}: choose allocation 'uniform'"
             )
         if not math.isclose(self.sparsity, 1 - kept / of, abs_tol=1e-9):
             raise ValueError(
                 f"pattern {self.pattern!r} keeps {kept} of every {of} weights, which is sparsity "
-                f"{1 - kept / of:g}, got sparsity {self.sparsity}"
+                f"{1 - kept / of:g}, got sparsity {self.sparsity}: set it to "
+                f"{1 - kept / of:g}"
             )
 
     def _check_updates(self) -> None:
-        """Check that choices about inputs are made for a criterion that looks at them."""
+        """Check that `target`, `order` and `answer_weight` fit the criterion."""
         method = self.method
         updating = [name for name, criterion in CRITERIA.items() if criterion.updates_weights]
         by_inputs = [name for name, criterion in CRITERIA.items() if criterion.needs_inputs]
-        for name, able in (
+        for name, supported in (
             ("target", updating),
             ("order", by_inputs),
             ("answer_weight", by_inputs),
         ):
-            if getattr(method, name) != getattr(Method, name) and method.criterion not in able:
+            value = getattr(method, name)
+            if value != getattr(Method, name) and method.criterion not in supported:
                 raise ValueError(
-                    f"{name} {getattr(method, name)!r} is for the criteria {', '.join(able)}, got "
-                    f"criterion {method.criterion!r}"
+                    f"{name} {value!r} needs one of the criteria {', '.join(supported)}, got "
+                    f"criterion {method.criterion!r}: change the criterion, or leave {name} out"
                 )
 
     @property
     def method(self) -> Method:
-        """Criterion, allocation and the rest: as given, else the recipe's.
+        """The pruning method: fields that are set override those of the recipe.
 
-        A criterion that was given without an allocation is combined with `"uniform"`, and so is a
-        pattern N:M with a recipe that gives matrices different sparsities. All heads compete in one
-        list, by their causal scores unless the recipe or a criterion says otherwise.
+        Setting `criterion` without `allocation` implies `"uniform"`, and so does a pattern N:M with
+        a recipe that gives matrices different sparsities. Pattern `"heads"` ranks all heads of the
+        model together, by causal score unless the recipe or `criterion` chooses another ranking.
         """
         recipe = RECIPES[self.recipe]
         if self.criterion is not None:
@@ -377,25 +382,25 @@ class CAPConfig(QuantizationConfigMixin):
             recipe = Method("causal_score" if by_default else recipe.criterion, "global")
         elif self.pattern != "unstructured" and recipe.allocation in ("global", *_BY_SENSITIVITY):
             recipe = dataclasses.replace(recipe, allocation="uniform")
-        given = {name: getattr(self, name) for name in _SETTLED}
+        overrides = {name: getattr(self, name) for name in _OVERRIDES}
         return dataclasses.replace(
-            recipe, **{name: value for name, value in given.items() if value is not None}
+            recipe, **{name: value for name, value in overrides.items() if value is not None}
         )
 
     @property
     def dequantize(self) -> bool:
-        """Tells transformers to detach its quantizer after loading: the model is a float model."""
+        """Always True: transformers detaches its quantizer after loading a float model."""
         return True
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """Build a config from the dictionary that `to_dict` gives.
+        """Build a config from a dictionary as returned by `to_dict`.
 
         Args:
-            config_dict: The dictionary; `quant_method` may be there or not.
-            return_unused_kwargs: Return `(config, unused)` as transformers' configs do.
+            config_dict: The dictionary, with or without `quant_method`.
+            return_unused_kwargs: Return `(config, unused)`, as transformers' configs do.
             **kwargs: Fields that replace those of the dictionary.
 
         Raises:
@@ -410,8 +415,8 @@ class CAPConfig(QuantizationConfigMixin):
         version = values.get("config_version", CONFIG_VERSION)
         if unknown and not (isinstance(version, int) and version > CONFIG_VERSION):
             raise ValueError(
-                f"unknown field(s) in the pruning config: {', '.join(unknown)}; this optimum-cap "
-                f"(config_version {CONFIG_VERSION}) knows {', '.join(sorted(known))}"
+                f"unknown field(s) in the pruning config: {', '.join(unknown)}; this "
+                f"optimum-cap (config_version {CONFIG_VERSION}) has {', '.join(sorted(known))}"
             )
         config = cls(**{key: value for key, value in values.items() if key in known})
         return (config, kwargs) if return_unused_kwargs else config
@@ -419,8 +424,8 @@ class CAPConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values.
 
-        Data passed in memory is described (`in-memory, 128 rows, sha256 ...`) instead of copied,
-        and the tokenizer, the scores file and the cache folder are left out.
+        In-memory data is replaced by a summary (`in-memory, 128 rows, sha256 ...`). The tokenizer,
+        the scores file and the resume folder are left out.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["tokenizer"], values["scores"], values["resume_dir"]
@@ -432,7 +437,7 @@ class CAPConfig(QuantizationConfigMixin):
 
 
 def _with_plain_paths(dataset: Any) -> Any:
-    """Turn paths into text, and a tuple of names into a list, as JSON has them."""
+    """Convert paths to strings, and a tuple of names to a list, as in JSON."""
     if isinstance(dataset, os.PathLike):
         return os.fspath(dataset)
     if isinstance(dataset, dict) and "path" in dataset:
@@ -444,7 +449,7 @@ def _with_plain_paths(dataset: Any) -> Any:
 
 
 def describe_dataset(dataset: Any) -> Any:
-    """Return `dataset` itself if it is a name, specification or list of them, else a summary."""
+    """Return `dataset` if it is a name, a specification or a list of them, else a summary of it."""
     if isinstance(dataset, str | dict):
         return dataset
     if isinstance(dataset, list) and all(is_dataset_name(entry) for entry in dataset):
@@ -455,10 +460,10 @@ def describe_dataset(dataset: Any) -> Any:
 
 
 def is_dataset_name(entry: Any) -> bool:
-    """Whether `entry` names a data set (preset, Hub id, file, specification) and is no text of one.
+    """Whether `entry` names a data set (preset, Hub id, file, specification), as opposed to a text.
 
     A name has no white space and is a word like `gsm8k`, `owner/name`, or a file with a known
-    ending; a dictionary is a specification if it has the key `path`.
+    extension; a dictionary is a specification if it has the key `path`.
     """
     if isinstance(entry, dict):
         return "path" in entry
@@ -469,10 +474,10 @@ def is_dataset_name(entry: Any) -> bool:
 
 
 def parse_size(size: Any, name: str = "size") -> int:
-    """Return a number of bytes from an integer or from text such as `"512MB"` or `"1.5GiB"`.
+    """Return the bytes given by an integer or by text such as `"512MB"` or `"1.5GiB"`.
 
     Raises:
-        ValueError: Neither of them, or not positive.
+        ValueError: `size` is neither of these, or is not positive.
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size

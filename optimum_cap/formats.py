@@ -1,12 +1,12 @@
-"""Pure encode and decode of one weight: tensors in, tensors out, the input untouched.
+"""Encoding and decoding of single weights: pure functions from tensors to tensors.
 
 The packed form of `x.weight` is three ordinary tensors: `x.weight` holds the kept values in row
 order (one dimension), `x.weight_mask` one bit per weight (1 = kept, first weight in the least
-significant bit of the first byte) and `x.weight_shape` the shape. "Kept" is every weight whose bits
-are not all zero, so any tensor survives bit for bit, negative zeros and NaNs included.
+significant bit of the first byte) and `x.weight_shape` the shape. Every weight whose bits are not
+all zero is kept, so decoding restores any tensor bit for bit, including negative zeros and NaNs.
 
-The name `x.weight` for a one-dimensional tensor is on purpose: where this plugin is not imported,
-transformers stops at the size mismatch, instead of finding no `x.weight` and making one up.
+The one-dimensional tensor is named `x.weight` on purpose: without this plugin, transformers raises
+an error about its size, instead of finding no `x.weight` and initialising it at random.
 """
 
 import os
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 FORMAT_VERSION = 1
-"""Version of the files on disk. A reader refuses a newer one."""
+"""Version of the files on disk. Files of a newer version raise an error."""
 
-_CHUNK = 1 << 17  # weights at a time, so that index arrays stay in the cache; a multiple of 8
+_CHUNK = 1 << 17  # weights at a time, so that index arrays fit in the CPU cache; a multiple of 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,9 +45,9 @@ def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         chunk = bits[start : start + _CHUNK]
         keep = chunk != 0
         mask[start // 8 : (start + _CHUNK) // 8] = np.packbits(keep, bitorder="little")
-        kept = np.flatnonzero(keep)
-        values[done : done + len(kept)] = chunk[kept]
-        done += len(kept)
+        positions = np.flatnonzero(keep)
+        values[done : done + len(positions)] = chunk[positions]
+        done += len(positions)
     return {
         "weight": torch.from_numpy(values).view(weight.dtype),
         "weight_mask": torch.from_numpy(mask),
@@ -58,7 +58,7 @@ def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def unpack(
     values: torch.Tensor, mask: torch.Tensor, shape: torch.Tensor, name: str = "weight"
 ) -> torch.Tensor:
-    """Put a packed weight together again.
+    """Restore a packed weight.
 
     Args:
         values: Kept values `[kept]`.
@@ -67,15 +67,15 @@ def unpack(
         name: Name of the weight, for the error message.
 
     Returns:
-        The weight, on the device of `values`.
+        The weight of shape `shape`, on the device and in the dtype of `values`.
 
     Raises:
-        ValueError: The three disagree, so the file is damaged.
+        ValueError: `values`, `mask` and `shape` are inconsistent, so the file is damaged.
     """
     size = _check_layout(mask, shape, name)
     count = prod(size)
     packed = mask.cpu().numpy()
-    # One part per thread; numpy lets go of the interpreter lock in all that follows.
+    # One part per thread; numpy releases the GIL in the operations below.
     threads = max(1, min(torch.get_num_threads(), count // (4 * _CHUNK)))
     bounds = [count * part // threads // _CHUNK * _CHUNK for part in range(threads)] + [count]
     starts, stops = bounds[:-1], bounds[1:]
@@ -88,11 +88,11 @@ def unpack(
             initial=0,
         )
     )
-    kept = kept_before[-1]
-    if values.ndim != 1 or kept != len(values):
+    kept_count = kept_before[-1]
+    if values.ndim != 1 or kept_count != len(values):
         raise ValueError(
-            f"{name} is damaged: its mask keeps {kept} weights, but {tuple(values.shape)} values "
-            "are stored"
+            f"{name} is damaged: its mask keeps {kept_count} weights, but values of shape "
+            f"{tuple(values.shape)} are stored"
         )
     if count % 8 and packed[-1] >> (count % 8):
         raise ValueError(f"{name} is damaged: its mask keeps weights beyond shape {size}")
@@ -118,7 +118,7 @@ def unpack(
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: starting them anew for each of hundreds of matrices takes its time."""
+    """Return a cached thread pool: starting threads for each of hundreds of matrices is slow."""
     return ThreadPoolExecutor(threads, thread_name_prefix="optimum-cap")
 
 
@@ -127,12 +127,12 @@ if hasattr(os, "register_at_fork"):  # a forked process inherits the pool, but n
 
 
 def is_packable(name: str, weight: torch.Tensor) -> bool:
-    """Whether a tensor is a matrix of weights, which the packed format may store packed."""
+    """Whether a tensor is a weight matrix, which the packed format may store packed."""
     return name.endswith(".weight") and weight.ndim >= 2 and weight.is_floating_point()
 
 
 def encode_packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors to store for `name`: packed where that is smaller, else as it is."""
+    """Return the tensors to store for `name`: packed if that is smaller, else unchanged."""
     if is_packable(name, weight):
         parts = pack(weight)
         if sum(part.nbytes for part in parts.values()) < weight.nbytes:
@@ -142,21 +142,21 @@ def encode_packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def encode_dense(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensor as it is, zeros and all."""
+    """Return the tensor unchanged, zeros included."""
     return {name: weight}
 
 
 def decode(
     names: Iterable[str], read: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every weight of a file, packed or not, whole and one by one in the order of the names.
+    """Yield `(name, weight)` for every weight of a file, unpacked, sorted by name.
 
     Args:
         names: Names of all tensors in the file.
-        read: Reads one of them.
+        read: Reads a tensor by name.
 
     Raises:
-        ValueError: The parts of a packed weight disagree.
+        ValueError: The parts of a packed weight are inconsistent.
     """
     names = sorted(names)
     known = set(names)
@@ -170,15 +170,15 @@ def decode(
 
 
 def check_parts(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
-    """Check what can be checked of the packed weights of a file without reading their values.
+    """Check the packed weights of a file, without reading their values.
 
     Args:
         names: Names of all tensors in the file.
-        read: Reads one of them.
+        read: Reads a tensor by name.
 
     Raises:
-        ValueError: A part is missing, or mask and shape disagree. Without its values, a weight
-            would be one that transformers makes up.
+        ValueError: A part is missing (transformers would initialise the weight at random), or mask
+            and shape are inconsistent.
     """
     known = set(names)
     companions = (".weight_mask", ".weight_shape")
@@ -190,33 +190,33 @@ def check_parts(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> No
 
 
 def _check_layout(mask: torch.Tensor, shape: torch.Tensor, name: str) -> tuple[int, ...]:
-    """Return the shape of a packed weight if it is one, and the mask as large as it needs."""
+    """Return the shape of a packed weight, after checking it and the size of the mask."""
     if shape.dtype != torch.int64 or shape.ndim != 1 or bool((shape < 0).any()):
         raise ValueError(
             f"{name} is damaged: its shape must be a list of sizes in int64, found "
             f"{shape.tolist()} of {shape.dtype}"
         )
     size = tuple(shape.tolist())
-    needed = -(-prod(size) // 8)
-    if mask.dtype != torch.uint8 or mask.shape != (needed,):
+    mask_bytes = -(-prod(size) // 8)
+    if mask.dtype != torch.uint8 or mask.shape != (mask_bytes,):
         raise ValueError(
-            f"{name} is damaged: shape {size} needs a mask of {needed} bytes, found "
+            f"{name} is damaged: shape {size} needs a mask of {mask_bytes} bytes, found "
             f"{tuple(mask.shape)} of {mask.dtype}"
         )
     return size
 
 
 def check_format_version(version: Any, name: str) -> None:
-    """Raise ValueError if the files of checkpoint `name` are of a newer version than known here."""
+    """Raise a `ValueError` if checkpoint `name` has a version that this package cannot read."""
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"{name} has checkpoint format version {version!r}, but this optimum-cap reads up to "
-            f"{FORMAT_VERSION}: upgrade optimum-cap"
+            f"{name} has checkpoint format version {version!r}, but this optimum-cap "
+            f"reads up to {FORMAT_VERSION}: upgrade optimum-cap"
         )
 
 
 def _as_bits(tensor: torch.Tensor) -> np.ndarray:
-    """View a tensor as a flat array of integers of the same size."""
+    """Return a tensor as a flat array of integers of the same element size."""
     return tensor.flatten().view(_BITS[tensor.element_size()]).numpy()
 
 

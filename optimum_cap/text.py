@@ -1,4 +1,4 @@
-"""Sizes, durations and tables as text."""
+"""Formatting of sizes, durations and tables as text."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
 
 
 def format_size(size: int) -> str:
-    """Return a number of bytes for people, such as `"12.3 MB"`."""
+    """Return a number of bytes in a readable unit, such as `"12.3 MB"`."""
     if size < 1000:
         return f"{size} bytes"
     value = float(size)
@@ -33,7 +33,7 @@ def format_size(size: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time for people, such as `"3.1 min"`."""
+    """Return a time in seconds in a readable unit, such as `"3.1 min"`."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -87,10 +87,10 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     new = pruned(tiny_model("mixtral"))
     new.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "ALPS (arXiv 2406.07831) and a sparsity for each site by what pruning it" in card
+    assert "ALPS (arXiv 2406.07831) and a sparsity per site from the measured" in card
     shares = [sensitivity.sparsity for sensitivity in new.pruning_record.sensitivities]
     assert (
-        f"| Measured | {len(shares)} sites, each pruned alone; their sparsities are "
+        f"| Measured | {len(shares)} sites, each pruned alone; their sparsities range from "
         f"{min(shares):.2%} to {max(shares):.2%} |"
     ) in card
 
@@ -161,7 +161,7 @@ def test_half_precision_is_stored_rounded() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"exact"}))
 def test_other_estimators_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"estimator '{name}' is for causal scores"):
+    with pytest.raises(ValueError, match=f"estimator '{name}' needs criterion 'causal_score'"):
         config(estimator=name, exact_examples=4)
 
 

@@ -265,9 +265,15 @@ def test_an_interrupt_says_which_layers_are_pruned(
         ({"allocation": "magic"}, "allocation must be one of global, uniform, owl"),
         ({"recipe": "wanda", "allocation": "global"}, "'wanda' prunes layer by layer"),
         ({"pattern": "2:5"}, "keeps 2 of every 5 weights, which is sparsity 0.6, got .* 0.5"),
-        ({"pattern": "4:2"}, "N weights kept of every M"),
-        ({"recipe": "owl_wanda", "pattern": "2:4"}, "choose allocation 'uniform', got 'owl'"),
-        ({"allocation": "global", "pattern": "2:4"}, "choose allocation 'uniform', got 'global'"),
+        ({"pattern": "4:2"}, "keeps N of every M weights"),
+        (
+            {"recipe": "owl_wanda", "pattern": "2:4"},
+            "got allocation 'owl': choose allocation 'uniform'",
+        ),
+        (
+            {"allocation": "global", "pattern": "2:4"},
+            "got allocation 'global': choose allocation 'uniform'",
+        ),
         ({"owl_bound": 0}, "owl_bound must be a positive number, got 0"),
         ({"owl_outlier_ratio": float("nan")}, "owl_outlier_ratio must be a positive number"),
     ],

@@ -1,4 +1,4 @@
-"""Checkpoints: the record, the model card, saving, conversion and upload."""
+"""Checkpoints: pruning record, model card, saving, conversion and upload."""
 
 from optimum_cap.checkpoint.conversion import (
     CheckpointSummary,

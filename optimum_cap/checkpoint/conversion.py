@@ -1,4 +1,4 @@
-"""Looking at checkpoints, and converting them."""
+"""Inspection and conversion of checkpoints."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ from optimum_cap.formats import FORMATS, check_format_version
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What is known of a checkpoint without loading its weights.
+    """Summary of a checkpoint, obtained without loading its weights.
 
     Attributes:
-        record: What was pruned, how, from which model.
+        record: The pruning record.
         checkpoint_format: `"packed"` or `"dense"`.
         format_version: Version of the files.
-        weight_bytes: Size of all weight files.
-        dense_bytes: Size that the tensors have when stored dense.
+        weight_bytes: Size of all weight files in bytes.
+        dense_bytes: Size in bytes of the tensors when stored dense.
     """
 
     record: PruningRecord
@@ -61,7 +61,8 @@ def inspect_checkpoint(
         cache_dir: Cache for downloads.
 
     Raises:
-        ValueError: It is no CAP checkpoint, or one of a newer version.
+        ValueError: It is not a CAP checkpoint, or has a newer version.
+        FileNotFoundError: It is neither a folder nor a valid name of a repository.
     """
     name = os.fspath(path_or_repo)
     if Path(name).is_dir():
@@ -92,19 +93,22 @@ def inspect_checkpoint(
 
 
 def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:
-    """Read a record file: the record, and what it says of the files beside it.
+    """Read a record file.
 
     Args:
         path: The record file.
         name: Name of the checkpoint, for the error message.
 
+    Returns:
+        The record, and format, version and size of the files next to it.
+
     Raises:
-        ValueError: There is no such file, it is damaged, or of a newer version.
+        ValueError: The file is missing or damaged, or has a newer version.
     """
     if not path.is_file():
         raise ValueError(
-            f"{name} is not a CAP checkpoint: it has no {RECORD_NAME}, which save_pretrained of a "
-            "pruned model writes"
+            f"{name} is not a CAP checkpoint, because it has no {RECORD_NAME}: name a checkpoint "
+            "saved by save_pretrained of a pruned model"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -136,8 +140,9 @@ def convert_checkpoint(
         The new folder.
 
     Raises:
-        ValueError: `source` is no CAP checkpoint, or the format is unknown.
-        FileExistsError: `target` exists and is not empty.
+        ValueError: `source` is not a CAP checkpoint or is damaged, or the format is unknown.
+        FileExistsError: `target` exists and is not empty, or is inside `source`.
+        FileNotFoundError: `source` is neither a folder nor a valid name of a repository.
     """
     if checkpoint_format not in FORMATS:
         raise ValueError(
@@ -147,7 +152,7 @@ def convert_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty: choose a new folder")
     if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
-        raise FileExistsError(f"{target} is in the checkpoint itself: choose a folder elsewhere")
+        raise FileExistsError(f"{target} is inside the source checkpoint: choose another folder")
     if not folder.is_dir():
         _check_repo_id(os.fspath(source))
         folder = Path(snapshot_download(os.fspath(source), revision=revision, token=token))
@@ -155,19 +160,20 @@ def convert_checkpoint(
     validate_shards(weight_files(folder))
     config = {**record.config, "checkpoint_format": checkpoint_format}
     record = dataclasses.replace(record, config=config)
-    with atomic_folder(target) as made:
-        shutil.copytree(folder, made, dirs_exist_ok=True)
-        transcode_folder(made, record, checkpoint_format)
-        class_name = read_json(made / CONFIG_NAME).get("architectures", [""])[0]
-        (made / "README.md").write_text(model_card(record, class_name, token), encoding="utf-8")
+    with atomic_folder(target) as new_folder:
+        shutil.copytree(folder, new_folder, dirs_exist_ok=True)
+        transcode_folder(new_folder, record, checkpoint_format)
+        class_name = read_json(new_folder / CONFIG_NAME).get("architectures", [""])[0]
+        card = model_card(record, class_name, token)
+        (new_folder / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
 def _check_repo_id(name: str) -> None:
-    """Tell a folder that is not there from a repository on the Hub."""
+    """Raise a `FileNotFoundError` if `name` is not a valid name of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor the name of a repository on the Hub"
+            f"{name!r} is neither a folder nor a valid repository name on the Hub: check the name"
         ) from error

@@ -1,4 +1,4 @@
-"""Uploading checkpoints to the Hub."""
+"""Upload of checkpoints to the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ def upload(
     commit_message: str | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
-    """Upload a checkpoint in one commit, which also removes weights of an older one.
+    """Upload a checkpoint in one commit that also removes outdated weight files.
 
     Args:
         folder: Folder of the checkpoint.
-        repo_id: Repository, made if it does not exist.
-        names: Paths of the files in `folder`; `None` uploads all of them.
+        repo_id: Repository, created if it does not exist.
+        names: Paths of the files in `folder` to upload; `None` uploads all of them.
         token: Token for the Hub.
         private: Whether a new repository is private.
-        revision: Branch, made if it does not exist.
+        revision: Branch, created if it does not exist.
         commit_message: Message of the commit.
         **kwargs: As for `HfApi.create_commit`.
 
@@ -41,7 +41,7 @@ def upload(
     if names is None:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in files]
-    # An older model.safetensors would win over new shards when the repository is loaded.
+    # An outdated model.safetensors would take precedence over new shards when loading.
     present = api.list_repo_files(repo_id, revision=revision)
     stale = [name for name in present if is_weight_file(name) and name not in names]
     return api.create_commit(

@@ -1,4 +1,4 @@
-"""The model card of a pruned model: metadata for the Hub, and what was done, in a table."""
+"""The model card of a pruned model: metadata for the Hub, and a summary of the pruning."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from huggingface_hub.utils import validate_repo_id
 from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord, count_units
 from optimum_cap.config import CAPConfig
 from optimum_cap.methods import CRITERIA
+from optimum_cap.version import install_command
 
 _TAGS = ["optimum-cap", "pruning", "sparse"]
 _ALLOCATIONS = {
     "owl": " and OWL (arXiv 2310.05175)",
-    "interventional": " and a sparsity for each site by what pruning it alone does",
-    "fisher": " and a sparsity for each site by an estimate of what pruning it alone does",
+    "interventional": " and a sparsity per site from the measured effect of pruning it alone",
+    "fisher": " and a sparsity per site from the estimated effect of pruning it alone",
 }
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
@@ -29,10 +30,10 @@ def model_card(
     """Return the text of README.md.
 
     Args:
-        record: What was pruned and how.
-        class_name: Class of the model, from which the pipeline follows.
-        token: Token to read the card of the base model with.
-        tags: Further tags.
+        record: The pruning record.
+        class_name: Class of the model, which determines the pipeline tag.
+        token: Token for reading the card of the base model from the Hub.
+        tags: Additional tags.
     """
     config = record.config
     method = CAPConfig.from_dict(config).method
@@ -44,7 +45,7 @@ def model_card(
         library_name="transformers",
         pipeline_tag=pipelines[0] if pipelines else None,
         base_model=base_repo,
-        # The Hub knows no relation "pruned"; its "quantized" stands for any compressed version.
+        # The Hub has no relation "pruned"; "quantized" is the one for compressed versions.
         base_model_relation="quantized" if base_repo else None,
         datasets=_hub_datasets(record) or None,
         tags=[
@@ -68,7 +69,7 @@ def model_card(
         "Left dense": ", ".join(
             ["embeddings", "norms", "routers", "LM head", *config["modules_to_leave_dense"]]
         ),
-        "Made with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+        "Created with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
     lines = [
         "# Pruned model",
@@ -93,15 +94,15 @@ def model_card(
             for name, (zeros, total) in by_projection(record.matrices).items()
         ),
         "",
-        "More is in `pruning_record.json`: zeros per matrix, and scores, effects of sites and "
-        "calibration examples where there are any.",
+        "`pruning_record.json` has the details: zeros per matrix and, depending on the method, "
+        "causal scores, sensitivities of sites and calibration examples.",
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
 
 
 def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
-    """What the importances rest on."""
+    """Return the table rows about calibration data, scores and sensitivities."""
     config = record.config
     rows = {}
     if record.calibration:
@@ -118,7 +119,7 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
     if record.sensitivities:
         sparsities = [sensitivity.sparsity for sensitivity in record.sensitivities]
         rows[record.responses_are.capitalize()] = (
-            f"{len(sparsities)} sites, each pruned alone; their sparsities are "
+            f"{len(sparsities)} sites, each pruned alone; their sparsities range from "
             f"{min(sparsities):.2%} to {max(sparsities):.2%}"
         )
     return rows
@@ -137,7 +138,7 @@ def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
 def _loading(packed: bool) -> list[str]:
     if not packed:
         return [
-            "The zeros are stored like other weights, so any version of transformers loads it:",
+            "The zeros are stored like other weights, so transformers loads it without a plugin:",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM",
@@ -145,7 +146,11 @@ def _loading(packed: bool) -> list[str]:
             "```",
         ]
     return [
-        "The zeros are not stored. `pip install optimum-cap`, then",
+        "The zeros are not stored, so loading needs the plugin:",
+        "",
+        "```bash",
+        install_command(),
+        "```",
         "",
         "```python",
         "import optimum_cap",
@@ -153,8 +158,8 @@ def _loading(packed: bool) -> list[str]:
         'model = AutoModelForCausalLM.from_pretrained("this/repository")',
         "```",
         "",
-        "gives an ordinary model. Where optimum-cap is not installed, loading stops with an error; "
-        "`optimum-cli cap convert` writes a version that needs no plugin.",
+        "The result is an ordinary model. Without optimum-cap, loading fails with an error; "
+        "`optimum-cli cap convert` writes a checkpoint that loads without the plugin.",
     ]
 
 
@@ -167,12 +172,12 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _local_name(base: str | None) -> str:
-    # The name alone: where the folder was on somebody's disk is nobody's business.
+    # Only the last part of the path, because the rest may be private.
     return f"a local folder, `{Path(base).name}`" if base else "not recorded"
 
 
 def _license(base: str | None, token: str | bool | None) -> str | None:
-    """Return the license of the base model's card, if there is one that can be read."""
+    """Return the license in the base model's card; `None` if it has none or cannot be read."""
     if not base:
         return None
     local = Path(base) / "README.md"

@@ -1,4 +1,4 @@
-"""The record of one pruning: everything that a reader of the checkpoint may want to know."""
+"""The pruning record, which is saved with a checkpoint."""
 
 import dataclasses
 from collections import Counter
@@ -11,14 +11,15 @@ from optimum_cap.config import CAPConfig
 
 @dataclass(frozen=True)
 class MatrixSparsity:
-    """How many weights of one matrix are zero.
+    """Number of zeros of one matrix.
 
     Attributes:
-        name: Name of the parameter; an expert of a 3-D parameter adds its index, as in
+        name: Name of the parameter; an expert in a 3-D parameter adds its index, as in
             `model.layers.0.mlp.experts.down_proj[3]`.
         zeros: Number of weights that are exactly zero.
         total: Number of weights.
-        tokens: Number of calibration tokens that its inputs were measured on, where they were.
+        tokens: Number of calibration tokens that its inputs were measured on; `None` if they were
+            not measured.
     """
 
     name: str
@@ -36,13 +37,13 @@ class UnitScore:
     """Causal score of one unit.
 
     Attributes:
-        site: Name of the mixing projection at whose input the unit was masked.
+        site: Name of the output projection at whose input the unit was masked.
         unit: Index of the unit in its site: of the head, or of the group of channels.
         layer: Index of the decoder layer.
-        score: Loss with the unit masked minus loss intact, in nats per token. `None` if every
-            masked loss was non-finite.
+        score: Loss with the unit masked minus intact loss, in nats per token. `None` if no masked
+            loss was finite.
         standard_error: Standard error of the mean paired difference over examples, in nats.
-        importance: Importance that the recipe made of the score.
+        importance: Importance that the recipe computed from the score.
         nonfinite: Number of examples whose masked loss was not finite.
         kind: Kind of the site: `"attention"`, `"mlp"` or `"expert"`.
     """
@@ -58,24 +59,24 @@ class UnitScore:
 
     @property
     def label(self) -> str:
-        """Short name for people (`unit_label`)."""
+        """Short name for tables (`unit_label`)."""
         return unit_label(self.kind, self.layer, self.site, self.unit)
 
 
 @dataclass(frozen=True)
 class SiteSensitivity:
-    """What pruning one site alone does to the dense model's predictions, and what the site got.
+    """Effect of pruning one site alone on the dense model's predictions, and the site's sparsity.
 
     Attributes:
-        site: Name of the mixing projection.
+        site: Name of the output projection.
         kind: `"attention"`, `"mlp"` or `"expert"`.
         layer: Index of the decoder layer.
         zeros: Number of weights of the site's pruned matrices that became zero.
         total: Number of weights of these matrices.
-        divergence: Kullback-Leibler divergence of the predictions with this site alone pruned from
-            those of the dense model, nats per scored token; measured or estimated, as
-            `PruningRecord.responses_are` says. `None` if it was not finite.
-        standard_error: Of the divergence, over examples. `None` if it is not known.
+        divergence: Kullback-Leibler divergence between the predictions of the dense model and those
+            with only this site pruned, in nats per scored token; measured or estimated
+            (`PruningRecord.responses_are`). `None` if it was not finite.
+        standard_error: Standard error of the divergence over examples; `None` if not available.
     """
 
     site: str
@@ -92,26 +93,26 @@ class SiteSensitivity:
 
     @property
     def label(self) -> str:
-        """Short name for people, such as `3.attention` or `3.expert2`."""
+        """Short name for tables, such as `3.attention` or `3.expert2`."""
         return f"{self.layer}.{branch_label(self.kind, self.site)}"
 
 
 @dataclass(frozen=True)
 class PruningRecord:
-    """What was pruned, how, and from which model. Plain JSON values throughout.
+    """What was pruned, how, and from which model. All values are plain JSON.
 
     Attributes:
-        config: The `CAPConfig`, as its `to_dict` gives it.
+        config: The `CAPConfig`, as returned by `to_dict`.
         base_model: Hub id or path of the dense model, if known.
         base_revision: Commit of the dense model on the Hub, if known.
         matrices: Zeros per prunable matrix, in the order of the model.
         scores: Causal score per unit, in the order of the model.
-        calibration: Which examples were used: sources, indices, content hashes.
+        calibration: The calibration examples: sources, indices, content hashes.
         versions: Version per library.
-        threshold: Importance up to which weights were pruned, where one threshold decided.
-        intact_loss: Loss of the dense model on the calibration set, nats per scored token.
-        sensitivities: What pruning each site alone does, in the order of the model, where that
-            decided the sparsities.
+        threshold: Importance up to which weights were pruned; `None` without a global threshold.
+        intact_loss: Loss of the dense model on the calibration set in nats per scored token.
+        sensitivities: Effect of pruning each site alone, in the order of the model; empty if it did
+            not determine the sparsities.
     """
 
     config: dict[str, Any]
@@ -127,7 +128,7 @@ class PruningRecord:
 
     @property
     def responses_are(self) -> str:
-        """How the sensitivities came about: `"measured"` or `"estimated"`."""
+        """Whether the sensitivities are `"measured"` or `"estimated"`."""
         method = CAPConfig.from_dict(self.config).method
         return "estimated" if method.allocation == "fisher" else "measured"
 
@@ -161,29 +162,32 @@ class PruningRecord:
                     "matrices": [MatrixSparsity(**matrix) for matrix in values["matrices"]],
                     "scores": [UnitScore(**score) for score in values["scores"]],
                     "sensitivities": [
-                        SiteSensitivity(**own) for own in values.get("sensitivities", [])
+                        SiteSensitivity(**site) for site in values.get("sensitivities", [])
                     ],
                 }
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this is not a pruning record of a known version: {error}") from error
+            raise ValueError(
+                f"the pruning record has missing or unknown fields ({error}): upgrade optimum-cap, "
+                "or save the model again"
+            ) from error
 
 
 KINDS = {"attention": "attention heads", "mlp": "MLP units", "expert": "expert units"}
 
 
 def unit_label(kind: str, layer: int, site: str, unit: int) -> str:
-    """Return a short name: `3.7` of a head, `3.mlp.7`, or `3.expert2.7` inside an expert."""
+    """Return a short name: `3.7` for a head, `3.mlp.7`, or `3.expert2.7` for part of an expert."""
     branch = "" if kind == "attention" else f"{branch_label(kind, site)}."
     return f"{layer}.{branch}{unit}"
 
 
 def branch_label(kind: str, site: str) -> str:
-    """Return a short name of the branch of a site: `attention`, `mlp`, or `expert2`."""
+    """Return a short name for the block of a site: `attention`, `mlp`, or `expert2`."""
     return f"expert{site.rpartition('[')[2].removesuffix(']')}" if kind == "expert" else kind
 
 
 def count_units(kinds: Iterable[str]) -> str:
-    """Return how many units there are of each kind, such as `32 attention heads, 8 MLP units`."""
+    """Return the number of units of each kind, such as `32 attention heads, 8 MLP units`."""
     counts = Counter(kinds)
     return ", ".join(f"{counts[kind]:,} {name}" for kind, name in KINDS.items() if counts[kind])

@@ -1,4 +1,4 @@
-"""Sparse checkpoints: save, inspect and convert. Knows files and folders, but no tensor format."""
+"""Saving of pruned models: `save_pretrained` and `push_to_hub` that write sparse checkpoints."""
 
 import dataclasses
 import os
@@ -20,22 +20,21 @@ from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.checkpoint.transcoding import transcode_folder
 from optimum_cap.models import Matrix, has_adapters, is_offloaded, stored_parameter
 
-_MAX_SHARD_SIZE = "5GB"  # one file is held in memory while it is packed
-_OFFLOADED_SHARD_SIZE = "300MB"  # where memory is what there is little of
+_MAX_SHARD_SIZE = "5GB"  # a file is held in memory while it is packed
+_OFFLOADED_SHARD_SIZE = "300MB"  # an offloaded model suggests that memory is scarce
 
 
 def attach(
     model: PreTrainedModel, record: PruningRecord, when_saved: Callable[[], None] | None = None
 ) -> None:
-    """Make `model` a pruned model: it knows its record, and saves itself as a sparse checkpoint.
+    """Attach a pruning record to `model`, and make it save itself as a sparse checkpoint.
 
-    The class and transformers stay untouched: `save_pretrained` and `push_to_hub` are replaced on
-    the instance alone.
+    `save_pretrained` and `push_to_hub` are replaced on the instance only; the class is not changed.
 
     Args:
         model: The model.
-        record: What was done to it.
-        when_saved: Called once it has been saved, or uploaded.
+        record: Its pruning record.
+        when_saved: Called once, after the model has been saved or uploaded for the first time.
     """
     model.pruning_record = record
     model.config.pruning_config = record.config
@@ -44,7 +43,7 @@ def attach(
 
 
 class _Saving:
-    """A method of a pruned model; copies and pickles along with the model."""
+    """A method of a pruned model that can be copied and pickled along with the model."""
 
     def __init__(
         self, model: PreTrainedModel, when_saved: Callable[[], None] | None = None
@@ -53,7 +52,7 @@ class _Saving:
         self.when_saved = when_saved
 
     def saved(self) -> None:
-        """Tell whoever wanted to know, once."""
+        """Call `when_saved`, the first time only."""
         if self.when_saved is not None:
             self.when_saved()
         self.when_saved = None
@@ -73,27 +72,27 @@ class SavePruned(_Saving):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the checkpoint, its metadata and its model card, all or nothing.
+        """Write the checkpoint, its metadata and its model card, atomically.
 
-        A model that holds PEFT adapters, or that was quantized after it was pruned, is saved by
-        transformers alone.
+        A model that has PEFT adapters, or was quantized after pruning, is saved by transformers'
+        own `save_pretrained`.
 
         Args:
-            save_directory: Folder. Files in it that are no part of a checkpoint (a tokenizer, say)
-                are kept.
-            is_main_process: Only the main process writes.
+            save_directory: Folder to write. Files in it that do not belong to a checkpoint, such as
+                a tokenizer, are kept.
+            is_main_process: Whether this is the main process, the only one that writes.
             state_dict: Weights to save instead of the model's.
-            push_to_hub: Push the folder afterwards, to `repo_id` or the name of the folder.
-            max_shard_size: Largest size of a file of weights, before it is packed. One file at a
-                time is held in memory. `None` is 5GB, or 300MB if the model is offloaded.
-            variant: Weights are saved as `model.<variant>.safetensors`.
+            push_to_hub: Upload the folder afterwards, to `repo_id` or the name of the folder.
+            max_shard_size: Maximum size of a weight file before it is packed. One file at a time is
+                held in memory. `None` is 5GB, or 300MB if the model is offloaded.
+            variant: Save the weights as `model.<variant>.safetensors`.
             token: Token for the Hub.
             **kwargs: As for transformers' `save_pretrained`; with `push_to_hub` also as for
                 `push_to_hub`.
 
         Raises:
-            FileExistsError: The folder holds the weights of another model.
-            OSError: The folder cannot be written; it is as it was before.
+            FileExistsError: The folder has the weights of another model.
+            OSError: The folder cannot be written; its content is unchanged.
         """
         model = self.model
         stock = type(model).save_pretrained
@@ -111,13 +110,13 @@ class SavePruned(_Saving):
             return
         hub = {key: options.pop(key) for key in list(options) if key in _HUB_ARGUMENTS}
         repo_id = options.pop("repo_id", Path(save_directory).name)
-        # Packed files hold one matrix per expert, whatever the caller prefers.
+        # Packed files hold one matrix per expert, whatever the caller passed.
         options["save_original_format"] = True
         record = _as_it_is_now(model, state_dict)
         with atomic_folder(Path(save_directory)) as folder:
             with _fetching_offloaded_weights(model):
                 if state_dict is None and is_offloaded(model):
-                    # In the order of a model in memory, so that the files are the same.
+                    # In the order of a model in memory, so that the files are identical.
                     weights = sorted(model.state_dict().items(), key=_natural_order)
                     options["state_dict"] = dict(weights)
                 stock(model, folder, **options)
@@ -142,20 +141,26 @@ class PushPruned(_Saving):
         tags: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save to a temporary folder and upload it, model card included.
+        """Save to a temporary folder and upload it, including the model card.
 
         Args:
-            repo_id: Repository, made if it does not exist.
+            repo_id: Repository, created if it does not exist.
             token: Token for the Hub.
             max_shard_size: As for `save_pretrained`.
-            tags: Further tags of the model card.
+            tags: Additional tags of the model card.
             **kwargs: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`.
 
         Returns:
             The commit's information, as transformers' `push_to_hub`.
+
+        Raises:
+            TypeError: An argument is not supported.
         """
         if unknown := sorted(set(kwargs) - _HUB_ARGUMENTS):
-            raise TypeError(f"push_to_hub got unexpected argument(s): {', '.join(unknown)}")
+            raise TypeError(
+                f"push_to_hub got unexpected argument(s) {', '.join(unknown)}: it takes "
+                f"{', '.join(sorted(_HUB_ARGUMENTS))}"
+            )
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             SavePruned(self.model)(folder, max_shard_size=max_shard_size, token=token)
@@ -168,7 +173,7 @@ class PushPruned(_Saving):
 
 
 def _is_for_transformers(model: PreTrainedModel, options: dict[str, Any]) -> bool:
-    """Whether the files to save are none of a float model, so that nothing is to be packed."""
+    """Whether transformers' own `save_pretrained` must save, as the files are not float weights."""
     return bool(
         has_adapters(model)  # adapters are saved as adapters
         or getattr(model, "hf_quantizer", None) is not None
@@ -186,42 +191,42 @@ def _shard_size(model: PreTrainedModel) -> str:
 
 @contextmanager
 def _fetching_offloaded_weights(model: PreTrainedModel) -> Iterator[None]:
-    """Let transformers fetch what is offloaded while it saves.
+    """Make transformers fetch offloaded weights while it saves.
 
-    It goes by `hf_device_map`, which accelerate's `disk_offload` and `cpu_offload` do not set, and
-    warns of files of 50 GB, which ours are not.
+    It checks `hf_device_map`, which accelerate's `disk_offload` and `cpu_offload` do not set. Its
+    warning about files of 50 GB is silenced, because the files written here are smaller.
     """
-    own = model.__dict__.get("hf_device_map")
+    device_map = model.__dict__.get("hf_device_map")
     if is_offloaded(model):
         model.hf_device_map = {"": "disk"}
-        model.tie_weights()  # accelerate makes a new tensor each time that it offloads one
+        model.tie_weights()  # accelerate creates a new tensor each time it offloads one
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             yield
     finally:
-        model.hf_device_map = own
-        if own is None:
+        model.hf_device_map = device_map
+        if device_map is None:
             del model.hf_device_map
 
 
 def _as_it_is_now(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None
 ) -> PruningRecord:
-    """Return the record with zeros counted anew: weights may have changed since pruning.
+    """Return the record with zeros counted again, because weights may have changed since pruning.
 
-    Only matrices that are there are listed: a model with another head, or none, has fewer.
+    Matrices that the model no longer has are left out, for example after its head was replaced.
     """
     record: PruningRecord = model.pruning_record
     matrices = []
-    for known in record.matrices:
-        name, _, expert = known.name.partition("[")
+    for entry in record.matrices:
+        name, _, expert = entry.name.partition("[")
         matrix = Matrix(name, int(expert[:-1]) if expert else None)
         parameter = _find_weight(model, name, state_dict)
         if parameter is not None:
             weight = matrix.of(parameter.detach())
             zeros = int((weight == 0).sum())
-            matrices.append(dataclasses.replace(known, zeros=zeros, total=weight.numel()))
+            matrices.append(dataclasses.replace(entry, zeros=zeros, total=weight.numel()))
     config = getattr(model.config, "pruning_config", None) or record.config
     return dataclasses.replace(record, matrices=matrices, config=config)
 
@@ -229,9 +234,9 @@ def _as_it_is_now(
 def _find_weight(
     model: PreTrainedModel, name: str, state_dict: dict[str, torch.Tensor] | None
 ) -> torch.Tensor | None:
-    """Return the weight called `name` when the model was pruned, or `None` if it has none.
+    """Return the weight that was called `name` when the model was pruned; `None` if it has none.
 
-    The backbone alone lacks the prefix that the whole model has.
+    The names of a backbone lack the prefix of the whole model.
     """
     for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
         if state_dict is not None and candidate in state_dict:

@@ -1,4 +1,4 @@
-"""Files of weights, brought from one format into another and checked."""
+"""Validation of weight files, and their conversion from one format to another."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ _INDEX_PATTERN = "*.safetensors.index*.json"  # with or without a variant
 
 
 def validate_shards(files: list[Path]) -> None:
-    """Check that every file is as long as its header says, and its packed weights are complete.
+    """Check that the size of every file matches its header and its packed weights are complete.
 
     Raises:
-        ValueError: A file is truncated or no safetensors file; the message names it.
+        ValueError: A file is truncated, damaged or not a safetensors file; the message names it.
     """
     for file in files:
         size = file.stat().st_size
@@ -36,12 +36,12 @@ def validate_shards(files: list[Path]) -> None:
                 expected = 8 + header_size + max(ends, default=0)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(
-                    f"{file} is damaged ({size} bytes, without a whole header): download or copy "
-                    "it again"
+                    f"{file} is damaged ({size} bytes, with an incomplete header): download or "
+                    "copy it again"
                 ) from None
         if size != expected:
             raise ValueError(
-                f"{file} is damaged: its header describes {expected} bytes, it has {size}: "
+                f"{file} is damaged (its header describes {expected} bytes, but it has {size}): "
                 "download or copy it again"
             )
         with safe_open(file, framework="pt") as tensors:
@@ -52,7 +52,7 @@ def validate_shards(files: list[Path]) -> None:
 
 
 def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str) -> None:
-    """Bring all weights in `folder` into one format, and write config and record to match."""
+    """Convert all weights in `folder` to one format, and update its config and record."""
     encode = FORMATS[checkpoint_format]
     weight_map: dict[str, str] = {}
     dense_bytes = stored_bytes = 0
@@ -81,18 +81,18 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
     config["pruning_config"] = record.config
     config.pop("quantization_config", None)
     if checkpoint_format != "dense":
-        # What makes transformers hand the loading to the plugin, or warn where it is missing.
+        # Makes transformers load the weights with the plugin, or warn if it is not installed.
         config["quantization_config"] = {**record.config, "format_version": FORMAT_VERSION}
     _write_json(folder / CONFIG_NAME, config)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of weights in `folder`, in order."""
+    """Return the weight files in `folder`, sorted by name."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
+    """Return the JSON object in a file."""
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
 

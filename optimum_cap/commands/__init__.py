@@ -1,4 +1,4 @@
-"""The commands below `optimum-cli cap`, one file each.
+"""The subcommands of `optimum-cli cap`, one file each.
 
 `optimum-cli` imports this package at every start, so torch and transformers are imported only when
 a command runs.

@@ -1,4 +1,4 @@
-"""What the commands share: one clear line for a failure, and checks of the output folder."""
+"""Shared by the commands: one-line error messages, common flags, and checks of output paths."""
 
 import os
 import signal
@@ -22,26 +22,27 @@ EXIT_BAD_ARGUMENTS = 2  # what argparse uses
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_TERMINATED = 143  # 128 + SIGTERM
 
-# Raised on purpose by us and by the libraries below us, with a message for the user. Anything else
-# is a bug, and says so.
+# This package and its dependencies raise these deliberately, with a message for the user. Any other
+# exception is reported as a bug.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, from a job scheduler or from torchrun where another process has died.
+    """SIGTERM, sent by a job scheduler, or by torchrun when another process has died.
 
-    What cleans up after Ctrl-C, and says how to go on, does so here too.
+    A subclass of `KeyboardInterrupt`, so that everything that handles Ctrl-C (cleanup, the hint on
+    how to resume) handles SIGTERM too.
     """
 
 
 @contextmanager
-def _terminated_by_an_exception() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated`, once; whoever sends another one does not want to wait."""
+def _sigterm_as_exception() -> Iterator[None]:
+    """Raise `Terminated` on the first SIGTERM; a second one ends the process at once."""
     on_main_thread = threading.current_thread() is threading.main_thread()
     if not on_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield  # the program around us has a way of its own
+        yield  # the calling program handles SIGTERM itself
         return
 
     def terminate(number: int, frame: object) -> NoReturn:
@@ -56,26 +57,27 @@ def _terminated_by_an_exception() -> Iterator[None]:
 
 
 class CAPSubcommand(BaseOptimumCLICommand):
-    """A child of `optimum-cli cap`: check the arguments first, then work; no traceback either way.
+    """Base class of the subcommands: checks the arguments, then does the work.
 
-    A child supplies `prepare` and `execute`. A bad value or a missing file that `prepare` finds
-    exits with status 2, every other failure with 1, Ctrl-C with 130, SIGTERM with 143. `--debug` or
-    `OPTIMUM_CAP_DEBUG=1` shows the traceback instead.
+    A subclass implements `prepare` and `execute`. Errors are reported in one line, without a
+    traceback: a bad value or a missing file found by `prepare` exits with status 2, any other error
+    with 1, Ctrl-C with 130, SIGTERM with 143. `--debug` or `OPTIMUM_CAP_DEBUG=1` shows the
+    traceback instead.
     """
 
     @abstractmethod
     def prepare(self) -> Any:
-        """Check all that can be checked before the work, and return what `execute` needs."""
+        """Check everything that can be checked before the work; return what `execute` needs."""
 
     @abstractmethod
     def execute(self, prepared: Any) -> None:
         """Do the work and print the result to stdout."""
 
     def run(self) -> None:
-        """Run both steps. Called by `optimum-cli`."""
+        """Run `prepare`, then `execute`. Called by `optimum-cli`."""
         preparing = True
         try:
-            with _terminated_by_an_exception():
+            with _sigterm_as_exception():
                 prepared = self.prepare()
                 preparing = False
                 self.execute(prepared)
@@ -86,7 +88,8 @@ class CAPSubcommand(BaseOptimumCLICommand):
                 self._exit("terminated", EXIT_TERMINATED)
             self._exit("interrupted", EXIT_INTERRUPTED)
         except BrokenPipeError:
-            # The reader (`| head`) has gone. Python would complain again when it flushes at exit.
+            # The reader (`| head`) has closed the pipe. Without this, Python reports the error
+            # again when it flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_FAILURE)
         except Exception as error:
@@ -103,7 +106,7 @@ class CAPSubcommand(BaseOptimumCLICommand):
 
 
 def add_common_flags(parser: ArgumentParser) -> None:
-    """Add the flags that every command has."""
+    """Add the flags that are common to the commands."""
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument("--token", help="Hub access token (default: that of `hf auth login`)")
     parser.add_argument(
@@ -112,37 +115,37 @@ def add_common_flags(parser: ArgumentParser) -> None:
 
 
 def add_loading_flags(parser: ArgumentParser) -> None:
-    """Add the flags that say how a model is loaded."""
+    """Add the flags that control how a model is loaded."""
     add = parser.add_argument
     add(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="type of the weights; auto is that of the checkpoint (default: auto)",
+        help="dtype of the weights; auto is the dtype of the checkpoint (default: auto)",
     )
     add(
         "--device-map",
         default="auto",
         metavar="DEVICE",
-        help="device or placement, such as auto, cpu, cuda:0 (default: auto)",
+        help="device or placement, e.g. auto, cpu or cuda:0 (default: auto)",
     )
     add(
         "--max-memory",
         nargs="+",
         type=_device_and_size,
         metavar="DEVICE=SIZE",
-        help="room for weights, as 0=20GB cpu=30GB; the rest stays on disk (default: what is free)",
+        help="weights per device, e.g. 0=20GB cpu=30GB; the rest is on disk (default: free memory)",
     )
     add(
         "--offload-folder",
         type=Path,
         metavar="DIR",
-        help="folder for weights that have no room (default: the temporary folder of the system)",
+        help="folder for weights offloaded to disk (default: the system's temporary folder)",
     )
     add(
         "--trust-remote-code",
         action="store_true",
-        help="run the code that the model's repository ships",
+        help="run Python code from the model's repository (default: False)",
     )
 
 
@@ -154,39 +157,41 @@ def _device_and_size(text: str) -> tuple[int | str, int]:
         return int(device) if device.isdigit() else device, parse_size(size)
     except ValueError as error:
         raise ArgumentTypeError(
-            f"{text!r} is no DEVICE=SIZE, such as 0=20GB for the first GPU or cpu=30GB"
+            f"{text!r} is not of the form DEVICE=SIZE: write 0=20GB for the first GPU, or cpu=30GB"
         ) from error
 
 
 def check_loading_flags(args: Namespace, processes: int = 1) -> None:
-    """Check that the flags that say how a model is loaded go together.
+    """Check that the loading flags are consistent.
 
     Args:
         args: The flags.
-        processes: How many were launched together, each with a whole model.
+        processes: Number of processes launched together, each with a whole copy of the model.
 
     Raises:
-        ValueError: Room is given for devices among which nothing is chosen.
+        ValueError: `--max-memory` or `--offload-folder` with several processes, or `--max-memory`
+            with a single device.
     """
     if processes > 1 and (args.max_memory or args.offload_folder):
         raise ValueError(
-            f"--max-memory and --offload-folder spread one model over devices, but {processes} "
-            "processes were launched, each with a whole model on a device of its own: launch one"
+            f"--max-memory and --offload-folder spread one model over several devices, but "
+            f"{processes} processes were launched, each with a whole model on its own device: "
+            "launch one process"
         )
     if args.max_memory and args.device_map not in _PLACEMENTS:
         raise ValueError(
-            f"--max-memory is for a placement over devices ({', '.join(_PLACEMENTS)}), got "
-            f"--device-map {args.device_map}"
+            f"--max-memory needs --device-map {', '.join(_PLACEMENTS)}, got --device-map "
+            f"{args.device_map}: change one of the two"
         )
 
 
 def loading_options(args: Namespace, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
-    """Return what the flags say of how a model is loaded, for `from_pretrained`.
+    """Return the keyword arguments of `from_pretrained` that correspond to the loading flags.
 
     Args:
         args: The flags.
-        process_group: The processes that were launched together, if the command is one that they
-            share.
+        process_group: The processes launched together; `None` if the command does not share its
+            work among processes.
     """
     return {
         "dtype": args.dtype,
@@ -202,27 +207,29 @@ def loading_options(args: Namespace, process_group: "ProcessGroup | None" = None
 
 
 def check_output_folder(output: Path, source: str, overwrite: bool | None = None) -> None:
-    """Check that a checkpoint can be written to `output`, without leaving anything there.
+    """Check that a checkpoint can be written to `output`, without leaving files behind.
 
     Args:
         output: The folder.
         source: Name of the model that is read.
-        overwrite: Whether `output` may hold files; `None` if the command has no such flag.
+        overwrite: Whether `output` may hold files; `None` if the command has no `--overwrite`.
 
     Raises:
-        ValueError: `output` is a file, is the folder of the source model, or holds files and
-            `overwrite` is not true.
-        OSError: Nothing can be written there.
+        ValueError: `output` is a file, a mount point or the folder of the source model, or it holds
+            files and `overwrite` is not true.
+        OSError: The folder is not writable.
     """
     if output.exists() and not output.is_dir():
-        raise ValueError(f"the output {output} is a file, a folder is needed")
+        raise ValueError(f"the output {output} is a file: name a folder")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output):
-        raise ValueError(f"the output {output} is the folder of the model itself: name another one")
+        raise ValueError(
+            f"the output {output} is the folder of the model itself: name another folder"
+        )
     names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     if names and not overwrite:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ValueError(
-            f"the output folder {output} is not empty (it holds {shown}): name another one"
+            f"the output folder {output} is not empty (it holds {shown}): name another folder"
             + (
                 ", or pass --overwrite to replace the checkpoint in it"
                 if overwrite is False
@@ -230,9 +237,10 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
             )
         )
     if output.resolve().is_mount():
-        # A checkpoint is made beside the folder that it then replaces.
+        # A checkpoint is written next to the output folder and then renamed to it.
         raise ValueError(f"the output {output} is a mount point: name a folder in it")
-    # Trying is the only reliable test: permission bits say nothing to root or on a full disk.
+    # Creating a folder is the only reliable test: permission bits do not apply to root, nor do they
+    # reveal a full disk.
     parent = next(path for path in output.absolute().parents if path.exists())
     try:
         tempfile.TemporaryDirectory(dir=parent).cleanup()
@@ -241,16 +249,18 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
 
 
 def check_output_file(path: Path) -> None:
-    """Check that a file can stand at `path`.
+    """Check that a file can be written to `path`.
 
     Raises:
-        ValueError: There is a folder.
-        FileNotFoundError: The folder it would be in does not exist.
+        ValueError: `path` is a folder.
+        FileNotFoundError: The parent folder does not exist.
     """
     if path.is_dir():
-        raise ValueError(f"the output {path} is a folder, a file is needed")
+        raise ValueError(f"the output {path} is a folder: name a file")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.absolute().parent} of the output does not exist")
+        raise FileNotFoundError(
+            f"the folder {path.absolute().parent} of the output does not exist: create it first"
+        )
 
 
 def _one_line(error: BaseException) -> str:

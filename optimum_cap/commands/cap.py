@@ -1,4 +1,4 @@
-"""`optimum-cli cap`: the parent of the commands below."""
+"""`optimum-cli cap`: the parent of the other commands in this folder."""
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -13,18 +13,18 @@ from optimum_cap.commands.study import StudyCommand
 
 
 class CAPCommand(BaseOptimumCLICommand):
-    """Prints its help; the work is in its children."""
+    """The parent command: prints its help; its subcommands do the work."""
 
-    COMMAND = CommandInfo(name="cap", help="Prune a model by causal attribution; evaluate it.")
+    COMMAND = CommandInfo(name="cap", help="Prune a causal language model and evaluate it.")
     # optimum 2.3 refuses a (child, parent) pair in REGISTER_COMMANDS if the parent is registered
-    # by the same list, so the children are declared here.
+    # by the same list, so the subcommands are declared here.
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a causal language model.", PruneCommand),
         CommandInfo("score", "Measure the causal scores of a model.", ScoreCommand),
-        CommandInfo("inspect", "Show what was pruned in a checkpoint, and how.", InspectCommand),
+        CommandInfo("inspect", "Show what was pruned in a checkpoint and how.", InspectCommand),
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),
-        CommandInfo("compare", "Compare models over the same questions.", CompareCommand),
-        CommandInfo("estimate", "Say what a model or a study will cost.", EstimateCommand),
-        CommandInfo("study", "Measure many recipes side by side.", StudyCommand),
+        CommandInfo("compare", "Compare pruned models with a dense one.", CompareCommand),
+        CommandInfo("estimate", "Estimate the cost of a model or a study.", EstimateCommand),
+        CommandInfo("study", "Compare recipes over models, sparsities and seeds.", StudyCommand),
     )

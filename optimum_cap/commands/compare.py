@@ -1,4 +1,4 @@
-"""`optimum-cli cap compare`: models side by side, with what chance alone does."""
+"""`optimum-cli cap compare`: pruned models against a dense one, with significance tests."""
 
 from argparse import ArgumentParser
 from dataclasses import dataclass
@@ -19,35 +19,36 @@ class _Prepared:
 
 
 class CompareCommand(CAPSubcommand):
-    """Evaluates the arguments that are models; the others are files that `eval -o` wrote."""
+    """Compares models, which it evaluates first, and files written by `eval -o`."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
         parser.description = (
-            "Compare pruned models with a dense one, each a model or a JSON file that "
-            "`optimum-cli cap eval -o` wrote, over the questions that both have."
+            "Compare pruned models with a dense one over the questions that both answered. Each is "
+            "a model or a JSON file written by `optimum-cli cap eval -o`."
         )
-        parser.add_argument("dense", help="model or JSON file to compare with")
-        parser.add_argument("pruned", nargs="+", help="models or JSON files to compare")
+        parser.add_argument("dense", help="dense model, or its JSON file")
+        parser.add_argument("pruned", nargs="+", help="pruned models, or their JSON files")
         parser.add_argument(
-            "--tasks", help="tasks, with commas (default: those of the files, else as in eval)"
+            "--tasks",
+            help="comma-separated tasks (default: those in the files, else those of eval)",
         )
         add_evaluation_flags(parser)
         add_common_flags(parser)
 
     def prepare(self) -> _Prepared:
-        """Read the files, check the tasks, and read the data if there is a model to evaluate."""
+        """Read the files and check the tasks; if there is a model to evaluate, read the data."""
         args = self.args
         from optimum_cap.evaluation import DEFAULT_TASKS, Evaluation, resolve_tasks
 
         names = [args.dense, *args.pruned]
         saved = {name: Evaluation.load(name) for name in names if name.endswith(".json")}
         tasks = None if args.tasks is None else resolve_tasks(args.tasks)
-        for name, found in saved.items():
-            if missing := [task for task in tasks or () if task not in found.tasks]:
+        for name, evaluation in saved.items():
+            if missing := [task for task in tasks or () if task not in evaluation.tasks]:
                 raise ValueError(
-                    f"{name} holds no task {missing[0]!r}, only {', '.join(found.tasks)}: "
+                    f"{name} holds no task {missing[0]!r}, only {', '.join(evaluation.tasks)}: "
                     "evaluate that model again with this task"
                 )
         data: TaskData = {}
@@ -55,7 +56,7 @@ class CompareCommand(CAPSubcommand):
             from optimum_cap.evaluation import check_counts, load_task_data
 
             check_counts(args.limit, args.batch_size)
-            in_files = [task for found in saved.values() for task in found.tasks]
+            in_files = [task for evaluation in saved.values() for task in evaluation.tasks]
             data = load_task_data(tasks or in_files or DEFAULT_TASKS, args.data_dir)
             for name in names:
                 if name not in saved:
@@ -63,26 +64,26 @@ class CompareCommand(CAPSubcommand):
         return _Prepared(tasks, data, saved)
 
     def execute(self, prepared: _Prepared) -> None:
-        """Evaluate what is no file, and print a table per pruned model."""
+        """Evaluate the models that are not files, and print a table per pruned model."""
         from optimum_cap.evaluation import comparison_table
 
         args = self.args
-        found = dict(prepared.saved)
+        evaluations = dict(prepared.saved)
         for name in dict.fromkeys([args.dense, *args.pruned]):
-            if name not in found:
-                found[name] = evaluate_model(name, prepared.data, args)
+            if name not in evaluations:
+                evaluations[name] = evaluate_model(name, prepared.data, args)
         for name in args.pruned:
-            print(comparison_table(found[args.dense], found[name], prepared.tasks))
+            print(comparison_table(evaluations[args.dense], evaluations[name], prepared.tasks))
             print()
         print(
-            "Over the items that both have: p is the exact McNemar test, the interval Newcombe's "
-            "for paired\naccuracies, a paired bootstrap over windows for perplexity. An interval "
-            "that holds 0 is no difference shown."
+            "Over the items that both have: p is from the exact McNemar test, the interval is "
+            "Newcombe's for\npaired accuracies and a paired bootstrap over windows for perplexity. "
+            "An interval that contains 0\nis not a statistically significant difference."
         )
         errors = [
             f"{task} of {name}: {text}"
-            for name, result in found.items()
-            for task, text in result.errors.items()
+            for name, evaluation in evaluations.items()
+            for task, text in evaluation.errors.items()
             if prepared.tasks is None or task in prepared.tasks
         ]
         if errors:

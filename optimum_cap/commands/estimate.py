@@ -1,4 +1,4 @@
-"""`optimum-cli cap estimate`: what a model or a study will cost, before anything runs."""
+"""`optimum-cli cap estimate`: the cost of a model or a study, before anything runs."""
 
 import json
 from argparse import ArgumentParser
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from optimum_cap.estimation import Estimate, StudyHours
 
 _STUDY = (".yaml", ".yml")
-# Flags about a model, which a study does not take, with what holds where they are not given.
-_OF_A_MODEL: dict[str, Any] = {
+# Flags that apply to a model, not to a study, and their defaults.
+_MODEL_FLAGS: dict[str, Any] = {
     "num_samples": 128,
     "scored": None,
     "prefix": None,
@@ -27,85 +27,91 @@ _OF_A_MODEL: dict[str, Any] = {
 
 
 class EstimateCommand(CAPSubcommand):
-    """Builds the model on the meta device, so it costs a second whatever the model."""
+    """Builds the model on the meta device, so it takes about a second whatever the size."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
         parser.description = (
-            "Estimate operations, time, memory and disk of scoring, pruning and evaluating a "
-            "model, from its configuration alone; or the device hours of a study."
+            "Estimate the operations, time, memory and disk space that scoring, pruning and "
+            "evaluating a model take, from its configuration alone; or the device hours of a study."
         )
         add = parser.add_argument
-        add("model", help="folder, Hub id or configuration file of a model; or a STUDY.yaml")
+        add("model", help="folder, Hub id or configuration file of a model, or a STUDY.yaml")
         add(
             "--hardware",
             default="measured",
             metavar="NAME",
-            help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, with a count as h100x8; "
-            "measured takes this machine (default: measured)",
+            help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, with a count as in h100x8; or "
+            "measured, which measures this machine (default: measured)",
         )
-        add("--num-samples", type=int, metavar="N", help="examples (default: 128)")
-        add("--tokens", type=int, default=256, metavar="N", help="per example (default: 256)")
+        add("--num-samples", type=int, metavar="N", help="calibration examples (default: 128)")
+        add(
+            "--tokens", type=int, default=256, metavar="N", help="tokens per example (default: 256)"
+        )
         add(
             "--scored",
             type=int,
             metavar="N",
-            help="scored tokens per example (default: half of those that follow the prefix)",
+            help="scored tokens per example (default: half of the tokens after the prefix)",
         )
         add(
             "--prefix",
             type=int,
             metavar="N",
-            help="tokens that all examples begin with (default: 0, or those of --dataset)",
+            help="tokens at the start that all examples share (default: 0, or that of --dataset)",
         )
         add(
             "--dataset",
             nargs="+",
-            help="calibration data as for prune, whose lengths replace --tokens and --scored, "
-            "and whose shared beginning is the default of --prefix (default: none)",
+            help="calibration data as for prune; its mean lengths replace --tokens and --scored, "
+            "and its shared prefix is the default of --prefix (default: none)",
         )
-        add("--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)")
-        add("--sparsity", type=float, help="of the checkpoint (default: 0.5)")
+        add("--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)")
+        add("--sparsity", type=float, help="sparsity of the checkpoint (default: 0.5)")
         add(
             "--units",
-            help="what is scored: heads, or all, with MLPs and experts (default: heads)",
+            help="units to score: heads, or all (heads, MLPs and experts) (default: heads)",
         )
         add(
             "--mlp-unit-size",
             type=int,
             metavar="N",
-            help="channels per unit of an MLP or expert (default: all channels)",
+            help="channels per MLP or expert unit (default: all channels)",
         )
         add("--limit", type=int, metavar="N", help="questions per task (default: all)")
-        add("--batch-size", type=int, metavar="N", help="questions (default: 32)")
+        add("--batch-size", type=int, metavar="N", help="questions per batch (default: 32)")
         add(
             "--models",
             nargs="+",
             metavar="LABEL=NAME",
-            help="of a study: models instead of those of the file (default: those of the file)",
+            help="models of a study, instead of those in its file (default: those in the file)",
         )
         add("--json", action="store_true", help="print everything as JSON")
         add_common_flags(parser)
 
     def prepare(self) -> "Estimate | StudyHours":
-        """Estimate: all of it is a check of what was asked."""
+        """Check the flags and compute the estimate, which needs no model weights."""
         args = self.args
         from optimum_cap.estimation import estimate, study_hours
         from optimum_cap.study import Study
 
         options = {"revision": args.revision or "main", "token": args.token}
         if args.model.endswith(_STUDY):
-            for name in _OF_A_MODEL:
+            for name in _MODEL_FLAGS:
                 if getattr(args, name) is not None:
                     flag = f"--{name.replace('_', '-')}"
-                    raise ValueError(f"{flag} is about a model: a study says what it takes")
+                    raise ValueError(
+                        f"{flag} applies to a model, but {args.model} is a study: leave it out"
+                    )
             models = labelled_models(args.models or [])
             study = Study.load(args.model, **({"models": models} if models else {}))
             return study_hours(study, args.hardware, tokens=args.tokens, **options)
         if args.models:
-            raise ValueError("--models is about a study: name a STUDY.yaml")
-        for name, default in _OF_A_MODEL.items():
+            raise ValueError(
+                f"--models applies to a study, but {args.model} is not a STUDY.yaml: leave it out"
+            )
+        for name, default in _MODEL_FLAGS.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
         return estimate(
@@ -122,11 +128,11 @@ class EstimateCommand(CAPSubcommand):
         )
 
     def execute(self, prepared: "Estimate | StudyHours") -> None:
-        """Print it."""
+        """Print the estimate."""
         print(json.dumps(prepared.to_dict(), indent=2) if self.args.json else prepared.table())
 
     def _lengths(self) -> dict[str, Any]:
-        """Tokens, scored tokens and shared prefix: as given, or of the data."""
+        """Return tokens, scored tokens and shared prefix, from the flags or from the data."""
         args = self.args
         prefix = {} if args.prefix is None else {"prefix": args.prefix}
         if not args.dataset:

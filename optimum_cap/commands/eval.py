@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
 
 class EvalCommand(CAPSubcommand):
-    """Reads the data before it loads the model, and writes the file before it reports an error."""
+    """Reads the data before it loads the model, and saves the results before reporting an error."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
         parser.description = (
-            "Measure accuracy with worked answers, and perplexity. What the model was calibrated "
-            "on is left out."
+            "Measure accuracy on questions with worked answers, and perplexity. Items that the "
+            "model was calibrated on are left out."
         )
         parser.add_argument("model", help="Hub id or folder of the model, dense or pruned")
         parser.add_argument(
             "--tasks",
             default="gsm8k,strategyqa,arc_challenge,wikitext2",
-            help="tasks, with commas; tiny_reasoner is another (default: %(default)s)",
+            help="comma-separated tasks; tiny_reasoner is another (default: %(default)s)",
         )
         parser.add_argument(
-            "-o", "--output", type=Path, metavar="FILE", help="JSON file to write, for compare"
+            "-o", "--output", type=Path, metavar="FILE", help="JSON file to write, e.g. for compare"
         )
         add_evaluation_flags(parser)
         add_common_flags(parser)
 
     def prepare(self) -> "TaskData":
-        """Check the output file and the numbers, and read the data."""
+        """Check the output file and the numbers, and read the data and the model's config."""
         args = self.args
         if args.output is not None:
             _check_output_file(args.output)
@@ -52,35 +52,43 @@ class EvalCommand(CAPSubcommand):
         return data
 
     def execute(self, prepared: "TaskData") -> None:
-        """Evaluate, print the table, write the file."""
-        found = evaluate_model(self.args.model, prepared, self.args)
+        """Evaluate, write the file, print the table."""
+        evaluation = evaluate_model(self.args.model, prepared, self.args)
         if self.args.output is not None:
-            found.save(self.args.output)
-        print(found.table())
-        print(f"time: {found.seconds:.1f} s")
+            evaluation.save(self.args.output)
+        print(evaluation.table())
+        print(f"time: {evaluation.seconds:.1f} s")
         if self.args.output is not None:
             print(f"saved: {self.args.output}")
-        if found.errors:
-            raise RuntimeError("; ".join(f"{name}: {text}" for name, text in found.errors.items()))
+        if evaluation.errors:
+            raise RuntimeError(
+                "; ".join(f"{name}: {text}" for name, text in evaluation.errors.items())
+            )
 
 
 def add_evaluation_flags(parser: ArgumentParser) -> None:
-    """Add the flags that say how a model is evaluated."""
+    """Add the flags that control how a model is evaluated."""
     add = parser.add_argument
     add("--limit", type=int, metavar="N", help="questions or windows per task (default: all)")
     add(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="folder with the files of the data sets (default: the Hub)",
+        help="folder with the data files (default: download from the Hub)",
     )
-    add("--batch-size", type=int, default=32, metavar="N", help="questions at a time (default: 32)")
-    add("--seed", type=int, default=0, help="seed of the draw that --limit makes (default: 0)")
+    add(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="questions per batch (default: 32)",
+    )
+    add("--seed", type=int, default=0, help="seed for the sample that --limit draws (default: 0)")
     add_loading_flags(parser)
 
 
 def check_model(name: str, args: Namespace) -> None:
-    """Read the configuration of a model, which shows a wrong name before hours of work."""
+    """Read the configuration of a model, so that a wrong name is reported before hours of work."""
     check_loading_flags(args)
     from transformers import AutoConfig
 
@@ -93,7 +101,7 @@ def check_model(name: str, args: Namespace) -> None:
 
 
 def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation":
-    """Load a model and evaluate it as the flags say."""
+    """Load a model and evaluate it with the settings in `args`."""
     from optimum_cap.evaluation import evaluate
 
     return evaluate(
@@ -108,5 +116,7 @@ def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation"
 
 def _check_output_file(path: Path) -> None:
     if path.suffix != ".json":
-        raise ValueError(f"the output {path} must end in .json, by which compare knows it")
+        raise ValueError(
+            f"the output {path} must end in .json, so that compare can tell it from a model"
+        )
     check_output_file(path)

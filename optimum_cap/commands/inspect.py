@@ -1,4 +1,4 @@
-"""`optimum-cli cap inspect`: what was pruned in a checkpoint, and how."""
+"""`optimum-cli cap inspect`: what was pruned in a checkpoint and how."""
 
 import json
 from argparse import ArgumentParser
@@ -9,7 +9,7 @@ from optimum_cap.commands.summary import print_summary, sensitivity_table, spars
 
 
 class InspectCommand(CAPSubcommand):
-    """Reads the pruning record; the weights are not loaded."""
+    """Reads the pruning record, without loading the weights."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -20,7 +20,7 @@ class InspectCommand(CAPSubcommand):
         add_common_flags(parser)
 
     def prepare(self) -> str:
-        """Nothing to check before reading."""
+        """Return the checkpoint; reading it is the only check."""
         return self.args.checkpoint
 
     def execute(self, prepared: str) -> None:

@@ -28,10 +28,15 @@ def _size(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-# Flag, field of CAPConfig, type (none for a switch), help. A flag that is not given is not passed
-# on, so the defaults live in CAPConfig alone; a test compares the words here with them.
+# Flag, field of CAPConfig, type (None for a switch), help. Only flags that were set are passed on,
+# so CAPConfig alone defines the defaults; a test compares those in the help texts with it.
 _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
-    ("--sparsity", "sparsity", float, "fraction of the weights to zero, between 0 and 1"),
+    (
+        "--sparsity",
+        "sparsity",
+        float,
+        "fraction of the prunable weights to set to zero, between 0 and 1",
+    ),
     (
         "--recipe",
         "recipe",
@@ -49,44 +54,46 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--allocation",
         "allocation",
         str,
-        "zeros per matrix: global, uniform, owl, interventional, fisher (default: the recipe's)",
+        "zeros per matrix: global, uniform, owl, interventional or fisher (default: the recipe's)",
     ),
     (
         "--allocation-bound",
         "allocation_bound",
         float,
-        "the most that interventional moves the sparsity of a site (default: 0.1)",
+        "largest change of a site's sparsity by interventional or fisher (default: 0.1)",
     ),
     (
         "--allocation-examples",
         "allocation_examples",
         int,
-        "examples that interventional measures on (default: what costs a pass, at least 16)",
+        "examples to measure sensitivities on (default: as many as cost one pass, at least 16)",
     ),
     (
         "--target",
         "target",
         str,
-        "what kept weights fit: local outputs or those of the dense model (default: the recipe's)",
+        "outputs that kept weights are fitted to: local, or dense, those of the dense model "
+        "(default: the recipe's)",
     ),
     (
         "--order",
         "order",
         str,
-        "what is pruned before inputs are seen again: layer or projection (default: the recipe's)",
+        "what is pruned before inputs are measured again: layer or projection "
+        "(default: the recipe's)",
     ),
     (
         "--answer-weight",
         "answer_weight",
         float,
-        "added to the weight 1 of tokens that are or predict answers (default: the recipe's)",
+        "extra weight of tokens that are scored or predict one (default: the recipe's)",
     ),
     (
         "--pattern",
         "pattern",
         str,
-        "unstructured; N:M, N weights kept of every M, as 2:4; or heads, whole ones (default: "
-        "unstructured)",
+        "unstructured; N:M, which keeps N of every M weights, e.g. 2:4; or heads, which removes "
+        "whole heads (default: unstructured)",
     ),
     ("--num-samples", "num_samples", int, "number of calibration examples (default: 128)"),
     ("--subsets", "subsets", int, "number of disjoint calibration subsets (default: 3)"),
@@ -94,13 +101,13 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--aggregation",
         "aggregation",
         str,
-        "how the losses of the subsets combine: median or mean (default: median)",
+        "how the losses of the subsets are combined: median or mean (default: median)",
     ),
     (
         "--kv-combination",
         "kv_combination",
         str,
-        "importance of a key/value head from its query heads: mean or max (default: mean)",
+        "how a key/value head combines its query heads' importances: mean or max (default: mean)",
     ),
     (
         "--scored-tokens",
@@ -112,69 +119,72 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--units",
         "scored_units",
         str,
-        "what is scored: heads, or all, with MLPs and experts (default: heads)",
+        "units to score: heads, or all (heads, MLPs and experts) (default: heads)",
     ),
     (
         "--mlp-unit-size",
         "mlp_unit_size",
         int,
-        "channels per unit of an MLP or expert, with --units all (default: all channels)",
+        "channels per MLP or expert unit, with --units all (default: all channels)",
     ),
     (
         "--estimator",
         "estimator",
         str,
-        "causal scores: exact, plain, first_order, control_variate or adaptive (default: exact)",
+        "of causal scores: exact, plain, first_order, control_variate or adaptive (default: exact)",
     ),
     (
         "--exact-examples",
         "exact_examples",
         int,
-        "examples that control_variate, or a round of adaptive, measures exactly (default: 16)",
+        "examples measured exactly by control_variate, or per round of adaptive (default: 16)",
     ),
     (
         "--precision",
         "precision",
         float,
-        "where adaptive stops: 1.96 errors of a score over the range of all (default: 0.1)",
+        "adaptive stops at 1.96 standard errors below this fraction of the score range "
+        "(default: 0.1)",
     ),
     (
         "--max-length",
         "max_length",
         int,
-        "longest example used, in tokens (default: 2048 or the limit of the model)",
+        "longest example, in tokens; longer ones are skipped (default: 2048 or the model's limit)",
     ),
     (
         "--memory-budget",
         "memory_budget",
         _size,
-        "memory for activations, in bytes or as 4GB; auto is half of what is free (default: auto)",
+        "memory for activations, e.g. 4GB; auto: half of free memory; layer by layer 2048 tokens "
+        "(CUDA 16384) (default: auto)",
     ),
     (
         "--torch-compile",
         "torch_compile",
         None,
-        "compile layers to measure causal scores: faster in long runs on a GPU (default: False)",
+        "compile the layers for exact causal scores: faster in long GPU runs (default: False)",
     ),
     (
         "--resume-dir",
         "resume_dir",
         str,
-        "finished parts of a run are kept here (default: optimum_cap/scores in HF_HOME)",
+        "folder for finished parts, so that a run resumes (default: optimum_cap/scores in HF_HOME)",
     ),
-    ("--seed", "seed", int, "seed of the selection of examples (default: 0)"),
+    ("--seed", "seed", int, "seed for the selection of examples (default: 0)"),
     (
         "--format",
         "checkpoint_format",
         str,
-        "packed, or dense, which loads without this plugin (default: packed)",
+        "packed (bit mask and kept values), or dense, which loads without this plugin "
+        "(default: packed)",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` has checked: `cap prune` and `cap score` need the same."""
+    """What `prepare` of `cap prune` and `cap score` hands to `execute`."""
 
     config: "CAPConfig"
     tokenizer: "PreTrainedTokenizerBase"
@@ -182,7 +192,7 @@ class Prepared:
 
 
 class PruneCommand(CAPSubcommand):
-    """Checks all it can before it loads the model: a long job must not fail at its end."""
+    """Checks all it can before it loads the model, so that a long job does not fail at its end."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -196,7 +206,7 @@ class PruneCommand(CAPSubcommand):
             "--scores",
             type=Path,
             metavar="FILE",
-            help="scores file of `cap score`, with its data and seed, instead of measuring; "
+            help="file from `cap score`, used instead of measuring, with its data and seed; "
             "implies recipe paper",
         )
         add(
@@ -205,21 +215,22 @@ class PruneCommand(CAPSubcommand):
             nargs="+",
             default=SUPPRESS,
             metavar="NAME",
-            help="modules not to prune, by part of their name, as layers.0 o_proj (default: none)",
+            help="modules to leave dense, by trailing part of the name, e.g. layers.0 o_proj "
+            "(default: none)",
         )
         add(
             "--max-shard-size",
             metavar="SIZE",
-            help="largest weight file before packing, as 500MB (default: 5GB)",
+            help="largest weight file before packing, e.g. 500MB (default: 5GB)",
         )
         add(
             "--overwrite",
             action="store_true",
-            help="replace the checkpoint in a folder that is not empty; other files stay",
+            help="replace the checkpoint in an output folder that is not empty; other files stay",
         )
         add_loading_flags(parser)
-        add("--push-to-hub", metavar="REPO", help="Hub id to upload the result to")
-        add("--private", action="store_true", help="make that repository private if it is new")
+        add("--push-to-hub", metavar="REPO", help="Hub id to upload the checkpoint to")
+        add("--private", action="store_true", help="make the Hub repository private if it is new")
         add_common_flags(parser)
 
     def prepare(self) -> Prepared:
@@ -227,7 +238,7 @@ class PruneCommand(CAPSubcommand):
         args = self.args
         check_output_folder(args.output, args.model, args.overwrite)
         if args.private and not args.push_to_hub:
-            raise ValueError("--private is about the uploaded repository: it needs --push-to-hub")
+            raise ValueError("--private needs --push-to-hub: add it, or leave --private out")
 
         from optimum_cap.checkpoint import check_target
         from optimum_cap.config import CAPConfig, parse_size
@@ -237,37 +248,38 @@ class PruneCommand(CAPSubcommand):
         process_group = ProcessGroup.current()
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
-        given = config_values(vars(args))
-        values = {"resume_dir": default_folder(), **given}
+        flags = config_values(vars(args))
+        values = {"resume_dir": default_folder(), **flags}
         if args.scores:
             from optimum_cap.scoring import read_scores
 
-            # What is not given is as in the file; what is given has to be.
+            # Flags that are not set take their values from the file; the others must match it.
             values = {**read_scores(args.scores).settings, **values, "scores": args.scores}
-            if given.keys().isdisjoint({"recipe", "criterion"}):
+            if flags.keys().isdisjoint({"recipe", "criterion"}):
                 values["recipe"] = "paper"
             if str(values["dataset"]).startswith("in-memory"):
                 raise ValueError(
-                    f"the scores in {args.scores} are of data from a program "
-                    f"({values['dataset']}): prune there, with CAPConfig(scores=...) and that data"
+                    f"the scores in {args.scores} were measured on in-memory data "
+                    f"({values['dataset']}), which no flag can name: prune in Python, with "
+                    "CAPConfig(scores=..., dataset=...)"
                 )
         config = CAPConfig(**values)
         if args.max_shard_size:
             parse_size(args.max_shard_size, "--max-shard-size")
-        # Saving checks this again: weights of another model in the folder are never replaced.
+        # Also checked when saving: the weights of another model are never replaced.
         check_target(args.output.absolute())
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
         config.tokenizer = tokenizer = load_tokenizer(args)
         if config.method.needs_data:
-            # Made again when the model prunes; here it shows what is wrong with the data in a
-            # second.
+            # Built again when the model is pruned; building it here reports bad data before the
+            # model is loaded.
             build_calibration_set(config, tokenizer)
-        process_group.all_gather(None)  # none may save before all have looked at the output folder
+        process_group.all_gather(None)  # no process may save before all have checked the output
         return Prepared(config, tokenizer, process_group)
 
     def execute(self, prepared: Prepared) -> None:
-        """Prune, save, print what was done, upload."""
+        """Prune, save, print a summary and upload."""
         from transformers import AutoModelForCausalLM
 
         from optimum_cap.checkpoint import inspect_checkpoint
@@ -282,7 +294,7 @@ class PruneCommand(CAPSubcommand):
         )
         prepared.process_group.shutdown()
         if prepared.process_group.rank:
-            return  # the model is the same in every process; the first one saves it
+            return  # the model is the same in every process, and rank 0 saves it
         before = _file_stamps(args.output)
         limit = {"max_shard_size": parse_size(args.max_shard_size)} if args.max_shard_size else {}
         model.save_pretrained(args.output, **limit)
@@ -292,19 +304,19 @@ class PruneCommand(CAPSubcommand):
         print(f"time          {time.monotonic() - start:.1f} s")
         print(f"saved         {args.output}")
         if args.push_to_hub:
-            # What was in the folder before is not ours to publish.
-            ours = [
+            # Files that were in the folder before are not published.
+            written = [
                 name
                 for name, stamp in _file_stamps(args.output).items()
                 if before.get(name) != stamp
             ]
-            url = _upload(args.output, ours, args.push_to_hub, args.private, args.token)
+            url = _upload(args.output, written, args.push_to_hub, args.private, args.token)
             print(f"uploaded      {url}")
         _print_how_to_load(args.push_to_hub or str(args.output), prepared.config.checkpoint_format)
 
 
 def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
-    """Add the flags of some fields of `CAPConfig`, of its data set, and of the tokenizer."""
+    """Add the flags for `fields` of `CAPConfig`, for its data set and for the tokenizer."""
     for flag, field, kind, text in _CONFIG_FLAGS:
         if field in fields:
             options: dict[str, Any] = {"action": "store_true"}
@@ -319,20 +331,20 @@ def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
         "--dataset",
         nargs="+",
         default=SUPPRESS,
-        help="data: preset, preset=path, Hub id or file; several mix evenly (default: gsm8k)",
+        help="preset, preset=path, Hub id or file; several are mixed evenly (default: gsm8k)",
     )
     parser.add_argument(
-        "--tokenizer", help="Hub id or folder of the tokenizer (default: that of the model)"
+        "--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)"
     )
 
 
 def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that was named, or the model's."""
+    """Load the tokenizer named by `--tokenizer`, or the model's."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         args.tokenizer or args.model,
-        # A revision is one of the model's repository.
+        # --revision refers to the model's repository, not to that of another tokenizer.
         revision=(None if args.tokenizer else args.revision) or "main",
         trust_remote_code=args.trust_remote_code,
         token=args.token,
@@ -340,18 +352,18 @@ def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def config_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `CAPConfig` that were given on the command line."""
+def config_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `CAPConfig` that were set on the command line."""
     fields = [field for _, field, _, _ in _CONFIG_FLAGS] + ["modules_to_leave_dense"]
-    values = {field: given[field] for field in fields if field in given}
-    if "dataset" in given:
-        names = given["dataset"]
+    values = {field: flags[field] for field in fields if field in flags}
+    if "dataset" in flags:
+        names = flags["dataset"]
         values["dataset"] = names[0] if len(names) == 1 else names
     return values
 
 
 def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of change per file, by its path inside `folder`."""
+    """Return size in bytes and modification time in ns per file, by its path inside `folder`."""
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -360,7 +372,7 @@ def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _check_hub_access(repo: str, token: str | None) -> None:
-    """Check that there is a valid token and that `repo` is a possible name."""
+    """Check that the token and the name of the repository are valid."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -374,7 +386,7 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str
     try:
         return upload(folder, repo, names, private=private or None, token=token).repo_url
     except Exception as error:
-        raise OSError(f"the model is saved in {folder}, but not uploaded: {error}") from error
+        raise OSError(f"the model is saved in {folder}, but the upload failed: {error}") from error
 
 
 def _print_how_to_load(name: str, checkpoint_format: str) -> None:

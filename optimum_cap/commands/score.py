@@ -1,4 +1,4 @@
-"""`optimum-cli cap score`: measure the causal scores of a model and keep them in a file."""
+"""`optimum-cli cap score`: measure the causal scores of a model and save them to a file."""
 
 import time
 from argparse import ArgumentParser
@@ -38,11 +38,11 @@ _FIELDS = (
 )
 
 
-_ROWS = 20_000  # of the table: heads of any model, but not channels
+_ROWS = 20_000  # printed at most: enough for the heads of any model, not for single channels
 
 
 class ScoreCommand(CAPSubcommand):
-    """The file serves `cap prune --scores` at any sparsity; subsets and aggregation may change."""
+    """Writes a file that `cap prune --scores` reads at any sparsity, subsets and aggregation."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -51,7 +51,7 @@ class ScoreCommand(CAPSubcommand):
         add = parser.add_argument
         add("-m", "--model", required=True, help="Hub id or folder of the model to score")
         add("-o", "--output", required=True, type=Path, metavar="FILE", help="file to write")
-        add("--overwrite", action="store_true", help="replace the file if it is there")
+        add("--overwrite", action="store_true", help="replace the output file if it exists")
         add_config_flags(parser, _FIELDS)
         add_loading_flags(parser)
         add_common_flags(parser)
@@ -71,15 +71,15 @@ class ScoreCommand(CAPSubcommand):
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
         values = {"resume_dir": default_folder(), **config_values(vars(args))}
-        # Scores are the same at every sparsity; the paper's recipe is the one that uses them.
+        # Scores do not depend on the sparsity, which CAPConfig requires; recipe "paper" uses them.
         config = CAPConfig(sparsity=0.5, recipe="paper", **values)
         tokenizer = load_tokenizer(args)
-        build_calibration_set(config, tokenizer)  # shows what is wrong with the data in a second
-        process_group.all_gather(None)  # none may write before all have looked at the output
+        build_calibration_set(config, tokenizer)  # reports bad data before the model is loaded
+        process_group.all_gather(None)  # no process may write before all have checked the output
         return Prepared(config, tokenizer, process_group)
 
     def execute(self, prepared: Prepared) -> None:
-        """Measure, save, print the units."""
+        """Measure and save the scores, and print them."""
         from transformers import AutoModelForCausalLM
 
         from optimum_cap.pruner import CAPPruner
@@ -89,7 +89,7 @@ class ScoreCommand(CAPSubcommand):
         start = time.monotonic()
         options = loading_options(args, prepared.process_group)
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-        # Every process has all losses; the first one saves them.
+        # Every process has all losses; rank 0 saves them.
         target = None if prepared.process_group.rank else args.output
         losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=target)
         prepared.process_group.shutdown()
@@ -105,7 +105,7 @@ class ScoreCommand(CAPSubcommand):
 
 
 def score_table(scores: "CausalScores") -> str:
-    """Return a table of the units with score and standard error, the most needed first."""
+    """Return a table of units, scores and standard errors, ordered by descending score."""
     from optimum_cap.checkpoint import unit_label
 
     heads_only = all(site.kind == "attention" for site, _ in scores.units)
@@ -118,5 +118,5 @@ def score_table(scores: "CausalScores") -> str:
         rows.append([label, f"{score:+.6f}", f"{error:.6f}"])
     lines = [aligned(rows)]
     if (left := len(order) - _ROWS) > 0:
-        lines.append(f"and {left:,} more, needed less")
+        lines.append(f"and {left:,} more with lower scores")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`optimum-cli cap study`: many models, recipes, sparsities and seeds, side by side."""
+"""`optimum-cli cap study`: compare recipes over models, sparsities, data sets and seeds."""
 
 from argparse import ArgumentParser
 from pathlib import Path
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class StudyCommand(CAPSubcommand):
-    """Checks the whole study first; then a cell that fails is a result, not the end."""
+    """Checks the whole study first; a cell that then fails is recorded, and the study continues."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
         parser.description = (
             "Measure models x recipes x sparsities x calibration sets x seeds. Every cell is "
-            "cached: run it again to resume, or after the file has grown."
+            "cached: run the command again to resume, or after adding to the file."
         )
         add = parser.add_argument
         add("study", type=Path, metavar="STUDY.yaml", help="what to measure (docs/study.md)")
@@ -27,37 +27,37 @@ class StudyCommand(CAPSubcommand):
             "--output",
             type=Path,
             metavar="DIR",
-            help="folder of cells, table and pictures (default: runs/ and the name of the file)",
+            help="folder for cells, table and plots (default: runs/ and the name of the file)",
         )
         add(
             "--models",
             nargs="+",
             metavar="LABEL=NAME",
-            help="models to measure instead of those of the file (default: those of the file)",
+            help="models to measure, instead of those in the file (default: those in the file)",
         )
         add(
             "--data-dir",
             metavar="DIR",
-            help="folder of evaluation data and calibration presets (default: that of the file)",
+            help="folder of evaluation data and calibration presets (default: the file's data_dir)",
         )
         add(
             "--limit",
             type=int,
             metavar="N",
-            help="questions, documents or windows per task (default: as the file says)",
+            help="questions, documents or windows per task (default: the file's limit)",
         )
         add(
             "--jobs",
             type=int,
             default=1,
             metavar="N",
-            help="cells to measure at a time, each with its share of the cores (default: 1)",
+            help="cells to measure in parallel, each with its share of the cores (default: 1)",
         )
-        add("--dry-run", action="store_true", help="check the file, print the cells, measure none")
-        add("--debug", action="store_true", help="show tracebacks")
+        add("--dry-run", action="store_true", help="check the file and print the cells, then stop")
+        add("--debug", action="store_true", help="show the traceback of an error")
 
     def prepare(self) -> "Study":
-        """Read the study, and check every cell of it."""
+        """Read the study and check each of its cells."""
         from optimum_cap.study import Study
 
         if self.args.jobs < 1:
@@ -67,11 +67,11 @@ class StudyCommand(CAPSubcommand):
             "data_dir": self.args.data_dir,
             "limit": self.args.limit,
         }
-        given = {key: value for key, value in changes.items() if value not in (None, {})}
-        return Study.load(self.args.study, **given)
+        changes = {key: value for key, value in changes.items() if value not in (None, {})}
+        return Study.load(self.args.study, **changes)
 
     def execute(self, prepared: "Study") -> None:
-        """Measure what is missing; write table and pictures."""
+        """Measure the missing cells; write the table and the plots."""
         cells = list(prepared.cells())
         if self.args.dry_run:
             for cell in cells:
@@ -86,20 +86,20 @@ class StudyCommand(CAPSubcommand):
         for file in write_report(prepared, rows, folder):
             print(f"saved: {file}")
         if failed := len({tuple(row[axis] for axis in _AXES) for row in rows if row["error"]}):
-            raise RuntimeError(f"{failed} of {len(cells)} cells failed; results.md names them")
+            raise RuntimeError(
+                f"{failed} of {len(cells)} cells failed: see {folder / 'results.md'}"
+            )
 
 
 def labelled_models(labelled: list[str]) -> dict[str, str]:
-    """Return label -> name of the arguments of `--models`."""
+    """Parse the arguments of `--models` into label -> name."""
     pairs = [text.partition("=") for text in labelled]
     for text, (label, equals, name) in zip(labelled, pairs, strict=True):
         if not (label and equals and name):
-            raise ValueError(
-                f"--models takes LABEL=NAME, such as small=./small-model, got {text!r}"
-            )
+            raise ValueError(f"--models takes LABEL=NAME, e.g. small=./small-model, got {text!r}")
     models = {label: name for label, _, name in pairs}
     if len(models) < len(pairs):
-        raise ValueError(f"--models names a label twice: {' '.join(labelled)}")
+        raise ValueError(f"--models uses a label twice: {' '.join(labelled)}")
     return models
 
 

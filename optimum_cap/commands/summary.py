@@ -1,4 +1,4 @@
-"""What the commands print about a checkpoint."""
+"""Summaries and tables of a checkpoint, as the commands print them."""
 
 import re
 from collections import defaultdict
@@ -24,10 +24,10 @@ def print_summary(summary: "CheckpointSummary") -> None:
     for label, ranked in _ranked(record.scores):
         print(f"{label:13} {ranked}")
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
-    asked = f"{record.config.get('sparsity')}"
+    requested = f"{record.config.get('sparsity')}"
     if record.config.get("pattern") == WHOLE_HEADS:
-        asked += " of the heads"
-    print(f"sparsity      {record.sparsity:.6f} ({asked} asked)")
+        requested += " of the heads"
+    print(f"sparsity      {record.sparsity:.6f} ({requested} requested)")
     if record.threshold is not None:
         print(f"threshold     {record.threshold:.6g} (importance)")
     share = summary.weight_bytes / summary.dense_bytes
@@ -38,7 +38,7 @@ def print_summary(summary: "CheckpointSummary") -> None:
 
 
 def scored_line(units: "list[tuple[str, int]]") -> str:
-    """Return how many units were scored, from the kind and the layer of each."""
+    """Return a line with the number of scored units, from the kind and the layer of each."""
     from optimum_cap.checkpoint import count_units
 
     layers = len({layer for _, layer in units})
@@ -79,20 +79,20 @@ def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
 
 
 def sensitivity_table(sensitivities: "list[SiteSensitivity]") -> str:
-    """Return a table of the sites that change the predictions the most and the least when pruned.
+    """Return a table of the sites whose pruning changes the predictions the most and the least.
 
-    Those in between are counted in a line of their own.
+    One line counts the sites in between.
     """
     ranked = sorted(
         sensitivities,
-        key=lambda own: float("inf") if own.divergence is None else own.divergence,
+        key=lambda site: float("inf") if site.divergence is None else site.divergence,
         reverse=True,
     )
 
-    def row(own: "SiteSensitivity") -> list[str]:
-        measured = (own.divergence, own.standard_error)
+    def row(site: "SiteSensitivity") -> list[str]:
+        measured = (site.divergence, site.standard_error)
         numbers = ["-" if number is None else f"{number:.3g}" for number in measured]
-        return [own.label, *numbers, f"{own.sparsity:.3f}"]
+        return [site.label, *numbers, f"{site.sparsity:.3f}"]
 
     rows = [["layer.site", "nats per token", "standard error", "sparsity"], *map(row, ranked)]
     if (left := len(ranked) - 2 * _SITES_SHOWN) > 0:
@@ -101,7 +101,7 @@ def sensitivity_table(sensitivities: "list[SiteSensitivity]") -> str:
 
 
 def _ranked(scores: "list[UnitScore]") -> list[tuple[str, str]]:
-    """Return the most and the least needed units as two labelled lines."""
+    """Return the units with the highest and the lowest scores as two labelled lines."""
     finite = sorted(
         (score for score in scores if score.score is not None),
         key=lambda score: score.score or 0.0,
@@ -128,7 +128,7 @@ def _layer_and_projection(name: str) -> tuple[int, str]:
 
 
 def _short(projections: list[str]) -> list[str]:
-    """Return the last part of each name where that is unambiguous, else the whole."""
+    """Return the last part of each name if it is unambiguous, else the whole name."""
     last = [name.rpartition(".")[2] for name in projections]
     return [
         short if last.count(short) == 1 else name

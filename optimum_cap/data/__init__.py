@@ -1,4 +1,4 @@
-"""From rows of a data set to calibration examples and batches."""
+"""Calibration data: rows of a data set -> tokenized examples -> batches."""
 
 from optimum_cap.data.batches import Batch, batches, shared_prefix
 from optimum_cap.data.calibration import (

@@ -1,4 +1,4 @@
-"""Batches of calibration examples: padded, cut by tokens, with what they have in common."""
+"""Batches of calibration examples, grouped by length and padded, with an optional shared prefix."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from optimum_cap.data.calibration import CalibrationExample
 class Batch:
     """Examples of similar length, padded on the right.
 
-    Padding needs no attention mask: under causal attention no real token sees what comes after it.
+    The padding needs no attention mask: under causal attention, no token attends to later ones.
 
     Attributes:
         positions: Index of each example in the calibration set.
         input_ids: int64 `[examples, tokens]`.
-        real: bool `[examples, tokens]`, False where there is padding.
-        scored: bool `[examples, tokens]`, True where a token is a target of the loss.
-        prefix: Number of tokens that all examples begin with and that are to be computed once.
+        real: bool `[examples, tokens]`, False for padding.
+        scored: bool `[examples, tokens]`, True if the token is a target of the loss.
+        prefix: Number of tokens at the start that all examples share and that are computed once.
     """
 
     positions: list[int]
@@ -29,7 +29,7 @@ class Batch:
 
     @property
     def split(self) -> tuple["Batch", "Batch"]:
-        """The prefix as a batch of one row, and what follows it in each example."""
+        """The prefix as a batch of one row, and the rest of each example."""
         return (
             self._part(slice(1), slice(self.prefix)),
             self._part(slice(None), slice(self.prefix, None)),
@@ -45,10 +45,10 @@ class Batch:
 
 
 def shared_prefix(examples: list[CalibrationExample]) -> int:
-    """Number of tokens that all examples begin with and whose hidden states predict nothing scored.
+    """Return the number of leading tokens that all examples share and that predict no scored token.
 
     A few-shot block, a system prompt or a first special token is such a prefix. It ends before the
-    token that predicts the first scored one, so that at least these two follow it in each example.
+    token that predicts the first scored one, so at least these two follow it in each example.
     """
     first = examples[0].input_ids
     length = min(int(example.scored[1:].int().argmax()) for example in examples)
@@ -61,17 +61,18 @@ def shared_prefix(examples: list[CalibrationExample]) -> int:
 def batches(
     examples: list[CalibrationExample], size: int, prefix: int = 0, tokens: int | None = None
 ) -> list[Batch]:
-    """Group examples by length, the longest first so that memory runs out early if it does.
+    """Group examples by length, longest first, so that memory runs out at the start if at all.
 
     Args:
         examples: The examples.
-        size: Examples per batch at most.
-        prefix: Tokens, at most `shared_prefix(examples)`, to be computed once per batch.
-        tokens: Tokens per batch at most, padding included, if there is more than one example: of
-            short examples a batch then has more. What is a prefix does not count.
+        size: Maximum number of examples per batch.
+        prefix: Number of leading tokens to compute once per batch, at most
+            `shared_prefix(examples)`.
+        tokens: Maximum number of tokens per batch, including padding but not the prefix; a batch of
+            one example may exceed it. `None` sets no limit.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    made, start = [], 0
+    result, start = [], 0
     while start < len(order):
         longest = len(examples[order[start]].input_ids)
         count = size if tokens is None else min(size, max(1, tokens // (longest - prefix)))
@@ -86,5 +87,5 @@ def batches(
             input_ids[row, :length] = example.input_ids
             real[row, :length] = True
             scored[row, :length] = example.scored
-        made.append(Batch(positions, input_ids, real, scored, prefix))
-    return made
+        result.append(Batch(positions, input_ids, real, scored, prefix))
+    return result

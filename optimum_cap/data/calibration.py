@@ -1,8 +1,7 @@
-"""Calibration data: rows -> seeded, tokenised examples with scored tokens, and batches of them.
+"""Calibration sets: a seeded selection of rows, tokenized, with their scored tokens marked.
 
-Every row is a short conversation, or a plain text. Answers are scored, prompts are not. Which rows
-were taken is recorded by index and by a hash of their content, so that an evaluation can leave
-them out.
+Every row is a conversation or a plain text. Answers are scored, prompts are not. The selected rows
+are recorded by index and by a hash of their content, so that an evaluation can leave them out.
 """
 
 import hashlib
@@ -19,19 +18,19 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data.sources import Conversation, Source, load_sources
 
 _DEFAULT_MAX_LENGTH = 2048
-# The empty output keeps a line feed that a template starts with.
+# The empty output at the end preserves a line feed at the start of the template.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
-SEPARATOR = "\n"  # between prompt and answer where the tokenizer has no chat template
+SEPARATOR = "\n"  # between prompt and answer if the tokenizer has no chat template
 
 
 @dataclass(frozen=True)
 class CalibrationExample:
-    """One tokenised example, without padding.
+    """One tokenized example, without padding.
 
     Attributes:
         input_ids: int64 `[tokens]`.
-        scored: bool `[tokens]`, True where a token counts as a target of the loss; never the first
-            one, which nothing predicts.
+        scored: bool `[tokens]`, True if the token is a target of the loss; always False for the
+            first token, which no token predicts.
         source: Name of the data set.
         index: Row in that data set.
         digest: `row_digest` of the row.
@@ -49,8 +48,8 @@ class CalibrationSet:
     """The calibration examples and the record of their selection.
 
     Attributes:
-        examples: In random order: consecutive slices are random subsets.
-        record: Plain JSON: seed, lengths, per source the rows that were taken, and all digests.
+        examples: The examples in random order, so that consecutive slices are random subsets.
+        record: Plain JSON values: seed, lengths, the selected rows of each source, all digests.
     """
 
     examples: list[CalibrationExample]
@@ -60,24 +59,24 @@ class CalibrationSet:
 def build_calibration_set(
     config: CAPConfig, tokenizer: Any, *, max_length: int | None = None, dataset: Any = None
 ) -> CalibrationSet:
-    """Select, tokenise and mark `config.num_samples` examples.
+    """Select and tokenize `config.num_samples` examples and mark their scored tokens.
 
     Args:
-        config: Says which data, how many, which seed, what is scored.
-        tokenizer: The model's tokenizer. Its chat template is used where there is one; a padding
-            token is not needed.
-        max_length: Tokens that the model can take.
+        config: The data set, the number of examples, the seed and the scored tokens.
+        tokenizer: The model's tokenizer. Its chat template is used if it has one; it needs no
+            padding token.
+        max_length: Maximum number of tokens of the model.
         dataset: Data that replaces `config.dataset`.
 
     Raises:
-        ValueError: No tokenizer; an unknown data set; a file without rows or without the columns;
-            fewer usable rows than asked for.
-        FileNotFoundError: A file that does not exist.
-        TypeError: The tokenizer, or what was passed as data, is no such thing.
+        ValueError: `tokenizer` is `None`, the data set is unknown, a file has no rows or lacks the
+            columns, or there are fewer usable rows than requested.
+        FileNotFoundError: A file does not exist.
+        TypeError: The tokenizer or the data has the wrong type.
         ImportError: The data set needs the package `datasets`, which is not installed.
     """
     if tokenizer is None:
-        raise ValueError("calibration needs the model's tokenizer, got None: pass a tokenizer")
+        raise ValueError("calibration needs the model's tokenizer, got None: pass tokenizer=...")
     if not callable(tokenizer):
         raise TypeError(
             f"calibration needs a tokenizer object, got {tokenizer!r}: load it with "
@@ -87,8 +86,8 @@ def build_calibration_set(
     sources = load_sources(config.dataset if dataset is None else dataset)
     if config.num_samples < len(sources):
         raise ValueError(
-            f"num_samples is {config.num_samples}, but {len(sources)} data sets are mixed: every "
-            "data set needs at least one example"
+            f"num_samples is {config.num_samples}, but {len(sources)} data sets are mixed: set "
+            f"num_samples to at least {len(sources)}"
         )
     chosen: list[CalibrationExample] = []
     records = []
@@ -133,7 +132,11 @@ def _take(
     config: CAPConfig,
     progress: Any,
 ) -> tuple[list[CalibrationExample], int]:
-    """Tokenise rows in `order` until `count` are usable; return them and the number too long."""
+    """Tokenize rows in `order` until `count` are usable.
+
+    Returns:
+        The examples, and the number of rows skipped because they are too long.
+    """
     examples: list[CalibrationExample] = []
     too_long = unscored = 0
     for index in map(int, order):
@@ -147,7 +150,7 @@ def _take(
         if config.scored_tokens == "all":
             scored[:] = True
         scored[:1] = False
-        # An empty answer would score nothing but the end token.
+        # With an empty answer, only the end-of-turn token would be scored.
         if not conversation.turns[-1][1].strip() or not scored.any():
             unscored += 1
             continue
@@ -157,7 +160,7 @@ def _take(
         progress.update()
     if len(examples) < count:
         reasons = [f"{too_long} are longer than {limit} tokens"] if too_long else []
-        reasons += [f"{unscored} hold nothing to score"] if unscored else []
+        reasons += [f"{unscored} have no token to score"] if unscored else []
         reason = f" ({', '.join(reasons)})" if reasons else ""
         raise ValueError(
             f"data set {source.name!r} has {len(examples)} usable rows of {len(source.rows)}"
@@ -168,7 +171,7 @@ def _take(
 
 
 def _effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None) -> int:
-    # Tokenizers without a limit claim an astronomical one, which min() passes over.
+    # Tokenizers without a limit report an extremely large one, which min() ignores.
     limits = [config.max_length or _DEFAULT_MAX_LENGTH, max_length]
     limits.append(getattr(tokenizer, "model_max_length", None))
     return min(int(limit) for limit in limits if limit)
@@ -182,7 +185,7 @@ def encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `(input_ids, scored)` of a conversation, int64 and bool `[tokens]`.
 
-    Answers are scored. A plain text is cut at `limit` tokens, a conversation never.
+    Answers are scored. A plain text is truncated to `limit` tokens, a conversation is not.
     """
     roles = [role for role, _ in conversation.turns]
     if roles == ["text"]:
@@ -199,10 +202,10 @@ def encode(
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The chat template of a tokenizer that has one, without today's date.
+    """Return the chat template of a tokenizer that has one, with today's date made constant.
 
-    Some templates (Llama 3) print the date, and neither calibration nor evaluation may change from
-    day to day. The date that stands there instead is the one that these templates fall back to.
+    Some templates (Llama 3) include the date, which would make calibration and evaluation change
+    from day to day. It is replaced by the date that these templates use as their default.
     """
     template: str = tokenizer.get_chat_template()
     return _FIXED_DATE + template if "strftime_now" in template else template
@@ -211,7 +214,7 @@ def chat_template(tokenizer: Any) -> str:
 def _encode_chat(
     conversation: Conversation, tokenizer: Any
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Render with the chat template; the spans are the assistant's turns, with their end token."""
+    """Render with the chat template; the spans are the assistant's turns with their end tokens."""
     messages = [{"role": role, "content": text} for role, text in conversation.turns]
     template = chat_template(tokenizer)
 
@@ -226,7 +229,7 @@ def _encode_chat(
         except jinja2.TemplateError as error:
             roles = ", ".join(role for role, _ in conversation.turns)
             raise ValueError(
-                f"the tokenizer's chat template does not take a chat with the roles {roles} "
+                f"the tokenizer's chat template does not support a chat with the roles {roles} "
                 f"({error}): change the chat, or set tokenizer.chat_template = None"
             ) from error
         return _tokens(tokenizer, text, special=False)
@@ -235,7 +238,7 @@ def _encode_chat(
     spans = []
     for turn, (role, _) in enumerate(conversation.turns):
         if role == "assistant":
-            # A template need not render a shorter conversation as an exact prefix of a longer one.
+            # A template may not render a shorter conversation as an exact prefix of a longer one.
             start = _common_prefix(ids, rendered(turn, True))
             spans.append((start, _common_prefix(ids, rendered(turn + 1, False))))
     return ids, spans
@@ -244,7 +247,7 @@ def _encode_chat(
 def _encode_plain(
     conversation: Conversation, tokenizer: Any
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Join the turns by line feeds and end with the end-of-sequence token, if there is one."""
+    """Join the turns by line feeds and append the end-of-sequence token, if there is one."""
     text, spans = "", []
     for role, turn in conversation.turns:
         before = text + SEPARATOR if text else ""
@@ -266,7 +269,7 @@ def _encode_plain(
 
 
 def _tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    # verbose=False: rows that are too long are counted by us, not warned of one by one.
+    # verbose=False: no warning per row that is too long; `_take` counts them.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 

@@ -1,4 +1,4 @@
-"""Data sources: presets, files, Hub ids and Python objects -> rows that read as conversations."""
+"""Data sources: presets, files, Hub ids and Python objects, read as rows of conversations."""
 
 import csv
 import hashlib
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from optimum_cap.config import is_dataset_name
+from optimum_cap.version import install_command
 
 _PASSAGE_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row as turns of `(role, text)`; a plain text is one turn of the role `"text"`."""
+    """A row as turns of `(role, text)`; a plain text is one turn with the role `"text"`."""
 
     turns: tuple[tuple[str, str], ...]
 
@@ -26,11 +27,12 @@ class Conversation:
 
 
 def row_digest(prompt: str, answer: str) -> str:
-    """Return the sha256 by which a row is recognised, whatever the tokenizer.
+    """Return a sha256 that identifies a row independently of the tokenizer.
 
     Args:
-        prompt: The question (the turns before the last one, joined by line feeds); empty for text.
-        answer: The last answer, or the text.
+        prompt: The question (the turns before the last one, joined by line feeds); empty for a
+            plain text.
+        answer: The last answer, or the plain text.
     """
     return hashlib.sha256(json.dumps([prompt, answer]).encode()).hexdigest()
 
@@ -40,11 +42,11 @@ class Source:
     """One data set.
 
     Attributes:
-        name: What to call it.
-        rows: What is drawn from.
-        read: Reads a row.
-        details: What to record of it.
-        published: The rows of a preset before they were regrouped; empty for other data.
+        name: Name of the data set, for the record and messages.
+        rows: Rows to draw examples from.
+        read: Converts a row to a conversation.
+        details: Further values for the record, such as Hub id and revision.
+        published: The rows of a preset as published, before `Preset.prepare`; empty for other data.
     """
 
     name: str
@@ -55,10 +57,10 @@ class Source:
 
 
 def local_presets(dataset: Any, folder: Path) -> Any:
-    """Name the files of presets in a data folder, as `preset=FILE`; other data stay as they are.
+    """Replace the names of presets by `preset=FILE` with files in `folder`; keep other data.
 
     Raises:
-        FileNotFoundError: The folder does not exist, or holds no file of a preset.
+        FileNotFoundError: The folder does not exist or has no file for a preset.
     """
     if isinstance(dataset, list):
         return [local_presets(entry, folder) for entry in dataset]
@@ -70,13 +72,17 @@ def local_presets(dataset: Any, folder: Path) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a data folder exists."""
+    """Raise a `FileNotFoundError` if a data folder does not exist."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"the data folder {folder} does not exist")
+        raise FileNotFoundError(f"the data folder {folder} does not exist: check its path")
 
 
 def first_file(what: str, places: Sequence[Path]) -> Path:
-    """Return the first of the places that is a file."""
+    """Return the first path of `places` that is a file; `what` names the data in the error.
+
+    Raises:
+        FileNotFoundError: None of the paths is a file.
+    """
     for path in places:
         if path.is_file():
             return path
@@ -87,7 +93,14 @@ def first_file(what: str, places: Sequence[Path]) -> Path:
 
 
 def load_sources(dataset: Any) -> list[Source]:
-    """Turn whatever was passed as data into sources."""
+    """Return the sources of `CAPConfig.dataset`: names, files, Hub ids or rows in memory.
+
+    Raises:
+        ValueError: The data set is unknown, empty, or has no columns that can be read.
+        TypeError: The data has an unsupported type.
+        FileNotFoundError: A file does not exist.
+        ImportError: The package `datasets` is needed but not installed.
+    """
     if isinstance(dataset, str | Path | Mapping) and is_dataset_name(_plain(dataset)):
         return [_named(dataset)]
     if isinstance(dataset, list | tuple) and dataset and all(map(is_dataset_name, dataset)):
@@ -97,7 +110,7 @@ def load_sources(dataset: Any) -> list[Source]:
     if type(dataset).__name__ in ("DatasetDict", "IterableDatasetDict"):
         raise ValueError(
             f"dataset is a {type(dataset).__name__} with the splits {', '.join(dataset)}: "
-            "pass one of them"
+            "pass one of its splits"
         )
     if isinstance(dataset, Mapping):
         raise ValueError(
@@ -109,15 +122,16 @@ def load_sources(dataset: Any) -> list[Source]:
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"dataset is a {type(dataset).__name__}, which cannot be drawn from at random: {_KNOWN}"
+            f"dataset is a {type(dataset).__name__}, which has no length or no random access: "
+            f"{_KNOWN}"
         )
     rows = dataset if hasattr(dataset, "column_names") else list(dataset)
     if names := [row for row in rows if isinstance(row, str) and row in PRESETS]:
         raise ValueError(
-            f"dataset mixes texts with the preset name {names[0]!r}: pass either names or texts"
+            f"dataset mixes texts with the preset name {names[0]!r}: pass names only, or texts only"
         )
     if len(rows) == 0:
-        raise ValueError("dataset is empty: it holds no rows")
+        raise ValueError("dataset is empty: pass at least one row")
     return [Source("in-memory", rows, _reader("in-memory", rows[0], {}), {})]
 
 
@@ -175,12 +189,12 @@ def _load_from_hub(
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"data set {hub_id!r} is loaded through the package `datasets`: "
-            "pip install optimum-cap[data]"
+            f"data set {hub_id!r} needs the package `datasets`, which is not installed: run "
+            f"{install_command('data')}"
         ) from error
     try:
         rows = datasets.load_dataset(hub_id, config_name, split=split, revision=revision)
-    # A wrong id, name or split, no network, a data set that is a script: there is no common class.
+    # A wrong id, name or split, no network, or a data set script: the errors share no base class.
     except Exception as error:
         cause = next(iter(str(error).splitlines()), "")
         raise ValueError(
@@ -188,22 +202,26 @@ def _load_from_hub(
             f"from the Hub ({type(error).__name__}: {cause}): {_KNOWN}"
         ) from error
     if len(rows) == 0:
-        raise ValueError(f"data set {hub_id!r} is empty: split {split!r} holds no rows")
+        raise ValueError(
+            f"data set {hub_id!r} has no rows in split {split!r}: choose another split"
+        )
     details = {"hub_id": hub_id, "config": config_name, "split": split, "revision": revision}
     return rows, details
 
 
 def _read_file(path: Path) -> Sequence[Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
+        raise FileNotFoundError(f"data file {path} does not exist: check its path")
     if path.suffix not in _READERS:
         raise ValueError(f"data file {path} must end in one of {', '.join(_READERS)}")
     try:
         rows = _READERS[path.suffix](path)
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data file {path} is no valid {path.suffix[1:]} file: {error}") from error
+        raise ValueError(
+            f"data file {path} is not a valid {path.suffix[1:]} file: {error}"
+        ) from error
     if len(rows) == 0:
-        raise ValueError(f"data file {path} is empty: it holds no rows")
+        raise ValueError(f"data file {path} is empty: choose another file")
     return rows
 
 
@@ -233,14 +251,15 @@ def _read_parquet(path: Path) -> Sequence[Any]:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{path} is read through the package `datasets`: pip install optimum-cap[data]"
+            f"{path} needs the package `datasets`, which is not installed: run "
+            f"{install_command('data')}"
         ) from error
     rows: Sequence[Any] = datasets.Dataset.from_parquet(str(path))
     return rows
 
 
 def _read_txt(path: Path) -> list[str]:
-    """Return the paragraphs between blank lines, or the lines where there are no blank ones."""
+    """Return the paragraphs between blank lines, or the lines if there are no blank lines."""
     text = path.read_text(encoding="utf-8-sig").strip()
     parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
     return [part.strip() for part in parts if part.strip()]
@@ -250,7 +269,7 @@ def _read_txt(path: Path) -> list[str]:
 
 
 def _reader(name: str, first: Any, options: Mapping[str, Any]) -> Callable[[Any], Conversation]:
-    """Choose how to read rows that look like `first`."""
+    """Return a function that reads rows of the same type and columns as `first`."""
     if isinstance(first, str):
         return _checked(name, lambda row: Conversation((("text", row),)))
     if isinstance(first, list | tuple):
@@ -277,8 +296,8 @@ def _column_reader(
             )
     if len({"prompt_column", "answer_column"} & set(named)) == 1:
         raise ValueError(
-            f"the specification of data set {name!r} has {next(iter(named))!r} alone: "
-            "prompt_column and answer_column go together"
+            f"the specification of data set {name!r} has only {next(iter(named))!r}: set both "
+            "prompt_column and answer_column"
         )
     if "text_column" in named:
         return lambda row: Conversation((("text", row[named["text_column"]]),))
@@ -297,7 +316,7 @@ def _column_reader(
     if "text" in columns:
         return lambda row: Conversation((("text", row["text"]),))
     raise ValueError(
-        f"data set {name!r} has no columns that are known to hold prompts and answers (found "
+        f"cannot tell which columns of data set {name!r} hold prompts and answers (found "
         f"{', '.join(columns)}): name them in a specification such as "
         '{"path": ..., "prompt_column": ..., "answer_column": ...} or {"path": ..., '
         '"text_column": ...}'
@@ -305,7 +324,7 @@ def _column_reader(
 
 
 def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
-    """Say which data set a row is from that cannot be read."""
+    """Wrap `read` so that errors in a row name the data set."""
 
     def checked(row: Any) -> Conversation:
         try:
@@ -313,13 +332,15 @@ def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], 
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             keys = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
             raise ValueError(
-                f"a row of data set {name!r} cannot be read ({type(error).__name__}: {error}); it "
-                f"holds {keys}"
+                f"cannot read a row of data set {name!r} ({type(error).__name__}: {error}): it has "
+                f"{keys}"
             ) from error
         if not conversation.turns:
-            raise ValueError(f"a row of data set {name!r} is a chat without messages")
+            raise ValueError(
+                f"a row of data set {name!r} is a chat without messages: remove the row"
+            )
         if not all(isinstance(text, str) for _, text in conversation.turns):
-            raise ValueError(f"a row of data set {name!r} holds something else than text: {row!r}")
+            raise ValueError(f"a row of data set {name!r} has a value that is not text: {row!r}")
         return conversation
 
     return checked
@@ -337,7 +358,7 @@ def _chat(messages: Iterable[Mapping[str, str]]) -> Conversation:
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Conversation:
-    # The calculator annotations `<<48/2=24>>` stay, as published and as models are trained on it.
+    # The calculator annotations `<<48/2=24>>` are kept, as published and as models are trained.
     return _pair(row["question"], row["answer"])
 
 
@@ -347,7 +368,7 @@ def _strategyqa(row: Mapping[str, Any]) -> Conversation:
 
 
 def _arc(row: Mapping[str, Any]) -> Conversation:
-    """Read the layout as published (`question.stem`) and that of the Hub (parallel lists)."""
+    """Read a row in the published layout (`question.stem`) or in the Hub's (parallel lists)."""
     if isinstance(row["question"], Mapping):
         stem = row["question"]["stem"]
         choices = [(choice["label"], choice["text"]) for choice in row["question"]["choices"]]
@@ -364,7 +385,7 @@ def _as_is(rows: Sequence[Any]) -> Sequence[Any]:
 
 
 def _passages(rows: Sequence[Any]) -> list[str]:
-    """Join consecutive lines to passages long enough to fill an example."""
+    """Join consecutive lines to passages that are long enough to fill an example."""
     passages, current, size = [], [], 0
     for row in rows:
         line = (row["text"] if isinstance(row, Mapping) else row).strip()
@@ -383,16 +404,16 @@ def _text(row: str) -> Conversation:
 
 @dataclass(frozen=True)
 class Preset:
-    """A known data set.
+    """A data set that can be named by a short name.
 
     Attributes:
         hub_id: Repository on the Hub.
         config_name: Name of its configuration, if it has several.
         split: Split that calibration draws from.
-        revision: Commit, so that the data never change underneath a result.
-        files: Paths below a data folder where its file may be, the first that exists counts.
-        read: Reads a row, in the layout of the Hub or of the files as published.
-        prepare: Regroups the rows before they are drawn from.
+        revision: Commit, which makes results reproducible if the data set changes.
+        files: Possible paths of its file in a data folder; the first that exists is used.
+        read: Converts a row to a conversation, in the layout of the Hub or of the published files.
+        prepare: Regroups the rows before examples are drawn.
     """
 
     hub_id: str

@@ -1,4 +1,4 @@
-"""What scoring, pruning and evaluating will cost."""
+"""Estimates of what scoring, pruning and evaluating a model cost."""
 
 from optimum_cap.estimation.hardware import device_name
 from optimum_cap.estimation.run import Estimate, StudyHours, estimate, lengths_of, study_hours

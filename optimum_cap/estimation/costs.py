@@ -1,6 +1,7 @@
-"""What each step costs: the work of a model over the rates of the hardware.
+"""The cost of each step: the work of a model divided by the rates of the hardware.
 
-What is assumed is named in capitals here and in `hardware.py`, and explained in `docs/estimate.md`.
+The assumptions are the constants here and in `hardware.py`, explained in
+`docs/appendix/estimate.md`.
 """
 
 import math
@@ -14,34 +15,36 @@ from optimum_cap.evaluation import TASKS
 from optimum_cap.methods import CRITERIA
 from optimum_cap.pruning import examples_to_estimate, examples_to_measure
 
-USABLE = 0.9  # of the memory of a device, as accelerate reckons for device_map="auto"
-LAUNCHES_PER_LAYER = 60  # small operations that one run of a layer takes
-# The same for a column that SparseGPT prunes; on a CPU views count too.
+USABLE = 0.9  # fraction of a device's memory, as accelerate uses for device_map="auto"
+LAUNCHES_PER_LAYER = 60  # small operations in one run of a layer
+# Small operations per column that SparseGPT prunes; on a CPU, views count too.
 LAUNCHES_PER_COLUMN = {"cpu": 22, "cuda": 12}
-THRESHOLD_PASSES = 40  # float32 numbers through memory per weight that a threshold is sought among
-RANKING_PASSES = 30  # the same for ranking rows, beside the sort
-STEP_PASSES = 25  # the same for a step of ALPS, beside its products
-INPUT_PASSES = 6  # the same per input of a matrix: picked, squared and summed
-CHECK_PASSES = 12  # the same per prunable weight: checked, masked, stored, and its zeros counted
-MASK_PASSES = 8  # the same for a mask whose threshold is known: importance, comparison, new weights
-STAGES = 4  # of a layer, before which its inputs are looked at again (`stages_by_layer`)
-BLOCK = 4096  # bytes that files take on disk at a time
-HEADER = 200  # bytes of a chunk's file beside its losses
-CACHE_PASSES = 3  # times that generation moves the keys and values: read, and copied to grow
+# Float32 numbers read or written per weight (or per input of a matrix, where noted):
+THRESHOLD_PASSES = 40  # to find a threshold
+RANKING_PASSES = 30  # to rank rows, without the sort
+STEP_PASSES = 25  # in a step of ALPS, without its products
+INPUT_PASSES = 6  # per input of a matrix: selected, squared and summed
+CHECK_PASSES = 12  # per prunable weight: checked, masked, stored, and zeros counted
+MASK_PASSES = 8  # to apply a known threshold: importance, comparison, new weights
+STAGES = 4  # per layer; the inputs are measured before each of them (`stages_by_layer`)
+BLOCK = 4096  # block size of the file system in bytes
+HEADER = 200  # bytes of a chunk's file besides its losses
+CACHE_PASSES = 3  # times that generation moves keys and values: read, and copied to grow
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step costs.
+    """The cost of one step.
 
     Attributes:
         step: `"score"`, `"prune"` or `"eval"`.
-        name: Of the estimator, the recipe or the tasks.
+        name: Name of the estimator, the recipe or the tasks.
         operations: Floating-point operations in products.
-        seconds: On as many devices as one copy needs; exact scoring that fits on one, on all.
+        seconds: Time on as many devices as one copy of the model needs; work that processes share
+            uses all devices if a copy fits on one.
         memory: Bytes for weights and activations of one copy of the model.
-        disk: Bytes written.
-        devices: Devices that one copy of the model needs at least.
+        disk: Bytes written to disk.
+        devices: Minimum number of devices for one copy of the model.
     """
 
     step: str
@@ -54,11 +57,11 @@ class Cost:
 
 
 class CostModel:
-    """Turns the work of a model into the cost of each step.
+    """Computes the cost of each step from the work of a model and the rates of the hardware.
 
     Args:
-        work: The work.
-        hardware: What does it.
+        work: The work of the model.
+        hardware: The rates.
         value: Bytes per weight and activation.
     """
 
@@ -72,19 +75,19 @@ class CostModel:
     def scoring(
         self, name: str, shape: Workload, exact_examples: int = CAPConfig.exact_examples
     ) -> Cost:
-        """Cost of scoring all units that the work counts as scored.
+        """Return the cost of scoring all units that `work` counts as scored.
 
-        Processes, each with a whole copy of the model on a device of its own, share what is exact
-        (`distributed.py`); each of them does all of the rest.
+        Processes, each with a whole copy of the model on its own device, share the exact
+        measurements (`optimum_cap/runtime/distributed.py`); each of them does all other work.
 
         Args:
-            name: The estimator; `"adaptive"` as if it measured every loss, which is at most so.
+            name: The estimator. For `"adaptive"`, the cost is the maximum: all losses measured.
             shape: The calibration set.
             exact_examples: Examples that `"control_variate"` measures exactly.
         """
         alone, shared = ESTIMATORS[name](self.work, shape, exact_examples)
         hold = ACTIVATIONS[name]
-        # Chunks shrink to the memory that is there, down to one stream of one example.
+        # Chunks are reduced to the available memory, down to one stream of one example.
         devices = self._devices(self.weights + hold(self, replace(shape, examples=1), 1))
         wanted = self.weights + hold(self, shape, self.rows)
         half_of_free = (self.weights + devices * self.hardware.memory) / 2
@@ -100,12 +103,12 @@ class CostModel:
         )
 
     def _chunks(self, name: str, shape: Workload, exact_examples: int) -> float:
-        """Bytes of the files of finished chunks."""
-        if name not in COMPILING:  # what compiles measures exactly, chunk by chunk
+        """Return the bytes of the files of finished chunks."""
+        if name not in COMPILING:  # the estimators that measure exactly, in chunks
             return 0.0
         if name == "control_variate":
             shape = replace(shape, examples=min(shape.examples, exact_examples))
-        # After a prefix a batch has all tokens of a chunk, else a quarter (`wavefront.py`).
+        # With a prefix, a batch has all tokens of a chunk, otherwise a quarter (`wavefront.py`).
         suffix, parts = shape.tokens - shape.prefix, 1 if shape.prefix else 4
         examples = min(shape.examples, max(1, self.rows // parts // suffix))
         streams = max(1, self.rows // (shape.prefix + examples * suffix))
@@ -121,14 +124,14 @@ class CostModel:
         sparsity: float,
         measured: int | None = None,
     ) -> Cost:
-        """Cost of pruning one copy of the model, scores given, and of its packed checkpoint.
+        """Return the cost of pruning one copy of the model and saving it packed, without scoring.
 
         Args:
-            name: Of the cost.
-            method: What is done.
+            name: Name of the cost.
+            method: The pruning method.
             shape: The calibration set.
-            sparsity: Of the checkpoint.
-            measured: Examples that it uses; `None`: as many as it takes by itself.
+            sparsity: Sparsity of the checkpoint.
+            measured: Examples that sensitivities are measured on; `None` is the default number.
         """
         parts = [
             PRUNING_COSTS[CRITERIA[method.criterion].cost](self, method, shape),
@@ -143,28 +146,28 @@ class CostModel:
         memory = self.weights + sum(part.memory for part in parts)
         devices = self._devices(memory)
         shared = sum(part.shared for part in parts)
-        # Pruned layers are kept until the checkpoint is there.
-        kept = self.value * self.work.prunable if method.layer_by_layer else 0
+        # Pruned layers are stored in resume_dir until the checkpoint is saved.
+        stored = self.value * self.work.prunable if method.layer_by_layer else 0
         return Cost(
             step="prune",
             name=name,
             operations=sum(part.operations for part in parts),
             seconds=sum(part.seconds for part in parts) + shared / self._processes(devices),
             memory=memory,
-            disk=self._checkpoint(sparsity) + kept,
+            disk=self._checkpoint(sparsity) + stored,
             devices=devices,
         )
 
     def _processes(self, devices: int) -> int:
-        """Processes that share work, where a copy of the model takes so many devices."""
+        """Return the number of processes that share work if a copy of the model needs `devices`."""
         return self.hardware.count if devices == 1 else 1
 
     def _checking(self) -> "Part":
-        """Looking at all weights before and after they are pruned."""
+        """Return the cost of checking all weights before and after pruning."""
         return Part(0.0, self.through_memory(CHECK_PASSES * self.work.prunable))
 
     def _walk(self, method: Method, shape: Workload) -> "Part":
-        """The calibration set on its way through the layers, and what their inputs look like."""
+        """Return the cost of layer-by-layer passes and of the statistics of inputs."""
         work, tokens = self.work, shape.examples * shape.tokens
         by_projection = method.order == "projection"
         held = self.walking(shape)
@@ -172,26 +175,26 @@ class CostModel:
             walk, compared = work.layer_walk(shape, STAGES if by_projection else 1), 0.0
         else:
             walk, compared = work.paired_walk(shape, by_projection), tokens * work.compared
-            # The hidden states of the dense model, before and behind the layer, and its weights.
+            # The hidden states of the dense model before and after the layer, and its weights.
             hidden = tokens * work.layers[0].hidden * self.value
             held += 2 * hidden + self.value * max(layer.prunable for layer in work.layers)
         seconds = self.seconds(walk) + compared / self.hardware.float32 + self._seeing(shape)
         return Part(walk.operations + compared, seconds, held)
 
     def _seeing(self, shape: Workload) -> float:
-        """Seconds for the inputs of all matrices, beside their products."""
+        """Return the seconds for the statistics of all inputs, without the products x_i x_j."""
         products = (product for layer in self.work.layers for product in layer.distinct_inputs)
         inputs = sum(product.inputs * product.active for product in products)
         return self.through_memory(INPUT_PASSES * shape.examples * shape.tokens * inputs)
 
     def _outliers(self, shape: Workload) -> "Part":
-        """The allocation `owl`: one pass through the layers, and all importances."""
+        """Return the cost of allocation `owl`: one pass through the layers, and all importances."""
         walk = self.work.layer_walk(shape, stages=0)
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
         return Part(walk.operations, self.seconds(walk) + self._seeing(shape) + ranking)
 
     def _sensitivities(self, method: Method, shape: Workload, measured: int | None) -> "Part":
-        """The allocations by sensitivity: sites pruned alone, or one backward pass for all."""
+        """Return the cost of sensitivities: each site pruned alone, or one backward pass."""
         work = self.work
         if method.allocation == "fisher":
             count = min(measured or examples_to_estimate(shape.examples), shape.examples)
@@ -208,7 +211,7 @@ class CostModel:
         alone = PRUNING_COSTS[CRITERIA[method.criterion].cost](
             self, replace(method, target="local"), shape
         )
-        # The hidden states before the layer, and those of the site that is tried.
+        # The hidden states before the layer, and those with one site pruned.
         hidden = count * shape.tokens * work.layers[0].hidden * self.value
         return Part(
             tried.operations + alone.operations,
@@ -218,7 +221,7 @@ class CostModel:
         )
 
     def paper(self, shape: Workload, sparsity: float) -> Cost:
-        """Cost of the paper's recipe: exact scores, then one threshold."""
+        """Return the cost of recipe `paper`: exact scores, then one threshold."""
         scoring = self.scoring("exact", shape)
         pruning = self.pruning("paper", RECIPES["paper"], shape, sparsity)
         return replace(
@@ -231,21 +234,21 @@ class CostModel:
         )
 
     def evaluation(self, tasks: Iterable[str], limit: int | None, batch_size: int) -> Cost:
-        """Cost of evaluating one copy of the model."""
-        found = [self._task(name, limit, batch_size) for name in tasks]
-        memory = self.weights + max(held for _, _, held in found)
+        """Return the cost of evaluating one copy of the model."""
+        task_costs = [self._task(name, limit, batch_size) for name in tasks]
+        memory = self.weights + max(held for _, _, held in task_costs)
         return Cost(
             step="eval",
             name=", ".join(tasks),
-            operations=sum(operations for operations, _, _ in found),
-            seconds=sum(seconds for _, seconds, _ in found),
+            operations=sum(operations for operations, _, _ in task_costs),
+            seconds=sum(seconds for _, seconds, _ in task_costs),
             memory=memory,
             disk=0.0,
             devices=self._devices(memory),
         )
 
     def seconds(self, work: OperationCount) -> float:
-        """Time of an amount of work in chunks of `rows` tokens, on one device."""
+        """Return the seconds for an amount of work in chunks of `rows` tokens on one device."""
         hardware = self.hardware
         computed = work.products / hardware.matmul + work.attention / hardware.attention
         moved = work.moved * self.value / hardware.bandwidth
@@ -253,51 +256,51 @@ class CostModel:
         return self.together(computed + moved, launched)
 
     def together(self, computed: float, launched: float) -> float:
-        """Seconds of both: a GPU computes while Python launches, a CPU does one after the other."""
+        """Return the seconds of both, which overlap on a GPU, but not on a CPU."""
         return max(computed, launched) if self.hardware.kind == "cuda" else computed + launched
 
     def through_memory(self, numbers: float) -> float:
-        """Seconds that so many float32 numbers take through memory."""
+        """Return the seconds for reading or writing so many float32 numbers."""
         return 4 * numbers / self.hardware.bandwidth
 
     def walking(self, shape: Workload) -> float:
-        """Bytes of the hidden states of all examples, and of a layer that runs on some of them."""
+        """Return the bytes of the hidden states of all examples and of a layer on one batch."""
         tokens = shape.examples * shape.tokens
         hidden = tokens * self.work.layers[0].hidden * self.value
         return hidden + min(tokens, WALK_ROWS[self.hardware.kind]) * self.per_token
 
     @property
     def largest(self) -> int:
-        """Weights of the largest matrix."""
+        """Number of weights of the largest matrix."""
         return max(p.inputs * p.outputs for layer in self.work.layers for p in layer.products)
 
     @property
     def per_token(self) -> float:
-        """Bytes that one layer holds per token while it runs."""
+        """Bytes of activations per token while one layer runs."""
         layer = self.work.layers[0]
         outputs = sum(product.outputs * product.active for product in layer.products)
         return float(self.value * (8 * layer.hidden + 2 * outputs))
 
     @property
     def per_logits(self) -> float:
-        """Bytes of the logits of a token, with a copy in float32."""
+        """Bytes of the logits of a token, including a copy in float32."""
         return float(self.work.head.outputs * (self.value + 4))
 
     def _devices(self, memory: float) -> int:
         return math.ceil(memory / (USABLE * self.hardware.memory))
 
     def _checkpoint(self, sparsity: float) -> float:
-        """Bytes of kept values, one bit per prunable weight, and all that is not pruned."""
+        """Return the bytes of a packed checkpoint: the values that remain, and the bit masks."""
         prunable = self.work.prunable
-        kept = self.work.parameters - sparsity * prunable
-        return kept * self.value + prunable / 8
+        remaining = self.work.parameters - sparsity * prunable
+        return remaining * self.value + prunable / 8
 
     def _task(self, name: str, limit: int | None, batch_size: int) -> tuple[float, float, float]:
-        """Operations, seconds and bytes beside the weights of one evaluation task."""
+        """Return operations, seconds, and bytes besides the weights, of one evaluation task."""
         items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
         tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
         read = self.work.forward(Workload(items, tokens, 0))
-        if not longest:  # texts to predict
+        if not longest:  # a perplexity task
             held = tokens * (self.per_token + self.per_logits)
             return read.operations, self.seconds(read), held
         written = self.work.forward(Workload(items, longest, 0))
@@ -310,13 +313,13 @@ class CostModel:
             len(self.work.layers) * LAUNCHES_PER_LAYER * self.hardware.launch,
             self.seconds(written) / steps,
         )
-        # Questions are read twice: with the worked answer for its loss, and to be answered.
+        # Questions are read twice: with the worked answer for its loss, and for generation.
         operations = 2 * read.operations + written.operations
         held = 2 * cache + batch * tokens * (self.per_token + self.per_logits)
         return operations, 2 * self.seconds(read) + steps * step, held
 
 
-# Estimators: work that every process does, and work that processes share
+# Estimators: (work that every process does, work that processes share)
 
 
 def _exact(
@@ -347,7 +350,7 @@ def _control_variate(
 def _adaptive(
     work: ModelWork, shape: Workload, exact_examples: int
 ) -> tuple[OperationCount, OperationCount]:
-    """At most: no unit is known well enough before all its losses are measured."""
+    """Return the maximum: every loss of every unit is measured."""
     return work.first_order(shape), work.exact(shape)
 
 
@@ -362,32 +365,32 @@ ESTIMATORS: dict[
 }
 
 
-# Bytes beside the weights, where chunks have so many tokens
+# Bytes of activations, for chunks of `rows` tokens
 
 
 def _batch(shape: Workload, rows: int) -> int:
-    """Tokens of a batch: a quarter of a chunk, and one example at least."""
+    """Return the tokens of a batch: a quarter of a chunk, but at least one example."""
     return min(shape.examples, max(1, rows // 4 // shape.tokens)) * shape.tokens
 
 
-def _streams(meter: CostModel, shape: Workload, rows: int) -> float:
-    """What is recorded of the intact pass of a batch, and a chunk of masked streams."""
+def _streams(cost_model: CostModel, shape: Workload, rows: int) -> float:
+    """Return the bytes recorded in the intact pass of a batch, plus a chunk of masked streams."""
     batch = _batch(shape, rows)
-    layers = meter.work.layers
-    # Of attention and its layer four tensors, of each other block that is scored two.
+    layers = cost_model.work.layers
+    # Four tensors for attention and its layer, and two for other scored blocks.
     tensors = sum(4 + 2 * bool(layer.others) for layer in layers)
-    recorded = batch * tensors * layers[0].hidden * meter.value
-    return recorded + max(batch, rows) * meter.per_token
+    recorded = batch * tensors * layers[0].hidden * cost_model.value
+    return recorded + max(batch, rows) * cost_model.per_token
 
 
-def _one_forward(meter: CostModel, shape: Workload, rows: int) -> float:
-    return _batch(shape, rows) * (meter.per_token + meter.per_logits)
+def _one_forward(cost_model: CostModel, shape: Workload, rows: int) -> float:
+    return _batch(shape, rows) * (cost_model.per_token + cost_model.per_logits)
 
 
-def _all_layers(meter: CostModel, shape: Workload, rows: int) -> float:
-    """What every layer keeps of a batch for the backward pass."""
-    kept = len(meter.work.layers) * meter.per_token
-    return _batch(shape, rows) * (kept + meter.per_logits)
+def _all_layers(cost_model: CostModel, shape: Workload, rows: int) -> float:
+    """Return the bytes that all layers save of a batch for the backward pass."""
+    saved = len(cost_model.work.layers) * cost_model.per_token
+    return _batch(shape, rows) * (saved + cost_model.per_logits)
 
 
 ACTIVATIONS: dict[str, Callable[[CostModel, Workload, int], float]] = {
@@ -399,18 +402,18 @@ ACTIVATIONS: dict[str, Callable[[CostModel, Workload, int], float]] = {
 }
 
 
-# Pruning by a criterion, what its inputs look like given
+# Criteria, without the statistics of inputs
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a pruning.
+    """A part of the cost of pruning.
 
     Attributes:
         operations: Floating-point operations in products.
-        seconds: On one device.
-        memory: Bytes beside the weights.
-        shared: Seconds more, which processes share.
+        seconds: Seconds on one device.
+        memory: Bytes besides the weights.
+        shared: Additional seconds of work that processes share.
     """
 
     operations: float
@@ -419,54 +422,56 @@ class Part:
     shared: float = 0.0
 
 
-def _threshold(meter: CostModel, method: Method, shape: Workload) -> Part:
-    seconds = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
-    return Part(0.0, seconds, 12.0 * meter.largest)
+def _threshold(cost_model: CostModel, method: Method, shape: Workload) -> Part:
+    seconds = cost_model.through_memory(THRESHOLD_PASSES * cost_model.work.prunable)
+    return Part(0.0, seconds, 12.0 * cost_model.largest)
 
 
-def _wanda(meter: CostModel, method: Method, shape: Workload) -> Part:
-    weights = meter.work.prunable
-    ranking = weights / meter.hardware.ranked + meter.through_memory(RANKING_PASSES * weights)
-    return Part(0.0, ranking, 24.0 * meter.largest)
+def _wanda(cost_model: CostModel, method: Method, shape: Workload) -> Part:
+    weights = cost_model.work.prunable
+    ranking = weights / cost_model.hardware.ranked + cost_model.through_memory(
+        RANKING_PASSES * weights
+    )
+    return Part(0.0, ranking, 24.0 * cost_model.largest)
 
 
-def _sparsegpt(meter: CostModel, method: Method, shape: Workload) -> Part:
-    hardware = meter.hardware
-    obs = ObsWork.of(meter.work, shape.examples * shape.tokens)
+def _sparsegpt(cost_model: CostModel, method: Method, shape: Workload) -> Part:
+    hardware = cost_model.hardware
+    obs = ObsWork.of(cost_model.work, shape.examples * shape.tokens)
     products = (obs.grams + obs.updates) / hardware.float32 + obs.factors / hardware.factor
     launched = obs.columns * LAUNCHES_PER_COLUMN[hardware.kind] * hardware.launch
-    columns = meter.together(meter.through_memory(obs.moved), launched)
-    masks = meter.through_memory(THRESHOLD_PASSES * meter.work.prunable)
+    columns = cost_model.together(cost_model.through_memory(obs.moved), launched)
+    masks = cost_model.through_memory(THRESHOLD_PASSES * cost_model.work.prunable)
     return Part(
         obs.grams + obs.factors + obs.updates,
         products + columns + masks,
-        12.0 * meter.largest + _grams(meter) + 12.0 * _widest(meter) ** 2,
+        12.0 * cost_model.largest + _grams(cost_model) + 12.0 * _widest(cost_model) ** 2,
     )
 
 
-def _alps(meter: CostModel, method: Method, shape: Workload) -> Part:
-    hardware = meter.hardware
-    grams = ObsWork.of(meter.work, shape.examples * shape.tokens).grams
-    alps = AlpsWork.of(meter.work, method.target == "dense")
+def _alps(cost_model: CostModel, method: Method, shape: Workload) -> Part:
+    hardware = cost_model.hardware
+    grams = ObsWork.of(cost_model.work, shape.examples * shape.tokens).grams
+    alps = AlpsWork.of(cost_model.work, method.target == "dense")
     products = (grams + alps.products) / hardware.float32
     solved = alps.factors / hardware.factor
-    moved = STEP_PASSES * alps.steps + THRESHOLD_PASSES * meter.work.prunable
+    moved = STEP_PASSES * alps.steps + THRESHOLD_PASSES * cost_model.work.prunable
     return Part(
         grams + alps.products + alps.factors,
-        products + solved + meter.through_memory(moved),
-        32.0 * meter.largest + _grams(meter) + 12.0 * _widest(meter) ** 2,
+        products + solved + cost_model.through_memory(moved),
+        32.0 * cost_model.largest + _grams(cost_model) + 12.0 * _widest(cost_model) ** 2,
     )
 
 
-def _grams(meter: CostModel) -> float:
-    """Bytes of the sums x_i x_j of a layer."""
-    inputs = meter.work.layers[0].distinct_inputs
+def _grams(cost_model: CostModel) -> float:
+    """Return the bytes of the sums x_i x_j of a layer."""
+    inputs = cost_model.work.layers[0].distinct_inputs
     return float(sum(4 * product.copies * product.inputs**2 for product in inputs))
 
 
-def _widest(meter: CostModel) -> int:
-    """Inputs of the widest matrix."""
-    return max(product.inputs for product in meter.work.layers[0].products)
+def _widest(cost_model: CostModel) -> int:
+    """Return the number of inputs of the widest matrix of the first layer."""
+    return max(product.inputs for product in cost_model.work.layers[0].products)
 
 
 PRUNING_COSTS: dict[str, Callable[[CostModel, Method, Workload], Part]] = {
@@ -482,18 +487,18 @@ PRUNING_COSTS: dict[str, Callable[[CostModel, Method, Workload], Part]] = {
 
 @dataclass(frozen=True)
 class Amount:
-    """How much a task asks.
+    """The size of an evaluation task.
 
     Attributes:
-        items: Questions, or texts to predict.
-        tokens: Of a question with its worked answer, or of a text; assumed.
+        items: Number of questions or texts.
+        tokens: Tokens of a question with its worked answer, or of a text; assumed.
     """
 
     items: int
     tokens: int
 
 
-# Items of the published test sets; tokens rounded, as the tokenizers of Llama 2 and 3 make them.
+# Items of the published test sets; rounded token counts of the tokenizers of Llama 2 and 3.
 AMOUNTS: dict[str, Amount] = {
     "gsm8k": Amount(1319, 220),
     "strategyqa": Amount(2290, 90),

@@ -1,4 +1,4 @@
-"""What a device can do: from data sheets, or measured on this machine in a few seconds."""
+"""Rates of a device: from data sheets, or measured on this machine in a few seconds."""
 
 import re
 import statistics
@@ -10,45 +10,45 @@ import psutil
 import torch
 from torch import nn
 
-# What is reached of the peaks of a data sheet. Assumed, not measured: 60 % in products as large as
-# a layer of a model of billions, half of that in fused attention over short sequences, 80 % of the
-# bandwidth in element-wise kernels, 20 % of float32 in factorisations.
+# Fractions of the peaks in a data sheet that are reached. Assumed, not measured: 60 % in matrix
+# products of models with billions of parameters, half of that in fused attention over short
+# sequences, 80 % of the bandwidth in element-wise kernels, 20 % of float32 in factorizations.
 MATMUL_UTILISATION = 0.6
 ATTENTION_UTILISATION = 0.3
 BANDWIDTH_UTILISATION = 0.8
 FACTOR_UTILISATION = 0.2
-LAUNCH = 1e-5  # seconds from one kernel to the next where Python launches them; assumed
+LAUNCH = 1e-5  # seconds between two kernels launched by Python; assumed
 BYTES_PER_SORTED = 160  # an argsort takes about 10 passes over keys and indices; assumed
 LOADING = 2e9  # bytes per second from a local solid-state disk; assumed
 
 MEASURED = "measured"
-_LARGEST = 4096  # channels: beyond these the rates do not change, only the time it takes
+_LARGEST = 4096  # channels; larger matrices take longer to measure, but have the same rates
 _LEAST_SECONDS = 0.15  # per measurement
 ROWS = {"cpu": 2048, "cuda": 65536}
-"""Tokens that go through a layer together, by type of device (`wavefront.py`)."""
+"""Tokens per batch of scoring, by type of device (`optimum_cap/scoring/wavefront.py`)."""
 WALK_ROWS = {"cpu": 2048, "cuda": 16384}
-"""The same where a layer is pruned before the next one is looked at (`activations.py`)."""
+"""Tokens per batch of layer-by-layer passes (`optimum_cap/pruning/activations.py`)."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates that last, of one device, and how many devices there are.
+    """Sustained rates of one device, and the number of devices.
 
     Attributes:
-        name: As the user wrote it.
+        name: Name as passed by the user.
         count: Number of devices.
         memory: Bytes per device.
         matmul: Operations per second in products with weights.
         attention: Operations per second in attention.
-        float32: Operations per second in products in float32.
-        factor: Operations per second in inverse Cholesky factors in float32.
-        bandwidth: Bytes per second through memory.
-        ranked: Weights per second that are sorted.
-        launch: Seconds that one small operation takes.
+        float32: Operations per second in float32 products.
+        factor: Operations per second in inverse Cholesky factorizations in float32.
+        bandwidth: Bytes per second read from or written to memory.
+        ranked: Weights sorted per second.
+        launch: Seconds per small operation.
         kind: Type of the torch device.
-        bytes_per_value: Bytes per weight and activation; `None` is those of the model's dtype.
-        loading: Bytes per second from the disk.
-        source: Where the numbers are from.
+        bytes_per_value: Bytes per weight and activation; `None` is the size of the model's dtype.
+        loading: Bytes per second read from disk.
+        source: Source of the numbers.
     """
 
     name: str
@@ -69,14 +69,14 @@ class Hardware:
 
 @dataclass(frozen=True)
 class DataSheet:
-    """The peaks of a device.
+    """Peak rates of a device.
 
     Attributes:
         half: Dense bfloat16 or float16 operations per second, accumulated in float32.
         float32: Operations per second in float32, without tensor cores.
-        memory: Bytes.
-        bandwidth: Bytes per second.
-        source: Where the numbers are published.
+        memory: Memory in bytes.
+        bandwidth: Memory bandwidth in bytes per second.
+        source: URL of the data sheet.
     """
 
     half: float
@@ -90,9 +90,9 @@ def find_hardware(name: str, size: "Size") -> Hardware:
     """Return the rates of a device by its name.
 
     Args:
-        name: A device of `DATA_SHEETS`, with a count if there are several, as `"h100x8"`; or
+        name: A device of `DATA_SHEETS`, with a count if there are several, as in `"h100x8"`; or
             `"measured"` for this machine.
-        size: What is measured with.
+        size: Sizes to measure with.
 
     Raises:
         ValueError: The name is unknown.
@@ -100,13 +100,13 @@ def find_hardware(name: str, size: "Size") -> Hardware:
     if name == MEASURED:
         return measure(size)
     match = re.fullmatch(r"(.+)x([1-9]\d*)", name.lower())
-    single = name.lower() in DATA_SHEETS  # rtx4090 is no count of rt
+    single = name.lower() in DATA_SHEETS  # the name rtx4090 has no count
     device, count = (name.lower(), 1) if single or not match else (match[1], int(match[2]))
     sheet = DATA_SHEETS.get(device)
     if sheet is None:
         raise ValueError(
             f"unknown hardware {name!r}: choose from {MEASURED}, {', '.join(DATA_SHEETS)}, with a "
-            "count if there are several, as h100x8"
+            "count if there are several, as in h100x8"
         )
     bandwidth = sheet.bandwidth * BANDWIDTH_UTILISATION
     return Hardware(
@@ -133,12 +133,12 @@ def find_hardware(name: str, size: "Size") -> Hardware:
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a model that the measurement uses, so that it meets the same rates.
+    """Sizes of a model to measure the hardware with, as rates depend on them.
 
     Attributes:
         hidden: Channels of the hidden state.
         wide: Channels of the MLP.
-        heads: Attention heads.
+        heads: Number of attention heads.
         tokens: Tokens per example.
     """
 
@@ -151,8 +151,8 @@ class Size:
 def measure(size: Size) -> Hardware:
     """Measure the rates of this machine: its first CUDA device, else the CPU.
 
-    They are measured in the dtype that the models run in: float32 on the CPU, which widens weights
-    of half precision (`interventions.float32_on_cpu`), bfloat16 on a GPU.
+    They are measured in the dtype that models run in: bfloat16 on a GPU, and float32 on the CPU, to
+    which weights in half precision are converted (`float32_on_cpu`, `optimum_cap/models/modes.py`).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -182,7 +182,7 @@ def measure(size: Size) -> Hardware:
         torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
     def between_products() -> None:
-        """What a layer of Llama does once between its products."""
+        """Run the element-wise operations between the products of a Llama layer once."""
         scale = inputs.float().square().mean(dim=-1, keepdim=True).rsqrt().to(dtype)
         torch.add(inputs, inputs * scale * inputs[0])
         torch.mul(nn.functional.silu(wide_inputs), wide_inputs)
@@ -222,7 +222,7 @@ def measure(size: Size) -> Hardware:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median time of one call, after a first one that is not counted."""
+    """Return the median time of one call, after a warm-up call."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -245,7 +245,7 @@ def _memory(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU; of the CPU, how many threads it uses."""
+    """Return the name of a GPU, or the number of threads on the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"

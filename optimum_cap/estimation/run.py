@@ -1,7 +1,7 @@
-"""Know before you run: operations, time, memory and disk of scoring, pruning and evaluation.
+"""Estimates of the operations, time, memory and disk space of scoring, pruning and evaluation.
 
-The model is built on the meta device from its configuration: no weight is read or allocated. What
-is counted (`work.py`) is divided by what the hardware does (`hardware.py`); `costs.py` says how.
+The model is built on the meta device from its configuration, so no weights are read or allocated.
+`work.py` counts the work, `hardware.py` provides the rates, and `costs.py` combines the two.
 """
 
 import json
@@ -33,18 +33,18 @@ _ADAPTIVE = "adaptive costs at most this: it stops as soon as the scores are kno
 
 @dataclass(frozen=True)
 class Estimate:
-    """What scoring, pruning and evaluating a model costs.
+    """The cost of scoring, pruning and evaluating a model.
 
     Attributes:
-        model: Its name.
+        model: Name of the model.
         parameters: Number of parameters.
         prunable: Number of prunable weights.
         heads: Number of attention heads.
         mlp_groups: Number of MLP units.
         experts: Number of experts.
         scored: Number of units that are scored.
-        weight_bytes: Bytes of the weights in the dtype that they run in.
-        shape: The calibration set.
+        weight_bytes: Bytes of the weights in the dtype of the computation.
+        shape: Lengths of the calibration set.
         hardware: The rates.
         costs: One entry per estimator, recipe and evaluation.
     """
@@ -62,11 +62,11 @@ class Estimate:
     costs: tuple[Cost, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON."""
+        """Return all attributes as plain JSON values."""
         return asdict(self)
 
     def table(self) -> str:
-        """Return everything as text for people."""
+        """Return the estimate as a table for the terminal."""
         shape, hardware = self.shape, self.hardware
         units = {"heads": self.heads, "MLP units": self.mlp_groups, "experts": self.experts}
         shared = f", the first {shape.prefix} shared" if shape.prefix else ""
@@ -99,11 +99,11 @@ class Estimate:
 
     def _warnings(self) -> list[str]:
         hardware = self.hardware
-        needed = max(cost.devices for cost in self.costs)
-        if needed <= hardware.count:
+        most = max(cost.devices for cost in self.costs)
+        if most <= hardware.count:
             return []
         least = min(cost.devices for cost in self.costs)
-        count = str(needed) if least == needed else f"{least} to {needed}"
+        count = str(most) if least == most else f"{least} to {most}"
         return [
             "",
             f"{self.model} does not fit {hardware.name} in every step: one copy needs {count} "
@@ -127,36 +127,36 @@ def estimate(
     mlp_unit_size: int | None = None,
     **load_options: Any,
 ) -> Estimate:
-    """Estimate what scoring, pruning and evaluating a model costs, from its configuration alone.
+    """Estimate the cost of scoring, pruning and evaluating a model, from its configuration alone.
 
     Args:
         model: A folder, a Hub id, a configuration file, or a configuration.
-        hardware: A name that `find_hardware` knows, or rates.
-        examples: Calibration examples.
+        hardware: A name for `find_hardware`, or rates.
+        examples: Number of calibration examples.
         tokens: Tokens per example.
-        scored: Scored tokens per example; `None` is half of those that follow the prefix.
-        prefix: Tokens that all examples begin with and that exact scoring computes once.
-        sparsity: Of the pruned checkpoint, for its size on disk.
+        scored: Scored tokens per example; `None` is half of the tokens after the prefix.
+        prefix: Tokens at the start that all examples share and that exact scoring computes once.
+        sparsity: Sparsity of the pruned checkpoint, which determines its size on disk.
         limit: Questions or windows per evaluation task; `None` is all.
-        batch_size: Questions answered at a time.
-        scored_units: The units to score: `"heads"`, or `"all"`, with MLPs and experts.
-        mlp_unit_size: Channels per unit of an MLP or expert; `None` is all of them.
-        **load_options: For `AutoConfig.from_pretrained`: `revision`, `token`, ...
+        batch_size: Questions per batch.
+        scored_units: Units to score: `"heads"`, or `"all"` (heads, MLPs and experts).
+        mlp_unit_size: Channels per MLP or expert unit; `None` is all of them.
+        **load_options: Passed to `AutoConfig.from_pretrained`: `revision`, `token`, ...
 
     Raises:
-        ValueError: A count, the hardware or the architecture cannot be used; the message says why.
-        FileNotFoundError: There is no such model.
+        ValueError: A count, the hardware or the architecture cannot be used.
+        FileNotFoundError: The model does not exist.
     """
     shape = _workload(examples, tokens, scored, prefix)
-    CAPConfig(sparsity=sparsity, scored_units=scored_units)  # checks them
+    CAPConfig(sparsity=sparsity, scored_units=scored_units)  # checks both values
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
-    meter = _cost_model(work, config, hardware, tokens)
-    costs = [meter.scoring(name, shape) for name in ESTIMATORS]
-    costs.append(meter.paper(shape, sparsity))
+    cost_model = _cost_model(work, config, hardware, tokens)
+    costs = [cost_model.scoring(name, shape) for name in ESTIMATORS]
+    costs.append(cost_model.paper(shape, sparsity))
     for name in ("causal", "wanda", "sparsegpt"):
-        costs.append(meter.pruning(name, RECIPES[name], shape, sparsity))
-    costs.append(meter.evaluation(DEFAULT_TASKS, limit, batch_size))
+        costs.append(cost_model.pruning(name, RECIPES[name], shape, sparsity))
+    costs.append(cost_model.evaluation(DEFAULT_TASKS, limit, batch_size))
     return Estimate(
         model=str(model) if isinstance(model, str | Path) else config.model_type,
         parameters=work.parameters,
@@ -165,19 +165,19 @@ def estimate(
         mlp_groups=sum(layer.groups for layer in work.layers),
         experts=sum(layer.experts for layer in work.layers),
         scored=work.scored,
-        weight_bytes=meter.weights,
+        weight_bytes=cost_model.weights,
         shape=shape,
-        hardware=meter.hardware,
+        hardware=cost_model.hardware,
         costs=tuple(costs),
     )
 
 
 def load_config(model: str | Path | PretrainedConfig, **load_options: Any) -> PretrainedConfig:
-    """Return the configuration of a model: of a folder, a configuration file or a Hub id.
+    """Load the configuration of a model from a folder, a configuration file or the Hub.
 
     Raises:
-        ValueError: The file or folder holds no configuration of a known model type.
-        FileNotFoundError: It is neither a file, nor a folder, nor a Hub id that can be read.
+        ValueError: The file or folder has no configuration of a supported model type.
+        FileNotFoundError: `model` is neither a file, nor a folder, nor a Hub id that can be read.
     """
     if isinstance(model, PretrainedConfig):
         return model
@@ -185,13 +185,13 @@ def load_config(model: str | Path | PretrainedConfig, **load_options: Any) -> Pr
     if path.is_file():
         return _config_in(path, **load_options)
     if Path(model).is_dir():
-        raise FileNotFoundError(f"the folder {model} holds no config.json: name a model's folder")
+        raise FileNotFoundError(f"the folder {model} has no config.json: name a model's folder")
     try:
         return AutoConfig.from_pretrained(model, **load_options)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"no model {str(model)!r}: it is no folder and no configuration file, and as an id on "
-            f"the Hub it cannot be read ({type(error).__name__})"
+            f"no model {str(model)!r}: it is neither a folder nor a configuration file, and "
+            f"reading it from the Hub failed ({type(error).__name__}); check the name"
         ) from error
 
 
@@ -204,20 +204,20 @@ def _config_in(path: Path, **load_options: Any) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, **load_options)
     except ValueError as error:
         reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"{path} is no configuration of a model: {reason}") from error
+        raise ValueError(f"{path} is not the configuration of a model: {reason}") from error
 
 
 def work_of(
     config: PretrainedConfig, mlp_unit_size: int | None = None, scored_units: str = "heads"
 ) -> ModelWork:
-    """Count the work of the model that a configuration describes, built on the meta device."""
+    """Count the work of a model, which is built from its configuration on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return count_work(model, find_sites(model, mlp_unit_size), scored_units)
 
 
 def size_of(work: ModelWork, tokens: int) -> Size:
-    """Return the sizes of a model that `hardware.measure` measures with."""
+    """Return the sizes of a model that `hardware.measure` uses."""
     layer = work.layers[0]
     wide = max(product.inputs for product in layer.rest)
     return Size(layer.hidden, wide, layer.heads, tokens)
@@ -227,15 +227,15 @@ def lengths_of(config: CAPConfig, tokenizer: Any) -> dict[str, int]:
     """Return the mean `tokens` and `scored` tokens of calibration examples, and their `prefix`.
 
     The means are rounded up. The prefix is the one that exact scoring computes once for all
-    examples: 0 where that does not pay.
+    examples; it is 0 if that would not save time.
 
     Args:
-        config: Says which data, and how many examples.
+        config: The data set and the number of examples.
         tokenizer: The model's tokenizer.
 
     Raises:
         ValueError: The data cannot be used.
-        FileNotFoundError: A file that does not exist.
+        FileNotFoundError: A file does not exist.
     """
     examples = build_calibration_set(config, tokenizer).examples
     count, prefix = len(examples), shared_prefix(examples)
@@ -253,11 +253,12 @@ def lengths_of(config: CAPConfig, tokenizer: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StudyHours:
-    """Device hours of a study: hours times the devices that the model takes.
+    """Device hours of a study: hours times the number of devices that the model needs.
 
     Attributes:
         hardware: The rates.
-        rows: Per model: `cells`, and device hours of loading, scoring, pruning and evaluation.
+        rows: Per model, the number of `cells`, and the device hours of loading, scoring, pruning
+            and evaluation.
     """
 
     hardware: Hardware
@@ -265,15 +266,15 @@ class StudyHours:
 
     @property
     def total(self) -> float:
-        """All hours."""
+        """Total device hours."""
         return sum(hours for row in self.rows.values() for hours in _hours(row))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON."""
+        """Return all attributes and the total as plain JSON values."""
         return {**asdict(self), "total": self.total}
 
     def table(self) -> str:
-        """Return everything as text for people."""
+        """Return the estimate as a table for the terminal."""
         header = ("model", "cells", *_PARTS, "device hours")
         rows = [
             (label, f"{row['cells']:.0f}", *(f"{n:.2f}" for n in [*_hours(row), sum(_hours(row))]))
@@ -301,22 +302,23 @@ def study_hours(
     tokens: int = TOKENS,
     **load_options: Any,
 ) -> StudyHours:
-    """Estimate the device hours of a study whose cells are all still to be measured.
+    """Estimate the device hours of a study of which no cell is measured yet.
 
-    Every cell loads its model, prunes it and evaluates it; losses with masked units are measured
-    once for all cells that agree in what they depend on (`score_file.DECISIVE`), and a cell that
-    looks at no data once for all of them. Estimator `"adaptive"` is taken to measure every loss.
+    Every cell loads its model, prunes it and evaluates it. Losses with masked units are measured
+    once for all cells that agree in the fields that they depend on (`DECISIVE` in
+    `optimum_cap/scoring/score_file.py`). Cells that need no data are measured once for all
+    calibration sets. Estimator `"adaptive"` is assumed to measure every loss.
 
     Args:
         study: A study, or its file.
-        hardware: As for `estimate`. One device does the work, or as many as the model needs,
-            however many there are.
+        hardware: As for `estimate`. Uses one device, or as many as the model needs, whatever the
+            count.
         tokens: Tokens per calibration example, half of them scored.
         **load_options: As for `estimate`.
 
     Raises:
-        ValueError: As `Study.load` and `estimate`.
-        FileNotFoundError: As `Study.load` and `estimate`.
+        ValueError: As for `Study.load` and `estimate`.
+        FileNotFoundError: As for `Study.load` and `estimate`.
     """
     if not isinstance(study, Study):
         study = Study.load(study)
@@ -324,44 +326,44 @@ def study_hours(
     rows = {}
     for label, name in study.models.items():
         config = load_config(name, **load_options)
-        meter = _cost_model(work_of(config), config, hardware, tokens)
-        hardware = meter.hardware = replace(meter.hardware, count=1)  # measured once
-        evaluation = meter.evaluation(tasks, study.limit, study.batch_size)
+        cost_model = _cost_model(work_of(config), config, hardware, tokens)
+        hardware = cost_model.hardware = replace(cost_model.hardware, count=1)  # measured once
+        evaluation = cost_model.evaluation(tasks, study.limit, study.batch_size)
         pruned = _distinct(study, label)
         count = 1 + len(pruned)
-        loading = meter.weights / hardware.loading * evaluation.devices
+        loading = cost_model.weights / hardware.loading * evaluation.devices
         rows[label] = {
             "cells": count,
             "loading": count * loading / 3600,
-            "scoring": sum(_scoring(meter, config, pruned, tokens)) / 3600,
-            "pruning": sum(_pruning(meter, config, tokens) for config in pruned) / 3600,
-            "evaluation": count * _used(evaluation) / 3600,
+            "scoring": sum(_scoring(cost_model, config, pruned, tokens)) / 3600,
+            "pruning": sum(_pruning(cost_model, config, tokens) for config in pruned) / 3600,
+            "evaluation": count * _device_seconds(evaluation) / 3600,
         }
-    return StudyHours(meter.hardware, rows)
+    return StudyHours(cost_model.hardware, rows)
 
 
 def _distinct(study: Study, label: str) -> list[CAPConfig]:
-    """Configurations of the cells of a model that the study measures apart."""
-    found = {}
+    """Return the configurations of the cells of a model that the study measures separately."""
+    distinct = {}
     for cell in study.cells():
         config = cell.config()
         if cell.label != label or config is None:
             continue
         key = config.to_dict()
-        # As in the keys of a study: these change no more than rounding.
+        # As in the keys of a study: these fields change only rounding.
         del key["memory_budget"], key["torch_compile"]
         if not config.method.needs_data:
             del key["dataset"]
             if config.method.criterion != "random":
                 del key["seed"]
-        found[json.dumps(key, sort_keys=True, default=str)] = config
-    return list(found.values())
+        distinct[json.dumps(key, sort_keys=True, default=str)] = config
+    return list(distinct.values())
 
 
 def _scoring(
-    meter: CostModel, model: PretrainedConfig, configs: list[CAPConfig], tokens: int
+    cost_model: CostModel, model: PretrainedConfig, configs: list[CAPConfig], tokens: int
 ) -> list[float]:
-    """Device seconds of all losses with masked units; cells that agree in them share them."""
+    """Return device seconds per set of losses with masked units, which cells may share."""
     measured = {
         str([getattr(config, name) for name in DECISIVE]): config
         for config in configs
@@ -371,19 +373,20 @@ def _scoring(
     for config in measured.values():
         if config.scored_units == "all":
             work = work_of(model, config.mlp_unit_size, "all")
-            own = CostModel(work, meter.hardware, meter.value)
+            all_units = CostModel(work, cost_model.hardware, cost_model.value)
         else:
-            own = meter
+            all_units = cost_model
         shape = _workload(config.num_samples, tokens)
-        seconds.append(_used(own.scoring(config.estimator, shape, config.exact_examples)))
+        cost = all_units.scoring(config.estimator, shape, config.exact_examples)
+        seconds.append(_device_seconds(cost))
     return seconds
 
 
-def _pruning(meter: CostModel, config: CAPConfig, tokens: int) -> float:
-    """Device seconds of pruning with given scores."""
+def _pruning(cost_model: CostModel, config: CAPConfig, tokens: int) -> float:
+    """Return the device seconds of pruning, without scoring."""
     shape = _workload(config.num_samples, tokens)
-    return _used(
-        meter.pruning(
+    return _device_seconds(
+        cost_model.pruning(
             config.recipe,
             config.method,
             shape,
@@ -393,11 +396,11 @@ def _pruning(meter: CostModel, config: CAPConfig, tokens: int) -> float:
     )
 
 
-def _used(cost: Cost) -> float:
+def _device_seconds(cost: Cost) -> float:
     return cost.seconds * cost.devices
 
 
-# What both share
+# Shared by both
 
 
 def _cost_model(
@@ -422,7 +425,7 @@ def _workload(examples: int, tokens: int, scored: int | None = None, prefix: int
             raise ValueError(f"{label} must be at least {least}, got {value}")
     if prefix + scored >= tokens:
         raise ValueError(
-            f"prefix {prefix} and {scored} scored tokens leave no token of {tokens} that predicts "
-            "the first scored one: lower prefix or scored"
+            f"prefix {prefix} and {scored} scored tokens leave no token of {tokens} to predict the "
+            "first scored one: lower prefix or scored"
         )
     return Workload(examples, tokens, scored, prefix)

@@ -1,9 +1,9 @@
-"""Work of a model, counted from the shapes of its weights: no weight is read, none allocated.
+"""The work of a model, counted from the shapes of its weights, which are not read or allocated.
 
-The products of weights and the two products of attention are counted exactly, as
-`torch.utils.flop_counter` does: 2 m k n for `[m, k] @ [k, n]`, and attention over all pairs of
-tokens, whatever a kernel spares of them. Of a mixture of experts, the active ones count. What lies
-between the products (norms, activations, residuals) is counted in elements that go through memory.
+Products with weights and the two products of attention are counted exactly, as in
+`torch.utils.flop_counter`: 2 m k n for `[m, k] @ [k, n]`, and attention over all pairs of tokens,
+even if a kernel skips some. In a mixture of experts, only active experts count. Element-wise
+operations (norms, activations, residuals) are counted in elements read from or written to memory.
 """
 
 from dataclasses import dataclass, replace
@@ -19,26 +19,26 @@ from optimum_cap.methods import BLOCK as OBS_BLOCK
 from optimum_cap.models import QUERIES, Site, prunable_matrices
 from optimum_cap.scoring import WORTHWHILE_SHARE
 
-# Elements read or written per channel of the hidden state and per output of a projection. By
-# reading the code of Llama: norms widen, square, average, scale and narrow; a gate is activated and
-# multiplied, queries and keys are rotated; and both were checked against benchmarks/estimate.py.
+# Elements read or written per channel of the hidden state and per output of a projection. Derived
+# from the code of Llama (norms cast, square, average, scale and cast back; gates are activated and
+# multiplied, queries and keys rotated), and checked with benchmarks/estimate.py.
 _PER_CHANNEL = 12
 _PER_OUTPUT = 4
 _PER_LOGIT = 2
-_PER_LOSS = 10  # per logit of a scored token: widened, exponentiated, summed
+_PER_LOSS = 10  # per logit of a scored token: cast, exponentiated, summed
 
-_STREAMS = 4  # per chunk, of a batch of the size that `wavefront.py` wants
+_STREAMS = 4  # per chunk, for a batch of the size that `wavefront.py` prefers
 
 
 @dataclass(frozen=True)
 class OperationCount:
-    """An amount of work; amounts add up, and a number of times an amount is an amount.
+    """An amount of work; supports addition, and multiplication by a number.
 
     Attributes:
         products: Operations in products with weights.
-        attention: Operations in products of queries and keys, and of their weights and values.
-        moved: Elements of activations that go through memory between the products.
-        passed: Tokens times the layers that they pass.
+        attention: Operations in products of queries and keys, and of attention weights and values.
+        moved: Elements of activations read or written by element-wise operations.
+        passed: Number of tokens times the number of layers that they pass through.
     """
 
     products: float = 0.0
@@ -48,7 +48,7 @@ class OperationCount:
 
     @property
     def operations(self) -> float:
-        """Floating-point operations."""
+        """Number of floating-point operations."""
         return self.products + self.attention
 
     def __add__(self, other: "OperationCount") -> "OperationCount":
@@ -70,14 +70,14 @@ class OperationCount:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix of weights, or the same matrix of every expert.
+    """A weight matrix, or the corresponding matrices of all experts.
 
     Attributes:
-        inputs: Its inputs.
-        outputs: Its outputs.
+        inputs: Number of inputs.
+        outputs: Number of outputs.
         pruned: Whether it is prunable.
-        active: Copies that a token goes through.
-        copies: Copies that there are.
+        active: Number of copies that are active for a token.
+        copies: Number of copies, one per expert.
     """
 
     inputs: int
@@ -100,22 +100,22 @@ class Product:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """A decoder layer.
+    """The work of a decoder layer.
 
     Attributes:
-        input_projs: Products that feed its attention (queries, keys, values).
-        output_proj: The product of its attention site.
+        input_projs: Input projections of the attention (queries, keys, values).
+        output_proj: Output projection of the attention.
         rest: The other products (MLP, router, experts).
-        closing: Those of them that mix: the last ones of MLP and experts.
+        closing: The output projections of MLP and experts, which are part of `rest`.
         hidden: Channels of the hidden state.
-        width: Channels of the attention site.
+        width: Channels of the input of `output_proj`.
         heads: Number of heads.
-        groups: Number of units of its MLP; 0 where it has experts alone.
+        groups: Number of units of its MLP; 0 if it has only experts.
         experts: Number of experts.
-        others: Number of units of its MLP and experts that are scored.
-        masking: Work for one token of what its MLP and experts return with each of these masked.
-        queries: The product that makes queries and nothing else; `None` if it makes keys too.
-        window: Tokens that a token attends to, itself included; `None` is all before it.
+        others: Number of scored units of its MLP and experts.
+        masking: Work per token to compute the outputs of MLP and experts with each of these masked.
+        queries: The projection of queries; `None` if it is fused with that of keys.
+        window: Tokens that a token attends to, including itself; `None` is all before it.
     """
 
     input_projs: tuple[Product, ...]
@@ -139,7 +139,7 @@ class LayerWork:
 
     @property
     def distinct_inputs(self) -> tuple[Product, ...]:
-        """One product for each input of prunable matrices; those with the same input share it."""
+        """One product per distinct input of prunable matrices."""
         parts = (self.input_projs, (self.output_proj,), self.rest)
         return tuple(
             product
@@ -149,12 +149,12 @@ class LayerWork:
 
     @property
     def norms(self) -> OperationCount:
-        """Work of what lies between the products, for one token."""
+        """Work of element-wise operations for one token."""
         return OperationCount(moved=_PER_CHANNEL * self.hidden, passed=1)
 
     @property
     def cached(self) -> int:
-        """Keys and values of a token."""
+        """Number of elements of the keys and values of a token."""
         return sum(product.outputs for product in self.input_projs) - self.width
 
     @property
@@ -164,7 +164,7 @@ class LayerWork:
 
     @property
     def sites(self) -> int:
-        """Number of sites: the attention, the MLP, every expert."""
+        """Number of sites: the attention, the MLP and every expert."""
         return 1 + bool(self.groups) + self.experts
 
     @property
@@ -174,11 +174,11 @@ class LayerWork:
 
     @property
     def experts_again(self) -> OperationCount:
-        """Work for one token of the inputs of the experts' last products, computed on their own."""
+        """Work for one token to compute the inputs of the experts' output projections again."""
         return _per_token(tuple(p for p in self.rest if p.copies > 1 and p not in self.closing))
 
     def attention(self, tokens: float, pairs: float) -> OperationCount:
-        """Work of the attention: queries, keys, values, their products, the output projection."""
+        """Return the work of the attention, including its projections."""
         return (
             tokens * _per_token(self.input_projs)
             + OperationCount(attention=4.0 * self.width * pairs)
@@ -186,39 +186,39 @@ class LayerWork:
         )
 
     def last_attention(self, shape: "Workload") -> OperationCount:
-        """Work of the attention of a stream in the last layer, as `LastAttention` does it."""
+        """Return the work of a stream's attention in the last layer, as done by `LastAttention`."""
         querying = shape.querying
         keys = _per_token(self.input_projs)
         if self.queries is not None:
             keys += -1 * self.queries.per_token
-        kept = shape.tokens - querying / shape.examples
+        before = shape.tokens - querying / shape.examples
         if self.window is not None:
-            kept = min(kept, self.window - 1)
-        pairs = querying * (kept + querying / shape.examples)
+            before = min(before, self.window - 1)
+        pairs = querying * (before + querying / shape.examples)
         return (shape.rows - querying) * keys + self.attention(querying, pairs)
 
     def remainder(self, tokens: float) -> OperationCount:
-        """Work of all but the attention."""
+        """Return the work of everything but the attention."""
         return tokens * (_per_token(self.rest) + self.norms)
 
     def starting(self, tokens: float) -> OperationCount:
-        """Work of all streams that start in the MLP or in experts: no attention, little of both."""
+        """Return the work of the start of all streams whose unit is in the MLP or in an expert."""
         return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> OperationCount:
-        """Work of the layer for tokens that make so many pairs of query and key."""
+        """Return the work of the layer for so many tokens and pairs of query and key."""
         return self.attention(tokens, pairs) + self.remainder(tokens)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Examples that have the same length.
+    """A calibration set of examples with the same length.
 
     Attributes:
         examples: Number of examples.
         tokens: Tokens per example.
         scored: Scored tokens per example.
-        prefix: Tokens at the start that all examples share, computed once for all of them.
+        prefix: Tokens at the start that all examples share and that are computed once.
     """
 
     examples: int
@@ -228,21 +228,21 @@ class Workload:
 
     @property
     def rows(self) -> float:
-        """Tokens that are computed."""
+        """Number of tokens to compute."""
         return self.prefix + self.examples * (self.tokens - self.prefix)
 
     @property
     def pairs(self) -> float:
-        """Pairs of query and key."""
-        own = self.examples * (self.tokens - self.prefix) * self.tokens
-        return float(self.prefix**2 + own)
+        """Number of pairs of query and key."""
+        after_prefix = self.examples * (self.tokens - self.prefix) * self.tokens
+        return float(self.prefix**2 + after_prefix)
 
     @property
     def querying(self) -> float:
-        """Tokens with queries in the last layer: those from the first scored position on.
+        """Number of tokens with queries in the last layer: those from the first scored position on.
 
-        Scored tokens are taken to be the last ones. Where few come before them, all have queries,
-        but for the prefix.
+        The scored tokens are assumed to be the last ones. If few tokens precede them, all tokens
+        after the prefix have queries.
         """
         suffix = self.tokens - self.prefix
         last = min(self.scored + 1, suffix)
@@ -251,18 +251,18 @@ class Workload:
 
     @property
     def targets(self) -> float:
-        """Scored tokens of all examples."""
+        """Number of scored tokens of all examples."""
         return self.examples * self.scored
 
 
 @dataclass(frozen=True)
 class ModelWork:
-    """A causal language model.
+    """The work of a causal language model.
 
     Attributes:
-        layers: Its decoder layers.
-        stem: Products outside the layers that every token passes.
-        head: The product that makes logits.
+        layers: The decoder layers.
+        stem: Products outside of the layers that are computed for every token.
+        head: The product that computes logits.
         parameters: Number of parameters; tied ones count once.
     """
 
@@ -283,21 +283,21 @@ class ModelWork:
 
     @property
     def scored(self) -> int:
-        """Number of units that are scored."""
+        """Number of scored units."""
         return self.heads + sum(layer.others for layer in self.layers)
 
     def logits(self, positions: float) -> OperationCount:
-        """Work of the logits at so many positions."""
+        """Return the work of the logits at so many positions."""
         return positions * OperationCount(
             self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs
         )
 
     def losses(self, shape: Workload) -> OperationCount:
-        """Work of the cross-entropies of the scored tokens, their logits given."""
+        """Return the work of the cross-entropies of the scored tokens, without their logits."""
         return OperationCount(moved=_PER_LOSS * self.head.outputs * shape.targets)
 
     def forward(self, shape: Workload, logits: float | None = None) -> OperationCount:
-        """Work of one forward pass.
+        """Return the work of one forward pass.
 
         Args:
             shape: The examples.
@@ -309,15 +309,15 @@ class ModelWork:
         return work + self.logits(shape.rows if logits is None else logits)
 
     def plain(self, shape: Workload) -> OperationCount:
-        """Work of `plain_losses`: one forward pass intact, and one per scored unit."""
+        """Return the work of `plain_losses`: an intact forward pass, and one per scored unit."""
         whole = Workload(shape.examples, shape.tokens, shape.scored)
         return (1 + self.scored) * (self.forward(whole) + self.losses(whole))
 
     def exact(self, shape: Workload) -> OperationCount:
-        """Work of `exact_losses`: each masked stream from where it leaves the intact one.
+        """Return the work of `exact_losses`: each masked stream runs from the masked unit on.
 
-        In the last layer, what follows the attention runs at scored positions only, and the
-        attention itself has queries from the first of them on.
+        In the last layer, everything after the attention runs at scored positions only, and the
+        attention has queries from the first scored position on.
         """
         work = self.forward(shape, logits=shape.examples)
         streams = 0
@@ -327,7 +327,7 @@ class ModelWork:
             work += layer.starting(shape.rows)
             streams += layer.heads + layer.others
         last = self.layers[-1]
-        # One more, and the tokens up to the first layer: whether the attention comes out the same.
+        # One more stream, and the tokens up to the first layer, to verify the last attention.
         work += (streams + 1) * last.last_attention(shape)
         entering = tuple(p for p in self.stem if p.outputs == last.hidden)
         work += (shape.rows - shape.prefix) * _per_token(entering)
@@ -335,15 +335,15 @@ class ModelWork:
         streams += last.heads
         work += streams * last.remainder(shape.targets) + last.starting(shape.targets)
         streams += last.others
-        # Logits come from the model with its layers short-circuited, so the stem runs again.
+        # Logits are computed by the model with its layers bypassed, so the stem runs again.
         scored = shape.targets * _per_token(self.stem) + self.logits(shape.targets)
         return work + (1 + streams) * (scored + self.losses(shape))
 
     def first_order(self, shape: Workload) -> OperationCount:
-        """Work of one forward and one backward pass.
+        """Return the work of one forward and one backward pass.
 
-        The weights are frozen, so a product with weights has one product as its gradient; one of
-        attention has two. Experts that are scored are computed once more, by themselves.
+        The weights are frozen, so the gradient of a product with weights is one product; that of a
+        product of attention is two. Scored experts are computed once more, one by one.
         """
         whole = Workload(shape.examples, shape.tokens, shape.scored)
         work = self.forward(whole, logits=whole.targets) + self.losses(whole)
@@ -354,18 +354,18 @@ class ModelWork:
         return work + backward
 
     def layer_walk(self, shape: Workload, stages: int = 1) -> OperationCount:
-        """Work of pruning layer by layer: each runs before each of its stages, and at the end."""
+        """Return the work of layer-by-layer passes: a run before each stage, and a final one."""
         return (1 + stages) * self._layers(shape) + self._experts_again(shape)
 
     def paired_walk(self, shape: Workload, by_projection: bool) -> OperationCount:
-        """Work of a `DenseReferencePass`: both models run, only as far as is needed."""
+        """Return the work of a `DenseReferencePass`: both models run, as far as needed."""
         rows, pairs = _apart(shape)
         work = 3 * self._layers(shape) + self._experts_again(shape)
         for layer in self.layers:
             work += -rows * _per_token(layer.closing)
             if by_projection:
                 work += 4 * layer.attention(rows, pairs) + -2 * rows * layer.output_proj.per_token
-                # A run ends at the last of the matrices that it is for.
+                # A run ends at the last of the matrices whose inputs it measures.
                 entering = (p for p in layer.rest if p.pruned and p not in layer.closing)
                 single = tuple(product for product in entering if product.copies == 1)
                 ran = (*layer.input_projs[:-1], *layer.routers, *single[:-1])
@@ -373,17 +373,19 @@ class ModelWork:
         return work
 
     def interventions(self, shape: Workload, measured: int) -> OperationCount:
-        """Work of `responses` but for the pruning: a walk, and each site from its layer on.
+        """Return the work of `measure_sensitivities`, without the pruning.
+
+        It is a layer-by-layer pass, and a run of each site from its layer on.
 
         Args:
             shape: The calibration set.
-            measured: Examples that the predictions are compared on.
+            measured: Number of examples that the predictions are compared on.
         """
         few = replace(shape, examples=measured)
         rows, pairs = _apart(few)
         work = self.intervention_walks(shape, measured)
         for index, layer in enumerate(self.layers):
-            # All sites up to here, and the dense model, which the last layer need not pass.
+            # All sites up to this layer, and the dense model, except in the last layer.
             passing = sum(before.sites for before in self.layers[: index + 1])
             dense = index + 1 < len(self.layers)
             work += (passing + dense) * layer.forward(rows, pairs)
@@ -392,18 +394,19 @@ class ModelWork:
         return work + 2 * sites * scored
 
     def intervention_walks(self, shape: Workload, measured: int) -> OperationCount:
-        """The part of `interventions` that does not depend on the sites that are tried."""
+        """Return the part of `interventions` that does not depend on the number of sites."""
         few = replace(shape, examples=measured)
         return self._layers(shape) + self._experts_again(shape) + self._layers(few)
 
     def estimated_interventions(self, shape: Workload, measured: int) -> OperationCount:
-        """Work of `estimate_sensitivities` but for the pruning: each block runs once more.
+        """Return the work of `estimate_sensitivities`, without the pruning.
 
-        Experts run twice, one by one on the tokens that reach them: dense, and pruned.
+        Each block runs once more. Experts run twice, one by one, on the tokens that reach them:
+        dense, and pruned.
 
         Args:
             shape: The calibration set.
-            measured: Examples that are used.
+            measured: Number of examples that sensitivities are estimated on.
         """
         few = replace(shape, examples=measured)
         rows, pairs = _apart(few)
@@ -422,27 +425,27 @@ class ModelWork:
 
     @property
     def compared(self) -> float:
-        """Operations per token of what outputs miss, in float32: its outputs, times its inputs."""
+        """Float32 operations per token of output errors: the outputs, and products with inputs."""
         pruned = (p for layer in self.layers for p in layer.products if p.pruned)
         return sum(2 * product.per_token.products for product in pruned)
 
 
 def _apart(shape: Workload) -> tuple[float, float]:
-    """Tokens, and pairs of query and key, where no prefix is shared."""
+    """Return the number of tokens and of pairs of query and key without a shared prefix."""
     rows = shape.examples * shape.tokens
     return rows, rows * shape.tokens
 
 
 @dataclass(frozen=True)
 class ObsWork:
-    """Work of SparseGPT's statistics and updates (`reconstruction.sparsegpt`), all in float32.
+    """The work of SparseGPT's statistics and updates (`sparsegpt`), all in float32.
 
     Attributes:
         grams: Operations of the sums x_i x_j.
-        factors: Operations of the inverse Cholesky factors, of 4/3 n^3 each.
-        updates: Operations of the updates of the columns behind a block.
-        moved: Elements that go through memory inside the blocks.
-        columns: Columns that are pruned one after the other.
+        factors: Operations of the inverse Cholesky factors, 4/3 n^3 each.
+        updates: Operations of the updates of the columns after a block.
+        moved: Elements read or written inside the blocks.
+        columns: Number of columns, which are pruned one after the other.
     """
 
     grams: float
@@ -453,15 +456,15 @@ class ObsWork:
 
     @classmethod
     def of(cls, work: ModelWork, tokens: float) -> "ObsWork":
-        """Count the work for so many calibration tokens."""
+        """Count the work for a number of calibration tokens."""
         inputs = [product for layer in work.layers for product in layer.distinct_inputs]
         pruned = [p for layer in work.layers for p in layer.products if p.pruned]
         return cls(
             grams=sum(2.0 * tokens * product.active * product.inputs**2 for product in inputs),
             factors=sum(4 / 3 * product.copies * product.inputs**3 for product in pruned),
             updates=sum(float(product.weights) * product.inputs for product in pruned),
-            # A column changes half of its block on average: products written and read, weights
-            # read and written.
+            # A column updates half of its block on average: products are written and read, weights
+            # are read and written.
             moved=sum(4 * OBS_BLOCK / 2 * product.weights for product in pruned),
             columns=sum(product.copies * product.inputs for product in pruned),
         )
@@ -469,12 +472,12 @@ class ObsWork:
 
 @dataclass(frozen=True)
 class AlpsWork:
-    """Work of ALPS once the statistics are there (`reconstruction.alps`), all in float32.
+    """The work of ALPS (`alps`), without the statistics, all in float32.
 
     Attributes:
-        products: Operations of the steps of both of its phases.
-        factors: Operations of Cholesky factors, of which most become inverses.
-        steps: Weights times the steps that they go through.
+        products: Operations in products of both phases.
+        factors: Operations of Cholesky factors and of the inverses computed from them.
+        steps: Number of weights times number of steps.
     """
 
     products: float
@@ -483,15 +486,15 @@ class AlpsWork:
 
     @classmethod
     def of(cls, work: ModelWork, correct_toward_dense: bool) -> "AlpsWork":
-        """Count the work; `correct_toward_dense`: matrices are first fitted to the dense model."""
+        """Count the work; `correct_toward_dense` includes the correction toward the dense model."""
         pruned = [p for layer in work.layers for p in layer.products if p.pruned]
         squares = sum(2.0 * product.weights * product.inputs for product in pruned)
         cubes = sum(float(product.copies) * product.inputs**3 for product in pruned)
-        # The target, one product in every step, the residual, one product in each fitting.
+        # The target, one product per ADMM step, the residual, and one product per fitting step.
         products = (2 + ALPS_STEPS + FITTING_STEPS) * squares
         return cls(
             products=products + correct_toward_dense * squares,
-            # One factor finds the damping, one more that of the correction; an inverse is 1 n^3.
+            # One factor for the damped Hessian, and one for the correction; an inverse is 1 n^3.
             factors=((1 + correct_toward_dense) / 3 + ALPS_INVERSES) * cubes,
             steps=float(work.prunable * (ALPS_STEPS + FITTING_STEPS)),
         )
@@ -502,59 +505,67 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
 
     Args:
         model: A causal language model.
-        sites: All its sites (`find_sites`).
-        scored_units: The units to score: `"heads"` or `"all"`.
+        sites: All sites of the model (`find_sites`).
+        scored_units: Units to score: `"heads"` or `"all"`.
     """
     attention = {site.layer_name: site for site in sites if site.kind == "attention"}
     config = model.config.get_text_config(decoder=True)
     pruned = {matrix.parameter for matrix in prunable_matrices(sites)}
     cached = DynamicCache(config=model.config).layers
-    found = _products(model, getattr(config, "num_experts_per_tok", None) or 1, pruned)
-    head = found.pop(_name_of(model, model.get_output_embeddings()))
+    products = _products(model, getattr(config, "num_experts_per_tok", None) or 1, pruned)
+    head = products.pop(_name_of(model, model.get_output_embeddings()))
     layers = []
     for name, site in attention.items():
-        own = {path: found.pop(path) for path in list(found) if path.startswith(f"{name}.")}
-        output_proj = own.pop(site.projection)
+        in_layer = [path for path in products if path.startswith(f"{name}.")]
+        layer_products = {path: products.pop(path) for path in in_layer}
+        output_proj = layer_products.pop(site.projection)
         inside = f"{site.block}."
         others = [other for other in sites if other.layer == site.layer and other is not site]
         layers.append(
             LayerWork(
-                input_projs=tuple(p for path, p in own.items() if path.startswith(inside)),
+                input_projs=tuple(
+                    p for path, p in layer_products.items() if path.startswith(inside)
+                ),
                 output_proj=output_proj,
-                rest=tuple(p for path, p in own.items() if not path.startswith(inside)),
-                closing=tuple(own[path] for path in dict.fromkeys(o.projection for o in others)),
+                rest=tuple(p for path, p in layer_products.items() if not path.startswith(inside)),
+                closing=tuple(
+                    layer_products[path] for path in dict.fromkeys(o.projection for o in others)
+                ),
                 hidden=config.hidden_size,
                 width=site.width,
                 heads=len(site.units),
                 groups=sum(len(other.units) for other in others if other.kind == "mlp"),
                 experts=sum(other.kind == "expert" for other in others),
-                queries=own.get(f"{inside}{QUERIES}"),
+                queries=layer_products.get(f"{inside}{QUERIES}"),
                 window=getattr(cached[site.layer], "sliding_window", None),
-                **(_masking(own, others) if scored_units == "all" else {}),
+                **(_masking(layer_products, others) if scored_units == "all" else {}),
             )
         )
     return ModelWork(
         layers=tuple(layers),
-        stem=tuple(found.values()),
+        stem=tuple(products.values()),
         head=head,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
-def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
-    """Number and work of the masked MLPs and experts of a layer, as `Wavefront` computes them.
+def _masking(products: dict[str, Product], others: list[Site]) -> dict[str, Any]:
+    """Return number and work of the masked MLPs and experts of a layer, as in `Wavefront`.
 
-    Each chunk of streams computes an MLP once more for the input of its projection. Tokens that
-    reach an expert are computed without it, and what is left of it is added for each of its units.
+    Each chunk of streams computes the MLP again, for the input of its output projection. For tokens
+    that reach an expert, the block is computed without this expert, and the output of the expert
+    with a unit masked is added for each of its units.
 
     Args:
-        own: The products of the layer, by path.
-        others: Its sites beside attention.
+        products: The products of the layer, by path.
+        others: The sites of the layer other than attention.
     """
     work = OperationCount()
     for site in others:
-        output_proj, units = own[site.projection], len(site.units)
-        inside = [p for path, p in own.items() if path.startswith(f"{site.block}.") and p.pruned]
+        output_proj, units = products[site.projection], len(site.units)
+        inside = [
+            p for path, p in products.items() if path.startswith(f"{site.block}.") and p.pruned
+        ]
         if site.expert is not None:
             alone = _per_token(tuple(replace(p, active=1) for p in inside if p is not output_proj))
             each = replace(output_proj, active=1).per_token
@@ -563,20 +574,23 @@ def _masking(own: dict[str, Product], others: list[Site]) -> dict[str, Any]:
         else:
             chunks, input_projs = max(1.0, units / _STREAMS), tuple(inside)
             if site.output_module != site.block:
-                # The projection alone is given, so what feeds it runs for each of the streams.
-                beside = (p for path, p in own.items() if path.rpartition(".")[0] == site.block)
-                work += units * _per_token(tuple(p for p in beside if p is not output_proj))
+                # Only the output of the projection is replaced, so the other products of the block
+                # run for each of the streams.
+                siblings = (
+                    p for path, p in products.items() if path.rpartition(".")[0] == site.block
+                )
+                work += units * _per_token(tuple(p for p in siblings if p is not output_proj))
                 input_projs = (output_proj,)
             work += chunks * _per_token(input_projs) + units * output_proj.per_token
     return {"others": sum(len(site.units) for site in others), "masking": work}
 
 
 def _products(model: PreTrainedModel, active_experts: int, pruned: set[str]) -> dict[str, Product]:
-    """Return every product of the model by its path: all parameters that are matrices.
+    """Return every product of the model by path: all parameters that are matrices.
 
-    Embeddings are looked up, not multiplied; where one is tied to the head, the head counts.
+    Embeddings do not count, because they are looked up; an output head tied to one does.
     """
-    found = {}
+    products = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
@@ -589,8 +603,8 @@ def _products(model: PreTrainedModel, active_experts: int, pruned: set[str]) -> 
             count = prod(copies)
             is_pruned = f"{path}.{name}" in pruned
             product = Product(inputs, outputs, is_pruned, min(active_experts, count), count)
-            found[path if name == "weight" else f"{path}.{name}"] = product
-    return found
+            products[path if name == "weight" else f"{path}.{name}"] = product
+    return products
 
 
 def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Accuracy and perplexity of models, and how two models compare."""
+"""Accuracy and perplexity of models, and paired comparisons of two models."""
 
 from optimum_cap.evaluation.comparison import comparison_table
 from optimum_cap.evaluation.results import (

@@ -1,6 +1,6 @@
-"""Two evaluations side by side: differences over the same items, with what chance alone does.
+"""Paired comparison of two evaluations: differences over the same items, with significance tests.
 
-Needs no torch. The statistics are those of paired data: both models answered the same questions.
+Does not import torch.
 """
 
 import math
@@ -28,19 +28,19 @@ _Item = TypeVar("_Item", Answer, Window)
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """One task of two models, over the items that both have.
+    """Comparison of two models on one task, over the items that both have.
 
     Attributes:
         task: Name of the task.
         metric: `"accuracy"` or `"perplexity"`.
-        n: Number of items that both have: questions or windows.
+        n: Number of common items: questions or windows.
         only_dense: Number of items that only the dense model has; they are dropped.
         only_pruned: Number of items that only the pruned model has; they are dropped.
-        dense: Value of the dense model over the common items.
-        pruned: Value of the pruned model over the common items.
+        dense: Metric of the dense model over the common items.
+        pruned: Metric of the pruned model over the common items.
         interval: 95 % interval of `difference`: Newcombe's for accuracy, a paired bootstrap over
             windows for perplexity; `None` with a single window.
-        p_value: Exact two-sided McNemar test; `None` for perplexity.
+        p_value: p-value of the exact two-sided McNemar test; `None` for perplexity.
     """
 
     task: str
@@ -55,7 +55,7 @@ class TaskComparison:
 
     @property
     def difference(self) -> float:
-        """Pruned minus dense: accuracy in fractions of 1, or perplexity."""
+        """Pruned minus dense: accuracy as a fraction of 1, or perplexity."""
         return self.pruned - self.dense
 
 
@@ -65,22 +65,23 @@ def compare(
     """Compare two evaluations task by task.
 
     Args:
-        dense: What is compared with.
-        pruned: What is compared.
+        dense: The baseline.
+        pruned: The evaluation to compare with it.
         tasks: Names of tasks; `None` takes those that both have.
 
     Returns:
-        Per task the comparison, or why there is none: a perplexity that is not finite.
+        Per task, the comparison, or the reason why there is none: a perplexity is not finite.
 
     Raises:
-        ValueError: A task that one side lacks, no common task, or a task without common items.
+        ValueError: An evaluation lacks a task, there is no common task, or a task has no common
+            items.
     """
     common = [name for name in dense.tasks if name in pruned.tasks]
     names = common if tasks is None else list(tasks)
     if not names:
         raise ValueError(
-            f"{dense.model} and {pruned.model} have no task in common: {', '.join(dense.tasks)} "
-            f"against {', '.join(pruned.tasks)}"
+            f"{dense.model} ({', '.join(dense.tasks)}) and {pruned.model} "
+            f"({', '.join(pruned.tasks)}) have no task in common: evaluate both on the same task"
         )
     for name in names:
         for side in (dense, pruned):
@@ -93,52 +94,54 @@ def compare(
 
 
 def comparison_table(dense: Evaluation, pruned: Evaluation, tasks: Iterable[str] | None) -> str:
-    """Return a comparison as a table for the terminal, with a note per item that was dropped."""
+    """Return a comparison as a table for the terminal, with a note on dropped items per task."""
     rows = [["task", "n", "dense", "pruned", "difference", "95 % interval", "p"]]
     notes = []
-    for name, found in compare(dense, pruned, tasks).items():
-        if isinstance(found, str):
+    for name, comparison in compare(dense, pruned, tasks).items():
+        if isinstance(comparison, str):
             rows.append([name, "-", "-", "-", "-", "-", "-"])
-            notes.append(f"{name}: {found}")
+            notes.append(f"{name}: {comparison}")
             continue
-        rows.append(_cells(found))
-        if found.only_dense or found.only_pruned:
+        rows.append(_cells(comparison))
+        if comparison.only_dense or comparison.only_pruned:
             notes.append(
-                f"{name}: dropped {found.only_dense} items that only the dense model has and "
-                f"{found.only_pruned} that only the pruned model has"
+                f"{name}: dropped {comparison.only_dense} items that only the dense model has and "
+                f"{comparison.only_pruned} that only the pruned model has"
             )
     return "\n".join(
         [f"dense   {dense.model}", f"pruned  {pruned.model}", "", aligned(rows, left=1), *notes]
     )
 
 
-def _cells(found: TaskComparison) -> list[str]:
+def _cells(comparison: TaskComparison) -> list[str]:
+    is_accuracy = comparison.metric == "accuracy"
+
     def plain(value: float) -> str:
-        return f"{value:.1%}" if found.metric == "accuracy" else f"ppl {value:.4g}"
+        return f"{value:.1%}" if is_accuracy else f"ppl {value:.4g}"
 
     def signed(value: float) -> str:
-        return f"{100 * value:+.1f} points" if found.metric == "accuracy" else f"{value:+.4g}"
+        return f"{100 * value:+.1f} points" if is_accuracy else f"{value:+.4g}"
 
     interval = "-"
-    if found.interval is not None:
-        low, high = found.interval
-        # The unit is said once, in the column before.
+    if comparison.interval is not None:
+        low, high = comparison.interval
+        # The column before already shows the unit.
         interval = " to ".join(signed(value).removesuffix(" points") for value in (low, high))
     return [
-        found.task,
-        str(found.n),
-        plain(found.dense),
-        plain(found.pruned),
-        signed(found.difference),
+        comparison.task,
+        str(comparison.n),
+        plain(comparison.dense),
+        plain(comparison.pruned),
+        signed(comparison.difference),
         interval,
-        "-" if found.p_value is None else f"{found.p_value:.3g}",
+        "-" if comparison.p_value is None else f"{comparison.p_value:.3g}",
     ]
 
 
 def _compare_task(name: str, dense: Evaluation, pruned: Evaluation) -> TaskComparison | str:
     for side in (dense, pruned):
         if (error := side.tasks[name].error) is not None:
-            return f"not compared: of {side.model} {error}"
+            return f"not compared: for {side.model}, {error}"
     first, second = dense.tasks[name], pruned.tasks[name]
     if isinstance(first, AccuracyResult) and isinstance(second, AccuracyResult):
         answers = _paired(first.items, second.items)
@@ -149,21 +152,21 @@ def _compare_task(name: str, dense: Evaluation, pruned: Evaluation) -> TaskCompa
         _check_pairs(name, windows, dense, pruned)
         return _compare_windows(name, windows, len(first.items), len(second.items))
     raise ValueError(
-        f"task {name} is measured by {first.metric} in {dense.model} and by {second.metric} in "
+        f"task {name} was measured by {first.metric} for {dense.model}, but by {second.metric} for "
         f"{pruned.model}: evaluate both again"
     )
 
 
 def _paired(first: Sequence[_Item], second: Sequence[_Item]) -> list[tuple[_Item, _Item]]:
-    """Pair the items with the same digest; the k-th of equal ones with the k-th."""
+    """Pair the items with the same digest; among equal digests, the k-th with the k-th."""
 
     def keyed(items: Sequence[_Item]) -> dict[tuple[str, int], _Item]:
         seen: Counter[str] = Counter()
-        found = {}
+        by_key = {}
         for item in items:
-            found[item.digest, seen[item.digest]] = item
+            by_key[item.digest, seen[item.digest]] = item
             seen[item.digest] += 1
-        return found
+        return by_key
 
     others = keyed(second)
     return [(item, others[key]) for key, item in keyed(first).items() if key in others]
@@ -172,9 +175,9 @@ def _paired(first: Sequence[_Item], second: Sequence[_Item]) -> list[tuple[_Item
 def _check_pairs(name: str, pairs: Sequence[object], dense: Evaluation, pruned: Evaluation) -> None:
     if not pairs:
         raise ValueError(
-            f"task {name}: {dense.model} and {pruned.model} have no item in common, so nothing can "
-            "be paired: evaluate both on the same data, with the same seed and, for perplexity, "
-            "the same tokenizer and window"
+            f"task {name}: {dense.model} and {pruned.model} have no item in common: evaluate both "
+            "on the same data, with the same seed and, for perplexity, the same tokenizer and "
+            "window"
         )
 
 
@@ -213,8 +216,9 @@ def mcnemar_p_value(won: int, lost: int) -> float:
 def newcombe_interval(both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
     """Return the 95 % interval of the paired difference of two proportions, second minus first.
 
-    Newcombe 1998 (Statistics in Medicine 17:2635), method 10: Wilson intervals of both proportions,
-    joined with their correlation. It holds for small samples and where the models never disagree.
+    Newcombe 1998 (Statistics in Medicine 17:2635), method 10, combines the Wilson intervals of both
+    proportions with their correlation. It is valid for small samples and if the models never
+    disagree.
 
     Args:
         both: Number of items that both have right.
@@ -245,7 +249,7 @@ def newcombe_interval(both: int, won: int, lost: int, neither: int) -> tuple[flo
 def _compare_windows(
     name: str, pairs: list[tuple[Window, Window]], first: int, second: int
 ) -> TaskComparison:
-    # Finite, because a result with a loss that is not has an error and does not come here.
+    # All losses are finite: a result with a non-finite loss has an error and is not compared.
     losses = np.array([[window.nll for window in pair] for pair in pairs], dtype=np.float64)
     tokens = np.array([pair[0].tokens for pair in pairs], dtype=np.float64)
     dense, pruned = np.exp(losses.sum(0) / tokens.sum())
@@ -277,7 +281,7 @@ def bootstrap_interval(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, f
     generator = np.random.default_rng(_SEED)
     count = len(tokens)
     differences = []
-    for _ in range(_RESAMPLES // 1000):  # in parts, which bounds the memory
+    for _ in range(_RESAMPLES // 1000):  # in parts, to bound the memory
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=1000)
         dense, pruned = np.exp(drawn @ losses / (drawn @ tokens)[:, None]).T
         differences.append(pruned - dense)

@@ -1,4 +1,4 @@
-"""What is asked of lm-evaluation-harness."""
+"""The interface to lm-evaluation-harness."""
 
 import copy
 import importlib
@@ -12,20 +12,22 @@ from transformers import PreTrainedModel
 
 from optimum_cap.evaluation.tasks import TASKS, Question, extract_of
 from optimum_cap.models import device_of
+from optimum_cap.version import install_command
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a task, ready to be asked.
+    """The questions of a task with their prompts.
 
     Attributes:
         name: Name of the task.
         questions: The questions.
-        prompts: What the model is given for each.
-        losses: Mean loss over the tokens of the worked answer, nats, where there is one.
-        excluded: Questions left out because the model was calibrated on them.
+        prompts: The text that the model continues, per question.
+        losses: Mean loss over the tokens of the worked answer in nats, per question; `None` if it
+            is not finite or the model cannot take the whole answer.
+        excluded: Number of questions left out because the model was calibrated on them.
         max_new_tokens: Longest answer, in tokens.
-        source: Where the questions come from.
+        source: Source of the questions, for the record.
     """
 
     name: str
@@ -41,35 +43,39 @@ class Questions:
 
 
 def import_harness(module: str) -> Any:
-    """Import a module of lm-evaluation-harness, late: it takes seconds."""
+    """Import a module of lm-evaluation-harness when it is needed, because it takes seconds.
+
+    Raises:
+        ImportError: lm-evaluation-harness is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"evaluation needs lm-evaluation-harness ({error}): pip install optimum-cap[eval]"
+            f"evaluation needs lm-evaluation-harness ({error}): run {install_command('eval')}"
         ) from error
 
 
 def harness_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_size: int) -> Any:
-    """Return `model` as a language model of lm-evaluation-harness.
+    """Wrap `model` as a language model of lm-evaluation-harness.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer; it is not changed.
         length: Longest sequence, in tokens.
-        batch_size: Sequences at a time.
+        batch_size: Sequences per batch.
     """
     lm = import_harness("lm_eval.models.huggingface").HFLM(
         pretrained=model,
-        # It sets a padding token and a padding side.
+        # HFLM sets a padding token and a padding side on the tokenizer.
         tokenizer=copy.deepcopy(tokenizer),
         batch_size=batch_size,
         max_length=length,
-        # A chat template writes its own special tokens; None lets the tokenizer add what it adds.
+        # A chat template adds its own special tokens; None keeps the tokenizer's default.
         add_bos_token=False if getattr(tokenizer, "chat_template", None) else None,
         softmax_dtype="float32",
     )
-    # Not that of the first weights, which may be offloaded; `device` of HFLM has no setter.
+    # HFLM uses the device of the first weights, which may be offloaded; `device` has no setter.
     lm._device = device_of(model)
     return lm
 
@@ -77,14 +83,14 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_siz
 def token_log_likelihoods(lm: Any, requests: list[Any]) -> list[tuple[float, bool]]:
     """Return the log-likelihood of each request `(None, given ids, ids to predict)`.
 
-    The public `loglikelihood` takes text, which would be tokenised anew for each window.
+    The public `loglikelihood` takes text, which it would tokenize again for each window.
     """
     scored: list[tuple[float, bool]] = lm._loglikelihood_tokens(requests)
     return scored
 
 
 def harness_task(job: Questions) -> Any:
-    """Describe a task to lm-evaluation-harness: prompts that are ready, greedy, one metric."""
+    """Return a task of lm-evaluation-harness with prepared prompts, greedy decoding, one metric."""
     import datasets
 
     rows = [
@@ -123,7 +129,7 @@ def harness_task(job: Questions) -> Any:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence the harness's remarks on how it is called, which are about us, not about the user."""
+    """Silence the harness's warnings about how it is called, which the user cannot act on."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What an evaluation found: items, the numbers made of them, JSON and a table. Needs no torch."""
+"""Results of an evaluation: items, metrics, JSON and a table. Does not import torch."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from optimum_cap.text import aligned
 
-_LAYOUT = 1  # of the JSON file; a reader refuses any other
+_LAYOUT = 1  # version of the JSON file; other versions raise an error
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any table of the distribution).
 _T = (
@@ -31,10 +31,13 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over seeds, of which there is one at least, and half its 95 % interval (Student's t).
+    """Return the mean over seeds and half the width of its 95 % interval (Student's t).
+
+    Args:
+        values: One value per seed, at least one.
 
     Returns:
-        The mean, and `None` as half width of the interval where there is a single value.
+        The mean, and the half width; `None` if there is a single value.
     """
     if len(values) == 1:
         return values[0], None
@@ -45,17 +48,17 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 @dataclass(frozen=True)
 class Answer:
-    """How one question was answered.
+    """The graded answer to one question.
 
     Attributes:
         digest: `row_digest` of the question and its worked answer.
         correct: Whether the final answer is right.
-        answer: The final answer that was found; `None` without a marker `####` and an answer
-            behind it, which counts as wrong.
-        fallback: Whether the answer is right by the task's lenient reading; `None` where the task
+        answer: The final answer extracted from the response; `None` if the response has no marker
+            `####` with an answer after it, which counts as wrong.
+        fallback: Whether the answer is right by the task's lenient extraction; `None` if the task
             has none.
-        loss: Mean loss over the tokens of the published worked answer, in nats; `None` where it is
-            not finite or the model cannot take the whole answer.
+        loss: Mean loss over the tokens of the published worked answer, in nats; `None` if it is not
+            finite or the model cannot take the whole answer.
     """
 
     digest: str
@@ -71,7 +74,7 @@ class Window:
 
     Attributes:
         digest: sha256 of its token ids.
-        nll: Summed negative log likelihood in nats; `None` where it is not finite.
+        nll: Summed negative log-likelihood in nats; `None` if it is not finite.
         tokens: Number of tokens that were predicted: all but the first.
     """
 
@@ -86,9 +89,9 @@ class AccuracyResult:
 
     Attributes:
         items: One entry per question.
-        excluded: Number of questions left out because calibration has used them.
+        excluded: Number of questions left out because the model was calibrated on them.
         max_new_tokens: Longest answer that could be generated, in tokens.
-        source: Where the questions are from.
+        source: Source of the questions.
     """
 
     metric: ClassVar[str] = "accuracy"
@@ -113,22 +116,22 @@ class AccuracyResult:
 
     @property
     def without_answer(self) -> int:
-        """Number of responses without a marker and an answer behind it."""
+        """Number of responses without a marker `####` followed by an answer."""
         return sum(item.answer is None for item in self.items)
 
     @property
     def fallback_accuracy(self) -> float | None:
-        """Accuracy by the task's lenient reading, if it has one."""
+        """Accuracy by the task's lenient extraction; `None` if it has none."""
         if self.items[0].fallback is None:
             return None
         return sum(bool(item.fallback) for item in self.items) / len(self.items)
 
     @property
     def answer_loss(self) -> float | None:
-        """Mean over the questions of the loss on the worked answer, in nats per token.
+        """Mean loss on the worked answers over the questions, in nats per token.
 
-        It moves long before accuracy does. Questions without a loss are left out; `None` if that
-        leaves none.
+        It is more sensitive to pruning than accuracy. Questions without a loss are left out; `None`
+        if no question has one.
         """
         losses = [item.loss for item in self.items if item.loss is not None]
         return math.fsum(losses) / len(losses) if losses else None
@@ -166,9 +169,10 @@ class PerplexityResult:
 
     Attributes:
         items: One entry per window.
-        excluded: Number of windows left out because they overlap what calibration has used.
+        excluded: Number of windows left out because they overlap text that the model was calibrated
+            on.
         window: Length of a window in tokens.
-        source: Where the text is from.
+        source: Source of the text.
     """
 
     metric: ClassVar[str] = "perplexity"
@@ -185,7 +189,7 @@ class PerplexityResult:
 
     @property
     def perplexity(self) -> float | None:
-        """The exponential of the mean loss per token; `None` if that is not finite."""
+        """The exponential of the mean loss per token; `None` if it is not finite."""
         losses = [item.nll for item in self.items if item.nll is not None]
         if len(losses) < len(self.items):
             return None
@@ -196,17 +200,17 @@ class PerplexityResult:
 
     @property
     def error(self) -> str | None:
-        """Why there is no perplexity, if there is none."""
+        """Why the perplexity is not finite; `None` if it is finite."""
         if self.perplexity is not None:
             return None
-        broken = sum(item.nll is None for item in self.items)
-        if broken:
-            reason = f"the loss is NaN or infinite in {broken} of {len(self.items)} windows"
+        nonfinite = sum(item.nll is None for item in self.items)
+        if nonfinite:
+            reason = f"the loss is NaN or infinite in {nonfinite} of {len(self.items)} windows"
         else:
-            reason = "the mean loss per token is too large for its exponential"
+            reason = "the exponential of the mean loss per token overflows"
         return (
-            f"the perplexity is not finite: {reason}; look for NaN or huge weights, or try "
-            "dtype float32"
+            f"the perplexity is not finite: {reason}; check the weights for NaN or huge values, or "
+            "try dtype float32"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,11 +237,11 @@ class Evaluation:
     """The results of one model.
 
     Attributes:
-        model: Its name.
-        tasks: Result per task, in the order they were asked for.
-        settings: Seed, limit, batch size, dtype, whether a chat template was used.
+        model: Name of the model.
+        tasks: Result per task, in the requested order.
+        settings: Seed, limit, batch size, dtype, device, and whether a chat template was used.
         versions: Version per library.
-        seconds: Time that the evaluation took.
+        seconds: Duration of the evaluation in seconds.
     """
 
     model: str
@@ -248,7 +252,7 @@ class Evaluation:
 
     @property
     def errors(self) -> dict[str, str]:
-        """What went wrong, per task."""
+        """Error message per task that has one."""
         return {name: result.error for name, result in self.tasks.items() if result.error}
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,7 +271,7 @@ class Evaluation:
         """Rebuild an evaluation from `to_dict`.
 
         Raises:
-            ValueError: The values are no evaluation, or one of another layout.
+            ValueError: The values are not an evaluation, or have another version.
         """
         layout = values.get("evaluation_layout") if isinstance(values, dict) else None
         if layout != _LAYOUT:
@@ -288,7 +292,7 @@ class Evaluation:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"this is no complete evaluation ({type(error).__name__}: {error}): evaluate the "
+                f"the evaluation is incomplete ({type(error).__name__}: {error}): evaluate the "
                 "model again"
             ) from error
 
@@ -299,14 +303,14 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            ValueError: The file holds something else.
-            FileNotFoundError: There is no such file.
+            ValueError: The file does not contain an evaluation.
+            FileNotFoundError: The file does not exist.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"the evaluation file {path} does not exist")
+            raise FileNotFoundError(f"the evaluation file {path} does not exist: check its path")
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
@@ -325,8 +329,8 @@ class Evaluation:
                 cells = [f"{result.accuracy:.1%}", interval, f"{missing:.1%}", loss]
                 if result.fallback_accuracy is not None:
                     notes.append(
-                        f"{name}: {result.fallback_accuracy:.1%} if the last number of the "
-                        "response is taken as its answer (flexible extraction)"
+                        f"{name}: {result.fallback_accuracy:.1%} with flexible extraction (the "
+                        "last number of the response is its answer)"
                     )
                 items = "questions"
             else:

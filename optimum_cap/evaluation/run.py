@@ -1,6 +1,6 @@
 """Accuracy and perplexity of a model, dense or pruned, with lm-evaluation-harness as the engine.
 
-`evaluate` reads like the way of the data: tasks, model, exclusions, responses or losses, results.
+`evaluate` follows the data flow: tasks, model, exclusions, responses or losses, results.
 """
 
 import hashlib
@@ -45,8 +45,8 @@ from optimum_cap.evaluation.tasks import (
 from optimum_cap.models import device_of, evaluation_mode, float32_on_cpu
 from optimum_cap.scoring import example_losses
 
-_LONGEST_WINDOW = 2048  # tokens; as in the papers on pruning and quantization
-_LEAST_ANSWER = 16  # tokens that must be left for an answer after the longest question
+_LONGEST_WINDOW = 2048  # tokens; as in papers on pruning and quantization
+_LEAST_ANSWER = 16  # tokens that must remain for an answer after the longest question
 _VERSIONED = ("optimum-cap", "lm-eval", "torch", "transformers")
 
 TaskData = dict[str, tuple[Any, dict[str, Any]]]
@@ -54,18 +54,18 @@ _T = TypeVar("_T")
 
 
 def load_task_data(tasks: str | Iterable[str], data_dir: str | Path | None = None) -> TaskData:
-    """Read the data of tasks, so that what is wrong with them shows before a model is loaded.
+    """Read the data of tasks, so that bad data is reported before a model is loaded.
 
     Args:
-        tasks: Names of tasks or groups; a text may hold several, separated by commas.
-        data_dir: Folder that holds the files of the data sets; `None` takes them from the Hub.
+        tasks: Names of tasks or groups, as a list or as comma-separated text.
+        data_dir: Folder with the files of the data sets; `None` downloads them from the Hub.
 
     Returns:
-        Questions or texts, and where they are from, per task.
+        Per task, its questions or texts and their source.
 
     Raises:
-        ValueError: An unknown task, or data that cannot be used.
-        FileNotFoundError: A file that does not exist; the message says where it was looked for.
+        ValueError: A task is unknown, or its data cannot be used.
+        FileNotFoundError: A file does not exist; the message names the paths that were tried.
         ImportError: lm-evaluation-harness is not installed.
     """
     names = resolve_tasks(tasks)
@@ -75,7 +75,7 @@ def load_task_data(tasks: str | Iterable[str], data_dir: str | Path | None = Non
 
 
 def check_counts(limit: int | None, batch_size: int) -> None:
-    """Raise a `ValueError` for a count that `evaluate` cannot take."""
+    """Raise a `ValueError` if `limit` or `batch_size` is not a positive integer."""
     for label, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{label} must be an integer of at least 1, got {value!r}")
@@ -93,32 +93,32 @@ def evaluate(
     data: TaskData | None = None,
     **load_options: Any,
 ) -> Evaluation:
-    """Measure accuracy with worked answers, and perplexity.
+    """Measure accuracy on questions with worked answers, and perplexity on texts.
 
-    A question is put without examples, through the tokenizer's chat template where there is one,
-    with the same prompt as in calibration. Decoding is greedy. What a pruned model was calibrated
-    on (`model.pruning_record`) is left out.
+    Questions are asked zero-shot, with the same prompt as in calibration (the tokenizer's chat
+    template if it has one). Decoding is greedy. Items that a pruned model was calibrated on
+    (`model.pruning_record`) are left out.
 
     Args:
-        model: A causal language model, or the name of one. It is left as it was.
-        tokenizer: Its tokenizer; `None` loads the one that is saved with the model.
-        tasks: Names of tasks or groups; a text may hold several, separated by commas.
-        data_dir: Folder that holds the files of the data sets; `None` takes them from the Hub.
+        model: A causal language model, or the name of one. It is not changed.
+        tokenizer: The tokenizer; `None` loads the one saved with the model.
+        tasks: Names of tasks or groups, as a list or as comma-separated text.
+        data_dir: Folder with the files of the data sets; `None` downloads them from the Hub.
         limit: Number of questions, or windows of text, per task; `None` takes all. The same
-            `seed` draws the same ones for every model, as far as they are not left out.
-        batch_size: Questions answered at a time. Windows are batched up to 2048 tokens.
-        seed: Seed of the draw.
-        data: What `load_task_data` returned; replaces `tasks` and `data_dir`.
-        **load_options: For `from_pretrained`, if `model` is a name: `dtype`, `revision`, ...
+            `seed` draws the same ones for every model, apart from those that are left out.
+        batch_size: Questions per batch. Windows are batched up to 2048 tokens.
+        seed: Seed for drawing `limit` items.
+        data: The result of `load_task_data`; replaces `tasks` and `data_dir`.
+        **load_options: Passed to `from_pretrained` if `model` is a name: `dtype`, `revision`, ...
 
     Returns:
-        Accuracies in fractions of 1, losses in nats. A perplexity that is not finite is `None`,
+        Accuracies as fractions of 1, losses in nats. A perplexity that is not finite is `None`,
         with an entry in `errors`; the other tasks keep their results.
 
     Raises:
-        ValueError: An unknown task; data that cannot be used or are all in the calibration set; a
-            question that leaves no room for an answer; a number out of range.
-        FileNotFoundError: A file that does not exist.
+        ValueError: A task is unknown, its data cannot be used or is all in the calibration set, a
+            question leaves no room for an answer, or a number is out of range.
+        FileNotFoundError: A file does not exist.
         ImportError: lm-evaluation-harness is not installed.
     """
     check_counts(limit, batch_size)
@@ -128,13 +128,13 @@ def evaluate(
     length = _length(model, tokenizer)
     draw = _Draw(_calibration_digests(model), limit, seed)
     with float32_on_cpu(model), evaluation_mode(model), _greedy(model), quiet_harness():
-        work = {name: _prepare(name, *data[name], model, tokenizer, length, draw) for name in data}
+        jobs = {name: _prepare(name, *data[name], model, tokenizer, length, draw) for name in data}
         lm = harness_model(model, tokenizer, length, batch_size)
-        results = _answer(lm, {n: job for n, job in work.items() if isinstance(job, Questions)})
-        results |= {n: _score(lm, job) for n, job in work.items() if isinstance(job, _Windows)}
+        results = _answer(lm, {n: job for n, job in jobs.items() if isinstance(job, Questions)})
+        results |= {n: _score(lm, job) for n, job in jobs.items() if isinstance(job, _Windows)}
     return Evaluation(
         model=model.name_or_path or type(model).__name__,
-        tasks={name: results[name] for name in work},
+        tasks={name: results[name] for name in jobs},
         settings={
             "seed": seed,
             "limit": limit,
@@ -156,44 +156,44 @@ def _loaded(
         loaded = AutoModelForCausalLM.from_pretrained(model, **options)
     elif options:
         raise ValueError(
-            f"{', '.join(options)} are for loading a model by its name, got a "
-            f"{type(model).__name__} that is loaded"
+            f"{', '.join(options)} need the name of a model to load, got a loaded "
+            f"{type(model).__name__}: leave them out"
         )
     else:
         loaded = model
     if tokenizer is None:
         shared = ("revision", "token", "trust_remote_code")
-        found = {name: options[name] for name in shared if name in options}
-        tokenizer = AutoTokenizer.from_pretrained(loaded.name_or_path, **found)
+        tokenizer_options = {name: options[name] for name in shared if name in options}
+        tokenizer = AutoTokenizer.from_pretrained(loaded.name_or_path, **tokenizer_options)
     return loaded, tokenizer
 
 
 def _length(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Return how many tokens model and tokenizer take; without any limit, the longest window."""
+    """Return the maximum number of tokens of model and tokenizer; 2048 if neither has a limit."""
     config = model.config.get_text_config(decoder=True)
     position_limit = getattr(config, "max_position_embeddings", None)
-    # Tokenizers without a limit claim an astronomical one.
+    # Tokenizers without a limit report an extremely large one.
     token_limit = min(getattr(tokenizer, "model_max_length", None) or 10**12, 10**12)
     limit = min(position_limit or 10**12, token_limit)
     return _LONGEST_WINDOW if limit >= 10**12 else int(limit)
 
 
-# What is asked
+# Questions and windows
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """Which items are evaluated: those that calibration has not seen, and of these a sample."""
+    """Which items are evaluated: a sample of those that the model was not calibrated on."""
 
     seen: frozenset[str]
     limit: int | None
     seed: int
 
     def sample(self, items: Sequence[_T], digests: Sequence[str]) -> list[_T]:
-        """Keep `limit` items, in their order.
+        """Return `limit` of the items, in their order.
 
-        The order of the draw is that of a hash, so that leaving an item out replaces one item and
-        moves no other: what two models share stays as large as it can be.
+        Items are drawn in the order of a hash, so leaving an item out replaces that item only, and
+        two models have as many items in common as possible.
         """
         if self.limit is None or self.limit >= len(items):
             return list(items)
@@ -212,30 +212,30 @@ class _Windows:
 
 def _calibration_digests(model: PreTrainedModel) -> frozenset[str]:
     record = getattr(model, "pruning_record", None)
-    # A criterion that looks at no data leaves no calibration record.
+    # A criterion that needs no data leaves the calibration record empty.
     return frozenset(record.calibration.get("digests", ()) if record is not None else ())
 
 
 def _prepare(
     name: str,
-    what: Any,
+    items: Any,
     source: dict[str, Any],
     model: PreTrainedModel,
     tokenizer: Any,
     length: int,
     draw: _Draw,
 ) -> "Questions | _Windows":
-    if isinstance(what, Text):
-        return _windows(name, what, source, tokenizer, min(_LONGEST_WINDOW, length), draw)
-    unseen = [item for item in what if item.digest not in draw.seen]
+    if isinstance(items, Text):
+        return _windows(name, items, source, tokenizer, min(_LONGEST_WINDOW, length), draw)
+    unseen = [item for item in items if item.digest not in draw.seen]
     if not unseen:
-        what_kind = "documents" if TASKS[name].documents else "questions"
+        noun = "documents" if TASKS[name].documents else "questions"
         raise ValueError(
-            f"task {name}: the model was calibrated on all {len(what)} {what_kind}, so none is "
-            "left to evaluate on: use another split or file"
+            f"task {name}: the model was calibrated on all {len(items)} {noun}, so none is left to "
+            "evaluate on: use another split or file"
         )
     chosen = draw.sample(unseen, [item.digest for item in unseen])
-    excluded = len(what) - len(unseen)
+    excluded = len(items) - len(unseen)
     if TASKS[name].documents:
         size = min(_LONGEST_WINDOW, length)
         return _Windows(_documents(name, chosen, tokenizer, size), excluded, size, source)
@@ -246,23 +246,26 @@ def _prepare(
     longest = max(map(len, encoded))
     if length - longest < _LEAST_ANSWER:
         raise ValueError(
-            f"task {name}: the longest question takes {longest} tokens of the {length} that the "
-            f"model takes; an answer needs at least {_LEAST_ANSWER} more: choose another task"
+            f"task {name}: the longest question has {longest} tokens and the model takes {length}, "
+            f"but an answer needs at least {_LEAST_ANSWER} more: choose another task"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"task {name}: the tokenizer has no end-of-sequence token, so an answer would never "
-            "end: set tokenizer.eos_token"
+            f"task {name}: the tokenizer has no end-of-sequence token, so answers would never end: "
+            "set tokenizer.eos_token"
         )
-    room = min(TASKS[name].max_new_tokens, length - longest)
+    max_new_tokens = min(TASKS[name].max_new_tokens, length - longest)
     losses = _answer_losses(model, tokenizer, questions, length)
-    return Questions(name, questions, prompts, losses, excluded, room, source)
+    return Questions(name, questions, prompts, losses, excluded, max_new_tokens, source)
 
 
 def _answer_losses(
     model: PreTrainedModel, tokenizer: Any, questions: list[Question], length: int
 ) -> list[float | None]:
-    """Mean loss over the tokens of each worked answer; `None` where there is none."""
+    """Return the mean loss over the tokens of each worked answer, in nats.
+
+    `None` if the loss is not finite or the model cannot take the whole answer.
+    """
     losses: list[float | None] = [None] * len(questions)
     examples, positions = [], []
     for position, question in enumerate(questions):
@@ -280,7 +283,7 @@ def _answer_losses(
 
 
 def render_prompt(prompt: str, tokenizer: Any) -> str:
-    """Return the text that a response continues, as in calibration."""
+    """Return the text that the model continues, formatted as in calibration."""
     if not getattr(tokenizer, "chat_template", None):
         return prompt + SEPARATOR
     rendered: str = tokenizer.apply_chat_template(
@@ -293,21 +296,24 @@ def render_prompt(prompt: str, tokenizer: Any) -> str:
 
 
 def _windows(
-    name: str, what: Text, source: dict[str, Any], tokenizer: Any, size: int, draw: _Draw
+    name: str, text: Text, source: dict[str, Any], tokenizer: Any, size: int, draw: _Draw
 ) -> _Windows:
-    """Cut a text into windows of `size` tokens; a shorter rest is dropped, as in the field."""
-    seen = [(start, stop) for start, stop, digest in what.passages if digest in draw.seen]
+    """Split a text into windows of `size` tokens; a shorter rest is dropped, as is usual."""
+    seen = [(start, stop) for start, stop, digest in text.passages if digest in draw.seen]
     if seen and not tokenizer.is_fast:
         raise ValueError(
-            f"task {name}: leaving out what the model was calibrated on needs a fast tokenizer, "
-            f"got {type(tokenizer).__name__}"
+            f"task {name}: leaving out the text that the model was calibrated on needs a fast "
+            f"tokenizer, got {type(tokenizer).__name__}: pass a fast tokenizer"
         )
-    encoding = tokenizer(what.text, verbose=False, return_offsets_mapping=bool(seen))
+    encoding = tokenizer(text.text, verbose=False, return_offsets_mapping=bool(seen))
     ids = list(encoding["input_ids"])
     if len(ids) < 2:
-        raise ValueError(f"task {name}: the text has {len(ids)} tokens, at least 2 are needed")
+        raise ValueError(
+            f"task {name}: the text has {len(ids)} tokens, but at least 2 are needed: use another "
+            "file"
+        )
     starts = range(0, len(ids) - size + 1, size) if len(ids) >= size else range(1)
-    kept = list(starts)
+    remaining = list(starts)
     if seen:
         offsets = encoding["offset_mapping"]
 
@@ -315,26 +321,26 @@ def _windows(
             first, last = offsets[start][0], offsets[min(start + size, len(ids)) - 1][1]
             return not any(first < stop and begin < last for begin, stop in seen)
 
-        kept = [start for start in starts if unseen(start)]
-    if not kept:
+        remaining = [start for start in starts if unseen(start)]
+    if not remaining:
         raise ValueError(
             f"task {name}: the model was calibrated on text in all {len(starts)} windows, so none "
             "is left to evaluate on: use another split or file"
         )
-    windows = [ids[start : start + size] for start in kept]
+    windows = [ids[start : start + size] for start in remaining]
     chosen = draw.sample(windows, [_tokens_digest(window) for window in windows])
-    return _Windows(chosen, len(starts) - len(kept), size, source)
+    return _Windows(chosen, len(starts) - len(remaining), size, source)
 
 
 def _documents(name: str, documents: list[Document], tokenizer: Any, size: int) -> list[list[int]]:
-    """Tokenise documents as calibration does, each cut at `size` tokens."""
+    """Tokenize documents as in calibration, each truncated to `size` tokens."""
     windows = []
     for document in documents:
         ids, _ = encode(Conversation((("text", document.text),)), tokenizer, size)
         if len(ids) < 2:
             raise ValueError(
-                f"task {name}: the document {document.text!r} has {len(ids)} tokens, at least 2 "
-                "are needed to predict one: remove it from the file"
+                f"task {name}: the document {document.text!r} has {len(ids)} tokens, but at least "
+                "2 are needed: remove it from the file"
             )
         windows.append(ids.tolist())
     return windows
@@ -350,13 +356,15 @@ def _answer(lm: Any, jobs: dict[str, Questions]) -> "dict[str, AccuracyResult | 
         return {}
     manager = import_harness("lm_eval.tasks").TaskManager(include_defaults=False)
     loaded = manager.load([harness_task(job) for job in jobs.values()])
-    # Not `simple_evaluate`: it seeds the caller's generators and runs git in the current folder.
-    found = import_harness("lm_eval").evaluate(lm, loaded, bootstrap_iters=0)
+    # Not `simple_evaluate`, which seeds the caller's generators and runs git in the current folder.
+    evaluated = import_harness("lm_eval").evaluate(lm, loaded, bootstrap_iters=0)
     return {
         name: AccuracyResult(
             tuple(
                 _graded(job, sample["doc_id"], sample["resps"][0][0])
-                for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+                for sample in sorted(
+                    evaluated["samples"][name], key=lambda sample: sample["doc_id"]
+                )
             ),
             job.excluded,
             job.max_new_tokens,
@@ -381,10 +389,10 @@ def _graded(job: Questions, position: int, response: str) -> Answer:
 
 
 def _score(lm: Any, job: _Windows) -> PerplexityResult:
-    """Measure the loss on every window: its first token is given, the others are predicted.
+    """Measure the loss on every window, predicting all tokens but the first.
 
-    The harness's own perplexity tasks predict the first token too, so its scoring of tokens is
-    called.
+    The perplexity tasks of the harness predict the first token too, so this calls its
+    log-likelihood of tokens instead.
     """
     requests = [(None, window[:1], window[1:]) for window in job.windows]
     per_batch = max(1, _LONGEST_WINDOW // job.size)
@@ -403,11 +411,11 @@ def _score(lm: Any, job: _Windows) -> PerplexityResult:
 
 @contextmanager
 def _greedy(model: PreTrainedModel) -> Iterator[None]:
-    """Generate greedily, whatever sampling, penalties or lengths the checkpoint asks for."""
-    own = model.generation_config
+    """Generate greedily, ignoring the checkpoint's settings for sampling, penalties and lengths."""
+    original = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+    model.generation_config = GenerationConfig(**{name: getattr(original, name) for name in names})
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original

@@ -1,7 +1,7 @@
-"""The evaluation tasks: where their data are, and how a response becomes a final answer.
+"""The evaluation tasks: where their data is, and how the final answer of a response is extracted.
 
-Rows are read by `data_sources`, as for calibration, so that prompts and digests are the same. A
-task is one entry in the table at the foot of this file.
+Rows are read by `optimum_cap.data`, as for calibration, so that prompts and digests are the same.
+To add a task, add an entry to `TASKS` at the end of this file.
 """
 
 import re
@@ -28,12 +28,12 @@ _REASONER_TEST = Path("examples", "tiny_reasoner", "data", "test.jsonl")
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """A question with its worked answer.
 
     Attributes:
-        prompt: What the user asks.
+        prompt: The message of the user.
         answer: The worked answer as published.
-        digest: By which calibration recognises the row.
+        digest: `row_digest` of the row, by which calibration identifies it.
     """
 
     prompt: str
@@ -43,11 +43,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Text:
-    """A text to predict.
+    """One long text for perplexity.
 
     Attributes:
         text: The lines as published, joined by blank lines.
-        passages: `(start, stop, digest)` per calibration passage, in characters of `text`.
+        passages: `(start, stop, digest)` per calibration passage, as character offsets in `text`.
     """
 
     text: str
@@ -56,11 +56,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Document:
-    """A text to predict on its own.
+    """One of many separate texts for perplexity.
 
     Attributes:
         text: The text as published.
-        digest: By which calibration recognises the row.
+        digest: `row_digest` of the row, by which calibration identifies it.
     """
 
     text: str
@@ -68,7 +68,7 @@ class Document:
 
 
 Items = tuple[Question, ...] | tuple[Document, ...] | Text
-"""What a task asks: questions, documents, or one long text."""
+"""The items of a task: questions, documents, or one long text."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,17 @@ class Task:
     """An evaluation task.
 
     Attributes:
-        files: Paths below the data folder where its file may be, the first that exists counts.
-        preset: The data set's preset in `data_sources`; `None` for files that are read as they are.
-        embedded: Where its file is in a checkout of this code, if it is part of it.
-        extract: Takes the final answer from a response, or from the worked answer; `None` for
-            texts to predict.
-        documents: Whether each row is a text of its own; else the rows are lines of one text.
-        fallback: A lenient reading beside `extract`, reported but never counted.
-        kind: Of the rows, only those with this `kind`.
+        files: Possible paths of its file in the data folder; the first that exists is used.
+        preset: Preset of the data set (`PRESETS` in `optimum_cap/data/sources.py`); `None` if its
+            files are read like any data file.
+        embedded: Path of its file in a checkout of this repository, if the repository has it.
+        extract: Extracts the final answer from a response or a worked answer; `None` for texts.
+        documents: Whether each row of texts is a separate document; otherwise the rows are lines
+            of one text.
+        fallback: A lenient extraction besides `extract`, reported but not counted.
+        kind: Uses only the rows with this `kind`; `None` uses all.
         max_new_tokens: Longest response in tokens.
-        until: Texts that end a response, beside the end-of-sequence token.
+        until: Texts that end a response, besides the end-of-sequence token.
     """
 
     files: tuple[str, ...]
@@ -100,22 +101,22 @@ class Task:
 
 
 def resolve_tasks(names: str | Iterable[str]) -> list[str]:
-    """Return the names of single tasks, groups expanded, without repetition.
+    """Return the names of tasks with groups expanded and duplicates removed.
 
     Args:
-        names: Names of tasks or groups; a text may hold several, separated by commas.
+        names: Names of tasks or groups, as a list or as comma-separated text.
 
     Raises:
-        ValueError: A name that is no task or group, or no name at all.
+        ValueError: A name is unknown, or there is no name.
     """
     parts = names.split(",") if isinstance(names, str) else [*names]
-    asked = [part.strip() for part in parts if part.strip()]
-    if not asked:
-        raise ValueError(f"no task was named: choose from {_valid()}")
-    for name in asked:
+    requested = [part.strip() for part in parts if part.strip()]
+    if not requested:
+        raise ValueError(f"tasks is empty: choose from {_valid()}")
+    for name in requested:
         if name not in TASKS and name not in GROUPS:
             raise ValueError(f"unknown task {name!r}: choose from {_valid()}")
-    return list(dict.fromkeys(task for name in asked for task in GROUPS.get(name, (name,))))
+    return list(dict.fromkeys(task for name in requested for task in GROUPS.get(name, (name,))))
 
 
 def _valid() -> str:
@@ -123,15 +124,15 @@ def _valid() -> str:
 
 
 def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]:
-    """Return what a task asks, and the record of where it is from.
+    """Return the items of a task and their source.
 
     Args:
-        name: A task.
-        data_dir: Folder of the files; `None` takes the split `test` from the Hub, or what is part
-            of a checkout.
+        name: Name of the task.
+        data_dir: Folder with the data files; `None` downloads the split `test` from the Hub, or
+            uses the file in a checkout of this repository.
 
     Raises:
-        FileNotFoundError: There is no file of this task; the message says where it was looked for.
+        FileNotFoundError: The task has no file; the message names the paths that were tried.
         ValueError: The file cannot be used for this task.
     """
     task = TASKS[name]
@@ -143,7 +144,11 @@ def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]
 def _load_questions(
     name: str, data_dir: Path | None
 ) -> tuple[tuple[Question, ...], dict[str, Any]]:
-    """Return the questions of a task; an answer without a result is a `ValueError`."""
+    """Return the questions of a task.
+
+    Raises:
+        ValueError: A worked answer has no final answer, or no row has the task's `kind`.
+    """
     task = TASKS[name]
     source, details = _load(name, data_dir)
     rows = source.rows
@@ -151,8 +156,8 @@ def _load_questions(
         rows = [row for row in rows if isinstance(row, dict) and row.get("kind") == task.kind]
         if not rows:
             raise ValueError(
-                f"task {name}: {details['file']} holds no row with the kind {task.kind!r}: "
-                "expected the file that examples/tiny_reasoner/train.py writes"
+                f"task {name}: {details['file']} has no row of kind {task.kind!r}: use the file "
+                "that examples/tiny_reasoner/train.py writes"
             )
     questions = []
     for row in rows:
@@ -161,8 +166,8 @@ def _load_questions(
         prompt = "\n".join(text for _, text in before)
         if extract_of(name)(answer) is None:
             raise ValueError(
-                f"task {name}: the answer {answer!r} in {source.name!r} ends without a line "
-                f"'{_MARKER} RESULT', so nothing can be compared with it"
+                f"task {name}: the answer {answer!r} in {source.name!r} must end with a line "
+                f"'{_MARKER} RESULT', with which responses are compared"
             )
         questions.append(Question(prompt, answer, conversation.digest))
     return tuple(questions), details
@@ -171,7 +176,7 @@ def _load_questions(
 def _load_documents(
     name: str, data_dir: Path | None
 ) -> tuple[tuple[Document, ...], dict[str, Any]]:
-    """Return the texts of a task, one per row."""
+    """Return the documents of a task, one per row."""
     source, details = _load(name, data_dir)
     conversations = [source.read(row) for row in source.rows]
     return (
@@ -184,14 +189,14 @@ def _load_documents(
 
 
 def _load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
-    r"""Return the one text of a task.
+    r"""Return the single text of a task.
 
-    The lines, with their line feeds, are joined by a blank line, as in the field
+    The lines, with their line feeds, are joined by blank lines, as is usual for this metric
     (`"\n\n".join(dataset["text"])` over the Hub's rows, where blank lines are empty).
     """
     source, details = _load(name, data_dir)
     if data_dir is not None:
-        # The reader of `txt` files strips lines and drops blank ones, which perplexity must not.
+        # Calibration strips the lines of `txt` files and drops blank ones; perplexity needs both.
         path = _find(name, data_dir)
         with path.open(encoding="utf-8-sig") as file:
             lines = list(file)
@@ -202,10 +207,14 @@ def _load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
 
 
 def extract_of(name: str) -> Extract:
-    """Return the function that takes the final answer of a task from a text."""
+    """Return the function that extracts the final answer of a task from a text.
+
+    Raises:
+        ValueError: The task measures perplexity.
+    """
     extract = TASKS[name].extract
     if extract is None:
-        raise ValueError(f"task {name} measures perplexity and has no answers")
+        raise ValueError(f"task {name} measures perplexity, so it has no answers to extract")
     return extract
 
 
@@ -229,14 +238,14 @@ def _find(name: str, data_dir: Path | None) -> Path:
         check_folder(data_dir)
         places = [data_dir / file for file in places]
     if task.embedded is not None:
-        # The checkout is that of this code, or the current folder.
+        # The checkout may also be the current folder.
         embedded = [root / task.embedded for root in (_ROOT, Path.cwd())]
         places = embedded if data_dir is None else places + embedded
     return first_file(f"task {name}", places)
 
 
 def _passage_spans(lines: Sequence[str], passages: Iterable[str]) -> Iterable[tuple[int, int, str]]:
-    """Find the passages that calibration draws from in the joined lines."""
+    """Yield `(start, stop, digest)` of the calibration passages in the joined lines."""
     starts, position = [], 0
     for line in lines:
         if line.strip():
@@ -263,7 +272,7 @@ def extract_marked(text: str) -> str | None:
 def extract_number(text: str) -> str | None:
     """Return the number after `#### `, as lm-evaluation-harness does for GSM8K (strict-match).
 
-    Thousands separators and a final full stop are dropped.
+    Thousands separators and a final full stop are removed. `None` if there is no such number.
     """
     match = re.search(r"#### (\-?[0-9\.\,]+)", text)
     return _plain_number(match[1]) if match else None
@@ -271,18 +280,18 @@ def extract_number(text: str) -> str | None:
 
 def extract_last_number(text: str) -> str | None:
     """Return the last number, as lm-evaluation-harness does for GSM8K (flexible-extract)."""
-    found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
-    return _plain_number(found[-1][0] or found[-1][1]) if found else None
+    numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
+    return _plain_number(numbers[-1][0] or numbers[-1][1]) if numbers else None
 
 
 def extract_yes_no(text: str) -> str | None:
-    """Return `yes` or `no`, the word that follows the first `####`."""
+    """Return `yes` or `no` if it follows the first `####`, else `None`."""
     match = re.match(r"\W*(yes|no)\b", extract_marked(text) or "", re.IGNORECASE)
     return match[1].lower() if match else None
 
 
 def extract_label(text: str) -> str | None:
-    """Return the label of a choice, such as `B` of `#### B`, `#### (B)` or `#### B) a swan`."""
+    """Return the label of a choice, such as `B` from `#### B`, `#### (B)` or `#### B) a swan`."""
     match = re.match(r"\W*([A-Za-z0-9])\b", extract_marked(text) or "")
     return match[1].upper() if match else None
 
@@ -291,7 +300,7 @@ def _plain_number(text: str) -> str:
     return re.sub(r"[,$]", "", text).removesuffix(".")
 
 
-# As in the task gsm8k of lm-evaluation-harness: a base model goes on with a next question.
+# As in the task gsm8k of lm-evaluation-harness: a base model continues with the next question.
 _UNTIL = ("Question:", "</s>", "<|im_end|>")
 _REASONER_FILES = ("tiny_reasoner/test.jsonl", "tiny_reasoner/data/test.jsonl", "test.jsonl")
 

@@ -1,4 +1,4 @@
-"""Pruning methods as functions of one matrix: masks, criteria, and solvers that update weights."""
+"""Pruning methods as functions of single matrices: masks, criteria, solvers that update weights."""
 
 from optimum_cap.methods.criteria import (
     CRITERIA,

@@ -1,7 +1,7 @@
-"""Criteria: how the weights of one matrix are ranked, or solved for.
+"""Pruning criteria: functions that rank the weights of a matrix, or solve for them.
 
-To add a criterion, write a function and add an entry to `CRITERIA` at the foot of this file: its
-name is then known to `CAPConfig`, the command line, the model card and `cap estimate`.
+To add a criterion, write a function and add an entry to `CRITERIA` at the end of this file.
+`CAPConfig`, the command line, the model card and `cap estimate` then support its name.
 """
 
 import zlib
@@ -18,12 +18,12 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 @dataclass(frozen=True)
 class CriterionInputs:
-    """What a criterion may look at, beside the weights of the matrix.
+    """Inputs of a criterion besides the weights of the matrix.
 
     Attributes:
         name: Name of the matrix.
-        seed: Seed of whatever is drawn.
-        regions: Importance of the units that the weights belong to; broadcasts against `[out, in]`.
+        seed: Seed for random numbers.
+        regions: Importance of the unit that each weight belongs to; broadcasts against `[out, in]`.
         statistics: Statistics of the inputs of the matrix.
     """
 
@@ -34,25 +34,25 @@ class CriterionInputs:
 
 
 Importance = Callable[[torch.Tensor, CriterionInputs], torch.Tensor]
-"""`(weight [out, in], criterion inputs)` -> importances, float32 `[out, in]`, at least 0; higher
-means keep."""
+"""`(weight [out, in], criterion inputs)` -> non-negative importances, float32 `[out, in]`; weights
+with higher importances are kept."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How the weights of a matrix are pruned: ranked by `importance`, or solved for by `solve`.
+    """A pruning criterion: it ranks weights by `importance`, or solves for them by `solve`.
 
     Attributes:
-        title: What the model card calls it.
-        importance: Ranks the weights and leaves those that are kept as they are.
-        solve: Chooses the weights to prune and updates the others, in the place of `importance`.
-        compared: Weights compete in a `"matrix"` or in a `"row"` of it.
+        title: Its name in the model card.
+        importance: Ranks the weights; the kept weights do not change.
+        solve: Chooses the weights to prune and updates the others; replaces `importance`.
+        compared: Whether weights are ranked within a `"matrix"` or within each `"row"` of it.
         needs_scores: Whether it needs the causal scores of the units.
-        needs_inputs: Whether it looks at the inputs of a matrix, so that each layer is pruned
-            before the next one is looked at.
-        ranks_heads: Whether whole heads can be ranked by it (`pattern="heads"`).
-        cost: What `cap estimate` charges for it: `"threshold"`, `"rows"`, `"sparsegpt"` or
-            `"alps"` (`PRUNING_COSTS` in `optimum_cap/estimation/costs.py`).
+        needs_inputs: Whether it needs statistics of the inputs of a matrix, so that each layer is
+            pruned before the inputs of the next one are measured.
+        ranks_heads: Whether it can rank whole heads (`pattern="heads"`).
+        cost: Its cost model in `cap estimate`: `"threshold"`, `"rows"`, `"sparsegpt"` or `"alps"`
+            (`PRUNING_COSTS` in `optimum_cap/estimation/costs.py`).
     """
 
     title: str
@@ -66,14 +66,14 @@ class Criterion:
 
     @property
     def updates_weights(self) -> bool:
-        """Whether the weights that are kept change too."""
+        """Whether it also changes the weights that it keeps."""
         return self.solve is not None
 
 
 def magnitude_times_importance(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
     """Return |W| * I (paper, Eq. 4)."""
     assert inputs.regions is not None
-    # abs() first: it copies, so that the rest may work in place.
+    # abs() makes a copy, so the following operations may work in place.
     return weight.detach().abs().float().mul_(inputs.regions.to(weight.device))
 
 
@@ -83,7 +83,7 @@ def magnitude(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
 
 
 def random(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
-    """Return uniform random numbers, the same ones for the same seed and name on any device."""
+    """Return uniform random numbers that depend on seed and name only, not on the device."""
     generator = torch.Generator().manual_seed(zlib.crc32(inputs.name.encode()) + inputs.seed)
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
@@ -91,8 +91,8 @@ def random(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
 def wanda(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
     """Return |W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Eq. 1).
 
-    The norm of a channel is the root mean square over tokens, which ranks alike. A matrix that no
-    token reached, of an expert, is ranked by magnitude.
+    The norm of a channel is its root mean square over tokens, which gives the same ranking. An
+    expert's matrix that no token reached is ranked by magnitude.
     """
     assert inputs.statistics is not None
     importance = magnitude(weight, inputs)

@@ -1,4 +1,4 @@
-"""Masks: the exact k-th smallest importance of any number of weights, and the patterns of a matrix.
+"""Masks: exact thresholds over any number of weights, and the sparsity patterns of a matrix.
 
 A mask is True where the weight is kept.
 """
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 import torch
 
 WHOLE_HEADS = "heads"
-"""The pattern that takes whole heads out instead of single weights."""
+"""The pattern that removes whole heads instead of single weights."""
 
-_CHUNK = 1 << 22  # weights looked at together: bounds the extra memory to a few times 16 MB
+_CHUNK = 1 << 22  # weights per step, which bounds the extra memory to a few times 16 MB
 _BINS = 1 << 16
-_INFINITY = 0x7F800000  # bit pattern; only NaNs lie above
+_INFINITY = 0x7F800000  # bit pattern of infinity; only those of NaNs are larger
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The k-th smallest importance, and how many of its equals are pruned.
+    """The k-th smallest importance, and the number of ties to prune.
 
     Attributes:
-        value: Everything below is pruned, everything above is kept.
-        ties: Of the weights exactly at `value`, the first this many are pruned.
+        value: Weights with a lower importance are pruned, with a higher one are kept.
+        ties: Number of weights with exactly this importance to prune, the first ones by position.
     """
 
     value: float
@@ -31,14 +31,15 @@ class Threshold:
 
 
 def kth_smallest(importances: Callable[[], Iterable[torch.Tensor]], k: int) -> Threshold:
-    """Find the threshold under which exactly `k` weights are pruned.
+    """Return the threshold that prunes exactly `k` weights.
 
-    The bit patterns of non-negative floats sort like integers, so two passes with a histogram over
-    the upper, then the lower 16 bits give the exact value: no sort, no copy of the importances.
+    The bit patterns of non-negative floats have the order of integers, so two passes with a
+    histogram over the upper, then the lower 16 bits give the exact value, without sorting or
+    copying the importances.
 
     Args:
         importances: Called once per pass; yields float32 tensors of any shape, the same ones each
-            time. Higher means keep.
+            time. Weights with higher importances are kept.
         k: Number of weights to prune, at least 1.
 
     Raises:
@@ -62,11 +63,11 @@ def kth_smallest(importances: Callable[[], Iterable[torch.Tensor]], k: int) -> T
 
 
 def keep_masks(importances: Iterable[torch.Tensor], threshold: Threshold) -> Iterator[torch.Tensor]:
-    """Yield the mask of each tensor, breaking ties at the threshold by position.
+    """Yield the mask of each tensor; ties at the threshold are broken by position.
 
     Args:
-        importances: The tensors that the threshold was found on, in the same order.
-        threshold: From `kth_smallest`.
+        importances: The tensors passed to `kth_smallest`, in the same order.
+        threshold: The result of `kth_smallest`.
 
     Yields:
         Bool tensors of the same shapes, True where the weight is kept.
@@ -85,14 +86,14 @@ def keep_masks(importances: Iterable[torch.Tensor], threshold: Threshold) -> Ite
 
 
 def mask_per_matrix(importance: torch.Tensor, zeros: int) -> torch.Tensor:
-    """Mask the least important weights of a matrix; ties go by position.
+    """Return a mask that prunes the least important weights of a matrix; ties by position.
 
     Args:
         importance: float32 `[out, in]`; higher means keep.
         zeros: Number of weights to prune.
 
     Returns:
-        bool `[out, in]`.
+        bool `[out, in]`, True where the weight is kept.
     """
     if zeros == 0:
         return torch.ones_like(importance, dtype=torch.bool)
@@ -101,13 +102,17 @@ def mask_per_matrix(importance: torch.Tensor, zeros: int) -> torch.Tensor:
 
 
 def mask_per_row(importance: torch.Tensor, zeros: int) -> torch.Tensor:
-    """Mask the least important weights of each row, as Wanda does; ties go by position.
+    """Return a mask that prunes the least important weights of each row; ties by position.
 
-    The rows get the same number of zeros if that divides, and numbers that differ by one if not.
+    As in Wanda, all rows get the same number of zeros, up to a difference of one if `zeros` is not
+    divisible by the number of rows.
 
     Args:
         importance: float32 `[out, in]`; higher means keep.
         zeros: Number of weights to prune in the whole matrix.
+
+    Returns:
+        bool `[out, in]`, True where the weight is kept.
     """
     counts = split_proportionally(zeros, [importance.shape[1]] * len(importance))
     order = importance.argsort(dim=1, stable=True)
@@ -117,22 +122,25 @@ def mask_per_row(importance: torch.Tensor, zeros: int) -> torch.Tensor:
 
 
 def n_of_m_mask(importance: torch.Tensor, kept: int, of: int) -> torch.Tensor:
-    """Keep the `kept` most important of every `of` consecutive weights of a row; ties by position.
+    """Return a mask that keeps the `kept` most important of every `of` weights; ties by position.
 
     Args:
         importance: float32 `[out, in]`, where `of` divides `in`; higher means keep.
         kept: N of N:M.
-        of: M of N:M.
+        of: M of N:M: consecutive weights of a row.
+
+    Returns:
+        bool `[out, in]`, True where the weight is kept.
     """
     groups = importance.reshape(-1, of)
     return mask_per_row(groups, len(groups) * (of - kept)).view(importance.shape)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Return `(N, M)` of a pattern "N:M", N kept of every M; `None` of the other patterns.
+    """Return `(N, M)` of a pattern "N:M", which keeps N of every M weights; `None` for the others.
 
     Raises:
-        ValueError: Neither `"unstructured"`, nor `"heads"`, nor N:M.
+        ValueError: `pattern` is neither `"unstructured"`, nor `"heads"`, nor N:M.
     """
     if pattern in ("unstructured", WHOLE_HEADS):
         return None
@@ -140,18 +148,18 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     if match and 0 < int(match[1]) < int(match[2]):
         return int(match[1]), int(match[2])
     raise ValueError(
-        'pattern must be "unstructured", "heads", or "N:M" with N weights kept of every M (such as '
-        f'"2:4"), got {pattern!r}'
+        'pattern must be "unstructured", "heads", or "N:M", which keeps N of every M weights (such '
+        f'as "2:4"), got {pattern!r}'
     )
 
 
 def split_proportionally(zeros: int, sizes: list[int]) -> list[int]:
-    """Split a number of zeros over parts by their sizes; each is off its share by less than one."""
-    total, before, given = sum(sizes), 0, []
+    """Split `zeros` over parts in proportion to `sizes`, each rounded up or down to an integer."""
+    total, before, counts = sum(sizes), 0, []
     for size in sizes:
-        given.append(zeros * (before + size) // total - zeros * before // total)
+        counts.append(zeros * (before + size) // total - zeros * before // total)
         before += size
-    return given
+    return counts
 
 
 def apply_mask_(weight: torch.Tensor, keep: torch.Tensor) -> None:
@@ -170,7 +178,7 @@ def _bit_patterns(importances: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]
 
 
 def _bin_of(histogram: torch.Tensor, k: int) -> tuple[int, int]:
-    """Return the bin that holds the k-th smallest entry, and the number of entries before it."""
+    """Return the bin with the k-th smallest entry, and the number of entries in lower bins."""
     cumulative = histogram.cumsum(0)
     index = int(torch.searchsorted(cumulative, k))
     return index, int(cumulative[index - 1]) if index else 0

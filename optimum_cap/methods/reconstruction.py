@@ -1,4 +1,4 @@
-"""Criteria that also change the weights they keep, so that the layer's output stays what it was."""
+"""Solvers that choose the weights to prune and update the others to preserve a layer's outputs."""
 
 from collections.abc import Callable
 
@@ -13,18 +13,18 @@ logger = logging.get_logger(__name__)
 Reconstruction = Callable[
     [torch.Tensor, InputStatistics, int, tuple[int, int] | None, str], torch.Tensor
 ]
-"""`(weight [out, in], statistics of its inputs, zeros, pattern, name)` -> new weight."""
+"""`(weight [out, in], input statistics, zeros, pattern, name)` -> new weight `[out, in]`."""
 
 BLOCK = 128  # columns
-_DAMPING = 0.01  # of the mean of the diagonal
+_DAMPING = 0.01  # fraction of the mean of the diagonal
 _MOST_DAMPING = 1.0
 ALPS_INVERSES = 10
 _STEPS_PER_INVERSE = 2
 ALPS_STEPS = ALPS_INVERSES * _STEPS_PER_INVERSE
-_SAMPLE = 1 << 12  # weights that give the threshold of a step
+_SAMPLE = 1 << 12  # weights from which the threshold of a step is estimated
 _PENALTY, _PENALTY_GROWTH = 0.03, 1.44  # relative to a Hessian with a diagonal of 1
 FITTING_STEPS = 10
-_CORRECTION = 0.75
+_CORRECTION = 0.75  # fraction of the correction toward the dense model that is applied
 
 
 def sparsegpt(
@@ -34,28 +34,32 @@ def sparsegpt(
     pattern: tuple[int, int] | None = None,
     name: str = "matrix",
 ) -> torch.Tensor:
-    """Prune a matrix by optimal brain surgeon, column by column, and update what is kept.
+    """Prune a matrix with SparseGPT: column by column, updating the columns that follow.
 
-    The source is SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, Algorithm 1;
-    https://github.com/IST-DASLab/sparsegpt, `sparsegpt.py`): the mask of a block of 128 columns is
-    chosen when the updates of the columns before have reached it; the Hessian is damped by 1 % of
-    the mean of its diagonal. Unlike there, a channel without any input does not count in that mean,
-    and is pruned first, but only as far as `zeros` asks.
+    Source: SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, Algorithm 1;
+    https://github.com/IST-DASLab/sparsegpt, `sparsegpt.py`). The mask of a block of 128 columns is
+    chosen after the updates of all columns before it; the Hessian is damped by 1 % of the mean of
+    its diagonal. Unlike the reference code, a channel whose input is always zero does not count in
+    that mean, and it is pruned first, but not beyond `zeros`.
 
     Args:
         weight: `[out, in]`; it is not changed.
-        inputs: Statistics of its inputs, with `gram`. Without any tokens all channels count alike.
+        inputs: Statistics of its inputs, with `gram`. Without any tokens, all channels have the
+            same weight.
         zeros: Number of weights to prune, spread evenly over the blocks of columns.
-        pattern: `(N, M)`, N weights kept of every M; `zeros` is then not read.
-        name: Of the matrix, for the log.
+        pattern: `(N, M)`, which keeps N of every M weights; `zeros` is then ignored.
+        name: Name of the matrix, for log and error messages.
 
     Returns:
         The new weights, float32 `[out, in]`, with exact zeros.
+
+    Raises:
+        ValueError: `inputs` has no `gram`, or the Hessian cannot be inverted.
     """
     new = weight.detach().float().clone()
     rows, columns = new.shape
     _, factor = _damped(inputs, columns, name, _factor_of_inverse)
-    # Of a channel that is always zero, every weight can go.
+    # The weights of a channel that is always zero have no effect, so they are pruned first.
     scale = factor.diagonal().masked_fill((inputs.squares == 0) & (inputs.tokens > 0), torch.inf)
     width = BLOCK if pattern is None else BLOCK // pattern[1] * pattern[1] or pattern[1]
     starts = range(0, columns, width)
@@ -89,58 +93,60 @@ def alps(
     pattern: tuple[int, int] | None = None,
     name: str = "matrix",
 ) -> torch.Tensor:
-    """Prune a matrix by alternating directions, and fit what is kept by least squares.
+    """Prune a matrix with ALPS: ADMM chooses the mask, least squares fits the kept weights.
 
-    The source is ALPS (Meng et al. 2024, arXiv 2406.07831, Algorithms 1 and 2): the outputs are to
-    stay what they are (solved for all weights at once), and the weights are to be sparse (a
-    projection); a penalty that grows makes the two agree. Then conjugate gradients bring the
-    weights that are kept to the least squares solution. Here the inputs are scaled to the same
-    norm, so that the projection ranks as Wanda does, all weights of the matrix compete, and the
-    penalty grows by a fixed factor after every other step of 20: four times as many lower the error
-    of the outputs by 4 to 5 % more. An inverse for each penalty takes the place of an
-    eigendecomposition, which takes far longer on a GPU.
+    Source: ALPS (Meng et al. 2024, arXiv 2406.07831, Algorithms 1 and 2). ADMM alternates between
+    preserving the outputs (a linear system for all weights) and sparsity (a projection); a growing
+    penalty makes the two agree. Conjugate gradients then bring the kept weights to the least
+    squares solution.
 
-    Args and returns: as `sparsegpt`.
+    Differences from the paper: the inputs are scaled to the same norm, so that the projection ranks
+    weights as Wanda does; all weights of the matrix are ranked together; and the penalty grows by a
+    fixed factor after every second of 20 steps (four times as many steps lower the output error by
+    only 4 to 5 % more). Computing one inverse per penalty is much faster on a GPU than an
+    eigendecomposition.
+
+    Args, returns and raises: as for `sparsegpt`.
     """
     hessian = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)[0]
     scale = hessian.diagonal().sqrt()
     hessian.div_(scale).div_(scale.unsqueeze(1))
     dense = weight.detach().float() * scale
-    # Of a channel that is always zero, every weight can go.
+    # The weights of a channel that is always zero have no effect, so they are pruned first.
     needed = ((inputs.squares > 0) | (inputs.tokens == 0)).to(dense.dtype)
 
     def importance(candidate: torch.Tensor) -> torch.Tensor:
         return candidate.square().mul_(needed)
 
-    def kept(candidate: torch.Tensor) -> torch.Tensor:
+    def exact_mask(candidate: torch.Tensor) -> torch.Tensor:
         if pattern is not None:
             return n_of_m_mask(importance(candidate), *pattern)
         return mask_per_matrix(importance(candidate), zeros)
 
     if inputs.tokens == 0:
-        return dense.masked_fill(~kept(dense), 0)
+        return dense.masked_fill(~exact_mask(dense), 0)
 
     if dense.numel() <= _SAMPLE:
         drawn = torch.arange(dense.numel())
     else:
-        # At random: weights at equal distances would be of a few channels only.
+        # Drawn at random: weights at equal distances would belong to only a few channels.
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(dense.numel(), (_SAMPLE,), generator=generator)
     drawn = drawn.to(dense.device)
 
-    def roughly_kept(candidate: torch.Tensor) -> torch.Tensor:
-        """Keep about as many as asked for: a sample of the matrix gives the threshold."""
+    def approximate_mask(candidate: torch.Tensor) -> torch.Tensor:
+        """Prune about `zeros` weights, with a threshold estimated from a sample of the matrix."""
         if pattern is not None:
-            return kept(candidate)
+            return exact_mask(candidate)
         squares = importance(candidate)
         sample = squares.flatten()[drawn]
         rank = round(zeros / squares.numel() * len(sample))
         return squares > sample.kthvalue(rank).values if rank else squares >= 0
 
     target = dense @ hessian
-    # In place where it can be, and `dense` is made again later: the matrices and the Hessian are
-    # the most that is in memory. Stored by rows, even if the weights are stored by columns.
-    sparse = (dense * roughly_kept(dense)).contiguous()
+    # The steps work in place where possible, and `dense` is recomputed later, because these
+    # matrices and the Hessian determine the peak memory. Row-major, even if `weight` is not.
+    sparse = (dense * approximate_mask(dense)).contiguous()
     last, dual, penalty = torch.empty_like(target), torch.zeros_like(target), _PENALTY
     del dense
     for _ in range(ALPS_INVERSES):
@@ -148,20 +154,20 @@ def alps(
         for _ in range(_STEPS_PER_INVERSE):
             sparse.sub_(dual).mul_(penalty).add_(target)
             torch.mm(sparse, inverse, out=last).add_(dual)
-            torch.mul(last, roughly_kept(last), out=sparse)
+            torch.mul(last, approximate_mask(last), out=sparse)
             torch.sub(last, sparse, out=dual)
-        del inverse  # before there is another one
+        del inverse  # before the next one is allocated
         dual /= _PENALTY_GROWTH
         penalty *= _PENALTY_GROWTH
     del target, sparse, dual
-    keep = kept(last)
+    keep = exact_mask(last)
     dense = weight.detach().float() * scale
     return _least_squares_(last.masked_fill_(~keep, 0), dense, hessian, keep).div_(scale)
 
 
 def _inverse(hessian: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Inverse of the Hessian with a penalty added to its diagonal."""
-    # Stored by columns, as LAPACK wants it: on a CPU neither step makes a copy.
+    """Return the inverse of the Hessian with `penalty` added to its diagonal."""
+    # Column-major, as LAPACK expects, so neither step makes a copy on CPU.
     work = torch.empty_like(hessian).mT.copy_(hessian)
     work.diagonal().add_(penalty)
     torch.linalg.cholesky(work, out=work)
@@ -171,9 +177,10 @@ def _inverse(hessian: torch.Tensor, penalty: float) -> torch.Tensor:
 def _least_squares_(
     weight: torch.Tensor, dense: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor
 ) -> torch.Tensor:
-    """Minimise tr((W - dense) H (W - dense)^T) over the weights that are kept, in place.
+    """Minimise tr((W - dense) H (W - dense)^T) over the kept weights, in place.
 
-    Conjugate gradients, all rows at once; the Hessian has a diagonal of 1, which preconditions it.
+    Runs `FITTING_STEPS` steps of conjugate gradients on all rows at once. The Hessian is scaled to
+    a diagonal of 1, which acts as a preconditioner.
     """
     residual = ((dense - weight) @ hessian).mul_(keep)
     direction = residual.clone()
@@ -181,7 +188,7 @@ def _least_squares_(
     for _ in range(FITTING_STEPS):
         along = (direction @ hessian).mul_(keep)
         curvature = (direction * along).sum(dim=1, keepdim=True)
-        # Rows without weights, or already solved, stay.
+        # Rows without kept weights, or already solved, do not change.
         step = (square / curvature).where(curvature > 0, 0)
         weight += step * direction
         residual -= step * along
@@ -193,26 +200,31 @@ def _least_squares_(
 def correct_toward_dense(
     weight: torch.Tensor, inputs: InputStatistics, name: str = "matrix"
 ) -> torch.Tensor:
-    """Return the dense matrix that best brings back what its outputs miss.
+    """Return a dense matrix whose outputs in the pruned model are closer to the dense model's.
 
-    Regression of the dense model's outputs on the inputs that the pruned model gives the matrix, as
-    in GPTAQ (Li et al. 2025, arXiv 2504.02692), damped like the Hessian. The inputs are noisy, so a
-    full correction would follow the noise: three quarters of it are made.
+    Error compensation as in GPTAQ (Li et al. 2025, arXiv 2504.02692): a damped regression of the
+    dense model's outputs on the inputs that the matrix receives in the pruned model. Only 75 % of
+    the correction is applied, because the inputs are noisy and a full correction would fit the
+    noise.
 
     Args:
         weight: `[out, in]`; it is not changed.
         inputs: Statistics of its inputs, with `gram` and `output_error_moment`.
-        name: Of the matrix, for the log and errors.
+        name: Name of the matrix, for log and error messages.
+
+    Returns:
+        The corrected matrix, float32 `[out, in]`; `weight` itself if there are no tokens or no
+        `output_error_moment`.
 
     Raises:
-        ValueError: What the outputs miss is not finite.
+        ValueError: `output_error_moment` is not finite.
     """
     if inputs.tokens == 0 or inputs.output_error_moment is None:
         return weight
     if not inputs.output_error_moment.isfinite().all():
         raise ValueError(
-            f"{name}: the pruned model's outputs are not a finite way from the dense model's, so "
-            "the matrix cannot be fitted to them: check the model, or choose target 'local'"
+            f"{name}: the difference between the outputs of the dense and the pruned model is not "
+            "finite, so the matrix cannot be corrected: check the model, or choose target 'local'"
         )
     _, lower = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)
     change = torch.cholesky_solve(inputs.output_error_moment.T / inputs.tokens, lower).T
@@ -225,9 +237,15 @@ def _damped(
     name: str,
     factorize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damp the Hessian until it can be factorized; return it and its factor, float32 `[in, in]`."""
+    """Damp the Hessian until it can be factorized; return it and its factor, float32 `[in, in]`.
+
+    Raises:
+        ValueError: `inputs` has no `gram`, or damping by the mean of the diagonal is not enough.
+    """
     if inputs.gram is None:
-        raise ValueError(f"{name}: the statistics x_i x_j of its inputs are needed")
+        raise ValueError(
+            f"{name}: the input statistics have no gram (x_i x_j): collect them with gram=True"
+        )
     if inputs.tokens == 0:
         identity = torch.eye(columns, device=inputs.gram.device)
         return identity, identity
@@ -246,14 +264,14 @@ def _damped(
         damping *= 10
         if damping > _MOST_DAMPING:
             raise ValueError(
-                f"{name}: the Hessian of its inputs cannot be inverted even with a damping of "
-                f"{added:g}: the inputs are not finite, or far out of scale; check the model"
+                f"{name}: the Hessian of its inputs cannot be inverted, even with a damping of "
+                f"{added:g}, because the inputs are not finite or extremely large: check the model"
             )
-        logger.warning(f"{name}: a damping of {added:g} does not suffice; trying {damping:g}")
+        logger.warning(f"{name}: a damping of {added:g} is not enough, trying {damping:g}")
 
 
 def _factor_of_inverse(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper Cholesky factor of the inverse, and whether it failed."""
+    """Return the upper Cholesky factor of the inverse, and a non-zero value if it failed."""
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         return lower, failed

@@ -1,4 +1,4 @@
-"""What a criterion may know about the inputs of a matrix."""
+"""Statistics of the inputs of a matrix."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ import torch
 class InputStatistics:
     """Second moments of the input of a matrix, summed over the calibration tokens that reach it.
 
-    Padding does not count. Of a mixture of experts, an expert's matrices see the tokens that are
-    routed to it. The sums may give each token a weight.
+    Padding does not count. In a mixture of experts, only tokens routed to an expert count for its
+    matrices. Tokens may have weights.
 
     Attributes:
-        tokens: Number of tokens, whatever they weigh.
+        tokens: Number of tokens, regardless of their weights.
         squares: Sum of x_i^2, float32 `[in]`.
-        gram: Sum of x_i x_j, float32 `[in, in]`; `None` where it was not asked for.
-        output_error_moment: Sum of e_i x_j, where e is what the outputs of this matrix lack of
-            those of the dense model, float32 `[out, in]`; `None` where the two are not compared.
+        gram: Sum of x_i x_j, float32 `[in, in]`; `None` if not collected.
+        output_error_moment: Sum of e_i x_j, float32 `[out, in]`, where e is the output of the dense
+            model minus that of this matrix; `None` if the two models are not compared.
     """
 
     tokens: int
@@ -27,7 +27,7 @@ class InputStatistics:
 
     @classmethod
     def empty(cls, width: int, device: torch.device, gram: bool) -> "InputStatistics":
-        """Statistics of no tokens yet."""
+        """Return statistics of zero tokens."""
         return cls(
             0,
             torch.zeros(width, device=device),
@@ -35,7 +35,7 @@ class InputStatistics:
         )
 
     def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens, `[tokens, in]`, each with a weight, `[tokens]`."""
+        """Add inputs, `[tokens, in]`, with token weights, `[tokens]`; `None` weights all by 1."""
         inputs = inputs.float()
         weighted = inputs if weights is None else inputs * weights.unsqueeze(1)
         self.tokens += len(inputs)

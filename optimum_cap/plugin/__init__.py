@@ -1,1 +1,1 @@
-"""The plugin for transformers: the quantization method and the keyword `pruning_config`."""
+"""Integration with transformers: the quantization method `"cap"` and `pruning_config`."""

@@ -1,4 +1,4 @@
-"""The keyword `pruning_config` of `from_pretrained`, and the record of models that are loaded."""
+"""The keyword `pruning_config` of `from_pretrained`, and the pruning records of loaded models."""
 
 import functools
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from transformers.utils.hub import resolve_revision
 from optimum_cap.config import CAPConfig
 from optimum_cap.plugin.quantizer import attach_saved_record, hub_arguments, parallel_arguments
 
-# What the caller of from_pretrained said about where files come from: the tokenizer and the record
-# come from the same place.
+# Keywords of from_pretrained that select the files to load; they also apply to the tokenizer and
+# the pruning record.
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -25,7 +25,7 @@ _PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh"
 
 
 def register() -> None:
-    """Teach `from_pretrained` the keyword; a second call changes nothing."""
+    """Add the keyword `pruning_config` to `from_pretrained`. Idempotent."""
     if hasattr(PreTrainedModel.from_pretrained, "__wrapped__"):
         return
     for owner, wrap in (
@@ -37,10 +37,10 @@ def register() -> None:
 
 
 def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `PreTrainedModel.from_pretrained`, where the Auto classes end as well.
+    """Wrap `PreTrainedModel.from_pretrained`, which the Auto classes call as well.
 
-    It routes `pruning_config` to the native hook, and gives models that are loaded from a dense CAP
-    checkpoint, of which the native hook hears nothing, their record.
+    The wrapper passes `pruning_config` on as `quantization_config`, and attaches the pruning record
+    to models loaded from a dense CAP checkpoint, for which transformers creates no quantizer.
     """
 
     @functools.wraps(stock)
@@ -63,7 +63,7 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
             loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             is_pruned = getattr(model, "pruning_record", None) is not None
-            # Without a name, the model was made of a config and weights in memory.
+            # Without a name, the model was created from a config and weights in memory.
             has_files = pretrained_model_name_or_path is not None
             if has_files and getattr(model.config, "pruning_config", None) and not is_pruned:
                 attach_saved_record(model)
@@ -76,62 +76,67 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `AutoConfig.from_pretrained`, which would keep the keyword to itself.
+    """Wrap `AutoConfig.from_pretrained`, which would consume `pruning_config`.
 
-    It sets every keyword that `config.json` knows, and the `config.json` of a model that is already
-    pruned knows `pruning_config`. The Auto classes and `pipeline` all ask it, in whatever order
-    they and this package were imported.
+    It sets every keyword that is a key of `config.json`, and the `config.json` of a pruned model
+    has the key `pruning_config`. The Auto classes and `pipeline` call it, whatever the order in
+    which they and this package were imported.
     """
 
     @functools.wraps(stock)
     def from_pretrained(cls: type[AutoConfig], *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.pop("pruning_config", None)
+        pruning_config = kwargs.pop("pruning_config", None)
         loaded = stock(cls, *args, **kwargs)
-        if given is not None and isinstance(loaded, tuple):  # (config, keywords for the model)
-            loaded[1]["pruning_config"] = given
+        if pruning_config is not None and isinstance(loaded, tuple):  # (config, model keywords)
+            loaded[1]["pruning_config"] = pruning_config
         return loaded
 
     return from_pretrained
 
 
 def _route_pruning_config(kwargs: dict[str, Any]) -> None:
-    """Turn the keyword `pruning_config` into `quantization_config`, the native hook."""
-    given = kwargs.pop("pruning_config", None)
-    if given is None:
+    """Replace `pruning_config` by `quantization_config`, the keyword that transformers supports."""
+    pruning_config = kwargs.pop("pruning_config", None)
+    if pruning_config is None:
         return
-    if isinstance(given, dict):
-        given = CAPConfig.from_dict(given)
-    if not isinstance(given, CAPConfig):
+    if isinstance(pruning_config, dict):
+        pruning_config = CAPConfig.from_dict(pruning_config)
+    if not isinstance(pruning_config, CAPConfig):
         raise TypeError(
             f"pruning_config must be a CAPConfig or a dictionary of its fields, got "
-            f"{type(given).__name__}"
+            f"{type(pruning_config).__name__}"
         )
     if kwargs.get("quantization_config") is not None:
         raise ValueError(
-            "pruning_config and quantization_config cannot be given together: prune first, save "
-            "with checkpoint_format='dense', and quantize the saved model when loading it"
+            "pruning_config and quantization_config cannot be combined: prune first, save with "
+            "checkpoint_format='dense', and quantize the saved model when loading it"
         )
-    kwargs["quantization_config"] = given
+    kwargs["quantization_config"] = pruning_config
 
 
-def _check_not_pruned(name: Any, hub: dict[str, Any], kwargs: dict[str, Any], asked: bool) -> None:
-    """Check that the checkpoint is dense, or that it is only to be loaded.
+def _check_not_pruned(
+    name: Any, hub: dict[str, Any], kwargs: dict[str, Any], by_keyword: bool
+) -> None:
+    """Check that the checkpoint is dense if it is to be pruned.
 
-    Programs that read the quantization method from `config.json` and hand it back (lm-eval) ask for
-    no pruning: what they pass is what the checkpoint says of itself, and is dropped.
+    Programs such as lm-eval read `quantization_config` from `config.json` and pass it back. This
+    is not a request to prune, so a config equal to that of the checkpoint is dropped.
 
     Args:
         name: Name or path of the checkpoint.
-        hub: Where it comes from.
+        hub: Keywords that select the files on the Hub.
         kwargs: Keywords of `from_pretrained`, with a `CAPConfig` as `quantization_config`.
-        asked: Whether it was given as `pruning_config`.
+        by_keyword: Whether the caller passed it as `pruning_config`.
+
+    Raises:
+        ValueError: The checkpoint is already pruned.
     """
     values, _ = PreTrainedConfig.get_config_dict(name, **hub)
     if (pruned := values.get("pruning_config")) is None:
         return
     saved = values.get("quantization_config")
-    given = kwargs["quantization_config"].to_dict()
-    if not asked and saved is not None and given == CAPConfig.from_dict(saved).to_dict():
+    passed = kwargs["quantization_config"].to_dict()
+    if not by_keyword and saved is not None and passed == CAPConfig.from_dict(saved).to_dict():
         del kwargs["quantization_config"]
         return
     raise ValueError(

@@ -1,6 +1,7 @@
 """The quantization method `"cap"`: prunes a dense model after loading, unpacks a packed one.
 
-This module must not import `transformers.modeling_utils`: it is loaded while that one is.
+This module must not import `transformers.modeling_utils`, because it is imported while that module
+is being loaded.
 """
 
 import re
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
-"""Where the running `from_pretrained` takes files from, the tokenizer and the record among them."""
+"""Keywords of the running `from_pretrained` that select files, also for tokenizer and record."""
 parallel_arguments: ContextVar[list[str]] = ContextVar("parallel_arguments")
-"""Names of the arguments of the running `from_pretrained` that split matrices over devices."""
+"""Names of the keywords of the running `from_pretrained` that split matrices over devices."""
 
-_SPLITS_PACKED = "5.23"  # the first one with ConversionOps.supports_many_to_many
+_SPLITS_PACKED = "5.23"  # the first release with ConversionOps.supports_many_to_many
 _PARAMETER_NAMES = (".weight", ".bias")
 
 
 def register() -> None:
-    """Register the method with transformers; a second call changes nothing."""
+    """Register the quantization method with transformers. Idempotent."""
     if "cap" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("cap")(CAPConfig)
         register_quantizer("cap")(CAPQuantizer)
@@ -46,7 +47,7 @@ def register() -> None:
 
 @contextmanager
 def _explaining_newer_transformers() -> Iterator[None]:
-    """Name the release that works where a newer one than we know lacks something."""
+    """Explain errors that may come from a newer transformers than this package is tested with."""
     try:
         yield
     except (AttributeError, ImportError, KeyError, TypeError) as error:
@@ -54,16 +55,16 @@ def _explaining_newer_transformers() -> Iterator[None]:
             raise
         raise RuntimeError(
             f"optimum-cap {__version__} failed with transformers {transformers.__version__} "
-            f"({type(error).__name__}: {error}), which is newer than {NEWEST_TRANSFORMERS}, the "
-            "newest release that it is tested with: upgrade optimum-cap, or install "
+            f"({type(error).__name__}: {error}), but is tested with transformers up to "
+            f"{NEWEST_TRANSFORMERS}: upgrade optimum-cap, or install "
             f"transformers=={NEWEST_TRANSFORMERS}"
         ) from error
 
 
 class CAPQuantizer(HfQuantizer):
-    """Prunes after loading a dense model, or unpacks while loading a packed one.
+    """Prunes a dense model after loading it, or unpacks a packed checkpoint while loading it.
 
-    Either way it detaches itself at the end: a pruned model is an ordinary float model.
+    In both cases it detaches itself at the end, because a pruned model is an ordinary float model.
     """
 
     quantization_config: CAPConfig
@@ -74,7 +75,7 @@ class CAPQuantizer(HfQuantizer):
         self.errors: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing beyond this package is needed."""
+        """Do nothing: the method needs no other packages."""
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -85,11 +86,11 @@ class CAPQuantizer(HfQuantizer):
             and torch.distributed.is_initialized()
             and torch.distributed.get_world_size() > 1
         ):
-            what = "load a packed checkpoint" if self.pre_quantized else "prune a model"
+            action = "load a packed checkpoint" if self.pre_quantized else "prune a model"
             raise ValueError(
-                f"cannot {what} whose matrices are split over devices ({', '.join(parallel)}): do "
-                "it on one process, save with checkpoint_format='dense' (or `optimum-cli cap "
-                "convert --format dense`), and load that in parallel"
+                f"cannot {action} whose matrices are split over devices ({', '.join(parallel)}): "
+                "use one process, save with checkpoint_format='dense' (or `optimum-cli cap convert "
+                "--format dense`), and load the dense checkpoint in parallel"
             )
         if self.pre_quantized and checkpoint_files:
             from optimum_cap.checkpoint import validate_shards
@@ -105,11 +106,11 @@ class CAPQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: "PreTrainedModel"
     ) -> list[Any]:
-        """Let converters of whole modules see packed weights too.
+        """Make weight converters that match whole modules apply to packed weights too.
 
-        transformers adds the unpacking to converters of `...weight`. One of `query_key_value` (the
-        fused projection of sarvam_moe) means its weight and its bias, so it gets a twin for the
-        weight alone, which is asked first.
+        transformers adds the unpacking to converters that match `...weight`. A converter that
+        matches a module, such as `query_key_value` (the fused projection of sarvam_moe), stands for
+        its weight and its bias, so a copy of it that matches the weight only is inserted before it.
         """
         if not self.pre_quantized:
             return super().update_weight_conversions(weight_conversions, model)
@@ -124,8 +125,8 @@ class CAPQuantizer(HfQuantizer):
             if Version(transformers.__version__) >= Version(_SPLITS_PACKED):
                 raise
             raise ValueError(
-                f"{type(model).__name__} splits matrices while it is loaded, and transformers "
-                f"{transformers.__version__} cannot do that to packed ones: upgrade to "
+                f"{type(model).__name__} splits matrices while loading, which transformers "
+                f"{transformers.__version__} does not support for packed ones: upgrade to "
                 f"transformers {_SPLITS_PACKED}, or convert the checkpoint with `optimum-cli cap "
                 "convert --format dense`"
             ) from error
@@ -133,24 +134,24 @@ class CAPQuantizer(HfQuantizer):
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Cast values while they are read, as for any model; masks and shapes keep their dtype."""
+        """Return the dtype to cast a tensor to while reading; masks and shapes keep their dtype."""
         name = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
         return dtype if name.startswith(("F", "BF", "torch.float", "torch.bfloat")) else None
 
     @_explaining_newer_transformers()
     def postprocess_model(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        """Detach from the model, then prune it or give it its record."""
+        """Detach from the model, then prune it or attach its record."""
         if self.errors:
             raise ValueError("; ".join(self.errors))
-        # Private, because no public way tells which conversions loading used, and saving reverts
-        # them. Since 5.24 they go with the quantizer.
+        # Private, because no public attribute holds the conversions that loading used, which saving
+        # reverts. Since 5.24 they are removed together with the quantizer.
         conversions = getattr(model, "_weight_conversions", None)
         self.remove_quantization_config(model)
         from transformers import PreTrainedModel
 
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
-                # Private: `is_quantized` and `dequantize` of transformers leave this mark behind.
+                # Private: transformers' `is_quantized` and `dequantize` leave these attributes.
                 module.__dict__.pop("is_quantized", None)
                 module.config.__dict__.pop("_is_quantized", None)
                 module.config.__dict__.pop("quantization_config", None)
@@ -182,10 +183,10 @@ class CAPQuantizer(HfQuantizer):
 
 
 def _converter_of_weights(conversion: Any) -> list[Any]:
-    """Return the twin, for weights alone, of a converter that names modules; nothing of others."""
+    """Return a copy that matches weights only of a converter that matches modules, else nothing."""
     if not isinstance(conversion, WeightConverter):
         return []
-    # Private: the public patterns are those after processing, which `copy` would process again.
+    # Private: the public patterns are already processed, and `copy` would process them again.
     sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
     names_modules = all(
         re.search(r"\w$", name) and not name.endswith(_PARAMETER_NAMES)
@@ -203,7 +204,7 @@ def _converter_of_weights(conversion: Any) -> list[Any]:
 
 
 class Unpack(ConversionOps):
-    """Loading step that puts packed weights together, before experts are merged."""
+    """Loading step that unpacks weights, before experts are merged."""
 
     # One packed weight is three tensors, and the next step may split it into several weights.
     supports_many_to_many = True
@@ -212,16 +213,16 @@ class Unpack(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Unpack":
-        # transformers copies the step for every weight; all report to the one quantizer.
+        # transformers copies the step for every weight; all copies report to the same quantizer.
         return Unpack(self.hf_quantizer)
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "weight", **kwargs: Any
     ) -> dict[str, Any]:
-        """Unpack the weights of every source; masks and shapes belong to the packed ones in order.
+        """Unpack the weights of every source pattern.
 
-        A list holds one tensor per expert. Among them a dense one has no mask: it is told by its
-        two dimensions.
+        A list holds one tensor per expert, of which some may be dense (recognisable by their two
+        dimensions) and have no mask. Masks and shapes are in the order of the packed tensors.
         """
         unpacked: dict[str, Any] = {}
         for pattern, weights in input_dict.items():
@@ -247,15 +248,15 @@ class Unpack(ConversionOps):
         try:
             return unpack(values, mask, shape, name)
         except ValueError as error:
-            # Raised here, it would end in a table of tracebacks. Loading goes on with NaNs, and
-            # `postprocess_model` raises it before anybody gets the model.
+            # transformers would report an error raised here as a table of tracebacks. Instead,
+            # loading continues with NaNs, and `postprocess_model` raises the error.
             self.hf_quantizer.errors.append(str(error))
             return values.new_full(shape.tolist(), torch.nan)
 
 
 def _without_unpacking(conversions: list[Any]) -> list[Any]:
-    """Take the unpacking out of the conversions that saving reverts: it saves dense tensors."""
-    kept = []
+    """Remove the unpacking from the conversions that saving reverts, as it saves dense tensors."""
+    remaining = []
     for conversion in conversions:
         operations = getattr(conversion, "operations", None)
         if operations and isinstance(operations[0], Unpack):
@@ -270,12 +271,12 @@ def _without_unpacking(conversions: list[Any]) -> list[Any]:
             conversion = WeightConverter.copy(
                 conversion, sources, targets, operations=operations[1:]
             )
-        kept.append(conversion)
-    return kept
+        remaining.append(conversion)
+    return remaining
 
 
 def attach_saved_record(model: "PreTrainedModel") -> None:
-    """Attach the record that lies beside the weights, so that saving again keeps it."""
+    """Attach the pruning record that is next to the weights, so that saving the model keeps it."""
     from optimum_cap.checkpoint import RECORD_NAME, attach, read_record
 
     hub = dict(hub_arguments.get({}))
@@ -294,6 +295,6 @@ def _load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, **hub_arguments.get({}))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer could be loaded from {name!r}, and calibration needs one: pass "
+            f"calibration needs a tokenizer, but none could be loaded from {name!r}: set "
             "CAPConfig(tokenizer=...)"
         ) from error

@@ -1,12 +1,12 @@
-"""Registers the plugin with transformers at the moment transformers loads the code that needs it.
+"""Registers the plugin with transformers when transformers loads the modules that need it.
 
-Importing `optimum_cap` calls `register_with_transformers`, and so does torch: it loads every entry
-point of the group `torch.backends` at the end of `import torch`
-(https://docs.pytorch.org/docs/stable/notes/autoload.html, `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns
-that off). transformers has no entry points of its own, so this is how a packed checkpoint loads
-where `optimum-cap` is installed but nobody imported it.
+Importing `optimum_cap` calls `register_with_transformers`, and so does torch: at the end of
+`import torch` it loads every entry point of the group `torch.backends`
+(https://docs.pytorch.org/docs/stable/notes/autoload.html; `TORCH_DEVICE_BACKEND_AUTOLOAD=0`
+disables this). transformers has no entry points, so torch's makes packed checkpoints load if
+`optimum-cap` is installed but not imported.
 
-Only the standard library is imported here; transformers is never imported on its own account.
+This module imports only the standard library, and it never triggers the import of transformers.
 """
 
 import importlib.abc
@@ -18,7 +18,7 @@ from types import ModuleType
 
 
 def register_with_transformers() -> None:
-    """Register now with what transformers has loaded, and with the rest as soon as it is loaded.
+    """Register with the modules of transformers that are loaded, and with others once they are.
 
     Idempotent: a second call changes nothing.
     """
@@ -28,8 +28,8 @@ def register_with_transformers() -> None:
         if module is None:
             waiting[name] = register
         elif getattr(module.__spec__, "_initializing", False):
-            # torch was imported, and so we were called, by this very module: wait for its end.
-            # Private, because importlib tells nobody else that a module is not complete yet.
+            # This module is importing torch, which called this function: wait until it is loaded.
+            # Private, because importlib has no public way to see that a module is still loading.
             _register_at_first_use(module, register)
         else:
             register()
@@ -50,15 +50,15 @@ def _register_keyword() -> None:
 
 
 _AFTER_LOADING: dict[str, Callable[[], None]] = {
-    # Knows the quantization methods: AutoQuantizationConfig, and from_pretrained.
+    # Has the registry of quantization methods.
     "transformers.quantizers.auto": _register_quantization_method,
-    # Defines PreTrainedModel: every from_pretrained needs it, `--help` does not.
+    # Defines PreTrainedModel, which every from_pretrained needs, but `--help` does not.
     "transformers.modeling_utils": _register_keyword,
 }
 
 
 class _RegisteringFinder(importlib.abc.MetaPathFinder):
-    """Finds only the modules it waits for, with their own loaders, and registers after them."""
+    """Finds the modules it waits for with their own loaders, and registers once they are loaded."""
 
     def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
         self._waiting = waiting
@@ -69,7 +69,7 @@ class _RegisteringFinder(importlib.abc.MetaPathFinder):
         register = self._waiting.pop(fullname, None)
         if register is None:
             return None
-        # The ordinary finders do the work; this one no longer answers for the module.
+        # The other finders find the module, because it is no longer in `_waiting`.
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _LoaderThenRegister(spec.loader, register)
@@ -87,7 +87,7 @@ class _LoaderThenRegister(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The genuine loader goes back in place: nothing later sees that we were here.
+        # Restore the original loader, so that later code does not see this one.
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
@@ -96,7 +96,7 @@ class _LoaderThenRegister(importlib.abc.Loader):
 
 
 def _register_at_first_use(module: ModuleType, register: Callable[[], None]) -> None:
-    """Register when an attribute of `module` is first read after the module has been loaded."""
+    """Register when an attribute of `module` is first read after it has been loaded."""
     genuine = type(module)
 
     class Registering(genuine):  # type: ignore[valid-type, misc]

@@ -1,4 +1,4 @@
-"""What a person looks at of a study: a table in markdown, and pictures."""
+"""Reports of a study: tables in markdown, and plots."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum_cap.evaluation import mean_and_interval
 from optimum_cap.study.study import DENSE, Study, read_cells
+from optimum_cap.version import install_command
 
 Row = dict[str, Any]
 
@@ -17,23 +18,23 @@ _METRICS = {
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
 _UNITS = {"attention": "head", "mlp": "MLP unit", "expert": "expert unit"}
-_WIDEST = 40  # units of a layer that a heat map has full columns and ticks for
-_LINES = ("-", "--", ":")  # one after the other, when the colors are used up
+_WIDEST = 40  # units per layer up to which a heat map grows in width and has a tick per unit
+_LINES = ("-", "--", ":")  # the next style is used each time the colors repeat
 
 
 def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path]:
-    """Write `results.md`, and pictures where there is anything to draw.
+    """Write `results.md` and the plots.
 
     Args:
         study: The study.
-        rows: What `run_study` returned.
-        folder: Where to write.
+        rows: The result of `run_study`.
+        folder: Folder of the study.
 
     Returns:
         The files written.
 
     Raises:
-        ImportError: matplotlib is not installed; the table is written all the same.
+        ImportError: matplotlib is not installed; the table is still written.
     """
     folder = Path(folder)
     table = folder / "results.md"
@@ -42,8 +43,8 @@ def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path
         import matplotlib
     except ImportError as error:
         raise ImportError(
-            f"the table is in {table}, but pictures need matplotlib ({error}): pip install "
-            "optimum-cap[report]"
+            f"the table is in {table}, but plots need matplotlib ({error}): run "
+            f"{install_command('report')}"
         ) from error
     matplotlib.use("Agg")
     return [table, *_curves(rows, folder), *_heat_maps(study, folder)]
@@ -52,7 +53,7 @@ def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path
 def markdown(rows: list[Row]) -> str:
     """Return one table per model, calibration set, task and metric: recipes by sparsities.
 
-    Numbers are means over seeds with 95 % intervals; the last lines name the cells that failed.
+    Numbers are means over seeds with 95 % intervals; the last section lists the cells that failed.
     """
     lines = ["# Results", ""]
     for (model, calibration, task, metric), group in _groups(rows).items():
@@ -62,8 +63,8 @@ def markdown(rows: list[Row]) -> str:
         seeds = len({row["seed"] for row in group if row["recipe"] != DENSE})
         lines.append(f"## {model}: {task}, {_METRICS[metric]}")
         lines.append("")
-        known = f"dense {_number(metric, dense)}" if dense else "dense unknown"
-        lines.append(f"Calibrated on {calibration}, {seeds} seed(s); {known}.")
+        baseline = f"dense {_number(metric, dense)}" if dense else "dense not measured"
+        lines.append(f"Calibrated on {calibration}, {seeds} seed(s); {baseline}.")
         lines.append("")
         lines.append(f"| recipe | {' | '.join(f'{value:.0%}' for value in sparsities)} |")
         lines.append("|---" * (len(sparsities) + 1) + "|")
@@ -84,7 +85,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def _groups(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
-    """Rows by model, calibration set, task and metric; those of the dense model in each."""
+    """Group rows by model, calibration set, task and metric; each group has the dense rows too."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     measured = [row for row in rows if row["metric"] in _METRICS]
     for row in measured:
@@ -119,15 +120,15 @@ def _number(metric: str, values: Sequence[float]) -> str:
 
 
 def _curves(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw value against sparsity: a picture per model, calibration set and metric."""
+    """Plot the metric against sparsity: one figure per model, calibration set and metric."""
     from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
 
-    pictures: dict[tuple[str, str, str], list[tuple[str, list[Row]]]] = {}
+    figures: dict[tuple[str, str, str], list[tuple[str, list[Row]]]] = {}
     for (model, calibration, task, metric), group in _groups(rows).items():
-        pictures.setdefault((model, calibration, metric), []).append((task, group))
+        figures.setdefault((model, calibration, metric), []).append((task, group))
     files = []
-    for (model, calibration, metric), tasks in pictures.items():
+    for (model, calibration, metric), tasks in figures.items():
         figure, axes = pyplot.subplots(
             1,
             len(tasks),
@@ -160,22 +161,22 @@ def _curves(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _curve(axis: Any, metric: str, group: list[Row]) -> None:
-    """Draw a line per recipe, with the interval over seeds, or of the one accuracy."""
+    """Draw a line per recipe with 95 % intervals: over seeds, or of a single accuracy."""
     if dense := _values(group, DENSE, 0.0):
         axis.axhline(dense[0], color="#666666", linestyle=":", linewidth=1.2, label=DENSE)
     recipes = list(dict.fromkeys(row["recipe"] for row in group if row["recipe"] != DENSE))
     for index, recipe in enumerate(recipes):
-        own = [row for row in group if row["recipe"] == recipe and row["value"] is not None]
-        sparsities = sorted({row["sparsity"] for row in own})
+        recipe_rows = [row for row in group if row["recipe"] == recipe and row["value"] is not None]
+        sparsities = sorted({row["sparsity"] for row in recipe_rows})
         means, lows, highs = [], [], []
         for sparsity in sparsities:
-            values = _values(own, recipe, sparsity)
+            values = _values(recipe_rows, recipe, sparsity)
             mean, half = mean_and_interval(values)
             low, high = mean, mean
             if half is not None:
                 low, high = mean - half, mean + half
             elif metric == "accuracy":
-                (row,) = [row for row in own if row["sparsity"] == sparsity]
+                (row,) = [row for row in recipe_rows if row["sparsity"] == sparsity]
                 low, high = row["low"], row["high"]
             means.append(mean)
             lows.append(max(0.0, mean - low))
@@ -197,23 +198,23 @@ def _curve(axis: Any, metric: str, group: list[Row]) -> None:
 
 
 def _heat_maps(study: Study, folder: Path) -> list[Path]:
-    """Draw the causal scores, layers by units: a picture per model and calibration set.
+    """Plot heat maps of the causal scores, layers by units, per model and calibration set.
 
-    Heads, MLP units and expert units have a panel each, on one color scale.
+    Heads, MLP units and expert units have separate panels with the same color scale.
     """
     import numpy as np
     from matplotlib import pyplot
     from matplotlib.colors import SymLogNorm
 
-    found: dict[tuple[str, str], dict[int | None, list[dict[str, Any]]]] = {}
+    cell_scores: dict[tuple[str, str], dict[int | None, list[dict[str, Any]]]] = {}
     for cell, measured in read_cells(study, folder):
         if measured["scores"] and cell.calibration is not None:
-            by_seed = found.setdefault((cell.label, cell.calibration), {})
-            # Of recipes that score heads and ones that score all units, the latter.
+            by_seed = cell_scores.setdefault((cell.label, cell.calibration), {})
+            # Scores of all units take precedence over scores of heads only.
             if len(measured["scores"]) > len(by_seed.get(cell.seed, ())):
                 by_seed[cell.seed] = measured["scores"]
     files = []
-    for (model, calibration), by_seed in found.items():
+    for (model, calibration), by_seed in cell_scores.items():
         seed, scores = next(iter(by_seed.items()))
         panels = _score_panels(scores)
         layers = len(next(iter(panels.values())))
@@ -229,7 +230,7 @@ def _heat_maps(study: Study, folder: Path) -> list[Path]:
         largest = max(float(np.nanmax(np.abs(values), initial=0)) for values in panels.values())
         limit = largest or 1.0
         for axis, (kind, values) in zip(axes[0], panels.items(), strict=True):
-            picture = axis.imshow(
+            image = axis.imshow(
                 values,
                 cmap="RdBu_r",
                 norm=SymLogNorm(limit / 20, vmin=-limit, vmax=limit),
@@ -248,7 +249,7 @@ def _heat_maps(study: Study, folder: Path) -> list[Path]:
         else:
             figure.suptitle(title, fontsize=10)
         ticks = [-limit, -limit / 10, 0.0, limit / 10, limit]
-        bar = figure.colorbar(picture, ax=axes[0][-1], ticks=ticks, format="%.2g")
+        bar = figure.colorbar(image, ax=axes[0][-1], ticks=ticks, format="%.2g")
         bar.minorticks_off()
         bar.set_label("causal score, nats per token")
         path = folder / f"{_slug(model)}_{_slug(calibration)}_scores.png"
@@ -259,14 +260,14 @@ def _heat_maps(study: Study, folder: Path) -> list[Path]:
 
 
 def _score_panels(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores by kind of unit, `[layers, units of a layer]`; NaN where there is none."""
+    """Return the scores by kind of unit, `[layers, units of a layer]`, padded with NaN."""
     import numpy as np
 
     layers = 1 + max(score["layer"] for score in scores)
     rows: dict[str, list[list[float]]] = {}
     for score in scores:
-        own = rows.setdefault(score["kind"], [[] for _ in range(layers)])
-        own[score["layer"]].append(np.nan if score["score"] is None else score["score"])
+        kind_rows = rows.setdefault(score["kind"], [[] for _ in range(layers)])
+        kind_rows[score["layer"]].append(np.nan if score["score"] is None else score["score"])
     panels = {}
     for kind in [kind for kind in _UNITS if kind in rows]:
         lists = rows[kind]
@@ -277,7 +278,7 @@ def _score_panels(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write_values(axis: Any, values: Any, limit: float) -> None:
-    """Write each score into its field."""
+    """Write each score into its cell of the heat map."""
     import numpy as np
 
     for (layer, unit), value in np.ndenumerate(values):

@@ -1,8 +1,8 @@
-"""Studies: models x recipes x sparsities x calibration sets x seeds, every cell measured once.
+"""Studies: models x recipes x sparsities x calibration sets x seeds, each cell measured once.
 
-A study is a YAML file (`docs/study.md`). Its cells are cached one by one under a key of all that
-determines them, so a study that was killed goes on where it was, and one that grows measures only
-what is new. A cell that fails is recorded with its error, and the others go on.
+A study is a YAML file (`docs/study.md`). Each cell is cached under a key of everything that
+determines its result, so an interrupted study resumes, and an extended study measures only the new
+cells. A cell that fails is recorded with its error, and the study continues.
 """
 
 import csv
@@ -49,9 +49,9 @@ from optimum_cap.scoring import DECISIVE, UnitLosses, tensors_of
 logger = logging.get_logger(__name__)
 
 DENSE = "dense"
-_LAYOUT = 2  # of a cell's file, and of the way that scores are made; part of its key
-# Fields of CAPConfig that the axes decide, and one whose file the study keeps itself.
-_OF_A_CELL = ("sparsity", "dataset", "seed", "scores")
+_LAYOUT = 2  # version of a cell's file and of the computation of scores; part of the key
+# Fields of CAPConfig that are axes of the study, and `scores`, which the study manages itself.
+_CELL_FIELDS = ("sparsity", "dataset", "seed", "scores")
 _COLUMNS = (
     "model",
     "recipe",
@@ -70,22 +70,22 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured.
+    """The definition of a study.
 
     Attributes:
         models: Label -> Hub id or folder of a dense model.
         recipes: Label -> fields of `CAPConfig`.
         sparsities: Fractions of zeros.
-        calibration: Label -> data set, as `CAPConfig` takes it.
+        calibration: Label -> data set, as for `CAPConfig.dataset`.
         tasks: Names of evaluation tasks or groups.
-        seeds: Seeds of the calibration examples.
+        seeds: Seeds for the selection of calibration examples.
         settings: Fields of `CAPConfig` for all recipes.
-        data_dir: Folder of the evaluation data, and of the presets among the calibration data;
-            `None` is the Hub.
-        limit: Questions or windows per task.
-        batch_size: Questions at a time.
-        dtype: Of the weights.
-        device_map: Where the models are placed.
+        data_dir: Folder with the evaluation data and with the presets among the calibration data;
+            `None` downloads them from the Hub.
+        limit: Questions or windows per task; `None` is all.
+        batch_size: Questions per batch.
+        dtype: dtype of the weights, as for `from_pretrained`.
+        device_map: Placement of the models, as for `from_pretrained`.
     """
 
     models: dict[str, str]
@@ -107,30 +107,30 @@ class Study:
 
         Args:
             path: The file.
-            changes: Values that replace those of the file, under the same keys.
+            **changes: Values that replace those of the file, by key.
 
         Raises:
-            ValueError: An unknown or missing key, or a value that cannot be used; the message names
+            ValueError: A key is unknown or missing, or a value cannot be used; the message names
                 it. Every recipe is checked with every sparsity.
-            FileNotFoundError: There is no such file, or none of a preset in the data folder.
+            FileNotFoundError: The file does not exist, or the data folder has no file for a preset.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"the study file {path} does not exist")
+            raise FileNotFoundError(f"the study file {path} does not exist: check its path")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
+            raise ValueError(f"{path} must be a YAML mapping, got {type(values).__name__}")
         values |= changes
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(map(str, values)) - set(known)):
             raise ValueError(
                 f"unknown key(s) {', '.join(unknown)} in {path}; known: {', '.join(known)}"
             )
-        needed = ("models", "recipes", "sparsities", "calibration", "tasks")
-        if missing := [name for name in needed if not values.get(name)]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        required = ("models", "recipes", "sparsities", "calibration", "tasks")
+        if missing := [name for name in required if not values.get(name)]:
+            raise ValueError(f"{path} has no values for {', '.join(missing)}: add them")
         calibration = _labelled("calibration", values["calibration"])
         if (folder := values.get("data_dir")) is not None:
             calibration = {k: local_presets(v, Path(folder)) for k, v in calibration.items()}
@@ -145,10 +145,10 @@ class Study:
                 "seeds": _list("seeds", values.get("seeds", [0])),
             }
         )
-        if decided := sorted(set(study.settings) & set(_OF_A_CELL)):
+        if conflicts := sorted(set(study.settings) & set(_CELL_FIELDS)):
             raise ValueError(
-                f"settings of {path} hold {', '.join(decided)}, which a study decides per cell: "
-                "leave them out"
+                f"settings of {path} contain {', '.join(conflicts)}, which the study sets for each "
+                "cell: leave them out"
             )
         check_counts(study.limit, study.batch_size)
         resolve_tasks(study.tasks)
@@ -157,7 +157,7 @@ class Study:
         return study
 
     def cells(self) -> "Iterator[Cell]":
-        """Yield every cell, model by model, the dense one first."""
+        """Yield every cell, model by model, starting with the dense model."""
         for label, model in self.models.items():
             yield Cell(label, model, DENSE, {}, None, None, None, None)
             axes = (self.calibration.items(), self.seeds, self.recipes.items(), self.sparsities)
@@ -168,7 +168,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, pruned in one way, or dense."""
+    """One measurement of a study: a model pruned in one way, or the dense model."""
 
     label: str
     model: str
@@ -180,7 +180,7 @@ class Cell:
     seed: int | None
 
     def config(self) -> CAPConfig | None:
-        """The configuration of the pruner; `None` of the dense model."""
+        """Return the configuration of the pruner; `None` for the dense model."""
         if self.recipe == DENSE:
             return None
         try:
@@ -202,43 +202,43 @@ class Cell:
 
 
 def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str, Any]]:
-    """Measure every cell that is not measured yet, and write all results.
+    """Measure the cells that are missing or failed, and write `results.csv`.
 
     Args:
-        study: What to measure.
-        folder: Where `cells/`, `scores/` and `results.csv` are, or will be.
-        jobs: Cells measured at a time, each in a process of its own with its share of the cores.
-            Small models gain; another number of threads may round differently.
+        study: The study.
+        folder: Folder of the study, with `cells/`, `scores/` and `results.csv`; created if needed.
+        jobs: Number of cells to measure in parallel, each in its own process with its share of the
+            cores. This is faster for small models; another number of threads may change rounding.
 
     Returns:
         The rows of `results.csv`: one per cell, task and metric.
 
     Raises:
-        ValueError: `jobs` is no positive number, several processes were launched, or data of a
-                task cannot be used.
+        ValueError: `jobs` is not positive, several processes were launched, or the data of a task
+            cannot be used.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be an integer of at least 1, got {jobs}")
     if (size := ProcessGroup.current().size) > 1:
         raise ValueError(
-            f"{size} processes were launched, but a study is run by one: start it without "
-            "torchrun or accelerate launch, and ask for several cells at a time with jobs"
+            f"{size} processes were launched, but a study runs in one: start it without torchrun "
+            "or accelerate launch, and set jobs to measure several cells in parallel"
         )
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     data = load_task_data(",".join(study.tasks), study.data_dir)
     files = _cell_files(study, data, folder)
-    known = {file: _read(file) for _, file in files}
-    missing = {file: cell for cell, file in files if _is_missing(known[file])}
-    found = {file: cell for file, cell in known.items() if cell is not None}
+    cached = {file: _read(file) for _, file in files}
+    missing = {file: cell for cell, file in files if _is_missing(cached[file])}
+    results = {file: result for file, result in cached.items() if result is not None}
     with logging.tqdm(
-        total=len(known), initial=len(known) - len(missing), desc="Study", unit="cell"
+        total=len(cached), initial=len(cached) - len(missing), desc="Study", unit="cell"
     ) as progress:
-        for file, measured in _measure_all(missing, study, data, jobs):
-            found[file] = measured
+        for file, result in _measure_all(missing, study, data, jobs):
+            results[file] = result
             progress.set_postfix_str(str(missing[file]))
             progress.update()
-    rows = [row for cell, file in files for row in _rows(cell, found[file])]
+    rows = [row for cell, file in files for row in _rows(cell, results[file])]
     lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
     text = io.StringIO(newline="")
     csv.writer(text).writerows(lines)
@@ -246,28 +246,28 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
     return rows
 
 
-def _is_missing(found: dict[str, Any] | None) -> bool:
-    return found is None or bool(found["error"])
+def _is_missing(result: dict[str, Any] | None) -> bool:
+    return result is None or bool(result["error"])
 
 
 def _measure_all(
     missing: dict[Path, Cell], study: Study, data: TaskData, jobs: int
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Measure cells and write each to its file as soon as it is done; yield file and result."""
+    """Measure cells and write each to its file when it is done; yield file and result."""
     if jobs == 1 or len(missing) < 2:
         for file, cell in missing.items():
             yield file, _measured_and_written(cell, file, study, data)
         return
     left = dict(missing)
     while left:
-        for file, found in _measured_in_processes(dict(left), study, data, jobs):
+        for file, result in _measured_in_processes(dict(left), study, data, jobs):
             del left[file]
-            yield file, found
-        # If a process has died, it is known of which cells after a trial of each by itself.
+            yield file, result
+        # A process has died: measure the next cells one at a time, to see which one is the cause.
         for file, cell in list(left.items())[:jobs]:
             results = dict(_measured_in_processes({file: cell}, study, data, 1))
             if not results:
-                error = "the process that measured this cell died: killed, perhaps for its memory"
+                error = "the process that measured this cell was killed, perhaps for its memory use"
                 logger.warning(f"{cell}: {error}")
                 results[file] = _result(cell, error=error)
                 write_atomically(file, json.dumps(results[file], indent=1).encode())
@@ -278,9 +278,10 @@ def _measure_all(
 def _measured_in_processes(
     cells: dict[Path, Cell], study: Study, data: TaskData, jobs: int
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield cells as they are measured, until all are or one of the processes has died."""
+    """Yield cells as they are measured, until all are done or one of the processes has died."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Read when a process starts. The bars of several processes would overwrite each other.
+    # These variables are read when a process starts. The progress bars are disabled because those
+    # of several processes would overwrite each other.
     with _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"):
         others = multiprocessing.active_children()
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
@@ -294,7 +295,7 @@ def _measured_in_processes(
         except BrokenProcessPool:
             return
         except KeyboardInterrupt:
-            # Only a terminal sends its Ctrl-C to those of the pool too.
+            # A terminal sends Ctrl-C to the processes of the pool too, other senders do not.
             for process in set(multiprocessing.active_children()).difference(others):
                 process.terminate()
             raise
@@ -304,7 +305,7 @@ def _measured_in_processes(
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables for the processes that start in this context."""
+    """Set environment variables for processes that start in this context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -318,13 +319,13 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _measured_and_written(cell: Cell, file: Path, study: Study, data: TaskData) -> dict[str, Any]:
-    found = _measured(cell, study, data, file.parents[1])
-    write_atomically(file, json.dumps(found, indent=1).encode())
-    return found
+    result = _measured(cell, study, data, file.parents[1])
+    write_atomically(file, json.dumps(result, indent=1).encode())
+    return result
 
 
 def _measured(cell: Cell, study: Study, data: TaskData, folder: Path) -> dict[str, Any]:
-    """Measure one cell; what goes wrong is part of the result."""
+    """Measure one cell; an error becomes part of the result."""
     start = time.monotonic()
     evaluation = record = None
     error = None
@@ -355,7 +356,7 @@ def _result(
     seconds: float | None = None,
     error: str | None = None,
 ) -> dict[str, Any]:
-    """What the file of a cell holds."""
+    """Return the content of a cell's file."""
     return {
         "cell": asdict(cell),
         "evaluation": evaluation.to_dict() if evaluation else None,
@@ -369,9 +370,9 @@ def _result(
 def _losses(
     cell: Cell, config: CAPConfig, model: PreTrainedModel, tokenizer: Any, folder: Path
 ) -> UnitLosses:
-    """Losses with each unit masked: measured once per model and calibration set."""
+    """Return the losses with each unit masked, measured once per model and calibration set."""
     decisive = {name: getattr(config, name) for name in DECISIVE if name != "dataset"}
-    named = {
+    key = {
         "layout": _LAYOUT,
         "version": importlib.metadata.version("optimum-cap"),
         "model": _fingerprint(cell.model),
@@ -379,23 +380,23 @@ def _losses(
         "dtype": str(model.dtype),
         **decisive,
     }
-    file = folder / "scores" / f"{_digest(named)}.safetensors"
+    file = folder / "scores" / f"{_digest(key)}.safetensors"
     file.parent.mkdir(exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # another cell may be measuring the same
+    with FileLock(file.with_suffix(".lock")):  # another cell may be measuring the same losses
         if file.is_file():
             try:
                 units = ModelView.of(model, config.mlp_unit_size).units(config.scored_units)
                 return UnitLosses(units, **load_file(file))
             except SafetensorError:
-                logger.warning(f"{file} is damaged: its scores are measured again")
+                logger.warning(f"{file} is damaged: measuring its scores again")
         losses = CAPPruner(config).measure(model, tokenizer)
         write_atomically(file, save(tensors_of(losses)))
     return losses
 
 
-def _rows(cell: Cell, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of one cell: a row per task and metric, or one with the error."""
-    where = {
+def _rows(cell: Cell, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of one cell: one per task and metric, or one with the error."""
+    axes = {
         "model": cell.label,
         "recipe": cell.recipe,
         "sparsity": cell.sparsity if cell.sparsity is not None else 0.0,
@@ -403,20 +404,20 @@ def _rows(cell: Cell, found: dict[str, Any]) -> list[dict[str, Any]]:
         "seed": cell.seed,
     }
     empty = dict.fromkeys(_COLUMNS)
-    if found["error"]:
-        return [{**empty, **where, "error": found["error"]}]
+    if result["error"]:
+        return [{**empty, **axes, "error": result["error"]}]
     rows = []
-    for task, result in Evaluation.from_dict(found["evaluation"]).tasks.items():
-        common = {**empty, **where, "task": task, "n": len(result.items), "error": result.error}
-        if isinstance(result, AccuracyResult):
-            low, high = result.interval
-            accuracy = {"metric": "accuracy", "value": result.accuracy, "low": low, "high": high}
-            missing = result.without_answer / len(result.items)
+    for task, scored in Evaluation.from_dict(result["evaluation"]).tasks.items():
+        common = {**empty, **axes, "task": task, "n": len(scored.items), "error": scored.error}
+        if isinstance(scored, AccuracyResult):
+            low, high = scored.interval
+            accuracy = {"metric": "accuracy", "value": scored.accuracy, "low": low, "high": high}
+            missing = scored.without_answer / len(scored.items)
             rows.append({**common, **accuracy})
-            rows.append({**common, "metric": "loss", "value": result.answer_loss})
+            rows.append({**common, "metric": "loss", "value": scored.answer_loss})
             rows.append({**common, "metric": "no_answer", "value": missing})
         else:
-            rows.append({**common, "metric": "perplexity", "value": result.perplexity})
+            rows.append({**common, "metric": "perplexity", "value": scored.perplexity})
     return rows
 
 
@@ -428,12 +429,12 @@ def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
     values, dataset = {}, None
     if config is not None:
         values = {**config.to_dict(), "dataset": None, "memory_budget": None}
-        # Like the budget, it changes no more than rounding; cells from before it stay valid.
+        # Like the memory budget, it changes only rounding; cells from before this field stay valid.
         del values["torch_compile"]
         if config.method.needs_data:
             dataset = _fingerprint(cell.dataset)
         elif config.method.criterion != "random":
-            values["seed"] = None  # one cell serves all calibration sets and seeds
+            values["seed"] = None  # the result is the same for all calibration sets and seeds
     return _digest(
         {
             "layout": _LAYOUT,
@@ -447,17 +448,20 @@ def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
 
 
 def _fingerprint(name: Any) -> Any:
-    """What tells a model, a data set or a list of them from another: of files, their content."""
+    """Return a JSON value that identifies a model, a data set or a list of them.
+
+    Files are identified by their content, other names by themselves.
+    """
     if isinstance(name, list):
         return [_fingerprint(entry) for entry in name]
     if isinstance(name, dict):
         return {**name, "path": _fingerprint(name.get("path"))}
-    place = Path(str(name))
-    if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.is_file())
+    path = Path(str(name))
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
         return [[file.name, _file_digest(file)] for file in files]
-    preset, path = "", place
-    if not place.is_file():
+    preset = ""
+    if not path.is_file():
         preset, path = str(name).partition("=")[0], Path(str(name).partition("=")[2])
     return [preset, _file_digest(path)] if path.is_file() else name
 
@@ -467,22 +471,22 @@ _digests: dict[tuple[str, int, int], str] = {}
 
 def _file_digest(path: Path) -> str:
     status = path.stat()
-    known = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if known not in _digests:
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _digests:
         with path.open("rb") as stream:
             digest = hashlib.sha256()
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
-            _digests[known] = digest.hexdigest()
-    return _digests[known]
+            _digests[key] = digest.hexdigest()
+    return _digests[key]
 
 
 def _digest_of_tasks(data: TaskData) -> dict[str, str]:
     return {
-        name: _digest([getattr(item, "digest", None) for item in what])
-        if isinstance(what, tuple)
-        else _digest(what.text)
-        for name, (what, _) in data.items()
+        name: _digest([getattr(item, "digest", None) for item in items])
+        if isinstance(items, tuple)
+        else _digest(items.text)
+        for name, (items, _) in data.items()
     }
 
 
@@ -494,27 +498,27 @@ def _digest(values: Any) -> str:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Read a cell; one that cannot be read is measured again."""
+    """Return the content of a cell's file; `None` if it is missing or damaged."""
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        logger.warning(f"{file} is damaged: its cell is measured again")
+        logger.warning(f"{file} is damaged: measuring its cell again")
         return None
     return values
 
 
 def read_cells(study: Study, folder: str | Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yield the measured cells of a study with what their files hold."""
+    """Yield the measured cells of a study with the content of their files."""
     data = load_task_data(",".join(study.tasks), study.data_dir)
     for cell, file in _cell_files(study, data, Path(folder)):
-        if (found := _read(file)) is not None:
-            yield cell, found
+        if (result := _read(file)) is not None:
+            yield cell, result
 
 
 def _cell_files(study: Study, data: TaskData, folder: Path) -> list[tuple[Cell, Path]]:
-    """Every cell, and the file that holds it, or will."""
+    """Return every cell with the path of its file."""
     evaluated = {"tasks": _digest_of_tasks(data), "limit": study.limit, "dtype": study.dtype}
     return [(cell, folder / "cells" / f"{_key(cell, evaluated)}.json") for cell in study.cells()]
 
@@ -526,46 +530,48 @@ def _list(name: str, values: Any) -> list[Any]:
     if not isinstance(values, list):
         raise ValueError(f"{name} of the study must be a list, got {values!r}")
     if len({json.dumps(value) for value in values}) < len(values):
-        raise ValueError(f"{name} of the study names a value twice: {values}")
+        raise ValueError(f"{name} of the study has a duplicate value: {values}")
     return values
 
 
 def _labelled(name: str, values: Any) -> dict[str, Any]:
-    """Give a bare name, or each of a list of them, its last part as label."""
+    """Return label -> value; the label of a name without one is its last path component."""
     if isinstance(values, dict):
         return {str(label): value for label, value in values.items()}
     names = values if isinstance(values, list) else [values]
     labelled = {Path(str(value)).name: value for value in names}
     if len(labelled) < len(names):
         raise ValueError(
-            f"{name} of the study have the same last part: label them, as in "
-            f"`{name}: {{first: {names[0]}}}`"
+            f"{name} of the study must have different last path components, got {names}: label "
+            f"them, as in `{name}: {{first: {names[0]}}}`"
         )
     return labelled
 
 
 def _recipes(values: Any) -> dict[str, dict[str, Any]]:
-    """A list of names of recipes, or labels with fields of `CAPConfig`."""
+    """Return label -> fields of `CAPConfig`, from a list of recipe names or from labels."""
     if isinstance(values, list):
         if unknown := [name for name in values if name not in RECIPES]:
             raise ValueError(
                 f"unknown recipe {unknown[0]!r} in the study: choose from {', '.join(RECIPES)}, or "
-                "give labels with fields of CAPConfig"
+                "use labels with fields of CAPConfig"
             )
         return {name: {"recipe": name} for name in _list("recipes", values)}
     if not isinstance(values, dict):
-        raise ValueError(f"recipes of the study must be a list or labels, got {values!r}")
+        raise ValueError(
+            f"recipes of the study must be a list of names or a mapping of labels, got {values!r}"
+        )
     recipes = {}
     for label, changes in values.items():
         changes = {"recipe": label} if changes is None else changes
-        if not isinstance(changes, dict) or set(changes) & set(_OF_A_CELL):
+        if not isinstance(changes, dict) or set(changes) & set(_CELL_FIELDS):
             raise ValueError(
                 f"recipe {label!r} of the study must be fields of CAPConfig other than "
-                f"{', '.join(_OF_A_CELL)}, got {changes!r}"
+                f"{', '.join(_CELL_FIELDS)}, got {changes!r}"
             )
         recipes[str(label)] = changes
     if DENSE in recipes:
         raise ValueError(
-            f"no recipe of the study can be called {DENSE!r}: that is the model itself"
+            f"recipe label {DENSE!r} is reserved for the dense model: choose another label"
         )
     return recipes

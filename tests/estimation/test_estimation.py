@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from optimum_cap.commands.estimate import _OF_A_MODEL, EstimateCommand
+from optimum_cap.commands.estimate import _MODEL_FLAGS, EstimateCommand
 from optimum_cap.config import RECIPES, CAPConfig, Method
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
@@ -461,14 +461,16 @@ def test_counts_that_cannot_be_are_refused(options: dict[str, Any], message: str
 
 
 def test_a_model_that_cannot_be_found_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^the folder .* holds no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"^the folder .* has no config.json"):
         load_config(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^no model 'no such model!': it is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"^no model 'no such model!': it is neither"):
         load_config("no such model!")
     file = tmp_path / "other.json"
     for text in ("{}", "[1]", "no json", '{"model_type": "unheard-of"}'):
         file.write_text(text)
-        with pytest.raises(ValueError, match=f"^{file} is no configuration of a model: ") as raised:
+        with pytest.raises(
+            ValueError, match=f"^{file} is not the configuration of a model: "
+        ) as raised:
             load_config(file)
         assert "\n" not in str(raised.value)
 
@@ -642,8 +644,8 @@ def test_the_command_takes_a_study(run: Callable[..., tuple[int, str, str]], stu
     [
         (("no/such.json",), "error: no model 'no/such.json'"),
         ((CONFIGS / "llama-3-8b.json", "--hardware", "tpu"), "error: unknown hardware 'tpu'"),
-        ((CONFIGS / "llama-3-8b.json", "--models", "a=b"), "error: --models is about a study"),
-        ((CONFIGS,), "holds no config.json"),
+        ((CONFIGS / "llama-3-8b.json", "--models", "a=b"), "error: --models applies to a study"),
+        ((CONFIGS,), "has no config.json"),
     ],
 )
 def test_bad_arguments_are_one_line(
@@ -660,7 +662,7 @@ def test_flags_of_a_model_are_refused_for_a_study(
     for flags in (("--num-samples", "128"), ("--units", "heads"), ("--prefix", "0")):
         status, out, err = run(study, *flags)
         assert (status, out) == (2, "")
-        assert f"{flags[0]} is about a model: a study says what it takes" in err
+        assert f"{flags[0]} applies to a model, but" in err
 
 
 def test_scored_tokens_are_half_of_what_follows_the_prefix() -> None:
@@ -697,10 +699,10 @@ def test_words_of_the_flags_match_the_defaults() -> None:
     EstimateCommand.parse_args(parser)
     arguments = parser.parse_args(["model"])
     assert arguments.tokens == estimation.TOKENS
-    assert _OF_A_MODEL["num_samples"] == estimation.EXAMPLES
-    assert _OF_A_MODEL["sparsity"] == estimation.SPARSITY
+    assert _MODEL_FLAGS["num_samples"] == estimation.EXAMPLES
+    assert _MODEL_FLAGS["sparsity"] == estimation.SPARSITY
     words = {action.dest: action.help or "" for action in parser._actions}
-    for name, default in _OF_A_MODEL.items():
+    for name, default in _MODEL_FLAGS.items():
         assert getattr(arguments, name) is None
         assert default is None or f"(default: {default})" in words[name]
     assert all(name in parser.format_help() for name in DATA_SHEETS)

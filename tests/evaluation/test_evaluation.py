@@ -457,7 +457,7 @@ def test_a_limit_draws_the_same_items_for_every_model(data_dir: Path) -> None:
 def test_unknown_tasks_are_named_with_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown task 'gsm': choose from .*gsm8k.*wikitext2"):
         evaluate(tiny_model("llama"), tiny_tokenizer(), tasks="gsm,wikitext2")
-    with pytest.raises(ValueError, match="no task was named"):
+    with pytest.raises(ValueError, match="tasks is empty"):
         resolve_tasks(" , ")
 
 
@@ -502,17 +502,17 @@ def test_embedded_problems_are_found_in_a_checkout_and_in_a_data_folder(
 def test_rows_that_cannot_be_graded_are_refused(data_dir: Path) -> None:
     file = data_dir / "gsm8k" / "test.jsonl"
     file.write_text('{"question": "1+1?", "answer": "2"}\n')
-    with pytest.raises(ValueError, match=r"gsm8k: the answer '2' .* ends without a line '#### RES"):
+    with pytest.raises(ValueError, match=r"gsm8k: the answer '2' .* must end with a line '#### "):
         load_task_data("gsm8k", data_dir)
     (data_dir / "test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
-    with pytest.raises(ValueError, match="holds no row with the kind 'arithmetic'"):
+    with pytest.raises(ValueError, match="has no row of kind 'arithmetic'"):
         load_task_data("tiny_reasoner", data_dir)
 
 
 def test_a_question_without_room_for_an_answer_is_refused(data_dir: Path) -> None:
     row = {"question": "1+" * 30 + "1?", "answer": "#### 31"}
     (data_dir / "gsm8k" / "test.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="the longest question takes 63 tokens of the 64"):
+    with pytest.raises(ValueError, match="question has 63 tokens and the model takes 64"):
         evaluate(tiny_model("llama"), tiny_tokenizer(), tasks="gsm8k", data_dir=data_dir)
 
 
@@ -525,7 +525,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(data_dir: Path) -> None:
 
 
 def test_options_for_loading_need_a_name(data_dir: Path) -> None:
-    with pytest.raises(ValueError, match="dtype are for loading a model by its name"):
+    with pytest.raises(ValueError, match="dtype need the name of a model to load"):
         evaluate(
             tiny_model("llama"), tiny_tokenizer(), tasks="gsm8k", data_dir=data_dir, dtype="auto"
         )
@@ -535,7 +535,7 @@ def test_without_the_harness_the_error_says_what_to_install(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install optimum-cap\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install \"optimum-cap\[eval\] @ git"):
         load_task_data("gsm8k", data_dir)
 
 
@@ -562,10 +562,10 @@ def test_json_round_trip(data_dir: Path, tmp_path: Path) -> None:
         ("{", "cannot be read as an evaluation"),
         ("[1]", "evaluation_layout None"),
         ('{"evaluation_layout": 99}', "evaluation_layout 99"),
-        ('{"evaluation_layout": 1, "model": "m"}', "no complete evaluation"),
+        ('{"evaluation_layout": 1, "model": "m"}', "the evaluation is incomplete"),
         (
             '{"evaluation_layout": 1, "model": "m", "tasks": {"t": {"metric": "bleu"}}}',
-            "no complete evaluation .*bleu",
+            "the evaluation is incomplete .*bleu",
         ),
     ],
 )

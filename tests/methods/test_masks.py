@@ -143,5 +143,5 @@ def test_patterns_are_parsed() -> None:
 
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "4:4", "2/4", "", None, 2])
 def test_what_is_no_pattern_is_refused(pattern: object) -> None:
-    with pytest.raises(ValueError, match=f'"N:M" with N weights kept .* got {pattern!r}'):
+    with pytest.raises(ValueError, match=f'"N:M", which keeps N of .* got {pattern!r}'):
         parse_pattern(pattern)

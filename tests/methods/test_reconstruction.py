@@ -152,7 +152,7 @@ def test_more_damping_is_tried_and_said(caplog: pytest.LogCaptureFixture) -> Non
     statistics.gram -= 0.05 * statistics.gram.diagonal().mean() * vector.outer(vector)
     new = sparsegpt(matrix(6, 16), statistics, 48, name="layers.3.q_proj")
     assert new.isfinite().all()
-    assert "layers.3.q_proj: a damping of 0.01 does not suffice; trying 0.1" in caplog.text
+    assert "layers.3.q_proj: a damping of 0.01 is not enough, trying 0.1" in caplog.text
 
 
 def test_inputs_that_are_not_finite_are_an_error() -> None:
@@ -164,7 +164,7 @@ def test_inputs_that_are_not_finite_are_an_error() -> None:
 
 def test_statistics_without_gram_are_an_error() -> None:
     statistics = InputStatistics.empty(16, torch.device("cpu"), gram=False)
-    with pytest.raises(ValueError, match="the statistics x_i x_j of its inputs are needed"):
+    with pytest.raises(ValueError, match="the input statistics have no gram"):
         sparsegpt(matrix(6, 16), statistics, 48)
 
 
@@ -272,7 +272,7 @@ def test_nothing_is_corrected_where_nothing_is_known() -> None:
 def test_outputs_that_miss_what_is_not_finite_are_an_error() -> None:
     statistics = statistics_of(correlated(50, 16))
     statistics.output_error_moment = torch.full((6, 16), torch.nan)
-    with pytest.raises(ValueError, match=r"layers\.3\.q_proj: .* not a finite way .*'local'"):
+    with pytest.raises(ValueError, match=r"layers\.3\.q_proj: .* not finite, .*'local'"):
         correct_toward_dense(matrix(6, 16), statistics, "layers.3.q_proj")
 
 

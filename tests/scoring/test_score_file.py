@@ -138,7 +138,7 @@ def test_the_command_refuses_scores_of_data_in_memory(
     scores: Path, flags: list[str], tmp_path: Path
 ) -> None:
     model = flags[flags.index("-m") + 1]
-    with pytest.raises(ValueError, match="are of data from a program"):
+    with pytest.raises(ValueError, match="were measured on in-memory data"):
         run(
             PruneCommand, "-m", model, "-o", tmp_path / "out", "--sparsity", 0.2, "--scores", scores
         )
@@ -272,7 +272,7 @@ def test_a_long_table_ends_with_the_number_of_rows_left_out(
     monkeypatch.setattr("optimum_cap.commands.score._ROWS", 10)
     lines = score_table(causal_scores(losses)).splitlines()
     assert len(lines) == 1 + 10 + 1
-    assert lines[-1] == "and 14 more, needed less"
+    assert lines[-1] == "and 14 more with lower scores"
 
 
 def test_the_commands_refuse(flags: list[str], tmp_path: Path) -> None:
@@ -283,14 +283,14 @@ def test_the_commands_refuse(flags: list[str], tmp_path: Path) -> None:
     run(ScoreCommand, *flags, "-o", file, "--overwrite")
     with pytest.raises(FileNotFoundError, match="of the output does not exist"):
         run(ScoreCommand, *flags, "-o", tmp_path / "no" / "scores.safetensors")
-    with pytest.raises(ValueError, match="is a folder, a file is needed"):
+    with pytest.raises(ValueError, match="is a folder: name a file"):
         run(ScoreCommand, *flags, "-o", tmp_path)
     prune = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
     with pytest.raises(FileNotFoundError, match=r"no\.safetensors does not exist"):
         run(PruneCommand, *prune, "--scores", tmp_path / "no.safetensors")
     with pytest.raises(ValueError, match=r"seed 0\) than this config takes .* seed 1\)"):
         run(PruneCommand, *prune, "--scores", file, "--seed", 1)
-    with pytest.raises(ValueError, match="scores are for criterion 'causal_score'"):
+    with pytest.raises(ValueError, match="scores need criterion 'causal_score'"):
         run(PruneCommand, *prune, "--scores", file, "--recipe", "wanda")
 
 

@@ -192,7 +192,7 @@ def test_launched_processes_are_refused(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study.ProcessGroup, "current", lambda: study.ProcessGroup(0, 2))
-    with pytest.raises(ValueError, match="2 processes were launched, but a study is run by one"):
+    with pytest.raises(ValueError, match="2 processes were launched, but a study runs in one"):
         run_study(load(values, tmp_path), tmp_path / "out")
 
 
@@ -391,20 +391,20 @@ def test_mean_and_interval() -> None:
     ("changes", "message"),
     [
         ({"model": "x"}, r"unknown key\(s\) model in .*; known: models, recipes"),
-        ({"recipes": None}, "lacks recipes"),
+        ({"recipes": None}, "has no values for recipes"),
         ({"recipes": ["magic"]}, "unknown recipe 'magic' in the study: choose from causal"),
         ({"recipes": {"a": {"sparsity": 0.3}}}, "must be fields of CAPConfig other than sparsity"),
         ({"recipes": {"a": {"magic": 1}}}, "recipe 'paper|a' of the study: .*magic"),
-        ({"recipes": {"dense": None}}, "no recipe of the study can be called 'dense'"),
+        ({"recipes": {"dense": None}}, "label 'dense' is reserved"),
         ({"sparsities": 0.5}, r"sparsities of the study must be a list, got 0\.5"),
-        ({"sparsities": [0.5, 0.5]}, "names a value twice"),
+        ({"sparsities": [0.5, 0.5]}, "has a duplicate value"),
         ({"sparsities": [1.5]}, "sparsity must be a number strictly between 0 and 1"),
-        ({"models": ["a/x", "b/x"]}, "have the same last part: label them"),
+        ({"models": ["a/x", "b/x"]}, "different last path components"),
         ({"tasks": ["magic"]}, "unknown task 'magic': choose from"),
         ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
         (
             {"settings": {"scores": "a"}},
-            "settings of .* hold scores, which a study decides per cell",
+            "settings of .* contain scores, which the study sets",
         ),
         ({"settings": {"num_samples": 0}}, "num_samples must be an integer of at least 1"),
     ],

@@ -1,4 +1,4 @@
-"""Found by `optimum-cli` at every start: nothing imported here may import torch or transformers."""
+"""Imported by `optimum-cli` at every start, so it must not import torch or transformers."""
 
 from optimum_cap.commands.cap import CAPCommand
 
