@@ -322,14 +322,14 @@ def test_what_was_found_first_counts(llama: PreTrainedModel, tmp_path: Path) -> 
     cache, other = ScoreCache(tmp_path, llama), ScoreCache(tmp_path, llama)
 
     def meanwhile() -> int:
-        assert other.remembered("budget", examples(), [], lambda: 7) == 7
+        assert other.get_or_measure("budget", examples(), [], lambda: 7) == 7
         return 8
 
-    assert cache.remembered("budget", examples(), [], meanwhile) == 7
+    assert cache.get_or_measure("budget", examples(), [], meanwhile) == 7
     (file,) = chunk_files(tmp_path)
     file.write_bytes(b"damaged")
-    assert cache.remembered("budget", examples(), [], lambda: 9) == 9
-    assert cache.remembered("budget", examples(), [], lambda: 10) == 9
+    assert cache.get_or_measure("budget", examples(), [], lambda: 9) == 9
+    assert cache.get_or_measure("budget", examples(), [], lambda: 10) == 9
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
