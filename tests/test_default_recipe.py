@@ -191,4 +191,4 @@ def test_an_interrupt_while_responses_are_measured_leaves_the_model(
         if cached
         else "without a resume_dir nothing is kept, and it has to begin anew"
     )
-    assert caplog.messages == [f"trying sites was stopped after 2 of 6: {kept}"]
+    assert caplog.messages == [f"measuring sensitivities was stopped after 2 of 6 sites: {kept}"]
