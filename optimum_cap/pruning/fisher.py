@@ -85,7 +85,7 @@ def estimate_sensitivities(
         ValueError: Weights are offloaded, or a site has no module around its projection.
         ConnectionError: Another process of the group has stopped.
     """
-    check_in_memory(view.model)
+    check_in_memory(view.model, alternative="recipe 'causal' (allocation 'interventional')")
     check_same_inputs(process_group, view.model, examples, count, seed)
     by_layer = group_by_layer(view.sites, layers)
     groups = [group for layer_groups in by_layer.values() for group in layer_groups]

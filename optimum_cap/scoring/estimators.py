@@ -63,7 +63,7 @@ class Estimator:
         """
         # Checked first, because a cache hashes all weights.
         if self.differentiates:
-            check_in_memory(view.model)
+            check_in_memory(view.model, alternative="estimator 'exact'")
         torch_compile = self.compiles and config.torch_compile
         if torch_compile:
             check_compilable(view.model)

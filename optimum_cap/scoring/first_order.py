@@ -65,7 +65,7 @@ def first_order_losses(
         ValueError: Weights of the model are offloaded, or the units include experts whose
             computation is not supported.
     """
-    check_in_memory(view.model)
+    check_in_memory(view.model, alternative="estimator 'exact'")
     units = view.units() if units is None else units
     settings = settings or ScoringSettings()
     check_same_inputs(

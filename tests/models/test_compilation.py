@@ -122,7 +122,7 @@ def on_disk(folder: Path) -> PreTrainedModel:
 def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path) -> None:
     model = place(tmp_path / "weights")
     config = CAPConfig(torch_compile=True, resume_dir=tmp_path / "cache", **FIELDS)
-    message = r"torch_compile takes a model that is whole on one device, .* leave torch_compile out"
+    message = r"torch_compile needs the whole model on one device, .* leave torch_compile out"
     with pytest.raises(ValueError, match=message):
         CAPPruner(config).measure(model, tiny_tokenizer())
     with pytest.raises(ValueError, match=message):
