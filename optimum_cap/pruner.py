@@ -1,4 +1,4 @@
-"""`CAPPruner`: the steps of a pruning, from checks to the record. Read this module first."""
+"""`CAPPruner`: the steps of a pruning run, from checks to the record. Read this module first."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 class CAPPruner:
-    """Prunes a causal language model in memory; transformers is left as it is.
+    """Prunes a causal language model in memory.
 
     Args:
         config: What to prune and how.
@@ -52,31 +52,31 @@ class CAPPruner:
     ) -> PreTrainedModel:
         """Score, rank and zero the weights of `model`, in place.
 
-        Nothing is changed before everything is known: an error or an interrupt before the last step
-        leaves the model as it was. Criteria that prune layer by layer (ALPS, Wanda, SparseGPT)
-        cannot do so: interrupted while they prune, they leave the first layers pruned, and say so.
-        With a `resume_dir`, a run that was stopped goes on where it was when the dense model is
-        pruned again with the same config. Processes that were launched together (`torchrun`) all
-        have to call this: they share what is measured.
-        Of a model with weights on disk, what is pruned goes to copies in its offload folder, never
-        into the files it was loaded from.
+        Weights change only in the last step: an error or an interrupt before it leaves the model
+        unchanged. Criteria that prune layer by layer (ALPS, Wanda, SparseGPT) are an exception: if
+        they are interrupted while pruning, the first layers stay pruned, and a warning is logged.
+
+        With a `resume_dir`, an interrupted run resumes when the dense model is pruned again with
+        the same config. All processes that were launched together (`torchrun`) must call this
+        method; they share the measurements. If weights are offloaded to disk, pruned weights are
+        written to copies in the offload folder, never to the files that the model was loaded from.
 
         Args:
             model: A decoder-only causal language model in any float dtype.
             tokenizer: Its tokenizer, or the name of one; `None` takes the config's, then the one
                 that is saved with the model.
             dataset: Calibration data that replaces the config's.
-            losses: What `measure` returned for this model, data and seed, which the criterion
-                `causal_score` then uses for any sparsity, subsets and aggregation.
+            losses: Losses that `measure` returned for this model, data and seed. The criterion
+                `causal_score` uses them for any sparsity, subsets and aggregation.
             base_revision: Commit of the dense model on the Hub, for the record.
 
         Returns:
-            The same model, an ordinary float model with a `pruning_record`, whose
-            `save_pretrained` and `push_to_hub` write the sparse checkpoint.
+            The same model, still an ordinary float model. It has a `pruning_record`, and its
+            `save_pretrained` and `push_to_hub` write a sparse checkpoint.
 
         Raises:
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
-            OSError: There is no room for the pruned weights of a model on disk.
+            OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
         """
         config = self.config
@@ -85,7 +85,7 @@ class CAPPruner:
         needs_scores = CRITERIA[config.method.criterion].needs_scores
         if losses is not None and not needs_scores:
             raise ValueError(
-                "losses are for criterion 'causal_score', which makes its scores of them, got "
+                "losses are for criterion 'causal_score', which computes its scores from them, got "
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
         view = ModelView.of(model, config.mlp_unit_size)
@@ -126,7 +126,7 @@ class CAPPruner:
         """Measure the losses with each unit masked, from which causal scores are computed.
 
         Args:
-            model: A decoder-only causal language model; it comes back as it was.
+            model: A decoder-only causal language model; it is left unchanged.
             tokenizer: As for `prune`.
             save_to: A scores file to write, for `CAPConfig(scores=...)`.
 
@@ -154,7 +154,7 @@ def _number_of_zeros(view: ModelView, matrices: list[Matrix], sparsity: float) -
     zeros = round(sparsity * total)
     if not 0 < zeros < total:
         raise ValueError(
-            f"sparsity {sparsity} of {total} prunable weights is {zeros} zeros: ask for a sparsity "
+            f"sparsity {sparsity} of {total} prunable weights is {zeros} zeros: choose a sparsity "
             "that prunes some weights and keeps some"
         )
     return zeros
@@ -166,7 +166,7 @@ def _check_pattern(view: ModelView, matrices: list[Matrix], pattern: str) -> Non
     for matrix in matrices:
         if (inputs := view.oriented(matrix).shape[1]) % parsed[1]:
             raise ValueError(
-                f"pattern {pattern!r} does not fit {matrix.name}, which has {inputs} inputs, no "
+                f"pattern {pattern!r} does not fit {matrix.name}, which has {inputs} inputs, not a "
                 f"multiple of {parsed[1]}: leave it dense (modules_to_leave_dense), or choose "
                 "another pattern"
             )
@@ -177,18 +177,18 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> None:
         weight = view.weights(matrix)
         if weight.device.type == "meta":
             raise ValueError(
-                f"{matrix.name} is on the meta device, and nothing says where its values are: "
-                "load the model with from_pretrained; device_map='auto' offloads what has no room"
+                f"{matrix.name} is on the meta device without offloaded values: load the model "
+                "with from_pretrained; device_map='auto' offloads what does not fit into memory"
             )
         if not weight.is_floating_point():
             raise ValueError(
-                f"{matrix.name} has dtype {weight.dtype}; CAP prunes float weights: prune the "
-                "model before it is quantized"
+                f"{matrix.name} has dtype {weight.dtype}, but CAP prunes float weights: prune the "
+                "model before you quantize it"
             )
         if not weight.isfinite().all():
             raise ValueError(
-                f"{matrix.name} holds NaN or infinite weights: the model cannot be scored; check "
-                "the checkpoint it was loaded from"
+                f"{matrix.name} holds NaN or infinite weights, so the model cannot be pruned: "
+                "check the checkpoint that it was loaded from"
             )
 
 
@@ -199,7 +199,7 @@ def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
     name = tokenizer or model.name_or_path
     if not name:
         raise ValueError(
-            "no tokenizer: the model was not loaded from a path that could hold one; pass "
+            "no tokenizer: the model has no name or path to load one from; pass "
             "prune(model, tokenizer) or CAPConfig(tokenizer=...)"
         )
     try:

@@ -187,8 +187,8 @@ def test_an_interrupt_while_responses_are_measured_leaves_the_model(
     assert same(llama, before)
     assert not hasattr(llama, "pruning_record")
     kept = (
-        f"what is done is kept in {tmp_path}; run the same again to go on from there"
+        f"finished results are stored in {tmp_path}; run the same command again to resume"
         if cached
-        else "without a resume_dir nothing is kept, and it has to begin anew"
+        else "no resume_dir was set, so the run must start over"
     )
-    assert caplog.messages == [f"trying sites was stopped after 2 of 6: {kept}"]
+    assert caplog.messages == [f"measuring sensitivities was stopped after 2 of 6 sites: {kept}"]

@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole or stay as they were."""
+"""Folders that are replaced atomically: as a whole or not at all."""
 
 import errno
 import os
@@ -16,34 +16,39 @@ from safetensors import SafetensorError
 from optimum_cap.checkpoint.transcoding import CONFIG_NAME, RECORD_NAME
 from optimum_cap.runtime import sync
 
-# Folders, all or nothing
-
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `target` if all goes well.
+    """Yield an empty folder that replaces `target` when the context ends without an error.
 
-    Files of `target` that are no part of a checkpoint come along. On any error `target` is left as
-    it was, and nothing else is left behind.
+    Files of `target` that are not part of a checkpoint are kept. On any error, `target` stays as it
+    was, and no other files remain.
+
+    Args:
+        target: The folder to replace or create.
+
+    Raises:
+        FileExistsError: As `check_target`.
+        OSError: The folder cannot be written.
     """
-    # Of a link, the folder that it stands for is replaced: it may be on another disk on purpose.
+    # The target of a link is replaced, not the link: it may be on another disk on purpose.
     target = target.resolve()
     old = target.with_name(f".{target.name}.replaced")
     if not target.exists() and old.is_dir():
-        old.rename(target)  # a save was killed between its two renames
+        old.rename(target)  # an earlier save was killed between its two renames
     check_target(target)
-    # A mount point cannot be renamed, nor can a folder in one that is read-only.
+    # A mount point cannot be renamed, nor can a folder whose parent is read-only.
     renamable = not target.exists() or (
         not os.path.ismount(target) and os.access(target.parent, os.W_OK)
     )
-    home = target.parent if renamable else target
+    parent = target.parent if renamable else target
     prefix = f".{target.name}.saving-{platform.node()}-"
     new = None
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        _clear_up(home, prefix)
-        # One of its own for every save: processes that save to one place do not mix their files.
-        new = home / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(parent, prefix)
+        # Each save has its own folder, so that processes that save to one target do not mix files.
+        new = parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
         new.mkdir()
         yield new
         _flush(new)
@@ -56,8 +61,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"could not save to {target} ({error}); it is as it was before: make room, or choose a "
-            "folder that can be written",
+            f"could not save to {target} ({error}), which stays as it was: free disk space, or "
+            "choose a writable folder",
         ) from error
     finally:
         if new is not None:
@@ -65,7 +70,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _swap_folders(new: Path, target: Path, old: Path) -> None:
-    """Put folder `new` in the place of `target`, which is `old` in between."""
+    """Replace `target` by `new`; in between, `target` is renamed to `old`."""
     if not target.exists():
         new.rename(target)
         return
@@ -85,46 +90,46 @@ def _swap_folders(new: Path, target: Path, old: Path) -> None:
 
 
 def _swap_files(new: Path, target: Path) -> None:
-    """Put the files of `new`, a folder in `target`, in the place of those in `target`.
+    """Replace the files of `target` by those of `new`, a folder in `target`.
 
-    The config goes first and comes last: if the process is killed in between, the folder does not
-    load, rather than load old and new files together.
+    The config is removed first and added last, so that a folder in which the process was killed
+    does not load instead of loading a mixture of old and new files.
     """
 
     def config_last(name: str) -> bool:
         return name == CONFIG_NAME
 
-    come = sorted((entry.name for entry in new.iterdir()), key=config_last)
+    new_names = sorted((entry.name for entry in new.iterdir()), key=config_last)
     stale = {entry.name for entry in target.iterdir() if is_weight_file(entry.name)}
-    stale |= {name for name in come if (target / name).exists()}
+    stale |= {name for name in new_names if (target / name).exists()}
     replaced = new / "replaced"
     replaced.mkdir()
     moves = [(target / name, replaced / name) for name in sorted(stale, key=config_last)[::-1]]
-    moves += [(new / name, target / name) for name in come]
+    moves += [(new / name, target / name) for name in new_names]
     done = []
     try:
-        for source, place in moves:
-            done.append((source, place))
-            source.rename(place)
+        for source, destination in moves:
+            done.append((source, destination))
+            source.rename(destination)
     except BaseException:
-        for source, place in reversed(done):
+        for source, destination in reversed(done):
             if not source.exists():
-                place.rename(source)
+                destination.rename(source)
         raise
 
 
-def _clear_up(home: Path, prefix: str) -> None:
-    """Remove what saves that were killed left: the process in the name is no more."""
-    for folder in home.iterdir():
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    """Remove folders of killed saves: those named after a process that no longer runs."""
+    for folder in parent.iterdir():
         if folder.name.startswith(prefix):
-            # Of a host whose name only starts like this one's, another part stands here.
+            # The rest does not match if the name of another host starts with that of this one.
             process = re.fullmatch(r"(\d+)-[0-9a-f]{8}", folder.name.removeprefix(prefix))
             if process and not psutil.pid_exists(int(process[1])):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
-    """Have the files written to the disk: a folder must not take its place before them."""
+    """Flush all files of a folder to disk, before the folder replaces another."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as stream:
@@ -135,24 +140,27 @@ def check_target(target: Path) -> None:
     """Check that a checkpoint may be saved to `target`, an absolute path.
 
     Raises:
-        FileExistsError: It is a file, holds the current folder, or the weights of another model.
+        FileExistsError: It is a file, contains the current folder, or has weights that are not part
+            of a CAP checkpoint.
     """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose a folder to save to")
     if not target.is_dir():
         return
     if Path.cwd().is_relative_to(target):
-        raise FileExistsError(f"{target} is or holds the current folder: choose a folder in it")
+        raise FileExistsError(
+            f"{target} is or contains the current folder: choose a folder inside it"
+        )
     weights = [entry.name for entry in target.iterdir() if is_weight_file(entry.name)]
     if weights and not (target / RECORD_NAME).exists():
         raise FileExistsError(
-            f"{target} holds the weights of another model ({weights[0]}), which is no CAP "
-            "checkpoint: choose another folder, so that they are not lost"
+            f"{target} holds the weights of another model ({weights[0]}), which is not a CAP "
+            "checkpoint: choose another folder to keep them"
         )
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file is one that loading a model could pick up as its weights."""
+    """Return whether loading a model could read the file as its weights."""
     return name.startswith(("model", "pytorch_model")) and (
         name.endswith((".safetensors", ".bin")) or (".index." in name and name.endswith(".json"))
     )

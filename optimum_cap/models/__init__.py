@@ -1,4 +1,4 @@
-"""Everything that is known about transformers models, and how they are run and changed."""
+"""Knowledge of transformers models: their architecture, and how to run and change them."""
 
 from optimum_cap.models.architectures import (
     QUERIES,

@@ -1,12 +1,12 @@
-"""Model -> sites, units, regions. The only file that knows architectures.
+"""Finds the sites, units and regions of a model. The only module that knows architectures.
 
-Where the blocks of a decoder layer mix back into the residual stream is written down, for nearly
-every architecture, in transformers' own tensor-parallel plan: the `rowwise` projections are the
-output projections, the `colwise` projections beside them feed them. What the plan does not say is
-how the rows of an input projection belong to the units; that is `ROW_LAYOUTS`, by projection name.
+For nearly every architecture, the tensor-parallel plan of transformers says which projections of a
+decoder layer write to the residual stream: `rowwise` projections are output projections, `colwise`
+projections of the same block are its input projections. The plan does not say which rows of an
+input projection belong to which unit; `ROW_LAYOUTS` does, by the name of the projection.
 
 A new architecture needs an entry in `PLANS` if transformers has no plan for it, and one in
-`ROW_LAYOUTS` if it names or arranges a projection in a new way.
+`ROW_LAYOUTS` if a projection has a new name or a new arrangement of rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,12 +22,12 @@ Range = tuple[int, int]
 """`(start, stop)`, as in a slice."""
 
 QUERIES = "q_proj"
-"""The projection of an attention that makes its queries, where they have one of their own."""
+"""Name of the query projection of an attention, where queries have a projection of their own."""
 
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """A rectangular piece of one parameter: a range along one dimension, all of the others.
+    """A slice of one parameter along one dimension.
 
     Attributes:
         parameter: Name as in `model.named_parameters()`.
@@ -45,7 +45,7 @@ class WeightSlice:
     expert: int | None = None
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return this piece of `parameter`, as a view."""
+        """Return this slice of `parameter`, as a view."""
         matrix = parameter if self.expert is None else parameter[self.expert]
         return matrix.narrow(self.dim, self.start, self.stop - self.start)
 
@@ -57,8 +57,8 @@ class Unit:
     Attributes:
         index: Position among the units of the site.
         channels: Range of the channels of the site's input.
-        region: The weights that belong to the unit. Under grouped-query attention several units
-            name the same key and value rows.
+        region: The weights that belong to the unit. Under grouped-query attention, several units
+            share key and value rows.
     """
 
     index: int
@@ -68,15 +68,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Site:
-    """The input of a output projection, where parallel units join the residual stream.
+    """The input of an output projection, through which units write to the residual stream.
 
     Attributes:
         name: Path of the output projection; an expert adds its index, as in `...down_proj[3]`.
         kind: `"attention"`, `"mlp"` or `"expert"`.
         layer: Index of the decoder layer.
         layer_name: Path of the decoder layer.
-        block: Path of the module around the projection (attention or MLP); the layer itself where
-            the projection sits directly in it.
+        block: Path of the module that contains the projection (attention or MLP); that of the
+            layer if there is no such module.
         width: Number of channels of the site's input.
         units: The units, in the order of their channels; together they cover all channels.
         expert: Index of the expert, otherwise `None`.
@@ -103,7 +103,7 @@ class Site:
 
     @property
     def output_module(self) -> str:
-        """Path of the module that returns what the projection does, or the sum over experts."""
+        """Path of the module that returns the output of the projection, or the sum over experts."""
         return self.projection if self.block == self.layer_name else self.block
 
 
@@ -123,6 +123,7 @@ class Matrix:
 
     @property
     def name(self) -> str:
+        """Name of the parameter, with the index of the expert, as in `...down_proj[3]`."""
         return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
 
     @property
@@ -144,8 +145,8 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
             `None` makes each of these sites one unit.
 
     Raises:
-        ValueError: `model` is no decoder-only language model, or its architecture is unknown; the
-            message says what was looked for and where to add it.
+        ValueError: `model` is not a decoder-only language model, or its architecture is not
+            supported; the message says what is missing and where to add it.
     """
     decoder_name, decoder = _decoder(model)
     plan = _plan(model)
@@ -153,20 +154,20 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
     sites: list[Site] = []
     for layer, layer_name in enumerate(_layer_names(decoder, plan)):
         full_name = f"{decoder_name}.{layer_name}" if decoder_name else layer_name
-        found = [
+        layer_sites = [
             site
             for block, (output_proj, input_projs) in _blocks(plan).items()
             for site in _block_sites(
                 model, layer, full_name, block, output_proj, input_projs, heads, mlp_unit_size
             )
         ]
-        if not any(site.kind == "attention" for site in found):
+        if not any(site.kind == "attention" for site in layer_sites):
             raise ValueError(
-                f"{type(model).__name__} is not supported: no attention site was found in "
-                f"{full_name}, where one of {', '.join(sorted(plan))} was looked for. "
-                "Add the architecture to PLANS in optimum_cap/models/architectures.py"
+                f"{type(model).__name__} is not supported: found no attention in {full_name} "
+                f"(looked for {', '.join(sorted(plan))}). Add the architecture to PLANS in "
+                "optimum_cap/models/architectures.py"
             )
-        sites += sorted(found, key=lambda site: site.kind != "attention")
+        sites += sorted(layer_sites, key=lambda site: site.kind != "attention")
     return sites
 
 
@@ -189,28 +190,28 @@ def all_units(sites: Iterable[Site]) -> list[SiteUnit]:
 
 
 def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[WeightSlice]:
-    """Return the part of a head's region that can be zero without any effect on other heads.
+    """Return the part of a head's region that can be zeroed without affecting other heads.
 
-    Where queries or keys are normalised over all heads at once (OLMoE), their rows cannot.
+    If queries or keys are normalised over all heads at once (OLMoE), their rows are not part of it.
     """
     block = model.get_submodule(site.block)
     start, stop = unit.channels
-    joined = set()
+    normalised_over_heads = set()
     for norm, projection in NORMS.items():
         weight = getattr(getattr(block, norm, None), "weight", None)
         if weight is not None and weight.numel() > stop - start:
-            joined.add(f"{site.block}.{projection}.weight")
-    return [piece for piece in unit.region if piece.parameter not in joined]
+            normalised_over_heads.add(f"{site.block}.{projection}.weight")
+    return [piece for piece in unit.region if piece.parameter not in normalised_over_heads]
 
 
 def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
-    """Return the weights of a matrix as a view `[out, in]`, whichever way they are stored."""
+    """Return the weights of a matrix as a view `[out, in]`, even if they are stored transposed."""
     weight = matrix.of(model.get_parameter(matrix.parameter).data)
     return weight.T if is_transposed(model, matrix) else weight
 
 
 def is_transposed(model: PreTrainedModel, matrix: Matrix) -> bool:
-    """Whether a matrix is stored as `[in, out]`."""
+    """Return whether a matrix is stored as `[in, out]`."""
     return isinstance(model.get_submodule(matrix.module), Conv1D)
 
 
@@ -226,23 +227,23 @@ def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
 def stages_by_layer(sites: Iterable[Site]) -> dict[int, list[list[Matrix]]]:
     """Return the prunable matrices of each decoder layer in the order in which they run.
 
-    A stage holds matrices none of which feeds another: the projections that feed a site of
-    attention, the one that mixes, those that feed MLP or experts, those that mix.
+    The matrices of a stage do not depend on each other. The stages are: input projections of the
+    attention, its output projection, input projections of MLP or experts, their output projections.
     """
     stages: dict[int, list[list[Matrix]]] = {}
     sites = list(sites)
-    for layer, own in matrices_by_layer(sites).items():
-        output_proj = {site.output_proj for site in sites if site.layer == layer}
+    for layer, layer_matrices in matrices_by_layer(sites).items():
+        output_projs = {site.output_proj for site in sites if site.layer == layer}
         attention = prunable_matrices(
             site for site in sites if site.layer == layer and site.kind == "attention"
         )
-        others = [matrix for matrix in own if matrix not in attention]
+        others = [matrix for matrix in layer_matrices if matrix not in attention]
         stages[layer] = [
             stage
             for block in (attention, others)
             for stage in (
-                [matrix for matrix in block if matrix not in output_proj],
-                [matrix for matrix in block if matrix in output_proj],
+                [matrix for matrix in block if matrix not in output_projs],
+                [matrix for matrix in block if matrix in output_projs],
             )
             if stage
         ]
@@ -250,17 +251,17 @@ def stages_by_layer(sites: Iterable[Site]) -> dict[int, list[list[Matrix]]]:
 
 
 def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
-    """Bytes that a token takes while it passes a decoder layer in float32.
+    """Return how many bytes a token takes while a decoder layer runs in float32.
 
     Args:
         model: The model.
-        longest: Tokens of the longest sequence.
+        longest: Number of tokens of the longest sequence.
     """
     config = model.config.get_text_config(decoder=True)
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    # Attention that is not fused keeps its probabilities and a widened copy of them.
+    mlp_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # Attention that is not fused keeps its probabilities and a float32 copy of them.
     attention = 8 * config.num_attention_heads * longest
-    return int(4 * (8 * config.hidden_size + 4 * wide) + attention)
+    return int(4 * (8 * config.hidden_size + 4 * mlp_width) + attention)
 
 
 def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Module]:
@@ -295,17 +296,17 @@ def _plan(model: PreTrainedModel) -> dict[str, str]:
 
 def _blocks(plan: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
     """Group the plan by block: path in the layer -> (output projection, input projections)."""
-    output_proj: dict[str, str] = {}
+    output_projs: dict[str, str] = {}
     input_projs: dict[str, list[str]] = {}
     for pattern, style in plan.items():
         if ".*." not in pattern:
             continue
         block, _, projection = pattern.partition(".*.")[2].rpartition(".")
         if style.startswith("rowwise"):
-            output_proj[block] = projection
+            output_projs[block] = projection
         elif "colwise" in style:
             input_projs.setdefault(block, []).append(projection)
-    return {block: (output_proj[block], input_projs.get(block, [])) for block in output_proj}
+    return {block: (output_projs[block], input_projs.get(block, [])) for block in output_projs}
 
 
 def _layer_names(decoder: nn.Module, plan: dict[str, str]) -> Iterator[str]:
@@ -330,7 +331,7 @@ def _block_sites(
     heads: int,
     mlp_unit_size: int | None,
 ) -> Iterator[Site]:
-    """Yield the site of one block, or one per expert; nothing where the layer lacks the block."""
+    """Yield the site of a block, or one site per expert; nothing if the layer lacks the block."""
     block_name = f"{layer_name}.{block}" if block else layer_name
     projection = f"{block_name}.{output_proj}"
     weight_name, weight, transposed = _weight(model, projection)
@@ -341,8 +342,8 @@ def _block_sites(
     width = weight.shape[-2] if transposed else weight.shape[-1]
     if is_attention and width % heads:
         raise ValueError(
-            f"{projection} of {type(model).__name__} takes {width} channels, which {heads} "
-            "attention heads do not divide"
+            f"{type(model).__name__} is not supported: {projection} takes {width} channels, not a "
+            f"multiple of its {heads} attention heads"
         )
     size = width // heads if is_attention else (mlp_unit_size or width)
     bounds = [(start, min(start + size, width)) for start in range(0, width, size)]
@@ -380,9 +381,9 @@ def _input_slices(
     layout = ROW_LAYOUTS.get(name)
     if layout is None:
         raise ValueError(
-            f"{type(model).__name__} is not supported: the rows of {projection} belong to units in "
-            f"a way that is not known for {name!r} (known: {', '.join(sorted(ROW_LAYOUTS))}). Add "
-            "it to ROW_LAYOUTS in optimum_cap/models/architectures.py"
+            f"{type(model).__name__} is not supported: no row layout for {name!r} of {projection} "
+            f"(supported: {', '.join(sorted(ROW_LAYOUTS))}). Add it to ROW_LAYOUTS in "
+            "optimum_cap/models/architectures.py"
         )
     weight_name, weight, transposed = _weight(model, projection)
     if weight is None:
@@ -392,9 +393,10 @@ def _input_slices(
     ranges = layout(rows, bounds)
     if max(stop for unit in ranges for _, stop in unit) != rows:
         raise ValueError(
-            f"{projection} of {type(model).__name__} has {rows} rows, which does not fit the "
-            f"layout known for {name!r} with {len(bounds)} units of "
-            f"{bounds[0][1] - bounds[0][0]} channels; see optimum_cap/models/architectures.py"
+            f"{type(model).__name__} is not supported: {projection} has {rows} rows, which does "
+            f"not fit the row layout of {name!r} with {len(bounds)} units of "
+            f"{bounds[0][1] - bounds[0][0]} channels. See ROW_LAYOUTS in "
+            "optimum_cap/models/architectures.py"
         )
     return [[WeightSlice(weight_name, dim, *piece, expert) for piece in unit] for unit in ranges]
 
@@ -478,7 +480,7 @@ ROW_LAYOUTS: dict[str, Layout] = {
     "fc1": _one_to_one,
 }
 
-# Norms inside an attention, and the projections whose outputs they normalise.
+# Norms of an attention, and the projections whose outputs they normalise.
 NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 # Tensor-parallel plans in transformers' notation, for architectures where transformers has none.

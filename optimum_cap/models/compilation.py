@@ -1,8 +1,8 @@
-"""Decoder layers through `torch.compile`, which fuses what stands between their matrix products.
+"""Runs decoder layers with `torch.compile`, which fuses the operations between matrix products.
 
-Layers of one form are one program, whose inputs are their weights: it is compiled once, not for
-each layer, and takes any number of rows and tokens (a single row is another program). Where a layer
-cannot be compiled as one piece, the run says so instead of going on with less.
+Layers of the same structure share one program, which takes their weights as inputs. It is compiled
+once, not per layer, and takes any number of rows and tokens (a single row needs another program).
+A layer that cannot be compiled without a graph break raises an error.
 """
 
 import warnings
@@ -20,20 +20,20 @@ from optimum_cap.models.internals import accelerate_hook
 
 LayerCall = Callable[[nn.Module, torch.Tensor, Any, dict[str, Any]], Any]
 
-LEAST_TORCH = "2.7"  # has all that is used here
-_MOST_PROGRAMS = 64  # torch allows 8, shared by all models of the process
+LEAST_TORCH = "2.7"  # the first version with all features used here
+_MOST_PROGRAMS = 64  # for all models of the process; the default of torch is 8
 
 
 def call_layer(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What a layer returns for hidden states `[rows, tokens, hidden]` and its other arguments."""
+    """Return the output of a layer for hidden states `[rows, tokens, hidden]` and arguments."""
     return layer(hidden, *args, **kwargs)
 
 
 def call_compiled(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Do the same through `torch.compile`.
+    """Return the same as `call_layer`, with a program of `torch.compile`.
 
     Raises:
-        ValueError: The layer cannot be compiled, or nothing can on this machine.
+        ValueError: The layer cannot be compiled, or this machine cannot compile.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
@@ -54,39 +54,39 @@ def call_compiled(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dic
 
 @cache
 def _program() -> LayerCall:
-    # Rounding where the layer itself rounds.
+    # Round where the layer itself rounds.
     options: dict[str, Any] = {"emulate_precision_casts": True}
     return torch.compile(call_layer, dynamic=True, fullgraph=True, options=options)
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Settings of torch for a run with compiled layers."""
+    """Apply the settings of torch for a run with compiled layers."""
     import torch._dynamo
 
     with (
         torch._dynamo.config.patch(recompile_limit=_MOST_PROGRAMS),
         warnings.catch_warnings(),
     ):
-        # Advises TF32 on a GPU, which would cost float32 scores most of their digits.
+        # This warning advises TF32 on a GPU, which would cost float32 scores most of their digits.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         yield
 
 
 def check_compilable(model: PreTrainedModel) -> None:
-    """Check what can be known before layers are compiled.
+    """Check, before anything is compiled, that layers of a model can be.
 
     Raises:
         ValueError: torch is too old, or accelerate moves weights or inputs of the model.
     """
     if Version(torch.__version__) < Version(LEAST_TORCH):
         raise ValueError(
-            f"torch_compile needs torch {LEAST_TORCH} or newer, and this is {torch.__version__}: "
+            f"torch_compile needs torch {LEAST_TORCH} or newer, got torch {torch.__version__}: "
             "upgrade torch, or leave torch_compile out"
         )
     if any(accelerate_hook(module) is not None for module in model.modules()):
         raise ValueError(
-            "torch_compile takes a model that is whole on one device, but this one is spread over "
-            "several or offloaded: load it with a device_map such as 'cuda:0', or leave "
+            "torch_compile needs the whole model on one device, but this model is spread over "
+            "several devices or offloaded: load it with a device_map such as 'cuda:0', or leave "
             "torch_compile out"
         )

@@ -1,8 +1,8 @@
-"""What a module of experts computes, expert by expert.
+"""The computation of an experts module, expert by expert.
 
-Such a module (`experts` in transformers' mixtures) takes the tokens `[tokens, hidden]`, the experts
-chosen for each, int64 `[tokens, k]`, and their weights, `[tokens, k]`. It returns the sum of the
-weighted outputs of the chosen experts.
+An experts module (`experts` in the mixture models of transformers) takes tokens `[tokens, hidden]`,
+the experts that each is routed to, int64 `[tokens, k]`, and their routing weights, `[tokens, k]`.
+It returns the weighted sum of the outputs of these experts.
 """
 
 from typing import Any
@@ -15,11 +15,10 @@ from optimum_cap.models.architectures import Site
 
 
 def experts_of(model: PreTrainedModel, site: Site) -> nn.Module:
-    """Return the module of an expert's site.
+    """Return the experts module of an expert's site.
 
     Raises:
-        ValueError: It computes its experts in another way than `gated` and a product with
-            `down_proj`.
+        ValueError: An expert is not computed by `gated` followed by a product with `down_proj`.
     """
     module = model.get_submodule(site.block)
     others = ("has_bias", "is_transposed", "has_post_expert_norm")
@@ -29,26 +28,29 @@ def experts_of(model: PreTrainedModel, site: Site) -> nn.Module:
         raise ValueError(
             f"the experts of {type(model).__name__} ({type(module).__name__}) cannot be scored: "
             "masking needs gate_up_proj and down_proj [experts, out, in] without biases or a norm "
-            "behind them: score heads only (scored_units='heads')"
+            "after them; score heads only (scored_units='heads')"
         )
     return module
 
 
 def routing(module: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the chosen experts and their weights, from what a module got beside the tokens.
+    """Return the experts that tokens are routed to and their weights, from a module's arguments.
 
     Args:
-        module: Its path.
+        module: Path of the experts module.
         args: The positional arguments after the tokens.
 
+    Returns:
+        The experts, int64 `[tokens, k]`, and their routing weights, `[tokens, k]`.
+
     Raises:
-        ValueError: It got something else.
+        ValueError: The arguments are not these.
     """
     if len(args) != 2 or not all(isinstance(arg, torch.Tensor) and arg.ndim == 2 for arg in args):
         raise ValueError(
-            f"the model gives {module} something else than the chosen experts and their weights "
-            "[tokens, k], so its experts cannot be looked at one by one: score heads only "
-            "(scored_units='heads'), and prune with target 'local' and another allocation than "
+            f"the model gives {module} something other than the chosen experts and their weights "
+            "[tokens, k], so its experts cannot run one by one: score heads only "
+            "(scored_units='heads'), and prune with target 'local' and an allocation other than "
             "'fisher'"
         )
     chosen, weights = args
@@ -56,14 +58,14 @@ def routing(module: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
 
 
 def gated(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Return what an expert's down_proj gets for tokens `[tokens, hidden]`: `[tokens, width]`."""
+    """Return the input of an expert's down_proj, `[tokens, width]`, for `[tokens, hidden]`."""
     projected = nn.functional.linear(hidden, experts.gate_up_proj[expert])
-    # Private: activations differ between architectures, and nothing public applies one alone.
+    # Private: the activation differs between architectures, and no public method applies it.
     activated: torch.Tensor = experts._apply_gate(projected)
     return activated
 
 
 def routed(chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which tokens reach an expert, and its place among the chosen ones of each: `[n]`."""
+    """Return which tokens are routed to an expert, and its position in `[tokens, k]` of each."""
     tokens, slots = (chosen == expert).nonzero(as_tuple=True)
     return tokens, slots

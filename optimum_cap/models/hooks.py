@@ -1,4 +1,4 @@
-"""Context managers that record or mask parts of a forward pass, and restore all that they touch."""
+"""Context managers that record, mask or replace parts of a forward pass, and undo it on exit."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +15,11 @@ from optimum_cap.models.architectures import Site, Unit
 
 @contextmanager
 def masked_unit(model: PreTrainedModel, site: Site, unit: Unit) -> Iterator[None]:
-    """Mask one unit: its slice of the output projection's input is exactly zero (paper, step 2).
+    """Mask one unit: set its slice of the output projection's input to zero (paper, step 2).
 
     A projection that is a module gets a forward pre-hook. An expert of a 3-D parameter has no
-    module to hook, so the columns that would multiply the slice are zeroed instead, which is the
-    same product, and restored bit for bit.
+    module to hook, so the columns that multiply the slice are zeroed instead, which gives the same
+    product. They are restored exactly.
 
     Raises:
         ValueError: The expert's weights are offloaded.
@@ -62,8 +62,8 @@ class RecordedCall:
         hidden: The first tensor argument.
         args: The other positional arguments.
         kwargs: The keyword arguments, without `hidden_states`.
-        output: What the module returned: hidden states, and `None` for all else (the weights of
-            attention would take more memory than all other tensors together).
+        output: The output of the module, with `None` for everything but the hidden states
+            (attention weights would take more memory than all other tensors together).
     """
 
     hidden: torch.Tensor
@@ -74,7 +74,7 @@ class RecordedCall:
 
 @contextmanager
 def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, RecordedCall]]:
-    """Record the calls of `modules`, by the same names, into the dictionary that is yielded."""
+    """Record the calls of `modules`; yield a dictionary of them by the same names."""
     calls: dict[str, RecordedCall] = {}
 
     def before(name: str) -> Callable[..., None]:
@@ -115,45 +115,48 @@ def split_hidden(
 
 
 def hidden_states_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a layer or block returned."""
+    """Return the hidden states of the output of a layer or block."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def repack_output(output: Any, hidden: torch.Tensor) -> Any:
-    """`hidden` in the form of `output`: alone, or first in a tuple of as many entries."""
+    """Return `hidden` in the format of `output`: alone, or first in a tuple of the same length."""
     return (hidden, *[None] * (len(output) - 1)) if isinstance(output, tuple) else hidden
 
 
 def only_last_logits(model: PreTrainedModel) -> dict[str, int]:
-    """The argument that spares logits nobody reads, where the model has it."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if known else {}
+    """Return the argument that limits logits to the last position, if the model has it."""
+    supported = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if supported else {}
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """`cache` under the name that `model` has for it: transformers 5.24 renamed it."""
-    known = "cache" in inspect.signature(model.forward).parameters
-    return {"cache" if known else "past_key_values": cache}
+    """Return `cache` by the name of the argument of `model`, which transformers 5.24 renamed."""
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `module` run `forward` instead of its own, which may itself sit on the instance."""
-    had_own = "forward" in module.__dict__
-    own = module.forward
+    """Make `module` run `forward` in this context.
+
+    A forward that was already replaced on the instance, as accelerate does, is restored.
+    """
+    was_replaced = "forward" in module.__dict__
+    original_forward = module.forward
     module.forward = forward
     try:
         yield
     finally:
-        if had_own:
-            module.forward = own
+        if was_replaced:
+            module.forward = original_forward
         else:
             del module.forward
 
 
 @contextmanager
 def zero_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Let the model look up zeros instead of embeddings, without reading their weights."""
+    """Make the model use zeros instead of embeddings, whose weights are not read."""
     embeddings = model.get_input_embeddings()
 
     def zeros(input_ids: torch.Tensor) -> torch.Tensor:
@@ -166,11 +169,11 @@ def zero_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None
 
 @contextmanager
 def bypass_layers(layers: Iterable[nn.Module], output_template: Any) -> Iterator[None]:
-    """Let layers return the hidden states that they get.
+    """Make layers return their input hidden states.
 
     Args:
         layers: Decoder layers.
-        output_template: What one of them returned once, which says how they return hidden states.
+        output_template: An output of one of them, which shows how they return hidden states.
     """
 
     def skip(*args: Any, **kwargs: Any) -> Any:
@@ -186,7 +189,7 @@ class StopForwardError(Exception):
     """Ends a forward pass whose remainder is not needed.
 
     Attributes:
-        output: The output that was wanted, if any.
+        output: The requested output, if any.
     """
 
     def __init__(self, output: Any = None) -> None:
@@ -194,11 +197,15 @@ class StopForwardError(Exception):
 
 
 def run_until(block: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What `block` returns while `layer` runs on these arguments; the rest is not computed."""
-    own = block.forward
+    """Return the output of `block` when `layer` runs on these arguments, and run nothing after it.
+
+    Raises:
+        RuntimeError: The layer does not run the block.
+    """
+    original_forward = block.forward
 
     def stop(*args: Any, **kwargs: Any) -> Any:
-        raise StopForwardError(own(*args, **kwargs))
+        raise StopForwardError(original_forward(*args, **kwargs))
 
     with replaced_forward(block, stop):
         try:

@@ -1,6 +1,6 @@
 """Private attributes of torch, transformers and accelerate, read in one place.
 
-Each function says which public way is missing. Other modules that may do the same: `experts` and
+Each function says which public API is missing. Other modules that may do the same: `experts` and
 `compilation` here, `plugin/quantizer.py`, `plugin/registration.py` and `evaluation/harness.py`.
 """
 

@@ -1,4 +1,4 @@
-"""Losses of scored tokens, from what the last layer returns at the positions that predict them."""
+"""Losses of scored tokens, from the output of the last layer at the positions before them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from optimum_cap.data import Batch
 from optimum_cap.models.hooks import bypass_layers, repack_output, replaced_forward, zero_embeddings
 from optimum_cap.models.offload import device_of
 
-# On a GPU 0.7 GB with a copy in float32 and its logarithms, whatever the memory budget is.
+# On a GPU, 0.7 GB with a float32 copy and its log-probabilities, whatever the memory budget is.
 _LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
@@ -32,6 +32,7 @@ class Targets:
 
     @classmethod
     def of(cls, batch: Batch) -> "Targets":
+        """Return the targets of a batch."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         return cls(len(batch.positions), rows, columns - 1, batch.input_ids[rows, columns])
 
@@ -45,12 +46,12 @@ class Targets:
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy per position in float32, whatever the dtype of the logits: `[positions]`."""
+    """Return the cross-entropy of each position in float32, `[positions]`."""
     return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
 def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
-    """Positions whose logits are computed at a time, which bounds their memory."""
+    """Return at how many positions logits are computed at a time, which bounds their memory."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     return max(1, _LOGITS_PER_CHUNK["cuda" if device.type == "cuda" else "cpu"] // vocabulary)
 
@@ -58,12 +59,12 @@ def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
 def logits_of(
     model: PreTrainedModel, layers: list[nn.Module], output_template: Any, hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of sequences of one token, with embeddings and decoder layers short-circuited.
+    """Return the logits of sequences of one token, without embeddings and decoder layers.
 
     Args:
         model: The model.
         layers: Its decoder layers.
-        output_template: What a layer returned once, which says how it returns its hidden states.
+        output_template: An output of a layer, which shows how it returns its hidden states.
         hidden: Output of the last layer, `[positions, 1, hidden]`.
 
     Returns:
@@ -71,19 +72,19 @@ def logits_of(
     """
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(model))
 
-    def give(*args: Any, **kwargs: Any) -> Any:
+    def return_hidden(*args: Any, **kwargs: Any) -> Any:
         return repack_output(output_template, hidden)
 
     with (
         zero_embeddings(model, hidden.dtype),
         bypass_layers(layers[:-1], output_template),
-        replaced_forward(layers[-1], give),
+        replaced_forward(layers[-1], return_hidden),
     ):
         return model(input_ids=tokens, use_cache=False).logits[:, 0]
 
 
 def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits of an ordinary forward pass, at scored positions only: `[scored, vocabulary]`."""
+    """Return the logits of an ordinary forward pass at scored positions, `[scored, vocabulary]`."""
     targets = Targets.of(batch)
 
     def select(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

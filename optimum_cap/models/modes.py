@@ -1,4 +1,4 @@
-"""States that a model is put into for a while, and comes back from as it was."""
+"""Context managers that change the state of a model and restore it on exit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,43 +12,43 @@ from optimum_cap.models.offload import offloading_hook
 
 @contextmanager
 def without_parameter_grads(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient: the backward pass stays as short as it can be."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """Disable the gradients of all parameters, so that a backward pass skips them."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @contextmanager
 def float32_on_cpu(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
-    """Compute in float32 on the CPU: half-precision weights are widened, and narrowed again.
+    """Compute in float32 on the CPU: convert half-precision weights, and convert them back on exit.
 
-    Many CPUs multiply bfloat16 matrices hundreds of times slower than float32 ones. Widening and
-    narrowing again is exact, so the weights come back bit for bit. Offloaded weights are widened
-    each time they are brought in.
+    Many CPUs multiply bfloat16 matrices hundreds of times slower than float32 ones. The conversion
+    is lossless, so the weights are restored bit for bit. Offloaded weights are converted each time
+    they are loaded.
 
     Yields:
-        The dtypes of what is widened, by name.
+        The original dtypes of the converted tensors, by name.
     """
-    own = dict(_narrow_on_cpu(model))
+    stored_dtypes = dict(_narrow_on_cpu(model))
     try:
-        for name in own:
+        for name in stored_dtypes:
             tensor = attrgetter(name)(model)
             tensor.data = tensor.data.float()
-        yield own
+        yield stored_dtypes
     finally:
-        # By name: of what is offloaded, accelerate makes a new tensor each time.
-        for name, dtype in own.items():
+        # By name: accelerate creates new tensors for offloaded weights each time.
+        for name, dtype in stored_dtypes.items():
             tensor = attrgetter(name)(model)
             tensor.data = tensor.data.to(dtype)
 
 
 def _narrow_on_cpu(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
-    """Names and dtypes of the half-precision parameters and buffers that are used on the CPU."""
+    """Yield names and dtypes of the half-precision parameters and buffers used on the CPU."""
     for path, module in model.named_modules():
         hook = offloading_hook(module)
         for name, tensor in (
@@ -64,7 +64,7 @@ def _narrow_on_cpu(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off and gradients out; each module gets its training flag back."""
+    """Switch to evaluation mode without gradients; restore the mode of each module on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

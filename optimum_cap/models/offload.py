@@ -1,8 +1,8 @@
-"""Weights that accelerate keeps on the CPU or on disk: brought in to be read, and changed there.
+"""Loads and changes weights that accelerate has offloaded to the CPU or to disk.
 
-Of a model that is larger than its devices (`device_map="auto"`), an offloaded parameter is on the
-meta device, and the `AlignDevicesHook` of its module holds a map of names to values. Everything
-here does nothing to a model that is in memory.
+If a model is larger than its devices (`device_map="auto"`), an offloaded parameter is on the meta
+device, and the `AlignDevicesHook` of its module has a map of names to values. Nothing here changes
+a model that is in memory.
 """
 
 import ctypes
@@ -29,18 +29,18 @@ from optimum_cap.models.internals import accelerate_hook
 
 
 def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """Return the hook that brings the weights of `module` itself in, or `None` if they stay in."""
+    """Return the hook that loads the weights of `module` itself, or `None` if not offloaded."""
     hook = accelerate_hook(module)
     return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether any weights of `model` are offloaded."""
+    """Return whether any weights of `model` are offloaded."""
     return any(offloading_hook(module) is not None for module in model.modules())
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Return the device for the inputs of `model`, also where its first weights are offloaded."""
+    """Return the device for the inputs of `model`, even if its first weights are offloaded."""
     if model.device.type == "meta":
         for module in model.modules():
             if (hook := offloading_hook(module)) is not None:
@@ -50,11 +50,11 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def onloaded(module: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Keep offloaded weights in memory: each is loaded once, however often its module runs.
+    """Keep offloaded weights in memory, so that each is loaded once however often it is used.
 
     Args:
-        module: All weights in it are brought in ...
-        besides: ... but for those of these modules.
+        module: The module whose weights to load.
+        besides: Modules in it whose weights stay offloaded.
     """
     left_out = {child for other in besides for child in other.modules()}
     with ExitStack() as stack:
@@ -64,26 +64,26 @@ def onloaded(module: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[N
             if child not in left_out and (hook := offloading_hook(child)) is not None:
                 hook.pre_forward(child)
                 hook.offload = False
-                stack.callback(_let_go, child, hook)
+                stack.callback(_offload_again, child, hook)
         yield
 
 
-def _let_go(module: nn.Module, hook: AlignDevicesHook) -> None:
+def _offload_again(module: nn.Module, hook: AlignDevicesHook) -> None:
     hook.offload = True
     hook.post_forward(module, None)
 
 
 def _return_freed_memory() -> None:
-    """Give freed memory back to the system, where the C library (glibc) can be asked to.
+    """Return freed memory to the system, if the C library (glibc) supports it.
 
-    By itself it keeps pieces of up to 32 MB, and some megabytes more are lost with every layer.
+    By itself it keeps blocks of up to 32 MB, and every layer would leave some megabytes more.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
 
 def stored_parameter(model: nn.Module, name: str) -> torch.Tensor:
-    """Return the values of a parameter, to be read only; brought in if it is offloaded.
+    """Return the values of a parameter, read-only; loaded if it is offloaded.
 
     Args:
         model: The model.
@@ -97,19 +97,19 @@ def stored_parameter(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def weights(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
-    """Return the weights of a matrix as `[out, in]`, to be read only; brought in if offloaded."""
+    """Return the weights of a matrix as `[out, in]`, read-only; loaded if they are offloaded."""
     weight = matrix.of(stored_parameter(model, matrix.parameter))
     return weight.T if is_transposed(model, matrix) else weight
 
 
 def writable_weights(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
-    """Return the weights of a matrix as a view `[out, in]` to be changed in place, where they are.
+    """Return the weights of a matrix as a view `[out, in]` to change in place.
 
-    Of weights on disk it is a memory-mapped view of a copy, which the model uses from then on and
-    which goes when the model goes: the files that the model was loaded from are never changed.
+    For weights on disk, this is a memory-mapped view of a copy, which the model uses from then on.
+    The copy is deleted with the model. The files that the model was loaded from are never changed.
 
     Raises:
-        OSError: There is no room for the copy.
+        OSError: There is not enough disk space for the copy.
     """
     module, name = _owner(model, matrix.parameter)
     hook = offloading_hook(module)
@@ -140,13 +140,13 @@ def _writable(hook: AlignDevicesHook, name: str) -> torch.Tensor:
         }
         _return_freed_memory()
     with file.open("rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")  # the length of the header, the header
+        start = 8 + int.from_bytes(stream.read(8), "little")  # after the header and its length
     data = np.memmap(file, dtype=np.uint8, mode="r+", offset=start)
     return torch.from_numpy(data).view(weight.dtype).view(weight.shape)
 
 
 def _folder_of_copies(values: OffloadedWeightsLoader) -> Path:
-    """Return the folder for changed weights of one model, in its offload folder if it has one."""
+    """Return the folder for copies of one model's weights, in its offload folder if it has one."""
     if not hasattr(values, "folder_of_copies"):
         values.folder_of_copies = tempfile.mkdtemp(prefix="pruned-", dir=values.save_folder)
         weakref.finalize(values, shutil.rmtree, values.folder_of_copies, ignore_errors=True)
@@ -160,20 +160,24 @@ def _save_copy(file: Path, key: str, weight: torch.Tensor) -> None:
         file.unlink(missing_ok=True)
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"could not store the pruned {key} in {file.parent} ({error}); the model is pruned in "
-            "part: make room, or choose another offload_folder, and load it again",
+            f"could not store the pruned {key} in {file.parent} ({error}), so the model is only "
+            "partly pruned: free disk space, or choose another offload_folder, and load it again",
         ) from error
 
 
-def check_in_memory(model: PreTrainedModel) -> None:
-    """Check that a backward pass has all weights that it needs.
+def check_in_memory(model: PreTrainedModel, alternative: str) -> None:
+    """Check that all weights are in memory, as a backward pass needs them.
+
+    Args:
+        model: The model.
+        alternative: A setting that needs one layer at a time, for the error.
 
     Raises:
         ValueError: Weights of the model are offloaded.
     """
     if is_offloaded(model):
         raise ValueError(
-            "to first order the weights have to be in memory, all at once, but some of this model "
-            "are offloaded: use estimator 'exact' or recipe 'causal', which need one layer at a "
-            "time, or load it with a device_map that keeps all weights in memory"
+            "a backward pass needs all weights in memory at once, but some weights of this model "
+            f"are offloaded: use {alternative}, which needs one layer at a time, or load the model "
+            "with a device_map that keeps all weights in memory"
         )

@@ -1,4 +1,4 @@
-"""`ModelView`: a model together with its sites, which is what scoring and pruning work on."""
+"""`ModelView`: a model and its sites, the input of scoring and pruning."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +26,7 @@ from optimum_cap.models.offload import device_of, weights, writable_weights
 
 @dataclass(frozen=True, eq=False)
 class ModelView:
-    """A causal language model as its sites, units and matrices.
+    """A causal language model with its sites, units and matrices.
 
     Attributes:
         model: The model.
@@ -38,7 +38,7 @@ class ModelView:
 
     @classmethod
     def of(cls, model: PreTrainedModel, mlp_unit_size: int | None = None) -> "ModelView":
-        """Look at all sites of `model`.
+        """Return a view of all sites of `model`.
 
         Args:
             model: A decoder-only causal language model.
@@ -50,7 +50,7 @@ class ModelView:
         return cls(model, find_sites(model, mlp_unit_size))
 
     def with_sites(self, names: set[str]) -> "ModelView":
-        """Return a view of the attention sites and of the other sites with these names."""
+        """Return a view of all attention sites and of the other sites with these names."""
         chosen = [site for site in self.sites if site.kind == "attention" or site.name in names]
         return replace(self, sites=chosen)
 
@@ -80,15 +80,15 @@ class ModelView:
         return device_of(self.model)
 
     def units(self, which: str = "all") -> list[SiteUnit]:
-        """Return the units of the sites: `"all"` of them, or the `"heads"` alone."""
+        """Return the units of the sites: `"all"` of them, or only the `"heads"`."""
         return all_units(self.sites) if which == "all" else heads(self.sites)
 
     def is_transposed(self, matrix: Matrix) -> bool:
-        """Whether a matrix is stored as `[in, out]`."""
+        """Return whether a matrix is stored as `[in, out]`."""
         return is_transposed(self.model, matrix)
 
     def in_orientation(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
-        """Turn values per weight from `[out, in]` to how the matrix is stored, or back."""
+        """Transpose values per weight from `[out, in]` to how the matrix is stored, or back."""
         return values.T if self.is_transposed(matrix) else values
 
     def oriented(self, matrix: Matrix) -> torch.Tensor:
@@ -96,13 +96,13 @@ class ModelView:
         return oriented(self.model, matrix)
 
     def weights(self, matrix: Matrix) -> torch.Tensor:
-        """Return the weights of a matrix, `[out, in]`, to be read only; loaded if offloaded."""
+        """Return the weights of a matrix, `[out, in]`, read-only; loaded if offloaded."""
         return weights(self.model, matrix)
 
     def writable_weights(self, matrix: Matrix) -> torch.Tensor:
-        """Return the weights of a matrix as a view `[out, in]` to be changed in place.
+        """Return the weights of a matrix as a view `[out, in]` to change in place.
 
         Raises:
-            OSError: There is no room for a copy of weights on disk.
+            OSError: There is not enough disk space for a copy of offloaded weights.
         """
         return writable_weights(self.model, matrix)

@@ -41,14 +41,14 @@ class LayerwisePass:
     Args:
         view: The model, in evaluation mode and without gradients.
         examples: The calibration examples.
-        answer_weight: Added to the weight 1 of every token that is scored or predicts one that is.
+        answer_weight: Added to the weight 1 of every token that is scored or predicts a scored one.
         memory_budget: Bytes for the activations of a batch, as a number or as text such as
             `"4GB"`; `"auto"` does not limit them.
 
     Attributes:
         layers: The decoder layers.
         output_templates: An output of each layer, which shows how it returns its hidden states.
-        batches: The batches, between two layers.
+        batches: The batches, each with the hidden states between two layers.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LayerwisePass:
         self.layers = view.layers
         longest = max(len(example.input_ids) for example in examples)
         size = max(1, _tokens_per_batch(view.model, longest, memory_budget) // longest)
-        # One token shows how each layer returns its output.
+        # One token is enough to see how each layer returns its output.
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         with recorded_calls(named) as calls:
             view.model(input_ids=examples[0].input_ids[None, :1].to(view.device), use_cache=False)
@@ -78,7 +78,7 @@ class LayerwisePass:
             ]
 
     def begin(self, index: int) -> None:
-        """Prepare for the pruning of layer `index`; nothing of it has been pruned so far."""
+        """Prepare for pruning layer `index`; call this while the whole layer is still dense."""
 
     def statistics(
         self, index: int, matrices: Iterable[Matrix], gram: bool = False, advance: bool = False
@@ -86,14 +86,14 @@ class LayerwisePass:
         """Run layer `index` as it is now and return the statistics of its matrices' inputs.
 
         Args:
-            index: The layer; all before it have been passed with `advance`.
-            matrices: Prunable matrices of this layer. Those that have the same input share their
+            index: The layer; `advance` must have been called for all layers before it.
+            matrices: Prunable matrices of this layer. Matrices with the same input share their
                 statistics.
             gram: Whether to sum x_i x_j too.
-            advance: Whether to pass the layer as well, as `advance` does.
+            advance: Whether to advance past the layer as well, as `advance` does.
 
         Raises:
-            ValueError: The layer runs a matrix in a way that hides its inputs.
+            ValueError: The inputs of a matrix cannot be collected.
         """
         matrices = list(matrices)
         collector = InputCollector(self.model, matrices)
@@ -117,7 +117,7 @@ class LayerwisePass:
                 batch.hidden = self.run(index, batch, batch.hidden)
 
     def run(self, index: int, batch: LayerBatch, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what layer `index` makes of hidden states, with the arguments of a batch."""
+        """Return the output of layer `index` for hidden states and the arguments of a batch."""
         args, kwargs = batch.arguments[index]
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
 
@@ -159,7 +159,11 @@ def _first_input(
 ) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """Return the input of the first layer and the other arguments of every layer; no layer runs.
 
-    `output_templates` are outputs of the layers, which show how each returns its hidden states.
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        output_templates: An output of each layer, which shows how it returns its hidden states.
+        input_ids: The tokens, int64 `[rows, tokens]`.
     """
     inputs: list[torch.Tensor] = []
     arguments = []

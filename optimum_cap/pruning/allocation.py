@@ -1,4 +1,4 @@
-"""Allocations: how many of the zeros each matrix gets."""
+"""Allocations: how many zeros each matrix gets."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.sensitivity import Sensitivity
 
 _GROWTH = 10.0  # of the logarithm of a divergence, per unit of sparsity
-_SMALLEST = 1e-3  # of the median: what is less than that is hard to tell from rounding
+_SMALLEST = 1e-3  # of the median: smaller divergences are hard to tell from rounding errors
 _BISECTIONS = 60
 
 Layers = Mapping[int, list[Matrix]]
@@ -43,7 +43,7 @@ def uniform(
     Returns:
         Number of zeros per matrix; they add up to `zeros`.
     """
-    matrices = [matrix for own in layers.values() for matrix in own]
+    matrices = [matrix for layer_matrices in layers.values() for matrix in layer_matrices]
     sizes = [view.oriented(matrix).numel() for matrix in matrices]
     return dict(zip(matrices, split_proportionally(zeros, sizes), strict=True))
 
@@ -60,30 +60,34 @@ def owl(
     A weight is an outlier if its Wanda importance in the dense model exceeds `owl_outlier_ratio`
     times the mean of its layer. The shares of outliers are mapped linearly to densities whose range
     is twice `owl_bound` (https://github.com/luuyin/OWL, `lib/prune_all.py`). Unlike there, layers
-    weigh by their size, so that the total is exact, and the range shrinks where a layer would get
-    less than no zeros, or more than it has weights.
+    weigh by their size, so that the total is exact, and the range shrinks if the sparsity of a
+    layer would otherwise fall below 0 or exceed 1.
 
     Args and returns: as `uniform`.
     """
     outliers = _outlier_shares(view, layers, examples, config)
     sizes = torch.tensor(
-        [sum(view.oriented(matrix).numel() for matrix in own) for own in layers.values()],
+        [
+            sum(view.oriented(matrix).numel() for matrix in layer_matrices)
+            for layer_matrices in layers.values()
+        ],
         dtype=torch.float64,
     )
     sparsity = zeros / float(sizes.sum())
     span = float(outliers.max() - outliers.min())
     if span == 0:
         return uniform(view, layers, zeros, examples, config)
-    less = (outliers - outliers.min()) / span * 2 * config.owl_bound
-    less -= (less * sizes).sum() / sizes.sum()
-    room = torch.where(less > 0, sparsity / less, (1 - sparsity) / -less)
-    less *= min(1.0, float(room.min()))
-    counts = _whole_numbers((sparsity - less) * sizes, zeros)
-    given: dict[Matrix, int] = {}
-    for own, count in zip(layers.values(), counts, strict=True):
-        parts = split_proportionally(count, [view.oriented(matrix).numel() for matrix in own])
-        given.update(zip(own, parts, strict=True))
-    return given
+    reduction = (outliers - outliers.min()) / span * 2 * config.owl_bound
+    reduction -= (reduction * sizes).sum() / sizes.sum()
+    largest_factors = torch.where(reduction > 0, sparsity / reduction, (1 - sparsity) / -reduction)
+    reduction *= min(1.0, float(largest_factors.min()))
+    counts = _whole_numbers((sparsity - reduction) * sizes, zeros)
+    zeros_per_matrix: dict[Matrix, int] = {}
+    for layer_matrices, count in zip(layers.values(), counts, strict=True):
+        matrix_sizes = [view.oriented(matrix).numel() for matrix in layer_matrices]
+        parts = split_proportionally(count, matrix_sizes)
+        zeros_per_matrix.update(zip(layer_matrices, parts, strict=True))
+    return zeros_per_matrix
 
 
 def _outlier_shares(
@@ -92,91 +96,93 @@ def _outlier_shares(
     examples: list[CalibrationExample],
     config: CAPConfig,
 ) -> torch.Tensor:
-    """Share of weights per layer that are outliers, float64 `[layers]`."""
-    found = []
+    """Return the share of weights that are outliers in each layer, float64 `[layers]`."""
+    shares = []
     with evaluation_mode(view.model), float32_on_cpu(view.model):
-        walk = LayerwisePass(view, examples, memory_budget=config.memory_budget)
+        layerwise = LayerwisePass(view, examples, memory_budget=config.memory_budget)
         for index in range(max(layers) + 1):
-            own = layers.get(index, [])
-            statistics = walk.statistics(index, own, advance=True)
-            if not own:
+            layer_matrices = layers.get(index, [])
+            statistics = layerwise.statistics(index, layer_matrices, advance=True)
+            if not layer_matrices:
                 continue
             importances = [
                 wanda(
                     view.weights(matrix),
                     CriterionInputs(matrix.name, statistics=statistics[matrix]),
                 )
-                for matrix in own
+                for matrix in layer_matrices
             ]
             count = sum(importance.numel() for importance in importances)
             mean = sum(float(importance.double().sum()) for importance in importances) / count
-            above = sum(
+            outliers = sum(
                 int((importance > config.owl_outlier_ratio * mean).sum())
                 for importance in importances
             )
-            found.append(above / count)
-    return torch.tensor(found, dtype=torch.float64)
+            shares.append(outliers / count)
+    return torch.tensor(shares, dtype=torch.float64)
 
 
-def interventional(found: list[Sensitivity], zeros: int, bound: float) -> dict[Matrix, int]:
+def interventional(sensitivities: list[Sensitivity], zeros: int, bound: float) -> dict[Matrix, int]:
     """Move sparsity from sites whose pruning changes the predictions to sites where it does not.
 
-    The divergence of a site pruned alone grows about exponentially with its sparsity (measured on
-    the models of `docs/quality.md`: twofold for 0.07). Then the sum of the divergences is least
-    where what one more zero costs is the same everywhere: a site whose divergence per weight is
-    e times the others' gets a sparsity that is lower by 1 / `_GROWTH`. That sites interact, and
-    that measurements are noisy, is why no site is moved by more than `bound`.
+    The divergence of a site pruned alone grows about exponentially with its sparsity (it doubles
+    every 0.07 on the models of `docs/quality.md`). Then the sum of the divergences is smallest when
+    one more zero costs the same everywhere: a site whose divergence per weight is e times that of
+    the others gets a sparsity that is lower by 1 / `_GROWTH`. Because sites interact and
+    measurements are noisy, `bound` limits how far the sparsity of a site moves.
 
-    A site that breaks the model when it is pruned (its divergence is not finite) counts as the one
-    with the largest divergence per weight. Where no site shows any divergence, all others get the
-    same sparsity.
+    A site that breaks the model when it is pruned (its divergence is not finite) counts as if it
+    had the largest finite divergence per weight. If no site has a positive divergence, all other
+    sites get the same sparsity.
 
     Args:
-        found: The sensitivities of all sites that are to be pruned.
+        sensitivities: The sensitivities of all sites that are to be pruned.
         zeros: Number of zeros in all.
-        bound: The most that the sparsity of a site may differ from that of the whole; near 0 and 1
-            less, so that no site is left dense or emptied.
+        bound: Largest difference between the sparsity of a site and that of the whole; smaller near
+            0 and 1, so that no site is left dense or emptied.
 
     Returns:
         Number of zeros per matrix; they add up to `zeros`. Matrices of a site have its sparsity.
     """
-    sizes = torch.tensor([sensitivity.weights for sensitivity in found], dtype=torch.float64)
+    sizes = torch.tensor(
+        [sensitivity.weights for sensitivity in sensitivities], dtype=torch.float64
+    )
     divergences = torch.tensor(
-        [sensitivity.divergence for sensitivity in found], dtype=torch.float64
+        [sensitivity.divergence for sensitivity in sensitivities], dtype=torch.float64
     )
     sparsity = zeros / float(sizes.sum())
     finite = divergences.isfinite()
     positive = divergences[finite & (divergences > 0)]
     if len(positive):
-        least = float(positive.median()) * _SMALLEST
-        per_weight = divergences.clamp(min=least) / sizes
+        smallest = float(positive.median()) * _SMALLEST
+        per_weight = divergences.clamp(min=smallest) / sizes
         cost = per_weight.where(finite, per_weight[finite].max()).log() / _GROWTH
     else:
         cost = (~finite).double()
     low, high = sparsity - min(bound, sparsity / 2), sparsity + min(bound, (1 - sparsity) / 2)
 
-    def moved(level: float) -> torch.Tensor:
+    def sparsities(level: float) -> torch.Tensor:
         return (level - cost).clamp(low, high)
 
-    # The total rises with the level: bisection.
+    # The total rises with the level, so bisection finds the level.
     below, above = low + float(cost.min()), high + float(cost.max())
     for _ in range(_BISECTIONS):
         level = (below + above) / 2
-        if float((moved(level) * sizes).sum()) < zeros:
+        if float((sparsities(level) * sizes).sum()) < zeros:
             below = level
         else:
             above = level
-    counts = _whole_numbers(moved(above) * sizes, zeros)
-    given: dict[Matrix, int] = {}
-    for sensitivity, count in zip(found, counts, strict=True):
+    counts = _whole_numbers(sparsities(above) * sizes, zeros)
+    zeros_per_matrix: dict[Matrix, int] = {}
+    for sensitivity, count in zip(sensitivities, counts, strict=True):
         parts = split_proportionally(count, list(sensitivity.sizes))
-        given.update(zip(sensitivity.matrices, parts, strict=True))
-    return given
+        zeros_per_matrix.update(zip(sensitivity.matrices, parts, strict=True))
+    return zeros_per_matrix
 
 
-def _whole_numbers(wanted: torch.Tensor, total: int) -> list[int]:
-    """Round numbers that add up to about `total` so that they do exactly."""
-    sums = wanted.cumsum(0).round().long()
+def _whole_numbers(numbers: torch.Tensor, total: int) -> list[int]:
+    """Round numbers that add up to about `total` so that they add up to it exactly."""
+    sums = numbers.cumsum(0).round().long()
     sums[-1] = total
     return sums.diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
 
@@ -186,5 +192,8 @@ Allocation = Callable[
 ]
 
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "owl": owl}
-"""Neither `"global"`, where one threshold over all weights decides, nor `"interventional"`, which
-needs to know how matrices are pruned."""
+"""The allocations that need only the dense model and the data.
+
+`"global"` has no entry, because one threshold over all weights decides; nor have `"interventional"`
+and `"fisher"`, which need sensitivities.
+"""

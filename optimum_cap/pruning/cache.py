@@ -1,4 +1,4 @@
-"""What a run of the pruner has found out and done so far, so that one that was stopped goes on."""
+"""Stores sensitivities and pruned layers, so that an interrupted pruning run resumes."""
 
 import os
 import shutil
@@ -24,17 +24,18 @@ from optimum_cap.runtime import (
 
 logger = logging.get_logger(__name__)
 
-_LAYOUT = 1  # of files and keys, and of the way that sensitivities and weights are computed
+_LAYOUT = 1  # of files and keys, and of how sensitivities and weights are computed
 
 
 class PruningCache:
-    """What is known about one model and one calibration set.
+    """Stores results of pruning runs for one model and one calibration set.
 
-    It lies under a digest of all that it follows from, so that nothing else ever meets it.
+    Files are named by a digest of everything that their content depends on, so that no run reads
+    results of other inputs.
 
     Args:
-        folder: Where it is kept; made when there is something to keep. Several runs may share it.
-        model: The model, dense. Its weights are read once, here.
+        folder: Where to store them; it is created with the first file. Several runs may share it.
+        model: The dense model. Its weights are hashed once, here.
         examples: The calibration examples.
         process_group: The processes that prune the model; the first one stores the layers.
     """
@@ -53,41 +54,45 @@ class PruningCache:
         )
 
     def sensitivities(self, settings: Mapping[str, Any]) -> "SensitivityStore":
-        """The sensitivities of sites that are pruned in a certain way."""
+        """Return the store for sensitivities of sites pruned with these settings."""
         return SensitivityStore(self._files, f"{self._subject}/{_name(dict(settings))}")
 
     def layers(self, settings: Mapping[str, Any], size: int) -> "LayerStore":
-        """The layers that are pruned in a certain way, of so many bytes in all."""
+        """Return the store for layers pruned with these settings, `size` bytes in all."""
         prefix = f"{self._subject}/layers/{_name(dict(settings))}"
         return LayerStore(self._files, prefix, size, self._is_first)
 
 
 class SensitivityStore:
-    """Divergences with sites pruned alone; they are small, and stay.
+    """Stores divergences of sites pruned alone; they are small and are never deleted.
 
     Args:
-        files: Where they are kept.
-        prefix: Of their keys.
+        files: Where to store them.
+        prefix: Prefix of their keys.
     """
 
     def __init__(self, files: TensorFiles, prefix: str) -> None:
         self.files = files
         self._prefix = prefix
 
-    def measured(self, site: Site, examples: int) -> torch.Tensor | None:
-        """Divergences of a site on the first examples, float64 `[examples]`; `None` if unknown."""
+    def get_measured(self, site: Site, examples: int) -> torch.Tensor | None:
+        """Return the divergences of a site on the first `examples` examples, if they are stored.
+
+        Returns:
+            float64 `[examples]`, or `None`.
+        """
         return self.files.read(self._key(site.name, examples))
 
-    def keep_measured(self, site: Site, divergences: torch.Tensor) -> None:
-        """Keep the divergences of a site."""
+    def put_measured(self, site: Site, divergences: torch.Tensor) -> None:
+        """Store the divergences of a site."""
         self.files.write(self._key(site.name, len(divergences)), divergences)
 
-    def estimated(self, examples: int, seed: int) -> torch.Tensor | None:
-        """Estimates for all sites, float64 `[sites, examples]`; `None` if unknown."""
+    def get_estimated(self, examples: int, seed: int) -> torch.Tensor | None:
+        """Return the estimates for all sites, float64 `[sites, examples]`; `None` if not stored."""
         return self.files.read(self._key("estimated", examples, seed))
 
-    def keep_estimated(self, divergences: torch.Tensor, seed: int) -> None:
-        """Keep the estimates for all sites; those of the first run stay."""
+    def put_estimated(self, divergences: torch.Tensor, seed: int) -> None:
+        """Store the estimates for all sites, unless a run has stored them already."""
         key = self._key("estimated", divergences.shape[1], seed)
         self.files.write(key, divergences, replace=False)
 
@@ -96,32 +101,37 @@ class SensitivityStore:
 
 
 class LayerStore:
-    """Layers that have been pruned; they take the room of the model until `forget`.
+    """Stores pruned layers, which take as much disk space as the model until `clear` is called.
 
-    Of processes that were launched together, all of which prune, the first one keeps them. Where
-    the disk has no room for them and the checkpoint too, nothing is kept, and that is said.
+    If the disk does not have enough space for them and the checkpoint, nothing is stored and a
+    warning is logged.
 
     Args:
-        files: Where they are kept.
-        prefix: Of their keys.
+        files: Where to store them.
+        prefix: Prefix of their keys.
         size: Bytes that all of them take.
-        writes: Whether this process stores layers.
+        writes: Whether this process stores layers. All processes of a launch prune all layers, but
+            only the first one stores them.
     """
 
     def __init__(self, files: TensorFiles, prefix: str, size: int, writes: bool) -> None:
         self._files = files
         self._prefix = prefix
         stored = _size_of(files.folder / prefix) if writes else 0
-        self._writes = writes and _has_room(files.folder, 2 * size - stored)
+        self._writes = writes and _has_disk_space(files.folder, 2 * size - stored)
 
     @property
     def complete(self) -> bool:
-        """Whether all that was to be kept could be."""
+        """Whether everything so far could be stored."""
         return self._writes and not self._files.failed
 
     def get(self, index: int, matrices: Sequence[Matrix]) -> dict[Matrix, int] | None:
-        """How many tokens decided about each matrix of a layer; `None` unless all is kept."""
-        tokens = self._files.read(self._mark(index))
+        """Return the number of tokens that each matrix of a layer was pruned by.
+
+        Returns:
+            The numbers, or `None` unless the whole layer is stored.
+        """
+        tokens = self._files.read(self._layer_key(index))
         if tokens is None or len(tokens) != len(matrices):
             return None
         if any(self._files.read(self._key(matrix)) is None for matrix in matrices):
@@ -129,34 +139,38 @@ class LayerStore:
         return dict(zip(matrices, tokens.tolist(), strict=True))
 
     def weights(self, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:
-        """Yield what the matrices of a layer that is `known` became, `[out, in]`, one by one."""
+        """Yield the pruned matrices of a layer that `get` has returned, `[out, in]`, one by one.
+
+        Raises:
+            OSError: A file was deleted or damaged in the meantime.
+        """
         for matrix in matrices:
             weight = self._files.read(self._key(matrix))
             if weight is None:
                 raise OSError(
-                    f"{self._files.folder} was changed while {matrix.name} was read from it: load "
-                    "the model again, and prune it again"
+                    f"{self._files.folder} changed while {matrix.name} was read from it: load the "
+                    "model again and prune it again"
                 )
             yield matrix, weight
 
     def put(self, matrix: Matrix, weight: torch.Tensor) -> None:
-        """Keep what a matrix became, `[out, in]`; it counts once its layer is finished."""
+        """Store a pruned matrix, `[out, in]`; it takes effect once its layer is committed."""
         if self._writes:
             self._files.write(self._key(matrix), weight.cpu().contiguous())
 
     def commit(self, index: int, tokens: list[int]) -> None:
-        """All matrices of a layer have been kept; so many tokens decided about each."""
+        """Mark a layer as finished, with the number of tokens that each matrix was pruned by."""
         if self._writes:
-            self._files.write(self._mark(index), torch.tensor(tokens))
+            self._files.write(self._layer_key(index), torch.tensor(tokens))
 
     def clear(self) -> None:
-        """Delete them."""
+        """Delete the stored layers."""
         shutil.rmtree(self._files.folder / self._prefix, ignore_errors=True)
 
     def _key(self, matrix: Matrix) -> str:
         return f"{self._prefix}/{_name(matrix.name)}"
 
-    def _mark(self, index: int) -> str:
+    def _layer_key(self, index: int) -> str:
         return f"{self._prefix}/{index}"
 
 
@@ -172,13 +186,13 @@ def _size_of(folder: Path) -> int:
     return size
 
 
-def _has_room(folder: Path, size: int) -> bool:
+def _has_disk_space(folder: Path, size: int) -> bool:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
         logger.warning(
-            f"{existing} has {free / 1e9:.1f} GB left, and pruned layers are kept only where there "
-            f"are {size / 1e9:.1f} GB: pruning that is stopped will start anew; name another "
-            "folder as resume_dir to keep them"
+            f"{existing} has {free / 1e9:.1f} GB of free space, but storing pruned layers needs "
+            f"{size / 1e9:.1f} GB, so an interrupted run must start over: free disk space, or "
+            "choose another resume_dir"
         )
     return free >= size

@@ -1,12 +1,11 @@
-"""The calibration set in the pruned model and in the dense one, side by side.
+"""Runs the calibration set through the pruned model and the dense one, side by side.
 
-The next matrices can compensate for the errors of a pruned layer if they know what the dense model
-has in the same place. `DenseReferencePass` tells them: to the statistics of the inputs it adds the
-error of a matrix's outputs against the dense model's and, where a projection joins the residual
-stream, the error of the stream up to there.
+Later matrices can compensate for the errors of pruned ones. For that, `DenseReferencePass` adds to
+the statistics of the inputs of a matrix the error of its outputs relative to the dense model and,
+where a projection joins the residual stream, the error of the stream up to there.
 
-No second copy of the model is needed: a layer that is being pruned keeps its dense weights until
-both models have passed it.
+No second copy of the model is needed: the dense weights of the current layer are kept until both
+models have passed it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,10 +37,10 @@ Calls = dict[str, RecordedCall]
 
 
 class DenseReferencePass(LayerwisePass):
-    """A `LayerwisePass` that runs the dense model along.
+    """A `LayerwisePass` that also runs the dense model, as a reference.
 
     Call `begin` before anything in a layer is pruned, `statistics` for matrices that are still
-    dense (those before them may be pruned), and `advance` when the layer is done.
+    dense (matrices before them may be pruned), and `advance` when the layer is finished.
 
     Args:
         view: The model, in evaluation mode and without gradients.
@@ -60,7 +59,7 @@ class DenseReferencePass(LayerwisePass):
         super().__init__(view, examples, answer_weight, memory_budget)
         self.view = view
         self._dense_hidden = [batch.hidden for batch in self.batches]
-        self._dense_outputs: list[torch.Tensor] = []  # of the layer, once they are computed
+        self._dense_outputs: list[torch.Tensor] = []  # of the current layer, once computed
         self._dense_weights: dict[str, torch.Tensor] = {}
         self._sites: dict[int, list[Site]] = {}
         self._site_of_output_proj: dict[Matrix, Site] = {}
@@ -70,17 +69,17 @@ class DenseReferencePass(LayerwisePass):
         self._joining: dict[tuple[str, ...], set[str]] = {}
 
     def begin(self, index: int) -> None:
-        """Keep the dense weights of layer `index`; nothing of it has been pruned so far."""
+        """Store the dense weights of layer `index`; call this while it is still dense."""
         names = dict.fromkeys(matrix.parameter for matrix in prunable_matrices(self._sites[index]))
         with onloaded(self.layers[index]):
             self._dense_weights = {
                 name: self.model.get_parameter(name).data.clone() for name in names
             }
-            # Here, so that a resumed run decides on the same layer for all layers of that kind.
+            # Decided here, so that a resumed run decides by the same layer of each kind.
             self.joining_modules(index)
 
     def advance(self, index: int) -> None:
-        """Run layer `index` in the model as it is now and in the dense one."""
+        """Run layer `index` as it is now, and with its dense weights."""
         with onloaded(self.layers[index]):
             super().advance(index)
             if not self._dense_outputs:
@@ -97,8 +96,8 @@ class DenseReferencePass(LayerwisePass):
     ) -> dict[Matrix, InputStatistics]:
         """Return the statistics of the inputs of matrices, with the errors of their outputs.
 
-        An expert's tokens are those that the pruned model routes to it. They weigh by the square of
-        their routing weight, as their errors do in the sum over experts.
+        The tokens of an expert are those that the pruned model routes to it. They are weighted by
+        the square of their routing weight, as their errors are in the sum over experts.
 
         Args and raises: as `LayerwisePass.statistics`.
         """
@@ -146,10 +145,10 @@ class DenseReferencePass(LayerwisePass):
         }
 
     def joining_modules(self, index: int) -> set[str]:
-        """Return the output modules of a layer whose output is added to the residual stream as is.
+        """Return the output modules of a layer whose output joins the residual stream unchanged.
 
-        A norm, a factor or a gate behind the others changes their output. One batch shows which
-        they are, once for all layers with the same modules.
+        In other layers, a norm, a factor or a gate follows the module. One batch decides for all
+        layers with the same modules.
         """
         prefix = self._sites[index][0].layer_name
         names = tuple(
@@ -167,7 +166,7 @@ class DenseReferencePass(LayerwisePass):
 
     @contextmanager
     def _dense(self, index: int) -> Iterator[None]:
-        """Give layer `index` its dense weights."""
+        """Give layer `index` its dense weights in this context."""
         with onloaded(self.layers[index]):
             parameters = {name: self.model.get_parameter(name) for name in self._dense_weights}
             pruned_weights = {name: parameter.data for name, parameter in parameters.items()}
@@ -199,11 +198,11 @@ class DenseReferencePass(LayerwisePass):
             to_the_end: Whether to run the whole layer.
 
         Returns:
-            The inputs, float32 `[tokens, in]`, and the routes of the matrices that lead others; the
-            calls of attention; and the output of the layer, if it ran to the end.
+            The inputs, float32 `[tokens, in]`, and the routes of the leading matrices; the calls of
+            attention; and the output of the layer, if it ran to the end.
         """
         inputs: dict[Matrix, torch.Tensor] = {}
-        taken: dict[Matrix, Route] = {}
+        used_routes: dict[Matrix, Route] = {}
         attention = {
             site.output_module: self.model.get_submodule(site.output_module)
             for site in self._sites[index]
@@ -212,7 +211,7 @@ class DenseReferencePass(LayerwisePass):
         output = None
 
         def receive(matrix: Matrix, rows: torch.Tensor, route: Route) -> None:
-            inputs[matrix], taken[matrix] = rows.float(), route
+            inputs[matrix], used_routes[matrix] = rows.float(), route
 
         with (
             suppress(StopForwardError),
@@ -220,7 +219,7 @@ class DenseReferencePass(LayerwisePass):
             collector.collecting(batch, receive, routes, stop_early=not to_the_end),
         ):
             output = self.run(index, batch, hidden)
-        return inputs, taken, calls, output if to_the_end else None
+        return inputs, used_routes, calls, output if to_the_end else None
 
     def _dense_product(self, matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs of the dense matrix, `[tokens, out]`, for inputs `[tokens, in]`."""

@@ -52,66 +52,68 @@ def estimate_sensitivities(
     seed: int = 0,
     answer_weight: float = 0.0,
     memory_budget: int | str = "auto",
-    kept: SensitivityStore | None = None,
+    store: SensitivityStore | None = None,
     process_group: ProcessGroup = ALONE,
 ) -> list[Sensitivity]:
-    """Estimate the same with one backward pass for all sites.
+    """Estimate the sensitivities of all sites with one backward pass.
 
-    To second order the divergence of a change d in the output of a block is d F d / 2, where F is
-    the Fisher information (Martens 2020, arXiv 1412.1193, section 5). It is the mean of (g d)^2,
-    where g is the gradient of a random combination of the logits whose second moments are those of
-    the likelihood's gradient, diag(p) - p p^T. Labels drawn from p have them too, but a confident
-    model nearly always draws the same. The change is what the block shows when its site is pruned
-    by Wanda, the quickest criterion that looks at inputs.
+    To second order, the divergence caused by a change d in the output of a block is d F d / 2,
+    where F is the Fisher information (Martens 2020, arXiv 1412.1193, section 5). d F d is the mean
+    of (g d)^2, where g is the gradient of a random combination of the logits whose coefficients
+    have the covariance diag(p) - p p^T of the likelihood's gradient. Labels drawn from p would give
+    the same covariance, but a confident model nearly always draws the same label. The change d is
+    that of the block's output when its site is pruned by Wanda, the fastest criterion that uses
+    inputs.
 
     Args:
-        view: The model, dense and whole in memory; it comes back as it was.
+        view: The dense model with all weights in memory; it is left unchanged.
         layers: The matrices to prune, by decoder layer.
         examples: The calibration examples, in random order; the first ones are used.
         zeros_per_matrix: Number of zeros of each matrix.
-        count: How many examples to use; `None`: as `examples_to_estimate`.
+        count: Number of examples to use; `None` takes `examples_to_estimate`.
         seed: Seed of the random combinations.
         answer_weight: As for `measure_sensitivities`.
-        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
-            free. Where memory runs out all the same, batches are halved.
-        kept: What was estimated in the same way: the last bits depend on the memory that is free.
-        process_group: The processes, which all compute the same; all of them have to call this.
+        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of the free
+            memory. If memory runs out nevertheless, batches are halved.
+        store: Stores the estimates for a resumed run: their last bits depend on the free memory.
+        process_group: The processes, each of which computes everything; all of them must call this.
 
     Returns:
         As `measure_sensitivities`.
 
     Raises:
-        ValueError: Weights are offloaded, or a site's matrices are not all in one block.
+        ValueError: Weights are offloaded, or a site has no module around its projection.
         ConnectionError: Another process of the group has stopped.
     """
-    check_in_memory(view.model)
+    check_in_memory(view.model, alternative="recipe 'causal' (allocation 'interventional')")
     check_same_inputs(process_group, view.model, examples, count, seed)
-    groups = [group for own in group_by_layer(view.sites, layers).values() for group in own]
+    by_layer = group_by_layer(view.sites, layers)
+    groups = [group for layer_groups in by_layer.values() for group in layer_groups]
     for site, _ in groups:
         if site.block == site.layer_name:
             raise ValueError(
-                f"{type(view.model).__name__} has no module around {site.name} that could be run "
-                "alone, so its sensitivity cannot be estimated: use allocation 'interventional'"
+                f"{type(view.model).__name__} has no module around {site.name} that can run alone, "
+                "so its sensitivity cannot be estimated: use allocation 'interventional'"
             )
     if count is None:
         count = examples_to_estimate(len(examples))
     chosen = examples[:count]
-    divergences = kept.estimated(len(chosen), seed) if kept else None
+    divergences = store.get_estimated(len(chosen), seed) if store else None
     if divergences is None:
-        divergences = _estimated(
+        divergences = _estimate_divergences(
             view, layers, groups, chosen, zeros_per_matrix, seed, answer_weight, memory_budget
         )
-        if kept:
-            kept.keep_estimated(divergences, seed)
-    # Every process has done all of it; what follows has to be the same in all.
+        if store:
+            store.put_estimated(divergences, seed)
+    # Every process has computed all of them; share one set, so that all continue with the same.
     divergences = process_group.broadcast(divergences)
     return [
-        sensitivity_of(view.model, *group, own)
-        for group, own in zip(groups, divergences, strict=True)
+        sensitivity_of(view.model, *group, of_site)
+        for group, of_site in zip(groups, divergences, strict=True)
     ]
 
 
-def _estimated(
+def _estimate_divergences(
     view: ModelView,
     layers: Mapping[int, list[Matrix]],
     groups: list[tuple[Site, list[Matrix]]],
@@ -121,7 +123,7 @@ def _estimated(
     answer_weight: float,
     memory_budget: int | str,
 ) -> torch.Tensor:
-    """Estimates for sites with their matrices on the chosen examples: `[sites, examples]`."""
+    """Estimate the divergences of sites on the chosen examples, float64 `[sites, examples]`."""
     divergences = torch.empty(len(groups), len(chosen), dtype=torch.float64)
     with (
         evaluation_mode(view.model),
@@ -129,33 +131,42 @@ def _estimated(
         without_parameter_grads(view.model),
         logging.tqdm(total=len(chosen), desc="Estimating sensitivities", delay=5) as progress,
     ):
-        rough = WandaApproximation(view.model, zeros_per_matrix)
-        walk = LayerwisePass(view, chosen, answer_weight, memory_budget)
-        for layer in range(len(walk.layers)):
-            rough.look_at(walk.statistics(layer, layers.get(layer, []), advance=True))
-        del walk
+        approximation = WandaApproximation(view.model, zeros_per_matrix)
+        layerwise = LayerwisePass(view, chosen, answer_weight, memory_budget)
+        for layer in range(len(layerwise.layers)):
+            approximation.fit(layerwise.statistics(layer, layers.get(layer, []), advance=True))
+        del layerwise  # with the hidden states that it holds
 
         def estimate(batch: Batch) -> torch.Tensor:
             calls, gradients = _gradients_of_draw(
                 view.model, [site for site, _ in groups], batch, seed
             )
-            along = []
+            products = []
             for site, matrices in groups:
-                pruned = {matrix: rough.pruned(matrix) for matrix in matrices}
+                pruned = {matrix: approximation.pruned(matrix) for matrix in matrices}
                 call, gradient = calls[site.output_module], gradients[site.output_module]
-                along.append(_along(view.model, site, pruned, call, gradient, len(batch.positions)))
-            return torch.stack(along).square() / 2
+                products.append(
+                    _gradient_dot_change(
+                        view.model, site, pruned, call, gradient, len(batch.positions)
+                    )
+                )
+            return torch.stack(products).square() / 2
 
         budget = budget_bytes(memory_budget, view.model)
         parts = batches(chosen, examples_per_pass(view.model, chosen, budget))
-        for batch, found in each_in_memory(parts, estimate):
-            divergences[:, batch.positions] = found
+        for batch, estimates in each_in_memory(parts, estimate):
+            divergences[:, batch.positions] = estimates
             progress.update(len(batch.positions))
     return divergences
 
 
 class WandaApproximation:
-    """Prunes by Wanda; of what it has seen it keeps a threshold and the size of the inputs."""
+    """Prunes by Wanda, with one threshold and the input statistics of each matrix.
+
+    Args:
+        model: The model.
+        zeros_per_matrix: Number of zeros of each matrix.
+    """
 
     def __init__(self, model: PreTrainedModel, zeros_per_matrix: Mapping[Matrix, int]) -> None:
         self._model = model
@@ -163,8 +174,8 @@ class WandaApproximation:
         self._thresholds: dict[Matrix, float] = {}
         self._inputs: dict[Matrix, InputStatistics] = {}
 
-    def look_at(self, statistics: Mapping[Matrix, InputStatistics]) -> None:
-        """Find the thresholds of dense matrices."""
+    def fit(self, statistics: Mapping[Matrix, InputStatistics]) -> None:
+        """Compute the thresholds of dense matrices from the statistics of their inputs."""
         self._inputs.update(statistics)
         self._thresholds.update({matrix: self._threshold(matrix) for matrix in statistics})
 
@@ -173,7 +184,7 @@ class WandaApproximation:
         return kth_smallest(lambda: (self._importance(matrix),), zeros).value if zeros else -inf
 
     def pruned(self, matrix: Matrix) -> torch.Tensor:
-        """Return what a matrix becomes, `[out, in]`; all weights at the threshold go."""
+        """Return a pruned matrix, `[out, in]`, without all weights up to the threshold."""
         pruned = self._importance(matrix) <= self._thresholds[matrix]
         return oriented(self._model, matrix).masked_fill(pruned, 0)
 
@@ -185,10 +196,10 @@ class WandaApproximation:
 def _gradients_of_draw(
     model: PreTrainedModel, sites: list[Site], batch: Batch, seed: int
 ) -> tuple[dict[str, RecordedCall], dict[str, torch.Tensor]]:
-    """Calls of the outlets of sites, and the gradients in their outputs for one random draw.
+    """Return the calls of the output modules of sites, and the gradients of their outputs.
 
-    The gradient is that of an example's combination of logits over the root of its scored tokens:
-    then its square is a mean over these.
+    The gradient is that of a random combination of an example's logits, divided by the square root
+    of its number of scored tokens, so that squares are means over these tokens.
     """
     modules = {site.output_module: model.get_submodule(site.output_module) for site in sites}
     offsets: dict[str, torch.Tensor] = {}
@@ -197,8 +208,8 @@ def _gradients_of_draw(
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             hidden = hidden_states_of(output)
             offsets[path] = torch.zeros_like(hidden, requires_grad=True)
-            moved = hidden + offsets[path]
-            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+            shifted = hidden + offsets[path]
+            return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
 
         return hook
 
@@ -221,7 +232,7 @@ def _gradients_of_draw(
 def _fisher_draw(
     probabilities: torch.Tensor, batch: Batch, counts: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """Draw vectors with mean 0 and covariance diag(p) - p p^T, the same in a batch of any size.
+    """Draw vectors with mean 0 and covariance diag(p) - p p^T, whatever the batch size is.
 
     Args:
         probabilities: p of each scored token, `[scored, vocabulary]`.
@@ -235,13 +246,13 @@ def _fisher_draw(
     draw = probabilities.sqrt()
     parts = draw.split(counts.tolist())
     for position, part in zip(batch.positions, parts, strict=True):
-        own = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(own)
+        example_seed = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(example_seed)
         part *= torch.randn(part.shape, generator=generator).to(part)
     return draw.addcmul_(probabilities, draw.sum(dim=1, keepdim=True), value=-1)
 
 
-def _along(
+def _gradient_dot_change(
     model: PreTrainedModel,
     site: Site,
     pruned: Mapping[Matrix, torch.Tensor],
@@ -249,17 +260,17 @@ def _along(
     gradient: torch.Tensor,
     examples: int,
 ) -> torch.Tensor:
-    """Product of the gradient and the change of the output, per example, float64 `[examples]`.
+    """Return the dot product of gradient and change of the output, float64 `[examples]`.
 
-    An expert is run on the tokens that reach it, as the only one chosen.
+    An expert runs on the tokens that are routed to it, as their only expert.
 
     Args:
         model: The model.
         site: The site.
-        pruned: What its matrices become, `[out, in]`.
-        call: The call of its output_module.
-        gradient: In the output of the output_module.
-        examples: Number of examples, which have the same number of tokens.
+        pruned: Its pruned matrices, `[out, in]`.
+        call: The call of its output module.
+        gradient: Gradient of the output of this module.
+        examples: Number of examples, which have the same number of tokens each.
     """
     output_module = model.get_submodule(site.output_module)
     if site.expert is None:
@@ -271,15 +282,15 @@ def _along(
     tokens, slots = routed(chosen, site.expert)
     if not len(tokens):
         return torch.zeros(examples, dtype=torch.float64)
-    own = call.hidden[tokens], chosen[tokens, slots, None], weights[tokens, slots, None]
-    change = -hidden_states_of(output_module(*own))
+    arguments = call.hidden[tokens], chosen[tokens, slots, None], weights[tokens, slots, None]
+    change = -hidden_states_of(output_module(*arguments))
     with temporary_weights(model, pruned):
-        change += hidden_states_of(output_module(*own))
+        change += hidden_states_of(output_module(*arguments))
     of_tokens = (gradient[tokens] * change.float()).sum(dim=1)
     example = tokens // (len(chosen) // examples)
     return torch.bincount(example.cpu(), of_tokens.double().cpu(), minlength=examples)
 
 
 def examples_to_estimate(examples: int) -> int:
-    """Number of examples for one backward pass: one in eight, at least 16."""
+    """Return the number of examples for one backward pass: one in eight, at least 16."""
     return max(FEWEST_EXAMPLES, examples // 8)

@@ -1,4 +1,4 @@
-"""`pattern="heads"`: whole attention heads are removed."""
+"""Removal of whole attention heads (`pattern="heads"`)."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -10,7 +10,7 @@ from optimum_cap.pruning.regions import UnitKey, region_importances
 
 
 def removable_heads(view: ModelView, matrices: list[Matrix]) -> list[SiteUnit]:
-    """Return the heads none of whose weights is to stay dense."""
+    """Return the heads all of whose weights may be pruned."""
     chosen = {matrix.name for matrix in matrices}
     return [
         head
@@ -28,13 +28,13 @@ def number_of_heads_to_remove(candidates: list[SiteUnit], sparsity: float) -> in
     total = len(candidates)
     if not total:
         raise ValueError(
-            "modules_to_leave_dense leaves no head whole: pattern 'heads' removes all weights of a "
-            "head, so leave none of them dense but in whole layers, such as layers.0"
+            "modules_to_leave_dense leaves a part of every head dense, but pattern 'heads' removes "
+            "whole heads: leave whole layers dense, such as layers.0"
         )
     count = round(sparsity * total)
     if not 0 < count < total:
         raise ValueError(
-            f"sparsity {sparsity} of {total} heads is {count} heads: ask for a sparsity that "
+            f"sparsity {sparsity} of {total} heads is {count} heads: choose a sparsity that "
             "removes some heads and keeps some"
         )
     return count
@@ -47,15 +47,14 @@ def remove_heads_(
     pruner: MatrixPruner,
     scored: Mapping[UnitKey, float],
 ) -> None:
-    """Zero all weights that belong to the least important heads, and to no other head.
+    """Zero the weights that belong only to the least important heads.
 
     Args:
         view: The model, which is changed.
         matrices: The matrices that may be changed.
         sparsity: Fraction of the removable heads to remove.
-        pruner: Ranks weights, and so heads by the mean importance of their weights.
-        scored: Importances of heads by their causal scores, which rank them instead if there are
-            any.
+        pruner: Ranks weights; heads are ranked by the mean importance of their weights.
+        scored: Importances of heads from causal scores; if not empty, they rank the heads instead.
     """
     candidates = removable_heads(view, matrices)
     count = number_of_heads_to_remove(candidates, sparsity)
@@ -65,13 +64,13 @@ def remove_heads_(
         ranks = _mean_importances(view, matrices, pruner, candidates)
     order = sorted(range(len(candidates)), key=ranks.__getitem__)
     removed = {candidates[index] for index in order[:count]}
-    kept = {
+    is_kept = {
         (head.site.name, head.unit.index): float(head not in removed)
         for head in view.units("heads")
     }
     attention = [site for site in view.sites if site.kind == "attention"]
-    # A key/value head goes with the last of the query heads that share it.
-    regions = region_importances(attention, kept, "max")
+    # A key/value head is removed only together with all query heads that share it.
+    regions = region_importances(attention, is_kept, "max")
     for matrix in matrices:
         keep = view.in_orientation(matrix, regions[matrix]).bool()
         apply_mask_(view.writable_weights(matrix), keep)
@@ -80,7 +79,7 @@ def remove_heads_(
 def _mean_importances(
     view: ModelView, matrices: list[Matrix], pruner: MatrixPruner, heads: list[SiteUnit]
 ) -> list[float]:
-    """Mean importance of the weights of each head."""
+    """Return the mean importance of the weights of each head."""
     regions = [separable(view.model, site, unit) for site, unit in heads]
     pieces: dict[str, set[WeightSlice]] = {}
     for piece in chain.from_iterable(regions):

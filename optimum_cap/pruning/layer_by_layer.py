@@ -1,4 +1,4 @@
-"""Pruning layer by layer: each layer is calibrated on what the layers before it have become."""
+"""Pruning layer by layer: each layer is calibrated on the outputs of pruned layers before it."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class LayerByLayerPruning:
-    """Prunes the matrices of each layer by the inputs that they have once all before are pruned.
+    """Prunes each layer by the inputs that it receives once all layers before it are pruned.
 
     Args:
         view: The model, which is changed.
@@ -111,7 +111,7 @@ class LayerByLayerPruning:
         statistics: InputStatistics,
         stored_dtypes: Mapping[str, torch.dtype],
     ) -> None:
-        """Prune a matrix in its stored dtype: later ones are calibrated on what is saved."""
+        """Prune a matrix in its stored dtype: later ones are calibrated on the saved weights."""
         pruned = self.pruner.pruned(matrix, statistics, self.zeros[matrix])
         weight = self.view.writable_weights(matrix)
         pruned = pruned.to(stored_dtypes.get(matrix.parameter, weight.dtype))
@@ -121,7 +121,7 @@ class LayerByLayerPruning:
             self.store.put(matrix, pruned)
 
     def _restore_layer_(self, index: int) -> bool:
-        """Give the matrices of a layer the weights that an interrupted run has stored, if any."""
+        """Load the weights of a layer that an interrupted run stored; return whether it has any."""
         layer_matrices = self.layers[index]
         tokens = self.store.get(index, layer_matrices) if self.store else None
         if self.store is None or tokens is None:
@@ -140,6 +140,6 @@ class LayerByLayerPruning:
         if few:
             logger.warning(
                 f"{len(few)} of {len(self.tokens)} matrices saw fewer calibration tokens than they "
-                f"have inputs ({', '.join(few[:3])}{', ...' if len(few) > 3 else ''}); the record "
-                "has the numbers: more or longer calibration examples help"
+                f"have inputs ({', '.join(few[:3])}{', ...' if len(few) > 3 else ''}): use more or "
+                "longer calibration examples; the record has the numbers"
             )

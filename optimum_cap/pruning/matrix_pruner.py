@@ -1,4 +1,4 @@
-"""`MatrixPruner`: what a criterion and a pattern make of one matrix."""
+"""`MatrixPruner`: prunes one matrix by a criterion and a pattern."""
 
 from collections.abc import Mapping
 
@@ -47,7 +47,7 @@ class MatrixPruner:
         return self.criterion.importance(self._view.weights(matrix), inputs)
 
     def pruned(self, matrix: Matrix, statistics: InputStatistics, zeros: int) -> torch.Tensor:
-        """Return what a matrix becomes, `[out, in]`; the matrix itself is not changed."""
+        """Return the pruned weights of a matrix, `[out, in]`; the matrix itself is not changed."""
         weight = self._view.weights(matrix)
         solve = self.criterion.solve
         if solve is None:

@@ -1,4 +1,4 @@
-"""From scores of units to importances of the weights that belong to them."""
+"""Turns scores of units into importances of the weights that belong to them."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,13 +14,13 @@ UnitKey = tuple[str, int]
 def scaled_importances(scores: torch.Tensor) -> torch.Tensor:
     """Map scores linearly to importances in [1, 10] over all scored units (paper, Eq. 3).
 
-    In the paper these are the heads. Where MLPs and experts are scored too, there is one map over
-    units of all kinds, whatever their size: a score is what the loss gains without the whole unit,
-    so one with more weights tends to get more. Units of about as many weights as a head compare
-    best (`mlp_unit_size`).
+    In the paper these are the heads. If MLPs and experts are scored too, one map covers units of
+    all kinds and sizes: a score is the increase of the loss without the whole unit, so units with
+    more weights tend to get higher scores. Units with about as many weights as a head compare best
+    (`mlp_unit_size`).
 
-    A unit whose masked loss is not finite on any example (score NaN) is needed more than one that
-    can be measured, so it gets 10.
+    A unit without a finite masked loss on any example (score NaN) breaks the model when it is
+    masked, so it gets 10.
 
     Args:
         scores: Causal scores, `[units]`.
@@ -41,10 +41,10 @@ def scaled_importances(scores: torch.Tensor) -> torch.Tensor:
 def unit_importances(
     sites: Iterable[Site], scored: Mapping[UnitKey, float]
 ) -> dict[UnitKey, float]:
-    """Give every unit an importance: its own if it was scored, or the mean of its layer's heads.
+    """Return the importance of every unit: its own, or the mean of the heads of its layer.
 
-    The mean for MLPs is the paper's (step 5), which names it as its main weakness; experts are
-    treated as MLPs.
+    The paper uses this mean for MLPs (step 5) and names it as its main weakness; experts are
+    treated like MLPs.
 
     Args:
         sites: All sites of the model.
@@ -54,8 +54,8 @@ def unit_importances(
     means: dict[int, float] = {}
     for site in sites:
         if site.kind == "attention":
-            own = [scored[site.name, unit.index] for unit in site.units]
-            means[site.layer] = sum(own) / len(own)
+            of_heads = [scored[site.name, unit.index] for unit in site.units]
+            means[site.layer] = sum(of_heads) / len(of_heads)
     return {
         (site.name, unit.index): scored.get((site.name, unit.index), means[site.layer])
         for site in sites
@@ -74,7 +74,7 @@ def region_importances(
         kv_combination: How a key/value row combines the units that share it: `"mean"` or `"max"`.
 
     Returns:
-        For each matrix of shape `(a, b)` a float32 tensor that broadcasts against it: `[a, 1]` or
+        For each matrix of shape `[a, b]`, a float32 tensor that broadcasts against it: `[a, 1]` or
         `[1, b]`.
     """
     combine = COMBINATIONS[kv_combination]

@@ -1,4 +1,4 @@
-"""`PruningRun`: the steps of one pruning, in the order in which `CAPPruner.prune` takes them."""
+"""`PruningRun`: the steps of one pruning run, in the order in which `CAPPruner` calls them."""
 
 import dataclasses
 import functools
@@ -37,23 +37,23 @@ _VERSIONED = ("optimum-cap", "safetensors", "tokenizers", "torch", "transformers
 
 
 class PruningRun:
-    """One pruning of a model: its steps, and what each of them found.
+    """One pruning run: its steps and their results.
 
     Args:
         view: The model.
         config: What to prune and how.
         matrices: The matrices to prune.
         examples: The calibration examples.
-        process_group: The processes that share what is measured.
+        process_group: The processes that share the measurements.
 
     Attributes:
         pruner: Prunes one matrix.
-        scores: The causal scores, once they are known.
+        scores: The causal scores; `None` before `score_units`.
         importances: The importances of the scored units.
         threshold: The global threshold, if there is one.
         tokens: Number of calibration tokens that each matrix was pruned by.
-        sensitivities: What pruning each site alone does, if that decides the sparsities.
-        layer_store: The layers that were stored on the way.
+        sensitivities: The sensitivity of each site, if the allocation uses sensitivities.
+        layer_store: Stores finished layers, if there is a resume folder.
     """
 
     def __init__(
@@ -83,7 +83,12 @@ class PruningRun:
         self.layer_store: LayerStore | None = None
 
     def score_units(self, losses: UnitLosses | None) -> None:
-        """Measure the causal scores, and spread the importances of the units over the weights."""
+        """Compute the causal scores, and the importances of units and their weights.
+
+        Args:
+            losses: The losses of the units; `None` reads the scores file of the config, or measures
+                them.
+        """
         config = self.config
         if losses is not None:
             _check_losses(losses, self.view.units(config.scored_units), self.examples)
@@ -95,8 +100,8 @@ class PruningRun:
             )
         self.scores = causal_scores(losses, config.subsets, config.aggregation)
         self.importances = _importances(self.scores)
-        every = unit_importances(self.view.sites, self.importances)
-        self.pruner.regions = region_importances(self.view.sites, every, config.kv_combination)
+        of_units = unit_importances(self.view.sites, self.importances)
+        self.pruner.regions = region_importances(self.view.sites, of_units, config.kv_combination)
 
     def prune_below_global_threshold_(self, zeros: int) -> None:
         """Zero the least important weights of the whole model."""
@@ -115,7 +120,7 @@ class PruningRun:
         remove_heads_(self.view, self.matrices, sparsity, self.pruner, self.importances)
 
     def allocate(self, zeros: int) -> dict[Matrix, int]:
-        """Decide how many zeros each matrix gets."""
+        """Return how many zeros each matrix gets."""
         config, allocation = self.config, self.config.method.allocation
         if allocation not in ("interventional", "fisher"):
             allocate = ALLOCATIONS[allocation]
@@ -160,7 +165,7 @@ class PruningRun:
             self.pruner.mask_(matrix, count)
 
     def prune_layer_by_layer_(self, zeros: Mapping[Matrix, int]) -> None:
-        """Prune each layer by the inputs that it has once all layers before it are pruned."""
+        """Prune each layer by the inputs that it receives once all layers before it are pruned."""
         if self._cache is not None:
             views = (self.view.oriented(matrix) for matrix in self.matrices)
             size = sum(view.numel() * view.element_size() for view in views)
@@ -179,14 +184,14 @@ class PruningRun:
 
     @functools.cached_property
     def _cache(self) -> PruningCache | None:
-        """Results of interrupted runs; made from the dense model, before any weight is changed."""
+        """Results of interrupted runs; created from the dense model, whose weights it hashes."""
         folder = self.config.resume_dir
         if folder is None:
             return None
         return PruningCache(folder, self.view.model, self.examples, self.process_group)
 
     def _settings(self, zeros: Mapping[Matrix, int]) -> dict[str, Any]:
-        """All that decides what a matrix becomes, beside the method, the model and the data."""
+        """Return what pruned weights depend on besides the method, the model and the data."""
         config = self.config
         return {
             "criterion": config.method.criterion,
@@ -203,10 +208,10 @@ class PruningRun:
         try:
             self.process_group.all_gather(None)
         except ConnectionError as error:
-            logger.warning(f"{error}; what this process has pruned is complete")
+            logger.warning(f"{error}; this process has pruned the whole model, so it continues")
 
     def record(self, calibration: CalibrationSet | None) -> PruningRecord:
-        """Return the record of what was done."""
+        """Return the record of the run, once the model is pruned."""
         zeros = {matrix: int((self.view.weights(matrix) == 0).sum()) for matrix in self.matrices}
         return PruningRecord(
             config=self.config.to_dict(),
@@ -245,25 +250,25 @@ def _check_losses(
     losses: UnitLosses, units: list[SiteUnit], examples: list[CalibrationExample]
 ) -> None:
     """Check that losses are of the units to score, and of as many examples."""
-    wanted, given = (
-        [(site.name, unit.channels) for site, unit in own] for own in (units, losses.units)
+    expected, measured = (
+        [(site.name, unit.channels) for site, unit in each] for each in (units, losses.units)
     )
-    if given != wanted or len(losses.intact) != len(examples):
+    if measured != expected or len(losses.intact) != len(examples):
         raise ValueError(
-            f"the losses are of {len(given)} units and {len(losses.intact)} examples, but the "
-            f"config scores {len(wanted)} units of this model and the calibration set has "
+            f"the losses are of {len(measured)} units and {len(losses.intact)} examples, but the "
+            f"config scores {len(expected)} units of this model and the calibration set has "
             f"{len(examples)} examples: measure them with the same model and config"
         )
 
 
 def _importances(scores: CausalScores) -> dict[UnitKey, float]:
-    """Return the importances of scored units by site; warn of those that broke the model."""
+    """Return the importances of scored units; warn about losses that are not finite."""
     for (site, unit), count in zip(scores.units, scores.nonfinite.tolist(), strict=True):
         if count:
             logger.warning(
                 f"masking {'head' if site.kind == 'attention' else 'unit'} {unit.index} of "
-                f"{site.name} gave a loss that is not finite on "
-                f"{count} examples; they are left out of its score"
+                f"{site.name} gave a loss that is not finite on {count} examples; they do not "
+                "count in its score"
             )
     importances = scaled_importances(scores.scores).tolist()
     return {

@@ -1,7 +1,6 @@
-"""What pruning does to the predictions: each site is pruned alone, and the change measured.
+"""Measures sensitivities: how the predictions change when a site is pruned alone.
 
-This is the intervention of causal attribution with the thing itself in the place of a mask: not
-what the model loses without a unit, but what it loses when the unit is pruned.
+Causal scores come from masking a unit; sensitivities come from pruning itself.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -34,28 +33,28 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import SensitivityStore
 from optimum_cap.runtime import ALONE, ProcessGroup, check_same_inputs, resume_hint_on_stop
 
-_PASSES = 1.0  # over the calibration set, that measuring may cost
+_PASSES = 1.0  # cost of measuring, in passes over the calibration set
 FEWEST_EXAMPLES = 16
-_SETS_AT_A_TIME = 8  # of pruned matrices, where each layer has to be brought in for them
+_SETS_AT_A_TIME = 8  # of pruned matrices, if layers are offloaded and must be loaded for each set
 
 logger = logging.get_logger(__name__)
 
 Prune = Callable[[Matrix, InputStatistics], torch.Tensor]
-"""Returns what a matrix `[out, in]` becomes, and leaves it as it is."""
+"""Returns the pruned weights of a matrix, `[out, in]`, and leaves the matrix unchanged."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What pruning one site alone does.
+    """The effect of pruning one site alone.
 
     Attributes:
         site: The site.
-        matrices: Its matrices that are to be pruned.
+        matrices: Its matrices to prune.
         sizes: Number of weights of each.
         divergence: Kullback-Leibler divergence of the predictions with the site pruned from those
             of the dense model: nats per scored token, mean over examples. Not finite if the
             pruned site breaks the model.
-        standard_error: Of that mean; NaN of a single example.
+        standard_error: Standard error of that mean; NaN for a single example.
     """
 
     site: Site
@@ -66,6 +65,7 @@ class Sensitivity:
 
     @property
     def weights(self) -> int:
+        """Number of weights of all matrices."""
         return sum(self.sizes)
 
 
@@ -77,28 +77,28 @@ def measure_sensitivities(
     count: int | None = None,
     gram: bool = True,
     answer_weight: float = 0.0,
-    kept: SensitivityStore | None = None,
+    store: SensitivityStore | None = None,
     memory_budget: int | str = "auto",
     process_group: ProcessGroup = ALONE,
 ) -> list[Sensitivity]:
-    """Prune each site alone and measure what that does to the predictions of scored tokens.
+    """Prune each site alone and measure how the predictions of scored tokens change.
 
-    The divergence from the dense model's predictions is what the loss would gain on answers drawn
-    from the dense model. Unlike the gain on the answers of the data it is never negative, and a few
-    examples show it.
+    The divergence from the dense model's predictions is the expected increase of the loss on
+    answers drawn from the dense model. Unlike the increase on the answers of the data, it is never
+    negative, and a few examples suffice to measure it.
 
     Args:
-        view: The model, dense; it comes back as it was.
+        view: The dense model; it is left unchanged.
         layers: The matrices to prune, by decoder layer.
         examples: The calibration examples, in random order: all are used for the statistics of the
             inputs, the first ones to measure.
         prune: Prunes a matrix.
-        count: How many examples to measure on; `None`: as `examples_to_measure`.
+        count: Number of examples to measure on; `None` takes `examples_to_measure`.
         gram: Whether `prune` needs x_i x_j of the inputs.
         answer_weight: As for `LayerwisePass`, in these statistics.
-        kept: What was measured in the same way, by a run that was stopped.
+        store: Stores divergences, so that an interrupted run resumes.
         memory_budget: As for `LayerwisePass`.
-        process_group: The processes that share the sites; all of them have to call this.
+        process_group: The processes that share the sites; all of them must call this.
 
     Returns:
         One sensitivity for each site with matrices to prune, in the order of the model.
@@ -111,42 +111,50 @@ def measure_sensitivities(
     if count is None:
         count = examples_to_measure([len(groups[layer]) for layer in sorted(groups)], len(examples))
     count = min(count, len(examples))
-    every = [group for own in groups.values() for group in own]
-    known = {}
-    if kept:
-        found = {site: kept.measured(site, count) for site, _ in every}
-        known = {site: own for site, own in found.items() if own is not None}
+    all_groups = [group for layer_groups in groups.values() for group in layer_groups]
+    divergences: dict[Site, torch.Tensor] = {}
+    if store:
+        for site, _ in all_groups:
+            stored = store.get_measured(site, count)
+            if stored is not None:
+                divergences[site] = stored
     check_same_inputs(process_group, view.model, examples, count)
-    left = {
-        # Shifted by layer: an attention takes less than the MLP beside it.
+    to_measure = {
+        # Shifted by layer, because an attention takes less time than the MLP after it.
         layer: [
             group
-            for group in own[
+            for group in layer_groups[
                 (process_group.rank + layer) % process_group.size :: process_group.size
             ]
-            if group[0] not in known
+            if group[0] not in divergences
         ]
-        for layer, own in groups.items()
+        for layer, layer_groups in groups.items()
     }
 
-    def doing() -> str:
-        return f"trying sites was stopped after {len(known)} of {len(every)}"
+    def status() -> str:
+        done = f"{len(divergences)} of {len(all_groups)} sites"
+        return f"measuring sensitivities was stopped after {done}"
 
-    with resume_hint_on_stop(doing, kept):
-        # Closed at once whatever happens, so that the model is as it was.
+    with resume_hint_on_stop(status, store):
+        # Closed even on an interrupt, so that the model is restored.
         with closing(
-            _measured(view, left, examples, prune, count, gram, answer_weight, memory_budget)
-        ) as measured:
-            for site, divergences in measured:
-                known[site] = divergences
-                if kept:
-                    kept.keep_measured(site, divergences)
-        for others in process_group.all_gather(known):
-            known |= others
-    return [sensitivity_of(view.model, site, matrices, known[site]) for site, matrices in every]
+            _measure_divergences(
+                view, to_measure, examples, prune, count, gram, answer_weight, memory_budget
+            )
+        ) as measurements:
+            for site, of_site in measurements:
+                divergences[site] = of_site
+                if store:
+                    store.put_measured(site, of_site)
+        for of_process in process_group.all_gather(divergences):
+            divergences |= of_process
+    return [
+        sensitivity_of(view.model, site, matrices, divergences[site])
+        for site, matrices in all_groups
+    ]
 
 
-def _measured(
+def _measure_divergences(
     view: ModelView,
     groups: dict[int, list[tuple[Site, list[Matrix]]]],
     examples: list[CalibrationExample],
@@ -156,7 +164,18 @@ def _measured(
     answer_weight: float,
     memory_budget: int | str,
 ) -> Generator[tuple[Site, torch.Tensor], None, None]:
-    """Yield the divergences of sites, given by layer with their matrices, on the first examples."""
+    """Yield the divergences of sites on the first `count` examples.
+
+    Args:
+        view: As for `measure_sensitivities`.
+        groups: The sites to measure with their matrices, by layer.
+        examples: As for `measure_sensitivities`.
+        prune: As for `measure_sensitivities`.
+        count: Number of examples to measure on.
+        gram: As for `measure_sensitivities`.
+        answer_weight: As for `measure_sensitivities`.
+        memory_budget: As for `measure_sensitivities`.
+    """
     if not any(groups.values()):
         return
     with (
@@ -166,35 +185,36 @@ def _measured(
             total=sum(map(len, groups.values())), desc="Measuring sites", unit="site"
         ) as progress,
     ):
-        walk = LayerwisePass(view, examples, answer_weight, memory_budget)
-        trial = DivergenceEvaluator(view, examples[:count], memory_budget)
-        for layer, own in groups.items():
-            if not own:
-                walk.advance(layer)
+        layerwise = LayerwisePass(view, examples, answer_weight, memory_budget)
+        evaluator = DivergenceEvaluator(view, examples[:count], memory_budget)
+        for layer, layer_groups in groups.items():
+            if not layer_groups:
+                layerwise.advance(layer)
                 continue
-            chosen = [matrix for _, matrices in own for matrix in matrices]
-            statistics = walk.statistics(layer, chosen, gram, advance=True)
+            chosen = [matrix for _, matrices in layer_groups for matrix in matrices]
+            statistics = layerwise.statistics(layer, chosen, gram, advance=True)
             pruned = (
                 {matrix: prune(matrix, statistics[matrix]) for matrix in matrices}
-                for _, matrices in own
+                for _, matrices in layer_groups
             )
-            for (site, _), values in zip(own, trial.divergences(layer, pruned), strict=True):
-                yield site, values
+            divergences = evaluator.divergences(layer, pruned)
+            for (site, _), of_site in zip(layer_groups, divergences, strict=True):
+                yield site, of_site
                 progress.update()
 
 
 def group_by_layer(
     sites: list[Site], layers: Mapping[int, list[Matrix]]
 ) -> dict[int, list[tuple[Site, list[Matrix]]]]:
-    """The sites of each layer that have matrices to prune, with these."""
+    """Return the sites of each layer that have matrices to prune, with these matrices."""
     return {
         layer: [
             (site, chosen)
             for site in sites
             if site.layer == layer
-            and (chosen := [matrix for matrix in prunable_matrices([site]) if matrix in own])
+            and (chosen := [matrix for matrix in prunable_matrices([site]) if matrix in to_prune])
         ]
-        for layer, own in layers.items()
+        for layer, to_prune in layers.items()
     }
 
 
@@ -205,8 +225,8 @@ def sensitivity_of(
     count = len(divergences)
     if not divergences.isfinite().all():
         logger.warning(
-            f"pruning {site.name} alone gives predictions that are not finite; it gets as few "
-            "zeros as any site"
+            f"pruning {site.name} alone gives predictions that are not finite; it counts as the "
+            "most sensitive site"
         )
     error = float(divergences.std()) / sqrt(count) if count > 1 else nan
     sizes = tuple(oriented(model, matrix).numel() for matrix in matrices)
@@ -214,9 +234,9 @@ def sensitivity_of(
 
 
 def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
-    """Number of examples on which measuring all sites costs about one pass over all examples.
+    """Return on how many examples measuring all sites costs about one pass over all examples.
 
-    A site of layer l costs the passes through the layers from l on.
+    Measuring a site of layer l costs a pass through the layers from l on.
     """
     layers = len(sites_per_layer)
     passed = sum(count * (layers - layer) for layer, count in enumerate(sites_per_layer))
@@ -225,7 +245,13 @@ def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
 
 
 class DivergenceEvaluator:
-    """The dense model's predictions on some examples, and how pruned layers change them."""
+    """Measures how far pruned matrices move the predictions from those of the dense model.
+
+    Args:
+        view: The dense model, in evaluation mode.
+        examples: The examples to measure on.
+        memory_budget: As for `LayerwisePass`.
+    """
 
     def __init__(
         self,
@@ -234,46 +260,61 @@ class DivergenceEvaluator:
         memory_budget: int | str,
     ) -> None:
         self.model = view.model
-        self.walk = LayerwisePass(view, examples, memory_budget=memory_budget)
-        self.targets = [Targets.of(batch.batch) for batch in self.walk.batches]
-        self.passed = 0
-        self.together = _SETS_AT_A_TIME if is_offloaded(view.model) else 1
-        hidden = [batch.hidden for batch in self.walk.batches]
-        self.final = self._to_the_end(0, [hidden])[0]
+        self.layerwise = LayerwisePass(view, examples, memory_budget=memory_budget)
+        self.targets = [Targets.of(batch.batch) for batch in self.layerwise.batches]
+        self.next_layer = 0
+        self.sets_at_a_time = _SETS_AT_A_TIME if is_offloaded(view.model) else 1
+        hidden = [batch.hidden for batch in self.layerwise.batches]
+        self.dense_final = self._to_the_end(0, [hidden])[0]
 
     def divergences(
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
     ) -> Iterator[torch.Tensor]:
-        """Divergence per example, `[examples]`, with each set of matrices of a layer exchanged."""
-        while self.passed < layer:
-            self.walk.advance(self.passed)
-            self.passed += 1
-        besides = [*self.walk.layers, self.model.get_input_embeddings()]
-        left = iter(pruned)
-        while some := list(self._entered(layer, islice(left, self.together))):
-            finals = self._to_the_end(layer + 1, some)
-            with onloaded(self.model, besides=besides):
-                found = [self._divergence(final) for final in finals]
-            yield from found
+        """Yield the divergences, `[examples]`, with each set of pruned matrices in turn.
 
-    def _entered(
+        Args:
+            layer: The layer; at least that of the call before.
+            pruned: Sets of pruned matrices of this layer, `[out, in]`.
+        """
+        while self.next_layer < layer:
+            self.layerwise.advance(self.next_layer)
+            self.next_layer += 1
+        besides = [*self.layerwise.layers, self.model.get_input_embeddings()]
+        sets = iter(pruned)
+        while outputs := list(self._layer_outputs(layer, islice(sets, self.sets_at_a_time))):
+            finals = self._to_the_end(layer + 1, outputs)
+            with onloaded(self.model, besides=besides):
+                divergences = [self._divergence(final) for final in finals]
+            yield from divergences
+
+    def _layer_outputs(
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
     ) -> Iterator[list[torch.Tensor]]:
-        """Yield the outputs of a layer, per batch, with each set of matrices exchanged."""
+        """Yield the outputs of a layer for all batches, with each set of matrices in turn."""
+        layerwise = self.layerwise
         for weights in pruned:
-            with onloaded(self.walk.layers[layer]), temporary_weights(self.model, weights):
-                outputs = [self.walk.run(layer, each, each.hidden) for each in self.walk.batches]
+            with onloaded(layerwise.layers[layer]), temporary_weights(self.model, weights):
+                outputs = [layerwise.run(layer, each, each.hidden) for each in layerwise.batches]
             yield outputs
 
     def _to_the_end(
         self, layer: int, carried: list[list[torch.Tensor]]
     ) -> list[list[torch.Tensor]]:
-        """Final hidden states at scored positions, `[scored, 1, hidden]`, per set and batch."""
-        for index in range(layer, len(self.walk.layers)):
-            with onloaded(self.walk.layers[index]):
+        """Return the final hidden states at scored positions for each set and batch.
+
+        Args:
+            layer: The next layer to run.
+            carried: Its input for each set and batch, `[examples, tokens, hidden]`; overwritten.
+
+        Returns:
+            `[scored, 1, hidden]` for each set and batch.
+        """
+        layerwise = self.layerwise
+        for index in range(layer, len(layerwise.layers)):
+            with onloaded(layerwise.layers[index]):
                 for hidden in carried:
-                    for place, batch in enumerate(self.walk.batches):
-                        hidden[place] = self.walk.run(index, batch, hidden[place])
+                    for position, batch in enumerate(layerwise.batches):
+                        hidden[position] = layerwise.run(index, batch, hidden[position])
         return [
             [
                 hidden[targets.rows.to(hidden.device), targets.columns.to(hidden.device)].unsqueeze(
@@ -285,35 +326,36 @@ class DivergenceEvaluator:
         ]
 
     def _divergence(self, final: list[torch.Tensor]) -> torch.Tensor:
-        output_template = self.walk.output_templates[-1]
-        found = []
-        for dense, changed, targets in zip(self.final, final, self.targets, strict=True):
+        """Return the divergences, `[examples]`, from the final hidden states of each batch."""
+        output_template = self.layerwise.output_templates[-1]
+        divergences = []
+        for dense, changed, targets in zip(self.dense_final, final, self.targets, strict=True):
             parts = []
             step = positions_per_chunk(self.model, dense.device)
             for start in range(0, len(dense), step):
                 part = slice(start, start + step)
-                expected, given = (
-                    logits_of(self.model, self.walk.layers, output_template, hidden[part])
+                dense_log, changed_log = (
+                    logits_of(self.model, self.layerwise.layers, output_template, hidden[part])
                     .float()
                     .log_softmax(dim=-1)
                     for hidden in (dense, changed)
                 )
-                parts.append((expected.exp() * (expected - given)).sum(dim=-1))
-            found.append(targets.example_means(torch.cat(parts)))
-        return torch.cat(found)
+                parts.append((dense_log.exp() * (dense_log - changed_log)).sum(dim=-1))
+            divergences.append(targets.example_means(torch.cat(parts)))
+        return torch.cat(divergences)
 
 
 @contextmanager
 def temporary_weights(
     model: PreTrainedModel, pruned: Mapping[Matrix, torch.Tensor]
 ) -> Iterator[None]:
-    """Give matrices that are in memory other weights `[out, in]`."""
+    """Replace the weights of matrices that are in memory, `[out, in]`, in this context."""
     views = {matrix: oriented(model, matrix) for matrix in pruned}
-    own = {matrix: view.clone() for matrix, view in views.items()}
+    original = {matrix: view.clone() for matrix, view in views.items()}
     try:
         for matrix, view in views.items():
             view.copy_(pruned[matrix])
         yield
     finally:
         for matrix, view in views.items():
-            view.copy_(own[matrix])
+            view.copy_(original[matrix])

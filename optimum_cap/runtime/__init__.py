@@ -1,4 +1,4 @@
-"""Runs that survive: several processes, memory that runs out, interrupts, digests and files."""
+"""Several processes, memory limits, resuming of interrupted runs, digests and atomic files."""
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
 from optimum_cap.runtime.distributed import ALONE, ProcessGroup, check_same_inputs

@@ -1,4 +1,4 @@
-"""Digests of weights and plain values, and files that are written as a whole or not at all."""
+"""Digests of models, calibration examples, plain values and the machine."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ from optimum_cap.data import CalibrationExample
 from optimum_cap.models import accelerate_hook, device_of, forward_hooks, implementations
 
 _VERSIONED_CODE = ("torch", "transformers")
-# What config.json says of files, not of the computation, or what the parameters say better.
+# Entries of config.json that describe files, not the computation, or repeat what parameters show.
 _NOT_COMPUTED = (
     "_name_or_path",
     "architectures",
@@ -31,30 +31,30 @@ VERSIONED = ("optimum-cap", "torch", "transformers")
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Digest of what a model computes: its class, config and weights as they are stored."""
+    """Return a digest of what a model computes: its class, config and stored weights."""
     config = model.config.to_dict()
     computed = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
     return digest_of(type(model).__name__, computed, weights_digest(model))
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Digest of all parameters and buffers, one after the other; offloaded ones are fetched."""
+    """Return a digest of all parameters and buffers; offloaded ones are loaded one by one."""
     digest = hashlib.sha256()
     modules = dict(model.named_modules())
     with logging.tqdm(total=len(modules), desc="Hashing weights", delay=5) as progress:
         for name, module in modules.items():
             with align_module_device(module):
-                own = chain(
+                tensors = chain(
                     module.named_parameters(recurse=False), module.named_buffers(recurse=False)
                 )
-                for tensor_name, tensor in own:
+                for tensor_name, tensor in tensors:
                     _update(digest, f"{name}.{tensor_name}", tensor)
             progress.update()
     return digest.hexdigest()
 
 
 def sample_digest(model: PreTrainedModel) -> str:
-    """Digest of a few values of each parameter, which tells models apart without reading them."""
+    """Return a digest of a few values of each parameter, which is fast and tells models apart."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         _update(digest, name, list(parameter.shape))
@@ -64,11 +64,11 @@ def sample_digest(model: PreTrainedModel) -> str:
 
 
 def code_digest(model: PreTrainedModel) -> str:
-    """Digest of what the modules of a model are: their classes, hooks, and exchanged forwards.
+    """Return a digest of the code of a model: classes, hooks and replaced forwards of its modules.
 
-    Of classes that neither torch nor transformers brings, whose versions do not say it, the source
-    of their file counts, as far as there is one: code from a repository at another revision is
-    other code.
+    Versions identify the code of torch and transformers. For other classes, the digest includes the
+    source of their file, if there is one, so that remote code of another revision has another
+    digest.
     """
     digest = hashlib.sha256()
     files = set()
@@ -82,13 +82,13 @@ def code_digest(model: PreTrainedModel) -> str:
         if not _is_versioned(kind):
             files.add(kind.__module__)
     for file in sorted(files & sys.modules.keys()):
-        with suppress(OSError, TypeError):  # made in an interactive session
+        with suppress(OSError, TypeError):  # defined in an interactive session
             _update(digest, file, inspect.getsource(sys.modules[file]))
     return digest.hexdigest()
 
 
 def _is_versioned(code: Any) -> bool:
-    """Whether torch or transformers brings it. Their own hooks record, and change nothing."""
+    """Return whether torch or transformers defines it; their hooks only record."""
     return str(getattr(code, "__module__", "")).partition(".")[0] in _VERSIONED_CODE
 
 
@@ -98,7 +98,7 @@ def _name_of_code(code: Any) -> str:
 
 
 def digest_of(*parts: Any) -> str:
-    """Return the sha256 of tensors, plain values, and lists and dictionaries of them."""
+    """Return the SHA-256 digest of tensors, plain values, and lists and dictionaries of these."""
     digest = hashlib.sha256()
     for part in parts:
         _update(digest, "", part)
@@ -123,12 +123,12 @@ def _update(digest: Any, name: str, value: Any) -> None:
 
 
 def examples_digest(examples: list[CalibrationExample]) -> str:
-    """Digest of the tokens of examples, and of which are scored."""
+    """Return a digest of the tokens of examples and of which tokens are scored."""
     return digest_of([[example.input_ids, example.scored] for example in examples])
 
 
 def machine(model: PreTrainedModel) -> dict[str, Any]:
-    """What measurements follow from beside the config, the weights and the tokens."""
+    """Return what measurements depend on besides the config, the weights and the tokens."""
     device = device_of(model)
     return {
         "code": code_digest(model),
@@ -138,7 +138,7 @@ def machine(model: PreTrainedModel) -> dict[str, Any]:
         "machine": (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            # Matrix products add up in another order with other instructions and threads.
+            # The order of summation in matrix products depends on instruction set and threads.
             else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
         ),
         "precision": torch.get_float32_matmul_precision(),

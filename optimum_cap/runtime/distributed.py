@@ -1,7 +1,7 @@
-"""Several processes work together: each measures a share, and all get all that is measured.
+"""Several processes share one run: each measures a share, and all of them get all results.
 
-`accelerate launch` or `torchrun` starts them; accelerate sets up torch.distributed, with gloo on
-CPUs and nccl on GPUs, and carries what they tell each other. Every process holds the whole model.
+`accelerate launch` or `torchrun` starts them. accelerate sets up torch.distributed, with gloo on
+CPUs and nccl on GPUs, and exchanges objects. Every process holds the whole model.
 """
 
 import os
@@ -27,10 +27,10 @@ from optimum_cap.runtime.digests import digest_of, examples_digest, sample_diges
 
 T = TypeVar("T")
 
-# A process whose share takes longer lets the others wait, which is no fault; one that dies breaks
-# the connection at once.
+# The others wait for a process whose share takes longer; a process that dies breaks the connection
+# at once.
 _PATIENCE = timedelta(hours=6)
-# Set by torchrun and accelerate launch, and by what starts MPI programs.
+# Set by torchrun and accelerate launch, and by MPI launchers.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 
@@ -39,7 +39,7 @@ class ProcessGroup:
     """The processes of one run, each with its rank.
 
     Attributes:
-        rank: Of this process; the first one, 0, writes what there is to write.
+        rank: Rank of this process; only rank 0 writes files.
         size: Number of processes.
     """
 
@@ -48,21 +48,21 @@ class ProcessGroup:
 
     @classmethod
     def current(cls) -> "ProcessGroup":
-        """The processes that were launched together; this one alone if it was not launched so.
+        """Return the processes that were launched together, or this process alone.
 
         Raises:
-            RuntimeError: The program has set up accelerate for a single process.
+            RuntimeError: The program has set up accelerate for another number of processes.
         """
         launched = get_int_from_env(_WORLD_SIZES, 1)
         if launched == 1:
             return cls()
-        # Without a GPU, accelerate connects processes only if it is told to use the CPU.
+        # Without a GPU, accelerate connects processes only if `cpu` is set.
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=_PATIENCE)
         if state.num_processes != launched:
             raise RuntimeError(
-                f"{launched} processes were launched, but accelerate was set up for "
-                f"{state.num_processes} before: on CPUs, set it up with PartialState(cpu=True)"
+                f"{launched} processes were launched, but accelerate was already set up for "
+                f"{state.num_processes}: on CPUs, set it up with PartialState(cpu=True)"
             )
         return cls(state.process_index, state.num_processes)
 
@@ -87,16 +87,20 @@ class ProcessGroup:
         return self._together(lambda: gather_object([value]))
 
     def check_consistent(self, digest: Callable[[], str], what: str) -> None:
-        """Check that all processes were given the same, by a digest of it.
+        """Check that all processes were given the same inputs.
+
+        Args:
+            digest: Computes a digest of the inputs; not called for a single process.
+            what: Name of the inputs, for the error.
 
         Raises:
-            ValueError: They were not.
+            ValueError: The digests differ.
             ConnectionError: As `all_gather`.
         """
         if self.size == 1:
             return
         digests = self.all_gather(digest())
-        others = [str(rank) for rank, own in enumerate(digests) if own != digests[0]]
+        others = [str(rank) for rank, value in enumerate(digests) if value != digests[0]]
         if others:
             raise ValueError(
                 f"process {', '.join(others)} of {self.size} was given another {what} than "
@@ -104,9 +108,12 @@ class ProcessGroup:
             )
 
     def share(self, costs: list[int]) -> list[int]:
-        """Return which of the things with these costs are this process's: consecutive ones.
+        """Return the indices of the items that this process takes: consecutive ones.
 
-        A thing goes to the process in whose part of the total cost its middle lies.
+        An item goes to the process whose part of the total cost contains the middle of the item.
+
+        Args:
+            costs: Cost of each item.
         """
         total, ends = sum(costs), accumulate(costs)
         ranks = [
@@ -116,11 +123,11 @@ class ProcessGroup:
         return [index for index, rank in enumerate(ranks) if rank == self.rank]
 
     def placement(self, device_map: Any) -> Any:
-        """Return where to load the model: of several processes, each has a device of its own."""
+        """Return the device map for the model: each of several processes has its own device."""
         return PartialState().device if self.size > 1 and device_map == "auto" else device_map
 
     def silence_other_ranks(self) -> None:
-        """Let only the first process write logs and progress."""
+        """Disable logs and progress bars except in the first process."""
         if self.rank:
             logging.set_verbosity_error()
             logging.disable_progress_bar()
@@ -138,17 +145,17 @@ class ProcessGroup:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConnectionError(
-                f"process {self.rank} of {self.size} has lost another one, which stopped or cannot "
-                f"be reached ({reason})"
+                f"process {self.rank} of {self.size} lost the connection to another process, which "
+                f"stopped or cannot be reached ({reason})"
             ) from error
 
 
 ALONE = ProcessGroup()
-"""This process on its own."""
+"""A group of this process alone."""
 
 
 def processes_here() -> int:
-    """Number of processes of this run on this machine, which share its memory."""
+    """Return the number of processes of this run on this machine, which share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -167,7 +174,7 @@ def check_same_inputs(
         *others: Plain values that decide what is measured.
 
     Raises:
-        ValueError: They do not.
+        ValueError: The processes were given different inputs.
         ConnectionError: Another process has stopped.
     """
     process_group.check_consistent(

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all."""
+"""Files that are written atomically: as a whole or not at all."""
 
 import os
 import secrets
@@ -17,15 +17,15 @@ logger = logging.get_logger(__name__)
 
 
 def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
-    """Write a file so that it is there with all of `data`, on the disk, or as it was before.
+    """Write a file to disk completely, or leave it as it was.
 
     Args:
         file: The file.
         data: Its content.
-        replace: Whether a file that is there already is replaced; else it stays.
+        replace: Whether to replace an existing file; otherwise it is kept.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp")
     try:
@@ -42,24 +42,24 @@ def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
 
 
 def _link_unless_taken(file: Path, name: Path) -> None:
-    """Give a file a second name in one step, unless another file has that name."""
+    """Give a file a second name atomically, unless another file has that name."""
     try:
         os.link(file, name)
     except FileExistsError:
         pass
-    except OSError:  # no hard links here: two processes at the same moment may replace each other
+    except OSError:  # no hard links: simultaneous processes may replace each other's file
         if not name.exists():
             file.replace(name)
 
 
 def sync(stream: IO[bytes]) -> None:
-    """Write what an open file holds to the disk."""
+    """Flush an open file to disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Write the names of the files in a folder to the disk, where the system supports that."""
+    """Flush the entries of a folder to disk, if the system supports it."""
     if os.name == "posix":
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
@@ -70,10 +70,10 @@ def sync_folder(folder: Path) -> None:
 
 
 class TensorFiles:
-    """Tensors in a folder, one file each, with a checksum.
+    """Stores tensors in a folder, one file with a checksum each.
 
     Args:
-        folder: Made when the first tensor is written. Several processes may share it.
+        folder: Created with the first file. Several processes may share it.
 
     Attributes:
         failed: Whether a tensor could not be written.
@@ -84,7 +84,7 @@ class TensorFiles:
         self.failed = False
 
     def read(self, key: str) -> torch.Tensor | None:
-        """Return what was written under `key`; `None` if nothing was, or if it is damaged."""
+        """Return the tensor stored under `key`, or `None` if there is none or it is damaged."""
         file = self._file(key)
         if not file.exists():
             return None
@@ -93,21 +93,26 @@ class TensorFiles:
                 tensor: torch.Tensor = content.get_tensor("tensor")
                 if (content.metadata() or {}).get("sha256") == digest_of(key, tensor):
                     return tensor
-            problem = "its checksum is another one"
+            problem = "its checksum is wrong"
         except FileNotFoundError:
             return None  # another process has deleted it
         except (OSError, SafetensorError) as error:
             problem = str(error)
-        logger.warning(f"{file} is damaged ({problem}): what it held is measured again")
+        logger.warning(f"{file} is damaged ({problem}): its content is computed again")
         with suppress(OSError):
             file.unlink()
         return None
 
     def write(self, key: str, tensor: torch.Tensor, replace: bool = True) -> None:
-        """Keep `tensor` under `key`: the file is there as a whole or not at all.
+        """Store `tensor` under `key`, atomically.
 
-        A folder that cannot be written to does not stop the run, which has its results in memory;
-        the first such failure is said.
+        If the folder cannot be written to, the run continues with its results in memory; the first
+        failure is logged.
+
+        Args:
+            key: Path of the file in the folder, without suffix.
+            tensor: The tensor.
+            replace: Whether to replace a stored tensor; otherwise it is kept.
         """
         file = self._file(key)
         data = safetensors.torch.save({"tensor": tensor}, {"sha256": digest_of(key, tensor)})
@@ -118,9 +123,9 @@ class TensorFiles:
             if not self.failed:
                 self.failed = True
                 logger.warning(
-                    f"the cache {self.folder} cannot be written ({error.strerror}): the run goes "
-                    "on, but what it finds from here on is lost if it stops; make room, or name "
-                    "another folder as resume_dir"
+                    f"the resume folder {self.folder} cannot be written ({error.strerror}): the "
+                    "run continues, but loses further results if it is interrupted; free disk "
+                    "space, or choose another resume_dir"
                 )
 
     def _file(self, key: str) -> Path:

@@ -1,4 +1,4 @@
-"""How much memory there is, and what to do when it runs out."""
+"""Measures free memory, and continues with smaller batches once it runs out."""
 
 import math
 from collections import deque
@@ -21,8 +21,8 @@ from optimum_cap.runtime.distributed import processes_here
 
 logger = logging.get_logger(__name__)
 
-_Found = TypeVar("_Found")
-# By their controllers: folder, files of the limit and of what is used, and what of it can be freed.
+_Result = TypeVar("_Result")
+# By controller: folder, file of the limit, file of the usage, name of the part that can be freed.
 _CONTROL_GROUPS = {
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": (
@@ -32,15 +32,15 @@ _CONTROL_GROUPS = {
         "total_inactive_file",
     ),
 }
-_LARGEST_KEPT = 32 * 2**20 - 2**16  # with room for what the allocator adds to a block
-# What accelerate does not know: CUDA and cuBLAS outside of the allocator of torch, and C++.
+_LARGEST_KEPT = 32 * 2**20 - 2**16  # leaves space for the header of the block
+# Errors that accelerate does not recognise: CUDA and cuBLAS outside torch's allocator, and C++.
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
 
 
 def budget_bytes(memory_budget: int | str, model: PreTrainedModel) -> int:
-    """Return the bytes that activations may take; `"auto"` is half of what is free now.
+    """Return how many bytes activations may take; `"auto"` is half of the free memory.
 
-    Of a model on several GPUs, on the one with the least.
+    For a model on several GPUs, the one with the least free memory counts.
     """
     if memory_budget != "auto":
         return parse_size(memory_budget, "memory_budget")
@@ -52,22 +52,25 @@ def budget_bytes(memory_budget: int | str, model: PreTrainedModel) -> int:
 
 
 def _free_on(device: torch.device) -> int:
-    """Free bytes of a GPU, with what torch keeps of it for new tensors."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    """Return the free bytes of a GPU, with those that torch has reserved for new tensors."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def left_to_this_group(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """Bytes that the control groups of this process (a container, a job) leave to it.
+    """Return how many bytes the control groups of this process (of a container or job) leave.
 
-    See https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files, and of version 1
-    https://docs.kernel.org/admin-guide/cgroup-v1/memory.html. Infinity where nothing limits it.
+    See https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files, and for version 1
+    https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
 
     Args:
-        groups: Where the groups are mounted.
-        own: The file that says which ones this process is in.
+        groups: Folder where the groups are mounted.
+        own: File that lists the groups of this process.
+
+    Returns:
+        The bytes; infinity if there is no limit.
     """
     left = math.inf
     for line in own.read_text().splitlines() if own.is_file() else ():
@@ -79,7 +82,7 @@ def left_to_this_group(
         folder = root / name.strip("/")
         for group in (folder, *folder.parents):
             if group.is_relative_to(root):
-                # Not all systems show all files, and this is advice.
+                # Not all systems have all files, and without them only a limit is missed.
                 with suppress(OSError, KeyError, ValueError):
                     left = min(left, _left_to(group, limit, used, inactive))
     return left
@@ -90,45 +93,45 @@ def _left_to(group: Path, limit: str, used: str, inactive: str) -> float:
     if allowed == "max":
         return math.inf
     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    # Pages of files that nobody needs go when others are wanted.
+    # The kernel frees inactive pages of files on demand.
     taken = int((group / used).read_text()) - int(stat[inactive])
     return max(0, int(allowed) - taken)
 
 
 @dataclass
 class MemoryLimit:
-    """How much fits into memory, as far as is known.
+    """How much fits into memory, as found by running out of it.
 
     Attributes:
-        tokens: Of the masked streams of one step, once memory ran out with more.
+        tokens: Number of tokens of masked streams per step; `None` until memory runs out.
     """
 
     tokens: int | None = None
 
 
 def each_in_memory(
-    batches: Iterable[Batch], find: Callable[[Batch], _Found]
-) -> Iterator[tuple[Batch, _Found]]:
-    """Yield batches with what is found for each; once memory runs out, the rest in halves."""
-    left = deque(batches)
-    while left:
-        batch = left.popleft()
+    batches: Iterable[Batch], compute: Callable[[Batch], _Result]
+) -> Iterator[tuple[Batch, _Result]]:
+    """Yield batches with their results; halve the remaining batches when memory runs out."""
+    remaining = deque(batches)
+    while remaining:
+        batch = remaining.popleft()
         try:
-            found = find(batch)
+            result = compute(batch)
         except (RuntimeError, MemoryError) as error:
             if len(batch.positions) == 1 or not is_out_of_memory(error):
                 raise
         else:
-            yield batch, found
+            yield batch, result
             continue
-        # Out of the handler, which would keep what the failed attempt held.
-        logger.warning_once("memory ran out: the rest is done in smaller batches")
+        # After the handler: until it ends, the error keeps the tensors of the attempt in memory.
+        logger.warning_once("memory ran out: continuing with smaller batches")
         clear_device_cache(garbage_collection=True)
-        left = deque(half for large in (batch, *left) for half in halves(large))
+        remaining = deque(half for large in (batch, *remaining) for half in halves(large))
 
 
 def halves(batch: Batch) -> list[Batch]:
-    """Cut a batch into two; one of a single example stays whole."""
+    """Split a batch into two halves; a batch of a single example stays whole."""
     middle = len(batch.positions) // 2
     return [
         replace(
@@ -144,18 +147,18 @@ def halves(batch: Batch) -> list[Batch]:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library (glibc) keep freed blocks of up to 32 MB for the next tensors.
+    """Make the C library (glibc) keep freed blocks of up to 32 MB for new tensors.
 
-    Blocks above a threshold go back to the system when they are freed, and new ones are paged in,
-    which took 4 % of a scoring in a trial. The threshold is the largest block below 32 MB that the
-    process has freed so far (mallopt(3), M_MMAP_THRESHOLD), and stays that for good.
+    Blocks above a threshold are returned to the system when they are freed, and new ones are paged
+    in, which took 4 % of the time of a scoring run. The threshold is the largest block below 32 MB
+    that the process has freed so far (mallopt(3), M_MMAP_THRESHOLD); it never falls.
     """
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on the CPU or on the GPU."""
+    """Return whether an error says that memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    said = any(words in str(error) for words in _OUT_OF_MEMORY)
-    return isinstance(error, RuntimeError) and (said or should_reduce_batch_size(error))
+    recognised = any(message in str(error) for message in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and (recognised or should_reduce_batch_size(error))

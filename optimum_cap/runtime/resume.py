@@ -1,9 +1,4 @@
-"""Finished chunks of a scoring on disk, so that a run that was stopped goes on where it was.
-
-A chunk lies under a digest of all that its bytes follow from: weights and config of the model, the
-batch, the units, the versions and the machine. Nothing is ever compared or updated, so a changed
-input cannot meet an old chunk, and two runs that share a folder write the same bytes.
-"""
+"""What an interrupted run tells the user: where finished results are stored, and how to resume."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,40 +14,47 @@ logger = logging.get_logger(__name__)
 
 
 def default_folder() -> Path:
-    """Where the command line keeps chunks: `optimum_cap/scores` in the Hugging Face home."""
+    """Return the resume folder of the command line: `optimum_cap/scores` in the Hugging Face home.
+
+    It holds finished chunks of scoring, sensitivities and, until the model is saved, pruned layers.
+    """
     return Path(constants.HF_HOME) / "optimum_cap" / "scores"
 
 
 class Resumable(Protocol):
-    """What keeps finished parts of a run."""
+    """Stores finished results of a run.
+
+    Attributes:
+        files: Where it stores them.
+    """
 
     files: "TensorFiles"
 
 
-def resume_hint(kept: "Resumable | None") -> str:
-    """Say what is left of a run that was stopped, and how to go on.
+def resume_hint(store: "Resumable | None") -> str:
+    """Return a message that says which results of an interrupted run are stored, and how to resume.
 
     Args:
-        kept: Where finished parts are kept, if anywhere.
+        store: Stores finished results, if anything does.
     """
-    if kept is None:
-        return "without a resume_dir nothing is kept, and it has to begin anew"
-    what = "not all that is done" if kept.files.failed else "what is done"
-    return f"{what} is kept in {kept.files.folder}; run the same again to go on from there"
+    if store is None:
+        return "no resume_dir was set, so the run must start over"
+    stored = "only some finished results are" if store.files.failed else "finished results are"
+    return f"{stored} stored in {store.files.folder}; run the same command again to resume"
 
 
 @contextmanager
-def resume_hint_on_stop(doing: Callable[[], str], kept: Resumable | None) -> Iterator[None]:
-    """Say how to go on where a run is interrupted, or loses another process.
+def resume_hint_on_stop(status: Callable[[], str], store: Resumable | None) -> Iterator[None]:
+    """Add `resume_hint` if the run is interrupted or loses another process.
 
     Args:
-        doing: What is stopped, and how far it is.
-        kept: Where finished parts are kept, if anywhere.
+        status: Returns which step was stopped, and after how much of it.
+        store: Stores finished results, if anything does.
     """
     try:
         yield
     except KeyboardInterrupt:
-        logger.warning(f"{doing()}: {resume_hint(kept)}")
+        logger.warning(f"{status()}: {resume_hint(store)}")
         raise
     except ConnectionError as error:
-        raise ConnectionError(f"{error}: {resume_hint(kept)}") from error
+        raise ConnectionError(f"{error}: {resume_hint(store)}") from error

@@ -1,4 +1,9 @@
-"""Finished chunks of a scoring on disk, so that one that was stopped goes on."""
+"""Losses of finished chunks on disk, so that an interrupted scoring run resumes.
+
+A file is named by a digest of everything that its losses depend on: weights and config of the
+model, batch, units, versions and machine. Files are never compared or updated: a changed input has
+another name, and two runs that share a folder write the same bytes.
+"""
 
 import os
 from collections.abc import Callable
@@ -12,67 +17,78 @@ from optimum_cap.data import Batch, CalibrationExample
 from optimum_cap.models import SiteUnit
 from optimum_cap.runtime import TensorFiles, digest_of, examples_digest, machine, model_digest
 
-_LAYOUT = 2  # of files and keys, and of the way that losses are computed
+_LAYOUT = 2  # of files and keys, and of how losses are computed
 
 
 class ScoreCache:
-    """The finished chunks of one model.
+    """Stores the losses of finished chunks of one model.
 
     Args:
-        folder: Where they are kept; made when there is something to keep. Several models and
-            several processes may share it.
-        model: The model. Its weights are read once, here: a changed model needs a new cache.
+        folder: Where to store them; it is created with the first file. Several models and several
+            processes may share it.
+        model: The model. Its weights are hashed once, here: create a new cache if they change.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
         self.files = TensorFiles(Path(folder))
         self._model = digest_of(_LAYOUT, machine(model), model_digest(model))[:32]
 
-    def losses(
+    def get(
         self, batch: Batch, units: list[SiteUnit], torch_compile: bool = False
     ) -> torch.Tensor | None:
-        """Losses of a batch with each unit masked, or intact with no units; `None` if unknown.
+        """Return the losses of a batch with each unit masked, or intact if `units` is empty.
 
-        Those of compiled layers, which have other last bits, are kept beside the others.
+        Losses of compiled layers, which differ in the last bits, are stored separately.
+
+        Returns:
+            The losses, or `None` if none are stored.
         """
-        return self.files.read(self._chunk(batch, units, torch_compile))
+        return self.files.read(self._chunk_key(batch, units, torch_compile))
 
-    def keep(
+    def put(
         self,
         batch: Batch,
         units: list[SiteUnit],
         losses: torch.Tensor,
         torch_compile: bool = False,
     ) -> None:
-        """Keep the losses of a batch with each unit masked, or intact with no units."""
-        self.files.write(self._chunk(batch, units, torch_compile), losses)
+        """Store the losses of a batch with each unit masked, or intact if `units` is empty."""
+        self.files.write(self._chunk_key(batch, units, torch_compile), losses)
 
-    def remembered(
+    def get_or_measure(
         self,
-        what: str,
+        name: str,
         examples: list[CalibrationExample],
         units: list[SiteUnit],
-        find: Callable[[], int],
+        measure: Callable[[], int],
     ) -> int:
-        """Return what was found when the first run over these began, perhaps this one."""
-        key = self._key(what, names(units), examples_digest(examples))
-        if (known := self.files.read(key)) is None:
-            found = torch.tensor(find())
-            self.files.write(key, found, replace=False)
-            known = self.files.read(key)  # another process may have been first
-            return int(found if known is None else known)
-        return int(known)
+        """Return a number that the first run with these examples and units measured and stored.
 
-    def _chunk(self, batch: Batch, units: list[SiteUnit], torch_compile: bool) -> str:
-        # Where the examples of the batch stand in the calibration set changes no loss.
+        Args:
+            name: Name of the quantity.
+            examples: The calibration examples.
+            units: The units.
+            measure: Measures it if no run has stored it yet.
+        """
+        key = self._key(name, unit_names(units), examples_digest(examples))
+        stored = self.files.read(key)
+        if stored is not None:
+            return int(stored)
+        measured = torch.tensor(measure())
+        self.files.write(key, measured, replace=False)
+        stored = self.files.read(key)  # another process may have been first
+        return int(measured if stored is None else stored)
+
+    def _chunk_key(self, batch: Batch, units: list[SiteUnit], torch_compile: bool) -> str:
+        # Losses do not depend on the positions of the examples in the calibration set.
         content = {name: value for name, value in vars(batch).items() if name != "positions"}
-        what = "compiled chunk" if torch_compile else "chunk"
-        return self._key(what, names(units), content)
+        kind = "compiled chunk" if torch_compile else "chunk"
+        return self._key(kind, unit_names(units), content)
 
     def _key(self, *parts: Any) -> str:
         return f"{self._model}/{digest_of(*parts)[:32]}"
 
 
-def names(units: list[SiteUnit]) -> list[str]:
-    """What tells units apart: their sites and channels."""
+def unit_names(units: list[SiteUnit]) -> list[str]:
+    """Return names that tell units apart: their sites and channels."""
     return [f"{site.name} {unit.channels}" for site, unit in units]

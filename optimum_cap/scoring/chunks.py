@@ -1,4 +1,4 @@
-"""Chunks of exact scoring: one batch of examples with some of the units masked, each alone."""
+"""Chunks of exact scoring: one batch of examples, with some of the units masked one by one."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,45 +18,46 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is measured at a time.
+    """A batch of examples and the units to mask in it, one by one.
 
     Attributes:
         batch: The examples.
-        units: Positions of the units to mask among all units; empty for the intact model.
+        units: Positions of these units among all units; empty for the intact model.
     """
 
     batch: Batch
     units: range
 
     def select(self, units: list[SiteUnit]) -> list[SiteUnit]:
-        """Return the units of the chunk, of all units."""
+        """Return the units of the chunk from the list of all units."""
         return [units[index] for index in self.units]
 
 
 def chunks_of(batch: Batch, units: int, streams: int) -> list[Chunk]:
-    """Return the chunks of a batch: the intact model, then at most `streams` units at a time."""
+    """Return the chunks of a batch: the intact model, then up to `streams` units at a time."""
     starts = range(0, units, streams)
     parts = [range(start, min(start + streams, units)) for start in starts]
     return [Chunk(batch, part) for part in (range(0), *parts)]
 
 
 def cost_of(chunk: Chunk, units: list[SiteUnit], layers: int) -> int:
-    """Return the tokens that run through a layer, summed over layers and streams."""
+    """Return the number of tokens that run through a layer, summed over layers and streams."""
     passed = sum(layers - unit.site.layer for unit in chunk.select(units))
     return int(chunk.batch.real.sum()) * (passed if chunk.units else layers)
 
 
 class ChunkMeasurer:
-    """Measures chunks with the memory that there is.
+    """Measures chunks, in smaller parts once memory runs out.
 
-    Where memory runs out, it measures a chunk in parts: fewer streams at a time, and at last fewer
-    examples. The parts stay small for the rest of the run.
+    It first halves the number of streams at a time, then the number of examples. The parts stay
+    small for the rest of the run.
 
     Args:
         view: The model, in evaluation mode.
         units: The units that chunks refer to.
-        torch_compile: Compile the layers that streams run through whole.
-        memory_limit: What an earlier run over the same model found out; `None` starts afresh.
+        torch_compile: Compile the layers in which no stream starts.
+        memory_limit: The limit that an earlier run over the same model found; `None` starts without
+            one.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ChunkMeasurer:
     def measure(
         self, chunks: list[Chunk], without_cached: Callable[[list[Chunk]], list[Chunk]]
     ) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Yield the losses of the chunks of one batch, or of its halves where it is too large.
+        """Yield the losses of the chunks of one batch, or of its halves if the batch is too large.
 
         Args:
             chunks: Chunks with the same batch.
@@ -96,11 +97,11 @@ class ChunkMeasurer:
                 if not splits:
                     raise MemoryError(
                         f"memory ran out with a single example of {tokens} tokens and a single "
-                        "unit masked, which no memory_budget makes smaller: free memory, or lower "
-                        "max_length"
+                        "masked unit, the smallest step that a memory_budget can lead to: free "
+                        "memory, or lower max_length"
                     ) from error
-            # Not in the handler: until it ends, the error keeps what was recorded in memory.
-            self._take_less(tokens)
+            # After the handler: until it ends, the error keeps the recorded tensors in memory.
+            self._halve_limit(tokens)
         for half in halves(batch):
             if missing := without_cached([replace(chunk, batch=half) for chunk in left]):
                 yield from self.measure(missing, without_cached)
@@ -108,7 +109,7 @@ class ChunkMeasurer:
     def _measure_at_once(
         self, batch: Batch, left: deque[Chunk]
     ) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Yield the losses of the chunks of a batch, and remove each that is done from `left`."""
+        """Yield the losses of the chunks of a batch, and remove finished chunks from `left`."""
         wavefront = Wavefront(self._view, batch, self._torch_compile)
         while left:
             units = left[0].select(self._units)
@@ -136,14 +137,14 @@ class ChunkMeasurer:
             except (RuntimeError, MemoryError) as error:
                 if streams == 1 or not is_out_of_memory(error):
                     raise
-            self._take_less(streams * tokens)
+            self._halve_limit(streams * tokens)
 
-    def _take_less(self, tokens: int) -> None:
-        """Halve what is measured at a time: memory ran out with so many tokens."""
+    def _halve_limit(self, tokens: int) -> None:
+        """Limit a step to half of the tokens that memory ran out with."""
         if self._memory_limit.tokens is None:
             logger.warning(
                 f"memory ran out with {tokens} tokens of masked streams at a time: continuing with "
-                "half of them, and fewer if needed; a lower memory_budget starts with fewer"
+                "half as many, and fewer if needed; a lower memory_budget starts with fewer"
             )
         self._memory_limit.tokens = tokens // 2
         clear_device_cache(garbage_collection=True)

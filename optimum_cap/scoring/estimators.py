@@ -1,8 +1,9 @@
-"""The estimators of masked losses, which causal scores are computed from.
+"""The estimators of masked losses, from which causal scores are computed.
 
-`exact` and `plain` measure every masked loss. `first_order` replaces all of them by one backward
-pass. `control_variate` corrects that with exact losses of some examples, and `adaptive` measures
-more examples until the importances are as precise as was asked. See `docs/estimators.md`.
+`exact` and `plain` measure every masked loss. `first_order` estimates all of them with one backward
+pass. `control_variate` corrects these estimates with exact losses of some examples, and `adaptive`
+measures more examples until the importances reach the requested precision. See
+`docs/estimators.md`.
 """
 
 from collections.abc import Callable
@@ -27,13 +28,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Estimator:
-    """How masked losses are found.
+    """A way to measure or estimate masked losses.
 
     Attributes:
         function: Takes a model, examples, units and `ScoringSettings`, and returns the losses.
-        fields: The fields of `CAPConfig` that its losses depend on, which it takes as keywords.
-        resumes: Whether it uses a cache, of finished chunks or of the memory budget alone.
-        differentiates: Whether it needs all weights in memory, for a backward pass.
+        fields: The fields of `CAPConfig` that its losses depend on; they are passed to `function`
+            as keyword arguments.
+        resumes: Whether it uses a cache, for finished chunks or only for the memory budget.
+        differentiates: Whether it runs a backward pass, which needs all weights in memory.
         compiles: Whether it can compile the decoder layers.
     """
 
@@ -50,17 +52,18 @@ class Estimator:
         config: CAPConfig,
         process_group: ProcessGroup,
     ) -> UnitLosses:
-        """Measure or estimate the losses of the units that `config` names.
+        """Measure or estimate the losses of the units that `config` selects.
 
         Args:
             view: The model.
             examples: The calibration examples.
-            config: The units, the memory budget, where to store chunks, and the estimator's fields.
+            config: Selects the units, the memory budget and the resume folder, and has the
+                estimator's fields.
             process_group: The processes that share the work.
         """
-        # Before a cache reads all weights.
+        # Checked first, because a cache hashes all weights.
         if self.differentiates:
-            check_in_memory(view.model)
+            check_in_memory(view.model, alternative="estimator 'exact'")
         torch_compile = self.compiles and config.torch_compile
         if torch_compile:
             check_compilable(view.model)

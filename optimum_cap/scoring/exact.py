@@ -25,7 +25,7 @@ from optimum_cap.runtime import (
     resume_hint_on_stop,
 )
 from optimum_cap.scoring.batch_sizes import streams_per_chunk, tokens_per_batch
-from optimum_cap.scoring.cache import names
+from optimum_cap.scoring.cache import unit_names
 from optimum_cap.scoring.chunks import Chunk, ChunkMeasurer, chunks_of, cost_of
 from optimum_cap.scoring.scores import UnitLosses
 from optimum_cap.scoring.settings import ScoringSettings
@@ -41,7 +41,7 @@ def exact_losses(
     """Measure the loss with each unit masked.
 
     Args:
-        view: A causal language model; it comes back as it was.
+        view: A causal language model; it is left unchanged.
         examples: The calibration examples.
         units: The units to mask, in the order of the model; `None` masks all units of the sites.
         settings: Memory, cache, compilation and processes.
@@ -50,7 +50,7 @@ def exact_losses(
         The losses, in the order of the units and of the examples.
 
     Raises:
-        ValueError: Experts are to be masked whose computation is not supported, the layers cannot
+        ValueError: The units include experts whose computation is not supported, the layers cannot
             be compiled, the units are in another order, or the processes of the group were given
             different inputs.
         MemoryError: Memory runs out with a single example and a single unit.
@@ -62,11 +62,11 @@ def exact_losses(
     units = view.units() if units is None else units
     _check_order(units)
     check_same_inputs(
-        settings.process_group, view.model, examples, names(units), settings.memory_budget
+        settings.process_group, view.model, examples, unit_names(units), settings.memory_budget
     )
     view = view.with_sites({site.name for site, _ in units})
     with evaluation_mode(view.model), float32_on_cpu(view.model):
-        # Of what is free when weights are widened.
+        # Measured after the weights are widened, which takes memory.
         budget = agreed_budget(view, examples, units, settings)
         prefix = agree_once(
             "prefix", lambda: prefix_to_share(view, examples), examples, units, settings
@@ -84,7 +84,7 @@ def exact_losses(
 
 
 def _check_order(units: list[SiteUnit]) -> None:
-    """Check that units can start one after the other as streams go up the layers."""
+    """Check that units come in the order in which their streams start."""
     places = [(site.layer, site.kind != "attention") for site, _ in units]
     for place, following, (site, unit) in zip(places, places[1:], units[1:], strict=False):
         if following < place:
@@ -113,31 +113,31 @@ def agree_once(
     units: list[SiteUnit],
     settings: ScoringSettings,
 ) -> int:
-    """Return what the first process measures, or measured in an interrupted run, to all processes.
+    """Return one measurement to all processes: that of the first one, or of an interrupted run.
 
-    Batches of another size give other last bits, and free memory changes from run to run.
+    The last bits of losses depend on the batch size, and free memory differs between runs.
 
     Args:
         name: Name of the quantity.
         measure: Measures it.
         examples: The examples of the run.
         units: The units of the run.
-        settings: The processes, and the cache that remembers the value.
+        settings: The processes, and the cache that stores the value.
     """
     process_group, cache = settings.process_group, settings.cache
     if process_group.rank:
         return process_group.broadcast(0)
     return process_group.broadcast(
-        cache.remembered(name, examples, units, measure) if cache else measure()
+        cache.get_or_measure(name, examples, units, measure) if cache else measure()
     )
 
 
 class ExactScorer:
-    """The losses of one run, filled in chunk by chunk from the cache and from all processes.
+    """Collects the losses of one run, chunk by chunk, from the cache and from all processes.
 
     Args:
         view: The model, in evaluation mode.
-        units: The units to mask, by rising layer.
+        units: The units to mask, in the order of the model.
         examples: Number of examples.
         settings: Memory, cache, compilation and processes.
 
@@ -157,9 +157,12 @@ class ExactScorer:
         self._measurer = ChunkMeasurer(view, units, settings.torch_compile, settings.memory_limit)
 
     def measure(self, chunks: list[Chunk]) -> None:
-        """Measure the chunks that the cache does not have; those of a batch follow one another.
+        """Measure the chunks that are not in the cache.
 
         Several processes measure a share each and exchange the results.
+
+        Args:
+            chunks: The chunks; those of one batch are adjacent.
 
         Raises:
             ConnectionError: Another process has stopped, or cannot be reached.
@@ -169,8 +172,8 @@ class ExactScorer:
         with resume_hint_on_stop(lambda: "scoring was stopped", self._settings.cache):
             cached_by_rank = process_group.all_gather(cached)
             missing = sorted(set(range(len(chunks))).difference(*cached_by_rank))
-            places = process_group.share([self._cost([chunks[index]]) for index in missing])
-            measured_here = [missing[place] for place in places]
+            own_share = process_group.share([self._cost([chunks[index]]) for index in missing])
+            measured_here = [missing[place] for place in own_share]
             done = self._cost(chunks) - self._cost([chunks[index] for index in missing])
             self._measure_missing([chunks[index] for index in measured_here], done)
             # Processes without a common folder may have different chunks in their caches.
@@ -208,16 +211,16 @@ class ExactScorer:
             self._fill(chunk, losses)
             if cache:
                 units = chunk.select(self._units)
-                cache.keep(chunk.batch, units, losses, self._settings.torch_compile)
+                cache.put(chunk.batch, units, losses, self._settings.torch_compile)
             progress.update(self._cost([chunk]))
 
     def _recall(self, chunk: Chunk) -> bool:
-        """Fill in a chunk if the cache has it."""
+        """Fill in the losses of a chunk from the cache; return whether it has them."""
         cache = self._settings.cache
         if cache is None:
             return False
         units = chunk.select(self._units)
-        losses = cache.losses(chunk.batch, units, self._settings.torch_compile)
+        losses = cache.get(chunk.batch, units, self._settings.torch_compile)
         if losses is None:
             return False
         self._fill(chunk, losses)

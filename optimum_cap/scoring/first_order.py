@@ -1,4 +1,4 @@
-"""Masked losses to first order: one backward pass for all units."""
+"""First-order estimates of masked losses: one backward pass for all units."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ from optimum_cap.models import (
 )
 from optimum_cap.runtime import check_same_inputs, each_in_memory
 from optimum_cap.scoring.batch_sizes import tokens_per_chunk
-from optimum_cap.scoring.cache import names
+from optimum_cap.scoring.cache import unit_names
 from optimum_cap.scoring.exact import agreed_budget
 from optimum_cap.scoring.scores import UnitLosses
 from optimum_cap.scoring.settings import ScoringSettings
@@ -44,32 +44,32 @@ def first_order_losses(
 ) -> UnitLosses:
     """Estimate the masked losses to first order, with one backward pass for all units.
 
-    Every channel of a site is multiplied by a gate of value 1. Masking a unit turns its gates to 0,
-    which to first order takes the sum of their gradients from the loss (Michel et al. 2019, arXiv
-    1905.10650, Eq. 2, with the sign kept; attribution patching of a zero,
+    Every channel of a site is multiplied by a gate of value 1. Masking a unit sets its gates to 0,
+    which to first order subtracts the sum of their gradients from the loss (Michel et al. 2019,
+    arXiv 1905.10650, Eq. 2, with the sign kept; attribution patching with zeros,
     https://www.neelnanda.io/mechanistic-interpretability/attribution-patching). Examples do not
-    interact, so the gates of each example get the gradients of its own loss. An expert gets its
-    gradients from that in the sum over experts; its routing is as in the intact pass.
+    interact, so the gates of each example get the gradients of its own loss. The gradients of an
+    expert follow from the gradient of the sum over experts; routing is as in the intact pass.
 
     Args:
-        view: A causal language model, whole in memory; it comes back as it was.
+        view: A causal language model with all weights in memory; it is left unchanged.
         examples: The calibration examples.
         units: The units to mask, in the order of the model; `None` masks all units of the sites.
-        settings: Memory and processes, which all compute the same. The cache remembers the memory
-            budget alone, so that a resumed run has the same batches.
+        settings: Memory and processes, all of which compute everything. The cache stores only the
+            memory budget, so that a resumed run has the same batches.
 
     Returns:
-        The losses, in the order of the units and of the examples; the intact ones are measured.
+        The losses, in the order of the units and of the examples; intact losses are measured.
 
     Raises:
-        ValueError: Weights of the model are offloaded, or experts compute in a way that is not
-            known.
+        ValueError: Weights of the model are offloaded, or the units include experts whose
+            computation is not supported.
     """
-    check_in_memory(view.model)
+    check_in_memory(view.model, alternative="estimator 'exact'")
     units = view.units() if units is None else units
     settings = settings or ScoringSettings()
     check_same_inputs(
-        settings.process_group, view.model, examples, names(units), settings.memory_budget
+        settings.process_group, view.model, examples, unit_names(units), settings.memory_budget
     )
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(units), len(examples), dtype=torch.float64)
@@ -86,7 +86,7 @@ def first_order_losses(
         ):
             intact[batch.positions], masked[:, batch.positions] = losses
             progress.update(len(batch.positions))
-    # Every process has done all of it; what follows has to be the same in all.
+    # Every process has computed all losses; share one set, so that all continue with the same.
     intact, masked = settings.process_group.broadcast((intact, masked))
     return UnitLosses(units, intact, masked)
 
@@ -94,7 +94,7 @@ def first_order_losses(
 def _first_order(
     model: PreTrainedModel, units: list[SiteUnit], batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of a batch, `[examples]` and `[units, examples]`."""
+    """Return the intact and masked losses of a batch, `[examples]` and `[units, examples]`."""
     sites = {site.name: site for site, _ in units}.values()
     examples = len(batch.positions)
     with torch.enable_grad(), _gates(model, sites, examples) as gates:
@@ -105,19 +105,19 @@ def _first_order(
     intact = losses.detach()
     by_leaf = dict(zip(leaves, gradients, strict=True))
     effects = []
-    for site, own in groupby(units, key=lambda job: job[0]):
+    for site, group in groupby(units, key=lambda unit: unit.site):
         if site.expert is None:
-            of_gates = by_leaf[site.name][:, 0]
+            of_channels = by_leaf[site.name][:, 0]
         else:
-            of_gates = _expert_gradients(
+            of_channels = _expert_gradients(
                 model, site, experts[site.block], by_leaf[site.block], examples
             )
-        effects.append(_sums_over_units(of_gates, [unit for _, unit in own]))
+        effects.append(_sums_over_units(of_channels, [unit for _, unit in group]))
     return intact, intact - torch.cat(effects)
 
 
 def _sums_over_units(of_channels: torch.Tensor, units: list[Unit]) -> torch.Tensor:
-    """Sum `[examples, channels]` over the channels of each unit: float64 `[units, examples]`."""
+    """Sum `[examples, channels]` over the channels of each unit, float64 `[units, examples]`."""
     sums = nn.functional.pad(of_channels.double().cumsum(dim=1), (1, 0))
     starts, stops = torch.tensor([unit.channels for unit in units], device=sums.device).T
     return (sums[:, stops] - sums[:, starts]).T.cpu()
@@ -127,9 +127,11 @@ def _sums_over_units(of_channels: torch.Tensor, units: list[Unit]) -> torch.Tens
 def _gates(
     model: PreTrainedModel, sites: Iterable[Site], examples: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Multiply the input of each site by gates of value 1, `[examples, 1, channels]`, by its name.
+    """Multiply the input of each site by gates of value 1; expert sites get none.
 
-    Experts have no such input. The dictionary that is yielded fills during the forward pass.
+    Yields:
+        The gates, `[examples, 1, channels]`, by the name of the site. The forward pass fills this
+        dictionary.
     """
     gates: dict[str, torch.Tensor] = {}
 
@@ -157,13 +159,13 @@ def _gates(
 
 @dataclass(frozen=True)
 class _ExpertsCall:
-    """One call of a module of experts.
+    """One call of an experts module.
 
     Attributes:
         hidden: The tokens, `[tokens, hidden]`.
-        chosen: Experts that each token reaches, int64 `[tokens, k]`.
-        weights: Their weights, `[tokens, k]`.
-        offset: Zeros that were added to the output, `[tokens, hidden]`; a leaf of the graph.
+        chosen: Experts that each token is routed to, int64 `[tokens, k]`.
+        weights: Their routing weights, `[tokens, k]`.
+        offset: Zeros that are added to the output, `[tokens, hidden]`; a leaf of the graph.
     """
 
     hidden: torch.Tensor
@@ -176,12 +178,13 @@ class _ExpertsCall:
 def _recorded_experts(
     model: PreTrainedModel, sites: Iterable[Site]
 ) -> Iterator[dict[str, _ExpertsCall]]:
-    """Record the calls of the modules of experts among `sites`, by their paths.
+    """Record the calls of the experts modules among `sites`.
 
-    The dictionary that is yielded fills during the forward pass.
+    Yields:
+        The calls, by the path of the module. The forward pass fills this dictionary.
 
     Raises:
-        ValueError: Experts compute in a way that is not known.
+        ValueError: The computation of the experts is not supported.
     """
     calls: dict[str, _ExpertsCall] = {}
 
@@ -210,14 +213,14 @@ def _recorded_experts(
 def _expert_gradients(
     model: PreTrainedModel, site: Site, call: _ExpertsCall, gradient: torch.Tensor, examples: int
 ) -> torch.Tensor:
-    """Gradients in gates on the channels of an expert: float32 `[examples, channels]`.
+    """Return the gradients of gates on the channels of an expert, float32 `[examples, channels]`.
 
     Args:
         model: The model.
         site: The site of the expert.
         call: The call of its module.
-        gradient: Gradient in the output of the module, `[tokens, hidden]`.
-        examples: Number of examples, which have the same number of tokens.
+        gradient: Gradient of the output of the module, `[tokens, hidden]`.
+        examples: Number of examples, which have the same number of tokens each.
     """
     assert site.expert is not None
     tokens, slots = routed(call.chosen, site.expert)
@@ -225,12 +228,12 @@ def _expert_gradients(
     down = model.get_parameter(site.projection)[site.expert]
     of_tokens = activated * (gradient[tokens] @ down) * call.weights[tokens, slots, None]
     example = tokens // (len(call.chosen) // examples)
-    # A product with ones and zeros sums in the same order every time, also on a GPU.
+    # A product with ones and zeros sums in a deterministic order, on a GPU too.
     return nn.functional.one_hot(example, examples).T.float() @ of_tokens.float()
 
 
 def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Mean loss per example, float64 `[examples]`."""
+    """Return the mean loss of each example, float64 `[examples]`."""
     targets, logits = Targets.of(batch), scored_logits(model, batch)
     return targets.example_means(token_losses(logits, targets.ids.to(logits.device)))
 
@@ -238,13 +241,13 @@ def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def examples_per_pass(
     model: PreTrainedModel, examples: list[CalibrationExample], budget: int
 ) -> int:
-    """Examples per batch, so that what a backward pass needs of the forward one fits the budget."""
+    """Return how many examples a batch may have so that its saved activations fit the budget."""
     config = model.config.get_text_config(decoder=True)
     longest = max(len(example.input_ids) for example in examples)
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_layer = 4 * (16 * config.hidden_size + 6 * wide)
-    # Attention that is not fused keeps its probabilities and a widened copy of them.
+    mlp_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_layer = 4 * (16 * config.hidden_size + 6 * mlp_width)
+    # Attention that is not fused keeps its probabilities and a float32 copy of them.
     per_layer += 8 * config.num_attention_heads * longest
     per_token = config.num_hidden_layers * per_layer + 12 * config.vocab_size
-    wanted = tokens_per_chunk(model) // longest
-    return max(1, min(wanted, budget // (longest * per_token), len(examples)))
+    most = tokens_per_chunk(model) // longest
+    return max(1, min(most, budget // (longest * per_token), len(examples)))

@@ -1,9 +1,9 @@
-"""The attention of the last layer, whose output matters only from the first scored position on.
+"""The attention of the last layer, computed only from the first scored position on.
 
-The tokens before are there for their keys and values: for them the attention runs until these are
-known, and without queries. Then it runs for the others, as the model itself goes on after tokens
-that it has seen: how it calls the layer then is recorded, with all layers skipped. A trial with the
-intact pass tells whether that gives the same output.
+Earlier tokens matter only through their keys and values. For these tokens, the layer runs until its
+attention has computed keys and values, without queries. For the remaining tokens, it runs as in
+generation with a cache: the arguments with which the model then calls its last layer are recorded,
+while all layers are skipped. Whether this gives the same output is checked on the intact pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,22 +30,23 @@ from optimum_cap.models import (
     zero_embeddings,
 )
 from optimum_cap.runtime import is_out_of_memory
-from optimum_cap.scoring.prefix import WORTHWHILE_SHARE, Segment, continued, tolerance
+from optimum_cap.scoring.prefix import WORTHWHILE_SHARE, Segment, append_tokens, tolerance
 
 logger = logging.get_logger(__name__)
 
 
 class _Keys(DynamicCache):
-    """Keys and values of the tokens so far, of which one row may block into several.
+    """Keys and values of leading tokens; each of their rows may branch into several rows.
 
     Attributes:
-        suffice: End the forward pass as soon as those of its tokens are here.
-        parts: What was kept of each such pass: keys and values, `[rows, heads, tokens, channels]`.
+        collecting: Whether a forward pass ends as soon as the keys and values of its tokens are
+            stored.
+        parts: Keys and values that each such pass stored, `[rows, heads, tokens, channels]`.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
-        self.suffice = True
+        self.collecting = True
         self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(
@@ -56,39 +57,39 @@ class _Keys(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.suffice:
+        if self.collecting:
             self.parts.append((key_states, value_states))
             raise StopForwardError
-        # As many as a cache of transformers keeps.
+        # As many as the sliding-window cache of transformers keeps.
         window = getattr(self.layers[layer_idx], "sliding_window", None)
         count = None if window is None else window - 1
         keys = _last_tokens([key for key, _ in self.parts], count)
         values = _last_tokens([value for _, value in self.parts], count)
-        return continued(keys, key_states), continued(values, value_states)
+        return append_tokens(keys, key_states), append_tokens(values, value_states)
 
 
 def _last_tokens(parts: Sequence[torch.Tensor], count: int | None) -> list[torch.Tensor]:
-    """The last tokens of `[..., tokens, channels]` one after the other; `None`: all of them."""
+    """Return the last `count` tokens of consecutive `[..., tokens, channels]`, all if `None`."""
     if count is None:
         return list(parts)
-    kept: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
     for part in reversed(parts):
-        kept.insert(0, part[..., max(0, part.shape[-2] - count) :, :])
-        count -= kept[0].shape[-2]
-    return kept
+        last.insert(0, part[..., max(0, part.shape[-2] - count) :, :])
+        count -= last[0].shape[-2]
+    return last
 
 
 @dataclass(frozen=True)
 class LastAttention:
-    """The attention of the last layer.
+    """Computes the output of the last layer's attention for masked streams.
 
     Attributes:
         model: The model.
         layer: Its last decoder layer.
-        site: The site of attention of this layer.
-        leading: Segments of which keys and values are all that is needed.
+        site: The attention site of this layer.
+        leading: Segments of which only keys and values are needed.
         tail: The segment after them.
-        start: First position of the tail in the last segment that streams have.
+        start: Position at which the tail starts in the last segment of the intact pass.
     """
 
     model: PreTrainedModel
@@ -108,15 +109,15 @@ class LastAttention:
         input_ids: torch.Tensor,
         first: int,
     ) -> "LastAttention":
-        """Cut the last segment at the first scored position, if that pays and changes nothing.
+        """Cut the last segment at the first scored position, if that saves time and is exact.
 
         Args:
             model: The model.
             layers: Its decoder layers.
-            site: The site of attention of the last one.
+            site: The attention site of the last layer.
             segments: The intact pass.
             input_ids: Tokens of its last segment, int64 `[rows, tokens]`.
-            first: The first scored position of these.
+            first: The first scored position among these tokens.
         """
         *leading, suffix = segments
         whole = cls(model, layers[-1], site, tuple(leading), suffix)
@@ -127,8 +128,10 @@ class LastAttention:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            # A model may handle caches in a way of its own, and need not go on after tokens.
-            logger.debug(f"the last attention of {type(model).__name__} is not cut: {error!r}")
+            # A model may handle caches differently, and need not support continuing after tokens.
+            logger.debug(
+                f"the last attention of {type(model).__name__} runs on all tokens: {error!r}"
+            )
             return whole
         return cut or whole
 
@@ -139,22 +142,23 @@ class LastAttention:
         input_ids: torch.Tensor,
         first: int,
     ) -> "LastAttention | None":
-        """Cut it and try that with the intact pass; `None` if something else comes out."""
-        intact = [segment.calls[self._name].hidden for segment in segments]
-        before = sum(hidden.shape[1] for hidden in intact[:-1])
+        """Return the cut attention, or `None` if its output differs on the intact pass."""
+        intact_inputs = [segment.calls[self._name].hidden for segment in segments]
+        before = sum(hidden.shape[1] for hidden in intact_inputs[:-1])
         parts = (input_ids[:, :first], before), (input_ids[:, first:], before + first)
         output_template = self.tail.calls[self._name].output
         lead, tail = (
-            _entered(self.model, layers, self._name, output_template, *part) for part in parts
+            _last_layer_call(self.model, layers, self._name, output_template, *part)
+            for part in parts
         )
         cut = replace(self, leading=(*self.leading, lead), tail=tail, start=first)
-        keys = cut._keys(intact)
+        keys = cut._keys(intact_inputs)
         if len(keys.parts) < len(cut.leading):
-            return None  # the attention makes no use of a cache
+            return None  # the attention does not use the cache
         expected = hidden_states_of(self.tail.calls[f"attention {self.site.layer}"].output)[
             :, first:
         ]
-        change = (cut._after(keys, intact[-1]) - expected).float().norm()
+        change = (cut._after(keys, intact_inputs[-1]) - expected).float().norm()
         return cut if change <= tolerance(expected.dtype) * expected.float().norm() else None
 
     @property
@@ -163,23 +167,26 @@ class LastAttention:
         return f"layer {self.site.layer}"
 
     def outputs(self, streams: list[torch.Tensor]) -> torch.Tensor:
-        """What it returns from position `start` on: `[streams * rows, tokens, hidden]`.
+        """Return the output of the attention from position `start` on.
 
         Args:
             streams: Input of the layer, `[streams * rows, tokens, hidden]`, for each segment of the
                 intact pass.
+
+        Returns:
+            `[streams * rows, tokens, hidden]`.
         """
         return self._after(self._keys(streams), streams[-1])
 
     def _after(self, keys: _Keys, stream: torch.Tensor) -> torch.Tensor:
-        """What it returns for the tail of the last segment, after the tokens with these keys."""
+        """Return the output for the tail of the last segment, after tokens with these keys."""
         hidden = stream[:, self.start :]
         args, kwargs = self._arguments(self.tail, hidden, keys)
         block = self.model.get_submodule(self.site.block)
         return hidden_states_of(run_until(block, self.layer, hidden, *args, **kwargs))
 
     def _keys(self, streams: list[torch.Tensor]) -> _Keys:
-        """Keys and values of the leading tokens."""
+        """Compute the keys and values of the leading tokens."""
         keys = _Keys(self.model.config)
         parts = streams[:-1]
         if self.start:
@@ -189,7 +196,7 @@ class LastAttention:
                 args, kwargs = self._arguments(segment, hidden, keys)
                 with suppress(StopForwardError):
                     self.layer(hidden, *args, **kwargs)
-        keys.suffice = False
+        keys.collecting = False
         return keys
 
     def _arguments(
@@ -199,7 +206,7 @@ class LastAttention:
 
     @contextmanager
     def _no_queries(self) -> Iterator[None]:
-        """Let the projection of queries, where they have one of their own, return zeros."""
+        """Make the query projection return zeros, if queries have a projection of their own."""
         projection = getattr(self.model.get_submodule(self.site.block), QUERIES, None)
         if not isinstance(projection, nn.Linear):
             yield
@@ -209,7 +216,7 @@ class LastAttention:
             yield
 
 
-def _entered(
+def _last_layer_call(
     model: PreTrainedModel,
     layers: list[nn.Module],
     name: str,
@@ -217,30 +224,30 @@ def _entered(
     input_ids: torch.Tensor,
     before: int,
 ) -> Segment:
-    """Record how the model calls its last layer for tokens that follow others, and run no layer.
+    """Record how the model calls its last layer for tokens that follow others; no layer runs.
 
     Args:
         model: The model.
         layers: Its decoder layers.
-        name: What to record the call under.
-        output_template: What a layer returned once.
+        name: Name of the recorded call.
+        output_template: An output of a layer, which shows how layers return hidden states.
         input_ids: The tokens, int64 `[rows, tokens]`.
         before: Number of tokens before them in each row.
     """
     cache = DynamicCache(config=model.config)
     if before:
-        for layer in cache.layers:  # only the number of tokens is asked for
-            nothing = torch.empty(len(input_ids), 1, before, 1, device=device_of(model))
-            layer.update(nothing, nothing)
+        for layer in cache.layers:  # only the number of tokens matters
+            placeholder = torch.empty(len(input_ids), 1, before, 1, device=device_of(model))
+            layer.update(placeholder, placeholder)
 
-    def end(*args: Any, **kwargs: Any) -> Any:
+    def stop(*args: Any, **kwargs: Any) -> Any:
         raise StopForwardError
 
     with (
         zero_embeddings(model, hidden_states_of(output_template).dtype),
         bypass_layers(layers[:-1], output_template),
         recorded_calls({name: layers[-1]}) as calls,
-        replaced_forward(layers[-1], end),
+        replaced_forward(layers[-1], stop),
         suppress(StopForwardError),
     ):
         ids = input_ids.to(device_of(model))

@@ -192,8 +192,8 @@ class MaskedBlocks:
             site: The site of the expert.
             units: Its units.
             hidden: Input of the experts, `[rows, tokens, hidden]`.
-            chosen: Experts that each token reaches, `[rows, tokens, k]`.
-            weights: Their weights.
+            chosen: Experts that each token is routed to, `[rows, tokens, k]`.
+            weights: Their routing weights, `[rows, tokens, k]`.
             intact: Intact output, `[rows, tokens, hidden]`.
 
         Returns:

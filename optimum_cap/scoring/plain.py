@@ -27,9 +27,10 @@ def plain_losses(
     units: list[SiteUnit] | None = None,
     settings: ScoringSettings | None = None,
 ) -> UnitLosses:
-    """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2).
+    """Measure the same losses as `exact_losses`, with one hooked forward pass per unit.
 
-    Of the settings, only the memory budget has an effect. Every process measures everything.
+    This is step 2 of the paper, taken literally. Of the settings, only the memory budget has an
+    effect. Every process measures everything.
     """
     settings = settings or ScoringSettings()
     units = view.units() if units is None else units
@@ -68,7 +69,7 @@ def example_losses(
 
 
 def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Mean loss per example of an ordinary forward pass, float64 `[examples]`."""
+    """Return the mean loss of each example in an ordinary forward pass, float64 `[examples]`."""
     logits = model(input_ids=batch.input_ids.to(device_of(model)), use_cache=False).logits
     targets = Targets.of(batch)
     scored = logits[targets.rows.to(logits.device), targets.columns.to(logits.device)]

@@ -1,6 +1,6 @@
-"""The intact pass over consecutive tokens, which read the keys and values of those before them.
+"""Segments of the intact pass: consecutive tokens that read the keys and values of earlier ones.
 
-A layer is called again, with other hidden states, by the arguments that the model called it with.
+The recorded arguments of a layer are used to call it again with other hidden states.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from optimum_cap.models import (
 )
 
 WORTHWHILE_SHARE = 1 / 8
-"""Least share of the tokens that are worth a segment of their own.
+"""Smallest share of the tokens that is worth a segment of its own.
 
-Masks and copies of keys cost too: a prefix of 1/16 of the tokens lost time in a trial.
+Masks and copies of keys take time as well: with a prefix of 1/16 of the tokens, a run was slower.
 """
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of a batch: a shared prefix, or all that follows, or a part of it.
+    """Consecutive tokens of a batch: the shared prefix, the tokens after it, or a part of these.
 
     Attributes:
-        rows: Number of rows, one for a prefix.
-        calls: What modules got and returned, by the names that they were recorded under.
+        rows: Number of rows; a prefix has one.
+        calls: The recorded calls of modules, by name.
     """
 
     rows: int
@@ -41,22 +41,22 @@ class Segment:
     def arguments(
         self, layer: str, rows: int, cache: Cache | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The recorded arguments of a layer beside its input, for a number of rows and a cache."""
+        """Return the recorded arguments of a layer after its input, for other rows and a cache."""
         call, times = self.calls[layer], rows // self.rows
-        args = tuple(_expanded(value, self.rows, times, cache) for value in call.args)
+        args = tuple(_expand(value, self.rows, times, cache) for value in call.args)
         return args, {
-            name: _expanded(value, self.rows, times, cache) for name, value in call.kwargs.items()
+            name: _expand(value, self.rows, times, cache) for name, value in call.kwargs.items()
         }
 
 
-def _expanded(value: Any, batch: int, times: int, cache: Cache | None) -> Any:
-    """Repeat along the batch dimension what was recorded for `batch` rows; exchange the cache.
+def _expand(value: Any, batch: int, times: int, cache: Cache | None) -> Any:
+    """Repeat an argument recorded for `batch` rows along the batch dimension; replace the cache.
 
-    A tensor belongs to the batch if it has at least two dimensions and `batch` rows; one row
-    broadcasts by itself, and transformers passes layers no other tensor of two or more dimensions.
+    A tensor has a batch dimension if it has at least two dimensions and `batch` rows: transformers
+    passes no other tensors of two or more dimensions to layers. A single row broadcasts.
     """
     if isinstance(value, tuple):
-        return tuple(_expanded(entry, batch, times, cache) for entry in value)
+        return tuple(_expand(entry, batch, times, cache) for entry in value)
     if isinstance(value, Cache):
         return cache
     if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == batch > 1:
@@ -70,33 +70,33 @@ def record(
     input_ids: torch.Tensor,
     cache: Cache | None = None,
 ) -> Segment:
-    """Run the model over tokens `[rows, tokens]` and record the calls of `modules`, by name."""
-    cached = {} if cache is None else cache_argument(model, cache)
+    """Run the model over tokens `[rows, tokens]` and record the calls of `modules` by name."""
+    cache_kwargs = {} if cache is None else cache_argument(model, cache)
     with recorded_calls(modules) as calls:
         model(
             input_ids=input_ids.to(device_of(model)),
             use_cache=cache is not None,
-            **cached,
+            **cache_kwargs,
             **only_last_logits(model),
         )
     return Segment(len(input_ids), calls)
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of a prefix, kept from the first call of each layer.
+    """Keys and values of a prefix, stored in the first call of each layer.
 
-    Later calls bring the rows that follow it, some for each row of the prefix. They get its keys
-    and values before their own, which are not kept.
+    Later calls are for rows that follow the prefix, one or more for each of its rows. They get the
+    keys and values of the prefix followed by their own, which are not stored.
 
     Args:
-        config: Of the model.
-        layer: The only layer that will ask: then no index of a layer is looked up, and compiled
-            layers can be one program. `None`: all may ask.
+        config: The config of the model.
+        layer: The only layer that uses this cache, which avoids a look-up by layer index, so that
+            compiled layers share one program. `None` allows all layers.
     """
 
     def __init__(self, config: PreTrainedConfig, layer: int | None = None) -> None:
         super().__init__(config=config)
-        self._only = None if layer is None else self.layers[layer]
+        self._only_layer = None if layer is None else self.layers[layer]
 
     def update(
         self,
@@ -106,19 +106,19 @@ class PrefixCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[layer_idx] if self._only is None else self._only
+        layer = self.layers[layer_idx] if self._only_layer is None else self._only_layer
         if not layer.is_initialized:
             return layer.update(key_states, value_states, *args, **kwargs)
-        return continued([layer.keys], key_states), continued([layer.values], value_states)
+        return append_tokens([layer.keys], key_states), append_tokens([layer.values], value_states)
 
 
-def continued(parts: Sequence[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
-    """The rows of `new` behind those of `parts` that they block from, copied only once.
+def append_tokens(parts: Sequence[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
+    """Append the rows of `new` to the rows of `parts` that they branch from, in a single copy.
 
     Args:
-        parts: Keys or values of tokens one after the other, `[rows, heads, tokens, channels]`; of
-            the first one each row has one row or more in those that follow.
-        new: Those of the last tokens.
+        parts: Keys or values of consecutive tokens, `[rows, heads, tokens, channels]`. Each row of
+            the first part continues in one or more rows of the parts after it.
+        new: Keys or values of the last tokens.
     """
     rows = len(parts[0]) if parts else len(new)
     new = new.unflatten(0, (rows, -1))
@@ -128,5 +128,5 @@ def continued(parts: Sequence[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative difference far above what rounding makes: 2e-5 in float32, 4 % in bfloat16."""
+    """Return a relative difference far above rounding: 2e-5 in float32, 4 % in bfloat16."""
     return float(torch.finfo(dtype).eps ** (2 / 3))

@@ -1,4 +1,4 @@
-"""First-order losses corrected by exact losses of some examples."""
+"""First-order losses, corrected by exact losses of a sample of the examples."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +15,8 @@ from optimum_cap.scoring.scores import UnitLosses, nanvar
 from optimum_cap.scoring.settings import ScoringSettings
 
 _WITHIN = 1.96  # standard errors on either side of a 95 % interval
-_BY_EFFECTS = 0.25  # part of the chance to be drawn that follows the effects
-_ROUNDING = 1e-9  # a probability that is nearer to 1 than this is 1
+_BY_EFFECTS = 0.25  # part of an example's probability that is proportional to its effects
+_ROUNDING = 1e-9  # a probability that is closer to 1 than this counts as 1
 
 
 def control_variate_losses(
@@ -28,14 +28,14 @@ def control_variate_losses(
     exact_examples: int = 16,
     seed: int = 0,
 ) -> UnitLosses:
-    """Estimate the masked losses to first order, corrected by exact ones of some examples.
+    """Estimate the masked losses to first order, corrected by exact losses of some examples.
 
-    The difference estimator of double sampling (Cochran 1977, Sampling Techniques, chapter 12), per
-    example: the first-order loss, plus, where an example was drawn, the exact minus the first-order
-    loss over the probability that it is drawn. Over the draw, every masked loss is unbiased, and so
-    is every mean of them. The coefficient of the control variate is 1: one that is fitted to the
-    same sample would bias the estimate. Examples on which masking has large effects to first order
-    are drawn more often (`chances_of_drawing`).
+    This is the difference estimator of double sampling (Cochran 1977, Sampling Techniques, chapter
+    12). The estimate for an example is its first-order loss; if the example was drawn, the exact
+    minus the first-order loss is added, divided by the probability that it is drawn. Over the draw,
+    every masked loss is unbiased, and so is every mean of them. The coefficient of the control
+    variate is 1, because one fitted to the same sample would bias the estimate. Examples on which
+    masking has large first-order effects are drawn more often (`chances_of_drawing`).
 
     Args:
         view: As for `first_order_losses`.
@@ -46,27 +46,28 @@ def control_variate_losses(
         seed: Seed of the draw.
 
     Raises:
-        ValueError: There are fewer examples than that, or it is below 2.
+        ValueError: `exact_examples` is below 2, or there are fewer examples.
     """
     _check_exact_examples(exact_examples, len(examples))
     sampled = SampledLosses(first_order_losses(view, examples, units, settings))
     chances = chances_of_drawing(sampled.first_order, exact_examples)
     drawn = draw_examples(chances, start=float(np.random.default_rng(seed).random()))
-    rows = [examples[position] for position in drawn]
-    exact = exact_losses(view, rows, sampled.units, settings)
+    drawn_examples = [examples[position] for position in drawn]
+    exact = exact_losses(view, drawn_examples, sampled.units, settings)
     sampled.record(range(len(sampled.units)), drawn, exact.masked, chances)
     return sampled.losses()
 
 
 def chances_of_drawing(first_order: UnitLosses, count: int) -> torch.Tensor:
-    """Probability of each example to be among `count` drawn ones, float64 `[examples]`.
+    """Return the probability that each example is among `count` drawn ones, float64 `[examples]`.
 
-    Three quarters of it are the same for all examples. A quarter is in proportion to what masking
-    does to the loss of the example to first order: its share of the sizes of a unit's effects on
-    all examples, averaged over the units. The error of an effect tends to be large where the effect
-    is. The equal part bounds the weight 1 / chance of an example by 4/3 of that with equal chances,
-    whatever the first order does not see (a defensive mixture, Hesterberg 1995, Technometrics 37).
-    Where more than 1 would come out, the example is certain and the others share what is left.
+    Three quarters of the probability are the same for all examples. One quarter is proportional to
+    the first-order effects of masking on the example: its share of the absolute effects of a unit
+    on all examples, averaged over the units. Where an effect is large, its error tends to be large
+    too. The equal part bounds the weight 1 / probability of an example by 4/3 of the weight under
+    equal probabilities, however wrong the first-order effects are (a defensive mixture, Hesterberg
+    1995, Technometrics 37). An example whose probability would exceed 1 is certain to be drawn; the
+    others share the rest.
     """
     effects = _finite(first_order.masked - first_order.intact).abs().nan_to_num()
     effects = effects[effects.sum(dim=1) > 0]
@@ -76,8 +77,8 @@ def chances_of_drawing(first_order: UnitLosses, count: int) -> torch.Tensor:
         sizes = (1 - _BY_EFFECTS) * sizes + _BY_EFFECTS * shares
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
-        left = count - int(certain.sum())
-        chances = (left * sizes / sizes[~certain].sum()).where(~certain, 1.0)
+        remaining = count - int(certain.sum())
+        chances = (remaining * sizes / sizes[~certain].sum()).where(~certain, 1.0)
         too_large = (chances > 1 - _ROUNDING) & ~certain
         if not too_large.any():
             return chances
@@ -85,35 +86,36 @@ def chances_of_drawing(first_order: UnitLosses, count: int) -> torch.Tensor:
 
 
 def draw_examples(chances: torch.Tensor, start: float) -> list[int]:
-    """Draw positions of examples, each with its own chance, as many as the chances add up to.
+    """Draw positions of examples with given probabilities, as many as these add up to.
 
-    Systematic sampling (Madow 1949, Annals of Mathematical Statistics 20): the chances are laid end
-    to end, and every example is drawn on whose part one of the points `start`, `start` + 1,
-    `start` + 2, ... falls. So each run of consecutive examples, like a subset of the calibration
-    set, gets its share.
+    Systematic sampling (Madow 1949, Annals of Mathematical Statistics 20): the probabilities are
+    intervals laid end to end, and an example is drawn if one of the points `start`, `start` + 1,
+    `start` + 2, ... falls into its interval. So each run of consecutive examples, such as a subset
+    of the calibration set, gets its share.
 
     Args:
-        chances: Probability of each example, `[examples]`, as of `chances_of_drawing`.
+        chances: Probability of each example, `[examples]`, as from `chances_of_drawing`.
         start: A random number, at least 0 and below 1.
     """
     certain, rest = (chances == 1).nonzero()[:, 0], (chances < 1).nonzero()[:, 0]
     ends = chances[rest].cumsum(dim=0)
     count = round(float(chances[rest].sum()))
     points = start + torch.arange(count, dtype=torch.float64)
-    # Without the last end, rounding cannot put a point behind it.
-    found = rest[torch.searchsorted(ends[:-1], points, right=True)]
-    return sorted([*certain.tolist(), *found.tolist()])
+    # Without the last end, rounding cannot place a point beyond it.
+    drawn = rest[torch.searchsorted(ends[:-1], points, right=True)]
+    return sorted([*certain.tolist(), *drawn.tolist()])
 
 
 def _check_exact_examples(exact_examples: int, examples: int) -> None:
     if exact_examples < 2:
         raise ValueError(
-            f"exact_examples is {exact_examples}, but a standard error takes at least 2"
+            f"exact_examples is {exact_examples}, but a standard error takes at least 2 examples: "
+            "raise exact_examples"
         )
     if exact_examples > examples:
         raise ValueError(
             f"exact_examples is {exact_examples}, but there are only {examples} calibration "
-            "examples"
+            "examples: lower exact_examples, or add examples"
         )
 
 
@@ -127,12 +129,13 @@ def adaptive_losses(
     precision: float = 0.1,
     seed: int = 0,
 ) -> UnitLosses:
-    """Estimate as `control_variate_losses`, in rounds, until every importance is known well enough.
+    """Estimate masked losses in rounds, until every importance reaches the requested precision.
 
-    Every round draws one more example from each block, without repetition, and measures the units
-    whose interval is still wide. An interval is narrow when 1.96 standard errors of what the draw
-    leaves open are at most `precision` times the range of the scores of all units, which is what an
-    importance is relative to (Eq. 3). A unit that stays wide to the end is measured exactly.
+    The estimate is that of `control_variate_losses`. Each round draws one more example from each
+    block, without replacement, and measures the units whose interval is still wide. An interval is
+    narrow when 1.96 standard errors over the draw are at most `precision` times the range of the
+    scores of all units, to which importances are relative (Eq. 3). A unit whose interval is wide
+    after the last round has been measured exactly.
 
     Args:
         view: As for `first_order_losses`.
@@ -144,18 +147,18 @@ def adaptive_losses(
         seed: Seed of the draw.
 
     Raises:
-        ValueError: There are fewer examples than `exact_examples`, or it is below 2.
+        ValueError: `exact_examples` is below 2, or there are fewer examples.
     """
     blocks = draw_blocks(len(examples), exact_examples, seed)
     sampled = SampledLosses(first_order_losses(view, examples, units, settings))
     wide = list(range(len(sampled.units)))
-    # A limit of memory that one round meets holds for the next ones.
+    # A memory limit found in one round holds for the next ones.
     settings = replace(settings or ScoringSettings(), memory_limit=MemoryLimit())
     for turn in range(max(map(len, blocks))):
         drawn = [block[turn] for block in blocks if turn < len(block)]
-        rows = [examples[position] for position in drawn]
+        drawn_examples = [examples[position] for position in drawn]
         still_wide = [sampled.units[index] for index in wide]
-        exact = exact_losses(view, rows, still_wide, settings)
+        exact = exact_losses(view, drawn_examples, still_wide, settings)
         sampled.record(wide, drawn, exact.masked, chances_in_blocks(blocks, turn + 1))
         narrow = sampled.narrow(precision)
         wide = [index for index in wide if not narrow[index]]
@@ -165,14 +168,14 @@ def adaptive_losses(
 
 
 class SampledLosses:
-    """First-order losses of all examples, and exact ones of those drawn so far.
+    """First-order losses of all examples, and exact losses of the examples drawn so far.
 
     Attributes:
         units: The units.
         first_order: The first-order losses.
-        exact: The exact masked losses, `[units, examples]`, NaN where none is known.
-        drawn: Where there is one.
-        chances: Probability with which each example has been drawn by now, `[units, examples]`.
+        exact: The exact masked losses, `[units, examples]`; NaN where not measured.
+        drawn: Whether the example was drawn for the unit, bool `[units, examples]`.
+        chances: Probability that the example has been drawn so far, `[units, examples]`.
     """
 
     def __init__(self, first_order: UnitLosses) -> None:
@@ -189,13 +192,13 @@ class SampledLosses:
         masked: torch.Tensor,
         chances: torch.Tensor,
     ) -> None:
-        """Take in exact losses.
+        """Record exact losses.
 
         Args:
-            indices: The units, by index.
-            positions: The examples.
+            indices: Indices of the units.
+            positions: Positions of the examples.
             masked: Their losses, `[indices, positions]`.
-            chances: With which probability each of all examples is drawn by now, `[examples]`.
+            chances: Probability that each of all examples has been drawn so far, `[examples]`.
         """
         where = torch.tensor(indices)[:, None], torch.tensor(positions)
         self.exact[where] = masked
@@ -203,36 +206,37 @@ class SampledLosses:
         self.chances[indices] = chances
 
     def losses(self) -> UnitLosses:
-        """Return the estimate, with standard errors for the draw and the choice of the examples."""
+        """Return the estimates, with standard errors over the draw and the choice of examples."""
         standard_errors = (self._variance_of_examples() + self._variance_of_draw()).sqrt()
         return UnitLosses(self.units, self.first_order.intact, self._estimates(), standard_errors)
 
     def narrow(self, precision: float) -> torch.Tensor:
-        """Whether the draw leaves little of a unit's importance open, bool `[units]`."""
+        """Return which units have an importance of this precision, bool `[units]`."""
         scores = _finite(self._estimates() - self.first_order.intact).nanmean(dim=1)
         scores = scores[scores.isfinite()]
         allowed = precision * float(scores.max() - scores.min()) if len(scores) else 0.0
         return _WITHIN * self._variance_of_draw().sqrt() <= allowed
 
     def _estimates(self) -> torch.Tensor:
-        """Masked losses, `[units, examples]`; of an example that was certain, what was measured."""
+        """Return the masked losses, `[units, examples]`; the exact ones where chances are 1."""
         masked = self.first_order.masked
         corrections = ((self.exact - masked) / self.chances).where(self.drawn, 0)
         return (masked + corrections).where(self.chances < 1, self.exact)
 
     def _variance_of_examples(self) -> torch.Tensor:
-        """Variance of the mean exact effect of a unit over choices of examples, `[units]`."""
+        """Return the variance of a unit's mean effect over choices of examples, `[units]`."""
         effects = _finite(self.exact - self.first_order.intact)
         return nanvar(effects, 1 / self.chances) / effects.shape[1]
 
     def _variance_of_draw(self) -> torch.Tensor:
-        """Variance over the draw of the mean of a unit's estimate, `[units]`.
+        """Return the variance over the draw of the mean of a unit's estimates, `[units]`.
 
-        Hájek 1964 (Annals of Mathematical Statistics 35), with the factor of Deville 1999 (Survey
-        Methodology 25): it needs the chances of single examples only. That the draw is spread
-        evenly over the positions is left out of account, because the examples come in random order.
-        With equal chances it is that of drawing n of N without repetition, s^2 (1/n - 1/N). It is 0
-        where all that is unknown was certain to be drawn, and NaN where one example alone was not.
+        The estimator is that of Hájek 1964 (Annals of Mathematical Statistics 35) with the factor
+        of Deville 1999 (Survey Methodology 25), which needs only the probabilities of single
+        examples. It ignores that the draw is spread evenly over the positions, because the examples
+        come in random order. With equal probabilities it is the variance of drawing n of N without
+        replacement, s^2 (1/n - 1/N). It is 0 where all drawn examples were certain to be drawn, and
+        NaN where exactly one of them was not.
         """
         weighted = _finite((self.exact - self.first_order.masked) / self.chances)
         open_share = (1 - self.chances).where(~weighted.isnan(), 0)
@@ -241,10 +245,10 @@ class SampledLosses:
 
 
 def draw_blocks(examples: int, blocks: int, seed: int) -> list[list[int]]:
-    """Cut the positions of examples into consecutive blocks, and put each in a random order.
+    """Cut the positions of examples into consecutive blocks, and shuffle each block.
 
     Raises:
-        ValueError: There are fewer examples than blocks, or fewer than 2 blocks.
+        ValueError: There are fewer than 2 blocks, or fewer examples than blocks.
     """
     _check_exact_examples(blocks, examples)
     random = np.random.default_rng(seed)
@@ -253,9 +257,14 @@ def draw_blocks(examples: int, blocks: int, seed: int) -> list[list[int]]:
 
 
 def chances_in_blocks(blocks: list[list[int]], turns: int) -> torch.Tensor:
-    """Probability that an example is among the first `turns` of its block, `[examples]`.
+    """Return the probability that an example is among the first `turns` of its block.
 
-    The blocks are those of `draw_blocks`, consecutive and in order.
+    Args:
+        blocks: The blocks, as from `draw_blocks`.
+        turns: Number of examples drawn from each block.
+
+    Returns:
+        float64 `[examples]`.
     """
     chances = [min(turns / len(block), 1.0) for block in blocks for _ in block]
     return torch.tensor(chances, dtype=torch.float64)

@@ -1,8 +1,9 @@
-"""Scores files: the losses that causal scores are made of, kept for any number of prunings.
+"""Scores files: the losses from which causal scores are computed, for any number of prunings.
 
-One safetensors file: the losses as tensors, and in its metadata what they are of (model,
-calibration examples, units, estimator) with a checksum over all. They serve any sparsity, number of
-subsets and aggregation, and are refused for another model, data set or seed.
+A scores file is a safetensors file. It holds the losses as tensors; its metadata says what was
+measured (model, calibration examples, units, estimator) and has a checksum of the whole. The losses
+serve any sparsity, number of subsets and aggregation, and are refused for another model, data set
+or seed.
 """
 
 import importlib.metadata
@@ -51,12 +52,12 @@ _UNITS = ("scored_units", "mlp_unit_size")
 
 @dataclass(frozen=True)
 class SavedScores:
-    """What a scores file holds.
+    """The content of a scores file.
 
     Attributes:
         path: The file.
-        tensors: `intact`, `masked` and perhaps `standard_errors` of `UnitLosses`.
-        metadata: What they are of, as plain JSON values.
+        tensors: `intact`, `masked` and, for some estimators, `standard_errors` of `UnitLosses`.
+        metadata: What was measured, as plain JSON values.
     """
 
     path: Path
@@ -75,10 +76,10 @@ class SavedScores:
         examples: list[CalibrationExample],
         config: CAPConfig,
     ) -> UnitLosses:
-        """Return the losses, for the model and data that they are of.
+        """Return the losses, after checking that they fit the model, the examples and the config.
 
         Raises:
-            ValueError: They are of another model, other calibration examples, other units or
+            ValueError: The losses are of another model, other calibration examples, other units or
                 another estimator.
         """
         settings = self.settings
@@ -106,11 +107,11 @@ class SavedScores:
 
     def _check_settings(self, names: Iterable[str], config: CAPConfig) -> None:
         for name in names:
-            # Older files, of heads, do not say what they are of.
-            given = self.settings.get(name, getattr(CAPConfig, name))
-            if given != getattr(config, name):
+            # Older files, which have scores of heads only, do not store every field.
+            stored = self.settings.get(name, getattr(CAPConfig, name))
+            if stored != getattr(config, name):
                 raise ValueError(
-                    f"the scores in {self.path} are of {name} {given!r}, but the config asks for "
+                    f"the scores in {self.path} are of {name} {stored!r}, but the config asks for "
                     f"{getattr(config, name)!r}: use the same, or score again"
                 )
 
@@ -122,14 +123,14 @@ def save_scores(
     examples: list[CalibrationExample],
     config: CAPConfig,
 ) -> None:
-    """Write a scores file, all or nothing.
+    """Write a scores file atomically.
 
     Args:
-        path: The file; one that is there is replaced.
-        losses: What `CAPPruner.measure` returned.
+        path: The file; an existing file is replaced.
+        losses: The losses, as returned by `CAPPruner.measure`.
         model: The model, as it was measured.
         examples: The calibration examples.
-        config: What was measured with.
+        config: The config of the measurement.
 
     Raises:
         OSError: The file cannot be written.
@@ -152,25 +153,27 @@ def save_scores(
 
 
 def read_scores(path: str | os.PathLike[str]) -> SavedScores:
-    """Read a scores file and check that it is whole.
+    """Read a scores file and verify its checksum.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no scores file, of a newer layout, or damaged.
+        ValueError: It is not a scores file, has another layout, or is damaged.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
-            f"the scores file {file} does not exist: make it with `optimum-cli cap score`"
+            f"the scores file {file} does not exist: create it with `optimum-cli cap score`"
         )
     try:
         with safe_open(file, "pt") as stored:
             metadata = json.loads((stored.metadata() or {}).get(_METADATA, "null"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} is no scores file, or damaged ({error}): score again") from error
+        raise ValueError(
+            f"{file} is not a scores file, or is damaged ({error}): score again"
+        ) from error
     if not isinstance(metadata, dict) or "layout" not in metadata:
-        raise ValueError(f"{file} is no scores file: make one with `optimum-cli cap score`")
+        raise ValueError(f"{file} is not a scores file: create one with `optimum-cli cap score`")
     if metadata["layout"] != _LAYOUT:
         raise ValueError(
             f"the scores file {file} has layout {metadata['layout']}, but this optimum-cap reads "
@@ -182,7 +185,7 @@ def read_scores(path: str | os.PathLike[str]) -> SavedScores:
 
 
 def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:
-    """Return the tensors of losses by name, without those that are not there."""
+    """Return the tensors of losses by name; standard errors only if there are any."""
     tensors = {"intact": losses.intact, "masked": losses.masked}
     if losses.standard_errors is not None:
         tensors["standard_errors"] = losses.standard_errors

@@ -1,7 +1,7 @@
-"""Causal scores: what the loss on the calibration set gains when a unit is masked.
+"""Causal scores: the increase of the loss on the calibration set when a unit is masked.
 
-`exact_losses` measures every unit exactly at about half the cost of one forward pass per unit
-(`wavefront.py`). `plain_losses` is the definition, one hooked forward pass per unit, kept as the
+`exact_losses` measures every unit at about half the cost of one forward pass per unit
+(`wavefront.py`). `plain_losses` is the definition, one hooked forward pass per unit, and the
 reference that tests and benchmarks compare with.
 """
 
@@ -18,15 +18,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class UnitLosses:
-    """Losses with each unit masked, and intact.
+    """Losses of the intact model, and with each unit masked.
 
     Attributes:
         units: The units, each with its site.
         intact: Mean loss over the scored tokens of each example, nats, float64 `[examples]`.
-        masked: The same with each unit masked, float64 `[units, examples]`; measured, or estimated
+        masked: The same with each unit masked, float64 `[units, examples]`; measured or estimated
             (`estimators.py`).
-        standard_errors: Standard error of the mean of masked minus intact, nats, `[units]`, where
-            the masked losses are estimates that do not show it by themselves.
+        standard_errors: Standard error of the mean of masked minus intact, nats, `[units]`, if it
+            cannot be computed from `masked` because these are estimates.
     """
 
     units: list[SiteUnit]
@@ -37,14 +37,14 @@ class UnitLosses:
 
 @dataclass(frozen=True)
 class CausalScores:
-    """Causal score per unit, in nats per scored token; larger means the task needs the unit more.
+    """Causal score per unit, in nats per scored token; higher means more important for the task.
 
     Attributes:
         units: The units, each with its site.
         scores: Score of each unit (Eq. 1-2), float64 `[units]`; NaN where no masked loss is finite.
         standard_errors: Standard error of the mean paired difference over examples, `[units]`.
-        nonfinite: Number of examples whose masked loss is not finite, int64 `[units]`. They are
-            left out of the score of the unit, with their intact losses.
+        nonfinite: Number of examples whose masked loss is not finite, int64 `[units]`. They do not
+            count in the score of the unit, nor do their intact losses.
         intact_loss: Mean over subsets of the intact loss.
     """
 
@@ -114,15 +114,15 @@ def causal_scores(
 
 
 def nanvar(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted variance of each row over what is no NaN: `[rows]`.
+    """Return the weighted variance of each row over its values that are not NaN, `[rows]`.
 
-    With equal weights it is the sample variance. It is NaN if there is no value, or only one with a
-    weight, and 0 if there are values, but none with a weight.
+    With equal weights it is the sample variance. It is NaN for a row without values or with a
+    single positive weight, and 0 for a row with values but without a positive weight.
     """
-    known = ~values.isnan()
-    weights = weights.where(known, 0)
+    valid = ~values.isnan()
+    weights = weights.where(valid, 0)
     total = weights.sum(dim=1)
     mean = (weights * values).nansum(dim=1) / total
     squares = (weights * (values - mean.unsqueeze(1)).square()).nansum(dim=1)
     variance = (squares / (total - weights.square().sum(dim=1) / total)).where(total > 0, 0.0)
-    return variance.where(known.any(dim=1) & ((weights > 0).sum(dim=1) != 1), torch.nan)
+    return variance.where(valid.any(dim=1) & ((weights > 0).sum(dim=1) != 1), torch.nan)

@@ -14,15 +14,15 @@ class ScoringSettings:
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of the free
             memory.
         cache: Stores finished chunks and the memory budget of this model, so that an interrupted
-            run resumes with the same bytes as one that was not interrupted. Estimates that need one
-            backward pass store the budget alone.
+            run resumes and gives the same bytes as an uninterrupted one. Estimates from one
+            backward pass store only the budget.
         torch_compile: Compile the decoder layers, which saves time in long runs on a GPU
-            (`docs/performance.md`). A resumed run then agrees with an undisturbed one up to
+            (`docs/performance.md`). A resumed run then agrees with an uninterrupted one up to
             rounding.
-        process_group: The processes that share the work. All of them have to measure the same, and
-            each gets all losses.
-        memory_limit: What earlier runs over this model found out about its memory; the run adds to
-            it. `None` starts afresh.
+        process_group: The processes that share the work. All of them must measure the same losses,
+            and each gets all of them.
+        memory_limit: The limit that earlier runs over this model found; the run updates it. `None`
+            starts without one.
     """
 
     memory_budget: int | str = "auto"

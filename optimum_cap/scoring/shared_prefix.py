@@ -1,4 +1,4 @@
-"""Whether the prefix that all examples share can be computed once."""
+"""Decides whether the prefix that all examples share is computed once."""
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -16,10 +16,9 @@ logger = logging.get_logger(__name__)
 def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
     """Return how many tokens to compute once for all examples.
 
-    That is their shared prefix where it saves time, otherwise 0. The prefix is computed once only
-    if the model gives the same losses that way, which the longest examples show. Some models do
-    not: they change their position encoding when a sequence gets long, or ignore the keys and
-    values that they are given.
+    That is the length of their shared prefix if sharing it saves time and does not change the
+    losses of the longest examples, otherwise 0. The losses of some models change: those that change
+    their position encoding for long sequences, or ignore cached keys and values.
     """
     prefix = shared_prefix(examples)
     longest = max(len(example.input_ids) for example in examples)
@@ -30,18 +29,18 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        # Not here: until the handler ends, the error keeps what was recorded in memory.
+        # Cleared after the handler: until it ends, the error keeps the recorded tensors in memory.
         same = None
     if same is None:
         clear_device_cache(garbage_collection=True)
         logger.warning_once(
-            f"memory ran out with two examples: the {prefix} tokens that all examples begin with "
-            "are computed for each example"
+            f"memory ran out with two examples: the shared prefix of {prefix} tokens is computed "
+            "again for each example"
         )
     elif not same:
         logger.warning_once(
-            f"{type(view.model).__name__} gives other losses when the {prefix} tokens that all "
-            "examples begin with are computed once: they are computed for each example"
+            f"{type(view.model).__name__} gives other losses if the shared prefix of {prefix} "
+            "tokens is computed once: it is computed again for each example"
         )
     return prefix if same else 0
 
@@ -54,10 +53,10 @@ def _gives_the_same_losses(
         _intact_and_masked(Wavefront(view, batches(examples, 2, length)[0]), unit)
         for length in (prefix, 0)
     )
-    # Where the model is sure of an answer: the last bits of its logits, in float32.
-    quantum = 16 * torch.finfo(torch.float32).eps
+    # Losses near zero, of answers that the model is certain of, differ by rounding in the logits.
+    rounding = 16 * torch.finfo(torch.float32).eps
     return torch.allclose(
-        once, for_each, rtol=tolerance(view.model.dtype), atol=quantum, equal_nan=True
+        once, for_each, rtol=tolerance(view.model.dtype), atol=rounding, equal_nan=True
     )
 
 

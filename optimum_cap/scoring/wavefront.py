@@ -1,12 +1,12 @@
-"""The masked streams of a batch, which start where they differ from the intact one.
+"""Runs the masked streams of a batch, each from the layer of its masked unit on.
 
 Masking a unit of layer l changes nothing before its site. So a stream starts from the recorded
-intact input of layer l, and the streams of many units travel through the later layers as rows of
-one batch. Where the block of the masked unit would run, and those before and beside it, a starting
-stream gets the result instead. Logits are computed at scored positions only.
+intact input of layer l, and the streams of many units run through the later layers as rows of one
+batch. In its first layer, a stream does not compute the blocks up to that of the masked unit: it
+gets their outputs. Logits are computed at scored positions only.
 
-Tokens that all examples begin with are computed once per stream: they run as one row, whose keys
-and values the rows of the examples then read.
+The shared prefix of the examples is computed once per stream, as a single row whose keys and values
+the rows of the examples read.
 """
 
 from functools import cached_property
@@ -35,15 +35,15 @@ from optimum_cap.scoring.prefix import PrefixCache, Segment, record
 
 
 class Wavefront:
-    """The masked streams of one batch, started from the recorded intact stream.
+    """Runs the masked streams of one batch, starting from the recorded intact pass.
 
     Args:
         view: The model, in evaluation mode.
-        batch: The examples; their shared prefix, if they have one, is computed once per stream.
-        torch_compile: Compile the layers that streams pass through whole.
+        batch: The examples; their shared prefix, if there is one, is computed once per stream.
+        torch_compile: Compile the layers in which no stream starts.
 
     Raises:
-        ValueError: Experts are among the sites that compute in a way that is not known.
+        ValueError: The sites include experts whose computation is not supported.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Wavefront:
         self._prefix = batch.prefix
         if batch.prefix:
             prefix, suffix = batch.split
-            # The last token predicts nothing.
+            # Nothing is predicted from the last token.
             inputs = [prefix.input_ids, suffix.input_ids[:, :-1]]
         else:
             suffix, inputs = batch, [batch.input_ids]
@@ -75,15 +75,15 @@ class Wavefront:
         return PrefixCache(self.model.config, layer) if self._prefix else None
 
     def intact_losses(self) -> torch.Tensor:
-        """Losses of the intact model, float64 `[examples]`."""
+        """Return the losses of the intact model, float64 `[examples]`."""
         output = hidden_states_of(self.suffix.calls[f"layer {len(self.layers) - 1}"].output)
         return self._losses(self._at_scored(output))[0]
 
     def masked_losses(self, units: list[SiteUnit]) -> torch.Tensor:
-        """Losses with each unit masked, float64 `[units, examples]`.
+        """Return the losses with each unit masked, float64 `[units, examples]`.
 
         Args:
-            units: The units by rising layer, in each layer those of the attention first.
+            units: The units in the order of the model: by layer, those of the attention first.
         """
         first, last = units[0].site.layer, len(self.layers) - 1
         streams = [segment.calls[f"layer {first}"].hidden[:0] for segment in self.segments]
@@ -108,11 +108,11 @@ class Wavefront:
         starting: list[SiteUnit],
         cache: Cache | None,
     ) -> torch.Tensor:
-        """Push carried streams and those that start in this layer through it.
+        """Run streams from earlier layers and streams that start in this layer through it.
 
-        Streams are rows `[streams * rows of the segment, tokens, hidden]`. A starting stream enters
-        with the intact input of the layer (for the residual connection), and gets the results of
-        the blocks up to the one that is masked.
+        Streams are rows `[streams * rows of the segment, tokens, hidden]`. The input of a starting
+        stream is the intact input of the layer (for the residual connection); it gets the outputs
+        of the blocks up to the masked one.
         """
         call = segment.calls[f"layer {index}"]
         rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
@@ -126,29 +126,29 @@ class Wavefront:
     def _through_last_layer(
         self, streams: list[torch.Tensor], starting: list[SiteUnit]
     ) -> torch.Tensor:
-        """Do the same in the last layer, whose output matters at scored positions only.
+        """Run streams through the last layer, whose output matters at scored positions only.
 
-        What follows the attention is position-wise. So only the attention sees sequences; the rest
-        of the layer runs on scored positions, each as a sequence of one token.
+        Everything after the attention is position-wise. So only the attention runs on sequences;
+        the rest of the layer runs on scored positions, each as a sequence of one token.
 
         Returns:
             Output of the layer, `[streams * scored, 1, hidden]`.
         """
         index = len(self.layers) - 1
         intact = self.suffix.calls[f"layer {index}"].hidden
-        rows, attended = [], []
+        rows, attention_outputs = [], []
         if len(streams[-1]):
             streams = [carried.to(intact.device) for carried in streams]
             last = self._last_attention
             rows.append(self._at_scored(streams[-1]))
-            attended.append(self._at_scored(last.outputs(streams), last.start))
+            attention_outputs.append(self._at_scored(last.outputs(streams), last.start))
         if starting:
             rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
-            attended.append(
+            attention_outputs.append(
                 self.blocks.attention_outputs(self.suffix, index, starting, self._at_scored)
             )
         args, kwargs = self.suffix.arguments(f"layer {index}", self.suffix.rows, None)
-        attention = torch.cat(attended)
+        attention = torch.cat(attention_outputs)
         with self.blocks.returning(self.suffix, index, attention, starting, self._at_scored):
             return hidden_states_of(self.layers[index](torch.cat(rows), *args, **kwargs))
 
@@ -164,7 +164,7 @@ class Wavefront:
         )
 
     def _at_scored(self, hidden: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """The positions whose logits are scored, of all from `start` on.
+        """Select the positions whose logits are scored, from hidden states that begin at `start`.
 
         Returns:
             `[streams * scored, 1, hidden]`.
@@ -175,9 +175,12 @@ class Wavefront:
         return streams[:, rows, columns].view(-1, 1, hidden.shape[-1])
 
     def _losses(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mean loss per stream and example, from `[streams * scored, 1, hidden]`: float64.
+        """Return the losses of streams, float64 `[streams, examples]`.
 
         The rest of the model (final norm, head, soft-capping) is position-wise.
+
+        Args:
+            hidden: Output of the last layer, `[streams * scored, 1, hidden]`.
         """
         scored = len(self.targets.ids)
         targets = self.targets.ids.repeat(len(hidden) // scored).to(device_of(self.model))

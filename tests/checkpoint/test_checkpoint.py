@@ -346,7 +346,7 @@ def test_a_file_or_the_current_folder_is_refused(
     with pytest.raises(FileExistsError, match="is a file: choose a folder"):
         pruned().save_pretrained(tmp_path / "file")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileExistsError, match="is or holds the current folder"):
+    with pytest.raises(FileExistsError, match="is or contains the current folder"):
         pruned().save_pretrained(".")
 
 

@@ -487,7 +487,7 @@ def test_a_signal_stops_with_its_status_and_leaves_what_goes_on(
         process.send_signal(number)
         err += process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
-    kept = f"what is done is kept in {tmp_path / 'scores'}; run the same again to go on from there"
+    kept = f"finished results are stored in {tmp_path / 'scores'}; run the same command again to"
     assert kept in err
     assert complaints(err)[-1] == f"optimum-cli cap prune: {word}"
     assert list((tmp_path / "scores").rglob("*.safetensors"))

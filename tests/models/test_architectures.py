@@ -157,5 +157,5 @@ def test_unknown_projection_says_where_to_add_it(llama: PreTrainedModel) -> None
         **llama.config.base_model_tp_plan,
         "layers.*.self_attn.latent_proj": "colwise",
     }
-    with pytest.raises(ValueError, match="not known for 'latent_proj'"):
+    with pytest.raises(ValueError, match="no row layout for 'latent_proj'"):
         find_sites(llama)

@@ -122,7 +122,7 @@ def on_disk(folder: Path) -> PreTrainedModel:
 def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path) -> None:
     model = place(tmp_path / "weights")
     config = CAPConfig(torch_compile=True, resume_dir=tmp_path / "cache", **FIELDS)
-    message = r"torch_compile takes a model that is whole on one device, .* leave torch_compile out"
+    message = r"torch_compile needs the whole model on one device, .* leave torch_compile out"
     with pytest.raises(ValueError, match=message):
         CAPPruner(config).measure(model, tiny_tokenizer())
     with pytest.raises(ValueError, match=message):
@@ -186,11 +186,11 @@ def test_too_many_programs_are_named(
 def test_losses_of_compiled_layers_are_kept_apart(tmp_path: Path) -> None:
     model = tiny_model("llama")
     cache, batch = ScoreCache(tmp_path, model), batches(examples(), 2)[0]
-    cache.keep(batch, [], torch.tensor([1.0]), torch_compile=True)
-    assert cache.losses(batch, []) is None
-    cache.keep(batch, [], torch.tensor([2.0]))
-    assert cache.losses(batch, [], torch_compile=True) == 1
-    assert cache.losses(batch, []) == 2
+    cache.put(batch, [], torch.tensor([1.0]), torch_compile=True)
+    assert cache.get(batch, []) is None
+    cache.put(batch, [], torch.tensor([2.0]))
+    assert cache.get(batch, [], torch_compile=True) == 1
+    assert cache.get(batch, []) == 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the memory of glibc")

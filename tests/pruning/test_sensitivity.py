@@ -198,10 +198,10 @@ def test_an_interrupt_while_a_site_is_pruned_restores_it(llama: PreTrainedModel)
 def test_an_interrupt_between_two_sites_restores_the_model(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16).train()
     before = copy.deepcopy(model.state_dict())
-    kept = SensitivityStore(TensorFiles(tmp_path), "sensitivities")
-    kept.keep_measured = interrupt
+    store = SensitivityStore(TensorFiles(tmp_path), "sensitivities")
+    store.put_measured = interrupt
     with pytest.raises(KeyboardInterrupt) as error:
-        found_responses(model, examples(3), kept=kept)
+        found_responses(model, examples(3), store=store)
     assert error.tb is not None, "the frames are still alive"
     assert_untouched(model, before)
 
@@ -277,7 +277,7 @@ def test_estimates_of_small_changes_are_about_the_divergence() -> None:
 
     def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
         rough = WandaApproximation(model, alike)
-        rough.look_at({matrix: inputs})
+        rough.fit({matrix: inputs})
         return rough.pruned(matrix)
 
     exact = measure_sensitivities(ModelView(model, sites), layers, rows, prune, count=64)
@@ -328,7 +328,7 @@ def test_an_estimate_for_an_expert_is_that_of_the_whole_module() -> None:
         calls, gradients = engine._gradients_of_draw(model, sites, batch, 0)
         call, gradient = calls[expert.output_module], gradients[expert.output_module]
         pruned = {matrix: 0.5 * oriented(model, matrix) for matrix in prunable_matrices([expert])}
-        found = engine._along(model, expert, pruned, call, gradient, 4)
+        found = engine._gradient_dot_change(model, expert, pruned, call, gradient, 4)
         for matrix, weight in pruned.items():
             oriented(model, matrix).copy_(weight)
         change = model.get_submodule(expert.output_module)(call.hidden, *call.args) - call.output
@@ -357,7 +357,7 @@ def test_a_branch_without_a_module_cannot_be_estimated() -> None:
 
 def test_an_offloaded_model_cannot_be_estimated(tmp_path: Path) -> None:
     model = on_disk(saved(tmp_path / "model"), tmp_path / "offload")
-    with pytest.raises(ValueError, match="offloaded"):
+    with pytest.raises(ValueError, match=r"are offloaded: use recipe 'causal'"):
         estimates(model, examples(3))
 
 

@@ -97,8 +97,8 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
             score(llama, tmp_path)
     (said,) = caplog.messages
     assert re.fullmatch(
-        rf"scoring was stopped: what is done is kept in {re.escape(str(tmp_path))}; run "
-        "the same again to go on from there",
+        rf"scoring was stopped: finished results are stored in {re.escape(str(tmp_path))}; run "
+        "the same command again to resume",
         said,
     )
     assert same_bytes(score(llama, tmp_path), expected)
@@ -195,9 +195,9 @@ def test_what_could_not_be_written_is_not_said_to_be_kept(
 ) -> None:
     (tmp_path / "file").touch()
     cache = ScoreCache(tmp_path / "file" / "scores", llama)
-    assert resume_hint(cache).startswith(f"what is done is kept in {tmp_path}")
+    assert resume_hint(cache).startswith(f"finished results are stored in {tmp_path}")
     cache.files.write("key", torch.zeros(1))
-    assert resume_hint(cache).startswith(f"not all that is done is kept in {tmp_path}")
+    assert resume_hint(cache).startswith(f"only some finished results are stored in {tmp_path}")
 
 
 def test_code_of_a_repository_at_another_revision_is_other_code(
@@ -322,14 +322,14 @@ def test_what_was_found_first_counts(llama: PreTrainedModel, tmp_path: Path) -> 
     cache, other = ScoreCache(tmp_path, llama), ScoreCache(tmp_path, llama)
 
     def meanwhile() -> int:
-        assert other.remembered("budget", examples(), [], lambda: 7) == 7
+        assert other.get_or_measure("budget", examples(), [], lambda: 7) == 7
         return 8
 
-    assert cache.remembered("budget", examples(), [], meanwhile) == 7
+    assert cache.get_or_measure("budget", examples(), [], meanwhile) == 7
     (file,) = chunk_files(tmp_path)
     file.write_bytes(b"damaged")
-    assert cache.remembered("budget", examples(), [], lambda: 9) == 9
-    assert cache.remembered("budget", examples(), [], lambda: 10) == 9
+    assert cache.get_or_measure("budget", examples(), [], lambda: 9) == 9
+    assert cache.get_or_measure("budget", examples(), [], lambda: 10) == 9
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -363,7 +363,7 @@ def test_a_damaged_chunk_is_said_and_measured_again(
     assert same_bytes(score(llama, tmp_path), expected)
     assert len(measured) == chunks + 1
     (said,) = caplog.messages
-    assert f"{damaged} is damaged (its checksum is another one)" in said
+    assert f"{damaged} is damaged (its checksum is wrong)" in said
     caplog.clear()
     assert same_bytes(score(llama, tmp_path), expected)
     assert not caplog.messages

@@ -145,7 +145,7 @@ def test_the_command_refuses_scores_of_data_in_memory(
 
 
 def test_a_missing_file() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no\.safetensors does not exist: make it with"):
+    with pytest.raises(FileNotFoundError, match=r"no\.safetensors does not exist: create it with"):
         read_scores("no.safetensors")
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_file(scores: Path) -> None:
     whole = scores.read_bytes()
     for damaged in (whole[:-1], whole[:100], b"", b"{}", whole[:-9] + b"\0" + whole[-8:]):
         scores.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"is no scores file, or damaged|is damaged"):
+        with pytest.raises(ValueError, match=r"is not a scores file, or is damaged|is damaged"):
             read_scores(scores)
 
 
@@ -162,13 +162,13 @@ def test_a_damaged_key(key: str, scores: Path) -> None:
     whole = scores.read_bytes()
     assert whole.count(f'\\"{key}\\"'.encode()) == 1
     scores.write_bytes(whole.replace(f'\\"{key}\\"'.encode(), f'\\"{key[::-1]}\\"'.encode()))
-    with pytest.raises(ValueError, match=r"is no scores file: make one|is damaged"):
+    with pytest.raises(ValueError, match=r"is not a scores file: create one|is damaged"):
         read_scores(scores)
 
 
 def test_another_safetensors_file(scores: Path) -> None:
     save_file(load_file(scores), scores)
-    with pytest.raises(ValueError, match="is no scores file: make one"):
+    with pytest.raises(ValueError, match="is not a scores file: create one"):
         read_scores(scores)
 
 

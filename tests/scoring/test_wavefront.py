@@ -234,7 +234,7 @@ def test_a_model_that_needs_whole_sequences_gets_them(caplog: pytest.LogCaptureF
     assert prefix_of(model, rows) == 0
     assert_exact(model, rows)
     [record] = caplog.records
-    assert "the 12 tokens that all examples begin with" in record.getMessage()
+    assert "the shared prefix of 12 tokens" in record.getMessage()
 
 
 # What is refused
