@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from helpers.paths import TESTS
 from helpers.pruning_runs import pruned
 from helpers.score_runs import chunk_files, digest, score
@@ -47,12 +46,6 @@ def main(folder, dies_after=None):
 
 main(*sys.argv[1:])
 """
-
-
-@pytest.fixture
-def one_thread() -> None:
-    """As many as a rank has: the last bits may depend on it."""
-    torch.set_num_threads(1)
 
 
 def ranks(*arguments: object, script: str = SCRIPT) -> list[subprocess.CompletedProcess[str]]:
@@ -107,7 +100,6 @@ def test_one_process_is_a_team_of_its_own() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_give_the_losses_of_one_and_a_dead_one_stops_the_other(tmp_path: Path) -> None:
     expected = digest(score(tiny_model("llama"), tmp_path / "alone", count=24))
     chunks = len(chunk_files(tmp_path / "alone")) - 24  # of them the intact losses
@@ -150,7 +142,6 @@ def test_ranks_with_different_models_stop() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_ranks_without_a_cache() -> None:
     first, second = ranks("none")
     assert first.stdout.split()[0] == second.stdout.split()[0]
@@ -177,7 +168,6 @@ print(digest_of(dict(model.state_dict())), len(solved))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_share_the_sites_that_are_tried(tmp_path: Path) -> None:
     expected = digest_of(dict(pruned(tiny_model("mixtral"), None).state_dict()))
     first, second = (

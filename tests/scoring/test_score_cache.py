@@ -236,7 +236,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
     "attention": lambda model: model.set_attn_implementation("eager"),
     "module": lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()),
     "hook": add_hook,
-    "threads": lambda model: torch.set_num_threads(1),
+    "threads": lambda model: torch.set_num_threads(2),
 }
 
 
@@ -417,7 +417,7 @@ def main(folder, largest_file=None):
         return losses
 
     Wavefront.masked_losses = masked_losses
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     print(digest(score(tiny_model("llama"), Path(folder), count=60)))
 
 main(*sys.argv[1:])
