@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from helpers.tiny_models import ARCHITECTURES, SAMPLED, tiny_model, tiny_tokenizer
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -41,15 +41,21 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=SAMPLED)
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Name of one supported architecture; a test that asks for it runs on all of them."""
+    """Name of a supported architecture: of each kind, and of all of them with `-m slow`."""
+    return request.param
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def every_architecture(request: pytest.FixtureRequest) -> str:
+    """Name of each supported architecture, for tests that depend on details of transformers."""
     return request.param
 
 
 @pytest.fixture
 def model(architecture: str) -> PreTrainedModel:
-    """A tiny random model of each supported architecture."""
+    """A tiny random model of an architecture of each kind, and of all of them with `-m slow`."""
     return tiny_model(architecture)
 
 
