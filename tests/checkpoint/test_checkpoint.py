@@ -357,7 +357,7 @@ FAILURES: list[tuple[BaseException, type[BaseException], str | None]] = [
 
 @pytest.mark.parametrize(("failure", "expected", "message"), FAILURES)
 @pytest.mark.parametrize(
-    "where", ["transcoding.save_file", "saving.model_card", "transcoding._write_json"]
+    "where", ["transcoding.save_file", "saving.model_card", "transcoding.read_json"]
 )
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failing_save_leaves_the_old_folder_or_none(

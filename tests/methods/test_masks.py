@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_cap.methods import masks as masking
 from optimum_cap.methods.masks import (
     Threshold,
     apply_mask_,
@@ -42,11 +41,11 @@ def test_equals_sorting(seed: int) -> None:
         assert torch.equal(kept, expected)
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    whole = kth_smallest(source(values), 300)
-    monkeypatch.setattr(masking, "_CHUNK", 7)
-    assert kth_smallest(source(values), 300) == whole
+def test_a_tensor_of_many_weights_is_looked_at_in_chunks() -> None:
+    """With the result for the same weights in tensors that are smaller than a chunk."""
+    values = torch.rand((1 << 22) + 1000, generator=torch.Generator().manual_seed(0))
+    whole = kth_smallest(source(values), 3_000_000)
+    assert kth_smallest(source(*values.split(1_000_001)), 3_000_000) == whole
 
 
 def test_all_equal_prunes_the_first() -> None:

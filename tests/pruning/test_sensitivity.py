@@ -1,7 +1,6 @@
 """Sensitivities of sites against the definition of the divergence, and the sparsity they give."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,12 @@ import pytest
 import torch
 from helpers.calibration import examples
 from helpers.checkpoints import on_disk, saved
+from helpers.out_of_memory import limit_gradients
 from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig
-from optimum_cap.data.batches import Batch, batches
+from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import (
@@ -32,7 +32,6 @@ from optimum_cap.pruning.allocation import interventional, uniform
 from optimum_cap.pruning.cache import SensitivityStore
 from optimum_cap.pruning.fisher import WandaApproximation, estimate_sensitivities
 from optimum_cap.pruning.sensitivity import (
-    DivergenceEvaluator,
     Sensitivity,
     examples_to_measure,
     measure_sensitivities,
@@ -159,21 +158,20 @@ def interrupt(*args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_comes_back_as_it_was(
-    interrupted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_comes_back_as_it_was(interrupted: bool, dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype).train()
     before = copy.deepcopy(model.state_dict())
     if interrupted:
-        run = DivergenceEvaluator._to_the_end
-        passed: Iterator[int] = iter(range(9))
+        passed = iter(range(9))
 
-        def stopped(self: DivergenceEvaluator, *args: Any) -> Any:
-            return interrupt() if next(passed) == 2 else run(self, *args)
+        def stop(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            if next(passed) == 2:
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr(DivergenceEvaluator, "_to_the_end", stopped)
+        handle = model.model.layers[2].register_forward_pre_hook(stop)
         with pytest.raises(KeyboardInterrupt):
             found_responses(model, examples(3))
+        handle.remove()
     else:
         found_responses(model, examples(3))
     assert_untouched(model, before)
@@ -300,20 +298,12 @@ def test_estimates_are_those_of_examples_one_by_one(name: str) -> None:
         assert one.standard_error == pytest.approx(other.standard_error, rel=1e-3, abs=1e-9)
 
 
-def test_estimates_go_on_in_smaller_batches_where_memory_runs_out(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def test_estimates_resume_in_smaller_batches_where_memory_runs_out(
+    llama: PreTrainedModel,
 ) -> None:
     rows = examples(6)
     expected = estimates(llama, rows)
-    own, sizes = engine._gradients_of_draw, list[int]()
-
-    def gradients(model: PreTrainedModel, sites: list[Site], batch: Batch, seed: int) -> Any:
-        sizes.append(len(batch.positions))
-        if len(batch.positions) > 1:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return own(model, sites, batch, seed)
-
-    monkeypatch.setattr(engine, "_gradients_of_draw", gradients)
+    sizes = limit_gradients(llama, 1)
     for one, other in zip(estimates(llama, rows), expected, strict=True):
         assert one.divergence == pytest.approx(other.divergence, rel=1e-3)
     assert max(sizes) > 1

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.data.batches import batches
 from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.view import ModelView
 from optimum_cap.runtime.digests import code_digest
@@ -288,12 +289,14 @@ def test_what_is_free_later_does_not_change_the_chunks(
 
 
 def test_the_way_that_experts_are_computed_is_part_of_the_key(tmp_path: Path) -> None:
-    keys = set()
-    for way in ("eager", "grouped_mm"):
+    batch = batches(examples(), 2)[0]
+    for way, losses in (("eager", torch.tensor([1.0])), ("grouped_mm", torch.tensor([2.0]))):
         model = tiny_model("mixtral")
         model.set_experts_implementation(way)
-        keys.add(ScoreCache(tmp_path, model)._model)
-    assert len(keys) == 2
+        cache = ScoreCache(tmp_path, model)
+        assert cache.losses(batch, []) is None
+        cache.keep(batch, [], losses)
+        assert torch.equal(cache.losses(batch, []), losses)
 
 
 def test_what_was_found_first_counts(llama: PreTrainedModel, tmp_path: Path) -> None:
