@@ -23,6 +23,7 @@ from optimum_cap.data import CalibrationExample
 from optimum_cap.models import ModelView, find_sites
 from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import exact_losses
+from optimum_cap.scoring.settings import ScoringSettings
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -48,7 +49,11 @@ def measure(arguments: argparse.Namespace) -> None:
     sites = [site for site in find_sites(model) if site.kind == "attention"]
     process_group.all_gather(None)
     start = time.monotonic()
-    losses = exact_losses(ModelView(model, sites), examples, "1GB")
+    losses = exact_losses(
+        ModelView(model, sites),
+        examples,
+        settings=ScoringSettings(memory_budget="1GB", process_group=process_group),
+    )
     seconds = time.monotonic() - start
     if process_group.rank == 0:
         print(seconds, hashlib.sha256(losses.masked.numpy().tobytes()).hexdigest())

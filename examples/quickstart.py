@@ -1,88 +1,104 @@
-"""The main job, offline: prune the embedded reasoning model, save it, load it, compare it.
+"""Prune the embedded reasoning model with Wanda and with CAP, and compare their answers. Offline.
 
-python examples/quickstart.py [--sparsity 0.2] [--output runs/quickstart]
+python examples/quickstart.py [--sparsity 0.7] [--output runs/quickstart]
 """
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-import optimum_cap  # noqa: F401  (teaches from_pretrained the keyword pruning_config)
+import optimum_cap  # noqa: F401  (adds the keyword pruning_config to from_pretrained)
 from optimum_cap import CAPConfig
 from optimum_cap.checkpoint import inspect_checkpoint
+from optimum_cap.text import aligned
 
 REASONER = Path(__file__).parent / "tiny_reasoner"
+MODEL = str(REASONER / "model")
 sys.path.insert(0, str(REASONER))
-from evaluate import correct_answers, load_problems, wilson_interval  # noqa: E402
+from evaluate import correct_answers, generated_answers, load_problems  # noqa: E402
+from tasks import KINDS, Problem  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sparsity", type=float, default=0.2, help="fraction (default: 0.2)")
+    parser.add_argument("--sparsity", type=float, default=0.7, help="fraction (default: 0.7)")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--limit", type=int, default=100, help="test problems of each kind")
+    parser.add_argument("--limit", type=int, default=50, help="test problems of each kind")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
 
-    model_path = str(REASONER / "model")
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     problems = load_problems("test", arguments.limit)
 
-    dense = AutoModelForCausalLM.from_pretrained(model_path)
-    before = correct_answers(dense, tokenizer, problems)
+    def answers(model: PreTrainedModel) -> list[str]:
+        return generated_answers(model, tokenizer, problems)
 
-    # The three lines this project is about.
-    config = CAPConfig(
-        sparsity=arguments.sparsity, dataset=str(REASONER / "data" / "calibration.jsonl")
-    )
-    model = AutoModelForCausalLM.from_pretrained(model_path, pruning_config=config)
+    dense = answers(AutoModelForCausalLM.from_pretrained(MODEL))
+    wanda = answers(pruned("wanda", arguments.sparsity))
+
+    # The lines this project is about: prune, save, and load like any other model.
+    model = pruned("causal", arguments.sparsity)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
-
-    # Anyone loads it like any other model.
-    pruned = AutoModelForCausalLM.from_pretrained(arguments.output)
-    after = correct_answers(pruned, tokenizer, problems)
+    cap = answers(AutoModelForCausalLM.from_pretrained(arguments.output))
 
     logging.disable_progress_bar()
-    print_summary(arguments.output, [problem.kind for problem in problems], before, after)
+    print_summary(arguments.output)
+    results = {"dense": dense, "Wanda": wanda, "CAP": cap}
+    print_accuracy(problems, results)
+    print_example(problems, results)
 
 
-def print_summary(output: Path, kinds: list[str], before: list[bool], after: list[bool]) -> None:
+def pruned(recipe: str, sparsity: float) -> PreTrainedModel:
+    """Prune the embedded model; "causal" is the default recipe."""
+    calibration = str(REASONER / "data" / "calibration.jsonl")
+    config = CAPConfig(sparsity=sparsity, dataset=calibration, recipe=recipe)
+    return AutoModelForCausalLM.from_pretrained(MODEL, pruning_config=config)
+
+
+def print_summary(output: Path) -> None:
     summary = inspect_checkpoint(output)
     record = summary.record
-    ranked = sorted(
+    print(
+        f"\nPruned {record.zeros:,} of {record.total:,} weights ({record.sparsity:.2%}) with "
+        f"{len(record.calibration['digests'])} calibration examples."
+    )
+    print(
+        f"Saved {output}: {summary.weight_bytes:,} bytes of weights, "
+        f"{summary.weight_bytes / summary.dense_bytes:.0%} of the dense model's."
+    )
+    sites = sorted(
         (site for site in record.sensitivities if site.divergence is not None),
         key=lambda site: site.divergence,
-        reverse=True,
     )
-    print(
-        f"\nMeasured   {len(record.sensitivities)} sites, each pruned alone, on "
-        f"{len(record.calibration['digests'])} calibration examples"
-    )
-    for label, site in (("Needed most ", ranked[0]), ("Needed least", ranked[-1])):
+    for label, site in (("The most sensitive", sites[-1]), ("The least sensitive", sites[0])):
         print(
-            f"  {label} {site.kind} of layer {site.layer}: pruned alone it changes the predictions "
-            f"by {site.divergence:.2g} nats per token; pruned to {site.sparsity:.1%}"
+            f"{label} site is the {site.kind} of layer {site.layer} ({site.divergence:.1e} nats "
+            f"per token when it alone is pruned): CAP pruned it to {site.sparsity:.1%}."
         )
-    print(f"Pruned     {record.zeros:,} of {record.total:,} weights: {record.sparsity:.4%}")
-    print(
-        f"Saved      {output}: {summary.weight_bytes:,} bytes of weights, "
-        f"{summary.weight_bytes / summary.dense_bytes:.1%} of dense"
-    )
-    print("Accuracy   on held-out test problems (95 % interval)")
-    totals = Counter(kinds)
-    for kind, total in totals.items():
-        shares = []
-        for answers in (before, after):
-            right = sum(correct for k, correct in zip(kinds, answers, strict=True) if k == kind)
-            low, high = wilson_interval(right, total)
-            shares.append(f"{right / total:6.1%} ({low:.0%} to {high:.0%})")
-        print(f"  {kind:16} dense {shares[0]}   pruned {shares[1]}")
+
+
+def print_accuracy(problems: list[Problem], results: dict[str, list[str]]) -> None:
+    rows = [["correct answers", *results]]
+    correct = {name: correct_answers(problems, texts) for name, texts in results.items()}
+    for kind in KINDS:
+        places = [place for place, problem in enumerate(problems) if problem.kind == kind]
+        counts = [sum(each[place] for place in places) for each in correct.values()]
+        rows.append([kind, *(f"{count} of {len(places)}" for count in counts)])
+    print(f"\n{aligned(rows, left=1)}")
+
+
+def print_example(problems: list[Problem], results: dict[str, list[str]]) -> None:
+    """Print the first problem that Wanda answers wrong, or the first one, with all answers."""
+    wrong = [not each for each in correct_answers(problems, results["Wanda"])]
+    place = wrong.index(True) if any(wrong) else 0
+    print(f"\nQuestion: {problems[place].question}")
+    print(f"Answer in the data: {problems[place].final_answer}")
+    for name, texts in results.items():
+        lines = texts[place].strip().splitlines() or [""]
+        print(f"{name:>6} | " + "\n       | ".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`CAPPruner.prune()` reads like the way of the data: open this file first."""
+"""`CAPPruner`: the steps of a pruning, from checks to the record. Read this module first."""
 
 import dataclasses
 import os
@@ -18,6 +18,7 @@ from optimum_cap.pruning import (
     number_of_heads_to_remove,
     removable_heads,
 )
+from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import ESTIMATORS, UnitLosses, save_scores
 
 logger = logging.get_logger(__name__)
@@ -95,7 +96,8 @@ class CAPPruner:
         zeros = _number_of_zeros(view, matrices, config.sparsity)
         _check_pattern(view, matrices, config.pattern)
         calibration = _calibration(model, config, tokenizer) if config.method.needs_data else None
-        run = PruningRun(view, config, matrices, calibration.examples if calibration else [])
+        examples = calibration.examples if calibration else []
+        run = PruningRun(view, config, matrices, examples, ProcessGroup.current())
 
         if needs_scores:
             run.score_units(losses)
@@ -121,7 +123,7 @@ class CAPPruner:
         *,
         save_to: str | os.PathLike[str] | None = None,
     ) -> UnitLosses:
-        """Measure the losses with each unit masked, which the criterion `cap` makes its scores of.
+        """Measure the losses with each unit masked, from which causal scores are computed.
 
         Args:
             model: A decoder-only causal language model; it comes back as it was.
@@ -135,7 +137,8 @@ class CAPPruner:
         view = ModelView.of(model, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
         examples = _calibration(model, self.config, tokenizer).examples
-        losses = ESTIMATORS[self.config.estimator].losses(view, examples, self.config)
+        estimator = ESTIMATORS[self.config.estimator]
+        losses = estimator.losses(view, examples, self.config, ProcessGroup.current())
         if save_to is not None:
             save_scores(save_to, losses, model, examples, self.config)
         return losses

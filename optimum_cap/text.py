@@ -1,12 +1,22 @@
 """Sizes, durations and tables as text."""
 
+from collections.abc import Sequence
 
-def aligned(rows: "list[list[str]]") -> str:
-    """Return rows of cells as a table, aligned right."""
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Return rows of cells as a table whose columns are aligned.
+
+    Args:
+        rows: The rows, each with the same number of cells.
+        left: How many of the first columns are aligned left; the others are aligned right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in rows
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     )
 
 

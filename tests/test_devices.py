@@ -29,6 +29,7 @@ from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.sampling import control_variate_losses
+from optimum_cap.scoring.settings import ScoringSettings
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = [
@@ -61,7 +62,8 @@ def test_scores_within_a_small_budget(name: str, device: str) -> None:
     model, rows = tiny_model(name).to(device), examples(6)
     sites = find_sites(model, mlp_unit_size=8)
     whole, parts = (
-        exact_losses(ModelView(model, sites), rows, budget) for budget in ("1GB", 10_000)
+        exact_losses(ModelView(model, sites), rows, settings=ScoringSettings(memory_budget=budget))
+        for budget in ("1GB", 10_000)
     )
     torch.testing.assert_close(parts.masked, whole.masked, rtol=1e-4, atol=1e-6)
 
@@ -160,7 +162,9 @@ def test_compiled_layers_score_alike(
     model, rows = tiny_model("llama", dtype=dtype).to(device), examples(6)
     sites, cache = find_sites(model), ScoreCache(tmp_path, model)
     compiled: dict[str, Any] = {"memory_budget": ONE_STREAM_BUDGET, "torch_compile": True}
-    expected = exact_losses(ModelView(model, sites), rows, cache=cache, **compiled)
+    expected = exact_losses(
+        ModelView(model, sites), rows, settings=ScoringSettings(cache=cache, **compiled)
+    )
     assert compiled_calls
     # Rounded where the layer itself rounds, but sums are in another order.
     tolerance = 1e-4 if dtype == torch.float32 or device == "cpu" else 2e-2
@@ -168,7 +172,9 @@ def test_compiled_layers_score_alike(
     torch.testing.assert_close(expected.masked, plain.masked, rtol=tolerance, atol=1e-6)
     for file in chunk_files(tmp_path)[::2]:
         file.unlink()
-    again = exact_losses(ModelView(model, sites), rows, cache=cache, **compiled)
+    again = exact_losses(
+        ModelView(model, sites), rows, settings=ScoringSettings(cache=cache, **compiled)
+    )
     torch.testing.assert_close(again.masked, expected.masked, rtol=tolerance, atol=1e-6)
 
 
@@ -203,7 +209,9 @@ def test_scores_outlive_a_full_cuda_device(caplog: pytest.LogCaptureFixture) -> 
     total = torch.cuda.get_device_properties("cuda").total_memory
     torch.cuda.set_per_process_memory_fraction(0.6 * needed / total)
     try:
-        losses = exact_losses(ModelView(model, sites), rows, memory_budget=total)
+        losses = exact_losses(
+            ModelView(model, sites), rows, settings=ScoringSettings(memory_budget=total)
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "memory ran out" in caplog.text

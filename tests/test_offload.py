@@ -34,6 +34,7 @@ from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
 from optimum_cap.scoring.plain import example_losses, plain_losses
+from optimum_cap.scoring.settings import ScoringSettings
 from optimum_cap.scoring.wavefront import Wavefront
 
 RECIPES: list[dict[str, Any]] = [
@@ -111,10 +112,14 @@ def test_chunks_of_an_offloaded_model_serve_it_in_memory(tmp_path: Path) -> None
     )
     examples = build_calibration_set(config(), tiny_tokenizer()).examples
     cache = ScoreCache(tmp_path / "cache", model)
-    losses = exact_losses(ModelView.of(model), examples, "1MB", cache=cache)
+    losses = exact_losses(
+        ModelView.of(model), examples, settings=ScoringSettings(memory_budget="1MB", cache=cache)
+    )
     same = ScoreCache(tmp_path / "cache", in_memory)
     kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    again = exact_losses(ModelView.of(in_memory), examples, "1MB", cache=same)
+    again = exact_losses(
+        ModelView.of(in_memory), examples, settings=ScoringSettings(memory_budget="1MB", cache=same)
+    )
     assert torch.equal(losses.masked, again.masked)
     assert sorted((tmp_path / "cache").rglob("*.safetensors")) == kept
 
@@ -146,7 +151,7 @@ def test_each_layer_is_brought_in_once_per_chunk(
         return losses
 
     monkeypatch.setattr(Wavefront, "masked_losses", watched)
-    exact_losses(ModelView.of(model), examples, memory_budget="1MB")
+    exact_losses(ModelView.of(model), examples, settings=ScoringSettings(memory_budget="1MB"))
     assert len(chunks) > 3
     assert max(chunks) > 1
 

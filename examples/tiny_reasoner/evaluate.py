@@ -24,13 +24,13 @@ DATA = Path(__file__).parent / "data"
 
 
 @torch.no_grad()
-def correct_answers(
+def generated_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
     batch_size: int = 128,
-) -> list[bool]:
-    """Answer greedily and compare what follows `####`; one entry per problem, in order.
+) -> list[str]:
+    """Answer each problem greedily, in order.
 
     Batches hold questions of similar length, padded on the left.
     """
@@ -43,7 +43,7 @@ def correct_answers(
         for problem in problems
     ]
     order = sorted(range(len(problems)), key=lambda index: len(prompts[index]))
-    correct = [False] * len(problems)
+    answers = [""] * len(problems)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer(
@@ -58,8 +58,16 @@ def correct_answers(
             output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
         )
         for index, text in zip(chosen, texts, strict=True):
-            correct[index] = extract_answer(text) == problems[index].final_answer
-    return correct
+            answers[index] = text
+    return answers
+
+
+def correct_answers(problems: list[Problem], answers: list[str]) -> list[bool]:
+    """Compare what follows `####` in each answer with the final answer of its problem."""
+    return [
+        extract_answer(answer) == problem.final_answer
+        for problem, answer in zip(problems, answers, strict=True)
+    ]
 
 
 def accuracy(
@@ -70,8 +78,8 @@ def accuracy(
 ) -> dict[str, float]:
     """Fraction of right final answers per kind of problem."""
     right = defaultdict(list)
-    answers = correct_answers(model, tokenizer, problems, batch_size)
-    for problem, correct in zip(problems, answers, strict=True):
+    answers = generated_answers(model, tokenizer, problems, batch_size)
+    for problem, correct in zip(problems, correct_answers(problems, answers), strict=True):
         right[problem.kind].append(correct)
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 

@@ -14,6 +14,7 @@ import psutil
 from safetensors import SafetensorError
 
 from optimum_cap.checkpoint.transcoding import CONFIG_NAME, RECORD_NAME
+from optimum_cap.runtime import sync
 
 # Folders, all or nothing
 
@@ -70,7 +71,7 @@ def _swap_folders(new: Path, target: Path, old: Path) -> None:
         return
     for entry in target.iterdir():
         if not (new / entry.name).exists() and not is_weight_file(entry.name):
-            _link(entry, new / entry.name)
+            _link_or_copy(entry, new / entry.name)
     shutil.copymode(target, new)
     shutil.rmtree(old, ignore_errors=True)
     try:
@@ -127,7 +128,7 @@ def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
+                sync(stream)
 
 
 def check_target(target: Path) -> None:
@@ -157,8 +158,8 @@ def is_weight_file(name: str) -> bool:
     )
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a file or folder a second name; copy it where the file system cannot."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give a file or folder a second name, or copy it where the file system has no hard links."""
 
     def link(a: str, b: str) -> None:
         try:

@@ -189,7 +189,7 @@ def _load_from_hub(
         ) from error
     if len(rows) == 0:
         raise ValueError(f"data set {hub_id!r} is empty: split {split!r} holds no rows")
-    details = {"hub_id": hub_id, "name": config_name, "split": split, "revision": revision}
+    details = {"hub_id": hub_id, "config": config_name, "split": split, "revision": revision}
     return rows, details
 
 

@@ -23,7 +23,7 @@ from optimum_cap.methods import CRITERIA
 from optimum_cap.models import find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
-from optimum_cap.text import format_duration, format_size
+from optimum_cap.text import aligned, format_duration, format_size
 
 EXAMPLES = 128
 TOKENS = 256
@@ -94,7 +94,8 @@ class Estimate:
             )
             for cost in self.costs
         ]
-        return "\n".join([*lines, "", _aligned([header, *rows]), "", _ADAPTIVE, *self._warnings()])
+        table = aligned([header, *rows], left=2)
+        return "\n".join([*lines, "", table, "", _ADAPTIVE, *self._warnings()])
 
     def _warnings(self) -> list[str]:
         hardware = self.hardware
@@ -281,7 +282,7 @@ class StudyHours:
         hardware = self.hardware
         return (
             f"hardware     {hardware.name}\nrates        {hardware.source}\n\n"
-            f"{_aligned([header, *rows])}\n"
+            f"{aligned([header, *rows], left=2)}\n"
             f"\ntotal        {self.total:.1f} device hours"
         )
 
@@ -425,15 +426,3 @@ def _workload(examples: int, tokens: int, scored: int | None = None, prefix: int
             "the first scored one: lower prefix or scored"
         )
     return Workload(examples, tokens, scored, prefix)
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    """Align the first two columns left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -17,9 +17,9 @@ from optimum_cap.evaluation.results import (
     Evaluation,
     PerplexityResult,
     Window,
-    aligned,
     wilson_interval,
 )
+from optimum_cap.text import aligned
 
 _RESAMPLES = 10_000
 _SEED = 0
@@ -108,7 +108,7 @@ def comparison_table(dense: Evaluation, pruned: Evaluation, tasks: Iterable[str]
                 f"{found.only_pruned} that only the pruned model has"
             )
     return "\n".join(
-        [f"dense   {dense.model}", f"pruned  {pruned.model}", "", aligned(rows), *notes]
+        [f"dense   {dense.model}", f"pruned  {pruned.model}", "", aligned(rows, left=1), *notes]
     )
 
 

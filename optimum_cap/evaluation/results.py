@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, ClassVar
+
+from optimum_cap.text import aligned
 
 _LAYOUT = 1  # of the JSON file; a reader refuses any other
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
@@ -341,18 +343,7 @@ class Evaluation:
                     f"{name}: {result.excluded} {items} left out, because the model was "
                     "calibrated on them"
                 )
-        return "\n".join([aligned(rows), *notes])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as lines with aligned columns; the first column is left-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Iterable[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
-
-    return "\n".join(map(line, rows))
+        return "\n".join([aligned(rows, left=1), *notes])
 
 
 _RESULTS: "dict[str, type[AccuracyResult] | type[PerplexityResult]]" = {

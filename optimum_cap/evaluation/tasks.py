@@ -22,7 +22,7 @@ from optimum_cap.data import (
 Extract = Callable[[str], str | None]
 
 _MARKER = "####"
-_ROOT = Path(__file__).resolve().parents[1]  # of a checkout
+_ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 _REASONER_TEST = Path("examples", "tiny_reasoner", "data", "test.jsonl")
 
 

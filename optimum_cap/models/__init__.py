@@ -28,8 +28,8 @@ from optimum_cap.models.compilation import (
 )
 from optimum_cap.models.experts import experts_of, gated, routed, routing
 from optimum_cap.models.hooks import (
-    ReachedError,
     RecordedCall,
+    StopForwardError,
     bypass_layers,
     cache_argument,
     hidden_states_of,
@@ -72,10 +72,10 @@ __all__ = [
     "LayerCall",
     "Matrix",
     "ModelView",
-    "ReachedError",
     "RecordedCall",
     "Site",
     "SiteUnit",
+    "StopForwardError",
     "Targets",
     "Unit",
     "WeightSlice",

@@ -182,11 +182,11 @@ def bypass_layers(layers: Iterable[nn.Module], output_template: Any) -> Iterator
         yield
 
 
-class ReachedError(Exception):
-    """Ends a forward pass whose rest is not needed.
+class StopForwardError(Exception):
+    """Ends a forward pass whose remainder is not needed.
 
     Attributes:
-        output: What was wanted of it.
+        output: The output that was wanted, if any.
     """
 
     def __init__(self, output: Any = None) -> None:
@@ -198,11 +198,11 @@ def run_until(block: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> 
     own = block.forward
 
     def stop(*args: Any, **kwargs: Any) -> Any:
-        raise ReachedError(own(*args, **kwargs))
+        raise StopForwardError(own(*args, **kwargs))
 
     with replaced_forward(block, stop):
         try:
             layer(*args, **kwargs)
-        except ReachedError as reached:
+        except StopForwardError as reached:
             return reached.output
     raise RuntimeError(f"{type(layer).__name__} did not run its {type(block).__name__}")

@@ -1,14 +1,13 @@
-"""What the inputs of the prunable matrices look like on the calibration set, layer by layer.
+"""Statistics of the inputs of prunable matrices on the calibration set, layer by layer.
 
-`LayerwisePass` takes the calibration set through the model one decoder layer at a time, so that a
-layer can be pruned before the next one is looked at, as the reference codes of Wanda and SparseGPT
-do (https://github.com/locuslab/wanda, `lib/prune.py`). Only the hidden states between two layers
-are kept.
+`LayerwisePass` runs the calibration set through the model one decoder layer at a time, so that a
+layer can be pruned before the next one sees its outputs, as the reference codes of Wanda and
+SparseGPT do (https://github.com/locuslab/wanda, `lib/prune.py`). It keeps only the hidden states
+between two layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,22 +22,21 @@ from optimum_cap.models import (
     ModelView,
     activation_bytes_per_token,
     device_of,
-    gated,
     hidden_states_of,
     onloaded,
     only_last_logits,
     recorded_calls,
     repack_output,
     replaced_forward,
-    routed,
     split_hidden,
 )
+from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 class LayerwisePass:
-    """The calibration set on its way through the decoder layers of a model.
+    """Runs the calibration set through the decoder layers of a model, one at a time.
 
     Args:
         view: The model, in evaluation mode and without gradients.
@@ -49,9 +47,8 @@ class LayerwisePass:
 
     Attributes:
         layers: The decoder layers.
-        output_templates: What each layer returned once, which says how it returns its hidden
-            states.
-        streams: The batches, between two layers.
+        output_templates: An output of each layer, which shows how it returns its hidden states.
+        batches: The batches, between two layers.
     """
 
     def __init__(
@@ -65,13 +62,13 @@ class LayerwisePass:
         self.layers = view.layers
         longest = max(len(example.input_ids) for example in examples)
         size = max(1, _tokens_per_batch(view.model, longest, memory_budget) // longest)
-        # How each layer returns its output is seen on a single token.
+        # One token shows how each layer returns its output.
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         with recorded_calls(named) as calls:
             view.model(input_ids=examples[0].input_ids[None, :1].to(view.device), use_cache=False)
         self.output_templates = [calls[name].output for name in named]
         with onloaded(view.model, besides=[*self.layers, view.model.get_output_embeddings()]):
-            self.streams = [
+            self.batches = [
                 LayerBatch(
                     batch,
                     _token_weights(batch, answer_weight),
@@ -81,7 +78,7 @@ class LayerwisePass:
             ]
 
     def begin(self, index: int) -> None:
-        """Be told that layer `index` is about to be pruned."""
+        """Prepare for the pruning of layer `index`; nothing of it has been pruned so far."""
 
     def statistics(
         self, index: int, matrices: Iterable[Matrix], gram: bool = False, advance: bool = False
@@ -96,70 +93,50 @@ class LayerwisePass:
             advance: Whether to pass the layer as well, as `advance` does.
 
         Raises:
-            ValueError: A matrix is run in a way whose inputs cannot be seen.
+            ValueError: The layer runs a matrix in a way that hides its inputs.
         """
-        collector = _Collector(self.model, list(matrices), gram)
+        matrices = list(matrices)
+        collector = InputCollector(self.model, matrices)
+        statistics: dict[Matrix, InputStatistics] = {}
+
+        def add(matrix: Matrix, inputs: torch.Tensor, route: Route) -> None:
+            add_inputs_(statistics, matrix, inputs, route.token_weights, gram)
+
         with onloaded(self.layers[index]):
-            for stream in self.streams:
-                with collector.collecting(stream):
-                    output = self.run(index, stream, stream.hidden)
+            for batch in self.batches:
+                with collector.collecting(batch, add):
+                    output = self.run(index, batch, batch.hidden)
                 if advance:
-                    stream.hidden = output
-        return collector.statistics
+                    batch.hidden = output
+        return {matrix: statistics[collector.leaders[matrix]] for matrix in matrices}
 
     def advance(self, index: int) -> None:
         """Run layer `index` as it is now; its outputs become the inputs of the next one."""
         with onloaded(self.layers[index]):
-            for stream in self.streams:
-                stream.hidden = self.run(index, stream, stream.hidden)
+            for batch in self.batches:
+                batch.hidden = self.run(index, batch, batch.hidden)
 
-    def run(self, index: int, stream: "LayerBatch", hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = stream.arguments[index]
+    def run(self, index: int, batch: LayerBatch, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what layer `index` makes of hidden states, with the arguments of a batch."""
+        args, kwargs = batch.arguments[index]
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
 
 
-@dataclass
-class LayerBatch:
-    """One batch between two layers.
-
-    Attributes:
-        batch: The examples.
-        weights: Weight of each real position, float32 `[positions]`; `None` if all are 1.
-        hidden: Hidden states, `[examples, tokens, hidden]`.
-        arguments: The other arguments of every layer.
-    """
-
-    batch: Batch
-    weights: torch.Tensor | None
-    hidden: torch.Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-    def real_rows(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
-        """Those of `[examples, tokens, width]` that are no padding: `[positions, width]`.
-
-        Args:
-            hidden: What a module sees or returns.
-            name: Of what is looked at, for the error.
-
-        Raises:
-            ValueError: These are not the tokens of the stream.
-        """
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        real = self.batch.real.flatten().to(hidden.device)
-        if len(rows) != len(real):
-            raise ValueError(
-                f"{name} saw {len(rows)} tokens of {len(real)}: which of them are padding cannot "
-                "be told, so criteria that look at inputs cannot prune it"
-            )
-        return rows[real]
-
-    def weights_on(self, device: torch.device) -> torch.Tensor | None:
-        """`weights`, on a device."""
-        return None if self.weights is None else self.weights.to(device)
+def add_inputs_(
+    statistics: dict[Matrix, InputStatistics],
+    matrix: Matrix,
+    inputs: torch.Tensor,
+    weights: torch.Tensor | None,
+    gram: bool,
+) -> None:
+    """Add inputs `[tokens, in]` of a matrix to its statistics, which may not exist yet."""
+    if matrix not in statistics:
+        statistics[matrix] = InputStatistics.empty(inputs.shape[-1], inputs.device, gram)
+    statistics[matrix].add_(inputs, weights)
 
 
 def _tokens_per_batch(model: PreTrainedModel, longest: int, memory_budget: int | str) -> int:
-    """Tokens that pass a layer together, so that their activations fit the budget."""
+    """Return how many tokens run through a layer at a time, so that activations fit the budget."""
     tokens = _TOKENS_PER_BATCH.get(device_of(model).type, 2048)
     if memory_budget == "auto":
         return tokens
@@ -180,9 +157,9 @@ def _first_input(
     output_templates: list[Any],
     input_ids: torch.Tensor,
 ) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Input of the first layer, and the other arguments of every layer, which do not run.
+    """Return the input of the first layer and the other arguments of every layer; no layer runs.
 
-    `output_templates` are outputs of the layers, which say how each returns its hidden states.
+    `output_templates` are outputs of the layers, which show how each returns its hidden states.
     """
     inputs: list[torch.Tensor] = []
     arguments = []
@@ -203,103 +180,3 @@ def _first_input(
             stack.enter_context(replaced_forward(layer, skip(output_template)))
         model(input_ids=input_ids.to(device_of(model)), use_cache=False, **only_last_logits(model))
     return inputs[0], arguments
-
-
-class _Collector:
-    """Adds up statistics while a layer runs."""
-
-    def __init__(self, model: PreTrainedModel, matrices: list[Matrix], gram: bool) -> None:
-        self.statistics: dict[Matrix, InputStatistics] = {}
-        self._gram = gram
-        self._projections: list[tuple[nn.Module, Matrix]] = []
-        self._experts: dict[nn.Module, list[Matrix]] = {}
-        for matrix in matrices:
-            module = model.get_submodule(matrix.module)
-            if matrix.expert is None:
-                self._projections.append((module, matrix))
-            else:
-                _rule_of(matrix)
-                self._experts.setdefault(module, []).append(matrix)
-
-    @contextmanager
-    def collecting(self, stream: LayerBatch) -> Iterator[None]:
-        """Add what the layer sees of a stream in this context."""
-        seen: list[tuple[torch.Tensor, InputStatistics]] = []
-
-        def projection_hook(matrix: Matrix) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                inputs = args[0]
-                for tensor, statistics in seen:
-                    if tensor is inputs:
-                        self.statistics[matrix] = statistics
-                        return
-                rows = stream.real_rows(inputs, matrix.name)
-                statistics = self._of(matrix, rows)
-                statistics.add_(rows, stream.weights_on(rows.device))
-                seen.append((inputs, statistics))
-
-            return hook
-
-        def experts_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            name = self._experts[module][0].name
-            rows, chosen = stream.real_rows(args[0], name), stream.real_rows(args[1], name)
-            weights = stream.weights_on(rows.device)
-            for matrix in self._experts[module]:
-                assert matrix.expert is not None
-                tokens, _ = routed(chosen, matrix.expert)
-                inputs = expert_input(module, matrix, rows[tokens])
-                own_weights = None if weights is None else weights[tokens]
-                self._of(matrix, inputs).add_(inputs, own_weights)
-
-        with ExitStack() as stack:
-            for module, matrix in self._projections:
-                handle = module.register_forward_pre_hook(projection_hook(matrix))
-                stack.callback(handle.remove)
-            for module in self._experts:
-                stack.callback(module.register_forward_pre_hook(experts_hook).remove)
-            yield
-
-    def _of(self, matrix: Matrix, inputs: torch.Tensor) -> InputStatistics:
-        if matrix not in self.statistics:
-            self.statistics[matrix] = InputStatistics.empty(
-                inputs.shape[-1], inputs.device, self._gram
-            )
-        return self.statistics[matrix]
-
-
-def expert_input(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the input of an expert's matrix, from the tokens `[tokens, hidden]` routed to it.
-
-    Raises:
-        ValueError: How it comes about is not known.
-    """
-    return _rule_of(matrix)(module, matrix, hidden)
-
-
-def _rule_of(matrix: Matrix) -> Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]:
-    name = matrix.parameter.rpartition(".")[2]
-    if name not in _EXPERT_INPUTS:
-        raise ValueError(
-            f"{matrix.name}: how an expert's input of {name!r} comes about is not known (known: "
-            f"{', '.join(_EXPERT_INPUTS)}); criteria that look at inputs cannot prune it. Add it "
-            "to _EXPERT_INPUTS in optimum_cap/pruning/activations.py"
-        )
-    return _EXPERT_INPUTS[name]
-
-
-# Inputs of an expert's projection, from the tokens `[tokens, hidden]` that are routed to it.
-
-
-def _hidden_states(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
-
-
-def _gated(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    assert matrix.expert is not None
-    return gated(module, matrix.expert, hidden)
-
-
-_EXPERT_INPUTS: dict[str, Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]] = {
-    "gate_up_proj": _hidden_states,
-    "down_proj": _gated,
-}

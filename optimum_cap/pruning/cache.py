@@ -36,6 +36,7 @@ class PruningCache:
         folder: Where it is kept; made when there is something to keep. Several runs may share it.
         model: The model, dense. Its weights are read once, here.
         examples: The calibration examples.
+        process_group: The processes that prune the model; the first one stores the layers.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class PruningCache:
         folder: str | os.PathLike[str],
         model: PreTrainedModel,
         examples: list[CalibrationExample],
+        process_group: ProcessGroup,
     ) -> None:
         self._files = TensorFiles(Path(folder))
+        self._is_first = process_group.rank == 0
         self._subject = _name(
             _LAYOUT, machine(model), model_digest(model), examples_digest(examples)
         )
@@ -55,7 +58,8 @@ class PruningCache:
 
     def layers(self, settings: Mapping[str, Any], size: int) -> "LayerStore":
         """The layers that are pruned in a certain way, of so many bytes in all."""
-        return LayerStore(self._files, f"{self._subject}/layers/{_name(dict(settings))}", size)
+        prefix = f"{self._subject}/layers/{_name(dict(settings))}"
+        return LayerStore(self._files, prefix, size, self._is_first)
 
 
 class SensitivityStore:
@@ -101,14 +105,14 @@ class LayerStore:
         files: Where they are kept.
         prefix: Of their keys.
         size: Bytes that all of them take.
+        writes: Whether this process stores layers.
     """
 
-    def __init__(self, files: TensorFiles, prefix: str, size: int) -> None:
+    def __init__(self, files: TensorFiles, prefix: str, size: int, writes: bool) -> None:
         self._files = files
         self._prefix = prefix
-        first = ProcessGroup.current().rank == 0
-        kept = _size_of(files.folder / prefix) if first else 0
-        self._writes = first and _has_room(files.folder, 2 * size - kept)
+        stored = _size_of(files.folder / prefix) if writes else 0
+        self._writes = writes and _has_room(files.folder, 2 * size - stored)
 
     @property
     def complete(self) -> bool:

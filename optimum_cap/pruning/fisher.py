@@ -39,7 +39,7 @@ from optimum_cap.pruning.sensitivity import (
     sensitivity_of,
     temporary_weights,
 )
-from optimum_cap.runtime import ProcessGroup, budget_bytes, check_same_inputs, each_in_memory
+from optimum_cap.runtime import ALONE, ProcessGroup, budget_bytes, check_same_inputs, each_in_memory
 from optimum_cap.scoring import examples_per_pass
 
 
@@ -53,6 +53,7 @@ def estimate_sensitivities(
     answer_weight: float = 0.0,
     memory_budget: int | str = "auto",
     kept: SensitivityStore | None = None,
+    process_group: ProcessGroup = ALONE,
 ) -> list[Sensitivity]:
     """Estimate the same with one backward pass for all sites.
 
@@ -70,20 +71,21 @@ def estimate_sensitivities(
         zeros_per_matrix: Number of zeros of each matrix.
         count: How many examples to use; `None`: as `examples_to_estimate`.
         seed: Seed of the random combinations.
-        answer_weight: As for `sensitivities`.
+        answer_weight: As for `measure_sensitivities`.
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
             free. Where memory runs out all the same, batches are halved.
         kept: What was estimated in the same way: the last bits depend on the memory that is free.
+        process_group: The processes, which all compute the same; all of them have to call this.
 
     Returns:
-        As `sensitivities`. Processes that were launched together have to call this together.
+        As `measure_sensitivities`.
 
     Raises:
         ValueError: Weights are offloaded, or a site's matrices are not all in one block.
-        ConnectionError: Another process of the launch has stopped.
+        ConnectionError: Another process of the group has stopped.
     """
     check_in_memory(view.model)
-    check_same_inputs(view.model, examples, count, seed)
+    check_same_inputs(process_group, view.model, examples, count, seed)
     groups = [group for own in group_by_layer(view.sites, layers).values() for group in own]
     for site, _ in groups:
         if site.block == site.layer_name:
@@ -102,7 +104,7 @@ def estimate_sensitivities(
         if kept:
             kept.keep_estimated(divergences, seed)
     # Every process has done all of it; what follows has to be the same in all.
-    divergences = ProcessGroup.current().broadcast(divergences)
+    divergences = process_group.broadcast(divergences)
     return [
         sensitivity_of(view.model, *group, own)
         for group, own in zip(groups, divergences, strict=True)

@@ -17,16 +17,8 @@ from optimum_cap.pruning.matrix_pruner import MatrixPruner
 logger = logging.get_logger(__name__)
 
 
-def prune_layer_by_layer_(
-    view: ModelView,
-    layers: Mapping[int, list[Matrix]],
-    zeros: Mapping[Matrix, int],
-    examples: list[CalibrationExample],
-    config: CAPConfig,
-    pruner: MatrixPruner,
-    store: LayerStore | None,
-) -> dict[Matrix, int]:
-    """Prune the matrices of each layer by the inputs that they have once all before are pruned.
+class LayerByLayerPruning:
+    """Prunes the matrices of each layer by the inputs that they have once all before are pruned.
 
     Args:
         view: The model, which is changed.
@@ -35,15 +27,12 @@ def prune_layer_by_layer_(
         examples: The calibration examples.
         config: Target, order, answer weight and memory budget.
         pruner: Prunes one matrix.
-        store: Keeps finished layers, and returns those of an interrupted run.
+        store: Stores finished layers, and returns those of an interrupted run.
 
-    Returns:
-        Number of calibration tokens that each matrix was pruned by.
+    Attributes:
+        tokens: Number of calibration tokens that each matrix was pruned by; complete after `run_`.
     """
-    return _LayerByLayer(view, layers, zeros, examples, config, pruner, store).run_()
 
-
-class _LayerByLayer:
     def __init__(
         self,
         view: ModelView,
@@ -64,6 +53,11 @@ class _LayerByLayer:
         self.tokens: dict[Matrix, int] = {}
 
     def run_(self) -> dict[Matrix, int]:
+        """Prune all layers.
+
+        Returns:
+            `tokens`.
+        """
         view, method = self.view, self.config.method
         count, stages = len(view.layers), view.stages_by_layer
         with (

@@ -19,7 +19,7 @@ from optimum_cap.pruning.allocation import ALLOCATIONS, interventional, uniform
 from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.head_removal import remove_heads_
-from optimum_cap.pruning.layer_by_layer import prune_layer_by_layer_
+from optimum_cap.pruning.layer_by_layer import LayerByLayerPruning
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.pruning.regions import (
     UnitKey,
@@ -44,6 +44,7 @@ class PruningRun:
         config: What to prune and how.
         matrices: The matrices to prune.
         examples: The calibration examples.
+        process_group: The processes that share what is measured.
 
     Attributes:
         pruner: Prunes one matrix.
@@ -61,7 +62,9 @@ class PruningRun:
         config: CAPConfig,
         matrices: list[Matrix],
         examples: list[CalibrationExample],
+        process_group: ProcessGroup,
     ) -> None:
+        self.process_group = process_group
         self.view = view
         self.config = config
         self.matrices = matrices
@@ -87,7 +90,9 @@ class PruningRun:
         elif config.scores is not None:
             losses = read_scores(config.scores).losses(self.view, self.examples, config)
         else:
-            losses = ESTIMATORS[config.estimator].losses(self.view, self.examples, config)
+            losses = ESTIMATORS[config.estimator].losses(
+                self.view, self.examples, config, self.process_group
+            )
         self.scores = causal_scores(losses, config.subsets, config.aggregation)
         self.importances = _importances(self.scores)
         every = unit_importances(self.view.sites, self.importances)
@@ -132,6 +137,7 @@ class PruningRun:
                 config.method.answer_weight,
                 config.memory_budget,
                 store,
+                self.process_group,
             )
         else:
             self.sensitivities = measure_sensitivities(
@@ -144,6 +150,7 @@ class PruningRun:
                 config.method.answer_weight,
                 store,
                 config.memory_budget,
+                self.process_group,
             )
         return interventional(self.sensitivities, zeros, config.allocation_bound)
 
@@ -159,7 +166,7 @@ class PruningRun:
             size = sum(view.numel() * view.element_size() for view in views)
             settings = {**dataclasses.asdict(self.config.method), **self._settings(zeros)}
             self.layer_store = self._cache.layers(settings, size)
-        self.tokens = prune_layer_by_layer_(
+        self.tokens = LayerByLayerPruning(
             self.view,
             self.layers,
             zeros,
@@ -167,14 +174,16 @@ class PruningRun:
             self.config,
             self.pruner,
             self.layer_store,
-        )
-        _wait_for_all_processes()
+        ).run_()
+        self._wait_for_all_processes()
 
     @functools.cached_property
     def _cache(self) -> PruningCache | None:
         """Results of interrupted runs; made from the dense model, before any weight is changed."""
         folder = self.config.resume_dir
-        return None if folder is None else PruningCache(folder, self.view.model, self.examples)
+        if folder is None:
+            return None
+        return PruningCache(folder, self.view.model, self.examples, self.process_group)
 
     def _settings(self, zeros: Mapping[Matrix, int]) -> dict[str, Any]:
         """All that decides what a matrix becomes, beside the method, the model and the data."""
@@ -188,6 +197,13 @@ class PruningRun:
             "importances": [[*key, value] for key, value in self.importances.items()],
             "zeros": {matrix.name: count for matrix, count in zeros.items()},
         }
+
+    def _wait_for_all_processes(self) -> None:
+        """Wait until all processes have read the stored layers, which the first then deletes."""
+        try:
+            self.process_group.all_gather(None)
+        except ConnectionError as error:
+            logger.warning(f"{error}; what this process has pruned is complete")
 
     def record(self, calibration: CalibrationSet | None) -> PruningRecord:
         """Return the record of what was done."""
@@ -223,14 +239,6 @@ class PruningRun:
                 for sensitivity in self.sensitivities
             ],
         )
-
-
-def _wait_for_all_processes() -> None:
-    """Wait until all processes have read the stored layers, which the first one then deletes."""
-    try:
-        ProcessGroup.current().all_gather(None)
-    except ConnectionError as error:
-        logger.warning(f"{error}; what this process has pruned is complete")
 
 
 def _check_losses(

@@ -32,7 +32,7 @@ from optimum_cap.models import (
 )
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import SensitivityStore
-from optimum_cap.runtime import ProcessGroup, check_same_inputs, resume_hint_on_stop
+from optimum_cap.runtime import ALONE, ProcessGroup, check_same_inputs, resume_hint_on_stop
 
 _PASSES = 1.0  # over the calibration set, that measuring may cost
 FEWEST_EXAMPLES = 16
@@ -79,6 +79,7 @@ def measure_sensitivities(
     answer_weight: float = 0.0,
     kept: SensitivityStore | None = None,
     memory_budget: int | str = "auto",
+    process_group: ProcessGroup = ALONE,
 ) -> list[Sensitivity]:
     """Prune each site alone and measure what that does to the predictions of scored tokens.
 
@@ -97,14 +98,14 @@ def measure_sensitivities(
         answer_weight: As for `LayerwisePass`, in these statistics.
         kept: What was measured in the same way, by a run that was stopped.
         memory_budget: As for `LayerwisePass`.
+        process_group: The processes that share the sites; all of them have to call this.
 
     Returns:
-        One sensitivity for each site with matrices to prune, in the order of the model. Processes
-        that were launched together share the sites, so that all of them have to call this.
+        One sensitivity for each site with matrices to prune, in the order of the model.
 
     Raises:
-        ValueError: Processes that were launched together were given different things.
-        ConnectionError: Another process of the launch has stopped.
+        ValueError: The processes of the group were given different inputs.
+        ConnectionError: Another process of the group has stopped.
     """
     groups = group_by_layer(view.sites, layers)
     if count is None:
@@ -115,8 +116,7 @@ def measure_sensitivities(
     if kept:
         found = {site: kept.measured(site, count) for site, _ in every}
         known = {site: own for site, own in found.items() if own is not None}
-    process_group = ProcessGroup.current()
-    check_same_inputs(view.model, examples, count)
+    check_same_inputs(process_group, view.model, examples, count)
     left = {
         # Shifted by layer: an attention takes less than the MLP beside it.
         layer: [
@@ -235,10 +235,10 @@ class DivergenceEvaluator:
     ) -> None:
         self.model = view.model
         self.walk = LayerwisePass(view, examples, memory_budget=memory_budget)
-        self.targets = [Targets.of(stream.batch) for stream in self.walk.streams]
+        self.targets = [Targets.of(batch.batch) for batch in self.walk.batches]
         self.passed = 0
         self.together = _SETS_AT_A_TIME if is_offloaded(view.model) else 1
-        hidden = [stream.hidden for stream in self.walk.streams]
+        hidden = [batch.hidden for batch in self.walk.batches]
         self.final = self._to_the_end(0, [hidden])[0]
 
     def divergences(
@@ -262,7 +262,7 @@ class DivergenceEvaluator:
         """Yield the outputs of a layer, per batch, with each set of matrices exchanged."""
         for weights in pruned:
             with onloaded(self.walk.layers[layer]), temporary_weights(self.model, weights):
-                outputs = [self.walk.run(layer, each, each.hidden) for each in self.walk.streams]
+                outputs = [self.walk.run(layer, each, each.hidden) for each in self.walk.batches]
             yield outputs
 
     def _to_the_end(
@@ -272,8 +272,8 @@ class DivergenceEvaluator:
         for index in range(layer, len(self.walk.layers)):
             with onloaded(self.walk.layers[index]):
                 for hidden in carried:
-                    for place, stream in enumerate(self.walk.streams):
-                        hidden[place] = self.walk.run(index, stream, hidden[place])
+                    for place, batch in enumerate(self.walk.batches):
+                        hidden[place] = self.walk.run(index, batch, hidden[place])
         return [
             [
                 hidden[targets.rows.to(hidden.device), targets.columns.to(hidden.device)].unsqueeze(

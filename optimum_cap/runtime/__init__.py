@@ -1,8 +1,8 @@
 """Runs that survive: several processes, memory that runs out, interrupts, digests and files."""
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
-from optimum_cap.runtime.distributed import ProcessGroup, check_same_inputs
-from optimum_cap.runtime.files import TensorFiles, write_atomically
+from optimum_cap.runtime.distributed import ALONE, ProcessGroup, check_same_inputs
+from optimum_cap.runtime.files import TensorFiles, sync, write_atomically
 from optimum_cap.runtime.memory import (
     MemoryLimit,
     budget_bytes,
@@ -14,6 +14,7 @@ from optimum_cap.runtime.memory import (
 from optimum_cap.runtime.resume import default_folder, resume_hint_on_stop
 
 __all__ = [
+    "ALONE",
     "VERSIONED",
     "MemoryLimit",
     "ProcessGroup",
@@ -30,5 +31,6 @@ __all__ = [
     "machine",
     "model_digest",
     "resume_hint_on_stop",
+    "sync",
     "write_atomically",
 ]

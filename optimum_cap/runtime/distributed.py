@@ -143,17 +143,25 @@ class ProcessGroup:
             ) from error
 
 
+ALONE = ProcessGroup()
+"""This process on its own."""
+
+
 def processes_here() -> int:
     """Number of processes of this run on this machine, which share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_same_inputs(
-    model: PreTrainedModel, examples: list[CalibrationExample], *others: Any
+    process_group: ProcessGroup,
+    model: PreTrainedModel,
+    examples: list[CalibrationExample],
+    *others: Any,
 ) -> None:
-    """Check that all processes of a launch work on the same.
+    """Check that all processes of a group work on the same inputs.
 
     Args:
+        process_group: The processes.
         model: The model, of which a few values are compared.
         examples: The calibration examples.
         *others: Plain values that decide what is measured.
@@ -162,7 +170,7 @@ def check_same_inputs(
         ValueError: They do not.
         ConnectionError: Another process has stopped.
     """
-    ProcessGroup.current().check_consistent(
+    process_group.check_consistent(
         lambda: digest_of(sample_digest(model), examples_digest(examples), *others),
         "model, calibration set or configuration",
     )

@@ -4,6 +4,7 @@ import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -30,19 +31,18 @@ def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
     try:
         with unfinished.open("wb") as stream:
             stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
         if replace:
             unfinished.replace(file)
         else:
-            _link(unfinished, file)
-        _sync(file.parent)
+            _link_unless_taken(unfinished, file)
+        sync_folder(file.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _link(file: Path, name: Path) -> None:
-    """Give a file a name that is not taken, at once; else leave it."""
+def _link_unless_taken(file: Path, name: Path) -> None:
+    """Give a file a second name in one step, unless another file has that name."""
     try:
         os.link(file, name)
     except FileExistsError:
@@ -52,8 +52,14 @@ def _link(file: Path, name: Path) -> None:
             file.replace(name)
 
 
-def _sync(folder: Path) -> None:
-    """Bring the names of the files in a folder to the disk, where the system does that."""
+def sync(stream: IO[bytes]) -> None:
+    """Write what an open file holds to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the names of the files in a folder to the disk, where the system supports that."""
     if os.name == "posix":
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)

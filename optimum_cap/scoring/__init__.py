@@ -1,5 +1,6 @@
 """Causal scores: losses with each unit masked, measured exactly or estimated."""
 
+from optimum_cap.scoring.batch_sizes import tokens_per_chunk
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import examples_per_pass
@@ -14,7 +15,6 @@ from optimum_cap.scoring.sampling import (
 )
 from optimum_cap.scoring.score_file import DECISIVE, read_scores, save_scores, tensors_of
 from optimum_cap.scoring.scores import CausalScores, UnitLosses, causal_scores
-from optimum_cap.scoring.wavefront import tokens_per_chunk
 
 __all__ = [
     "DECISIVE",

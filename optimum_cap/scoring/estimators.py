@@ -1,25 +1,26 @@
-"""Causal scores for less: estimates of the masked losses, each with a standard error.
+"""The estimators of masked losses, which causal scores are computed from.
 
-`exact` and `plain` (`attribution.py`) measure every masked loss. `first_order` replaces all of them
-by one backward pass. `control_variate` corrects that by exact losses of some examples, and
-`adaptive` goes on until the importances are known as well as was asked. See `docs/estimators.md`.
+`exact` and `plain` measure every masked loss. `first_order` replaces all of them by one backward
+pass. `control_variate` corrects that with exact losses of some examples, and `adaptive` measures
+more examples until the importances are as precise as was asked. See `docs/estimators.md`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import ModelView, check_compilable, check_in_memory
+from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.sampling import adaptive_losses, control_variate_losses
 from optimum_cap.scoring.scores import UnitLosses
+from optimum_cap.scoring.settings import ScoringSettings
 
 logger = logging.get_logger(__name__)
 
@@ -29,16 +30,15 @@ class Estimator:
     """How masked losses are found.
 
     Attributes:
-        function: Takes a model, its sites, examples, a memory budget and units, and returns the
-            losses.
-        settings: The fields of `CAPConfig` that its losses depend on, which it takes as keywords.
-        resumes: Whether it takes a cache, of finished chunks or of the memory budget alone.
+        function: Takes a model, examples, units and `ScoringSettings`, and returns the losses.
+        fields: The fields of `CAPConfig` that its losses depend on, which it takes as keywords.
+        resumes: Whether it uses a cache, of finished chunks or of the memory budget alone.
         differentiates: Whether it needs all weights in memory, for a backward pass.
-        compiles: Whether it takes `torch_compile`.
+        compiles: Whether it can compile the decoder layers.
     """
 
     function: Callable[..., UnitLosses]
-    settings: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     resumes: bool = True
     differentiates: bool = False
     compiles: bool = False
@@ -48,19 +48,28 @@ class Estimator:
         view: ModelView,
         examples: list[CalibrationExample],
         config: CAPConfig,
+        process_group: ProcessGroup,
     ) -> UnitLosses:
-        """Measure or estimate the losses of the units that `config` names, as it says."""
-        settings: dict[str, Any] = {name: getattr(config, name) for name in self.settings}
+        """Measure or estimate the losses of the units that `config` names.
+
+        Args:
+            view: The model.
+            examples: The calibration examples.
+            config: The units, the memory budget, where to store chunks, and the estimator's fields.
+            process_group: The processes that share the work.
+        """
         # Before a cache reads all weights.
         if self.differentiates:
             check_in_memory(view.model)
-        if self.compiles and config.torch_compile:
+        torch_compile = self.compiles and config.torch_compile
+        if torch_compile:
             check_compilable(view.model)
-            settings["torch_compile"] = True
+        cache = None
         if self.resumes and config.resume_dir is not None:
-            settings["cache"] = ScoreCache(config.resume_dir, view.model)
-        units = view.units(config.scored_units)
-        return self.function(view, examples, config.memory_budget, units, **settings)
+            cache = ScoreCache(config.resume_dir, view.model)
+        settings = ScoringSettings(config.memory_budget, cache, torch_compile, process_group)
+        fields = {name: getattr(config, name) for name in self.fields}
+        return self.function(view, examples, view.units(config.scored_units), settings, **fields)
 
 
 ESTIMATORS = {

@@ -1,9 +1,11 @@
-"""Masked losses of all units, measured exactly at about half the cost of one pass per unit."""
+"""Exact losses with each unit masked, measured in chunks that are cached and shared."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import groupby
+from typing import Any
 
-from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedModel
+import torch
 from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample, batches
@@ -14,89 +16,71 @@ from optimum_cap.models import (
     compiling,
     evaluation_mode,
     float32_on_cpu,
+    is_offloaded,
 )
 from optimum_cap.runtime import (
-    MemoryLimit,
-    ProcessGroup,
     budget_bytes,
     check_same_inputs,
-    is_out_of_memory,
+    keep_freed_memory,
+    resume_hint_on_stop,
 )
-from optimum_cap.scoring.cache import ScoreCache, names
-from optimum_cap.scoring.chunks import ExactScorer, agree_once, chunks_of
+from optimum_cap.scoring.batch_sizes import streams_per_chunk, tokens_per_batch
+from optimum_cap.scoring.cache import names
+from optimum_cap.scoring.chunks import Chunk, ChunkMeasurer, chunks_of, cost_of
 from optimum_cap.scoring.scores import UnitLosses
-from optimum_cap.scoring.wavefront import prefix_to_share, streams_per_chunk, tokens_per_batch
-
-logger = logging.get_logger(__name__)
+from optimum_cap.scoring.settings import ScoringSettings
+from optimum_cap.scoring.shared_prefix import prefix_to_share
 
 
 def exact_losses(
     view: ModelView,
     examples: list[CalibrationExample],
-    memory_budget: int | str = "auto",
     units: list[SiteUnit] | None = None,
-    cache: ScoreCache | None = None,
-    torch_compile: bool = False,
-    memory_limit: MemoryLimit | None = None,
+    settings: ScoringSettings | None = None,
 ) -> UnitLosses:
-    """Measure the loss with each unit of the sites masked.
+    """Measure the loss with each unit masked.
 
     Args:
         view: A causal language model; it comes back as it was.
         examples: The calibration examples.
-        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
-            free.
-        units: Which units to mask, in the order of the model; `None` masks all of the sites.
-        cache: Keeps finished chunks of this model, so that a run that was stopped goes on where it
-            was, with the same bytes as an undisturbed one.
-        torch_compile: Compile the decoder layers, which pays in long runs on a GPU
-            (`docs/performance.md`). A run that goes on then agrees with an undisturbed one up to
-            rounding.
-        memory_limit: What runs over this model have found out about its memory so far; this run
-            adds to it.
+        units: The units to mask, in the order of the model; `None` masks all units of the sites.
+        settings: Memory, cache, compilation and processes.
 
     Returns:
-        The losses, in the order of the units and of the examples. Processes that were launched
-        together (`accelerate launch`, `torchrun`) share the work, so that all of them have to call
-        this, and each returns all losses.
+        The losses, in the order of the units and of the examples.
 
     Raises:
-        ValueError: Experts are to be masked that compute in a way that is not known, the layers
-            cannot be compiled, the units are in another order, or processes that were launched
-            together were given different things.
+        ValueError: Experts are to be masked whose computation is not supported, the layers cannot
+            be compiled, the units are in another order, or the processes of the group were given
+            different inputs.
         MemoryError: Memory runs out with a single example and a single unit.
-        ConnectionError: Another process of the launch has stopped.
+        ConnectionError: Another process of the group has stopped.
     """
-    if torch_compile:
+    settings = settings or ScoringSettings()
+    if settings.torch_compile:
         check_compilable(view.model)
     units = view.units() if units is None else units
     _check_order(units)
-    check_same_inputs(view.model, examples, names(units), memory_budget)
+    check_same_inputs(
+        settings.process_group, view.model, examples, names(units), settings.memory_budget
+    )
     view = view.with_sites({site.name for site, _ in units})
     with evaluation_mode(view.model), float32_on_cpu(view.model):
         # Of what is free when weights are widened.
-        budget = agreed_budget(view.model, memory_budget, examples, units, cache)
+        budget = agreed_budget(view, examples, units, settings)
         prefix = agree_once(
-            "prefix",
-            lambda: _prefix(view, examples),
-            examples,
-            units,
-            cache,
+            "prefix", lambda: prefix_to_share(view, examples), examples, units, settings
         )
         tokens = tokens_per_batch(view.model, budget, prefix, view.sites)
-        made = batches(examples, len(examples), prefix, tokens)
         chunks = [
             chunk
-            for batch in made
+            for batch in batches(examples, len(examples), prefix, tokens)
             for chunk in chunks_of(batch, len(units), streams_per_chunk(view.model, batch, budget))
         ]
-        process_group = ProcessGroup.current()
-        run = ExactScorer(
-            view, units, len(examples), cache, process_group, torch_compile, memory_limit
-        )
-        with compiling() if torch_compile else nullcontext():
-            run.measure(chunks)
-    return UnitLosses(units, run.intact, run.masked)
+        scorer = ExactScorer(view, units, len(examples), settings)
+        with compiling() if settings.torch_compile else nullcontext():
+            scorer.measure(chunks)
+    return UnitLosses(units, scorer.intact, scorer.masked)
 
 
 def _check_order(units: list[SiteUnit]) -> None:
@@ -106,35 +90,150 @@ def _check_order(units: list[SiteUnit]) -> None:
         if following < place:
             raise ValueError(
                 f"unit {unit.index} of {site.name} comes after a unit of a later site: give units "
-                "in the order of the model, as all_units does"
+                "in the order of the model, as ModelView.units does"
             )
 
 
-def _prefix(
+def agreed_budget(
     view: ModelView,
     examples: list[CalibrationExample],
-) -> int:
-    """Tokens to compute once for all examples; none where there is no memory to try it."""
-    try:
-        return prefix_to_share(view, examples)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    clear_device_cache(garbage_collection=True)
-    logger.warning_once(
-        "memory ran out with two examples: what all examples begin with is computed for each"
-    )
-    return 0
-
-
-def agreed_budget(
-    model: PreTrainedModel,
-    memory_budget: int | str,
-    examples: list[CalibrationExample],
     units: list[SiteUnit],
-    cache: ScoreCache | None,
+    settings: ScoringSettings,
 ) -> int:
     """Return the bytes that activations may take, the same for all processes and later runs."""
-    if memory_budget != "auto":
-        return budget_bytes(memory_budget, model)
-    return agree_once("budget", lambda: budget_bytes("auto", model), examples, units, cache)
+    if settings.memory_budget != "auto":
+        return budget_bytes(settings.memory_budget, view.model)
+    return agree_once("budget", lambda: budget_bytes("auto", view.model), examples, units, settings)
+
+
+def agree_once(
+    name: str,
+    measure: Callable[[], int],
+    examples: list[CalibrationExample],
+    units: list[SiteUnit],
+    settings: ScoringSettings,
+) -> int:
+    """Return what the first process measures, or measured in an interrupted run, to all processes.
+
+    Batches of another size give other last bits, and free memory changes from run to run.
+
+    Args:
+        name: Name of the quantity.
+        measure: Measures it.
+        examples: The examples of the run.
+        units: The units of the run.
+        settings: The processes, and the cache that remembers the value.
+    """
+    process_group, cache = settings.process_group, settings.cache
+    if process_group.rank:
+        return process_group.broadcast(0)
+    return process_group.broadcast(
+        cache.remembered(name, examples, units, measure) if cache else measure()
+    )
+
+
+class ExactScorer:
+    """The losses of one run, filled in chunk by chunk from the cache and from all processes.
+
+    Args:
+        view: The model, in evaluation mode.
+        units: The units to mask, by rising layer.
+        examples: Number of examples.
+        settings: Memory, cache, compilation and processes.
+
+    Attributes:
+        intact: Loss per example, nats, float64 `[examples]`; complete after `measure`.
+        masked: The same with each unit masked, float64 `[units, examples]`.
+    """
+
+    def __init__(
+        self, view: ModelView, units: list[SiteUnit], examples: int, settings: ScoringSettings
+    ) -> None:
+        self.intact = torch.empty(examples, dtype=torch.float64)
+        self.masked = torch.empty(len(units), examples, dtype=torch.float64)
+        self._view = view
+        self._units = units
+        self._settings = settings
+        self._measurer = ChunkMeasurer(view, units, settings.torch_compile, settings.memory_limit)
+
+    def measure(self, chunks: list[Chunk]) -> None:
+        """Measure the chunks that the cache does not have; those of a batch follow one another.
+
+        Several processes measure a share each and exchange the results.
+
+        Raises:
+            ConnectionError: Another process has stopped, or cannot be reached.
+        """
+        process_group = self._settings.process_group
+        cached = {index for index, chunk in enumerate(chunks) if self._recall(chunk)}
+        with resume_hint_on_stop(lambda: "scoring was stopped", self._settings.cache):
+            cached_by_rank = process_group.all_gather(cached)
+            missing = sorted(set(range(len(chunks))).difference(*cached_by_rank))
+            places = process_group.share([self._cost([chunks[index]]) for index in missing])
+            measured_here = [missing[place] for place in places]
+            done = self._cost(chunks) - self._cost([chunks[index] for index in missing])
+            self._measure_missing([chunks[index] for index in measured_here], done)
+            # Processes without a common folder may have different chunks in their caches.
+            everywhere = cached_by_rank[0].intersection(*cached_by_rank)
+            to_share = [*measured_here, *cached.difference(everywhere)]
+            for results in process_group.all_gather(
+                {index: self._losses_of(chunks[index]) for index in to_share}
+            ):
+                for index, losses in results.items():
+                    self._fill(chunks[index], losses)
+
+    def _measure_missing(self, chunks: list[Chunk], done: int) -> None:
+        if self._view.device.type == "cpu" and not is_offloaded(self._view.model):
+            keep_freed_memory()
+        with logging.tqdm(
+            total=done + self._cost(chunks),
+            initial=done,
+            desc="Scoring",
+            unit="tok",
+            unit_scale=True,
+            disable=self._settings.process_group.rank > 0,
+        ) as progress:
+            for _, of_batch in groupby(chunks, key=lambda chunk: chunk.batch.positions):
+                self._measure_batch(list(of_batch), progress)
+
+    def _measure_batch(self, chunks: list[Chunk], progress: Any) -> None:
+        cache = self._settings.cache
+
+        def without_cached(parts: list[Chunk]) -> list[Chunk]:
+            missing = [part for part in parts if not self._recall(part)]
+            progress.update(self._cost(parts) - self._cost(missing))
+            return missing
+
+        for chunk, losses in self._measurer.measure(chunks, without_cached):
+            self._fill(chunk, losses)
+            if cache:
+                units = chunk.select(self._units)
+                cache.keep(chunk.batch, units, losses, self._settings.torch_compile)
+            progress.update(self._cost([chunk]))
+
+    def _recall(self, chunk: Chunk) -> bool:
+        """Fill in a chunk if the cache has it."""
+        cache = self._settings.cache
+        if cache is None:
+            return False
+        units = chunk.select(self._units)
+        losses = cache.losses(chunk.batch, units, self._settings.torch_compile)
+        if losses is None:
+            return False
+        self._fill(chunk, losses)
+        return True
+
+    def _losses_of(self, chunk: Chunk) -> torch.Tensor:
+        rows, columns = slice(chunk.units.start, chunk.units.stop), chunk.batch.positions
+        return self.masked[rows, columns] if chunk.units else self.intact[columns]
+
+    def _fill(self, chunk: Chunk, losses: torch.Tensor) -> None:
+        if chunk.units:
+            rows = slice(chunk.units.start, chunk.units.stop)
+            self.masked[rows, chunk.batch.positions] = losses
+        else:
+            self.intact[chunk.batch.positions] = losses
+
+    def _cost(self, chunks: list[Chunk]) -> int:
+        layers = len(self._view.layers)
+        return sum(cost_of(chunk, self._units, layers) for chunk in chunks)

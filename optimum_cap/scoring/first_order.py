@@ -28,19 +28,19 @@ from optimum_cap.models import (
     token_losses,
     without_parameter_grads,
 )
-from optimum_cap.runtime import ProcessGroup, check_same_inputs, each_in_memory
-from optimum_cap.scoring.cache import ScoreCache, names
+from optimum_cap.runtime import check_same_inputs, each_in_memory
+from optimum_cap.scoring.batch_sizes import tokens_per_chunk
+from optimum_cap.scoring.cache import names
 from optimum_cap.scoring.exact import agreed_budget
 from optimum_cap.scoring.scores import UnitLosses
-from optimum_cap.scoring.wavefront import tokens_per_chunk
+from optimum_cap.scoring.settings import ScoringSettings
 
 
 def first_order_losses(
     view: ModelView,
     examples: list[CalibrationExample],
-    memory_budget: int | str = "auto",
     units: list[SiteUnit] | None = None,
-    cache: ScoreCache | None = None,
+    settings: ScoringSettings | None = None,
 ) -> UnitLosses:
     """Estimate the masked losses to first order, with one backward pass for all units.
 
@@ -54,10 +54,9 @@ def first_order_losses(
     Args:
         view: A causal language model, whole in memory; it comes back as it was.
         examples: The calibration examples.
-        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of what is
-            free.
-        units: Which units to mask, in the order of the model; `None` masks all of the sites.
-        cache: Remembers the memory budget, so that a run that goes on has the same batches.
+        units: The units to mask, in the order of the model; `None` masks all units of the sites.
+        settings: Memory and processes, which all compute the same. The cache remembers the memory
+            budget alone, so that a resumed run has the same batches.
 
     Returns:
         The losses, in the order of the units and of the examples; the intact ones are measured.
@@ -68,7 +67,10 @@ def first_order_losses(
     """
     check_in_memory(view.model)
     units = view.units() if units is None else units
-    check_same_inputs(view.model, examples, names(units), memory_budget)
+    settings = settings or ScoringSettings()
+    check_same_inputs(
+        settings.process_group, view.model, examples, names(units), settings.memory_budget
+    )
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(units), len(examples), dtype=torch.float64)
     with (
@@ -77,7 +79,7 @@ def first_order_losses(
         without_parameter_grads(view.model),
         logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
     ):
-        budget = agreed_budget(view.model, memory_budget, examples, units, cache)
+        budget = agreed_budget(view, examples, units, settings)
         parts = batches(examples, examples_per_pass(view.model, examples, budget))
         for batch, losses in each_in_memory(
             parts, lambda batch: _first_order(view.model, units, batch)
@@ -85,7 +87,7 @@ def first_order_losses(
             intact[batch.positions], masked[:, batch.positions] = losses
             progress.update(len(batch.positions))
     # Every process has done all of it; what follows has to be the same in all.
-    intact, masked = ProcessGroup.current().broadcast((intact, masked))
+    intact, masked = settings.process_group.broadcast((intact, masked))
     return UnitLosses(units, intact, masked)
 
 

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from optimum_cap.models import (
     QUERIES,
-    ReachedError,
     Site,
+    StopForwardError,
     bypass_layers,
     cache_argument,
     device_of,
@@ -58,7 +58,7 @@ class _Keys(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.suffice:
             self.parts.append((key_states, value_states))
-            raise ReachedError
+            raise StopForwardError
         # As many as a cache of transformers keeps.
         window = getattr(self.layers[layer_idx], "sliding_window", None)
         count = None if window is None else window - 1
@@ -187,7 +187,7 @@ class LastAttention:
         with self._no_queries():
             for segment, hidden in zip(self.leading, parts, strict=True):
                 args, kwargs = self._arguments(segment, hidden, keys)
-                with suppress(ReachedError):
+                with suppress(StopForwardError):
                     self.layer(hidden, *args, **kwargs)
         keys.suffice = False
         return keys
@@ -234,14 +234,14 @@ def _entered(
             layer.update(nothing, nothing)
 
     def end(*args: Any, **kwargs: Any) -> Any:
-        raise ReachedError
+        raise StopForwardError
 
     with (
         zero_embeddings(model, hidden_states_of(output_template).dtype),
         bypass_layers(layers[:-1], output_template),
         recorded_calls({name: layers[-1]}) as calls,
         replaced_forward(layers[-1], end),
-        suppress(ReachedError),
+        suppress(StopForwardError),
     ):
         ids = input_ids.to(device_of(model))
         model(input_ids=ids, use_cache=True, **cache_argument(model, cache))

@@ -16,17 +16,22 @@ from optimum_cap.models import (
     token_losses,
 )
 from optimum_cap.runtime import budget_bytes
+from optimum_cap.scoring.batch_sizes import tokens_per_batch
 from optimum_cap.scoring.scores import UnitLosses
-from optimum_cap.scoring.wavefront import tokens_per_batch
+from optimum_cap.scoring.settings import ScoringSettings
 
 
 def plain_losses(
     view: ModelView,
     examples: list[CalibrationExample],
-    memory_budget: int | str = "auto",
     units: list[SiteUnit] | None = None,
+    settings: ScoringSettings | None = None,
 ) -> UnitLosses:
-    """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2)."""
+    """Measure the same as `exact_losses` by one hooked forward pass per unit (paper, step 2).
+
+    Of the settings, only the memory budget has an effect. Every process measures everything.
+    """
+    settings = settings or ScoringSettings()
     units = view.units() if units is None else units
     intact = torch.empty(len(examples), dtype=torch.float64)
     masked = torch.empty(len(units), len(examples), dtype=torch.float64)
@@ -35,7 +40,7 @@ def plain_losses(
         float32_on_cpu(view.model),
         logging.tqdm(total=len(examples) * (1 + len(units)), desc="Scoring") as progress,
     ):
-        budget = budget_bytes(memory_budget, view.model)
+        budget = budget_bytes(settings.memory_budget, view.model)
         tokens = tokens_per_batch(view.model, budget)
         for batch in batches(examples, len(examples), tokens=tokens):
             intact[batch.positions] = _forward_losses(view.model, batch)

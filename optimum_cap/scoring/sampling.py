@@ -1,6 +1,7 @@
 """First-order losses corrected by exact losses of some examples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,10 +9,10 @@ import torch
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import ModelView, SiteUnit
 from optimum_cap.runtime import MemoryLimit
-from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
 from optimum_cap.scoring.scores import UnitLosses, nanvar
+from optimum_cap.scoring.settings import ScoringSettings
 
 _WITHIN = 1.96  # standard errors on either side of a 95 % interval
 _BY_EFFECTS = 0.25  # part of the chance to be drawn that follows the effects
@@ -21,13 +22,11 @@ _ROUNDING = 1e-9  # a probability that is nearer to 1 than this is 1
 def control_variate_losses(
     view: ModelView,
     examples: list[CalibrationExample],
-    memory_budget: int | str = "auto",
     units: list[SiteUnit] | None = None,
+    settings: ScoringSettings | None = None,
     *,
     exact_examples: int = 16,
     seed: int = 0,
-    cache: ScoreCache | None = None,
-    torch_compile: bool = False,
 ) -> UnitLosses:
     """Estimate the masked losses to first order, corrected by exact ones of some examples.
 
@@ -39,24 +38,22 @@ def control_variate_losses(
     are drawn more often (`chances_of_drawing`).
 
     Args:
-        view: As for `first_order_losses`, and so the next four.
+        view: As for `first_order_losses`.
         examples: The calibration examples.
-        memory_budget: For activations.
-        units: Which units to mask.
+        units: As for `first_order_losses`.
+        settings: As for `exact_losses`.
         exact_examples: Number of examples with exact losses.
         seed: Seed of the draw.
-        cache: Keeps finished chunks of the exact losses.
-        torch_compile: As for `exact_losses`.
 
     Raises:
         ValueError: There are fewer examples than that, or it is below 2.
     """
     _check_exact_examples(exact_examples, len(examples))
-    sampled = SampledLosses(first_order_losses(view, examples, memory_budget, units, cache))
+    sampled = SampledLosses(first_order_losses(view, examples, units, settings))
     chances = chances_of_drawing(sampled.first_order, exact_examples)
     drawn = draw_examples(chances, start=float(np.random.default_rng(seed).random()))
     rows = [examples[position] for position in drawn]
-    exact = exact_losses(view, rows, memory_budget, sampled.units, cache, torch_compile)
+    exact = exact_losses(view, rows, sampled.units, settings)
     sampled.record(range(len(sampled.units)), drawn, exact.masked, chances)
     return sampled.losses()
 
@@ -123,14 +120,12 @@ def _check_exact_examples(exact_examples: int, examples: int) -> None:
 def adaptive_losses(
     view: ModelView,
     examples: list[CalibrationExample],
-    memory_budget: int | str = "auto",
     units: list[SiteUnit] | None = None,
+    settings: ScoringSettings | None = None,
     *,
     exact_examples: int = 16,
     precision: float = 0.1,
     seed: int = 0,
-    cache: ScoreCache | None = None,
-    torch_compile: bool = False,
 ) -> UnitLosses:
     """Estimate as `control_variate_losses`, in rounds, until every importance is known well enough.
 
@@ -140,29 +135,27 @@ def adaptive_losses(
     importance is relative to (Eq. 3). A unit that stays wide to the end is measured exactly.
 
     Args:
-        view: As for `first_order_losses`, and so the next four.
+        view: As for `first_order_losses`.
         examples: The calibration examples.
-        memory_budget: For activations.
-        units: Which units to mask.
+        units: As for `first_order_losses`.
+        settings: As for `exact_losses`.
         exact_examples: Number of examples of each round.
         precision: Half the width of the 95 % interval, as a fraction of the range of the scores.
         seed: Seed of the draw.
-        cache: Keeps finished chunks of the exact losses.
-        torch_compile: As for `exact_losses`.
 
     Raises:
         ValueError: There are fewer examples than `exact_examples`, or it is below 2.
     """
     blocks = draw_blocks(len(examples), exact_examples, seed)
-    sampled = SampledLosses(first_order_losses(view, examples, memory_budget, units, cache))
-    wide, memory_limit = list(range(len(sampled.units))), MemoryLimit()
+    sampled = SampledLosses(first_order_losses(view, examples, units, settings))
+    wide = list(range(len(sampled.units)))
+    # A limit of memory that one round meets holds for the next ones.
+    settings = replace(settings or ScoringSettings(), memory_limit=MemoryLimit())
     for turn in range(max(map(len, blocks))):
         drawn = [block[turn] for block in blocks if turn < len(block)]
         rows = [examples[position] for position in drawn]
         still_wide = [sampled.units[index] for index in wide]
-        exact = exact_losses(
-            view, rows, memory_budget, still_wide, cache, torch_compile, memory_limit
-        )
+        exact = exact_losses(view, rows, still_wide, settings)
         sampled.record(wide, drawn, exact.masked, chances_in_blocks(blocks, turn + 1))
         narrow = sampled.narrow(precision)
         wide = [index for index in wide if not narrow[index]]

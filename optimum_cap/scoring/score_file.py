@@ -101,7 +101,7 @@ class SavedScores:
                 f"{config.to_dict()['dataset']}, num_samples {config.num_samples}, seed "
                 f"{config.seed}): use the same, or score again"
             )
-        self._check_settings(("estimator", *ESTIMATORS[config.estimator].settings), config)
+        self._check_settings(("estimator", *ESTIMATORS[config.estimator].fields), config)
         return UnitLosses(units, **self.tensors)
 
     def _check_settings(self, names: Iterable[str], config: CAPConfig) -> None:

@@ -291,7 +291,8 @@ def test_preset_loads_from_the_hub_at_its_revision(
     options = {"split": "train", "revision": entry.revision}
     assert asked == [(entry.hub_id, entry.config_name, options)]
     assert len(entry.revision) == 40
-    assert source["hub_id"] == entry.hub_id
+    assert (source["name"], source["hub_id"]) == (preset, entry.hub_id)
+    assert source["config"] == entry.config_name
     assert source["revision"] == entry.revision
     build({"path": preset, "split": "test", "revision": "main"}, num_samples=1)
     assert asked[1][2] == {"split": "test", "revision": "main"}

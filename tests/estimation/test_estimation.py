@@ -39,6 +39,7 @@ from optimum_cap.methods.reconstruction import alps
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import (
     Matrix,
+    SiteUnit,
     find_sites,
     matrices_by_layer,
     oriented,
@@ -51,10 +52,11 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.dense_reference import DenseReferencePass
 from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.sensitivity import measure_sensitivities
-from optimum_cap.scoring import wavefront
+from optimum_cap.scoring import batch_sizes, wavefront
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
+from optimum_cap.scoring.settings import ScoringSettings
 from optimum_cap.study.study import Study
 from optimum_cap.text import format_duration
 
@@ -139,13 +141,15 @@ def test_exact_scoring_after_a_prefix_takes_the_operations_that_pytorch_counts()
     # counted. The trial whether the model can share a prefix is not counted, so it is not run.
     model = eager_model("llama")
     sites = find_sites(model)
-    jobs = [(site, unit) for site in sites if site.kind == "attention" for unit in site.units]
+    units = [
+        SiteUnit(site, unit) for site in sites if site.kind == "attention" for unit in site.units
+    ]
     (batch,) = batches(examples(), SHAPE.examples, 24)
 
     def measure() -> None:
         stream = wavefront.Wavefront(ModelView(model, sites), batch)
         stream.intact_losses()
-        stream.masked_losses(jobs)
+        stream.masked_losses(units)
 
     with torch.no_grad():
         real = counted(measure)
@@ -193,7 +197,7 @@ def test_walks_take_the_operations_that_pytorch_counts(
     architecture: str, by_projection: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Which outlets join the stream is tried on one batch, which is not counted.
-    monkeypatch.setattr(DenseReferencePass, "_find_joining", lambda *args: set())
+    monkeypatch.setattr(DenseReferencePass, "joining_modules", lambda *args: set())
     model = eager_model(architecture)
     work = count_work(model, find_sites(model))
     compared = SHAPE.examples * TOKENS * work.compared
@@ -365,8 +369,8 @@ def test_a_model_on_several_devices_is_scored_by_one_process() -> None:
 
 def test_chunks_are_as_large_as_those_of_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, rows in ROWS.items():
-        monkeypatch.setattr(wavefront, "device_of", lambda model, kind=kind: torch.device(kind))
-        assert wavefront.tokens_per_chunk(tiny_model("llama")) == rows
+        monkeypatch.setattr(batch_sizes, "device_of", lambda model, kind=kind: torch.device(kind))
+        assert batch_sizes.tokens_per_chunk(tiny_model("llama")) == rows
     assert activations._TOKENS_PER_BATCH == WALK_ROWS
 
 
@@ -676,7 +680,9 @@ def test_disk_of_scores_is_that_of_losses_and_of_the_files_of_chunks(
     ]
     sites = find_sites(model)
     heads = [site for site in sites if site.kind == "attention"]
-    exact_losses(ModelView(model, heads), rows, cache=ScoreCache(tmp_path, model))
+    exact_losses(
+        ModelView(model, heads), rows, settings=ScoringSettings(cache=ScoreCache(tmp_path, model))
+    )
     chunks = len(list(tmp_path.rglob("*.safetensors"))) - 2  # without the budget and the prefix
     meter = CostModel(count_work(model, sites), replace(find_hardware("h100", SIZE), kind="cpu"), 4)
     found = meter.scoring("exact", replace(SHAPE, examples=count))

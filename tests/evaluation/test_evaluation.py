@@ -37,7 +37,7 @@ from optimum_cap.evaluation.tasks import (
 
 REASONER = EXAMPLES / "tiny_reasoner"
 sys.path.insert(0, str(REASONER))  # the examples are scripts, no package
-from evaluate import correct_answers, load_problems  # noqa: E402
+from evaluate import correct_answers, generated_answers, load_problems  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -106,7 +106,7 @@ def reasoner_tokenizer() -> Any:
 def test_items_are_graded_as_the_example_grades_them() -> None:
     model, tokenizer = damaged_reasoner(), reasoner_tokenizer()
     problems = load_problems("test", 30)
-    right = correct_answers(model, tokenizer, problems)
+    right = correct_answers(problems, generated_answers(model, tokenizer, problems))
     expected = {
         row_digest(problem.question, problem.answer): correct
         for problem, correct in zip(problems, right, strict=True)
@@ -490,7 +490,10 @@ def test_missing_files_say_where_was_looked(
         load_task_data("tiny_reasoner")
 
 
-def test_embedded_problems_are_found_in_a_checkout_and_in_a_data_folder() -> None:
+def test_embedded_problems_are_found_in_a_checkout_and_in_a_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the checkout is found from the package, not the current folder
     for folder in (None, REASONER.parent, REASONER / "data"):
         data = load_task_data("tiny_reasoner", folder)
         assert [len(questions) for questions, _ in data.values()] == [300, 300, 300]
@@ -594,7 +597,7 @@ def test_the_embedded_model_is_as_accurate_as_the_example_says() -> None:
     found = evaluate(REASONER / "model", tasks="tiny_reasoner", batch_size=128)
     model = AutoModelForCausalLM.from_pretrained(REASONER / "model")
     problems = load_problems("test")
-    right = correct_answers(model, reasoner_tokenizer(), problems)
+    right = correct_answers(problems, generated_answers(model, reasoner_tokenizer(), problems))
     for kind in ("arithmetic", "yes_no", "multiple_choice"):
         expected = sum(
             correct for row, correct in zip(problems, right, strict=True) if row.kind == kind

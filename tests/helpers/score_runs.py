@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.view import ModelView
+from optimum_cap.runtime.distributed import ProcessGroup
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.scores import UnitLosses
+from optimum_cap.scoring.settings import ScoringSettings
 
 BUDGET = 20_000  # makes several batches of several chunks
 ONE_STREAM_BUDGET = 10_000  # makes chunks of one stream, which pass all layers but their own whole
@@ -30,7 +32,13 @@ def examples(count: int = 6) -> list[CalibrationExample]:
 
 def score(model: PreTrainedModel, folder: Path | None, count: int = 6) -> UnitLosses:
     cache = ScoreCache(folder, model) if folder else None
-    return exact_losses(ModelView.of(model), examples(count), BUDGET, cache=cache)
+    return exact_losses(
+        ModelView.of(model),
+        examples(count),
+        settings=ScoringSettings(
+            memory_budget=BUDGET, cache=cache, process_group=ProcessGroup.current()
+        ),
+    )
 
 
 def same_bytes(first: UnitLosses, second: UnitLosses) -> bool:
@@ -55,7 +63,9 @@ def assert_exact(
     mlp_unit_size: int | None = 8,
 ) -> None:
     sites = find_sites(model, mlp_unit_size)
-    exact = exact_losses(ModelView(model, sites), rows, memory_budget)
+    exact = exact_losses(
+        ModelView(model, sites), rows, settings=ScoringSettings(memory_budget=memory_budget)
+    )
     plain = plain_losses(ModelView(model, sites), rows)
     torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
     torch.testing.assert_close(exact.intact, plain.intact, rtol=1e-5, atol=0)

@@ -28,6 +28,7 @@ from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
+from optimum_cap.scoring.settings import ScoringSettings
 
 FIELDS: dict[str, Any] = {
     "sparsity": 0.2,
@@ -46,7 +47,11 @@ def test_compiled_equals_plain(name: str, prefix: int, compiled_calls: list[torc
     model, rows = tiny_model(name), examples(prefix)
     sites = find_sites(model)
     plain = plain_losses(ModelView(model, sites), rows)
-    exact = exact_losses(ModelView(model, sites), rows, ONE_STREAM_BUDGET, torch_compile=True)
+    exact = exact_losses(
+        ModelView(model, sites),
+        rows,
+        settings=ScoringSettings(memory_budget=ONE_STREAM_BUDGET, torch_compile=True),
+    )
     assert len(compiled_calls) >= 4  # of each head of the first layer, through the second one
     torch.testing.assert_close(exact.masked, plain.masked, rtol=1e-5, atol=0)
     torch.testing.assert_close(exact.intact, plain.intact, rtol=1e-5, atol=0)
@@ -62,7 +67,11 @@ def test_all_layers_are_one_program(prefix: int, compiled_calls: list[torch.Size
         torch.compiler.reset()
         counters.clear()
         model = tiny_model("llama", num_hidden_layers=layers)
-        exact_losses(ModelView.of(model), examples(prefix), ONE_STREAM_BUDGET, torch_compile=True)
+        exact_losses(
+            ModelView.of(model),
+            examples(prefix),
+            settings=ScoringSettings(memory_budget=ONE_STREAM_BUDGET, torch_compile=True),
+        )
         found.append(counters["stats"]["unique_graphs"])
     assert found[0] == found[1] > 0
 
@@ -117,14 +126,18 @@ def test_a_model_that_is_moved_about_is_not_compiled(place: Any, tmp_path: Path)
     with pytest.raises(ValueError, match=message):
         CAPPruner(config).measure(model, tiny_tokenizer())
     with pytest.raises(ValueError, match=message):
-        exact_losses(ModelView.of(model), examples(), torch_compile=True)
+        exact_losses(ModelView.of(model), examples(), settings=ScoringSettings(torch_compile=True))
     assert not (tmp_path / "cache").exists()
 
 
 def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
     with pytest.raises(ValueError, match=r"torch_compile needs torch 2\.7 or newer, .* 2\.6\.0"):
-        exact_losses(ModelView(tiny_model("llama"), []), examples(), torch_compile=True)
+        exact_losses(
+            ModelView(tiny_model("llama"), []),
+            examples(),
+            settings=ScoringSettings(torch_compile=True),
+        )
 
 
 def test_a_layer_that_cannot_be_compiled_is_named(compiled_calls: list[torch.Size]) -> None:
@@ -134,8 +147,16 @@ def test_a_layer_that_cannot_be_compiled_is_named(compiled_calls: list[torch.Siz
         layer.register_forward_pre_hook(lambda module, args: print(args))
     message = r"torch_compile: LlamaDecoderLayer cannot be compiled here .* leave torch_compile out"
     with pytest.raises(ValueError, match=message):
-        exact_losses(ModelView(model, sites), examples(), ONE_STREAM_BUDGET, torch_compile=True)
-    exact_losses(ModelView(model, sites), examples(), ONE_STREAM_BUDGET)
+        exact_losses(
+            ModelView(model, sites),
+            examples(),
+            settings=ScoringSettings(memory_budget=ONE_STREAM_BUDGET, torch_compile=True),
+        )
+    exact_losses(
+        ModelView(model, sites),
+        examples(),
+        settings=ScoringSettings(memory_budget=ONE_STREAM_BUDGET),
+    )
 
 
 @pytest.mark.slow
@@ -147,9 +168,19 @@ def test_too_many_programs_are_named(
     sites, rows = find_sites(model), examples(0)
     of_first_layer = all_units(sites)[:2]
     # A single row, and then more.
-    exact_losses(ModelView(model, sites), rows[:1], units=of_first_layer[:1], torch_compile=True)
+    exact_losses(
+        ModelView(model, sites),
+        rows[:1],
+        units=of_first_layer[:1],
+        settings=ScoringSettings(torch_compile=True),
+    )
     with pytest.raises(ValueError, match="needed more than 1 programs in this process"):
-        exact_losses(ModelView(model, sites), rows, units=of_first_layer, torch_compile=True)
+        exact_losses(
+            ModelView(model, sites),
+            rows,
+            units=of_first_layer,
+            settings=ScoringSettings(torch_compile=True),
+        )
 
 
 def test_losses_of_compiled_layers_are_kept_apart(tmp_path: Path) -> None:

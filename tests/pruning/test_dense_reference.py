@@ -238,7 +238,7 @@ def test_outlets_join_the_stream_where_nothing_is_behind_them(name: str, joining
         walk = DenseReferencePass(ModelView.of(model), examples(4))
         walk.begin(0)
         prefix = f"{find_sites(model)[0].layer_name}."
-        assert walk._joining_outlets(0) == {prefix + path for path in joining}
+        assert walk.joining_modules(0) == {prefix + path for path in joining}
 
 
 def test_behind_a_norm_the_streams_loss_is_not_added() -> None:
@@ -295,7 +295,7 @@ def test_a_matrix_that_does_not_run_is_an_error(llama: PreTrainedModel) -> None:
     with evaluation_mode(llama):
         walk = DenseReferencePass(ModelView(llama, sites), examples(3))
         walk.begin(0)
-        with pytest.raises(ValueError, match=r"did not run model\.layers\.0\.mlp\.down_proj, who"):
+        with pytest.raises(ValueError, match=r"did not run model\.layers\.0\.mlp\.down_proj, so t"):
             walk.statistics(0, stages_by_layer(sites)[0][-1])
 
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from optimum_cap import config
-from optimum_cap.models.architectures import Site, Unit, find_sites
+from optimum_cap.models.architectures import Site, SiteUnit, Unit, find_sites
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring import sampling
 from optimum_cap.scoring.estimators import ESTIMATORS
@@ -35,6 +35,7 @@ from optimum_cap.scoring.sampling import (
     draw_examples,
 )
 from optimum_cap.scoring.scores import UnitLosses, causal_scores
+from optimum_cap.scoring.settings import ScoringSettings
 
 
 def names(losses: UnitLosses) -> list[tuple[str, int]]:
@@ -120,7 +121,9 @@ def test_first_order_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
 def test_a_small_budget_gives_the_same_first_order(llama: PreTrainedModel) -> None:
     sites = find_sites(llama)
     torch.testing.assert_close(
-        first_order_losses(ModelView(llama, sites), examples(), memory_budget=20_000).masked,
+        first_order_losses(
+            ModelView(llama, sites), examples(), settings=ScoringSettings(memory_budget=20_000)
+        ).masked,
         first_order_losses(ModelView(llama, sites), examples()).masked,
         rtol=1e-5,
         atol=1e-6,
@@ -190,7 +193,7 @@ def effects_of(sizes: torch.Tensor) -> UnitLosses:
     unit = Unit(0, (0, 1), ())
     site = Site("layer.o_proj", "attention", 0, "layer", "layer", 1, (unit,))
     masked = torch.stack([intact - sizes / 4, intact + 3 * sizes, intact])
-    return UnitLosses([(site, unit)] * 3, intact, masked)
+    return UnitLosses([SiteUnit(site, unit)] * 3, intact, masked)
 
 
 def estimated(

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.hooks import replaced_forward
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.scores import UnitLosses, causal_scores
+from optimum_cap.scoring.settings import ScoringSettings
 from optimum_cap.scoring.wavefront import Wavefront
 
 
@@ -47,7 +48,9 @@ def test_exact_equals_plain(model: PreTrainedModel) -> None:
 def test_a_small_budget_gives_the_same_losses(model: PreTrainedModel) -> None:
     sites, rows = find_sites(model), examples()
     torch.testing.assert_close(
-        exact_losses(ModelView(model, sites), rows, memory_budget=20_000).masked,
+        exact_losses(
+            ModelView(model, sites), rows, settings=ScoringSettings(memory_budget=20_000)
+        ).masked,
         exact_losses(ModelView(model, sites), rows).masked,
         rtol=1e-5,
         atol=0,
@@ -142,7 +145,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 def losses_of(masked: list[list[float]], intact: list[float]) -> UnitLosses:
     site = find_sites(tiny_model("llama"))[0]
-    units = [(site, site.units[index]) for index in range(len(masked))]
+    units = [SiteUnit(site, site.units[index]) for index in range(len(masked))]
     as_tensor = torch.tensor(masked, dtype=torch.float64)
     return UnitLosses(units, torch.tensor(intact, dtype=torch.float64), as_tensor)
 

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.hooks import replaced_forward
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.last_attention import LastAttention
@@ -66,7 +66,7 @@ def test_what_is_computed_of_the_last_attention(llama: PreTrainedModel, prefix: 
 
         return replaced_forward(module, forward)
 
-    site = waves.attention[0]
+    site = waves.blocks.attention[0]
     with torch.no_grad():
         _ = waves._last_attention  # the trial with the intact stream
         with (
@@ -74,7 +74,7 @@ def test_what_is_computed_of_the_last_attention(llama: PreTrainedModel, prefix: 
             count("k", attention.k_proj),
             count("o", attention.o_proj),
         ):
-            waves.masked_losses([(site, unit) for unit in site.units])
+            waves.masked_losses([SiteUnit(site, unit) for unit in site.units])
     longest = max(SUFFIXES) - (prefix > 0)  # the last token predicts nothing
     asking = 3 * (longest - FIRST)
     assert tokens["q"] == tokens["o"] == len(site.units) * asking

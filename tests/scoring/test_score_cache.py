@@ -37,6 +37,7 @@ from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.sampling import adaptive_losses, control_variate_losses
 from optimum_cap.scoring.scores import UnitLosses, causal_scores
+from optimum_cap.scoring.settings import ScoringSettings
 from optimum_cap.scoring.wavefront import Wavefront
 
 
@@ -116,7 +117,12 @@ def test_sampled_estimates_go_on_with_the_same_bytes(
     sites, rows = find_sites(llama), examples(12)
 
     def run(cache: ScoreCache | None) -> UnitLosses:
-        return estimate(ModelView(llama, sites), rows, BUDGET, exact_examples=4, cache=cache)
+        return estimate(
+            ModelView(llama, sites),
+            rows,
+            settings=ScoringSettings(memory_budget=BUDGET, cache=cache),
+            exact_examples=4,
+        )
 
     expected = run(None)
     total = len(measured)
@@ -268,7 +274,11 @@ def test_changed_data_or_versions_meet_no_old_chunk(
         rows[0].scored[-1] = False
     else:
         monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
-    exact_losses(ModelView.of(llama), rows, BUDGET, cache=ScoreCache(tmp_path, llama))
+    exact_losses(
+        ModelView.of(llama),
+        rows,
+        settings=ScoringSettings(memory_budget=BUDGET, cache=ScoreCache(tmp_path, llama)),
+    )
     again = len(measured) - first
     assert again == (first if change == "version" else first // 6), "of one batch of one example"
 
@@ -277,13 +287,25 @@ def test_what_is_free_later_does_not_change_the_chunks(
     llama: PreTrainedModel, tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sites, cache = find_sites(llama), ScoreCache(tmp_path, llama)
-    expected = exact_losses(ModelView(llama, sites), examples(), "auto", cache=cache)
+    expected = exact_losses(
+        ModelView(llama, sites),
+        examples(),
+        settings=ScoringSettings(memory_budget="auto", cache=cache),
+    )
     chunks = len(measured)
     monkeypatch.setattr("optimum_cap.scoring.exact.budget_bytes", lambda budget, model: 1)
-    again = exact_losses(ModelView(llama, sites), examples(), "auto", cache=cache)
+    again = exact_losses(
+        ModelView(llama, sites),
+        examples(),
+        settings=ScoringSettings(memory_budget="auto", cache=cache),
+    )
     assert len(measured) == chunks
     assert same_bytes(again, expected)
-    other = exact_losses(ModelView(llama, sites), examples(5), "auto", cache=cache)
+    other = exact_losses(
+        ModelView(llama, sites),
+        examples(5),
+        settings=ScoringSettings(memory_budget="auto", cache=cache),
+    )
     assert set(measured[chunks:]) == {1}
     torch.testing.assert_close(other.masked, expected.masked[:, :5], rtol=1e-5, atol=0)
 
@@ -378,9 +400,17 @@ def test_out_of_memory_meets_the_cache(
     """Halves of a batch have chunks of their own, which the next run finds as well."""
     sites = find_sites(llama)
     limit_memory(monkeypatch, 40, OUT_OF_MEMORY["cuda"])
-    first = exact_losses(ModelView(llama, sites), examples(), cache=ScoreCache(tmp_path, llama))
+    first = exact_losses(
+        ModelView(llama, sites),
+        examples(),
+        settings=ScoringSettings(cache=ScoreCache(tmp_path, llama)),
+    )
     chunks = len(measured)
-    again = exact_losses(ModelView(llama, sites), examples(), cache=ScoreCache(tmp_path, llama))
+    again = exact_losses(
+        ModelView(llama, sites),
+        examples(),
+        settings=ScoringSettings(cache=ScoreCache(tmp_path, llama)),
+    )
     assert len(measured) == chunks
     assert same_bytes(first, again)
 

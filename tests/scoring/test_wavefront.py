@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import batches, shared_prefix
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import all_units, find_sites
+from optimum_cap.models.architectures import SiteUnit, all_units, find_sites
 from optimum_cap.models.view import ModelView
+from optimum_cap.scoring import shared_prefix as sharing
 from optimum_cap.scoring import wavefront
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
@@ -24,7 +25,7 @@ def prefix_of(model: PreTrainedModel, rows: list[CalibrationExample]) -> int:
     """The prefix that `exact_losses` computes once."""
     sites = find_sites(model)
     with torch.no_grad():
-        return wavefront.prefix_to_share(ModelView(model, sites), rows)
+        return sharing.prefix_to_share(ModelView(model, sites), rows)
 
 
 # What is shared
@@ -183,7 +184,7 @@ def test_the_prefix_is_computed_once_per_stream(llama: PreTrainedModel) -> None:
     [batch] = batches(examples(prefix=12, suffixes=(9, 9, 5)), 3, 12)
     with torch.no_grad():
         waves = wavefront.Wavefront(ModelView(llama, sites), batch)
-        waves.masked_losses([(sites[0], unit) for unit in sites[0].units])
+        waves.masked_losses([SiteUnit(sites[0], unit) for unit in sites[0].units])
     per_stream = 12 + 3 * (9 - 1)  # the last token predicts nothing
     assert sum(hidden.shape[:2].numel() for hidden in seen) == (1 + 4) * per_stream
 
@@ -208,7 +209,7 @@ def test_a_stream_that_starts_in_the_mlp_computes_no_mlp_of_its_layer(name: str)
             projected = mlp.experts.act_fn if name == "mixtral" else mlp.act_fn
             projected.register_forward_pre_hook(count(layer))
         [site] = [site for site in sites if site.layer == 0 and site.kind != "attention"][:1]
-        waves.masked_losses([(site, site.units[0])])
+        waves.masked_losses([SiteUnit(site, site.units[0])])
     per_stream = batch.input_ids.numel()
     assert seen[1] == per_stream * (2 if name == "mixtral" else 1)
     # Of experts, the tokens that reach the masked one are computed without it.
@@ -229,7 +230,7 @@ def test_a_model_that_needs_whole_sequences_gets_them(caplog: pytest.LogCaptureF
     scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     model = tiny_model("llama", max_position_embeddings=16, rope_parameters=scaling)
     rows = examples(prefix=12, suffixes=(9, 9, 9))
-    wavefront.logger.warning_once.cache_clear()
+    sharing.logger.warning_once.cache_clear()
     assert prefix_of(model, rows) == 0
     assert_exact(model, rows)
     [record] = caplog.records

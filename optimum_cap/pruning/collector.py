@@ -1,0 +1,261 @@
+"""What the prunable matrices of a decoder layer receive while the layer runs."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.data import Batch
+from optimum_cap.methods import CRITERIA
+from optimum_cap.models import (
+    Matrix,
+    StopForwardError,
+    gated,
+    routed,
+    routing,
+    split_hidden,
+)
+
+_INPUT_CRITERIA = ", ".join(name for name, entry in CRITERIA.items() if entry.needs_inputs)
+
+
+@dataclass
+class LayerBatch:
+    """One calibration batch between two decoder layers.
+
+    Attributes:
+        batch: The examples.
+        weights: Weight of each real position, float32 `[positions]`; `None` if all are 1.
+        hidden: Hidden states, `[examples, tokens, hidden]`.
+        arguments: The other arguments of every layer.
+    """
+
+    batch: Batch
+    weights: torch.Tensor | None
+    hidden: torch.Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def real_rows(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the rows of `[examples, tokens, width]` that are not padding.
+
+        Args:
+            hidden: What a module receives or returns.
+            name: Name of the module or matrix, for the error.
+
+        Returns:
+            The rows, `[positions, width]`.
+
+        Raises:
+            ValueError: `hidden` has another number of tokens than the batch.
+        """
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        real = self.batch.real.flatten().to(hidden.device)
+        if len(rows) != len(real):
+            raise ValueError(
+                f"{name} received {len(rows)} tokens of {len(real)}: cannot tell which tokens are "
+                f"padding, so {_INPUT_CRITERIA} cannot prune it; leave it dense "
+                "(modules_to_leave_dense) or choose criterion 'magnitude'"
+            )
+        return rows[real]
+
+    def weights_on(self, device: torch.device) -> torch.Tensor | None:
+        """Return `weights` on a device."""
+        return None if self.weights is None else self.weights.to(device)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The real tokens of a batch that reach a matrix.
+
+    Attributes:
+        tokens: Their positions among the real tokens, int64 `[tokens]`; `None` for all of them.
+        token_weights: Weight of each of these tokens, float32 `[tokens]`; `None` if all are 1.
+        routing_weights: Weight that the router gave the expert for each, float32 `[tokens]`; `None`
+            outside experts.
+        routing_total: Sum of the routing weights of all experts of each token, float32 `[tokens]`;
+            `None` outside experts.
+    """
+
+    tokens: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
+    routing_weights: torch.Tensor | None = None
+    routing_total: torch.Tensor | None = None
+
+    @property
+    def error_weights(self) -> torch.Tensor | None:
+        """How much a squared error at each token counts, float32 `[tokens]`; `None` if all are 1.
+
+        Errors of an expert are scaled by its routing weight in the sum over experts.
+        """
+        if self.routing_weights is None:
+            return self.token_weights
+        squares = self.routing_weights.square()
+        return squares if self.token_weights is None else squares * self.token_weights
+
+    def share_of(self, error: torch.Tensor) -> torch.Tensor:
+        """Return which part of an error in the residual stream the matrix is to compensate.
+
+        Args:
+            error: The error at every real token, `[real tokens, hidden]`.
+
+        Returns:
+            The share at the tokens of the route, float32 `[tokens, hidden]`. Experts divide an
+            error by the sum of their routing weights, so that their weighted outputs add up to it.
+        """
+        if self.tokens is None or self.routing_total is None:
+            return error.float()
+        at_tokens = error.to(self.tokens.device)[self.tokens].float()
+        # Experts whose weights are all zero cannot compensate anything.
+        total = self.routing_total.unsqueeze(1)
+        return (at_tokens / total).where(total > 0, 0)
+
+
+Receive = Callable[[Matrix, torch.Tensor, Route], None]
+"""Takes the inputs of a matrix, `[tokens, in]`, and the tokens that they belong to."""
+
+
+class InputCollector:
+    """Passes on the inputs of matrices of one layer while the layer runs.
+
+    Args:
+        model: The model.
+        matrices: Prunable matrices of one decoder layer.
+
+    Attributes:
+        leaders: For each matrix that has run, the first matrix with the same input.
+
+    Raises:
+        ValueError: A matrix belongs to an expert whose inputs cannot be computed.
+    """
+
+    def __init__(self, model: PreTrainedModel, matrices: Iterable[Matrix]) -> None:
+        self.leaders: dict[Matrix, Matrix] = {}
+        self._model = model
+        self._by_module: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            if matrix.expert is not None:
+                _expert_rule(matrix)
+            self._by_module.setdefault(matrix.module, []).append(matrix)
+
+    @contextmanager
+    def collecting(
+        self,
+        batch: LayerBatch,
+        receive: Receive,
+        routes: Mapping[Matrix, Route] | None = None,
+        stop_early: bool = False,
+    ) -> Iterator[None]:
+        """Pass on what the matrices receive of a batch in this context.
+
+        Args:
+            batch: The batch that the layer runs on.
+            receive: Called for the first of the matrices that share an input; `leaders` says which
+                one that is.
+            routes: Routes to use for experts instead of those of this run.
+            stop_early: Whether to end the forward pass, with `StopForwardError`, once every matrix
+                has received its input.
+        """
+        shared: list[tuple[torch.Tensor, Matrix]] = []
+        missing = set(self._by_module)
+
+        def receive_projection(path: str, hidden: torch.Tensor, others: tuple[Any, ...]) -> None:
+            for matrix in self._by_module[path]:
+                leader = next((first for tensor, first in shared if tensor is hidden), None)
+                self.leaders[matrix] = leader or matrix
+                if leader is None:
+                    shared.append((hidden, matrix))
+                    rows = batch.real_rows(hidden, matrix.name)
+                    receive(matrix, rows, Route(token_weights=batch.weights_on(rows.device)))
+
+        def receive_experts(path: str, hidden: torch.Tensor, others: tuple[Any, ...]) -> None:
+            matrices = self._by_module[path]
+            rows = batch.real_rows(hidden, path)
+            chosen, weights = (batch.real_rows(each, path) for each in routing(path, others))
+            for matrix in matrices:
+                if routes is None:
+                    route = _route(matrix, chosen, weights, batch.weights_on(chosen.device))
+                else:
+                    route = routes[matrix]
+                self.leaders[matrix] = matrix
+                module = self._model.get_submodule(path)
+                receive(matrix, _expert_input(module, matrix, rows[route.tokens]), route)
+
+        def hook_of(path: str) -> Callable[..., None]:
+            experts = self._by_module[path][0].expert is not None
+            pass_on = receive_experts if experts else receive_projection
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden, others, _ = split_hidden(args, kwargs)
+                pass_on(path, hidden, others)
+                missing.discard(path)
+                if stop_early and not missing:
+                    raise StopForwardError
+
+            return hook
+
+        with ExitStack() as stack:
+            for path in self._by_module:
+                module = self._model.get_submodule(path)
+                handle = module.register_forward_pre_hook(hook_of(path), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+        if missing:
+            raise ValueError(
+                f"{type(self._model).__name__} did not run {', '.join(sorted(missing))}, so their "
+                "inputs are unknown: leave them dense (modules_to_leave_dense), or choose "
+                "criterion 'magnitude'"
+            )
+
+
+def _route(
+    matrix: Matrix,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    token_weights: torch.Tensor | None,
+) -> Route:
+    """Return the route of an expert's matrix, from the choices of the router `[tokens, k]`."""
+    assert matrix.expert is not None
+    tokens, slots = routed(chosen, matrix.expert)
+    weights = weights.float()
+    return Route(
+        tokens,
+        None if token_weights is None else token_weights[tokens],
+        weights[tokens, slots],
+        weights[tokens].sum(dim=1),
+    )
+
+
+def _expert_input(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the input of an expert's matrix, from the tokens `[tokens, hidden]` routed to it."""
+    return _expert_rule(matrix)(module, matrix, hidden)
+
+
+def _expert_rule(matrix: Matrix) -> Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]:
+    name = matrix.parameter.rpartition(".")[2]
+    if name not in _EXPERT_INPUTS:
+        raise ValueError(
+            f"{matrix.name}: cannot compute the input of the expert's {name!r} (supported: "
+            f"{', '.join(_EXPERT_INPUTS)}), so {_INPUT_CRITERIA} cannot prune it; add it "
+            "to _EXPERT_INPUTS in optimum_cap/pruning/collector.py"
+        )
+    return _EXPERT_INPUTS[name]
+
+
+def _hidden_states(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def _gated(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    assert matrix.expert is not None
+    return gated(module, matrix.expert, hidden)
+
+
+# The input of each projection of an expert, from the tokens `[tokens, hidden]` routed to it.
+_EXPERT_INPUTS: dict[str, Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]] = {
+    "gate_up_proj": _hidden_states,
+    "down_proj": _gated,
+}

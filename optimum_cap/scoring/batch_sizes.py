@@ -1,0 +1,58 @@
+"""How many tokens, examples and masked streams are computed at a time."""
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from optimum_cap.data import Batch
+from optimum_cap.models import Site, activation_bytes_per_token, device_of
+
+
+def tokens_per_chunk(model: PreTrainedModel) -> int:
+    """Return how many tokens run through a layer at a time; more take memory and save no time.
+
+    On a CPU, larger tensors even cost time: the allocator returns those above 32 MB to the system,
+    which pages the next one in again.
+    """
+    if device_of(model).type == "cuda":
+        return 65536
+    return 2048
+
+
+def tokens_per_batch(
+    model: PreTrainedModel, budget: int, prefix: int = 0, sites: Iterable[Site] = ()
+) -> int:
+    """Return the tokens per batch with which the recorded intact pass takes half of the budget.
+
+    Args:
+        model: The model.
+        budget: Bytes.
+        prefix: Tokens that are computed once for all examples, and do not count.
+        sites: The sites whose blocks are recorded beside attention.
+    """
+    config = model.config.get_text_config(decoder=True)
+    # Input of the layer, input and output of the attention, and input of its projection.
+    per_token = config.num_hidden_layers * 4 * config.hidden_size * 4
+    for site in one_site_per_block(sites):
+        input_width = site.width if site.output_module == site.projection else config.hidden_size
+        per_token += (input_width + config.hidden_size) * 4
+    # Each batch computes the prefix again, so a few large ones are better.
+    wanted = tokens_per_chunk(model) // (1 if prefix else 4)
+    return max(1, min(wanted, budget // 2 // per_token - prefix))
+
+
+def streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:
+    """Return how many streams run at a time, so that their activations take half of the budget."""
+    config = model.config.get_text_config(decoder=True)
+    count, longest = batch.input_ids.shape
+    tokens = batch.prefix + count * (longest - batch.prefix)
+    per_token = activation_bytes_per_token(model, longest)
+    # Each example reads the keys and values of the prefix, and again for grouped-query attention.
+    read = count * batch.prefix * 4 * 4 * config.hidden_size
+    wanted = tokens_per_chunk(model) // tokens
+    return max(1, min(wanted, budget // 2 // (tokens * per_token + read)))
+
+
+def one_site_per_block(sites: Iterable[Site]) -> list[Site]:
+    """Return one site of each MLP and of each module of experts."""
+    return list({site.output_module: site for site in sites if site.kind != "attention"}.values())

@@ -1,0 +1,53 @@
+"""Links between the pages of the documentation, and to them from code, lead somewhere."""
+
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+SOURCES = sorted([*ROOT.glob("optimum_cap/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page, as GitHub derives them from its headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found: set[str] = set()
+    seen: Counter[str] = Counter()
+    for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE):
+        plain = re.sub(r"\]\([^)]*\)|[`*\[\]]", "", heading)
+        anchor = re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
+        found.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
+        seen[anchor] += 1
+    return found
+
+
+def check(link: str, page: Path, folder: Path) -> None:
+    path, _, anchor = link.partition("#")
+    target = (folder / path).resolve() if path else page
+    assert target.exists(), f"{page.relative_to(ROOT)} links to {link}, which does not exist"
+    if anchor and target.suffix == ".md":
+        assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith(("http", "mailto:")):
+            check(link, page, page.parent)
+
+
+def test_links_from_code() -> None:
+    for source in SOURCES:
+        for link in re.findall(r"\b(?:docs|examples)/[\w/.-]+\.md(?:#[\w-]+)?", source.read_text()):
+            check(link, source, ROOT)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
