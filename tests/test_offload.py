@@ -61,7 +61,7 @@ def pruned(model: PreTrainedModel, target: Path, settings: CAPConfig) -> dict[st
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts how often each weight is brought in from disk."""
+    """Counts how often each weight is read from disk."""
     from accelerate.utils import OffloadedWeightsLoader
 
     counts: Counter[str] = Counter()

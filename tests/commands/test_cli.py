@@ -463,7 +463,7 @@ def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
 @pytest.mark.parametrize(
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
-def test_a_signal_stops_with_its_status_and_leaves_what_goes_on(
+def test_a_signal_stops_with_its_status_and_the_run_resumes(
     number: signal.Signals, word: str, settings: list[str], tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in range(400)]
@@ -599,7 +599,7 @@ def test_sparsity_table_merges_experts_and_marks_what_is_missing() -> None:
     ]
 
 
-def test_response_table_shows_the_ends_and_counts_what_is_between() -> None:
+def test_sensitivity_table_shows_the_ends_and_counts_the_rest() -> None:
     sites = [
         SiteSensitivity(f"layers.{layer}.experts.down_proj[7]", "expert", layer, 1, 4, layer, 0.5)
         for layer in range(23)

@@ -90,7 +90,7 @@ def test_shares_are_consecutive_complete_and_about_equal(costs: list[int], size:
         assert sum(costs[index] for index in share) < sum(costs) / size + max(costs, default=1)
 
 
-def test_one_process_is_a_team_of_its_own() -> None:
+def test_one_process_is_a_process_group_of_its_own() -> None:
     process_group = ProcessGroup.current()
     assert process_group == ProcessGroup(0, 1)
     assert process_group.broadcast(3) == 3
@@ -252,7 +252,7 @@ def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_killed_under_torchrun_and_the_same_again(tmp_path: Path) -> None:
-    """The launcher ends the other one, which says how to go on; then the bytes of one process."""
+    """The launcher ends the other one, which says how to resume; then the bytes of one process."""
     command = f"score {flags_of_a_run(tmp_path, 200)} --estimator exact --memory-budget 1"
 
     def scoring(name: str) -> subprocess.Popen[str]:

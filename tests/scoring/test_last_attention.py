@@ -108,7 +108,7 @@ def test_an_encoding_that_depends_on_the_length_is_not_cut() -> None:
     assert_exact(model, examples(0, SUFFIXES))
 
 
-def test_a_model_that_cannot_go_on_after_tokens_is_not_cut(llama: PreTrainedModel) -> None:
+def test_a_model_that_cannot_continue_after_tokens_is_not_cut(llama: PreTrainedModel) -> None:
     own = llama.forward
 
     @functools.wraps(own)

@@ -1,4 +1,4 @@
-"""Scoring that is stopped goes on where it was, with the bytes of an undisturbed run."""
+"""Scoring that was stopped resumes with the bytes of an undisturbed run."""
 
 import copy
 import importlib
@@ -76,7 +76,7 @@ def test_half_precision_weights_are_hashed_as_they_are_stored(tmp_path: Path) ->
     assert chunk_files(tmp_path) == files
 
 
-def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
+def test_an_interrupt_keeps_finished_chunks_and_says_how_to_resume(
     llama: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -107,7 +107,7 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("estimate", [control_variate_losses, adaptive_losses])
-def test_sampled_estimates_go_on_with_the_same_bytes(
+def test_sampled_estimates_resume_with_the_same_bytes(
     estimate: Callable[..., UnitLosses],
     llama: PreTrainedModel,
     tmp_path: Path,
