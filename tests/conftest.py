@@ -13,12 +13,15 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["HF_HOME"], "tor
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Before torch starts its threads: those that wait for work sleep instead of taking the cores.
+# Before torch starts its threads: one thread in each worker of pytest-xdist and in each process
+# that a test starts, as there are as many workers as cores. The last bits of a sum depend on it.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Where a test takes more, those that wait for work sleep instead of taking the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from helpers.tiny_models import ARCHITECTURES, SAMPLED, tiny_model, tiny_tokenizer
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,19 +30,32 @@ from optimum_cap.models import compilation
 from optimum_cap.scoring import wavefront
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, or with -p no:xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker for each core that this process may use, but no more than memory has room for."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(usable or 1, 8)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=SAMPLED)
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Name of one supported architecture; a test that asks for it runs on all of them."""
+    """Name of a supported architecture: of each kind, and of all of them with `-m slow`."""
+    return request.param
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def every_architecture(request: pytest.FixtureRequest) -> str:
+    """Name of each supported architecture, for tests that depend on details of transformers."""
     return request.param
 
 
 @pytest.fixture
 def model(architecture: str) -> PreTrainedModel:
-    """A tiny random model of each supported architecture."""
+    """A tiny random model of an architecture of each kind, and of all of them with `-m slow`."""
     return tiny_model(architecture)
 
 
@@ -54,8 +70,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """A test may have changed it, or what it imports."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

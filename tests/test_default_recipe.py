@@ -69,7 +69,7 @@ def test_more_fragile_sites_get_fewer_zeros(llama: PreTrainedModel) -> None:
     assert all(a > b - 0.01 for a, b in itertools.pairwise(shares))
 
 
-def test_the_record_keeps_its_responses_in_json(llama: PreTrainedModel) -> None:
+def test_the_record_keeps_sensitivities_in_json(llama: PreTrainedModel) -> None:
     record = pruned(llama).pruning_record
     assert PruningRecord.from_dict(record.to_dict()) == record
     assert [r.site for r in record.sensitivities] == [site.name for site in find_sites(llama)]
@@ -77,7 +77,7 @@ def test_the_record_keeps_its_responses_in_json(llama: PreTrainedModel) -> None:
     assert sum(r.total for r in record.sensitivities) == record.total
 
 
-def test_a_record_from_before_responses_has_none(llama: PreTrainedModel) -> None:
+def test_a_record_without_sensitivities_has_none(llama: PreTrainedModel) -> None:
     values = pruned(llama, recipe="wanda").pruning_record.to_dict()
     del values["sensitivities"]
     assert PruningRecord.from_dict(values).sensitivities == []
@@ -116,7 +116,7 @@ def test_whole_heads_go_by_their_causal_scores(llama: PreTrainedModel) -> None:
     assert [index for index, gone in enumerate(removed) if gone] == sorted(least)
 
 
-def test_responses_can_be_estimated(llama: PreTrainedModel) -> None:
+def test_sensitivities_can_be_estimated(llama: PreTrainedModel) -> None:
     exact, estimated = pruned(llama), pruned(llama, recipe="causal_fast")
     assert exact.pruning_record.zeros == estimated.pruning_record.zeros
     assert not same(exact, estimated)
@@ -166,7 +166,7 @@ def test_other_estimators_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_an_interrupt_while_responses_are_measured_leaves_the_model(
+def test_an_interrupt_while_sensitivities_are_measured_leaves_the_model(
     cached: bool,
     llama: PreTrainedModel,
     tmp_path: Path,

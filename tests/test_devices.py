@@ -88,14 +88,14 @@ def test_estimated_scores_are_those_of_the_cpu(name: str, device: str) -> None:
 
 @on_each_device
 @of_each_kind
-def test_responses_are_those_of_the_cpu(name: str, device: str) -> None:
+def test_sensitivities_are_those_of_the_cpu(name: str, device: str) -> None:
     model, rows = tiny_model(name), examples(6)
     found = []
     for place in ("cpu", device):
         moved = copy.deepcopy(model).to(place)
         sites = find_sites(moved)
         layers = matrices_by_layer(sites)
-        alike = {m: oriented(moved, m).numel() // 2 for m in prunable_matrices(sites)}
+        uniform_zeros = {m: oriented(moved, m).numel() // 2 for m in prunable_matrices(sites)}
         found.append(
             [
                 *measure_sensitivities(
@@ -104,7 +104,7 @@ def test_responses_are_those_of_the_cpu(name: str, device: str) -> None:
                     rows,
                     lambda m, _, own=moved: 0.5 * oriented(own, m),
                 ),
-                *estimate_sensitivities(ModelView(moved, sites), layers, rows, alike),
+                *estimate_sensitivities(ModelView(moved, sites), layers, rows, uniform_zeros),
             ]
         )
     for one, other in zip(*found, strict=True):
@@ -145,7 +145,7 @@ def test_the_default_recipe_keeps_what_it_keeps_on_the_cpu(device: str) -> None:
 
 @on_each_device
 @of_each_kind
-def test_scoring_goes_on_with_the_same_bytes(name: str, device: str, tmp_path: Path) -> None:
+def test_scoring_resumes_with_the_same_bytes(name: str, device: str, tmp_path: Path) -> None:
     model = tiny_model(name).to(device)
     expected = score(model, tmp_path)
     for file in chunk_files(tmp_path)[::2]:
@@ -156,7 +156,7 @@ def test_scoring_goes_on_with_the_same_bytes(name: str, device: str, tmp_path: P
 
 @on_each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_layers_score_alike(
+def test_compiled_layers_give_the_same_scores(
     dtype: torch.dtype, device: str, tmp_path: Path, compiled_calls: list[torch.Size]
 ) -> None:
     model, rows = tiny_model("llama", dtype=dtype).to(device), examples(6)

@@ -156,6 +156,7 @@ llama,magnitude,0.5,,,sums,loss,0.30,,,60,
 """
 
 
+@pytest.mark.slow
 def test_tables_of_a_page_are_what_their_commands_print(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text(RESULTS)
     page = tmp_path / "page.md"

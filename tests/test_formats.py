@@ -1,11 +1,11 @@
 """Packing is lossless for any tensor, small, and refuses damaged parts."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_cap import formats
 from optimum_cap.formats import check_parts, encode_packed, pack, unpack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
@@ -47,21 +47,22 @@ def test_negative_zero_nan_and_infinity_survive() -> None:
     assert same_bits(unpack(*parts.values()), weight)
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = sparse((37, 53), 0.4)
-    whole = pack(weight)
-    monkeypatch.setattr(formats, "_CHUNK", 64)
-    chunked = pack(weight)
-    assert all(torch.equal(whole[name], chunked[name]) for name in whole)
-    assert same_bits(unpack(*chunked.values()), weight)
+# Of many chunks, with and without a rest; of a single one; of none.
+SHAPES = [(2003, 1999), (32, 1 << 17), (5, 7), (0, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_do_not_matter(shape: tuple[int, int]) -> None:
+    weight = sparse(shape, 0.4)
+    parts = pack(weight)
+    assert same_bits(parts["weight"], weight[weight != 0])
+    bits = np.unpackbits(parts["weight_mask"].numpy(), bitorder="little", count=weight.numel())
+    assert np.array_equal(bits, (weight != 0).flatten().numpy())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("shape", [(37, 53), (1, 2048), (5, 7), (0, 4)])
-def test_threads_do_not_matter(
-    threads: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(formats, "_CHUNK", 64)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_threads_do_not_matter(threads: int, shape: tuple[int, int]) -> None:
     torch.set_num_threads(threads)
     weight = sparse(shape, 0.4)
     assert same_bits(unpack(*pack(weight).values()), weight)

@@ -1,4 +1,4 @@
-"""The whole way of the data in memory: `CAPPruner.prune`."""
+"""A whole pruning in memory: `CAPPruner.prune`."""
 
 import copy
 from contextlib import ExitStack

@@ -31,8 +31,8 @@ from transformers.quantizers.base import HfQuantizer
 from optimum_cap.checkpoint.conversion import convert_checkpoint, inspect_checkpoint
 
 
-def test_round_trip_is_bit_identical(architecture: str, tmp_path: Path) -> None:
-    model = pruned(architecture)
+def test_round_trip_is_bit_identical(every_architecture: str, tmp_path: Path) -> None:
+    model = pruned(every_architecture)
     model.save_pretrained(tmp_path / "a")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert type(loaded) is type(model)
@@ -54,8 +54,8 @@ def test_same_model_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a", "b"] or sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-def test_every_pruned_matrix_is_packed(architecture: str, tmp_path: Path) -> None:
-    model = pruned(architecture)
+def test_every_pruned_matrix_is_packed(every_architecture: str, tmp_path: Path) -> None:
+    model = pruned(every_architecture)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     packed = {name.removesuffix("_mask") for name in tensors if name.endswith("weight_mask")}
@@ -250,8 +250,8 @@ def test_another_process_than_the_main_one_writes_nothing(tmp_path: Path) -> Non
 # Convert and inspect
 
 
-def test_convert_there_and_back(architecture: str, tmp_path: Path) -> None:
-    model = pruned(architecture)
+def test_convert_there_and_back(every_architecture: str, tmp_path: Path) -> None:
+    model = pruned(every_architecture)
     model.save_pretrained(tmp_path / "packed")
     (tmp_path / "packed" / "tokenizer.json").write_text("{}")
     convert_checkpoint(tmp_path / "packed", tmp_path / "dense", "dense")
@@ -359,7 +359,7 @@ FAILURES: list[tuple[BaseException, type[BaseException], str | None]] = [
 
 @pytest.mark.parametrize(("failure", "expected", "message"), FAILURES)
 @pytest.mark.parametrize(
-    "where", ["transcoding.save_file", "saving.model_card", "transcoding._write_json"]
+    "where", ["transcoding.save_file", "saving.model_card", "transcoding.read_json"]
 )
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failing_save_leaves_the_old_folder_or_none(

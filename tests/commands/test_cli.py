@@ -25,7 +25,7 @@ from optimum_cap.checkpoint.saving import _MAX_SHARD_SIZE
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.eval import EvalCommand
-from optimum_cap.commands.prune import _CONFIG_FLAGS, PruneCommand
+from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.commands.summary import sensitivity_table, sparsity_table
 from optimum_cap.text import format_size
@@ -463,7 +463,7 @@ def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
 @pytest.mark.parametrize(
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
-def test_a_signal_stops_with_its_status_and_leaves_what_goes_on(
+def test_a_signal_stops_with_its_status_and_the_run_resumes(
     number: signal.Signals, word: str, settings: list[str], tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"{n}+{n}=" * 6, "completion": f"{2 * n}" * 4} for n in range(400)]
@@ -537,10 +537,9 @@ def test_help_of_every_flag_is_one_line_with_the_default_of_the_config() -> None
         assert action.help, action.option_strings
         assert len(action.help) <= 125, action.help
         assert "\n" not in action.help
-    for flag, field, _, text in _CONFIG_FLAGS:
-        default = defaults[field]
+        default = defaults.get(action.dest)
         if default not in (dataclasses.MISSING, None):
-            assert f"(default: {default})" in text, flag
+            assert f"(default: {default})" in action.help, action.option_strings
     (shards,) = (action for action in parser._actions if action.dest == "max_shard_size")
     assert f"(default: {_MAX_SHARD_SIZE})" in shards.help
 
@@ -563,7 +562,9 @@ def test_choices_in_the_help_are_those_of_the_config() -> None:
     from optimum_cap.formats import FORMATS
     from optimum_cap.methods import CRITERIA
 
-    texts = {field: text for _, field, _, text in _CONFIG_FLAGS}
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    texts = {action.dest: action.help for action in parser._actions}
     for field, choices in {
         "recipe": config.RECIPES,
         "criterion": CRITERIA,
@@ -598,7 +599,7 @@ def test_sparsity_table_merges_experts_and_marks_what_is_missing() -> None:
     ]
 
 
-def test_response_table_shows_the_ends_and_counts_what_is_between() -> None:
+def test_sensitivity_table_shows_the_ends_and_counts_the_rest() -> None:
     sites = [
         SiteSensitivity(f"layers.{layer}.experts.down_proj[7]", "expert", layer, 1, 4, layer, 0.5)
         for layer in range(23)

@@ -196,7 +196,7 @@ WALKED = ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"]
 def test_walks_take_the_operations_that_pytorch_counts(
     architecture: str, by_projection: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Which outlets join the stream is tried on one batch, which is not counted.
+    # Which outputs join the residual stream is tried on one batch, which is not counted.
     monkeypatch.setattr(DenseReferencePass, "joining_modules", lambda *args: set())
     model = eager_model(architecture)
     work = count_work(model, find_sites(model))
@@ -234,7 +234,7 @@ def test_interventions_take_the_operations_that_pytorch_counts(architecture: str
     real = counted(
         lambda: estimate_sensitivities(ModelView(model, sites), layers, examples(), zeros, 2)
     )
-    # Within 15 %: the gradient stops at the outlets of the first of three layers.
+    # Within 15 %: the gradient stops at the output modules of the first of three layers.
     assert work.estimated_interventions(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
 
 
@@ -250,7 +250,7 @@ def test_alps_takes_the_operations_that_pytorch_counts(pruned: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_meta_and_real_models_count_alike(architecture: str) -> None:
+def test_meta_and_real_models_give_the_same_counts(architecture: str) -> None:
     model = tiny_model(architecture)
     work = work_of(model.config)
     assert work == count_work(model, find_sites(model))

@@ -367,11 +367,11 @@ def test_the_hub_gives_the_same_data_from_the_split_test(
 ) -> None:
     rows = {"gsm8k": SUMS, "wikitext": [{"text": x if x.strip() else ""} for x in LINES]}
 
-    def from_hub(hub_id: str, name: str, split: str, revision: str) -> Any:
+    def load_dataset(hub_id: str, name: str, split: str, revision: str) -> Any:
         assert split == "test"
-        return rows[hub_id.split("/")[1]], {"hub_id": hub_id, "split": split}
+        return rows[hub_id.split("/")[1]]
 
-    monkeypatch.setattr("optimum_cap.data.sources._load_from_hub", from_hub)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     names = ("gsm8k", "wikitext2")
     local, hub = load_task_data(names, data_dir), load_task_data(names)
     for name in names:

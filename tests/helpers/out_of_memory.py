@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import Batch
 from optimum_cap.models.architectures import SiteUnit
@@ -38,4 +40,18 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, error: Exception)
             return super().masked_losses(units)
 
     monkeypatch.setattr("optimum_cap.scoring.chunks.Wavefront", Limited)
+    return tried
+
+
+def limit_gradients(model: PreTrainedModel, most: int) -> list[int]:
+    """Let backward passes of more examples run out of memory; return the list of what was tried."""
+    tried = []
+
+    def limited(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            tried.append(len(args[0]))
+            if len(args[0]) > most:
+                raise OUT_OF_MEMORY["cuda"]
+
+    model.model.layers[0].register_forward_pre_hook(limited)
     return tried

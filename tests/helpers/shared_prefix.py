@@ -14,7 +14,7 @@ def example(ids: torch.Tensor, first_scored: int) -> CalibrationExample:
 def examples(
     prefix: int = 12, suffixes: tuple[int, ...] = (9, 4, 2, 7, 5), seed: int = 0
 ) -> list[CalibrationExample]:
-    """Examples that begin alike, and then differ at once; the last half of the rest is scored."""
+    """Examples that share a prefix and then differ at once; the last half of the rest is scored."""
     generator = torch.Generator().manual_seed(seed)
     begin = torch.randint(4, 60, (prefix,), generator=generator)
     made = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import transformers
 from accelerate import dispatch_model
@@ -90,6 +91,24 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "olmoe": ("Olmoe", {**MOE, "num_experts": 4}),
 }
 ARCHITECTURES = sorted(CONFIGS)
+
+# What the default run takes of them: one for each property that code has to treat in its own way.
+# The others repeat these properties, and run with `-m slow`: mistral (windows of mixtral), qwen2
+# (biases of gpt2), qwen3 and olmoe (norms of queries and keys of qwen3_moe).
+SAMPLE = (
+    "llama",  # queries in groups, a head size of its own, a gated MLP
+    "gemma2",  # norms behind blocks, windows in some layers, capped logits
+    "gemma3",  # a rotation of its own for layers with windows
+    "gpt2",  # transposed weights (Conv1D), queries, keys and values fused, biases, no gate
+    "gpt_neox",  # attention and MLP side by side, queries, keys and values fused head by head
+    "mixtral",  # experts in every layer, windows
+    "opt",  # an MLP that is no module, embeddings of another size
+    "phi3",  # fused projections, gate and up as well
+    "qwen3_moe",  # experts in some layers, an MLP in others, norms of queries and keys
+)
+SAMPLED = [
+    name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
+]
 
 # Experts beside an MLP that every token passes: a site of its own, or one that nothing prunes.
 SHARED_EXPERTS: dict[str, tuple[str, dict]] = {

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_cap.methods import masks as masking
 from optimum_cap.methods.masks import (
     Threshold,
     apply_mask_,
@@ -42,11 +41,11 @@ def test_equals_sorting(seed: int) -> None:
         assert torch.equal(kept, expected)
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    whole = kth_smallest(source(values), 300)
-    monkeypatch.setattr(masking, "_CHUNK", 7)
-    assert kth_smallest(source(values), 300) == whole
+def test_a_tensor_of_many_weights_is_looked_at_in_chunks() -> None:
+    """With the result for the same weights in tensors that are smaller than a chunk."""
+    values = torch.rand((1 << 22) + 1000, generator=torch.Generator().manual_seed(0))
+    whole = kth_smallest(source(values), 3_000_000)
+    assert kth_smallest(source(*values.split(1_000_001)), 3_000_000) == whole
 
 
 def test_all_equal_prunes_the_first() -> None:
@@ -106,20 +105,20 @@ matrices = st.integers(0, 10_000).map(
 
 
 @given(matrices, st.integers(0, 60))
-def test_lowest_in_matrix(importance: torch.Tensor, zeros: int) -> None:
+def test_mask_per_matrix(importance: torch.Tensor, zeros: int) -> None:
     (expected,) = by_rows(importance.reshape(1, -1), [zeros])
     assert mask_per_matrix(importance, zeros).flatten().tolist() == expected
 
 
 @given(matrices, st.integers(0, 60))
-def test_lowest_in_rows(importance: torch.Tensor, zeros: int) -> None:
+def test_mask_per_row(importance: torch.Tensor, zeros: int) -> None:
     counts = [zeros * (row + 1) // 5 - zeros * row // 5 for row in range(5)]
     assert sum(counts) == zeros
     assert mask_per_row(importance, zeros).tolist() == by_rows(importance, counts)
 
 
 @given(matrices, st.sampled_from([(2, 4), (1, 4), (3, 4), (4, 6), (1, 2), (1, 12)]))
-def test_most_of_each(importance: torch.Tensor, pattern: tuple[int, int]) -> None:
+def test_n_of_m_mask(importance: torch.Tensor, pattern: tuple[int, int]) -> None:
     kept, of = pattern
     groups = importance.view(-1, of)
     expected = torch.tensor(by_rows(groups, [of - kept] * len(groups))).view(5, 12)
@@ -127,7 +126,7 @@ def test_most_of_each(importance: torch.Tensor, pattern: tuple[int, int]) -> Non
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=20), st.floats(0, 1))
-def test_shares_add_up_and_are_proportional(sizes: list[int], fraction: float) -> None:
+def test_split_proportionally_adds_up(sizes: list[int], fraction: float) -> None:
     zeros = round(fraction * sum(sizes))
     parts = split_proportionally(zeros, sizes)
     assert sum(parts) == zeros

@@ -232,7 +232,7 @@ def test_answers_weigh_more(kind: type[LayerwisePass], model: PreTrainedModel) -
         ("gemma3", set()),
     ],
 )
-def test_outlets_join_the_stream_where_nothing_is_behind_them(name: str, joining: set[str]) -> None:
+def test_outputs_join_the_residual_stream_directly(name: str, joining: set[str]) -> None:
     model = tiny_model(name)
     with evaluation_mode(model):
         walk = DenseReferencePass(ModelView.of(model), examples(4))

@@ -1,4 +1,4 @@
-"""Pruning that is stopped goes on where it was, with the bytes of an undisturbed run."""
+"""Pruning that was stopped resumes with the bytes of an undisturbed run."""
 
 import dataclasses
 import signal
@@ -73,7 +73,7 @@ RUNS = {
     [("llama", run) for run in RUNS]
     + [(name, "measured") for name in ("gpt2", "mixtral", "qwen2_moe")],
 )
-def test_a_stopped_run_goes_on_with_the_same_bytes(
+def test_a_stopped_run_resumes_with_the_same_bytes(
     name: str, run: str, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = RUNS[run]
@@ -101,7 +101,7 @@ def test_estimates_of_the_first_run_stay(
     assert weights(resumed) == weights(expected)
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_says_how_to_resume(
     tmp_path: Path,
     solved: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -234,7 +234,7 @@ def test_another_run_meets_nothing(
     "change",
     [{"allocation_bound": 0.05}, {"target": "local"}, {"order": "layer"}, {"memory_budget": 4000}],
 )
-def test_responses_serve_other_ways_to_go_on(
+def test_sensitivities_are_used_again_when_later_settings_change(
     change: dict[str, Any], tmp_path: Path, solved: list[str]
 ) -> None:
     pruned(tiny_model("llama"), tmp_path)
@@ -304,7 +304,7 @@ def test_measured_sites_are_not_measured_again(
     assert len(solved) - before == total - 10
 
 
-def test_an_offloaded_model_goes_on(
+def test_an_offloaded_model_resumes(
     tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, cache = saved(tmp_path / "dense"), tmp_path / "cache"
@@ -331,7 +331,7 @@ pruned(tiny_model("llama"), sys.argv[1]).save_pretrained(sys.argv[2])
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
+def test_it_resumes_wherever_it_was_killed(tmp_path: Path) -> None:
     def start(cache: str, output: str) -> "subprocess.Popen[bytes]":
         script = SCRIPT.format(tests=str(TESTS))
         return subprocess.Popen(

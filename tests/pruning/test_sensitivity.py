@@ -1,7 +1,6 @@
 """Sensitivities of sites against the definition of the divergence, and the sparsity they give."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,12 @@ import pytest
 import torch
 from helpers.calibration import examples
 from helpers.checkpoints import on_disk, saved
+from helpers.out_of_memory import limit_gradients
 from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig
-from optimum_cap.data.batches import Batch, batches
+from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import (
@@ -32,7 +32,6 @@ from optimum_cap.pruning.allocation import interventional, uniform
 from optimum_cap.pruning.cache import SensitivityStore
 from optimum_cap.pruning.fisher import WandaApproximation, estimate_sensitivities
 from optimum_cap.pruning.sensitivity import (
-    DivergenceEvaluator,
     Sensitivity,
     examples_to_measure,
     measure_sensitivities,
@@ -47,7 +46,7 @@ def halved(model: PreTrainedModel, factor: float = 0.5) -> Any:
     return lambda matrix, inputs: factor * oriented(model, matrix)
 
 
-def found_responses(
+def measured_sensitivities(
     model: PreTrainedModel, rows: list[CalibrationExample], **options: Any
 ) -> list[Sensitivity]:
     sites = find_sites(model)
@@ -75,7 +74,7 @@ def divergences_by_definition(
 
 def test_divergence_is_that_of_two_full_passes(model: PreTrainedModel) -> None:
     rows = examples(5)
-    measured = found_responses(model, rows)
+    measured = measured_sensitivities(model, rows)
     assert [sensitivity.site for sensitivity in measured] == find_sites(model)
     for sensitivity in measured[:: max(1, len(measured) // 6)]:
         changed = copy.deepcopy(model)
@@ -107,7 +106,9 @@ def test_all_examples_give_statistics_and_the_first_ones_are_measured(
         ModelView(llama, sites), matrices_by_layer(sites), rows, prune, count=2
     )
     assert tokens == {sum(len(row.input_ids) for row in rows)}
-    for ours, expected in zip(few, found_responses(llama, rows[:2], gram=False), strict=True):
+    for ours, expected in zip(
+        few, measured_sensitivities(llama, rows[:2], gram=False), strict=True
+    ):
         assert ours.divergence == pytest.approx(expected.divergence, rel=1e-4)
 
 
@@ -130,7 +131,9 @@ def test_answers_weigh_more_in_the_statistics(llama: PreTrainedModel) -> None:
 
 
 def test_a_single_example_has_no_standard_error(llama: PreTrainedModel) -> None:
-    assert all(r.standard_error != r.standard_error for r in found_responses(llama, examples(1)))
+    assert all(
+        r.standard_error != r.standard_error for r in measured_sensitivities(llama, examples(1))
+    )
 
 
 def test_a_site_that_breaks_the_model_is_said(
@@ -159,23 +162,22 @@ def interrupt(*args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_comes_back_as_it_was(
-    interrupted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_comes_back_as_it_was(interrupted: bool, dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype).train()
     before = copy.deepcopy(model.state_dict())
     if interrupted:
-        run = DivergenceEvaluator._to_the_end
-        passed: Iterator[int] = iter(range(9))
+        passed = iter(range(9))
 
-        def stopped(self: DivergenceEvaluator, *args: Any) -> Any:
-            return interrupt() if next(passed) == 2 else run(self, *args)
+        def stop(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            if next(passed) == 2:
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr(DivergenceEvaluator, "_to_the_end", stopped)
+        handle = model.model.layers[2].register_forward_pre_hook(stop)
         with pytest.raises(KeyboardInterrupt):
-            found_responses(model, examples(3))
+            measured_sensitivities(model, examples(3))
+        handle.remove()
     else:
-        found_responses(model, examples(3))
+        measured_sensitivities(model, examples(3))
     assert_untouched(model, before)
 
 
@@ -190,7 +192,7 @@ def test_an_interrupt_while_a_site_is_pruned_restores_it(llama: PreTrainedModel)
 
     handle = llama.model.layers[1].mlp.down_proj.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        found_responses(llama, examples(3))
+        measured_sensitivities(llama, examples(3))
     handle.remove()
     assert_untouched(llama.train(), before)
 
@@ -201,7 +203,7 @@ def test_an_interrupt_between_two_sites_restores_the_model(tmp_path: Path) -> No
     store = SensitivityStore(TensorFiles(tmp_path), "sensitivities")
     store.put_measured = interrupt
     with pytest.raises(KeyboardInterrupt) as error:
-        found_responses(model, examples(3), store=store)
+        measured_sensitivities(model, examples(3), store=store)
     assert error.tb is not None, "the frames are still alive"
     assert_untouched(model, before)
 
@@ -219,7 +221,7 @@ def assert_untouched(model: PreTrainedModel, before: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_responses_of_an_offloaded_model_are_the_same(name: str, tmp_path: Path) -> None:
+def test_sensitivities_of_an_offloaded_model_are_the_same(name: str, tmp_path: Path) -> None:
     folder, rows = saved(tmp_path / "model", name), examples(4)
     found = []
     for model in (
@@ -250,8 +252,10 @@ def estimates(
 ) -> list[Sensitivity]:
     sites, layers = find_sites(model), matrices_by_layer(find_sites(model))
     total = sum(oriented(model, matrix).numel() for own in layers.values() for matrix in own)
-    alike = uniform(ModelView(model, sites), layers, round(sparsity * total), rows, SETTINGS)
-    return estimate_sensitivities(ModelView(model, sites), layers, rows, alike, **options)
+    uniform_zeros = uniform(
+        ModelView(model, sites), layers, round(sparsity * total), rows, SETTINGS
+    )
+    return estimate_sensitivities(ModelView(model, sites), layers, rows, uniform_zeros, **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral", "gemma2"])
@@ -272,11 +276,13 @@ def test_estimates_of_small_changes_are_about_the_divergence() -> None:
     model, rows = tiny_model("llama", initializer_range=0.1), examples(64, longest=12)
     sites, layers = find_sites(model), matrices_by_layer(find_sites(model))
     total = sum(oriented(model, matrix).numel() for own in layers.values() for matrix in own)
-    alike = uniform(ModelView(model, sites), layers, round(0.3 * total), rows, SETTINGS)
-    estimated = estimate_sensitivities(ModelView(model, sites), layers, rows, alike, count=64)
+    uniform_zeros = uniform(ModelView(model, sites), layers, round(0.3 * total), rows, SETTINGS)
+    estimated = estimate_sensitivities(
+        ModelView(model, sites), layers, rows, uniform_zeros, count=64
+    )
 
     def prune(matrix: Matrix, inputs: InputStatistics) -> torch.Tensor:
-        rough = WandaApproximation(model, alike)
+        rough = WandaApproximation(model, uniform_zeros)
         rough.fit({matrix: inputs})
         return rough.pruned(matrix)
 
@@ -300,20 +306,12 @@ def test_estimates_are_those_of_examples_one_by_one(name: str) -> None:
         assert one.standard_error == pytest.approx(other.standard_error, rel=1e-3, abs=1e-9)
 
 
-def test_estimates_go_on_in_smaller_batches_where_memory_runs_out(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def test_estimates_continue_in_smaller_batches_where_memory_runs_out(
+    llama: PreTrainedModel,
 ) -> None:
     rows = examples(6)
     expected = estimates(llama, rows)
-    own, sizes = engine._gradients_of_draw, list[int]()
-
-    def gradients(model: PreTrainedModel, sites: list[Site], batch: Batch, seed: int) -> Any:
-        sizes.append(len(batch.positions))
-        if len(batch.positions) > 1:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return own(model, sites, batch, seed)
-
-    monkeypatch.setattr(engine, "_gradients_of_draw", gradients)
+    sizes = limit_gradients(llama, 1)
     for one, other in zip(estimates(llama, rows), expected, strict=True):
         assert one.divergence == pytest.approx(other.divergence, rel=1e-3)
     assert max(sizes) > 1
@@ -401,7 +399,7 @@ def test_a_site_e_times_as_fragile_gets_a_tenth_less() -> None:
     assert first - second == pytest.approx(0.1, abs=1e-4)
 
 
-def test_equal_responses_per_weight_give_equal_sparsity() -> None:
+def test_equal_sensitivities_per_weight_give_equal_sparsity() -> None:
     found = [sensitivity(0, 0.2, 1000), sensitivity(1, 0.6, 1000, 2000), sensitivity(2, 0.1, 500)]
     given = interventional(found, 2250, 0.1)
     assert sparsities(found, given) == [0.5, 0.5, 0.5]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from helpers.paths import TESTS
 from helpers.pruning_runs import pruned
 from helpers.score_runs import chunk_files, digest, score
@@ -46,12 +45,6 @@ def main(folder, dies_after=None):
 
 main(*sys.argv[1:])
 """
-
-
-@pytest.fixture
-def one_thread() -> None:
-    """As many as a rank has: the last bits may depend on it."""
-    torch.set_num_threads(1)
 
 
 def ranks(*arguments: object, script: str = SCRIPT) -> list[subprocess.CompletedProcess[str]]:
@@ -96,7 +89,7 @@ def test_shares_are_consecutive_complete_and_about_equal(costs: list[int], size:
         assert sum(costs[index] for index in share) < sum(costs) / size + max(costs, default=1)
 
 
-def test_one_process_is_a_team_of_its_own() -> None:
+def test_one_process_is_a_process_group_of_its_own() -> None:
     process_group = ProcessGroup.current()
     assert process_group == ProcessGroup(0, 1)
     assert process_group.broadcast(3) == 3
@@ -106,7 +99,6 @@ def test_one_process_is_a_team_of_its_own() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_give_the_losses_of_one_and_a_dead_one_stops_the_other(tmp_path: Path) -> None:
     expected = digest(score(tiny_model("llama"), tmp_path / "alone", count=24))
     chunks = len(chunk_files(tmp_path / "alone")) - 24  # of them the intact losses
@@ -149,7 +141,6 @@ def test_ranks_with_different_models_stop() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_ranks_without_a_cache() -> None:
     first, second = ranks("none")
     assert first.stdout.split()[0] == second.stdout.split()[0]
@@ -176,7 +167,6 @@ print(digest_of(dict(model.state_dict())), len(solved))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_share_the_sites_that_are_tried(tmp_path: Path) -> None:
     expected = digest_of(dict(pruned(tiny_model("mixtral"), None).state_dict()))
     first, second = (
@@ -261,7 +251,7 @@ def test_the_command_under_torchrun_saves_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_killed_under_torchrun_and_the_same_again(tmp_path: Path) -> None:
-    """The launcher ends the other one, which says how to go on; then the bytes of one process."""
+    """The launcher ends the other one, which says how to resume; then the bytes of one process."""
     command = f"score {flags_of_a_run(tmp_path, 200)} --estimator exact --memory-budget 1"
 
     def scoring(name: str) -> subprocess.Popen[str]:

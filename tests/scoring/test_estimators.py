@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.calibration import examples
-from helpers.out_of_memory import OUT_OF_MEMORY, limit_memory
+from helpers.out_of_memory import OUT_OF_MEMORY, limit_gradients, limit_memory
 from helpers.tiny_models import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,10 +18,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from optimum_cap import config
-from optimum_cap.data.batches import Batch
 from optimum_cap.models.architectures import Site, SiteUnit, Unit, find_sites
 from optimum_cap.models.view import ModelView
-from optimum_cap.scoring import first_order, sampling
+from optimum_cap.scoring import sampling
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import first_order_losses
@@ -131,20 +130,12 @@ def test_a_small_budget_gives_the_same_first_order(llama: PreTrainedModel) -> No
     )
 
 
-def test_first_order_goes_on_in_smaller_batches_where_memory_runs_out(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def test_first_order_continues_in_smaller_batches_where_memory_runs_out(
+    llama: PreTrainedModel,
 ) -> None:
     sites, rows = find_sites(llama), examples()
     expected = first_order_losses(ModelView(llama, sites), rows)
-    own, sizes = first_order._scored_losses, list[int]()
-
-    def scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        sizes.append(len(batch.positions))
-        if len(batch.positions) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return own(model, batch)
-
-    monkeypatch.setattr(first_order, "_scored_losses", scored_losses)
+    sizes = limit_gradients(llama, 2)
     losses = first_order_losses(ModelView(llama, sites), rows)
     torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
     assert max(sizes) > 2

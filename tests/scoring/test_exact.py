@@ -238,7 +238,7 @@ def test_more_subsets_than_examples_is_an_error() -> None:
     [("cuda", 1000), ("cpu", 100), ("python", 30), ("driver", 1000), ("cublas", 1000)],
     ids=["fewer streams", "one stream", "fewer examples", "driver", "cublas"],
 )
-def test_out_of_memory_goes_on_with_less(
+def test_out_of_memory_continues_with_less(
     device: str,
     tokens: int,
     llama: PreTrainedModel,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.score_runs import assert_exact
 from helpers.shared_prefix import examples
-from helpers.tiny_models import ARCHITECTURES, SHARED_EXPERTS, tiny_model
+from helpers.tiny_models import SAMPLED, SHARED_EXPERTS, tiny_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
@@ -44,7 +44,7 @@ def last_attention(
 
 
 @pytest.mark.parametrize("prefix", [0, 12])
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *SHARED_EXPERTS])
+@pytest.mark.parametrize("name", [*SAMPLED, *SHARED_EXPERTS])
 def test_every_architecture_asks_from_the_first_scored_position_on(name: str, prefix: int) -> None:
     model = tiny_model(name)
     assert last_attention(model, examples(prefix, SUFFIXES), prefix).start == FIRST
@@ -108,7 +108,7 @@ def test_an_encoding_that_depends_on_the_length_is_not_cut() -> None:
     assert_exact(model, examples(0, SUFFIXES))
 
 
-def test_a_model_that_cannot_go_on_after_tokens_is_not_cut(llama: PreTrainedModel) -> None:
+def test_a_model_that_cannot_continue_after_tokens_is_not_cut(llama: PreTrainedModel) -> None:
     own = llama.forward
 
     @functools.wraps(own)

@@ -1,4 +1,4 @@
-"""Scoring that is stopped goes on where it was, with the bytes of an undisturbed run."""
+"""Scoring that was stopped resumes with the bytes of an undisturbed run."""
 
 import copy
 import importlib
@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.data.batches import batches
 from optimum_cap.models.architectures import SiteUnit, find_sites
 from optimum_cap.models.view import ModelView
 from optimum_cap.runtime.digests import code_digest
@@ -75,7 +76,7 @@ def test_half_precision_weights_are_hashed_as_they_are_stored(tmp_path: Path) ->
     assert chunk_files(tmp_path) == files
 
 
-def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
+def test_an_interrupt_keeps_finished_chunks_and_says_how_to_resume(
     llama: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,7 +107,7 @@ def test_an_interrupt_leaves_what_is_done_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("estimate", [control_variate_losses, adaptive_losses])
-def test_sampled_estimates_go_on_with_the_same_bytes(
+def test_sampled_estimates_resume_with_the_same_bytes(
     estimate: Callable[..., UnitLosses],
     llama: PreTrainedModel,
     tmp_path: Path,
@@ -242,7 +243,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
     "attention": lambda model: model.set_attn_implementation("eager"),
     "module": lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()),
     "hook": add_hook,
-    "threads": lambda model: torch.set_num_threads(1),
+    "threads": lambda model: torch.set_num_threads(2),
 }
 
 
@@ -310,12 +311,14 @@ def test_what_is_free_later_does_not_change_the_chunks(
 
 
 def test_the_way_that_experts_are_computed_is_part_of_the_key(tmp_path: Path) -> None:
-    keys = set()
-    for way in ("eager", "grouped_mm"):
+    batch = batches(examples(), 2)[0]
+    for way, losses in (("eager", torch.tensor([1.0])), ("grouped_mm", torch.tensor([2.0]))):
         model = tiny_model("mixtral")
         model.set_experts_implementation(way)
-        keys.add(ScoreCache(tmp_path, model)._model)
-    assert len(keys) == 2
+        cache = ScoreCache(tmp_path, model)
+        assert cache.losses(batch, []) is None
+        cache.keep(batch, [], losses)
+        assert torch.equal(cache.losses(batch, []), losses)
 
 
 def test_what_was_found_first_counts(llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -447,7 +450,7 @@ def main(folder, largest_file=None):
         return losses
 
     Wavefront.masked_losses = masked_losses
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     print(digest(score(tiny_model("llama"), Path(folder), count=60)))
 
 main(*sys.argv[1:])

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,14 +266,13 @@ def test_score_then_prune_all_units(
     assert "12 attention heads, 9 MLP units, on answer tokens" in card
 
 
-def test_a_long_table_ends_with_the_number_of_rows_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    losses = CAPPruner(config(scored_units="all")).measure(tiny_model("olmoe"), tiny_tokenizer())
-    monkeypatch.setattr("optimum_cap.commands.score._ROWS", 10)
+def test_a_long_table_ends_with_the_number_of_rows_left_out() -> None:
+    losses = CAPPruner(config()).measure(tiny_model("llama"), tiny_tokenizer())
+    many = 20_004 // len(losses.units)
+    losses = replace(losses, units=losses.units * many, masked=losses.masked.repeat(many, 1))
     lines = score_table(causal_scores(losses)).splitlines()
-    assert len(lines) == 1 + 10 + 1
-    assert lines[-1] == "and 14 more with lower scores"
+    assert len(lines) == 1 + 20_000 + 1
+    assert lines[-1] == "and 4 more with lower scores"
 
 
 def test_the_commands_refuse(flags: list[str], tmp_path: Path) -> None:

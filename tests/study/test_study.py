@@ -221,7 +221,7 @@ def test_a_second_run_measures_only_what_is_new(
     assert names == ["tiny paper 0.3 sums seed 0", "tiny wanda 0.3 sums seed 0"]
 
 
-def test_a_study_that_was_stopped_goes_on_where_it_was(
+def test_a_stopped_study_resumes_where_it_was(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run_study(load(values, tmp_path), tmp_path / "undisturbed")
@@ -261,7 +261,7 @@ def test_what_changed_is_measured_again(
     assert len(names) == (4 if changed == "calibration" else 5)
 
 
-def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(
+def test_a_cell_that_fails_is_recorded_and_the_rest_continue(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["recipes"] = {"4:8": {"recipe": "wanda", "pattern": "4:8"}, "wanda": None}
