@@ -118,7 +118,7 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
         )
     if record.sensitivities:
         sparsities = [sensitivity.sparsity for sensitivity in record.sensitivities]
-        rows[record.responses_are.capitalize()] = (
+        rows[record.sensitivities_are.capitalize()] = (
             f"{len(sparsities)} sites, each pruned alone; their sparsities range from "
             f"{min(sparsities):.2%} to {max(sparsities):.2%}"
         )

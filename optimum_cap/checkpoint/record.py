@@ -75,7 +75,7 @@ class SiteSensitivity:
         total: Number of weights of these matrices.
         divergence: Kullback-Leibler divergence between the predictions of the dense model and those
             with only this site pruned, in nats per scored token; measured or estimated
-            (`PruningRecord.responses_are`). `None` if it was not finite.
+            (`PruningRecord.sensitivities_are`). `None` if it was not finite.
         standard_error: Standard error of the divergence over examples; `None` if not available.
     """
 
@@ -94,7 +94,7 @@ class SiteSensitivity:
     @property
     def label(self) -> str:
         """Short name for tables, such as `3.attention` or `3.expert2`."""
-        return f"{self.layer}.{branch_label(self.kind, self.site)}"
+        return f"{self.layer}.{block_label(self.kind, self.site)}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class PruningRecord:
     sensitivities: list[SiteSensitivity] = field(default_factory=list)
 
     @property
-    def responses_are(self) -> str:
+    def sensitivities_are(self) -> str:
         """Whether the sensitivities are `"measured"` or `"estimated"`."""
         method = CAPConfig.from_dict(self.config).method
         return "estimated" if method.allocation == "fisher" else "measured"
@@ -178,11 +178,11 @@ KINDS = {"attention": "attention heads", "mlp": "MLP units", "expert": "expert u
 
 def unit_label(kind: str, layer: int, site: str, unit: int) -> str:
     """Return a short name: `3.7` for a head, `3.mlp.7`, or `3.expert2.7` for part of an expert."""
-    branch = "" if kind == "attention" else f"{branch_label(kind, site)}."
-    return f"{layer}.{branch}{unit}"
+    block = "" if kind == "attention" else f"{block_label(kind, site)}."
+    return f"{layer}.{block}{unit}"
 
 
-def branch_label(kind: str, site: str) -> str:
+def block_label(kind: str, site: str) -> str:
     """Return a short name for the block of a site: `attention`, `mlp`, or `expert2`."""
     return f"expert{site.rpartition('[')[2].removesuffix(']')}" if kind == "expert" else kind
 

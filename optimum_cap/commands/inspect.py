@@ -49,6 +49,6 @@ class InspectCommand(CAPSubcommand):
         print_summary(summary)
         print(f"versions      {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
         if record.sensitivities:
-            print(f"\nsites, each pruned alone ({record.responses_are})")
+            print(f"\nsites, each pruned alone ({record.sensitivities_are})")
             print(sensitivity_table(record.sensitivities))
         print(f"\n{sparsity_table(record.matrices)}")

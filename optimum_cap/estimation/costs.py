@@ -138,7 +138,7 @@ class CostModel:
             self._checking(),
         ]
         if method.layer_by_layer:
-            parts.append(self._walk(method, shape))
+            parts.append(self._layerwise_passes(method, shape))
         if method.allocation == "owl":
             parts.append(self._outliers(shape))
         elif method.allocation in ("interventional", "fisher"):
@@ -166,20 +166,24 @@ class CostModel:
         """Return the cost of checking all weights before and after pruning."""
         return Part(0.0, self.through_memory(CHECK_PASSES * self.work.prunable))
 
-    def _walk(self, method: Method, shape: Workload) -> "Part":
+    def _layerwise_passes(self, method: Method, shape: Workload) -> "Part":
         """Return the cost of layer-by-layer passes and of the statistics of inputs."""
         work, tokens = self.work, shape.examples * shape.tokens
         by_projection = method.order == "projection"
-        held = self.walking(shape)
+        held = self.layer_activations(shape)
         if method.target == "local":
-            walk, compared = work.layer_walk(shape, STAGES if by_projection else 1), 0.0
+            counted = work.layerwise_pass(shape, STAGES if by_projection else 1)
+            compared = 0.0
         else:
-            walk, compared = work.paired_walk(shape, by_projection), tokens * work.compared
+            counted, compared = (
+                work.dense_reference_pass(shape, by_projection),
+                tokens * work.compared,
+            )
             # The hidden states of the dense model before and after the layer, and its weights.
             hidden = tokens * work.layers[0].hidden * self.value
             held += 2 * hidden + self.value * max(layer.prunable for layer in work.layers)
-        seconds = self.seconds(walk) + compared / self.hardware.float32 + self._seeing(shape)
-        return Part(walk.operations + compared, seconds, held)
+        seconds = self.seconds(counted) + compared / self.hardware.float32 + self._seeing(shape)
+        return Part(counted.operations + compared, seconds, held)
 
     def _seeing(self, shape: Workload) -> float:
         """Return the seconds for the statistics of all inputs, without the products x_i x_j."""
@@ -189,9 +193,9 @@ class CostModel:
 
     def _outliers(self, shape: Workload) -> "Part":
         """Return the cost of allocation `owl`: one pass through the layers, and all importances."""
-        walk = self.work.layer_walk(shape, stages=0)
+        counted = self.work.layerwise_pass(shape, stages=0)
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
-        return Part(walk.operations, self.seconds(walk) + self._seeing(shape) + ranking)
+        return Part(counted.operations, self.seconds(counted) + self._seeing(shape) + ranking)
 
     def _sensitivities(self, method: Method, shape: Workload, measured: int | None) -> "Part":
         """Return the cost of sensitivities: each site pruned alone, or one backward pass."""
@@ -199,25 +203,26 @@ class CostModel:
         if method.allocation == "fisher":
             count = min(measured or examples_to_estimate(shape.examples), shape.examples)
             few = replace(shape, examples=count)
-            tried = work.estimated_interventions(shape, count)
+            estimated = work.estimated_sensitivities(shape, count)
             batches = math.ceil(count / max(1, self.rows // shape.tokens))
             passes = THRESHOLD_PASSES + batches * MASK_PASSES
             ranking = self.through_memory(passes * work.prunable)
-            seconds = self.seconds(tried) + self._seeing(few) + ranking
-            return Part(tried.operations, seconds, _all_layers(self, few, self.rows))
+            seconds = self.seconds(estimated) + self._seeing(few) + ranking
+            return Part(estimated.operations, seconds, _all_layers(self, few, self.rows))
         per_layer = [layer.sites for layer in work.layers]
         count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
-        tried, walks = work.interventions(shape, count), work.intervention_walks(shape, count)
+        measured_alone = work.measured_sensitivities(shape, count)
+        shared_passes = work.sensitivity_passes(shape, count)
         alone = PRUNING_COSTS[CRITERIA[method.criterion].cost](
             self, replace(method, target="local"), shape
         )
         # The hidden states before the layer, and those with one site pruned.
         hidden = count * shape.tokens * work.layers[0].hidden * self.value
         return Part(
-            tried.operations + alone.operations,
-            self.seconds(walks) + self._seeing(shape),
+            measured_alone.operations + alone.operations,
+            self.seconds(shared_passes) + self._seeing(shape),
             2 * hidden,
-            shared=self.seconds(tried) - self.seconds(walks) + alone.seconds,
+            shared=self.seconds(measured_alone) - self.seconds(shared_passes) + alone.seconds,
         )
 
     def paper(self, shape: Workload, sparsity: float) -> Cost:
@@ -263,7 +268,7 @@ class CostModel:
         """Return the seconds for reading or writing so many float32 numbers."""
         return 4 * numbers / self.hardware.bandwidth
 
-    def walking(self, shape: Workload) -> float:
+    def layer_activations(self, shape: Workload) -> float:
         """Return the bytes of the hidden states of all examples and of a layer on one batch."""
         tokens = shape.examples * shape.tokens
         hidden = tokens * self.work.layers[0].hidden * self.value

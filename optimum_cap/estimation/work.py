@@ -353,11 +353,11 @@ class ModelWork:
                 work += whole.rows * _per_token(tuple(p for p in layer.rest if p.copies > 1))
         return work + backward
 
-    def layer_walk(self, shape: Workload, stages: int = 1) -> OperationCount:
+    def layerwise_pass(self, shape: Workload, stages: int = 1) -> OperationCount:
         """Return the work of layer-by-layer passes: a run before each stage, and a final one."""
         return (1 + stages) * self._layers(shape) + self._experts_again(shape)
 
-    def paired_walk(self, shape: Workload, by_projection: bool) -> OperationCount:
+    def dense_reference_pass(self, shape: Workload, by_projection: bool) -> OperationCount:
         """Return the work of a `DenseReferencePass`: both models run, as far as needed."""
         rows, pairs = _apart(shape)
         work = 3 * self._layers(shape) + self._experts_again(shape)
@@ -372,7 +372,7 @@ class ModelWork:
                 work += 2 * rows * _per_token(ran)
         return work
 
-    def interventions(self, shape: Workload, measured: int) -> OperationCount:
+    def measured_sensitivities(self, shape: Workload, measured: int) -> OperationCount:
         """Return the work of `measure_sensitivities`, without the pruning.
 
         It is a layer-by-layer pass, and a run of each site from its layer on.
@@ -383,7 +383,7 @@ class ModelWork:
         """
         few = replace(shape, examples=measured)
         rows, pairs = _apart(few)
-        work = self.intervention_walks(shape, measured)
+        work = self.sensitivity_passes(shape, measured)
         for index, layer in enumerate(self.layers):
             # All sites up to this layer, and the dense model, except in the last layer.
             passing = sum(before.sites for before in self.layers[: index + 1])
@@ -393,12 +393,12 @@ class ModelWork:
         scored = few.targets * _per_token(self.stem) + self.logits(few.targets) + self.losses(few)
         return work + 2 * sites * scored
 
-    def intervention_walks(self, shape: Workload, measured: int) -> OperationCount:
-        """Return the part of `interventions` that does not depend on the number of sites."""
+    def sensitivity_passes(self, shape: Workload, measured: int) -> OperationCount:
+        """Return the part of `measured_sensitivities` that does not grow with the sites."""
         few = replace(shape, examples=measured)
         return self._layers(shape) + self._experts_again(shape) + self._layers(few)
 
-    def estimated_interventions(self, shape: Workload, measured: int) -> OperationCount:
+    def estimated_sensitivities(self, shape: Workload, measured: int) -> OperationCount:
         """Return the work of `estimate_sensitivities`, without the pruning.
 
         Each block runs once more. Experts run twice, one by one, on the tokens that reach them:
@@ -410,7 +410,7 @@ class ModelWork:
         """
         few = replace(shape, examples=measured)
         rows, pairs = _apart(few)
-        work = self.layer_walk(few, stages=0) + self.first_order(few)
+        work = self.layerwise_pass(few, stages=0) + self.first_order(few)
         for layer in self.layers:
             work += layer.attention(rows, pairs) + min(layer.sites - 1, 2) * layer.remainder(rows)
         return work

@@ -202,8 +202,8 @@ def test_walks_take_the_operations_that_pytorch_counts(
     work = count_work(model, find_sites(model))
     compared = SHAPE.examples * TOKENS * work.compared
     expected = {
-        LayerwisePass: work.layer_walk(SHAPE, STAGES if by_projection else 1).operations,
-        DenseReferencePass: work.paired_walk(SHAPE, by_projection).operations + compared,
+        LayerwisePass: work.layerwise_pass(SHAPE, STAGES if by_projection else 1).operations,
+        DenseReferencePass: work.dense_reference_pass(SHAPE, by_projection).operations + compared,
     }
     for kind, operations in expected.items():
         real = counted(walk_layers(model, kind, by_projection))
@@ -215,7 +215,7 @@ def unchanged(model: PreTrainedModel) -> Callable[[Matrix, InputStatistics], tor
 
 
 @pytest.mark.parametrize("architecture", WALKED)
-def test_interventions_take_the_operations_that_pytorch_counts(architecture: str) -> None:
+def test_measured_sensitivities_take_the_operations_that_pytorch_counts(architecture: str) -> None:
     # Within 2 %: what each layer returns is seen on single tokens, which are not counted.
     model = eager_model(architecture)
     sites = find_sites(model)
@@ -227,7 +227,7 @@ def test_interventions_take_the_operations_that_pytorch_counts(architecture: str
             ModelView(model, sites), layers, examples(), prune, 1, gram=False
         )
     )
-    assert work.interventions(SHAPE, 1).operations == pytest.approx(real, rel=0.02)
+    assert work.measured_sensitivities(SHAPE, 1).operations == pytest.approx(real, rel=0.02)
     if architecture == "opt":  # where nothing can be estimated
         return
     zeros = {matrix: 1 for own in layers.values() for matrix in own}
@@ -235,7 +235,7 @@ def test_interventions_take_the_operations_that_pytorch_counts(architecture: str
         lambda: estimate_sensitivities(ModelView(model, sites), layers, examples(), zeros, 2)
     )
     # Within 15 %: the gradient stops at the output modules of the first of three layers.
-    assert work.estimated_interventions(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
+    assert work.estimated_sensitivities(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.parametrize("pruned", [24, 40])
