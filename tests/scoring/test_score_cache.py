@@ -517,5 +517,5 @@ def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path: Path) -> None:
     result, err = ended(start(tmp_path, 100))
     assert result == undisturbed()
     assert err.count("cannot be written (File too large)") == 1
-    assert "what it finds from here on is lost if it stops" in err
+    assert "loses further results if it is interrupted" in err
     assert not list(tmp_path.rglob("*.*")), "no part of a file stays"
