@@ -19,7 +19,7 @@ def modules_that_join(
     """Return which modules of a layer add their output to the residual stream unchanged.
 
     A known change is added to the input of the layer and then to the output of each module: where
-    the output of the layer changes by the same, nothing lies between the module and the stream.
+    the output of the layer changes by the same, nothing is between the module and the stream.
 
     Args:
         modules: The modules that return what may be added, by name.

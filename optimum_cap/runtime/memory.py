@@ -58,7 +58,7 @@ def _free_on(device: torch.device) -> int:
 
 
 def left_to_this_group(
-    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+    groups: Path = Path("/sys/fs/cgroup"), memberships: Path = Path("/proc/self/cgroup")
 ) -> float:
     """Return how many bytes the control groups of this process (of a container or job) leave.
 
@@ -67,13 +67,13 @@ def left_to_this_group(
 
     Args:
         groups: Folder where the groups are mounted.
-        own: File that lists the groups of this process.
+        memberships: File that lists the groups of this process.
 
     Returns:
         The bytes; infinity if there is no limit.
     """
     left = math.inf
-    for line in own.read_text().splitlines() if own.is_file() else ():
+    for line in memberships.read_text().splitlines() if memberships.is_file() else ():
         _, controllers, name = line.split(":", 2)
         if (version := _CONTROL_GROUPS.get(controllers)) is None:
             continue

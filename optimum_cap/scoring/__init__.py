@@ -1,6 +1,7 @@
 """Causal scores: losses with each unit masked, measured exactly or estimated."""
 
 from optimum_cap.scoring.batch_sizes import tokens_per_chunk
+from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.first_order import examples_per_pass
@@ -15,6 +16,7 @@ from optimum_cap.scoring.sampling import (
 )
 from optimum_cap.scoring.score_file import DECISIVE, read_scores, save_scores, tensors_of
 from optimum_cap.scoring.scores import CausalScores, UnitLosses, causal_scores
+from optimum_cap.scoring.settings import ScoringSettings
 
 __all__ = [
     "DECISIVE",
@@ -22,6 +24,8 @@ __all__ = [
     "WORTHWHILE_SHARE",
     "CausalScores",
     "SampledLosses",
+    "ScoreCache",
+    "ScoringSettings",
     "UnitLosses",
     "causal_scores",
     "chances_in_blocks",

@@ -316,9 +316,9 @@ def test_the_way_that_experts_are_computed_is_part_of_the_key(tmp_path: Path) ->
         model = tiny_model("mixtral")
         model.set_experts_implementation(way)
         cache = ScoreCache(tmp_path, model)
-        assert cache.losses(batch, []) is None
-        cache.keep(batch, [], losses)
-        assert torch.equal(cache.losses(batch, []), losses)
+        assert cache.get(batch, []) is None
+        cache.put(batch, [], losses)
+        assert torch.equal(cache.get(batch, []), losses)
 
 
 def test_what_was_found_first_counts(llama: PreTrainedModel, tmp_path: Path) -> None:
