@@ -13,15 +13,13 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_cap.formats import FORMATS, check_format_version
-from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
+from optimum_cap.methods import ALLOCATIONS, CRITERIA, WHOLE_HEADS, parse_pattern
 
 CONFIG_VERSION = 1
 """Version of the fields of `CAPConfig`. A config of a newer version raises an error."""
 
-ALLOCATIONS = ("global", "uniform", "owl", "interventional", "fisher")
 TARGETS = ("local", "dense")
 ORDERS = ("layer", "projection")
-_BY_SENSITIVITY = ("interventional", "fisher")  # measured, estimated
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,13 @@ class Method:
     def needs_data(self) -> bool:
         """Whether the method measures anything on calibration data."""
         criterion = CRITERIA[self.criterion]
-        by_data = self.allocation in ("owl", *_BY_SENSITIVITY)
+        by_data = ALLOCATIONS[self.allocation].needs_data
         return criterion.needs_scores or criterion.needs_inputs or by_data
+
+    @property
+    def by_sensitivity(self) -> bool:
+        """Whether the sensitivities of the sites decide the number of zeros of each matrix."""
+        return ALLOCATIONS[self.allocation].by_sensitivity
 
 
 RECIPES = {
@@ -63,10 +66,10 @@ AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
 SCORED_UNITS = ("heads", "all")
-ESTIMATORS = ("exact", "plain", "first_order", "control_variate", "adaptive")
+ESTIMATOR_NAMES = ("exact", "plain", "first_order", "control_variate", "adaptive")
 _CHOICES = {
     "criterion": tuple(CRITERIA),
-    "allocation": ALLOCATIONS,
+    "allocation": tuple(ALLOCATIONS),
     "target": TARGETS,
     "order": ORDERS,
 }
@@ -275,7 +278,7 @@ class CAPConfig(QuantizationConfigMixin):
             )
 
     def _check_estimator(self) -> None:
-        _check_choice("estimator", self.estimator, ESTIMATORS)
+        _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
         _check_integer("exact_examples", self.exact_examples, at_least=2)
         _check_positive("precision", self.precision)
         if self.estimator in _SAMPLING and self.exact_examples > self.num_samples:
@@ -329,10 +332,11 @@ class CAPConfig(QuantizationConfigMixin):
                 f"{', '.join(ranking[:-1])} or {ranking[-1]} and no allocation, got "
                 f"{method.criterion!r} with allocation {self.allocation!r}"
             )
-        if method.layer_by_layer and method.allocation == "global":
+        if method.layer_by_layer and not ALLOCATIONS[method.allocation].per_matrix:
+            supported = [name for name, allocation in ALLOCATIONS.items() if allocation.per_matrix]
             raise ValueError(
-                f"criterion {method.criterion!r} prunes layer by layer, so allocation 'global' is "
-                f"not supported: choose allocation {', '.join(ALLOCATIONS[1:])}"
+                f"criterion {method.criterion!r} prunes layer by layer, so allocation "
+                f"{method.allocation!r} is not supported: choose allocation {', '.join(supported)}"
             )
         if pattern is None:
             return
@@ -371,16 +375,18 @@ class CAPConfig(QuantizationConfigMixin):
         """The pruning method: fields that are set override those of the recipe.
 
         Setting `criterion` without `allocation` implies `"uniform"`, and so does a pattern N:M with
-        a recipe that gives matrices different sparsities. Pattern `"heads"` ranks all heads of the
-        model together, by causal score unless the recipe or `criterion` chooses another ranking.
+        a recipe that uses sensitivities or a global threshold. Pattern `"heads"` ranks all heads of
+        the model together, by causal score unless the recipe or `criterion` chooses another one.
         """
         recipe = RECIPES[self.recipe]
         if self.criterion is not None:
             recipe = Method(self.criterion, "uniform")
         if self.pattern == WHOLE_HEADS:
-            by_default = self.criterion is None and recipe.allocation in _BY_SENSITIVITY
+            by_default = self.criterion is None and recipe.by_sensitivity
             recipe = Method("causal_score" if by_default else recipe.criterion, "global")
-        elif self.pattern != "unstructured" and recipe.allocation in ("global", *_BY_SENSITIVITY):
+        elif self.pattern != "unstructured" and (
+            recipe.by_sensitivity or recipe.allocation == "global"
+        ):
             recipe = dataclasses.replace(recipe, allocation="uniform")
         overrides = {name: getattr(self, name) for name in _OVERRIDES}
         return dataclasses.replace(

@@ -12,6 +12,7 @@ an error about its size, instead of finding no `x.weight` and initialising it at
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from math import prod
@@ -220,7 +221,20 @@ def _as_bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.flatten().view(_BITS[tensor.element_size()]).numpy()
 
 
-FORMATS: dict[str, Callable[[str, torch.Tensor], dict[str, torch.Tensor]]] = {
-    "packed": encode_packed,
-    "dense": encode_dense,
+@dataclass(frozen=True)
+class Format:
+    """A form of weights on disk.
+
+    Attributes:
+        encode: Takes the name and the value of a tensor, and returns the tensors to store by name.
+        needs_plugin: Whether transformers needs this plugin to load it.
+    """
+
+    encode: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
+    needs_plugin: bool
+
+
+FORMATS: dict[str, Format] = {
+    "packed": Format(encode_packed, needs_plugin=True),
+    "dense": Format(encode_dense, needs_plugin=False),
 }

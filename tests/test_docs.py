@@ -42,6 +42,7 @@ def test_links_of_a_page(page: Path) -> None:
 
 
 def test_links_from_code() -> None:
+    assert SOURCES
     for source in SOURCES:
         for link in re.findall(r"\b(?:docs|examples)/[\w/.-]+\.md(?:#[\w-]+)?", source.read_text()):
             check(link, source, ROOT)
@@ -49,5 +50,7 @@ def test_links_from_code() -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
-    for page in ROOT.glob("docs/*.md"):
+    pages = sorted(ROOT.glob("docs/*.md"))
+    assert pages
+    for page in pages:
         assert page.name == "README.md" or f"({page.name})" in index, page.name

@@ -12,15 +12,15 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.config import ALLOCATIONS as ALLOCATION_NAMES
 from optimum_cap.config import RECIPES
 from optimum_cap.data.calibration import CalibrationExample, build_calibration_set
+from optimum_cap.methods.allocations import ALLOCATIONS
 from optimum_cap.methods.criteria import CRITERIA
 from optimum_cap.methods.masks import split_proportionally
 from optimum_cap.methods.reconstruction import sparsegpt
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer, oriented
-from optimum_cap.pruning.allocation import ALLOCATIONS
+from optimum_cap.pruning.allocation import ALLOCATORS
 
 
 def config(recipe: str = "paper", **changes: Any) -> CAPConfig:
@@ -37,7 +37,7 @@ def calibration(settings: CAPConfig) -> list[CalibrationExample]:
 
 
 def test_the_names_of_the_config_are_those_of_the_tables() -> None:
-    assert set(ALLOCATION_NAMES) == {"global", "interventional", "fisher", *ALLOCATIONS}
+    assert set(ALLOCATIONS) == {"global", "interventional", "fisher", *ALLOCATORS}
     for name, criterion in CRITERIA.items():
         assert (criterion.importance is None) != (criterion.solve is None), name
 

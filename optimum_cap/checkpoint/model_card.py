@@ -9,15 +9,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord, count_units
 from optimum_cap.config import CAPConfig
-from optimum_cap.methods import CRITERIA
+from optimum_cap.formats import FORMATS
+from optimum_cap.methods import ALLOCATIONS, CRITERIA
 from optimum_cap.version import install_command
 
 _TAGS = ["optimum-cap", "pruning", "sparse"]
-_ALLOCATIONS = {
-    "owl": " and OWL (arXiv 2310.05175)",
-    "interventional": " and a sparsity per site from the measured effect of pruning it alone",
-    "fisher": " and a sparsity per site from the estimated effect of pruning it alone",
-}
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
 
@@ -54,11 +50,11 @@ def model_card(
             *(tags or []),
         ],
     )
-    packed = config["checkpoint_format"] == "packed"
+    needs_plugin = FORMATS[config["checkpoint_format"]].needs_plugin
     base_line = f"[{base}](https://huggingface.co/{base})" if base_repo else _local_name(base)
     if record.base_revision:
         base_line += f" at revision `{record.base_revision}`"
-    title = f"{CRITERIA[method.criterion].title}{_ALLOCATIONS.get(method.allocation, '')}"
+    title = f"{CRITERIA[method.criterion].title}{ALLOCATIONS[method.allocation].title}"
     sources = ", ".join(str(source["name"]) for source in record.calibration.get("sources", []))
     rows = {
         "Base model": base_line,
@@ -83,7 +79,7 @@ def model_card(
         "",
         "## How to load it",
         "",
-        *_loading(packed),
+        *_loading(needs_plugin),
         "",
         "## Zeros per projection",
         "",
@@ -135,8 +131,8 @@ def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
     return sums
 
 
-def _loading(packed: bool) -> list[str]:
-    if not packed:
+def _loading(needs_plugin: bool) -> list[str]:
+    if not needs_plugin:
         return [
             "The zeros are stored like other weights, so transformers loads it without a plugin:",
             "",

@@ -53,7 +53,7 @@ def validate_shards(files: list[Path]) -> None:
 
 def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str) -> None:
     """Convert all weights in `folder` to one format, and update its config and record."""
-    encode = FORMATS[checkpoint_format]
+    encode = FORMATS[checkpoint_format].encode
     weight_map: dict[str, str] = {}
     dense_bytes = stored_bytes = 0
     for file in weight_files(folder):
@@ -80,7 +80,7 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
     config = read_json(folder / CONFIG_NAME)
     config["pruning_config"] = record.config
     config.pop("quantization_config", None)
-    if checkpoint_format != "dense":
+    if FORMATS[checkpoint_format].needs_plugin:
         # Makes transformers load the weights with the plugin, or warn if it is not installed.
         config["quantization_config"] = {**record.config, "format_version": FORMAT_VERSION}
     _write_json(folder / CONFIG_NAME, config)

@@ -93,7 +93,8 @@ class CAPSubcommand(BaseOptimumCLICommand):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_FAILURE)
         except Exception as error:
-            if self.args.debug or os.environ.get("OPTIMUM_CAP_DEBUG", "0") not in ("", "0"):
+            debug = getattr(self.args, "debug", False)
+            if debug or os.environ.get("OPTIMUM_CAP_DEBUG", "0") not in ("", "0"):
                 raise
             bad_arguments = preparing and isinstance(error, ValueError | FileNotFoundError)
             status = EXIT_BAD_ARGUMENTS if bad_arguments else EXIT_FAILURE

@@ -42,8 +42,8 @@ class EstimateCommand(CAPSubcommand):
             "--hardware",
             default="measured",
             metavar="NAME",
-            help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, with a count as in h100x8; or "
-            "measured, which measures this machine (default: measured)",
+            help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, also h100x8; or measured: this "
+            "machine (default: measured)",
         )
         add("--num-samples", type=int, metavar="N", help="calibration examples (default: 128)")
         add(

@@ -390,9 +390,11 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str
 
 
 def _print_how_to_load(name: str, checkpoint_format: str) -> None:
-    plugin = (
-        "import optimum_cap  # reads the packed format\n" if checkpoint_format == "packed" else ""
-    )
+    from optimum_cap.formats import FORMATS
+
+    plugin = ""
+    if FORMATS[checkpoint_format].needs_plugin:
+        plugin = f"import optimum_cap  # reads the {checkpoint_format} format\n"
     print(
         f"\nLoad it with\n\n{plugin}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -85,7 +85,7 @@ class CostModel:
             shape: The calibration set.
             exact_examples: Examples that `"control_variate"` measures exactly.
         """
-        alone, shared = ESTIMATORS[name](self.work, shape, exact_examples)
+        alone, shared = ESTIMATOR_COSTS[name](self.work, shape, exact_examples)
         hold = ACTIVATIONS[name]
         # Chunks are reduced to the available memory, down to one stream of one example.
         devices = self._devices(self.weights + hold(self, replace(shape, examples=1), 1))
@@ -141,7 +141,7 @@ class CostModel:
             parts.append(self._layerwise_passes(method, shape))
         if method.allocation == "owl":
             parts.append(self._outliers(shape))
-        elif method.allocation in ("interventional", "fisher"):
+        elif method.by_sensitivity:
             parts.append(self._sensitivities(method, shape, measured))
         memory = self.weights + sum(part.memory for part in parts)
         devices = self._devices(memory)
@@ -359,7 +359,7 @@ def _adaptive(
     return work.first_order(shape), work.exact(shape)
 
 
-ESTIMATORS: dict[
+ESTIMATOR_COSTS: dict[
     str, Callable[[ModelWork, Workload, int], tuple[OperationCount, OperationCount]]
 ] = {
     "exact": _exact,

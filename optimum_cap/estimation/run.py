@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.data import build_calibration_set, shared_prefix
-from optimum_cap.estimation.costs import ESTIMATORS, Cost, CostModel
+from optimum_cap.estimation.costs import ESTIMATOR_COSTS, Cost, CostModel
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import DEFAULT_TASKS, resolve_tasks
@@ -152,7 +152,7 @@ def estimate(
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
     cost_model = _cost_model(work, config, hardware, tokens)
-    costs = [cost_model.scoring(name, shape) for name in ESTIMATORS]
+    costs = [cost_model.scoring(name, shape) for name in ESTIMATOR_COSTS]
     costs.append(cost_model.paper(shape, sparsity))
     for name in ("causal", "wanda", "sparsegpt"):
         costs.append(cost_model.pruning(name, RECIPES[name], shape, sparsity))

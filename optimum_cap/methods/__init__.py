@@ -1,5 +1,6 @@
 """Pruning methods as functions of single matrices: masks, criteria, solvers that update weights."""
 
+from optimum_cap.methods.allocations import ALLOCATIONS
 from optimum_cap.methods.criteria import (
     CRITERIA,
     HIGHEST,
@@ -28,6 +29,7 @@ from optimum_cap.methods.reconstruction import (
 from optimum_cap.methods.statistics import InputStatistics
 
 __all__ = [
+    "ALLOCATIONS",
     "ALPS_INVERSES",
     "ALPS_STEPS",
     "BLOCK",

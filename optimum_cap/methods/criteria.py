@@ -64,6 +64,14 @@ class Criterion:
     ranks_heads: bool = False
     cost: str = "threshold"
 
+    def __post_init__(self) -> None:
+        if (self.importance is None) == (self.solve is None):
+            raise ValueError(f"{self.title}: set importance or solve, and only one of them")
+        if self.solve is not None and not self.needs_inputs:
+            raise ValueError(f"{self.title}: solve needs the inputs: set needs_inputs=True")
+        if self.solve is not None and self.cost == "threshold":
+            raise ValueError(f"{self.title}: name the cost of solve, a key of PRUNING_COSTS")
+
     @property
     def updates_weights(self) -> bool:
         """Whether it also changes the weights that it keeps."""

@@ -26,7 +26,14 @@ from optimum_cap.models.compilation import (
     check_compilable,
     compiling,
 )
-from optimum_cap.models.experts import experts_of, gated, routed, routing
+from optimum_cap.models.experts import (
+    check_expert_input,
+    expert_input,
+    experts_of,
+    gated,
+    routed,
+    routing,
+)
 from optimum_cap.models.hooks import (
     RecordedCall,
     StopForwardError,
@@ -87,11 +94,13 @@ __all__ = [
     "call_compiled",
     "call_layer",
     "check_compilable",
+    "check_expert_input",
     "check_in_memory",
     "compiling",
     "decoder_layers",
     "device_of",
     "evaluation_mode",
+    "expert_input",
     "experts_of",
     "find_sites",
     "float32_on_cpu",

@@ -5,13 +5,14 @@ the experts that each is routed to, int64 `[tokens, k]`, and their routing weigh
 It returns the weighted sum of the outputs of these experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap.models.architectures import Site
+from optimum_cap.models.architectures import Matrix, Site
 
 
 def experts_of(model: PreTrainedModel, site: Site) -> nn.Module:
@@ -69,3 +70,47 @@ def routed(chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tenso
     """Return which tokens are routed to an expert, and its position in `[tokens, k]` of each."""
     tokens, slots = (chosen == expert).nonzero(as_tuple=True)
     return tokens, slots
+
+
+def check_expert_input(matrix: Matrix) -> None:
+    """Check that the input of an expert's matrix can be computed.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    name = _projection(matrix)
+    if name not in _INPUTS:
+        raise ValueError(
+            f"{matrix.name}: cannot compute the input of an expert's {name!r} (supported: "
+            f"{', '.join(_INPUTS)}), so criteria that need inputs cannot prune it: leave it dense "
+            "(modules_to_leave_dense), or add it to _INPUTS in optimum_cap/models/experts.py"
+        )
+
+
+def expert_input(experts: Any, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the input of an expert's matrix for the tokens that are routed to it.
+
+    Args:
+        experts: The module of the experts.
+        matrix: A matrix of one of them that `check_expert_input` accepts.
+        hidden: The tokens, `[tokens, hidden]`.
+
+    Returns:
+        `[tokens, in]`.
+    """
+    assert matrix.expert is not None
+    return _INPUTS[_projection(matrix)](experts, matrix.expert, hidden)
+
+
+def _projection(matrix: Matrix) -> str:
+    return matrix.parameter.rpartition(".")[2]
+
+
+def _unchanged(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+_INPUTS: dict[str, Callable[[Any, int, torch.Tensor], torch.Tensor]] = {
+    "gate_up_proj": _unchanged,
+    "down_proj": gated,
+}

@@ -187,11 +187,11 @@ def _whole_numbers(numbers: torch.Tensor, total: int) -> list[int]:
     return sums.diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
 
 
-Allocation = Callable[
+Allocator = Callable[
     [ModelView, Layers, int, list[CalibrationExample], CAPConfig], dict[Matrix, int]
 ]
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "owl": owl}
+ALLOCATORS: dict[str, Allocator] = {"uniform": uniform, "owl": owl}
 """The allocations that need only the dense model and the data.
 
 `"global"` has no entry, because one threshold over all weights decides; nor have `"interventional"`

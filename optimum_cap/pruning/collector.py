@@ -14,7 +14,8 @@ from optimum_cap.methods import CRITERIA
 from optimum_cap.models import (
     Matrix,
     StopForwardError,
-    gated,
+    check_expert_input,
+    expert_input,
     routed,
     routing,
     split_hidden,
@@ -138,7 +139,7 @@ class InputCollector:
         self._by_module: dict[str, list[Matrix]] = {}
         for matrix in matrices:
             if matrix.expert is not None:
-                _expert_rule(matrix)
+                check_expert_input(matrix)
             self._by_module.setdefault(matrix.module, []).append(matrix)
 
     @contextmanager
@@ -182,7 +183,7 @@ class InputCollector:
                     route = routes[matrix]
                 self.leaders[matrix] = matrix
                 module = self._model.get_submodule(path)
-                receive(matrix, _expert_input(module, matrix, rows[route.tokens]), route)
+                receive(matrix, expert_input(module, matrix, rows[route.tokens]), route)
 
         def hook_of(path: str) -> Callable[..., None]:
             experts = self._by_module[path][0].expert is not None
@@ -227,35 +228,3 @@ def _route(
         weights[tokens, slots],
         weights[tokens].sum(dim=1),
     )
-
-
-def _expert_input(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the input of an expert's matrix, from the tokens `[tokens, hidden]` routed to it."""
-    return _expert_rule(matrix)(module, matrix, hidden)
-
-
-def _expert_rule(matrix: Matrix) -> Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]:
-    name = matrix.parameter.rpartition(".")[2]
-    if name not in _EXPERT_INPUTS:
-        raise ValueError(
-            f"{matrix.name}: cannot compute the input of the expert's {name!r} (supported: "
-            f"{', '.join(_EXPERT_INPUTS)}), so {_INPUT_CRITERIA} cannot prune it; add it "
-            "to _EXPERT_INPUTS in optimum_cap/pruning/collector.py"
-        )
-    return _EXPERT_INPUTS[name]
-
-
-def _hidden_states(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
-
-
-def _gated(module: nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    assert matrix.expert is not None
-    return gated(module, matrix.expert, hidden)
-
-
-# The input of each projection of an expert, from the tokens `[tokens, hidden]` routed to it.
-_EXPERT_INPUTS: dict[str, Callable[[nn.Module, Matrix, torch.Tensor], torch.Tensor]] = {
-    "gate_up_proj": _hidden_states,
-    "down_proj": _gated,
-}

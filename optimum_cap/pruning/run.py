@@ -15,7 +15,7 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample, CalibrationSet
 from optimum_cap.methods import apply_mask_, keep_masks, kth_smallest
 from optimum_cap.models import Matrix, ModelView, SiteUnit
-from optimum_cap.pruning.allocation import ALLOCATIONS, interventional, uniform
+from optimum_cap.pruning.allocation import ALLOCATORS, interventional, uniform
 from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.head_removal import remove_heads_
@@ -121,9 +121,9 @@ class PruningRun:
 
     def allocate(self, zeros: int) -> dict[Matrix, int]:
         """Return how many zeros each matrix gets."""
-        config, allocation = self.config, self.config.method.allocation
-        if allocation not in ("interventional", "fisher"):
-            allocate = ALLOCATIONS[allocation]
+        config, method = self.config, self.config.method
+        if not method.by_sensitivity:
+            allocate = ALLOCATORS[method.allocation]
             return allocate(self.view, self.layers, zeros, self.examples, config)
         uniform_zeros = uniform(self.view, self.layers, zeros, self.examples, config)
         store = None
@@ -131,7 +131,7 @@ class PruningRun:
             settings = self._settings(uniform_zeros)
             settings["answer_weight"] = config.method.answer_weight
             store = self._cache.sensitivities(settings)
-        if allocation == "fisher":
+        if method.allocation == "fisher":
             self.sensitivities = estimate_sensitivities(
                 self.view,
                 self.layers,

@@ -46,6 +46,7 @@ def test_statistics_are_those_of_the_inputs(model: PreTrainedModel, advance: boo
 def test_squares_alone_are_the_same(model: PreTrainedModel) -> None:
     rows = examples(5)
     with_gram, without = walked(model, rows, gram=True), walked(model, rows, gram=False)
+    assert without.keys() == with_gram.keys() != set()
     for matrix, statistics in without.items():
         assert statistics.gram is None
         torch.testing.assert_close(statistics.squares, with_gram[matrix].squares)

@@ -161,7 +161,9 @@ def test_missing_is_what_two_full_passes_show(name: str) -> None:
 
 
 def test_nothing_is_missing_of_a_model_that_is_not_pruned(model: PreTrainedModel) -> None:
-    for matrix, statistics in walked(model, examples(4), prune=False).items():
+    found = walked(model, examples(4), prune=False)
+    assert found
+    for matrix, statistics in found.items():
         assert float(statistics.output_error_moment.abs().max()) < 1e-3, matrix
 
 
@@ -169,6 +171,7 @@ def test_nothing_is_missing_of_a_model_that_is_not_pruned(model: PreTrainedModel
 def test_shared_experts_are_walked_too(name: str) -> None:
     model = tiny_model(name)
     found = walked(model, examples(5))
+    assert found
     assert all(statistics.output_error_moment.isfinite().all() for statistics in found.values())
 
 
@@ -178,6 +181,7 @@ def test_experts_tokens_weigh_by_the_square_of_their_routing(weight: float) -> N
     found = walked(model, rows, prune=False, answer_weight=weight)
     factor = torch.cat([1 + weight * predicts(row) for row in rows])
     paths = [matrix.module for matrix in found if matrix.expert is not None]
+    assert paths
     passes = Passes(model, rows, paths)
     for matrix, statistics in found.items():
         if matrix.expert is None:

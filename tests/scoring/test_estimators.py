@@ -43,7 +43,7 @@ def names(losses: UnitLosses) -> list[tuple[str, int]]:
 
 
 def test_the_config_names_all_estimators() -> None:
-    assert set(config.ESTIMATORS) == set(ESTIMATORS)
+    assert set(config.ESTIMATOR_NAMES) == set(ESTIMATORS)
 
 
 def scaled_losses(model: PreTrainedModel, site: Site, unit: Unit, factor: float) -> torch.Tensor:

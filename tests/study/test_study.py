@@ -111,7 +111,7 @@ def test_a_killed_process_is_the_error_of_its_cell(
         rows = run_study(load(values, tmp_path), tmp_path / "out", jobs=2)
     failed = [row for row in rows if row["error"]]
     assert [(row["recipe"], row["sparsity"]) for row in failed] == [("wanda", 0.2)]
-    assert "the process that measured this cell died" in failed[0]["error"]
+    assert "the process that measured this cell was killed" in failed[0]["error"]
     assert len({(row["recipe"], row["sparsity"]) for row in rows}) == 5
     assert not any(row["error"] for row in run_study(load(values, tmp_path), tmp_path / "out"))
 
@@ -424,8 +424,9 @@ def test_what_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_the_examples_are_valid(empty_presets: Path) -> None:
-    folder = EXAMPLES / "studies"
-    for file in folder.glob("*.yaml"):
+    files = sorted((EXAMPLES / "studies").glob("*.yaml"))
+    assert files
+    for file in files:
         assert list(Study.load(file, data_dir=empty_presets).cells())
 
 

@@ -1,0 +1,42 @@
+"""Allocations: how zeros are divided among the matrices of a model.
+
+This module says what each allocation needs. The functions that compute them are in
+`optimum_cap/pruning/allocation.py`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The properties of an allocation.
+
+    Attributes:
+        title: What the model card adds to the title of the criterion.
+        needs_data: Whether it measures anything on calibration data.
+        by_sensitivity: Whether it is computed from the sensitivities of the sites.
+        per_matrix: Whether it decides the number of zeros of each matrix before they are pruned;
+            otherwise a threshold over all weights does.
+    """
+
+    title: str = ""
+    needs_data: bool = False
+    by_sensitivity: bool = False
+    per_matrix: bool = True
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "global": Allocation(per_matrix=False),
+    "uniform": Allocation(),
+    "owl": Allocation(" and OWL (arXiv 2310.05175)", needs_data=True),
+    "interventional": Allocation(
+        " and a sparsity per site from the measured effect of pruning it alone",
+        needs_data=True,
+        by_sensitivity=True,
+    ),
+    "fisher": Allocation(
+        " and a sparsity per site from the estimated effect of pruning it alone",
+        needs_data=True,
+        by_sensitivity=True,
+    ),
+}
