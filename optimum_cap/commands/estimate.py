@@ -64,8 +64,8 @@ class EstimateCommand(CAPSubcommand):
         add(
             "--dataset",
             nargs="+",
-            help="calibration data as for prune; its mean lengths replace --tokens and --scored, "
-            "and its shared prefix is the default of --prefix (default: none)",
+            help="calibration data as for prune; sets --tokens, --scored and the default of "
+            "--prefix from its lengths (default: none)",
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)")
         add("--sparsity", type=float, help="sparsity of the checkpoint (default: 0.5)")

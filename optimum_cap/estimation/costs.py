@@ -108,7 +108,7 @@ class CostModel:
             return 0.0
         if name == "control_variate":
             shape = replace(shape, examples=min(shape.examples, exact_examples))
-        # With a prefix, a batch has all tokens of a chunk, otherwise a quarter (`wavefront.py`).
+        # With a prefix, a batch has all tokens of a chunk, otherwise a quarter (`batch_sizes.py`).
         suffix, parts = shape.tokens - shape.prefix, 1 if shape.prefix else 4
         examples = min(shape.examples, max(1, self.rows // parts // suffix))
         streams = max(1, self.rows // (shape.prefix + examples * suffix))
@@ -265,7 +265,7 @@ class CostModel:
         return max(computed, launched) if self.hardware.kind == "cuda" else computed + launched
 
     def through_memory(self, numbers: float) -> float:
-        """Return the seconds for reading or writing so many float32 numbers."""
+        """Return the seconds for reading or writing a number of float32 numbers."""
         return 4 * numbers / self.hardware.bandwidth
 
     def layer_activations(self, shape: Workload) -> float:

@@ -27,7 +27,7 @@ _PER_OUTPUT = 4
 _PER_LOGIT = 2
 _PER_LOSS = 10  # per logit of a scored token: cast, exponentiated, summed
 
-_STREAMS = 4  # per chunk, for a batch of the size that `wavefront.py` prefers
+_STREAMS = 4  # per chunk, for a batch of the size that `batch_sizes.py` prefers
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class LayerWork:
         return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> OperationCount:
-        """Return the work of the layer for so many tokens and pairs of query and key."""
+        """Return the work of the layer for a number of tokens and of pairs of query and key."""
         return self.attention(tokens, pairs) + self.remainder(tokens)
 
 
@@ -287,7 +287,7 @@ class ModelWork:
         return self.heads + sum(layer.others for layer in self.layers)
 
     def logits(self, positions: float) -> OperationCount:
-        """Return the work of the logits at so many positions."""
+        """Return the work of the logits at a number of positions."""
         return positions * OperationCount(
             self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs
         )

@@ -1,7 +1,7 @@
 """What attention, MLPs and experts return with one of their units masked.
 
-The inputs are those that the intact pass recorded, so that a masked stream need not compute the
-blocks up to the one with its unit.
+The inputs are those that the intact pass recorded, so that a masked stream does not recompute the
+blocks before its unit's.
 """
 
 from collections.abc import Callable, Iterator
@@ -186,7 +186,7 @@ class MaskedBlocks:
 
         Only the tokens that reach the expert change. For these, the other experts run again and the
         masked output of this one is added. Subtracting from the intact output would be cheaper, but
-        the difference of two large numbers is not an exact small one.
+        the difference of two large numbers loses precision.
 
         Args:
             site: The site of the expert.
