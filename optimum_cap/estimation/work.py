@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.methods import ALPS_INVERSES, ALPS_STEPS, FITTING_STEPS
-from optimum_cap.methods import BLOCK as OBS_BLOCK
+from optimum_cap.methods import BLOCK as SPARSEGPT_BLOCK
 from optimum_cap.models import QUERIES, Site, prunable_matrices
 from optimum_cap.scoring import WORTHWHILE_SHARE
 
@@ -437,7 +437,7 @@ def _apart(shape: Workload) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class ObsWork:
+class SparseGPTWork:
     """The work of SparseGPT's statistics and updates (`sparsegpt`), all in float32.
 
     Attributes:
@@ -455,7 +455,7 @@ class ObsWork:
     columns: int
 
     @classmethod
-    def of(cls, work: ModelWork, tokens: float) -> "ObsWork":
+    def of(cls, work: ModelWork, tokens: float) -> "SparseGPTWork":
         """Count the work for a number of calibration tokens."""
         inputs = [product for layer in work.layers for product in layer.distinct_inputs]
         pruned = [p for layer in work.layers for p in layer.products if p.pruned]
@@ -465,7 +465,7 @@ class ObsWork:
             updates=sum(float(product.weights) * product.inputs for product in pruned),
             # A column updates half of its block on average: products are written and read, weights
             # are read and written.
-            moved=sum(4 * OBS_BLOCK / 2 * product.weights for product in pruned),
+            moved=sum(4 * SPARSEGPT_BLOCK / 2 * product.weights for product in pruned),
             columns=sum(product.copies * product.inputs for product in pruned),
         )
 
