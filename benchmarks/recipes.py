@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "causal, estimated": {"recipe": "causal_fast", "order": "projection", "target": "dense"},
     "causal, estimated, layer by layer": {"recipe": "causal_fast", "target": "dense"},
     "causal_fast (the same, local target)": {"recipe": "causal_fast"},
-    "causal without interventions": {"allocation": "uniform"},
+    "causal without measured sensitivities": {"allocation": "uniform"},
     "ALPS alone": {"criterion": "alps"},
 }
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-import optimum_cap  # noqa: F401  (adds the keyword pruning_config to from_pretrained)
 from optimum_cap import CAPConfig
 from optimum_cap.checkpoint import inspect_checkpoint
 from optimum_cap.text import aligned

@@ -164,9 +164,9 @@ class CAPConfig(QuantizationConfigMixin):
         resume_dir: Folder for finished measurements and, until the model is saved, pruned layers,
             so that an interrupted run resumes (`docs/scoring.md`); `None` stores nothing. Not
             saved.
-        modules_to_leave_dense: Names of modules (or trailing parts of names, such as `"layers.0"`
-            or `"o_proj"`) to leave dense, in addition to embeddings, norms, routers and the LM
-            head, which are never pruned.
+        modules_to_leave_dense: Names of modules, or consecutive parts of them (such as
+            `"layers.0"` or `"o_proj"`), to leave dense, in addition to embeddings, norms, routers
+            and the LM head, which are never pruned.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
             `"dense"` (zeros stored; loads without this plugin).
         tokenizer: A tokenizer, or the name of one; `None` loads the model's tokenizer. Not saved.

@@ -78,8 +78,8 @@ def _one_thread() -> None:
 @pytest.fixture
 def torch_that_compiles() -> None:
     """Skip where torch is too old for `torch_compile`."""
-    if Version(torch.__version__) < Version(compilation.LEAST_TORCH):
-        pytest.skip(f"torch_compile needs torch {compilation.LEAST_TORCH}")
+    if Version(torch.__version__) < Version(compilation.OLDEST_TORCH):
+        pytest.skip(f"torch_compile needs torch {compilation.OLDEST_TORCH}")
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_units_that_cannot_be_scored(changes: dict[str, Any], message: str) -> N
 
 def test_unknown_argument() -> None:
     with pytest.raises(TypeError, match="sparcity"):
-        CAPConfig(sparsity=0.2, sparcity=0.3)  # type: ignore[call-arg]
+        CAPConfig(sparsity=0.2, sparcity=0.3)
 
 
 def test_round_trips_through_json() -> None:

@@ -68,10 +68,10 @@ def reconstruction_errors(
     """
     model = copy.deepcopy(dense)
     sites = find_sites(model)
-    walk = LayerwisePass(ModelView(model, sites), examples)
+    layerwise = LayerwisePass(ModelView(model, sites), examples)
     errors: list[list[float]] = [[] for _ in candidates]
     for layer, matrices in matrices_by_layer(sites).items():
-        statistics = walk.statistics(layer, matrices, gram=True)
+        statistics = layerwise.statistics(layer, matrices, gram=True)
         for matrix in matrices:
             gram = statistics[matrix].gram.double()
             weight = oriented(model, matrix).double()
@@ -80,7 +80,7 @@ def reconstruction_errors(
                 change = weight - state[matrix.parameter].double()
                 found.append(float(torch.einsum("oi,ij,oj->", change, gram, change) / output))
             oriented(model, matrix).copy_(candidates[0][matrix.parameter])
-        walk.advance(layer)
+        layerwise.advance(layer)
     return errors
 
 

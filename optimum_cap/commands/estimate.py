@@ -42,8 +42,8 @@ class EstimateCommand(CAPSubcommand):
             "--hardware",
             default="measured",
             metavar="NAME",
-            help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, also h100x8; or measured: this "
-            "machine (default: measured)",
+            help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, also h100x8; or measured: "
+            "this machine (default: measured)",
         )
         add("--num-samples", type=int, metavar="N", help="calibration examples (default: 128)")
         add(
@@ -64,8 +64,8 @@ class EstimateCommand(CAPSubcommand):
         add(
             "--dataset",
             nargs="+",
-            help="calibration data as for prune; its mean lengths replace --tokens and --scored, "
-            "and its shared prefix is the default of --prefix (default: none)",
+            help="calibration data as for prune; sets --tokens, --scored and the default of "
+            "--prefix from its lengths (default: none)",
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)")
         add("--sparsity", type=float, help="sparsity of the checkpoint (default: 0.5)")

@@ -60,33 +60,34 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--allocation-bound",
         "allocation_bound",
         float,
-        "largest change of a site's sparsity by interventional or fisher (default: 0.1)",
+        "most by which interventional and fisher move the sparsity of a site (default: 0.1)",
     ),
     (
         "--allocation-examples",
         "allocation_examples",
         int,
-        "examples to measure sensitivities on (default: as many as cost one pass, at least 16)",
+        "examples to measure sensitivities on (default: as many as cost one pass over the "
+        "calibration set, at least 16)",
     ),
     (
         "--target",
         "target",
         str,
-        "outputs that kept weights are fitted to: local, or dense, those of the dense model "
-        "(default: the recipe's)",
+        "what kept weights are fitted to: outputs of the matrix itself (local) or of the dense "
+        "model (dense) (default: the recipe's)",
     ),
     (
         "--order",
         "order",
         str,
-        "what is pruned before inputs are measured again: layer or projection "
+        "when inputs are measured again: after each layer, or before each projection "
         "(default: the recipe's)",
     ),
     (
         "--answer-weight",
         "answer_weight",
         float,
-        "extra weight of tokens that are scored or predict one (default: the recipe's)",
+        "extra weight of scored tokens and of the tokens that predict them (default: the recipe's)",
     ),
     (
         "--pattern",
@@ -107,7 +108,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--kv-combination",
         "kv_combination",
         str,
-        "how a key/value head combines its query heads' importances: mean or max (default: mean)",
+        "how a key/value head combines the importances of its query heads: mean or max "
+        "(default: mean)",
     ),
     (
         "--scored-tokens",
@@ -131,7 +133,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--estimator",
         "estimator",
         str,
-        "of causal scores: exact, plain, first_order, control_variate or adaptive (default: exact)",
+        "how causal scores are obtained: exact, plain, first_order, control_variate or adaptive "
+        "(default: exact)",
     ),
     (
         "--exact-examples",
@@ -143,8 +146,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--precision",
         "precision",
         float,
-        "adaptive stops at 1.96 standard errors below this fraction of the score range "
-        "(default: 0.1)",
+        "adaptive stops once 1.96 standard errors are at most this fraction of the range of the "
+        "scores (default: 0.1)",
     ),
     (
         "--max-length",
@@ -156,20 +159,22 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--memory-budget",
         "memory_budget",
         _size,
-        "memory for activations, e.g. 4GB; auto: half of free memory; layer by layer 2048 tokens "
-        "(CUDA 16384) (default: auto)",
+        "memory for activations, e.g. 4GB; auto: half of free memory, or a fixed batch size for "
+        "layer-by-layer passes (default: auto)",
     ),
     (
         "--torch-compile",
         "torch_compile",
         None,
-        "compile the layers for exact causal scores: faster in long GPU runs (default: False)",
+        "compile the decoder layers to measure causal scores; pays off in long GPU runs "
+        "(default: False)",
     ),
     (
         "--resume-dir",
         "resume_dir",
         str,
-        "folder for finished parts, so that a run resumes (default: optimum_cap/scores in HF_HOME)",
+        "folder for intermediate results, so that an interrupted run resumes "
+        "(default: optimum_cap/resume in HF_HOME)",
     ),
     ("--seed", "seed", int, "seed for the selection of examples (default: 0)"),
     (
@@ -206,8 +211,8 @@ class PruneCommand(CAPSubcommand):
             "--scores",
             type=Path,
             metavar="FILE",
-            help="file from `cap score`, used instead of measuring, with its data and seed; "
-            "implies recipe paper",
+            help="scores file from `cap score` to use instead of measuring; its data and seed "
+            "apply; recipe paper unless you name another",
         )
         add(
             "--leave-dense",
@@ -215,7 +220,7 @@ class PruneCommand(CAPSubcommand):
             nargs="+",
             default=SUPPRESS,
             metavar="NAME",
-            help="modules to leave dense, by trailing part of the name, e.g. layers.0 o_proj "
+            help="modules to leave dense, by name or consecutive parts of it, e.g. layers.0 o_proj "
             "(default: none)",
         )
         add(

@@ -88,7 +88,7 @@ def first_file(what: str, places: Sequence[Path]) -> Path:
             return path
     raise FileNotFoundError(
         f"{what}: no data file; looked for {', '.join(map(str, dict.fromkeys(places)))}: put the "
-        "file there, or name its folder with --data-dir"
+        "file there, or name its folder (`data_dir`, `--data-dir`)"
     )
 
 

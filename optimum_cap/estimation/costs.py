@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from optimum_cap.config import COMPILING, RECIPES, CAPConfig, Method
-from optimum_cap.estimation.hardware import ROWS, WALK_ROWS, Hardware
-from optimum_cap.estimation.work import AlpsWork, ModelWork, ObsWork, OperationCount, Workload
+from optimum_cap.estimation.hardware import LAYERWISE_ROWS, ROWS, Hardware
+from optimum_cap.estimation.work import AlpsWork, ModelWork, OperationCount, SparseGPTWork, Workload
 from optimum_cap.evaluation import TASKS
 from optimum_cap.methods import CRITERIA
 from optimum_cap.pruning import examples_to_estimate, examples_to_measure
@@ -86,10 +86,10 @@ class CostModel:
             exact_examples: Examples that `"control_variate"` measures exactly.
         """
         alone, shared = ESTIMATOR_COSTS[name](self.work, shape, exact_examples)
-        hold = ACTIVATIONS[name]
+        activations = ACTIVATIONS[name]
         # Chunks are reduced to the available memory, down to one stream of one example.
-        devices = self._devices(self.weights + hold(self, replace(shape, examples=1), 1))
-        wanted = self.weights + hold(self, shape, self.rows)
+        devices = self._devices(self.weights + activations(self, replace(shape, examples=1), 1))
+        wanted = self.weights + activations(self, shape, self.rows)
         half_of_free = (self.weights + devices * self.hardware.memory) / 2
         return Cost(
             step="score",
@@ -108,7 +108,7 @@ class CostModel:
             return 0.0
         if name == "control_variate":
             shape = replace(shape, examples=min(shape.examples, exact_examples))
-        # With a prefix, a batch has all tokens of a chunk, otherwise a quarter (`wavefront.py`).
+        # With a prefix, a batch has all tokens of a chunk, otherwise a quarter (`batch_sizes.py`).
         suffix, parts = shape.tokens - shape.prefix, 1 if shape.prefix else 4
         examples = min(shape.examples, max(1, self.rows // parts // suffix))
         streams = max(1, self.rows // (shape.prefix + examples * suffix))
@@ -182,10 +182,12 @@ class CostModel:
             # The hidden states of the dense model before and after the layer, and its weights.
             hidden = tokens * work.layers[0].hidden * self.value
             held += 2 * hidden + self.value * max(layer.prunable for layer in work.layers)
-        seconds = self.seconds(counted) + compared / self.hardware.float32 + self._seeing(shape)
+        seconds = (
+            self.seconds(counted) + compared / self.hardware.float32 + self._input_statistics(shape)
+        )
         return Part(counted.operations + compared, seconds, held)
 
-    def _seeing(self, shape: Workload) -> float:
+    def _input_statistics(self, shape: Workload) -> float:
         """Return the seconds for the statistics of all inputs, without the products x_i x_j."""
         products = (product for layer in self.work.layers for product in layer.distinct_inputs)
         inputs = sum(product.inputs * product.active for product in products)
@@ -195,7 +197,9 @@ class CostModel:
         """Return the cost of allocation `owl`: one pass through the layers, and all importances."""
         counted = self.work.layerwise_pass(shape, stages=0)
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
-        return Part(counted.operations, self.seconds(counted) + self._seeing(shape) + ranking)
+        return Part(
+            counted.operations, self.seconds(counted) + self._input_statistics(shape) + ranking
+        )
 
     def _sensitivities(self, method: Method, shape: Workload, measured: int | None) -> "Part":
         """Return the cost of sensitivities: each site pruned alone, or one backward pass."""
@@ -207,7 +211,7 @@ class CostModel:
             batches = math.ceil(count / max(1, self.rows // shape.tokens))
             passes = THRESHOLD_PASSES + batches * MASK_PASSES
             ranking = self.through_memory(passes * work.prunable)
-            seconds = self.seconds(estimated) + self._seeing(few) + ranking
+            seconds = self.seconds(estimated) + self._input_statistics(few) + ranking
             return Part(estimated.operations, seconds, _all_layers(self, few, self.rows))
         per_layer = [layer.sites for layer in work.layers]
         count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
@@ -220,7 +224,7 @@ class CostModel:
         hidden = count * shape.tokens * work.layers[0].hidden * self.value
         return Part(
             measured_alone.operations + alone.operations,
-            self.seconds(shared_passes) + self._seeing(shape),
+            self.seconds(shared_passes) + self._input_statistics(shape),
             2 * hidden,
             shared=self.seconds(measured_alone) - self.seconds(shared_passes) + alone.seconds,
         )
@@ -265,14 +269,14 @@ class CostModel:
         return max(computed, launched) if self.hardware.kind == "cuda" else computed + launched
 
     def through_memory(self, numbers: float) -> float:
-        """Return the seconds for reading or writing so many float32 numbers."""
+        """Return the seconds for reading or writing a number of float32 numbers."""
         return 4 * numbers / self.hardware.bandwidth
 
     def layer_activations(self, shape: Workload) -> float:
         """Return the bytes of the hidden states of all examples and of a layer on one batch."""
         tokens = shape.examples * shape.tokens
         hidden = tokens * self.work.layers[0].hidden * self.value
-        return hidden + min(tokens, WALK_ROWS[self.hardware.kind]) * self.per_token
+        return hidden + min(tokens, LAYERWISE_ROWS[self.hardware.kind]) * self.per_token
 
     @property
     def largest(self) -> int:
@@ -373,14 +377,14 @@ ESTIMATOR_COSTS: dict[
 # Bytes of activations, for chunks of `rows` tokens
 
 
-def _batch(shape: Workload, rows: int) -> int:
+def _tokens_per_batch(shape: Workload, rows: int) -> int:
     """Return the tokens of a batch: a quarter of a chunk, but at least one example."""
     return min(shape.examples, max(1, rows // 4 // shape.tokens)) * shape.tokens
 
 
 def _streams(cost_model: CostModel, shape: Workload, rows: int) -> float:
     """Return the bytes recorded in the intact pass of a batch, plus a chunk of masked streams."""
-    batch = _batch(shape, rows)
+    batch = _tokens_per_batch(shape, rows)
     layers = cost_model.work.layers
     # Four tensors for attention and its layer, and two for other scored blocks.
     tensors = sum(4 + 2 * bool(layer.others) for layer in layers)
@@ -389,13 +393,13 @@ def _streams(cost_model: CostModel, shape: Workload, rows: int) -> float:
 
 
 def _one_forward(cost_model: CostModel, shape: Workload, rows: int) -> float:
-    return _batch(shape, rows) * (cost_model.per_token + cost_model.per_logits)
+    return _tokens_per_batch(shape, rows) * (cost_model.per_token + cost_model.per_logits)
 
 
 def _all_layers(cost_model: CostModel, shape: Workload, rows: int) -> float:
     """Return the bytes that all layers save of a batch for the backward pass."""
     saved = len(cost_model.work.layers) * cost_model.per_token
-    return _batch(shape, rows) * (saved + cost_model.per_logits)
+    return _tokens_per_batch(shape, rows) * (saved + cost_model.per_logits)
 
 
 ACTIVATIONS: dict[str, Callable[[CostModel, Workload, int], float]] = {
@@ -432,7 +436,7 @@ def _threshold(cost_model: CostModel, method: Method, shape: Workload) -> Part:
     return Part(0.0, seconds, 12.0 * cost_model.largest)
 
 
-def _wanda(cost_model: CostModel, method: Method, shape: Workload) -> Part:
+def _rows(cost_model: CostModel, method: Method, shape: Workload) -> Part:
     weights = cost_model.work.prunable
     ranking = weights / cost_model.hardware.ranked + cost_model.through_memory(
         RANKING_PASSES * weights
@@ -442,13 +446,15 @@ def _wanda(cost_model: CostModel, method: Method, shape: Workload) -> Part:
 
 def _sparsegpt(cost_model: CostModel, method: Method, shape: Workload) -> Part:
     hardware = cost_model.hardware
-    obs = ObsWork.of(cost_model.work, shape.examples * shape.tokens)
-    products = (obs.grams + obs.updates) / hardware.float32 + obs.factors / hardware.factor
-    launched = obs.columns * LAUNCHES_PER_COLUMN[hardware.kind] * hardware.launch
-    columns = cost_model.together(cost_model.through_memory(obs.moved), launched)
+    sparsegpt = SparseGPTWork.of(cost_model.work, shape.examples * shape.tokens)
+    products = (
+        sparsegpt.grams + sparsegpt.updates
+    ) / hardware.float32 + sparsegpt.factors / hardware.factor
+    launched = sparsegpt.columns * LAUNCHES_PER_COLUMN[hardware.kind] * hardware.launch
+    columns = cost_model.together(cost_model.through_memory(sparsegpt.moved), launched)
     masks = cost_model.through_memory(THRESHOLD_PASSES * cost_model.work.prunable)
     return Part(
-        obs.grams + obs.factors + obs.updates,
+        sparsegpt.grams + sparsegpt.factors + sparsegpt.updates,
         products + columns + masks,
         12.0 * cost_model.largest + _grams(cost_model) + 12.0 * _widest(cost_model) ** 2,
     )
@@ -456,7 +462,7 @@ def _sparsegpt(cost_model: CostModel, method: Method, shape: Workload) -> Part:
 
 def _alps(cost_model: CostModel, method: Method, shape: Workload) -> Part:
     hardware = cost_model.hardware
-    grams = ObsWork.of(cost_model.work, shape.examples * shape.tokens).grams
+    grams = SparseGPTWork.of(cost_model.work, shape.examples * shape.tokens).grams
     alps = AlpsWork.of(cost_model.work, method.target == "dense")
     products = (grams + alps.products) / hardware.float32
     solved = alps.factors / hardware.factor
@@ -481,7 +487,7 @@ def _widest(cost_model: CostModel) -> int:
 
 PRUNING_COSTS: dict[str, Callable[[CostModel, Method, Workload], Part]] = {
     "threshold": _threshold,
-    "rows": _wanda,
+    "rows": _rows,
     "sparsegpt": _sparsegpt,
     "alps": _alps,
 }

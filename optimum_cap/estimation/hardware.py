@@ -25,8 +25,8 @@ MEASURED = "measured"
 _LARGEST = 4096  # channels; larger matrices take longer to measure, but have the same rates
 _LEAST_SECONDS = 0.15  # per measurement
 ROWS = {"cpu": 2048, "cuda": 65536}
-"""Tokens per batch of scoring, by type of device (`optimum_cap/scoring/wavefront.py`)."""
-WALK_ROWS = {"cpu": 2048, "cuda": 16384}
+"""Tokens per batch of scoring, by type of device (`optimum_cap/scoring/batch_sizes.py`)."""
+LAYERWISE_ROWS = {"cpu": 2048, "cuda": 16384}
 """Tokens per batch of layer-by-layer passes (`optimum_cap/pruning/activations.py`)."""
 
 

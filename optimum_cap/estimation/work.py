@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.methods import ALPS_INVERSES, ALPS_STEPS, FITTING_STEPS
-from optimum_cap.methods import BLOCK as OBS_BLOCK
+from optimum_cap.methods import BLOCK as SPARSEGPT_BLOCK
 from optimum_cap.models import QUERIES, Site, prunable_matrices
 from optimum_cap.scoring import WORTHWHILE_SHARE
 
@@ -27,7 +27,7 @@ _PER_OUTPUT = 4
 _PER_LOGIT = 2
 _PER_LOSS = 10  # per logit of a scored token: cast, exponentiated, summed
 
-_STREAMS = 4  # per chunk, for a batch of the size that `wavefront.py` prefers
+_STREAMS = 4  # per chunk, for a batch of the size that `batch_sizes.py` prefers
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class LayerWork:
         return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> OperationCount:
-        """Return the work of the layer for so many tokens and pairs of query and key."""
+        """Return the work of the layer for a number of tokens and of pairs of query and key."""
         return self.attention(tokens, pairs) + self.remainder(tokens)
 
 
@@ -287,7 +287,7 @@ class ModelWork:
         return self.heads + sum(layer.others for layer in self.layers)
 
     def logits(self, positions: float) -> OperationCount:
-        """Return the work of the logits at so many positions."""
+        """Return the work of the logits at a number of positions."""
         return positions * OperationCount(
             self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs
         )
@@ -437,7 +437,7 @@ def _apart(shape: Workload) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class ObsWork:
+class SparseGPTWork:
     """The work of SparseGPT's statistics and updates (`sparsegpt`), all in float32.
 
     Attributes:
@@ -455,7 +455,7 @@ class ObsWork:
     columns: int
 
     @classmethod
-    def of(cls, work: ModelWork, tokens: float) -> "ObsWork":
+    def of(cls, work: ModelWork, tokens: float) -> "SparseGPTWork":
         """Count the work for a number of calibration tokens."""
         inputs = [product for layer in work.layers for product in layer.distinct_inputs]
         pruned = [p for layer in work.layers for p in layer.products if p.pruned]
@@ -465,7 +465,7 @@ class ObsWork:
             updates=sum(float(product.weights) * product.inputs for product in pruned),
             # A column updates half of its block on average: products are written and read, weights
             # are read and written.
-            moved=sum(4 * OBS_BLOCK / 2 * product.weights for product in pruned),
+            moved=sum(4 * SPARSEGPT_BLOCK / 2 * product.weights for product in pruned),
             columns=sum(product.copies * product.inputs for product in pruned),
         )
 

@@ -245,7 +245,7 @@ class Evaluation:
     """
 
     model: str
-    tasks: "dict[str, AccuracyResult | PerplexityResult]"
+    tasks: dict[str, AccuracyResult | PerplexityResult]
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
@@ -350,7 +350,7 @@ class Evaluation:
         return "\n".join([aligned(rows, left=1), *notes])
 
 
-_RESULTS: "dict[str, type[AccuracyResult] | type[PerplexityResult]]" = {
+_RESULTS: dict[str, type[AccuracyResult] | type[PerplexityResult]] = {
     AccuracyResult.metric: AccuracyResult,
     PerplexityResult.metric: PerplexityResult,
 }

@@ -46,7 +46,7 @@ from optimum_cap.models import device_of, evaluation_mode, float32_on_cpu
 from optimum_cap.scoring import example_losses
 
 _LONGEST_WINDOW = 2048  # tokens; as in papers on pruning and quantization
-_LEAST_ANSWER = 16  # tokens that must remain for an answer after the longest question
+_SHORTEST_ANSWER = 16  # tokens that must remain for an answer after the longest question
 _VERSIONED = ("optimum-cap", "lm-eval", "torch", "transformers")
 
 TaskData = dict[str, tuple[Any, dict[str, Any]]]
@@ -244,10 +244,10 @@ def _prepare(
     special = not getattr(tokenizer, "chat_template", None)
     encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
     longest = max(map(len, encoded))
-    if length - longest < _LEAST_ANSWER:
+    if length - longest < _SHORTEST_ANSWER:
         raise ValueError(
             f"task {name}: the longest question has {longest} tokens and the model takes {length}, "
-            f"but an answer needs at least {_LEAST_ANSWER} more: choose another task"
+            f"but an answer needs at least {_SHORTEST_ANSWER} more: choose another task"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Knowledge of transformers models: their architecture, and how to run and change them."""
+"""What CAP knows about transformers models: architectures, and how to run and change them."""
 
 from optimum_cap.models.architectures import (
     QUERIES,

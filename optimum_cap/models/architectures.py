@@ -1,4 +1,4 @@
-"""Finds the sites, units and regions of a model. The only module that knows architectures.
+"""Finds the sites, units and regions of a model: where the names of its projections are known.
 
 For nearly every architecture, the tensor-parallel plan of transformers says which projections of a
 decoder layer write to the residual stream: `rowwise` projections are output projections, `colwise`
@@ -52,11 +52,11 @@ class WeightSlice:
 
 @dataclass(frozen=True)
 class Unit:
-    """A slice of a site's input that can be masked: a head, a group of MLP channels, an expert.
+    """A part of a site that can be masked: a head, or a group of channels of an MLP or expert.
 
     Attributes:
         index: Position among the units of the site.
-        channels: Range of the channels of the site's input.
+        channels: Range of the inputs of the site's output projection.
         region: The weights that belong to the unit. Under grouped-query attention, several units
             share key and value rows.
     """
@@ -68,7 +68,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class Site:
-    """The input of an output projection, through which units write to the residual stream.
+    """An attention block, an MLP or one expert.
+
+    Its units write to the residual stream through one output projection.
 
     Attributes:
         name: Path of the output projection; an expert adds its index, as in `...down_proj[3]`.
@@ -77,7 +79,7 @@ class Site:
         layer_name: Path of the decoder layer.
         block: Path of the module that contains the projection (attention or MLP); that of the
             layer if there is no such module.
-        width: Number of channels of the site's input.
+        width: Number of inputs of the output projection.
         units: The units, in the order of their channels; together they cover all channels.
         expert: Index of the expert, otherwise `None`.
     """

@@ -20,7 +20,7 @@ from optimum_cap.models.internals import accelerate_hook
 
 LayerCall = Callable[[nn.Module, torch.Tensor, Any, dict[str, Any]], Any]
 
-LEAST_TORCH = "2.7"  # the first version with all features used here
+OLDEST_TORCH = "2.7"  # the first version with all features used here
 _MOST_PROGRAMS = 64  # for all models of the process; the default of torch is 8
 
 
@@ -79,9 +79,9 @@ def check_compilable(model: PreTrainedModel) -> None:
     Raises:
         ValueError: torch is too old, or accelerate moves weights or inputs of the model.
     """
-    if Version(torch.__version__) < Version(LEAST_TORCH):
+    if Version(torch.__version__) < Version(OLDEST_TORCH):
         raise ValueError(
-            f"torch_compile needs torch {LEAST_TORCH} or newer, got torch {torch.__version__}: "
+            f"torch_compile needs torch {OLDEST_TORCH} or newer, got torch {torch.__version__}: "
             "upgrade torch, or leave torch_compile out"
         )
     if any(accelerate_hook(module) is not None for module in model.modules()):

@@ -51,8 +51,8 @@ def routing(module: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
         raise ValueError(
             f"the model gives {module} something other than the chosen experts and their weights "
             "[tokens, k], so its experts cannot run one by one: score heads only "
-            "(scored_units='heads'), and prune with target 'local' and an allocation other than "
-            "'fisher'"
+            "(scored_units='heads'), and choose criterion 'causal_score', 'magnitude' or 'random' "
+            "with an allocation that needs no inputs ('uniform' or 'global')"
         )
     chosen, weights = args
     return chosen, weights

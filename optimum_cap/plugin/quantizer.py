@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
@@ -68,7 +68,9 @@ class CAPQuantizer(HfQuantizer):
     """
 
     quantization_config: CAPConfig
-    serialized_names = {"weight": ["weight", "weight_mask", "weight_shape"]}  # noqa: RUF012
+    serialized_names: ClassVar[dict[str, list[str]]] = {
+        "weight": ["weight", "weight_mask", "weight_shape"]
+    }
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)

@@ -1,4 +1,4 @@
-"""From calibration data and scores to pruned weights."""
+"""Pruning: sensitivities, allocation, and the steps that change weights."""
 
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.fisher import examples_to_estimate

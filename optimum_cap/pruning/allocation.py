@@ -63,7 +63,7 @@ def owl(
     weigh by their size, so that the total is exact, and the range shrinks if the sparsity of a
     layer would otherwise fall below 0 or exceed 1.
 
-    Args and returns: as `uniform`.
+    Args and returns: as for `uniform`.
     """
     outliers = _outlier_shares(view, layers, examples, config)
     sizes = torch.tensor(

@@ -1,4 +1,4 @@
-"""What the prunable matrices of a decoder layer receive while the layer runs."""
+"""Collects the inputs of the prunable matrices of a layer while it runs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -262,7 +262,7 @@ def _gradient_dot_change(
 ) -> torch.Tensor:
     """Return the dot product of gradient and change of the output, float64 `[examples]`.
 
-    An expert runs on the tokens that are routed to it, as their only expert.
+    An expert runs on the tokens that are routed to it, with this expert alone.
 
     Args:
         model: The model.

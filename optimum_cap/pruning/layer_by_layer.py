@@ -1,4 +1,4 @@
-"""Pruning layer by layer: each layer is calibrated on the outputs of pruned layers before it."""
+"""Pruning layer by layer: each layer is calibrated on the outputs of the already pruned ones."""
 
 from collections.abc import Mapping
 

@@ -23,7 +23,7 @@ class MatrixPruner:
 
     Args:
         view: The model.
-        config: Names the criterion, the pattern and the seed.
+        config: Gives the criterion, the pattern and the seed.
 
     Attributes:
         regions: Importance of the units that the weights of a matrix belong to, broadcastable to

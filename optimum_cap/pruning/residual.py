@@ -1,4 +1,4 @@
-"""Which modules of a decoder layer add their output to the residual stream unchanged."""
+"""Finds the modules of a decoder layer that add their output to the residual stream unchanged."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack

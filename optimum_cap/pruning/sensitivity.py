@@ -1,6 +1,6 @@
 """Measures sensitivities: how the predictions change when a site is pruned alone.
 
-Causal scores come from masking a unit; sensitivities come from pruning itself.
+Causal scores come from masking a unit; sensitivities from pruning a site.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping

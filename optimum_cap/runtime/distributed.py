@@ -103,7 +103,7 @@ class ProcessGroup:
         others = [str(rank) for rank, value in enumerate(digests) if value != digests[0]]
         if others:
             raise ValueError(
-                f"process {', '.join(others)} of {self.size} was given another {what} than "
+                f"process(es) {', '.join(others)} of {self.size} got a different {what} than "
                 "process 0: start all of them with the same model, revision and data files"
             )
 

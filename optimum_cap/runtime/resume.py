@@ -14,11 +14,11 @@ logger = logging.get_logger(__name__)
 
 
 def default_folder() -> Path:
-    """Return the resume folder of the command line: `optimum_cap/scores` in the Hugging Face home.
+    """Return the resume folder of the command line: `optimum_cap/resume` in the Hugging Face home.
 
     It holds finished chunks of scoring, sensitivities and, until the model is saved, pruned layers.
     """
-    return Path(constants.HF_HOME) / "optimum_cap" / "scores"
+    return Path(constants.HF_HOME) / "optimum_cap" / "resume"
 
 
 class Resumable(Protocol):
@@ -28,10 +28,10 @@ class Resumable(Protocol):
         files: Where it stores them.
     """
 
-    files: "TensorFiles"
+    files: TensorFiles
 
 
-def resume_hint(store: "Resumable | None") -> str:
+def resume_hint(store: Resumable | None) -> str:
     """Return a message that says which results of an interrupted run are stored, and how to resume.
 
     Args:

@@ -9,10 +9,10 @@ from optimum_cap.models import Site, activation_bytes_per_token, device_of
 
 
 def tokens_per_chunk(model: PreTrainedModel) -> int:
-    """Return how many tokens run through a layer at a time; more use memory and save no time.
+    """Return how many tokens run through a layer at a time.
 
-    On a CPU, larger tensors even cost time: the allocator returns those above 32 MB to the system,
-    which pages the next one in again.
+    More would use memory without saving time. On a CPU, larger tensors even cost time: the
+    allocator returns those above 32 MB to the system, which pages the next one in again.
     """
     if device_of(model).type == "cuda":
         return 65536

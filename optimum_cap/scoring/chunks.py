@@ -56,8 +56,8 @@ class ChunkMeasurer:
         view: The model, in evaluation mode.
         units: The units that chunks refer to.
         torch_compile: Compile the layers in which no stream starts.
-        memory_limit: The limit that an earlier run over the same model found; `None` starts without
-            one.
+        memory_limit: The limit that an earlier run over the same model found; `None` if there was
+            none.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ChunkMeasurer:
         """Limit a step to half of the tokens that memory ran out with."""
         if self._memory_limit.tokens is None:
             logger.warning(
-                f"memory ran out with {tokens} tokens of masked streams at a time: continuing with "
+                f"memory ran out with {tokens} tokens in masked passes at a time: continuing with "
                 "half as many, and fewer if needed; a lower memory_budget starts with fewer"
             )
         self._memory_limit.tokens = tokens // 2

@@ -220,7 +220,7 @@ def _expert_gradients(
         site: The site of the expert.
         call: The call of its module.
         gradient: Gradient of the output of the module, `[tokens, hidden]`.
-        examples: Number of examples, which have the same number of tokens each.
+        examples: Number of examples, all with the same number of tokens.
     """
     assert site.expert is not None
     tokens, slots = routed(call.chosen, site.expert)

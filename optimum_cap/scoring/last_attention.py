@@ -1,4 +1,4 @@
-"""The attention of the last layer, computed only from the first scored position on.
+"""The attention of the last layer, computed only for positions from the first scored one on.
 
 Earlier tokens matter only through their keys and values. For these tokens, the layer runs until its
 attention has computed keys and values, without queries. For the remaining tokens, it runs as in

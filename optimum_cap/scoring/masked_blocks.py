@@ -1,7 +1,7 @@
 """What attention, MLPs and experts return with one of their units masked.
 
-The inputs are those that the intact pass recorded, so that a masked stream need not compute the
-blocks up to the one with its unit.
+The inputs are those that the intact pass recorded, so that a masked stream does not recompute the
+blocks before its unit's.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ class MaskedBlocks:
         modules = {}
         for layer, site in self.attention.items():
             modules[f"attention {layer}"] = self._model.get_submodule(site.block)
-            modules[f"site {layer}"] = self._model.get_submodule(site.projection)
+            modules[f"output projection {layer}"] = self._model.get_submodule(site.projection)
         for path in chain.from_iterable(self._others.values()):
             modules[path] = self._model.get_submodule(path)
         return modules
@@ -83,8 +83,8 @@ class MaskedBlocks:
         heads = [unit for site, unit in units if site.kind == "attention"]
         outputs = []
         if heads:
-            site_input = select(segment.calls[f"site {layer}"].hidden)
-            outputs.append(self._masked_products(self.attention[layer], site_input, heads))
+            projection_input = select(segment.calls[f"output projection {layer}"].hidden)
+            outputs.append(self._masked_products(self.attention[layer], projection_input, heads))
         if intact_streams := len(units) - len(heads):
             intact = select(hidden_states_of(segment.calls[f"attention {layer}"].output))
             outputs.append(intact.repeat(intact_streams, 1, 1))
@@ -136,14 +136,14 @@ class MaskedBlocks:
             if site.output_module != path:
                 outputs.append(intact.repeat(len(of_site), 1, 1))
             elif site.expert is None:
-                site_input = self._site_input(site, hidden)
-                outputs.append(self._masked_products(site, site_input, of_site))
+                projection_input = self._projection_input(site, hidden)
+                outputs.append(self._masked_products(site, projection_input, of_site))
             else:
                 chosen, weights = map(at_selected, routing(site.block, call.args))
                 outputs.append(self._masked_experts(site, of_site, hidden, chosen, weights, intact))
         return torch.cat(outputs)
 
-    def _site_input(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
+    def _projection_input(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
         """Return the input of an MLP's output projection, from the input of the MLP.
 
         Raises:
@@ -164,10 +164,10 @@ class MaskedBlocks:
         return calls[site.projection].hidden
 
     def _masked_products(
-        self, site: Site, site_input: torch.Tensor, units: list[Unit]
+        self, site: Site, projection_input: torch.Tensor, units: list[Unit]
     ) -> torch.Tensor:
         """Return the output projection's output with each unit masked: `[units * rows, ...]`."""
-        masked = site_input.repeat(len(units), 1, 1).view(len(units), *site_input.shape)
+        masked = projection_input.repeat(len(units), 1, 1).view(len(units), *projection_input.shape)
         for stream, unit in zip(masked, units, strict=True):
             stream[..., slice(*unit.channels)] = 0
         projected: torch.Tensor = self._model.get_submodule(site.projection)(masked.flatten(0, 1))
@@ -186,7 +186,7 @@ class MaskedBlocks:
 
         Only the tokens that reach the expert change. For these, the other experts run again and the
         masked output of this one is added. Subtracting from the intact output would be cheaper, but
-        the difference of two large numbers is not an exact small one.
+        the difference of two large numbers loses precision.
 
         Args:
             site: The site of the expert.

@@ -1,4 +1,7 @@
-"""The definition of masked losses: one hooked forward pass per unit, the reference for tests."""
+"""Masked losses as defined in the paper, with one hooked forward pass per unit.
+
+The reference for tests.
+"""
 
 import torch
 from transformers import PreTrainedModel

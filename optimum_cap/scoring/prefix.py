@@ -1,4 +1,4 @@
-"""Segments of the intact pass: consecutive tokens that read the keys and values of earlier ones.
+"""Segments of the intact pass: consecutive tokens, which attend to keys and values of earlier ones.
 
 The recorded arguments of a layer are used to call it again with other hidden states.
 """

@@ -1,9 +1,9 @@
-"""Scores files: the losses from which causal scores are computed, for any number of prunings.
+"""Scores files: losses from which causal scores are computed, reusable at any sparsity.
 
 A scores file is a safetensors file. It holds the losses as tensors; its metadata says what was
 measured (model, calibration examples, units, estimator) and has a checksum of the whole. The losses
-serve any sparsity, number of subsets and aggregation, and are refused for another model, data set
-or seed.
+serve any sparsity, number of subsets and aggregation; reading refuses them for another model, data
+set or seed.
 """
 
 import importlib.metadata

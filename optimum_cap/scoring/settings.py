@@ -8,7 +8,7 @@ from optimum_cap.scoring.cache import ScoreCache
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How losses are measured. None of these settings changes what is measured.
+    """Settings of how losses are measured. None of them changes the result beyond rounding.
 
     Attributes:
         memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of the free

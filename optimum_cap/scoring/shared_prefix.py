@@ -1,4 +1,4 @@
-"""Decides whether the prefix that all examples share is computed once."""
+"""Decides whether the prefix that all examples share can be computed once."""
 
 import torch
 from accelerate.utils.memory import clear_device_cache

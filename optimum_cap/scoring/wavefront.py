@@ -1,9 +1,10 @@
 """Runs the masked streams of a batch, each from the layer of its masked unit on.
 
-Masking a unit of layer l changes nothing before its site. So a stream starts from the recorded
-intact input of layer l, and the streams of many units run through the later layers as rows of one
-batch. In its first layer, a stream does not compute the blocks up to that of the masked unit: it
-gets their outputs. Logits are computed at scored positions only.
+A *stream* is the hidden states of one masked pass. Masking a unit of layer l changes nothing before
+its site. So a stream starts from the recorded intact input of layer l, and the streams of many
+units run through the later layers as rows of one batch. In its first layer, a stream does not
+compute the blocks up to that of the masked unit: it gets their outputs. Logits are computed at
+scored positions only.
 
 The shared prefix of the examples is computed once per stream, as a single row whose keys and values
 the rows of the examples read.

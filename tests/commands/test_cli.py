@@ -494,7 +494,7 @@ def test_a_signal_stops_with_its_status_and_the_run_resumes(
 
 
 def test_finished_parts_of_the_scoring_are_kept_in_the_hugging_face_home(pruned: Path) -> None:
-    folder = Path(os.environ["HF_HOME"]) / "optimum_cap" / "scores"
+    folder = Path(os.environ["HF_HOME"]) / "optimum_cap" / "resume"
     assert list(folder.rglob("*.safetensors"))
     assert str(folder) not in (pruned / "pruning_record.json").read_text()
 

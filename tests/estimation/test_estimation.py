@@ -25,8 +25,8 @@ from optimum_cap.estimation import run as estimation
 from optimum_cap.estimation.costs import AMOUNTS, ESTIMATOR_COSTS, PRUNING_COSTS, STAGES, CostModel
 from optimum_cap.estimation.hardware import (
     DATA_SHEETS,
+    LAYERWISE_ROWS,
     ROWS,
-    WALK_ROWS,
     Hardware,
     Size,
     find_hardware,
@@ -168,32 +168,32 @@ def test_first_order_takes_a_forward_and_a_backward_pass_with_frozen_weights() -
     assert work.first_order(every).operations == pytest.approx(real, rel=0.05)
 
 
-def walk_layers(
+def run_layerwise(
     model: PreTrainedModel, kind: type[LayerwisePass], by_projection: bool
 ) -> Callable[[], None]:
     """What passes all layers as pruning does, without the set-up that nothing counts."""
     sites = find_sites(model)
     with evaluation_mode(model):
-        walk = kind(ModelView(model, sites), examples())
+        layerwise = kind(ModelView(model, sites), examples())
     stages = stages_by_layer(sites) if by_projection else None
 
     def run() -> None:
         with evaluation_mode(model):
             for layer, own in matrices_by_layer(sites).items():
-                walk.begin(layer)
+                layerwise.begin(layer)
                 for step in stages[layer] if stages else [own]:
-                    walk.statistics(layer, step)
-                walk.advance(layer)
+                    layerwise.statistics(layer, step)
+                layerwise.advance(layer)
 
     return run
 
 
-WALKED = ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"]
+LAYERWISE = ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"]
 
 
-@pytest.mark.parametrize("architecture", WALKED)
+@pytest.mark.parametrize("architecture", LAYERWISE)
 @pytest.mark.parametrize("by_projection", [False, True])
-def test_walks_take_the_operations_that_pytorch_counts(
+def test_layerwise_passes_take_the_operations_that_pytorch_counts(
     architecture: str, by_projection: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Which outputs join the residual stream is tried on one batch, which is not counted.
@@ -206,7 +206,7 @@ def test_walks_take_the_operations_that_pytorch_counts(
         DenseReferencePass: work.dense_reference_pass(SHAPE, by_projection).operations + compared,
     }
     for kind, operations in expected.items():
-        real = counted(walk_layers(model, kind, by_projection))
+        real = counted(run_layerwise(model, kind, by_projection))
         assert operations == pytest.approx(real, rel=1e-3)
 
 
@@ -214,7 +214,7 @@ def unchanged(model: PreTrainedModel) -> Callable[[Matrix, InputStatistics], tor
     return lambda matrix, inputs: oriented(model, matrix).clone()
 
 
-@pytest.mark.parametrize("architecture", WALKED)
+@pytest.mark.parametrize("architecture", LAYERWISE)
 def test_measured_sensitivities_take_the_operations_that_pytorch_counts(architecture: str) -> None:
     # Within 2 %: what each layer returns is seen on single tokens, which are not counted.
     model = eager_model(architecture)
@@ -371,7 +371,7 @@ def test_chunks_are_as_large_as_those_of_the_passes(monkeypatch: pytest.MonkeyPa
     for kind, rows in ROWS.items():
         monkeypatch.setattr(batch_sizes, "device_of", lambda model, kind=kind: torch.device(kind))
         assert batch_sizes.tokens_per_chunk(tiny_model("llama")) == rows
-    assert activations._TOKENS_PER_BATCH == WALK_ROWS
+    assert activations._TOKENS_PER_BATCH == LAYERWISE_ROWS
 
 
 def test_a_model_that_does_not_fit_says_how_many_devices_it_needs() -> None:
@@ -407,21 +407,21 @@ def test_every_architecture_has_an_estimate(architecture: str) -> None:
 
 def test_each_ingredient_of_the_default_recipe_has_its_price() -> None:
     work = work_of(load_config(CONFIGS / "llama-3-8b.json"))
-    meter = CostModel(work, find_hardware("h100", SIZE), 2)
+    cost_model = CostModel(work, find_hardware("h100", SIZE), 2)
     shape = Workload(128, 256, 128)
 
     def seconds(measured: int | None = None, **changes: Any) -> float:
         method = replace(RECIPES["causal"], **changes)
-        return meter.pruning("", method, shape, 0.5, measured).seconds
+        return cost_model.pruning("", method, shape, 0.5, measured).seconds
 
     whole = seconds()
     assert seconds(measured=128) > whole
     assert seconds(allocation="uniform") < seconds(allocation="fisher") < whole
     assert seconds(target="local", order="layer") < seconds(order="layer") < whole
     assert seconds(criterion="wanda", target="local") < seconds(criterion="alps", target="local")
-    plain = meter.pruning("", Method("alps", "uniform"), shape, 0.5)
+    plain = cost_model.pruning("", Method("alps", "uniform"), shape, 0.5)
     assert plain.seconds < seconds(allocation="uniform")
-    assert plain.memory < meter.pruning("", RECIPES["causal"], shape, 0.5).memory
+    assert plain.memory < cost_model.pruning("", RECIPES["causal"], shape, 0.5).memory
 
 
 def test_every_task_has_an_amount_and_every_criterion_a_cost() -> None:
@@ -694,10 +694,12 @@ def test_disk_of_scores_is_that_of_losses_and_of_the_files_of_chunks(
         ModelView(model, heads), rows, settings=ScoringSettings(cache=ScoreCache(tmp_path, model))
     )
     chunks = len(list(tmp_path.rglob("*.safetensors"))) - 2  # without the budget and the prefix
-    meter = CostModel(count_work(model, sites), replace(find_hardware("h100", SIZE), kind="cpu"), 4)
-    found = meter.scoring("exact", replace(SHAPE, examples=count))
+    cost_model = CostModel(
+        count_work(model, sites), replace(find_hardware("h100", SIZE), kind="cpu"), 4
+    )
+    found = cost_model.scoring("exact", replace(SHAPE, examples=count))
     assert found.disk == 8 * 13 * count + 4096 * chunks
-    assert meter.scoring("plain", SHAPE).disk == 8 * 13 * SHAPE.examples
+    assert cost_model.scoring("plain", SHAPE).disk == 8 * 13 * SHAPE.examples
 
 
 def test_words_of_the_flags_match_the_defaults() -> None:

@@ -42,7 +42,7 @@ def test_masking_equals_zeroing_columns(model: PreTrainedModel) -> None:
             columns.copy_(saved)
             torch.testing.assert_close(masked, expected, rtol=1e-5, atol=1e-6)
             assert not torch.equal(masked, intact), f"{site.name} unit {unit.index} had no effect"
-            assert torch.equal(logits(model), intact), "the intervention left a trace"
+            assert torch.equal(logits(model), intact), "the mask left a trace"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])

@@ -14,17 +14,17 @@ from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
 
 
-def walked(
+def layerwise_statistics(
     model: PreTrainedModel, rows: list[CalibrationExample], gram: bool, advance: bool = False
 ) -> dict[Matrix, InputStatistics]:
     sites = find_sites(model)
     found: dict[Matrix, InputStatistics] = {}
     with torch.no_grad():
-        walk = LayerwisePass(ModelView(model, sites), rows)
+        layerwise = LayerwisePass(ModelView(model, sites), rows)
         for layer, matrices in matrices_by_layer(sites).items():
-            found |= walk.statistics(layer, matrices, gram, advance)
+            found |= layerwise.statistics(layer, matrices, gram, advance)
             if not advance:
-                walk.advance(layer)
+                layerwise.advance(layer)
     return found
 
 
@@ -32,7 +32,7 @@ def walked(
 def test_statistics_are_those_of_the_inputs(model: PreTrainedModel, advance: bool) -> None:
     rows = examples(9)
     expected = observed_inputs(model, rows)
-    found = walked(model, rows, gram=True, advance=advance)
+    found = layerwise_statistics(model, rows, gram=True, advance=advance)
     assert set(found) == set(expected)
     for matrix, inputs in expected.items():
         statistics = found[matrix]
@@ -45,7 +45,10 @@ def test_statistics_are_those_of_the_inputs(model: PreTrainedModel, advance: boo
 
 def test_squares_alone_are_the_same(model: PreTrainedModel) -> None:
     rows = examples(5)
-    with_gram, without = walked(model, rows, gram=True), walked(model, rows, gram=False)
+    with_gram, without = (
+        layerwise_statistics(model, rows, gram=True),
+        layerwise_statistics(model, rows, gram=False),
+    )
     assert without.keys() == with_gram.keys() != set()
     for matrix, statistics in without.items():
         assert statistics.gram is None
@@ -65,7 +68,7 @@ def test_long_examples_come_in_several_batches() -> None:
         )
         for index, length in enumerate((900, 1100, 30))
     ]
-    expected, found = observed_inputs(model, rows), walked(model, rows, gram=False)
+    expected, found = observed_inputs(model, rows), layerwise_statistics(model, rows, gram=False)
     for matrix, inputs in expected.items():
         assert found[matrix].tokens == 2030
         torch.testing.assert_close(
@@ -77,11 +80,11 @@ def test_later_layers_see_what_was_changed_before(model: PreTrainedModel) -> Non
     rows, sites = examples(5), find_sites(model)
     layers = matrices_by_layer(sites)
     with torch.no_grad():
-        walk = LayerwisePass(ModelView(model, sites), rows)
+        layerwise = LayerwisePass(ModelView(model, sites), rows)
         for matrix in layers[0]:
             matrix.of(model.get_parameter(matrix.parameter)).mul_(0.5)
-        walk.advance(0)
-        found = walk.statistics(1, layers[1])
+        layerwise.advance(0)
+        found = layerwise.statistics(1, layers[1])
     expected = observed_inputs(model, rows)
     for matrix, statistics in found.items():
         torch.testing.assert_close(
@@ -91,7 +94,7 @@ def test_later_layers_see_what_was_changed_before(model: PreTrainedModel) -> Non
 
 def test_the_model_comes_back_as_it_was(model: PreTrainedModel) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    walked(model, examples(3), gram=True)
+    layerwise_statistics(model, examples(3), gram=True)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     for module in model.modules():
         assert "forward" not in module.__dict__

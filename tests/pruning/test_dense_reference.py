@@ -35,22 +35,22 @@ def without_small_ones(weight: torch.Tensor) -> torch.Tensor:
     return weight * (weight.abs() > weight.abs().median())
 
 
-def walked(
+def layerwise_statistics(
     model: PreTrainedModel, rows: list[CalibrationExample], prune: bool = True, **options: Any
 ) -> dict[Matrix, InputStatistics]:
     """Prune all stages of a model one after the other; statistics just before each is pruned."""
     sites = find_sites(model)
     found: dict[Matrix, InputStatistics] = {}
     with evaluation_mode(model):
-        walk = DenseReferencePass(ModelView(model, sites), rows, **options)
+        layerwise = DenseReferencePass(ModelView(model, sites), rows, **options)
         for layer, stages in stages_by_layer(sites).items():
-            walk.begin(layer)
+            layerwise.begin(layer)
             for stage in stages:
-                found |= walk.statistics(layer, stage)
+                found |= layerwise.statistics(layer, stage)
                 for matrix in stage if prune else ():
                     weight = writable_weights(model, matrix)
                     weight.copy_(without_small_ones(weight))
-            walk.advance(layer)
+            layerwise.advance(layer)
     return found
 
 
@@ -145,7 +145,7 @@ def by_definition(
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe", "gpt2", "gpt_neox", "opt"])
 def test_missing_is_what_two_full_passes_show(name: str) -> None:
     dense, rows = tiny_model(name), examples(5)
-    found = walked(copy.deepcopy(dense), rows)
+    found = layerwise_statistics(copy.deepcopy(dense), rows)
     stages = [stage for stages in stages_by_layer(find_sites(dense)).values() for stage in stages]
     with torch.no_grad():
         for stage in stages:
@@ -161,16 +161,16 @@ def test_missing_is_what_two_full_passes_show(name: str) -> None:
 
 
 def test_nothing_is_missing_of_a_model_that_is_not_pruned(model: PreTrainedModel) -> None:
-    found = walked(model, examples(4), prune=False)
+    found = layerwise_statistics(model, examples(4), prune=False)
     assert found
     for matrix, statistics in found.items():
         assert float(statistics.output_error_moment.abs().max()) < 1e-3, matrix
 
 
 @pytest.mark.parametrize("name", SHARED_EXPERTS)
-def test_shared_experts_are_walked_too(name: str) -> None:
+def test_shared_experts_run_layer_by_layer_too(name: str) -> None:
     model = tiny_model(name)
-    found = walked(model, examples(5))
+    found = layerwise_statistics(model, examples(5))
     assert found
     assert all(statistics.output_error_moment.isfinite().all() for statistics in found.values())
 
@@ -178,7 +178,7 @@ def test_shared_experts_are_walked_too(name: str) -> None:
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 def test_experts_tokens_weigh_by_the_square_of_their_routing(weight: float) -> None:
     model, rows = tiny_model("mixtral"), examples(5)
-    found = walked(model, rows, prune=False, answer_weight=weight)
+    found = layerwise_statistics(model, rows, prune=False, answer_weight=weight)
     factor = torch.cat([1 + weight * predicts(row) for row in rows])
     paths = [matrix.module for matrix in found if matrix.expert is not None]
     assert paths
@@ -209,11 +209,11 @@ def test_answers_weigh_more(kind: type[LayerwisePass], model: PreTrainedModel) -
     expected = observed_inputs(model, rows)
     factor = torch.cat([1 + 2.5 * predicts(row) for row in rows]).double()
     with evaluation_mode(model):
-        walk = kind(ModelView(model, sites), rows, 2.5)
+        layerwise = kind(ModelView(model, sites), rows, 2.5)
         for layer, matrices in matrices_by_layer(sites).items():
-            walk.begin(layer)
-            found = walk.statistics(layer, matrices, gram=True)
-            walk.advance(layer)
+            layerwise.begin(layer)
+            found = layerwise.statistics(layer, matrices, gram=True)
+            layerwise.advance(layer)
             for matrix, statistics in found.items():
                 if matrix.expert is not None:  # experts see a part of the tokens
                     continue
@@ -239,15 +239,15 @@ def test_answers_weigh_more(kind: type[LayerwisePass], model: PreTrainedModel) -
 def test_outputs_join_the_residual_stream_directly(name: str, joining: set[str]) -> None:
     model = tiny_model(name)
     with evaluation_mode(model):
-        walk = DenseReferencePass(ModelView.of(model), examples(4))
-        walk.begin(0)
+        layerwise = DenseReferencePass(ModelView.of(model), examples(4))
+        layerwise.begin(0)
         prefix = f"{find_sites(model)[0].layer_name}."
-        assert walk.joining_modules(0) == {prefix + path for path in joining}
+        assert layerwise.joining_modules(0) == {prefix + path for path in joining}
 
 
 def test_behind_a_norm_the_streams_loss_is_not_added() -> None:
     dense, rows = tiny_model("gemma2"), examples(5)
-    found = walked(copy.deepcopy(dense), rows)
+    found = layerwise_statistics(copy.deepcopy(dense), rows)
     output_proj = Matrix("model.layers.2.mlp.down_proj.weight")
     stage = next(own for own in stages_by_layer(find_sites(dense))[2] if output_proj in own)
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_weights_are_where_they_belong_afterwards(model: PreTrainedModel) -> Non
             weight = oriented(expected, matrix)
             weight.copy_(without_small_ones(weight))
     storage = {name: parameter.data_ptr() for name, parameter in parameters.items()}
-    walked(model, examples(3))
+    layerwise_statistics(model, examples(3))
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name]
         assert parameter.data_ptr() == storage[name]
@@ -284,8 +284,8 @@ def test_weights_are_where_they_belong_afterwards(model: PreTrainedModel) -> Non
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_an_offloaded_model_gives_the_same(name: str, tmp_path: Path) -> None:
     folder, rows = saved(tmp_path / "model", name), examples(5)
-    expected = walked(AutoModelForCausalLM.from_pretrained(folder), rows)
-    found = walked(on_disk(folder, tmp_path / "offload"), rows)
+    expected = layerwise_statistics(AutoModelForCausalLM.from_pretrained(folder), rows)
+    found = layerwise_statistics(on_disk(folder, tmp_path / "offload"), rows)
     for matrix, statistics in expected.items():
         assert torch.equal(found[matrix].output_error_moment, statistics.output_error_moment), (
             matrix
@@ -297,20 +297,20 @@ def test_a_matrix_that_does_not_run_is_an_error(llama: PreTrainedModel) -> None:
     sites = find_sites(llama)
     llama.model.layers[0].mlp.forward = lambda hidden: hidden
     with evaluation_mode(llama):
-        walk = DenseReferencePass(ModelView(llama, sites), examples(3))
-        walk.begin(0)
+        layerwise = DenseReferencePass(ModelView(llama, sites), examples(3))
+        layerwise.begin(0)
         with pytest.raises(ValueError, match=r"did not run model\.layers\.0\.mlp\.down_proj, so t"):
-            walk.statistics(0, stages_by_layer(sites)[0][-1])
+            layerwise.statistics(0, stages_by_layer(sites)[0][-1])
 
 
 def test_statistics_may_be_asked_for_again(llama: PreTrainedModel) -> None:
     sites, rows = find_sites(llama), examples(4)
     with evaluation_mode(llama):
-        walk = DenseReferencePass(ModelView(llama, sites), rows)
-        walk.begin(0)
+        layerwise = DenseReferencePass(ModelView(llama, sites), rows)
+        layerwise.begin(0)
         stage = stages_by_layer(sites)[0][-1]
-        first, second = (walk.statistics(0, stage)[stage[0]] for _ in range(2))
-        walk.advance(0)
-        walk.begin(1)
-        walk.statistics(1, stages_by_layer(sites)[1][0])
+        first, second = (layerwise.statistics(0, stage)[stage[0]] for _ in range(2))
+        layerwise.advance(0)
+        layerwise.begin(1)
+        layerwise.statistics(1, stages_by_layer(sites)[1][0])
     assert torch.equal(first.gram, second.gram)

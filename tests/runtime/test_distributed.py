@@ -126,7 +126,9 @@ def test_two_ranks_give_the_losses_of_one_and_a_dead_one_stops_the_other(tmp_pat
 def test_processes_with_different_inputs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ProcessGroup, "all_gather", lambda self, value: ["a", value, "a"])
     ProcessGroup(1, 3).check_consistent(lambda: "a", "model")
-    with pytest.raises(ValueError, match="process 1 of 3 was given another model than process 0"):
+    with pytest.raises(
+        ValueError, match=r"process\(es\) 1 of 3 got a different model than process 0"
+    ):
         ProcessGroup(1, 3).check_consistent(lambda: "b", "model")
 
 
@@ -137,7 +139,7 @@ def test_ranks_with_different_models_stop() -> None:
     )
     for done in ranks("none", script=different):
         assert done.returncode == 1
-        assert "process 1 of 2 was given another model, calibration set or" in done.stderr
+        assert "process(es) 1 of 2 got a different model, calibration set or" in done.stderr
 
 
 @pytest.mark.slow
