@@ -62,7 +62,7 @@ def test_masking_a_whole_expert_equals_routing_no_weight_to_it(name: str) -> Non
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_of_the_site_input_is_a_head_of_the_attention(architecture: str) -> None:
+def test_a_head_of_the_projection_input_is_a_head_of_the_attention(architecture: str) -> None:
     """Independent of the projection: zeroing a head's value rows silences just its channels."""
     if architecture in ("gpt2", "gpt_neox", "phi3"):
         pytest.skip("values are fused with queries and keys; the region test below covers them")
