@@ -70,7 +70,9 @@ def main() -> None:
         problems = build_calibration_set(config, tokenizer).examples
 
     # The first prune pays for what all later ones use.
-    warm_up = CAPConfig(sparsity=0.5, recipe="sparsegpt", dataset=dataset)
+    warm_up = CAPConfig(
+        sparsity=0.5, recipe="sparsegpt", dataset=dataset, num_samples=arguments.examples
+    )
     CAPPruner(warm_up).prune(copy.deepcopy(model), tokenizer)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     losses: dict[str, list[float]] = {name: [] for name in VARIANTS}

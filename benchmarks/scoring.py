@@ -33,8 +33,9 @@ from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample, shared_prefix
 from optimum_cap.estimation import device_name
-from optimum_cap.models import Site, SiteUnit, decoder_layers, find_sites
+from optimum_cap.models import ModelView, Site, SiteUnit, decoder_layers, find_sites
 from optimum_cap.scoring import (
+    ScoringSettings,
     UnitLosses,
     causal_scores,
     exact_losses,
@@ -230,27 +231,30 @@ def main() -> None:
         )
     sites = [site for site in find_sites(model) if site.kind == "attention"]
     units = [
-        (site, unit)
+        SiteUnit(site, unit)
         for site in sites[:: arguments.layer_step]
         for unit in site.units[: arguments.scored_heads]
     ]
 
+    view = ModelView(model, sites)
     flops = floor_flops(model, units, examples)
     scores = {}
     methods: dict[str, Callable[..., UnitLosses]] = {"exact": exact_losses, "plain": plain_losses}
     if arguments.torch_compile:
-        methods["exact, compiled"] = partial(exact_losses, torch_compile=True)
+        methods["exact, compiled"] = partial(
+            exact_losses, settings=ScoringSettings(torch_compile=True)
+        )
     seconds: dict[str, list[float]] = {name: [] for name in (*methods, "floor")}
     # The first pass of a kind pays for what all later ones use.
     first = {}
     for name, method in methods.items():
         start = time.perf_counter()
-        method(model, sites, examples[:2], units=units[:2])
+        method(view, examples[:2], units=units[:2])
         first[name] = time.perf_counter() - start
     for _ in range(arguments.runs):
         for name, method in methods.items():
             start = time.perf_counter()
-            losses = method(model, sites, examples, units=units)
+            losses = method(view, examples, units=units)
             seconds[name].append(time.perf_counter() - start)
             scores[name] = causal_scores(losses, subsets=min(3, len(examples))).scores
         seconds["floor"].append(flops / matmul_rate(model, sites))
