@@ -163,8 +163,8 @@ class InputCollector:
         shared: list[tuple[torch.Tensor, Matrix]] = []
         missing = set(self._by_module)
 
-        def receive_projection(path: str, hidden: torch.Tensor, others: tuple[Any, ...]) -> None:
-            for matrix in self._by_module[path]:
+        def receive_projection(matrices: list[Matrix], hidden: torch.Tensor) -> None:
+            for matrix in matrices:
                 leader = next((first for tensor, first in shared if tensor is hidden), None)
                 self.leaders[matrix] = leader or matrix
                 if leader is None:
@@ -172,26 +172,39 @@ class InputCollector:
                     rows = batch.real_rows(hidden, matrix.name)
                     receive(matrix, rows, Route(token_weights=batch.weights_on(rows.device)))
 
-        def receive_experts(path: str, hidden: torch.Tensor, others: tuple[Any, ...]) -> None:
-            matrices = self._by_module[path]
+        def receive_experts(
+            matrices: list[Matrix],
+            module: nn.Module,
+            path: str,
+            hidden: torch.Tensor,
+            others: tuple[Any, ...],
+        ) -> None:
             rows = batch.real_rows(hidden, path)
             chosen, weights = (batch.real_rows(each, path) for each in routing(path, others))
+            weights, token_weights = weights.float(), batch.weights_on(chosen.device)
+            by_expert: dict[int, Route] = {}
             for matrix in matrices:
-                if routes is None:
-                    route = _route(matrix, chosen, weights, batch.weights_on(chosen.device))
-                else:
+                assert matrix.expert is not None
+                if routes is not None:
                     route = routes[matrix]
+                elif matrix.expert in by_expert:
+                    route = by_expert[matrix.expert]
+                else:
+                    route = _route(matrix.expert, chosen, weights, token_weights)
+                    by_expert[matrix.expert] = route
                 self.leaders[matrix] = matrix
-                module = self._model.get_submodule(path)
                 receive(matrix, expert_input(module, matrix, rows[route.tokens]), route)
 
         def hook_of(path: str) -> Callable[..., None]:
-            experts = self._by_module[path][0].expert is not None
-            pass_on = receive_experts if experts else receive_projection
+            matrices = self._by_module[path]
+            is_expert = matrices[0].expert is not None
 
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 hidden, others, _ = split_hidden(args, kwargs)
-                pass_on(path, hidden, others)
+                if is_expert:
+                    receive_experts(matrices, module, path, hidden, others)
+                else:
+                    receive_projection(matrices, hidden)
                 missing.discard(path)
                 if stop_early and not missing:
                     raise StopForwardError
@@ -213,15 +226,20 @@ class InputCollector:
 
 
 def _route(
-    matrix: Matrix,
+    expert: int,
     chosen: torch.Tensor,
     weights: torch.Tensor,
     token_weights: torch.Tensor | None,
 ) -> Route:
-    """Return the route of an expert's matrix, from the choices of the router `[tokens, k]`."""
-    assert matrix.expert is not None
-    tokens, slots = routed(chosen, matrix.expert)
-    weights = weights.float()
+    """Return the route to an expert.
+
+    Args:
+        expert: The expert.
+        chosen: Experts that the router chose for each real token, int64 `[tokens, k]`.
+        weights: Their routing weights, float32 `[tokens, k]`.
+        token_weights: Weight of each real token, float32 `[tokens]`; `None` if all are 1.
+    """
+    tokens, slots = routed(chosen, expert)
     return Route(
         tokens,
         None if token_weights is None else token_weights[tokens],
