@@ -32,7 +32,7 @@ from optimum_cap.scoring import wavefront
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist, or with -p no:xdist
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker for each core that this process may use, but no more than memory has room for."""
+    """One worker for each core that this process may use, but at most 8."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(usable or 1, 8)
 
