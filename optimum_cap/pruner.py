@@ -7,11 +7,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.checkpoint import attach
+from optimum_cap.checkpoint import PruningRecord, attach
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationSet, build_calibration_set
 from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
-from optimum_cap.models import Matrix, ModelView
+from optimum_cap.models import Matrix, ModelView, plain_model
 from optimum_cap.pruning import (
     PruningRun,
     matrices_to_prune,
@@ -75,6 +75,7 @@ class CAPPruner:
             `save_pretrained` and `push_to_hub` write a sparse checkpoint.
 
         Raises:
+            TypeError: `model` is not a transformers model but, for example, a `PeftModel`.
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
             OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
@@ -88,14 +89,17 @@ class CAPPruner:
                 "losses are for criterion 'causal_score', which computes its scores from them, got "
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
-        view = ModelView.of(model, config.mlp_unit_size)
+        plain = plain_model(model)
+        view = ModelView.of(plain, config.mlp_unit_size)
         matrices = matrices_to_prune(view, config)
-        _check_weights(view, matrices)
+        _check_not_shared(view, matrices)
+        zeros_before = _check_weights(view, matrices)
         if config.pattern == WHOLE_HEADS:
             number_of_heads_to_remove(removable_heads(view, matrices), config.sparsity)
         zeros = _number_of_zeros(view, matrices, config.sparsity)
         _check_pattern(view, matrices, config.pattern)
-        calibration = _calibration(model, config, tokenizer) if config.method.needs_data else None
+        _check_zeros(zeros_before, zeros, config, getattr(plain, "pruning_record", None))
+        calibration = _calibration(plain, config, tokenizer) if config.method.needs_data else None
         examples = calibration.examples if calibration else []
         run = PruningRun(view, config, matrices, examples, ProcessGroup.current())
 
@@ -112,8 +116,15 @@ class CAPPruner:
             else:
                 run.prune_each_matrix_(zeros_per_matrix)
 
-        record = dataclasses.replace(run.record(calibration), base_revision=base_revision)
-        attach(model, record, run.layer_store.clear if run.layer_store else None)
+        record = run.record(calibration)
+        record = dataclasses.replace(
+            record,
+            base_revision=base_revision,
+            zeros_before=zeros_before,
+            zeros_after=record.zeros,
+        )
+        _report_other_zeros(record, zeros, config)
+        attach(plain, record, run.layer_store.clear if run.layer_store else None)
         return model
 
     def measure(
@@ -172,7 +183,55 @@ def _check_pattern(view: ModelView, matrices: list[Matrix], pattern: str) -> Non
             )
 
 
-def _check_weights(view: ModelView, matrices: list[Matrix]) -> None:
+def _check_zeros(
+    zeros_before: int, zeros: int, config: CAPConfig, record: PruningRecord | None
+) -> None:
+    """Check that the model is not sparser than asked; say what sparsity means if it was pruned."""
+    if config.pattern == "unstructured" and zeros_before > zeros:
+        raise ValueError(
+            f"{zeros_before:,} of the weights to prune are zero already, but sparsity "
+            f"{config.sparsity} is {zeros:,} zeros: choose a higher sparsity, or prune the dense "
+            "model"
+        )
+    if record is not None:
+        logger.warning(
+            f"the model was pruned before, and {zeros_before:,} of the weights to prune are zero: "
+            f"sparsity {config.sparsity} is a fraction of all of them, not of those that are left"
+        )
+
+
+def _report_other_zeros(record: PruningRecord, zeros: int, config: CAPConfig) -> None:
+    """Say by how much the number of zeros differs from the number asked for."""
+    if config.pattern == WHOLE_HEADS or record.zeros == zeros:
+        return
+    difference = record.zeros - zeros
+    reason = (
+        f"the model had {record.zeros_before:,} zeros before, in some rows or matrices more than "
+        "their share"
+        if record.zeros_before
+        else "values that were kept are too small for the dtype of the weights"
+    )
+    logger.warning(
+        f"{record.zeros:,} of {record.total:,} prunable weights are zero ({record.sparsity:.2%}), "
+        f"{abs(difference):,} {'more' if difference > 0 else 'fewer'} than sparsity "
+        f"{config.sparsity} asks for: {reason}"
+    )
+
+
+def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
+    names: dict[int, str] = {}
+    for matrix in matrices:
+        parameter = view.model.get_parameter(matrix.parameter)
+        if (other := names.setdefault(id(parameter), matrix.parameter)) != matrix.parameter:
+            raise ValueError(
+                f"{other} and {matrix.parameter} share one tensor, which cannot be pruned for "
+                "both: give each a copy, or leave them dense (modules_to_leave_dense)"
+            )
+
+
+def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
+    """Check that all weights are finite floats in memory, and return how many are zero."""
+    zeros = 0
     for matrix in matrices:
         weight = view.weights(matrix)
         if weight.device.type == "meta":
@@ -190,6 +249,8 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> None:
                 f"{matrix.name} holds NaN or infinite weights, so the model cannot be pruned: "
                 "check the checkpoint that it was loaded from"
             )
+        zeros += weight.numel() - int(weight.count_nonzero())
+    return zeros
 
 
 def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:

@@ -347,3 +347,37 @@ def test_heads_alone_score_the_same_as_among_all_units() -> None:
     of_heads = [index for index, (site, _) in enumerate(every.units) if site.kind == "attention"]
     assert len(heads.units) == len(of_heads) == 12
     torch.testing.assert_close(every.masked[of_heads], heads.masked, rtol=1e-6, atol=0)
+
+
+def test_a_model_sparser_than_asked_is_refused(llama: PreTrainedModel) -> None:
+    pruned = CAPPruner(config(recipe="wanda", sparsity=0.5)).prune(llama, tiny_tokenizer())
+    zeros = pruned.pruning_record.zeros
+    with pytest.raises(ValueError, match=rf"{zeros:,} of the weights to prune are zero already"):
+        CAPPruner(config(recipe="causal", sparsity=0.3)).prune(pruned, tiny_tokenizer())
+    assert pruned.pruning_record.zeros == zeros
+
+
+@pytest.mark.parametrize("recipe", ["causal", "sparsegpt", "wanda", "magnitude_global", "paper"])
+def test_pruning_further_counts_all_zeros(
+    recipe: str, llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    CAPPruner(config(recipe="wanda", sparsity=0.25)).prune(llama, tiny_tokenizer())
+    before = llama.pruning_record.zeros
+    CAPPruner(config(recipe=recipe, sparsity=0.5)).prune(llama, tiny_tokenizer())
+    record = llama.pruning_record
+    assert record.zeros_before == before
+    assert record.zeros == record.zeros_after == record.total // 2
+    assert f"pruned before, and {before:,} of the weights to prune are zero" in caplog.text
+
+
+def test_zeros_beyond_the_share_of_a_row_are_reported(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[:5] = 0
+    inputs = llama.model.layers[1].mlp.up_proj.in_features
+    record = CAPPruner(config(recipe="wanda", sparsity=0.5)).prune(llama, tiny_tokenizer())
+    record = llama.pruning_record
+    more = record.zeros - record.total // 2
+    assert more == 5 * inputs // 2
+    assert f"{more:,} more than sparsity 0.5 asks for: the model had {5 * inputs:,}" in caplog.text

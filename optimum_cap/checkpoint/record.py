@@ -113,6 +113,9 @@ class PruningRecord:
         intact_loss: Loss of the dense model on the calibration set in nats per scored token.
         sensitivities: Effect of pruning each site alone, in the order of the model; empty if it did
             not determine the sparsities.
+        zeros_before: Number of prunable weights that were zero before pruning.
+        zeros_after: Number of prunable weights that were zero right after pruning. The matrices
+            count the zeros of the saved weights, which may have been trained since.
     """
 
     config: dict[str, Any]
@@ -125,6 +128,8 @@ class PruningRecord:
     threshold: float | None = None
     intact_loss: float | None = None
     sensitivities: list[SiteSensitivity] = field(default_factory=list)
+    zeros_before: int = 0
+    zeros_after: int | None = None
 
     @property
     def sensitivities_are(self) -> str:
@@ -144,6 +149,11 @@ class PruningRecord:
     def sparsity(self) -> float:
         """Achieved fraction of zeros among the prunable weights."""
         return self.zeros / self.total
+
+    @property
+    def lost_zeros(self) -> bool:
+        """Whether at least 1 % of the zeros have been filled since, for example by training."""
+        return self.zeros_after is not None and self.zeros < 0.99 * self.zeros_after
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -72,6 +72,7 @@ from optimum_cap.models.offload import (
     weights,
     writable_weights,
 )
+from optimum_cap.models.plain import has_peft_layers, plain_model
 from optimum_cap.models.view import ModelView
 
 __all__ = [
@@ -107,6 +108,7 @@ __all__ = [
     "forward_hooks",
     "gated",
     "has_adapters",
+    "has_peft_layers",
     "heads",
     "hidden_states_of",
     "implementations",
@@ -118,6 +120,7 @@ __all__ = [
     "onloaded",
     "only_last_logits",
     "oriented",
+    "plain_model",
     "positions_per_chunk",
     "prunable_matrices",
     "recorded_calls",

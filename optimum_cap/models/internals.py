@@ -38,6 +38,14 @@ def implementations(model: PreTrainedModel) -> dict[str, str | None]:
     }
 
 
+def module_before_compilation(module: Any) -> Any:
+    """Return the module that `torch.compile` has wrapped, or `module` itself.
+
+    torch has no public way back from an `OptimizedModule`.
+    """
+    return getattr(module, "_orig_mod", module)
+
+
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether `add_adapter` or `load_adapter` has put adapters on `model`.
 

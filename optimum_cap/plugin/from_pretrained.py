@@ -1,10 +1,12 @@
 """The keyword `pruning_config` of `from_pretrained`, and the pruning records of loaded models."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import resolve_revision
 
 from optimum_cap.config import CAPConfig
@@ -53,6 +55,7 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         where = {name: hub[name] for name in _REVISION_ARGUMENTS if name in hub}
         hub["revision"] = resolve_revision(pretrained_model_name_or_path, **where)
         if isinstance(kwargs.get("quantization_config"), CAPConfig):
+            _check_no_adapter(pretrained_model_name_or_path, hub, kwargs)
             _check_not_pruned(pretrained_model_name_or_path, hub, kwargs, by_keyword)
         if "trust_remote_code" in kwargs:
             hub["trust_remote_code"] = kwargs["trust_remote_code"]
@@ -111,7 +114,39 @@ def _route_pruning_config(kwargs: dict[str, Any]) -> None:
             "pruning_config and quantization_config cannot be combined: prune first, save with "
             "checkpoint_format='dense', and quantize the saved model when loading it"
         )
+    if kwargs.get("gguf_file") is not None:
+        raise ValueError(
+            "pruning_config and gguf_file cannot be combined: load the model with "
+            "quantization_config=GgufConfig(dequantize=True), then call "
+            "CAPPruner(config).prune(model, tokenizer)"
+        )
     kwargs["quantization_config"] = pruning_config
+
+
+def _check_no_adapter(name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Check that no PEFT adapter would be loaded onto the pruned model.
+
+    Saving would then write the adapter alone, to be loaded on the dense base model.
+
+    Args:
+        name: Name or path of the checkpoint.
+        hub: Keywords that select the files on the Hub.
+        kwargs: Keywords of `from_pretrained`.
+
+    Raises:
+        ValueError: `name` is or contains an adapter.
+    """
+    if name is None or not is_peft_available():  # transformers then loads no adapter either
+        return
+    adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # from AutoModel
+    if adapter is None and find_adapter_config_file(name, **hub) is not None:
+        adapter = name
+    if adapter is not None:
+        raise ValueError(
+            f"{os.fspath(adapter)} has a PEFT adapter, which would not be saved with the pruned "
+            "model: merge it first (AutoPeftModelForCausalLM.from_pretrained(...)"
+            ".merge_and_unload().save_pretrained(folder)), and prune the merged model"
+        )
 
 
 def _check_not_pruned(

@@ -1,0 +1,90 @@
+"""Checks that a model is a plain transformers model: not wrapped, no adapters, not quantized."""
+
+import sys
+from typing import Any
+
+from torch.nn.utils import parametrize, prune
+from transformers import PreTrainedModel
+
+from optimum_cap.models.internals import has_adapters, module_before_compilation
+
+
+def plain_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model whose own weights are pruned and saved.
+
+    Args:
+        model: A transformers model, or one that `torch.compile` has wrapped, which shares the
+            weights of the model inside it.
+
+    Raises:
+        TypeError: It is not a transformers model, for example a `PeftModel` or a
+            `DistributedDataParallel`.
+        ValueError: It has PEFT adapters or is quantized, or its config cannot be saved, so that the
+            pruned model could not be saved.
+    """
+    model = module_before_compilation(model)
+    kind = type(model).__name__
+    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"got a {kind}, whose adapters are not merged: prune the result of merge_and_unload() "
+            "instead, or prune the base model before you add adapters"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers model (PreTrainedModel), got {kind}: load it with "
+            "from_pretrained, or pass the model inside the wrapper"
+        )
+    if has_adapters(model) or has_peft_layers(model):
+        raise ValueError(
+            f"this {kind} has PEFT adapters, which are not merged: merge them first "
+            "(PeftModel.merge_and_unload), or prune the base model before you add adapters"
+        )
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        method = str(getattr(quantizer.quantization_config.quant_method, "value", "")) or "unknown"
+        load = (
+            "load it with quantization_config=GgufConfig(dequantize=True)"
+            if method == "gguf"
+            else "prune the float model before you quantize it"
+        )
+        raise ValueError(
+            f"this {kind} is quantized ({method}), so it could not be saved once it is pruned: "
+            f"{load}"
+        )
+    parametrized = any(parametrize.is_parametrized(module) for module in model.modules())
+    if parametrized or prune.is_pruned(model):
+        raise ValueError(
+            f"weights of this {kind} are computed from other parameters on every forward "
+            "(torch.nn.utils.parametrize or torch.nn.utils.prune): make them permanent first, with "
+            "parametrize.remove_parametrizations or prune.remove"
+        )
+    _check_configs_can_be_saved(model)
+    return model
+
+
+def has_peft_layers(model: PreTrainedModel) -> bool:
+    """Return whether PEFT has replaced modules of `model` by layers with adapters."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # not imported: then there are none
+    return tuners is not None and any(
+        isinstance(module, tuners.BaseTunerLayer) for module in model.modules()
+    )
+
+
+def _check_configs_can_be_saved(model: PreTrainedModel) -> None:
+    """Check what `save_pretrained` would refuse, before hours of pruning instead of after."""
+    generation_config = getattr(model, "generation_config", None)
+    if model.can_generate() and generation_config is not None:
+        try:
+            generation_config.validate(strict=True)
+        except ValueError as error:
+            problem = " ".join(str(error).split())
+            raise ValueError(
+                "transformers could not save the pruned model, because its generation config is "
+                f"invalid: change model.generation_config or generation_config.json ({problem})"
+            ) from None
+    try:
+        model.config.to_json_string()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"transformers could not save the pruned model, because its config cannot be written "
+            f"as JSON ({error}): remove the value from model.config"
+        ) from error

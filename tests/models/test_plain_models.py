@@ -1,0 +1,83 @@
+"""Models whose pruned weights could not be saved are refused before any work."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.pruning_runs import config
+from helpers.tiny_models import tiny_model, tiny_tokenizer
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_pruning
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils.quantization_config import GgufConfig
+
+from optimum_cap import CAPPruner
+
+
+def zeros(model: PreTrainedModel) -> int:
+    return sum(int((weight == 0).sum()) for weight in model.state_dict().values())
+
+
+def quantized_by_gguf(model: PreTrainedModel) -> None:
+    class Quantizer:
+        quantization_config = GgufConfig()
+
+    model.hf_quantizer = Quantizer()
+
+
+def with_an_invalid_generation_config(model: PreTrainedModel) -> None:
+    model.generation_config = GenerationConfig(do_sample=False, temperature=0.5)
+
+
+def with_a_config_that_is_not_json(model: PreTrainedModel) -> None:
+    model.config.extra = {1, 2}
+
+
+def pruned_by_torch(model: PreTrainedModel) -> None:
+    torch_pruning.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.3)
+
+
+def with_weight_norm(model: PreTrainedModel) -> None:
+    parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+
+
+def with_a_shared_matrix(model: PreTrainedModel) -> None:
+    first, second, *_ = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pruned_by_torch, r"computed from other parameters .* or prune\.remove"),
+        (with_weight_norm, r"computed from other parameters .*remove_parametrizations"),
+        (with_a_shared_matrix, r"layers\.0\.mlp\.up_proj\.weight and .* share one tensor"),
+        (quantized_by_gguf, r"is quantized \(gguf\).*GgufConfig\(dequantize=True\)"),
+        (with_an_invalid_generation_config, "its generation config is invalid: .*`temperature`"),
+        (with_a_config_that_is_not_json, r"its config cannot be written as JSON \(.*set"),
+    ],
+)
+def test_what_cannot_be_saved_is_not_pruned(change: Any, message: str) -> None:
+    model = tiny_model("llama")
+    change(model)
+    before = zeros(model)
+    with pytest.raises(ValueError, match=message):
+        CAPPruner(config()).prune(model, tiny_tokenizer())
+    assert zeros(model) == before
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential])
+def test_wrappers_are_refused(wrap: Any) -> None:
+    with pytest.raises(
+        TypeError, match=f"got {wrap.__name__}: .* pass the model inside the wrapper"
+    ):
+        CAPPruner(config()).prune(wrap(tiny_model("llama")), tiny_tokenizer())
+
+
+def test_the_model_inside_torch_compile_is_pruned() -> None:
+    model = tiny_model("llama")
+    compiled = torch.compile(model)
+    pruned = CAPPruner(config(recipe="magnitude")).prune(compiled, tiny_tokenizer())
+    assert pruned is compiled
+    assert model.pruning_record.zeros == round(0.3 * model.pruning_record.total)
