@@ -52,6 +52,8 @@ CHECK_REGISTRATION = """
 import importlib.machinery
 import inspect
 import transformers.modeling_utils as module
+import peft
+import transformers.pipelines as pipelines
 import transformers.quantizers.auto as auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -61,7 +63,7 @@ assert not [finder for finder in sys.meta_path if "optimum_cap" in type(finder).
 assert all(finder in sys.meta_path for finder in finders_before)
 
 # The modules of transformers look as if nobody had watched their import.
-for watched in (module, auto):
+for watched in (module, auto, pipelines, peft):
     assert type(watched) is type(sys)
     assert type(watched.__spec__.loader) is importlib.machinery.SourceFileLoader, watched.__spec__
     assert type(watched.__loader__) is importlib.machinery.SourceFileLoader, watched.__loader__
@@ -72,6 +74,8 @@ assert "class PreTrainedModel" in inspect.getsource(module)
 loader = module.PreTrainedModel.from_pretrained.__func__
 optimum_cap.plugin.registration.register_with_transformers()
 assert module.PreTrainedModel.from_pretrained.__func__ is loader
+assert pipelines.pipeline.__wrapped__.__module__ == "transformers.pipelines"
+assert peft.PeftModel.save_pretrained.__wrapped__
 """
 
 

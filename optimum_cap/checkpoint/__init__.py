@@ -16,7 +16,7 @@ from optimum_cap.checkpoint.record import (
     count_units,
     unit_label,
 )
-from optimum_cap.checkpoint.saving import attach
+from optimum_cap.checkpoint.saving import attach, name_base_of_adapters
 from optimum_cap.checkpoint.transcoding import RECORD_NAME, validate_shards
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "convert_checkpoint",
     "count_units",
     "inspect_checkpoint",
+    "name_base_of_adapters",
     "read_record",
     "unit_label",
     "upload",

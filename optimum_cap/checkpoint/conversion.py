@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from optimum_cap.checkpoint.folders import atomic_folder
-from optimum_cap.checkpoint.model_card import model_card
+from optimum_cap.checkpoint.model_card import write_model_card
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.checkpoint.transcoding import (
     CONFIG_NAME,
@@ -164,8 +164,7 @@ def convert_checkpoint(
         shutil.copytree(folder, new_folder, dirs_exist_ok=True)
         transcode_folder(new_folder, record, checkpoint_format)
         class_name = read_json(new_folder / CONFIG_NAME).get("architectures", [""])[0]
-        card = model_card(record, class_name, token)
-        (new_folder / "README.md").write_text(card, encoding="utf-8")
+        write_model_card(new_folder, record, class_name, token)
     return target
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
 
 from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord, count_units
 from optimum_cap.config import CAPConfig
@@ -13,8 +14,37 @@ from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
 from optimum_cap.version import install_command
 
+logger = logging.get_logger(__name__)
+
 _TAGS = ["optimum-cap", "pruning", "sparse"]
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
+
+
+def write_model_card(
+    folder: Path,
+    record: PruningRecord,
+    class_name: str,
+    token: str | bool | None = None,
+    tags: list[str] | None = None,
+) -> None:
+    """Write README.md, or warn if it cannot be created: a missing card must not fail a save.
+
+    Args:
+        folder: Folder of the checkpoint.
+        record: As for `model_card`, as are the others.
+        class_name: Class of the model.
+        token: Token for the Hub.
+        tags: Additional tags.
+    """
+    try:
+        card = model_card(record, class_name, token, tags)
+    except Exception as error:
+        logger.warning(
+            f"the model card could not be created ({type(error).__name__}: {error}), so the "
+            "checkpoint is saved without README.md"
+        )
+    else:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(
@@ -45,7 +75,7 @@ def model_card(
         base_model_relation="quantized" if base_repo else None,
         datasets=_hub_datasets(record) or None,
         tags=[
-            *_TAGS,
+            *(_TAGS[:2] if record.lost_zeros else _TAGS),
             *(["causal-attribution-pruning"] if CRITERIA[method.criterion].needs_scores else []),
             *(tags or []),
         ],
@@ -58,7 +88,8 @@ def model_card(
     sources = ", ".join(str(source["name"]) for source in record.calibration.get("sources", []))
     rows = {
         "Base model": base_line,
-        "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero",
+        "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero"
+        + _other_zeros(record),
         "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),
@@ -71,7 +102,11 @@ def model_card(
         "# Pruned model",
         "",
         "Pruned by [optimum-cap](https://github.com/optimum-cap/optimum-cap) with "
-        f"{title}, without training.",
+        + (
+            f"{title}. The weights have been changed since, which filled zeros."
+            if record.lost_zeros
+            else f"{title}, without training."
+        ),
         "",
         "| | |",
         "|---|---|",
@@ -95,6 +130,16 @@ def model_card(
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _other_zeros(record: PruningRecord) -> str:
+    """Return what else is known about zeros: those before pruning, and those that were filled."""
+    text = ""
+    if record.zeros_before:
+        text += f"; {record.zeros_before / record.total:.2%} were before pruning"
+    if record.lost_zeros:
+        text += f"; {(record.zeros_after or 0) / record.total:.2%} were right after pruning"
+    return text
 
 
 def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
@@ -183,6 +228,13 @@ def _license(base: str | None, token: str | bool | None) -> str | None:
         else:
             card = ModelCard.load(base, token=token if isinstance(token, str) else None)
     except (OSError, ValueError, HfHubHTTPError):
+        return None  # it has no card, or the Hub cannot be reached
+    except Exception as error:  # such as invalid YAML; metadata must not fail a save
+        problem = " ".join(str(error).split())
+        logger.warning(
+            f"the license of the base model could not be read from its README.md ({problem}), so "
+            "the model card names none: add it to the card"
+        )
         return None
     license_name: Any = card.data.get("license") if card else None
     return license_name if isinstance(license_name, str) else None

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,32 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
+from transformers.utils import logging
 
 from optimum_cap.checkpoint.folders import atomic_folder
 from optimum_cap.checkpoint.hub import upload
-from optimum_cap.checkpoint.model_card import model_card
+from optimum_cap.checkpoint.model_card import write_model_card
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.checkpoint.transcoding import transcode_folder
-from optimum_cap.models import Matrix, has_adapters, is_offloaded, stored_parameter
+from optimum_cap.models import (
+    Matrix,
+    has_adapters,
+    has_peft_layers,
+    is_offloaded,
+    stored_parameter,
+)
+
+logger = logging.get_logger(__name__)
 
 _MAX_SHARD_SIZE = "5GB"  # a file is held in memory while it is packed
 _OFFLOADED_SHARD_SIZE = "300MB"  # an offloaded model suggests that memory is scarce
 
 
 def attach(
-    model: PreTrainedModel, record: PruningRecord, when_saved: Callable[[], None] | None = None
+    model: PreTrainedModel,
+    record: PruningRecord,
+    when_saved: Callable[[], None] | None = None,
+    checkpoint: str | None = None,
 ) -> None:
     """Attach a pruning record to `model`, and make it save itself as a sparse checkpoint.
 
@@ -35,27 +47,73 @@ def attach(
         model: The model.
         record: Its pruning record.
         when_saved: Called once, after the model has been saved or uploaded for the first time.
+        checkpoint: Folder or repository that the pruned model was loaded from; `None` if it has
+            not been saved.
     """
     model.pruning_record = record
     model.config.pruning_config = record.config
-    model.save_pretrained = SavePruned(model, when_saved)
-    model.push_to_hub = PushPruned(model, when_saved)
+    state = _SavedState(model.name_or_path, checkpoint, when_saved)
+    model.save_pretrained = SavePruned(model, state)
+    model.push_to_hub = PushPruned(model, state)
+
+
+def name_base_of_adapters(
+    model: PreTrainedModel, adapters: Iterable[Any], folder: str | os.PathLike[str]
+) -> None:
+    """Make adapters record the pruned checkpoint as their base model, or warn if there is none.
+
+    PEFT records the name under which the model was loaded. For a model pruned in memory this is the
+    dense model, on which the adapter would be loaded again.
+
+    Args:
+        model: The pruned model that the adapters belong to.
+        adapters: Their `PeftConfig`s.
+        folder: Where the adapters are saved.
+    """
+    state = model.save_pretrained.state
+    if state.checkpoint is None:
+        logger.warning(
+            f"the adapter in {os.fspath(folder)} records {state.dense_name or 'no model'!r} as its "
+            "base model, which is dense, because the pruned model was not saved: save the pruned "
+            "model with save_pretrained before you add an adapter"
+        )
+        return
+    for adapter in adapters:
+        if adapter.base_model_name_or_path in (None, state.dense_name):
+            adapter.base_model_name_or_path = state.checkpoint
+            adapter.revision = None  # that of the dense model
+
+
+@dataclasses.dataclass
+class _SavedState:
+    """Where a pruned model is saved; `save_pretrained` and `push_to_hub` share it.
+
+    Attributes:
+        dense_name: Name or path of the model when it was pruned.
+        checkpoint: Folder or repository that holds the pruned model, if it was saved or loaded.
+        when_saved: To call once, after the model has been saved for the first time.
+    """
+
+    dense_name: str
+    checkpoint: str | None
+    when_saved: Callable[[], None] | None
 
 
 class _Saving:
     """A method of a pruned model that can be copied and pickled along with the model."""
 
-    def __init__(
-        self, model: PreTrainedModel, when_saved: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, state: _SavedState) -> None:
         self.model = model
-        self.when_saved = when_saved
+        self.state = state
 
-    def saved(self) -> None:
-        """Call `when_saved`, the first time only."""
-        if self.when_saved is not None:
-            self.when_saved()
-        self.when_saved = None
+    def saved(self, checkpoint: str) -> None:
+        """Remember where the model is saved, also as the name that PEFT records for adapters."""
+        self.state.checkpoint = checkpoint
+        self.model.name_or_path = checkpoint
+        self.model.config.name_or_path = checkpoint
+        if self.state.when_saved is not None:
+            self.state.when_saved()
+        self.state.when_saved = None
 
 
 class SavePruned(_Saving):
@@ -93,9 +151,9 @@ class SavePruned(_Saving):
         Raises:
             FileExistsError: The folder has the weights of another model.
             OSError: The folder cannot be written; its content is unchanged.
+            ValueError: PEFT has put adapters into the model.
         """
         model = self.model
-        stock = type(model).save_pretrained
         options = {
             "state_dict": state_dict,
             "max_shard_size": _shard_size(model) if max_shard_size is None else max_shard_size,
@@ -103,30 +161,57 @@ class SavePruned(_Saving):
             **kwargs,
         }
         if not is_main_process or _is_for_transformers(model, kwargs):
+            if has_adapters(model):
+                name_base_of_adapters(model, model.peft_config.values(), save_directory)
             options |= {"push_to_hub": push_to_hub, "token": token}
+            stock = type(model).save_pretrained
             stock(model, save_directory, is_main_process=is_main_process, **options)
-            if is_main_process:
-                self.saved()
             return
+        if has_peft_layers(model):
+            raise ValueError(
+                "this model has the layers of a PeftModel: save the adapter with save_pretrained "
+                "of the PeftModel, and the pruned model before you add the adapter, or after "
+                "unload() or merge_and_unload() of the PeftModel"
+            )
         hub = {key: options.pop(key) for key in list(options) if key in _HUB_ARGUMENTS}
         repo_id = options.pop("repo_id", Path(save_directory).name)
-        # Packed files hold one matrix per expert, whatever the caller passed.
-        options["save_original_format"] = True
-        record = _as_it_is_now(model, state_dict)
-        with atomic_folder(Path(save_directory)) as folder:
-            with _fetching_offloaded_weights(model):
-                if state_dict is None and is_offloaded(model):
-                    # In the order of a model in memory, so that the files are identical.
-                    weights = sorted(model.state_dict().items(), key=_natural_order)
-                    options["state_dict"] = dict(weights)
-                stock(model, folder, **options)
-            transcode_folder(folder, record, record.config["checkpoint_format"])
-            card = model_card(record, type(model).__name__, token)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        model.pruning_record = record
-        self.saved()
+        _write_checkpoint(model, Path(save_directory), options, token)
+        self.saved(os.fspath(save_directory))
         if push_to_hub:
             upload(Path(save_directory), repo_id, token=token, **hub)
+
+
+def _write_checkpoint(
+    model: PreTrainedModel, target: Path, options: dict[str, Any], token: str | bool | None
+) -> None:
+    """Write checkpoint, record and model card to `target`, atomically.
+
+    Args:
+        model: A pruned model.
+        target: The folder.
+        options: Keywords for transformers' `save_pretrained`.
+        token: Token for the Hub, to read the card of the base model.
+    """
+    options = {**options, "save_original_format": True}  # packed files hold single experts
+    state_dict = options.get("state_dict")
+    record = _as_it_is_now(model, state_dict)
+    if record.lost_zeros:
+        logger.warning(
+            f"{record.sparsity:.2%} of the prunable weights are zero, but right after pruning it "
+            f"was {(record.zeros_after or 0) / record.total:.2%}: the weights were changed since, "
+            "for example by training or by merging an adapter, which fills zeros; prune again to "
+            "restore the sparsity"
+        )
+    with atomic_folder(target) as folder:
+        with _fetching_offloaded_weights(model):
+            if state_dict is None and is_offloaded(model):
+                # In the order of a model in memory, so that the files are identical.
+                weights = sorted(model.state_dict().items(), key=_natural_order)
+                options["state_dict"] = dict(weights)
+            type(model).save_pretrained(model, folder, **options)
+        transcode_folder(folder, record, record.config["checkpoint_format"])
+        write_model_card(folder, record, type(model).__name__, token)
+    model.pruning_record = record
 
 
 class PushPruned(_Saving):
@@ -163,12 +248,13 @@ class PushPruned(_Saving):
             )
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
-            SavePruned(self.model)(folder, max_shard_size=max_shard_size, token=token)
+            size = _shard_size(self.model) if max_shard_size is None else max_shard_size
+            _write_checkpoint(self.model, folder, {"max_shard_size": size}, token)
             if tags:
-                card = model_card(self.model.pruning_record, type(self.model).__name__, token, tags)
-                (folder / "README.md").write_text(card, encoding="utf-8")
+                record = self.model.pruning_record
+                write_model_card(folder, record, type(self.model).__name__, token, tags)
             commit = upload(folder, repo_id, token=token, **kwargs)
-        self.saved()
+        self.saved(commit.repo_url.repo_id)
         return commit
 
 

@@ -287,7 +287,8 @@ def attach_saved_record(model: "PreTrainedModel") -> None:
         model.name_or_path, RECORD_NAME, _raise_exceptions_for_missing_entries=False, **hub
     )
     if file is not None:
-        attach(model, read_record(Path(file), model.name_or_path)[0])
+        record, _ = read_record(Path(file), model.name_or_path)
+        attach(model, record, checkpoint=model.name_or_path)
 
 
 def _load_tokenizer(name: str) -> Any:

@@ -49,11 +49,25 @@ def _register_keyword() -> None:
     register()
 
 
+def _register_pipeline() -> None:
+    from optimum_cap.plugin.pipelines import register
+
+    register()
+
+
+def _register_adapters() -> None:
+    from optimum_cap.plugin.adapters import register
+
+    register()
+
+
 _AFTER_LOADING: dict[str, Callable[[], None]] = {
     # Has the registry of quantization methods.
     "transformers.quantizers.auto": _register_quantization_method,
     # Defines PreTrainedModel, which every from_pretrained needs, but `--help` does not.
     "transformers.modeling_utils": _register_keyword,
+    "transformers.pipelines": _register_pipeline,
+    "peft": _register_adapters,
 }
 
 

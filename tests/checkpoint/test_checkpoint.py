@@ -359,7 +359,7 @@ FAILURES: list[tuple[BaseException, type[BaseException], str | None]] = [
 
 @pytest.mark.parametrize(("failure", "expected", "message"), FAILURES)
 @pytest.mark.parametrize(
-    "where", ["transcoding.save_file", "saving.model_card", "transcoding.read_json"]
+    "where", ["transcoding.save_file", "saving.write_model_card", "transcoding.read_json"]
 )
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failing_save_leaves_the_old_folder_or_none(
@@ -556,7 +556,7 @@ def test_kill_9_leaves_the_old_folder_or_none(point: str, tmp_path: Path) -> Non
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
     patched = {
         "save_file": f"transcoding.save_file = lambda *a, **k: {kill}",
-        "model_card": f"saving.model_card = lambda *a, **k: {kill}",
+        "model_card": f"saving.write_model_card = lambda *a, **k: {kill}",
         "rename": f"transcoding.Path.rename = lambda *a, **k: {kill}",
     }[point]
     code = SAVE_IN_A_PROCESS.format(
@@ -617,3 +617,56 @@ def test_a_newer_format_version(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="format version 2, but this optimum-cap reads up to 1"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_filled_zeros_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = pruned()
+    record = model.pruning_record
+    model.pruning_record = dataclasses.replace(record, zeros_after=record.zeros)
+    model.save_pretrained(tmp_path / "before")
+    assert "right after pruning" not in caplog.text
+    for parameter in model.parameters():
+        parameter.data.add_(1e-3)
+    model.save_pretrained(tmp_path / "after")
+    assert "0.00% of the prunable weights are zero, but right after pruning it was" in caplog.text
+    before, after = ((tmp_path / name / "README.md").read_text() for name in ("before", "after"))
+    assert "without training" in before
+    assert "- sparse\n" in before
+    assert "without training" not in after
+    assert "- sparse\n" not in after
+    assert "% were right after pruning" in after
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    assert loaded.pruning_record.lost_zeros
+    convert_checkpoint(tmp_path / "after", tmp_path / "dense", "dense")
+    assert "% were right after pruning" in (tmp_path / "dense" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "front_matter", ["license: mit\nbase_model: foo: bar", "[", "license: [mit", "\x00"]
+)
+def test_a_damaged_card_of_the_base_model_fails_no_save(
+    front_matter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{front_matter}\n---\n")
+    model = pruned()
+    record = model.pruning_record
+    model.pruning_record = dataclasses.replace(record, base_model=str(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").exists()
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+    assert "the model card names none" in caplog.text
+
+
+def test_a_card_that_cannot_be_created_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object, **kwargs: object) -> str:
+        raise RuntimeError("no card today")
+
+    monkeypatch.setattr("optimum_cap.checkpoint.model_card.model_card", fail)
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    assert "the model card could not be created (RuntimeError: no card today)" in caplog.text
