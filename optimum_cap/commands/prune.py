@@ -1,5 +1,6 @@
 """`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
 
+import shutil
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Collection, Mapping
@@ -194,6 +195,7 @@ class Prepared:
     config: "CAPConfig"
     tokenizer: "PreTrainedTokenizerBase"
     process_group: "ProcessGroup"
+    processor_files: tuple[Path, ...] = ()
 
 
 class PruneCommand(CAPSubcommand):
@@ -281,7 +283,7 @@ class PruneCommand(CAPSubcommand):
             # model is loaded.
             build_calibration_set(config, tokenizer)
         process_group.all_gather(None)  # no process may save before all have checked the output
-        return Prepared(config, tokenizer, process_group)
+        return Prepared(config, tokenizer, process_group, _processor_files(args))
 
     def execute(self, prepared: Prepared) -> None:
         """Prune, save, print a summary and upload."""
@@ -303,7 +305,7 @@ class PruneCommand(CAPSubcommand):
         before = _file_stamps(args.output)
         limit = {"max_shard_size": parse_size(args.max_shard_size)} if args.max_shard_size else {}
         model.save_pretrained(args.output, **limit)
-        prepared.tokenizer.save_pretrained(args.output)
+        _save_companions(args.output, prepared)
 
         print_summary(inspect_checkpoint(str(args.output)))
         print(f"time          {time.monotonic() - start:.1f} s")
@@ -365,6 +367,50 @@ def config_values(flags: Mapping[str, Any]) -> dict[str, Any]:
         names = flags["dataset"]
         values["dataset"] = names[0] if len(names) == 1 else names
     return values
+
+
+def _processor_files(args: Namespace) -> tuple[Path, ...]:
+    """Return the files of the model's image, audio or video processor, downloaded if need be."""
+    from transformers.utils import (
+        AUDIO_TOKENIZER_NAME,
+        IMAGE_PROCESSOR_NAME,
+        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        PROCESSOR_NAME,
+        VIDEO_PROCESSOR_NAME,
+        cached_file,
+    )
+
+    names = (
+        PROCESSOR_NAME,
+        IMAGE_PROCESSOR_NAME,
+        VIDEO_PROCESSOR_NAME,
+        AUDIO_TOKENIZER_NAME,
+        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    )
+    files = (
+        cached_file(
+            args.model,
+            name,
+            revision=args.revision,
+            token=args.token,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        for name in names
+    )
+    return tuple(Path(file) for file in files if file)
+
+
+def _save_companions(folder: Path, prepared: Prepared) -> None:
+    """Save the tokenizer and the files of the processor next to the weights."""
+    try:
+        prepared.tokenizer.save_pretrained(folder)
+        for file in prepared.processor_files:
+            shutil.copyfile(file, folder / file.name)
+    except Exception as error:
+        raise OSError(
+            f"the model is saved in {folder}, but its tokenizer or processor is not ({error}): "
+            "copy their files from the dense model"
+        ) from error
 
 
 def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,20 @@ def test_prune_writes_what_the_library_writes(
         "1+1="
     )
     assert (pruned / "README.md").read_text().startswith("---\n")
+
+
+def test_the_files_of_a_processor_are_kept(
+    dense: Path, sums: Path, tmp_path: Path, cap: Callable[..., tuple[int, str, str]]
+) -> None:
+    shutil.copytree(dense, tmp_path / "dense")
+    for name in ("processor_config.json", "preprocessor_config.json", "chat_template.json"):
+        (tmp_path / "dense" / name).write_text(json.dumps({"from": name}))
+    (tmp_path / "dense" / "notes.txt").write_text("not part of the model")
+    flags = f"-m {tmp_path / 'dense'} -o {tmp_path / 'out'} --sparsity 0.5 --recipe magnitude"
+    assert cap("prune", *flags.split())[0] == 0
+    for name in ("processor_config.json", "preprocessor_config.json", "chat_template.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == {"from": name}
+    assert not (tmp_path / "out" / "notes.txt").exists()
 
 
 def test_prune_prints_a_summary_and_only_progress_on_stderr(pruned: Path) -> None:
