@@ -63,7 +63,7 @@ def _remove_unfinished(folder: Path) -> None:
     """Remove unfinished files of killed processes; those of other hosts once they are a day old."""
     with suppress(OSError):
         for file in folder.glob("*.tmp"):
-            owner = re.fullmatch(r".*\.(.+)-(\d+)-[0-9a-f]{8}\.tmp", file.name, re.DOTALL)
+            owner = re.fullmatch(r".*\.(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp", file.name, re.DOTALL)
             if owner and was_left_behind(file, owner[1], int(owner[2])):
                 file.unlink(missing_ok=True)
 
