@@ -1,6 +1,7 @@
 """Folders that are replaced atomically: as a whole or not at all."""
 
 import errno
+import json
 import os
 import platform
 import re
@@ -9,12 +10,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from safetensors import SafetensorError
 
 from optimum_cap.checkpoint.transcoding import CONFIG_NAME, RECORD_NAME
-from optimum_cap.runtime import sync
+from optimum_cap.runtime import sync, was_left_behind, write_atomically
+
+_SWAP_FILE = "swap.json"  # in the folder of a save, while it replaces the files of a mount point
+_LONGEST_SWAP = 60  # seconds; it only renames files
 
 
 @contextmanager
@@ -29,13 +34,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: As `check_target`.
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written, or another process is saving to this mount point.
     """
     # The target of a link is replaced, not the link: it may be on another disk on purpose.
     target = target.resolve()
     old = target.with_name(f".{target.name}.replaced")
     if not target.exists() and old.is_dir():
         old.rename(target)  # an earlier save was killed between its two renames
+    if target.is_dir():
+        _undo_killed_swaps(target)
     check_target(target)
     # A mount point cannot be renamed, nor can a folder whose parent is read-only.
     renamable = not target.exists() or (
@@ -59,13 +66,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, FileExistsError):
             raise
+        state = "which stays as it was: free disk space, or choose a writable folder"
+        if new is not None and (new / _SWAP_FILE).exists():
+            state = f"and could not put back its old files, which the next save finds in {new}"
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"could not save to {target} ({error}), which stays as it was: free disk space, or "
-            "choose a writable folder",
+            f"could not save to {target} ({error}), {state}",
         ) from error
     finally:
-        if new is not None:
+        # What could not be put back is left for the next save.
+        if new is not None and not (new / _SWAP_FILE).exists():
             shutil.rmtree(new, ignore_errors=True)
 
 
@@ -93,29 +103,99 @@ def _swap_files(new: Path, target: Path) -> None:
     """Replace the files of `target` by those of `new`, a folder in `target`.
 
     The config is removed first and added last, so that a folder in which the process was killed
-    does not load instead of loading a mixture of old and new files.
+    does not load instead of loading a mixture of old and new files. The next save restores the old
+    files.
     """
-
-    def config_last(name: str) -> bool:
-        return name == CONFIG_NAME
-
-    new_names = sorted((entry.name for entry in new.iterdir()), key=config_last)
+    added = [entry.name for entry in new.iterdir()]
     stale = {entry.name for entry in target.iterdir() if is_weight_file(entry.name)}
-    stale |= {name for name in new_names if (target / name).exists()}
-    replaced = new / "replaced"
-    replaced.mkdir()
-    moves = [(target / name, replaced / name) for name in sorted(stale, key=config_last)[::-1]]
-    moves += [(new / name, target / name) for name in new_names]
-    done = []
+    stale |= {name for name in added if (target / name).exists()}
+    (new / "replaced").mkdir()
+    process = {"host": platform.node(), "process": os.getpid()}
+    swap = {"stale": sorted(stale), "added": sorted(added), **process}
+    write_atomically(new / _SWAP_FILE, json.dumps(swap).encode())
+    moves = _moves_of_swap(new, target, swap)
     try:
         for source, destination in moves:
-            done.append((source, destination))
             source.rename(destination)
     except BaseException:
-        for source, destination in reversed(done):
-            if not source.exists():
-                destination.rename(source)
+        _undo(moves)
+        (new / _SWAP_FILE).unlink()
         raise
+    (new / _SWAP_FILE).unlink()
+
+
+def _moves_of_swap(new: Path, target: Path, swap: dict[str, Any]) -> list[tuple[Path, Path]]:
+    """Return the renames of a swap in order: first the config out of `target`, last the new one."""
+    stale, added = (
+        sorted(swap[key], key=lambda name: (name == CONFIG_NAME, name))
+        for key in ("stale", "added")
+    )
+    removals = [(target / name, new / "replaced" / name) for name in reversed(stale)]
+    return removals + [(new / name, target / name) for name in added]
+
+
+def _undo(moves: list[tuple[Path, Path]]) -> None:
+    """Undo those renames that were done."""
+    for source, destination in reversed(moves):
+        if destination.exists() and not source.exists():
+            destination.rename(source)
+
+
+def _undo_killed_swaps(target: Path) -> None:
+    """Restore the files of `target` that killed saves have moved away.
+
+    Raises:
+        OSError: The files cannot be restored, or a save is replacing them right now.
+    """
+    for folder, swap in _swaps_in(target):
+        file = folder / _SWAP_FILE
+        if not was_left_behind(file, swap["host"], swap["process"], _LONGEST_SWAP):
+            raise OSError(
+                errno.EBUSY,
+                f"process {swap['process']} on {swap['host']} is saving to {target}: save again "
+                f"when it has ended, or in {_LONGEST_SWAP} seconds if it was killed",
+            )
+        moves = _moves_of_swap(folder, target, swap)
+        try:
+            if any((folder / name).exists() for name in swap["added"]):  # it did not get to the end
+                _undo(moves)
+            file.unlink()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"a save to {target} was killed, and its old files cannot be restored from "
+                f"{folder} ({error}): move them back, or choose another folder",
+            ) from error
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swaps_in(target: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the folders of saves that have begun to replace the files of `target`, and how."""
+    for file in target.glob(f".*.saving-*/{_SWAP_FILE}"):
+        try:
+            swap = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if _is_swap(swap):
+            yield file.parent, swap
+
+
+def _is_swap(swap: Any) -> bool:
+    """Return whether a file was written by `_swap_files`; only names inside a folder are."""
+    return (
+        isinstance(swap, dict)
+        and isinstance(swap.get("host"), str)
+        and isinstance(swap.get("process"), int)
+        and 0 < swap["process"] < 1 << 31
+        and all(
+            isinstance(swap.get(key), list) and all(map(_is_plain_name, swap[key]))
+            for key in ("stale", "added")
+        )
+    )
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name != ".." and "\0" not in name
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:
@@ -152,7 +232,7 @@ def check_target(target: Path) -> None:
             f"{target} is or contains the current folder: choose a folder inside it"
         )
     weights = [entry.name for entry in target.iterdir() if is_weight_file(entry.name)]
-    if weights and not (target / RECORD_NAME).exists():
+    if weights and not (target / RECORD_NAME).exists() and not any(_swaps_in(target)):
         raise FileExistsError(
             f"{target} holds the weights of another model ({weights[0]}), which is not a CAP "
             "checkpoint: choose another folder to keep them"

@@ -1,11 +1,13 @@
 """Stores sensitivities and pruned layers, so that an interrupted pruning run resumes."""
 
+import functools
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +26,7 @@ from optimum_cap.runtime import (
 
 logger = logging.get_logger(__name__)
 
-_LAYOUT = 1  # of files and keys, and of how sensitivities and weights are computed
+_LAYOUT = 2  # of files and keys, and of how sensitivities and weights are computed
 
 
 class PruningCache:
@@ -81,15 +83,16 @@ class SensitivityStore:
         Returns:
             float64 `[examples]`, or `None`.
         """
-        return self.files.read(self._key(site.name, examples))
+        return self.files.read(self._key(site.name, examples), (examples,), torch.float64)
 
     def put_measured(self, site: Site, divergences: torch.Tensor) -> None:
         """Store the divergences of a site."""
         self.files.write(self._key(site.name, len(divergences)), divergences)
 
-    def get_estimated(self, examples: int, seed: int) -> torch.Tensor | None:
+    def get_estimated(self, sites: int, examples: int, seed: int) -> torch.Tensor | None:
         """Return the estimates for all sites, float64 `[sites, examples]`; `None` if not stored."""
-        return self.files.read(self._key("estimated", examples, seed))
+        key = self._key("estimated", examples, seed)
+        return self.files.read(key, (sites, examples), torch.float64)
 
     def put_estimated(self, divergences: torch.Tensor, seed: int) -> None:
         """Store the estimates for all sites, unless a run has stored them already."""
@@ -98,6 +101,33 @@ class SensitivityStore:
 
     def _key(self, *parts: Any) -> str:
         return f"{self._prefix}/{_name(*parts)}"
+
+
+class ExpectedWeights(NamedTuple):
+    """What the pruned weights of a matrix have to be like.
+
+    Attributes:
+        shape: Their shape, `[out, in]`.
+        dtype: Their dtype.
+        zeros: Number of zeros among them, at least.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    zeros: int
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A pruned layer of an earlier run.
+
+    Attributes:
+        weights: The pruned matrices, `[out, in]`, mapped into memory from their files.
+        tokens: Number of tokens that each matrix was pruned by.
+    """
+
+    weights: dict[Matrix, torch.Tensor]
+    tokens: dict[Matrix, int]
 
 
 class LayerStore:
@@ -117,6 +147,7 @@ class LayerStore:
     def __init__(self, files: TensorFiles, prefix: str, size: int, writes: bool) -> None:
         self._files = files
         self._prefix = prefix
+        self._zeros: dict[Matrix, int] = {}
         stored = _size_of(files.folder / prefix) if writes else 0
         self._writes = writes and _has_disk_space(files.folder, 2 * size - stored)
 
@@ -125,43 +156,47 @@ class LayerStore:
         """Whether everything so far could be stored."""
         return self._writes and not self._files.failed
 
-    def get(self, index: int, matrices: Sequence[Matrix]) -> dict[Matrix, int] | None:
-        """Return the number of tokens that each matrix of a layer was pruned by.
+    def get(self, index: int, expected: Mapping[Matrix, ExpectedWeights]) -> StoredLayer | None:
+        """Return a layer, or `None` unless all of it is stored.
 
-        Returns:
-            The numbers, or `None` unless the whole layer is stored.
+        It stays whole if another run deletes its files.
+
+        Args:
+            index: The layer.
+            expected: Its matrices, in the order in which they were committed.
         """
-        tokens = self._files.read(self._layer_key(index))
-        if tokens is None or len(tokens) != len(matrices):
+        counts = self._files.read(
+            self._layer_key(index), (2, len(expected)), torch.int64, _problem_of_counts
+        )
+        if counts is None:
             return None
-        if any(self._files.read(self._key(matrix)) is None for matrix in matrices):
-            return None
-        return dict(zip(matrices, tokens.tolist(), strict=True))
-
-    def weights(self, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:
-        """Yield the pruned matrices of a layer that `get` has returned, `[out, in]`, one by one.
-
-        Raises:
-            OSError: A file was deleted or damaged in the meantime.
-        """
-        for matrix in matrices:
-            weight = self._files.read(self._key(matrix))
+        tokens, zeros = counts.tolist()
+        weights = {}
+        for (matrix, wanted), stored_zeros in zip(expected.items(), zeros, strict=True):
+            check = functools.partial(_problem_of_weights, zeros=stored_zeros, least=wanted.zeros)
+            weight = self._files.read(self._key(matrix), wanted.shape, wanted.dtype, check)
             if weight is None:
-                raise OSError(
-                    f"{self._files.folder} changed while {matrix.name} was read from it: load the "
-                    "model again and prune it again"
-                )
-            yield matrix, weight
+                return None
+            weights[matrix] = weight
+        return StoredLayer(weights, dict(zip(expected, tokens, strict=True)))
 
     def put(self, matrix: Matrix, weight: torch.Tensor) -> None:
         """Store a pruned matrix, `[out, in]`; it takes effect once its layer is committed."""
         if self._writes:
+            self._zeros[matrix] = _zeros_of(weight)
             self._files.write(self._key(matrix), weight.cpu().contiguous())
 
-    def commit(self, index: int, tokens: list[int]) -> None:
-        """Mark a layer as finished, with the number of tokens that each matrix was pruned by."""
+    def commit(self, index: int, tokens: Mapping[Matrix, int]) -> None:
+        """Mark a layer as finished.
+
+        Args:
+            index: The layer.
+            tokens: Number of tokens that each of its matrices was pruned by.
+        """
         if self._writes:
-            self._files.write(self._layer_key(index), torch.tensor(tokens))
+            zeros = [self._zeros.pop(matrix) for matrix in tokens]
+            counts = torch.tensor([list(tokens.values()), zeros], dtype=torch.int64)
+            self._files.write(self._layer_key(index), counts)
 
     def clear(self) -> None:
         """Delete the stored layers."""
@@ -178,16 +213,35 @@ def _name(*parts: Any) -> str:
     return digest_of(*parts)[:32]
 
 
+def _zeros_of(weight: torch.Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
+
+
+def _problem_of_counts(counts: torch.Tensor) -> str | None:
+    return "it holds a negative number" if (counts < 0).any() else None
+
+
+def _problem_of_weights(weight: torch.Tensor, zeros: int, least: int) -> str | None:
+    """Return what is wrong with the values of a pruned matrix that has to have so many zeros."""
+    if not weight.isfinite().all():
+        return "it holds NaN or infinite weights"
+    if (count := _zeros_of(weight)) != zeros:
+        return f"{count} of its weights are zero, not {zeros}"
+    if zeros < least:
+        return f"{zeros} of its weights are zero, but at least {least} have to be"
+    return None
+
+
 def _size_of(folder: Path) -> int:
     size = 0
     for file in folder.glob("*.safetensors"):
-        with suppress(FileNotFoundError):  # another run may delete them
+        with suppress(OSError):  # another run may delete them
             size += file.stat().st_size
     return size
 
 
 def _has_disk_space(folder: Path, size: int) -> bool:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     free = shutil.disk_usage(existing).free
     if free < size:
         logger.warning(

@@ -98,7 +98,7 @@ def estimate_sensitivities(
     if count is None:
         count = examples_to_estimate(len(examples))
     chosen = examples[:count]
-    divergences = store.get_estimated(len(chosen), seed) if store else None
+    divergences = store.get_estimated(len(groups), len(chosen), seed) if store else None
     if divergences is None:
         divergences = _estimate_divergences(
             view, layers, groups, chosen, zeros_per_matrix, seed, answer_weight, memory_budget

@@ -10,7 +10,7 @@ from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import Matrix, ModelView, evaluation_mode, float32_on_cpu
 from optimum_cap.pruning.activations import LayerwisePass
-from optimum_cap.pruning.cache import LayerStore
+from optimum_cap.pruning.cache import ExpectedWeights, LayerStore
 from optimum_cap.pruning.dense_reference import DenseReferencePass
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 
@@ -72,7 +72,7 @@ class LayerByLayerPruning:
                 steps = stages[index] if method.order == "projection" else whole_layer
                 try:
                     layerwise.begin(index)
-                    if not self._restore_layer_(index):
+                    if not self._restore_layer_(index, stored_dtypes):
                         self._prune_layer_(layerwise, index, steps, stored_dtypes)
                     layerwise.advance(index)
                 except BaseException:
@@ -103,7 +103,8 @@ class LayerByLayerPruning:
                 for matrix in chosen:
                     self._prune_matrix_(matrix, statistics[matrix], stored_dtypes)
         if self.store:
-            self.store.commit(index, [self.tokens[matrix] for matrix in layer_matrices])
+            tokens = {matrix: self.tokens[matrix] for matrix in layer_matrices}
+            self.store.commit(index, tokens)
 
     def _prune_matrix_(
         self,
@@ -120,15 +121,21 @@ class LayerByLayerPruning:
         if self.store:
             self.store.put(matrix, pruned)
 
-    def _restore_layer_(self, index: int) -> bool:
+    def _restore_layer_(self, index: int, stored_dtypes: Mapping[str, torch.dtype]) -> bool:
         """Load the weights of a layer that an interrupted run stored; return whether it has any."""
-        layer_matrices = self.layers[index]
-        tokens = self.store.get(index, layer_matrices) if self.store else None
-        if self.store is None or tokens is None:
+        if self.store is None:
             return False
-        self.tokens.update(tokens)
-        for matrix, weight in self.store.weights(layer_matrices):
-            self.view.writable_weights(matrix).copy_(weight)
+        expected = {}
+        for matrix in self.layers[index]:
+            weight = self.view.oriented(matrix)
+            dtype = stored_dtypes.get(matrix.parameter, weight.dtype)
+            expected[matrix] = ExpectedWeights(tuple(weight.shape), dtype, self.zeros[matrix])
+        stored = self.store.get(index, expected)
+        if stored is None:
+            return False
+        self.tokens.update(stored.tokens)
+        for matrix, pruned in stored.weights.items():
+            self.view.writable_weights(matrix).copy_(pruned)
         return True
 
     def _warn_about_few_tokens(self) -> None:

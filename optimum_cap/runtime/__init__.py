@@ -2,7 +2,7 @@
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
 from optimum_cap.runtime.distributed import ALONE, ProcessGroup, check_same_inputs
-from optimum_cap.runtime.files import TensorFiles, sync, write_atomically
+from optimum_cap.runtime.files import TensorFiles, sync, was_left_behind, write_atomically
 from optimum_cap.runtime.memory import (
     MemoryLimit,
     budget_bytes,
@@ -32,5 +32,6 @@ __all__ = [
     "model_digest",
     "resume_hint_on_stop",
     "sync",
+    "was_left_behind",
     "write_atomically",
 ]

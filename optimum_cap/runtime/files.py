@@ -1,11 +1,18 @@
 """Files that are written atomically: as a whole or not at all."""
 
+import functools
 import os
+import platform
+import re
 import secrets
+import stat
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+import psutil
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,21 +22,31 @@ from optimum_cap.runtime.digests import digest_of
 
 logger = logging.get_logger(__name__)
 
+_DAY = 86_400  # seconds
+_CLOCK_ERROR = 2  # seconds by which the start of a process and the time of a file may be wrong
+_LONGEST_STEM = 100  # bytes of a file's name that its unfinished version has in its own name
 
-def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
+
+def write_atomically(file: Path, data: bytes, replace: bool = True, mode: int = 0o666) -> None:
     """Write a file to disk completely, or leave it as it was.
+
+    Unfinished files that killed processes left in the same folder are removed.
 
     Args:
         file: The file.
         data: Its content.
         replace: Whether to replace an existing file; otherwise it is kept.
+        mode: Permissions of the file, of which the umask takes some away.
 
     Raises:
         OSError: The file cannot be written.
     """
-    unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp")
+    _remove_unfinished(file.parent)
+    stem = file.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
+    owner = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+    unfinished = file.with_name(f"{stem}.{owner}.tmp")
     try:
-        with unfinished.open("wb") as stream:
+        with open(unfinished, "xb", opener=functools.partial(os.open, mode=mode)) as stream:
             stream.write(data)
             sync(stream)
         if replace:
@@ -39,6 +56,39 @@ def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
         sync_folder(file.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@functools.cache  # once per folder: before this process has unfinished files of its own in it
+def _remove_unfinished(folder: Path) -> None:
+    """Remove unfinished files of killed processes; those of other hosts once they are a day old."""
+    with suppress(OSError):
+        for file in folder.glob("*.tmp"):
+            owner = re.fullmatch(r".*\.(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp", file.name, re.DOTALL)
+            if owner and was_left_behind(file, owner[1], int(owner[2])):
+                file.unlink(missing_ok=True)
+
+
+def was_left_behind(file: Path, host: str, process: int, patience: float = _DAY) -> bool:
+    """Return whether the process that wrote a temporary file no longer runs.
+
+    Args:
+        file: The file.
+        host: Name of the process's host. Whether a process of another host runs is unknown.
+        process: Its id. A younger process with this id is another one.
+        patience: Age in seconds from which on a file of another host counts as left behind.
+    """
+    try:
+        modified = file.stat().st_mtime
+    except OSError:
+        return False  # somebody has removed it
+    if host != platform.node():
+        return modified < time.time() - patience
+    try:
+        return modified < psutil.Process(process).create_time() - _CLOCK_ERROR
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
 
 
 def _link_unless_taken(file: Path, name: Path) -> None:
@@ -70,32 +120,68 @@ def sync_folder(folder: Path) -> None:
 
 
 class TensorFiles:
-    """Stores tensors in a folder, one file with a checksum each.
+    """Stores tensors in a folder that only its owner can read, one file with a checksum each.
+
+    Checksums detect damage, not intent: whoever may write to the folder may change what is read. A
+    warning is logged if other users may.
 
     Args:
         folder: Created with the first file. Several processes may share it.
 
     Attributes:
         failed: Whether a tensor could not be written.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
     """
 
     def __init__(self, folder: Path) -> None:
+        if os.path.isfile(folder):
+            raise NotADirectoryError(f"the resume_dir {folder} is a file: name a folder")
         self.folder = folder
         self.failed = False
+        _warn_of_other_writers(folder)
 
-    def read(self, key: str) -> torch.Tensor | None:
-        """Return the tensor stored under `key`, or `None` if there is none or it is damaged."""
+    def read(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        check: Callable[[torch.Tensor], str | None] = lambda tensor: None,
+    ) -> torch.Tensor | None:
+        """Return the tensor stored under `key`, or `None` if there is none or it is damaged.
+
+        A file that is damaged, or holds something else than expected, is deleted, and a warning is
+        logged. The tensor is mapped into memory, and stays whole if its file is deleted.
+
+        Args:
+            key: Path of the file in the folder, without suffix.
+            shape: Shape of the tensor.
+            dtype: Its dtype.
+            check: Returns what is wrong with the values of the tensor, if anything is.
+        """
         file = self._file(key)
-        if not file.exists():
-            return None
         try:
-            with safe_open(file, "pt") as content:
-                tensor: torch.Tensor = content.get_tensor("tensor")
-                if (content.metadata() or {}).get("sha256") == digest_of(key, tensor):
-                    return tensor
-            problem = "its checksum is wrong"
+            if not file.is_file():
+                return None
+            for folder in self._folders_of(file):
+                _warn_of_other_writers(folder)
+            tensor, checksum = _load(file)
+            problem = _difference(tensor, shape, dtype)
+            if problem is None and checksum != digest_of(key, tensor):
+                problem = "its checksum is wrong"
+            if problem is None:
+                problem = check(tensor)
+            if problem is None:
+                return tensor
         except FileNotFoundError:
             return None  # another process has deleted it
+        except PermissionError as error:
+            logger.warning_once(
+                f"{file} cannot be read ({error.strerror}), nor perhaps other files in "
+                f"{self.folder}: what they hold is computed again"
+            )
+            return None
         except (OSError, SafetensorError) as error:
             problem = str(error)
         logger.warning(f"{file} is damaged ({problem}): its content is computed again")
@@ -117,8 +203,10 @@ class TensorFiles:
         file = self._file(key)
         data = safetensors.torch.save({"tensor": tensor}, {"sha256": digest_of(key, tensor)})
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, data, replace)
+            try:
+                self._write_privately(file, data, replace)
+            except FileNotFoundError:  # another process has just deleted the folder
+                self._write_privately(file, data, replace)
         except OSError as error:
             if not self.failed:
                 self.failed = True
@@ -128,5 +216,80 @@ class TensorFiles:
                     "space, or choose another resume_dir"
                 )
 
+    def _write_privately(self, file: Path, data: bytes, replace: bool) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for folder in self._folders_of(file):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(file, data, replace, mode=0o600)
+
+    def _folders_of(self, file: Path) -> list[Path]:
+        """Return the folders that a file is in, from `folder` inward."""
+        inside = file.parent.relative_to(self.folder)
+        return [self.folder / part for part in (*reversed(inside.parents), inside)]
+
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def _load(file: Path) -> tuple[torch.Tensor, str | None]:
+    """Return the tensor of a file, and its checksum."""
+    with safe_open(file, "pt") as content:
+        return content.get_tensor("tensor"), (content.metadata() or {}).get("sha256")
+
+
+def _difference(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Return how a tensor differs from the expected shape and dtype, if it does."""
+    if (tuple(tensor.shape), tensor.dtype) == (tuple(shape), dtype):
+        return None
+    return f"it holds {list(tensor.shape)} {tensor.dtype}, not {list(shape)} {dtype}"
+
+
+def _warn_of_other_writers(folder: Path) -> None:
+    """Warn once if other users may change the files of a folder."""
+    writers = _other_writers(folder)
+    if writers is not None:
+        logger.warning_once(
+            f"{folder} {writers}: whoever can write to it can change what a resumed run computes; "
+            "remove their permission, or choose another resume_dir"
+        )
+
+
+def _other_writers(folder: Path) -> str | None:
+    """Return why users other than this one and root may change the files of a folder, if so."""
+    if os.name != "posix":
+        return None
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to another user ({_name_of_user(status.st_uid)})"
+    if status.st_mode & stat.S_IWOTH:
+        return "may be written to by all users"
+    if status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid):
+        return "may be written to by its group"
+    return None
+
+
+def _is_private_group(group: int) -> bool:
+    """Return whether a group is that of this user alone: named after them, without other members.
+
+    Where groups are set up like this, folders that their group may write to are the default.
+    """
+    import grp  # these exist on POSIX systems only
+    import pwd
+
+    try:
+        user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return entry.gr_name == user and set(entry.gr_mem) <= {user}
+
+
+def _name_of_user(user: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)

@@ -41,9 +41,11 @@ class ScoreCache:
         Losses of compiled layers, which differ in the last bits, are stored separately.
 
         Returns:
-            The losses, or `None` if none are stored.
+            The losses, float64 `[units, examples]` or `[examples]`; `None` if none are stored.
         """
-        return self.files.read(self._chunk_key(batch, units, torch_compile))
+        examples = len(batch.positions)
+        shape = (len(units), examples) if units else (examples,)
+        return self.files.read(self._chunk_key(batch, units, torch_compile), shape, torch.float64)
 
     def put(
         self,
@@ -71,13 +73,20 @@ class ScoreCache:
             measure: Measures it if no run has stored it yet.
         """
         key = self._key(name, unit_names(units), examples_digest(examples))
-        stored = self.files.read(key)
+        stored = self._number(key)
         if stored is not None:
-            return int(stored)
-        measured = torch.tensor(measure())
-        self.files.write(key, measured, replace=False)
-        stored = self.files.read(key)  # another process may have been first
-        return int(measured if stored is None else stored)
+            return stored
+        measured = measure()
+        self.files.write(key, torch.tensor(measured), replace=False)
+        stored = self._number(key)  # another process may have been first
+        return measured if stored is None else stored
+
+    def _number(self, key: str) -> int | None:
+        def problem_of(number: torch.Tensor) -> str | None:
+            return f"it holds {int(number)}, a negative number" if number < 0 else None
+
+        stored = self.files.read(key, (), torch.int64, problem_of)
+        return None if stored is None else int(stored)
 
     def _chunk_key(self, batch: Batch, units: list[SiteUnit], torch_compile: bool) -> str:
         # Losses do not depend on the positions of the examples in the calibration set.

@@ -8,9 +8,11 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from transformers import (
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_cap.checkpoint.conversion import convert_checkpoint, inspect_checkpoint
+from optimum_cap.checkpoint.folders import check_target
 
 
 def test_round_trip_is_bit_identical(every_architecture: str, tmp_path: Path) -> None:
@@ -514,6 +517,191 @@ def test_a_mount_point_is_as_it_was_after_a_failure(
     # Without a config nothing loads: it goes first and comes last.
     assert moves[0].name == "config.json"
     assert (moves[failing_move].name == "config.json") == (failing_move in {0, 9})
+
+
+@pytest.mark.parametrize("moves", range(11))
+def test_a_save_to_a_mount_point_that_was_killed_is_undone_by_the_next(
+    moves: int, mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after so many of the 10 moves. After the last one, the new checkpoint is complete."""
+    model = pruned()
+    (mounted / "tokenizer.json").write_text("{}")
+    model.save_pretrained(mounted)
+    old = contents(mounted)
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    rename, unlink, done = Path.rename, Path.unlink, []
+
+    def as_if_killed() -> None:
+        if len(done) == moves:
+            shutil.copytree(mounted, tmp_path / "killed")
+
+    def moving(self: Path, target: Path) -> Path:
+        if ".saving-" in f"{self} {target}":
+            as_if_killed()
+            done.append(self)
+        return rename(self, target)
+
+    def removing(self: Path, **options: Any) -> None:
+        if self.name == "swap.json":
+            as_if_killed()
+        unlink(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", moving)
+        patch.setattr(Path, "unlink", removing)
+        model.save_pretrained(mounted)
+    assert len(done) == 10
+    new = contents(mounted)
+    for entry in mounted.iterdir():
+        entry.unlink()
+    shutil.copytree(tmp_path / "killed", mounted, dirs_exist_ok=True)
+    (left,) = mounted.glob(".*.saving-*")
+    of_killed_process(left)
+    assert (mounted / "config.json").exists() == (moves in {0, 10}), "else it does not load"
+    check_target(mounted)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_cap.checkpoint.transcoding.save_file", fail)
+        with pytest.raises(OSError, match=r"could not save to .* as it was"):
+            model.save_pretrained(mounted)
+    assert contents(mounted) == (new if moves == 10 else old)
+    model.save_pretrained(mounted)
+    assert contents(mounted) == new
+    assert not list(mounted.glob(".*"))
+
+
+def of_killed_process(folder: Path) -> None:
+    """Make the folder of a save that of a process that no longer runs."""
+    swap = json.loads((folder / "swap.json").read_text())
+    (folder / "swap.json").write_text(json.dumps(swap | {"process": 999_999_999}))
+    folder.rename(folder.with_name(folder.name.replace(f"-{os.getpid()}-", "-999999999-")))
+
+
+def test_kill_9_while_the_files_of_a_mount_point_are_replaced(mounted: Path) -> None:
+    model = pruned()
+    model.save_pretrained(mounted)
+    expected = contents(mounted)
+    code = SAVE_IN_A_PROCESS.format(
+        tests=str(TESTS),
+        target=str(mounted),
+        limit=f"""
+import os, signal
+from pathlib import Path
+os.path.ismount = lambda path: str(path) == {str(mounted)!r}
+rename = Path.rename
+def killed(self, target):
+    if self.name == "pruning_record.json" and target.parent.name == "replaced":
+        rename(self, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+Path.rename = killed
+""",
+    )
+    assert run(code).returncode == -signal.SIGKILL
+    assert not (mounted / "pruning_record.json").exists()
+    assert (mounted / "model.safetensors").exists()
+    model.save_pretrained(mounted)
+    assert contents(mounted) == expected
+
+
+@pytest.fixture
+def half_replaced(mounted: Path) -> Path:
+    """The folder of a save that was killed once it had moved the record and the config away."""
+    pruned().save_pretrained(mounted)
+    folder = mounted / ".out.saving-elsewhere-1-0123abcd"
+    (folder / "replaced").mkdir(parents=True)
+    names = ["config.json", "model.safetensors", "pruning_record.json"]
+    for name in ("config.json", "pruning_record.json"):
+        (mounted / name).rename(folder / "replaced" / name)
+    for name in names:
+        (folder / name).write_text("new")
+    swap = {"host": "elsewhere", "process": 1, "stale": names, "added": names}
+    (folder / "swap.json").write_text(json.dumps(swap))
+    return folder
+
+
+def test_a_killed_save_of_another_host_is_undone_after_a_minute(
+    half_replaced: Path, mounted: Path
+) -> None:
+    """As in a container that was started again: it has another name, and its first process id 1."""
+    old = time.time() - 61
+    os.utime(half_replaced / "swap.json", (old, old))
+    pruned().save_pretrained(mounted)
+    assert not half_replaced.exists()
+    assert "new" not in {file.read_text(errors="replace") for file in mounted.iterdir()}
+
+
+def test_a_save_that_may_still_run_is_let_alone(half_replaced: Path, mounted: Path) -> None:
+    before = contents(mounted)
+    check_target(mounted)
+    with pytest.raises(
+        OSError, match=r"process 1 on elsewhere is saving to .*out: save again when"
+    ):
+        pruned().save_pretrained(mounted)
+    assert contents(mounted) == before
+
+
+SWAPS: dict[str, Any] = {
+    "no JSON": "{",
+    "not UTF-8": b"\xff\xfe",
+    "deep": "[" * 100_000,
+    "a list": [],
+    "outside": {"stale": ["../model.safetensors"], "added": []},
+    "the parent": {"stale": [".."], "added": []},
+    "null byte": {"stale": ["a\0b"], "added": []},
+    "a number": {"stale": [1], "added": []},
+    "no list": {"stale": "model.safetensors", "added": []},
+    "nothing": {"stale": []},
+    "a huge process": {"stale": [], "added": [], "process": 1 << 70},
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_file_that_only_looks_like_that_of_a_killed_save(
+    swap: str, half_replaced: Path, mounted: Path
+) -> None:
+    content = SWAPS[swap]
+    if isinstance(content, dict):
+        content = {"host": "elsewhere", "process": 1, **content}
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content)
+    (half_replaced / "swap.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    os.utime(half_replaced / "swap.json", (0, 0))
+    before = contents(mounted)
+    with pytest.raises(FileExistsError, match="holds the weights of another model"):
+        pruned().save_pretrained(mounted)
+    assert contents(mounted) == before
+
+
+def test_old_files_that_cannot_be_put_back_are_kept_for_the_next_save(
+    mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned()
+    model.save_pretrained(mounted)
+    before, rename, moves = contents(mounted), Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".saving-" in f"{self} {target}":
+            moves.append(self)
+            if len(moves) > 3:
+                raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match=r"could not put back its old files, which .* finds in"):
+            model.save_pretrained(mounted)
+    (left,) = mounted.glob(".*.saving-*")
+    of_killed_process(left)
+    monkeypatch.setattr("optimum_cap.checkpoint.transcoding.save_file", failing)
+    with pytest.raises(TypeError):
+        model.save_pretrained(mounted)
+    assert contents(mounted) == before
 
 
 SAVE_IN_A_PROCESS = """

@@ -186,11 +186,12 @@ def test_too_many_programs_are_named(
 def test_losses_of_compiled_layers_are_kept_apart(tmp_path: Path) -> None:
     model = tiny_model("llama")
     cache, batch = ScoreCache(tmp_path, model), batches(examples(), 2)[0]
-    cache.put(batch, [], torch.tensor([1.0]), torch_compile=True)
+    compiled, eager = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    cache.put(batch, [], compiled, torch_compile=True)
     assert cache.get(batch, []) is None
-    cache.put(batch, [], torch.tensor([2.0]))
-    assert cache.get(batch, [], torch_compile=True) == 1
-    assert cache.get(batch, []) == 2
+    cache.put(batch, [], eager)
+    assert torch.equal(cache.get(batch, [], torch_compile=True), compiled)
+    assert torch.equal(cache.get(batch, []), eager)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the memory of glibc")

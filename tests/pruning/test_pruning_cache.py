@@ -1,11 +1,14 @@
 """Pruning that was stopped resumes with the bytes of an undisturbed run."""
 
 import dataclasses
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,10 @@ from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.models.architectures import Matrix
+from optimum_cap.models.view import ModelView
+from optimum_cap.pruning.cache import ExpectedWeights, LayerStore
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
+from optimum_cap.runtime.files import TensorFiles
 
 
 @pytest.fixture
@@ -120,7 +126,7 @@ def test_half_precision(
     expected = weights(pruned(tiny_model("llama", dtype=dtype), None))
     stopped(tiny_model("llama", dtype=dtype), tmp_path, solved, 22, monkeypatch)
     kept = [safetensors.torch.load_file(file)["tensor"] for file in layer_files(tmp_path)]
-    assert {tensor.dtype for tensor in kept if tensor.ndim == 2} == {dtype}
+    assert {tensor.dtype for tensor in kept if tensor.is_floating_point()} == {dtype}
     assert weights(pruned(tiny_model("llama", dtype=dtype), tmp_path)) == expected
 
 
@@ -131,7 +137,7 @@ def test_layers_are_kept_as_they_are_stored_where_nothing_is_widened(
     monkeypatch.setattr("optimum_cap.models.modes._narrow_on_cpu", lambda model: iter(()))
     pruned(tiny_model("llama", dtype=torch.bfloat16), tmp_path)
     kept = [safetensors.torch.load_file(file)["tensor"] for file in layer_files(tmp_path)]
-    assert {tensor.dtype for tensor in kept if tensor.ndim == 2} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in kept if tensor.is_floating_point()} == {torch.bfloat16}
 
 
 def test_a_finished_run_waits_until_it_is_saved(tmp_path: Path, solved: list[str]) -> None:
@@ -249,7 +255,7 @@ def test_another_layout_meets_nothing(
 ) -> None:
     pruned(tiny_model("llama"), tmp_path, recipe="wanda")
     before = len(solved)
-    monkeypatch.setattr("optimum_cap.pruning.cache._LAYOUT", 2)
+    monkeypatch.setattr("optimum_cap.pruning.cache._LAYOUT", 99)
     pruned(tiny_model("llama"), tmp_path, recipe="wanda")
     assert len(solved) == 2 * before
 
@@ -289,6 +295,118 @@ def test_what_is_damaged_is_done_again(
     assert weights(pruned(tiny_model("llama"), tmp_path)) == expected
     assert f"{damaged} is damaged" in caplog.text
     assert 0 < len(solved) - before <= 7, "one layer at most"
+
+
+def forge(file: Path, folder: Path, tensor: torch.Tensor) -> None:
+    """Replace what is stored in a file, with a checksum that is right."""
+    key = file.relative_to(folder).with_suffix("").as_posix()
+    TensorFiles(folder).write(key, tensor)
+
+
+FORGERIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "one weight": lambda weight: torch.ones(1, 1, dtype=weight.dtype),
+    "transposed": lambda weight: weight.T[: len(weight) // 2].contiguous(),
+    "another dtype": lambda weight: weight.double(),
+    "dense": torch.ones_like,
+    "all zero": torch.zeros_like,
+    "NaN": lambda weight: weight.masked_fill(weight != 0, torch.nan),
+    "infinite": lambda weight: weight.masked_fill(weight != 0, torch.inf),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_layers_that_cannot_be_of_this_run_are_pruned_again(
+    forgery: str, tmp_path: Path, solved: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = weights(pruned(tiny_model("llama"), tmp_path, recipe="wanda"))
+    before = len(solved)
+    stored = {file: safetensors.torch.load_file(file)["tensor"] for file in layer_files(tmp_path)}
+    file = next(file for file, tensor in stored.items() if tensor.is_floating_point())
+    forge(file, tmp_path, FORGERIES[forgery](stored[file]))
+    assert weights(pruned(tiny_model("llama"), tmp_path, recipe="wanda")) == expected
+    assert f"{file} is damaged (" in caplog.text
+    assert "): its content is computed again" in caplog.text
+    assert len(solved) - before == 7, "one layer"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda counts: -counts, "it holds a negative number"),
+        (lambda counts: counts[:1], r"it holds \[1, 7\] torch.int64, not \[2, 7\] torch.int64"),
+        (lambda counts: counts.double(), "torch.float64, not"),
+        (lambda counts: counts // 2, r"\d+ of its weights are zero, not \d+"),
+    ],
+)
+def test_counts_that_cannot_be_of_this_run(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    tmp_path: Path,
+    solved: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = pruned(tiny_model("llama"), tmp_path, recipe="wanda")
+    before = len(solved)
+    file = next(file for file in layer_files(tmp_path) if file.stem == "1")
+    forge(file, tmp_path, change(safetensors.torch.load_file(file)["tensor"]))
+    again = pruned(tiny_model("llama"), tmp_path, recipe="wanda")
+    assert weights(again) == weights(expected)
+    assert again.pruning_record == expected.pruning_record
+    assert re.search(message, caplog.text)
+    assert len(solved) - before == 7, "one layer"
+
+
+def test_a_layer_with_fewer_zeros_than_this_run_asks_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its counts agree with it, as if both were replaced."""
+    matrix, dense = ModelView.of(tiny_model("llama")).matrices[0], torch.ones(4, 4)
+    store = LayerStore(TensorFiles(tmp_path), "layers", 64, writes=True)
+    store.put(matrix, dense)
+    store.commit(0, {matrix: 5})
+    for zeros, found in ((0, True), (8, False)):
+        layer = store.get(0, {matrix: ExpectedWeights((4, 4), torch.float32, zeros)})
+        assert (layer is not None) == found
+    assert "(0 of its weights are zero, but at least 8 have to be)" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", ["causal", "causal_fast"])
+@pytest.mark.parametrize("change", [lambda tensor: tensor[..., :1], lambda tensor: tensor.float()])
+def test_sensitivities_that_cannot_be_of_this_run_are_measured_again(
+    recipe: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = pruned(tiny_model("llama"), tmp_path, recipe=recipe)
+    for file in tmp_path.glob("*/*/*.safetensors"):
+        if file not in layer_files(tmp_path):
+            stored = safetensors.torch.load_file(file)["tensor"]
+            forge(file, tmp_path, change(stored).contiguous())
+    again = pruned(tiny_model("llama"), tmp_path, recipe=recipe)
+    assert again.pruning_record == expected.pruning_record
+    assert weights(again) == weights(expected)
+    assert "is damaged (it holds [" in caplog.text
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_layers_that_another_run_deletes_meanwhile_are_pruned_again(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: list[str]
+) -> None:
+    """They are deleted once so many files of them have been read, the last one of a layer too."""
+    expected = weights(pruned(tiny_model("llama"), tmp_path, recipe="wanda"))
+    before, own, found = len(solved), TensorFiles.read, []
+
+    def read(self: TensorFiles, key: str, *args: Any) -> torch.Tensor | None:
+        tensor = own(self, key, *args)
+        found.append(tensor)
+        if len(found) == count:
+            shutil.rmtree(tmp_path / key.rpartition("/")[0])
+        return tensor
+
+    monkeypatch.setattr(TensorFiles, "read", read)
+    assert weights(pruned(tiny_model("llama"), tmp_path, recipe="wanda")) == expected
+    assert len(solved) - before == (14 if count == 8 else 21)
 
 
 def test_measured_sites_are_not_measured_again(

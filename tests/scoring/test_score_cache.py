@@ -23,6 +23,7 @@ from helpers.out_of_memory import OUT_OF_MEMORY, limit_memory
 from helpers.paths import TESTS
 from helpers.score_runs import BUDGET, chunk_files, digest, examples, same_bytes, score
 from helpers.tiny_models import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -153,7 +154,7 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files = TensorFiles(tmp_path)
     for value in (1, 2):
         files.write("key", torch.tensor(value), replace=False)
-        found = files.read("key")
+        found = files.read("key", (), torch.int64)
         assert found is not None
         assert int(found) == 1
     assert not files.failed
@@ -172,7 +173,7 @@ def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monk
     files = TensorFiles(tmp_path)
     files.write("key", torch.tensor(1))
     assert not files.failed
-    assert int(files.read("key") or 0) == 1
+    assert int(files.read("key", (), torch.int64) or 0) == 1
 
 
 def test_hooks_of_transformers_are_no_other_code(llama: PreTrainedModel) -> None:
@@ -312,13 +313,13 @@ def test_what_is_free_later_does_not_change_the_chunks(
 
 def test_the_way_that_experts_are_computed_is_part_of_the_key(tmp_path: Path) -> None:
     batch = batches(examples(), 2)[0]
-    for way, losses in (("eager", torch.tensor([1.0])), ("grouped_mm", torch.tensor([2.0]))):
+    for way, losses in (("eager", [1.0, 2.0]), ("grouped_mm", [3.0, 4.0])):
         model = tiny_model("mixtral")
         model.set_experts_implementation(way)
         cache = ScoreCache(tmp_path, model)
         assert cache.get(batch, []) is None
-        cache.put(batch, [], losses)
-        assert torch.equal(cache.get(batch, []), losses)
+        cache.put(batch, [], torch.tensor(losses, dtype=torch.float64))
+        assert cache.get(batch, []).tolist() == losses
 
 
 def test_what_was_found_first_counts(llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -343,15 +344,17 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, caplog: pytest.LogCapture
     for position in range(len(intact)):
         file.write_bytes(intact[:position] + bytes([intact[position] ^ 4]) + intact[position + 1 :])
         caplog.clear()
-        found = files.read("model/chunk")
+        found = files.read("model/chunk", (2, 2), torch.float64)
         assert found is None or found.numpy().tobytes() == stored.numpy().tobytes(), position
         assert (found is None) == ("is damaged" in caplog.text)
     for length in range(len(intact)):
         file.write_bytes(intact[:length])
-        assert files.read("model/chunk") is None
+        assert files.read("model/chunk", (2, 2), torch.float64) is None
     file.write_bytes(intact)
     file.rename(file.with_name("other.safetensors"))
-    assert files.read("model/other") is None, "it is the chunk of another key"
+    assert files.read("model/other", (2, 2), torch.float64) is None, (
+        "it is the chunk of another key"
+    )
 
 
 def test_a_damaged_chunk_is_said_and_measured_again(
@@ -370,6 +373,36 @@ def test_a_damaged_chunk_is_said_and_measured_again(
     caplog.clear()
     assert same_bytes(score(llama, tmp_path), expected)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "change", [lambda losses: losses[..., :0], lambda losses: losses.float(), torch.Tensor.flatten]
+)
+def test_losses_that_cannot_be_of_a_chunk_are_measured_again(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    llama: PreTrainedModel,
+    tmp_path: Path,
+    measured: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = score(llama, tmp_path)
+    chunks, files = len(measured), TensorFiles(tmp_path)
+    stored = {file: load_file(file)["tensor"] for file in chunk_files(tmp_path)}
+    forged = next(file for file, losses in stored.items() if losses.ndim == 2)
+    key = forged.relative_to(tmp_path).with_suffix("").as_posix()
+    files.write(key, change(stored[forged]).contiguous())  # with a checksum that is right
+    assert same_bytes(score(llama, tmp_path), expected)
+    assert len(measured) == chunks + 1
+    assert f"{forged} is damaged (it holds [" in caplog.text
+
+
+def test_a_negative_number_is_measured_again(
+    llama: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = ScoreCache(tmp_path, llama)
+    assert cache.get_or_measure("budget", examples(), [], lambda: -1) == -1
+    assert cache.get_or_measure("budget", examples(), [], lambda: 8) == 8
+    assert "is damaged (it holds -1, a negative number)" in caplog.text
 
 
 def test_losses_that_overflow_survive_the_cache(
