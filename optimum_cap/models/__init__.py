@@ -72,7 +72,7 @@ from optimum_cap.models.offload import (
     weights,
     writable_weights,
 )
-from optimum_cap.models.view import ModelView
+from optimum_cap.models.view import ModelView, number_of_embeddings
 
 __all__ = [
     "QUERIES",
@@ -115,6 +115,7 @@ __all__ = [
     "logits_of",
     "masked_unit",
     "matrices_by_layer",
+    "number_of_embeddings",
     "onloaded",
     "only_last_logits",
     "oriented",

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import optimum_cap
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.data import Conversation, build_calibration_set, render_prompt
 from optimum_cap.data.sources import row_digest
 from optimum_cap.evaluation.harness import harness_model
 from optimum_cap.evaluation.results import Evaluation, Window, wilson_interval
-from optimum_cap.evaluation.run import evaluate, load_task_data, render_prompt
+from optimum_cap.evaluation.run import evaluate, load_task_data
 from optimum_cap.evaluation.tasks import (
     GROUPS,
     TASKS,
@@ -96,6 +96,10 @@ def damaged_reasoner() -> PreTrainedModel:
     return model
 
 
+def question(prompt: str) -> Conversation:
+    return Conversation((("user", prompt), ("assistant", "an answer")))
+
+
 def reasoner_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(REASONER / "model")
 
@@ -163,7 +167,7 @@ def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     (example,) = build_calibration_set(config, tokenizer).examples
     prompt = example.input_ids[: int(example.scored.nonzero()[0])]
     lm = harness_model(tiny_model("llama"), tokenizer, 64, 1)
-    ids, _ = lm.tok_batch_encode([render_prompt("what?", tokenizer)])
+    ids, _ = lm.tok_batch_encode([render_prompt(question("what?"), tokenizer)])
     assert ids[0].tolist() == prompt.tolist()
 
 
@@ -175,7 +179,7 @@ def test_special_tokens_are_those_of_calibration() -> None:
     (example,) = build_calibration_set(config, tokenizer).examples
     row = json.loads(file.read_text().splitlines()[example.index])
     lm = harness_model(tiny_model("llama"), tokenizer, 256, 1)
-    ids, _ = lm.tok_batch_encode([render_prompt(row["question"], tokenizer)])
+    ids, _ = lm.tok_batch_encode([render_prompt(question(row["question"]), tokenizer)])
     assert ids[0].tolist() == example.input_ids[: int(example.scored.nonzero()[0])].tolist()
 
 
