@@ -397,7 +397,11 @@ def _place_of_content(chat: _Chat, turn: int) -> tuple[int, int] | None:
     head, tail = marked.partition(_MARK)[0], marked.rpartition(_MARK)[2]
     start = _common_prefix(text, head)
     stop = max(start, len(text) - _common_prefix(text[::-1], tail[::-1]))
-    return start, stop + _common_prefix(text[stop:], last.rpartition(_MARK)[2])
+    rest, ending = text[stop:], last.rpartition(_MARK)[2]
+    if not text[start:stop].strip():
+        # What follows an empty content, such as a tool call, may stand after less white space.
+        stop, rest, ending = len(text) - len(rest.lstrip()), rest.lstrip(), ending.lstrip()
+    return start, stop + _common_prefix(rest, ending)
 
 
 # Without a chat template
