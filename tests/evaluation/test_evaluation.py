@@ -171,6 +171,52 @@ def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     assert ids[0].tolist() == prompt.tolist()
 
 
+def test_typed_parts_reach_a_template_that_wants_them(data_dir: Path) -> None:
+    typed = TEMPLATE.replace(
+        "{{ m['content'] }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"
+    )
+    results = [
+        evaluate(tiny_model("llama"), tiny_tokenizer(template), tasks="gsm8k", data_dir=data_dir)
+        for template in (TEMPLATE, typed)
+    ]
+    assert results[0].tasks["gsm8k"].items == results[1].tasks["gsm8k"].items
+
+
+def test_answers_that_the_template_leaves_out_are_counted_or_refused(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = TEMPLATE.replace("m['content']", "m['content'].split('3+3=')[-1]")
+    evaluate(tiny_model("llama"), tiny_tokenizer(few), tasks="gsm8k", data_dir=data_dir)
+    assert "leaves out parts of 1 of 12 answers of data set 'gsm8k' (first in row 3)" in caplog.text
+    every = TEMPLATE.replace("m['content']", "m['content'].split('#')[0]")
+    with pytest.raises(ValueError, match="leaves out text or tool calls of all 12 answers of data"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(every), tasks="gsm8k", data_dir=data_dir)
+
+
+def test_messages_are_asked_as_they_are_and_only_the_last_answer_counts(data_dir: Path) -> None:
+    file = data_dir / "test.jsonl"
+    turns = [("system", "add"), ("user", "1+1?"), ("assistant", "2"), ("user", "and 1?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    answer = {"role": "assistant", "content": "3\n#### 3"}
+    row = {"kind": "arithmetic", "messages": [*messages, answer]}
+    file.write_text(json.dumps(row))
+    model, tokenizer = tiny_model("llama", max_position_embeddings=200), tiny_tokenizer(TEMPLATE)
+    tokenizer.model_max_length = 200
+    task = "tiny_reasoner_arithmetic"
+    (item,) = evaluate(model, tokenizer, tasks=task, data_dir=data_dir).tasks[task].items
+    prompt = "<system>add</s><user>1+1?</s><assistant>2</s><user>and 1?</s><assistant>"
+    ids = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, "3\n#### 3</s>")
+    ]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1]))
+    assert item.loss == pytest.approx(float(expected), rel=1e-5)
+    file.write_text(json.dumps({**row, "messages": messages}))
+    with pytest.raises(ValueError, match=r"row of 'test.jsonl' is not a prompt and an answer, but"):
+        load_task_data(task, data_dir)
+
+
 def test_special_tokens_are_those_of_calibration() -> None:
     # The tokenizer puts <s> first; the template of the embedded model has it in its text.
     tokenizer = reasoner_tokenizer()
