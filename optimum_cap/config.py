@@ -169,7 +169,8 @@ class CAPConfig(QuantizationConfigMixin):
             and the LM head, which are never pruned.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
             `"dense"` (zeros stored; loads without this plugin).
-        tokenizer: A tokenizer, or the name of one; `None` loads the model's tokenizer. Not saved.
+        tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
+            the model's tokenizer. Not saved.
         config_version: Version of these fields.
 
     Raises:

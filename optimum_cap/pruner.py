@@ -4,14 +4,21 @@ import dataclasses
 import os
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.checkpoint import PruningRecord, attach
 from optimum_cap.config import CAPConfig
-from optimum_cap.data import CalibrationSet, build_calibration_set
+from optimum_cap.data import (
+    CalibrationSet,
+    build_calibration_set,
+    check_token_ids,
+    describe_example,
+    load_tokenizer,
+    usable_tokenizer,
+)
 from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
-from optimum_cap.models import Matrix, ModelView, plain_model
+from optimum_cap.models import Matrix, ModelView, number_of_embeddings, plain_model
 from optimum_cap.pruning import (
     PruningRun,
     matrices_to_prune,
@@ -63,8 +70,8 @@ class CAPPruner:
 
         Args:
             model: A decoder-only causal language model in any float dtype.
-            tokenizer: Its tokenizer, or the name of one; `None` takes the config's, then the one
-                that is saved with the model.
+            tokenizer: Its tokenizer or processor, or the name of a tokenizer; `None` takes the
+                config's, then the one that is saved with the model.
             dataset: Calibration data that replaces the config's.
             losses: Losses that `measure` returned for this model, data and seed. The criterion
                 `causal_score` uses them for any sparsity, subsets and aggregation.
@@ -157,7 +164,13 @@ class CAPPruner:
 
 def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:
     tokenizer = _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer)
-    return build_calibration_set(config, tokenizer, max_length=_max_length(model))
+    calibration = build_calibration_set(config, tokenizer, max_length=_max_length(model))
+    examples = calibration.examples
+    ids = [example.input_ids for example in examples]
+    check_token_ids(tokenizer, ids, number_of_embeddings(model))
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug(describe_example(examples[0], tokenizer))
+    return calibration
 
 
 def _number_of_zeros(view: ModelView, matrices: list[Matrix], sparsity: float) -> int:
@@ -256,20 +269,14 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
 def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
     """Return a tokenizer: as given, by name, or the one saved with the model."""
     if tokenizer is not None and not isinstance(tokenizer, str):
-        return tokenizer
+        return usable_tokenizer(tokenizer)
     name = tokenizer or model.name_or_path
     if not name:
         raise ValueError(
             "no tokenizer: the model has no name or path to load one from; pass "
             "prune(model, tokenizer) or CAPConfig(tokenizer=...)"
         )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer could be loaded from {name!r}: pass prune(model, tokenizer) or "
-            "CAPConfig(tokenizer=...)"
-        ) from error
+    return load_tokenizer(name)
 
 
 def _max_length(model: PreTrainedModel) -> int | None:

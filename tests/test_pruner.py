@@ -1,6 +1,7 @@
 """A whole pruning in memory: `CAPPruner.prune`."""
 
 import copy
+import logging
 from contextlib import ExitStack
 from typing import Any
 
@@ -233,6 +234,17 @@ def test_a_head_that_overflows_is_survived(
     assert unit.score is None
     assert unit.importance == 10
     assert unit.nonfinite == 12
+
+
+def test_an_example_is_logged_when_debugging(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(recipe="wanda", dataset=[("what?", "so")], num_samples=1, subsets=1)
+    for level, count in ((logging.INFO, 0), (logging.DEBUG, 1)):
+        with caplog.at_level(level, logger="optimum_cap.pruner"):
+            CAPPruner(settings).prune(llama, tiny_tokenizer())
+        shown = "row 0 of in-memory: 9 tokens, 3 scored (between ⟦ and ⟧)\nwhat?\n⟦so</s>⟧"
+        assert caplog.text.count(shown) == count
 
 
 def test_no_tokenizer(llama: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 """Every recipe through `CAPPruner`, on every architecture, against plain re-implementations."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,10 @@ def test_experts_without_tokens_are_handled_and_reported(caplog: pytest.LogCaptu
         tokens = {matrix.name: matrix.tokens for matrix in new.pruning_record.matrices}
         assert tokens["model.layers.0.mlp.experts.down_proj[3]"] == 0
         assert tokens["model.layers.0.mlp.experts.down_proj[0]"] > 0
-        assert "matrices saw fewer calibration tokens than they have inputs" in caplog.text
+        few = "matrices saw fewer calibration tokens than they have inputs (model.layers.0.mlp."
+        assert few in caplog.text
+        assert re.search(r"experts.*\[2\]: 0 tokens, 24 inputs; ", caplog.text)
+        assert "at least as many tokens as inputs" in caplog.text
         caplog.clear()
         idle = Matrix("model.layers.0.mlp.experts.down_proj", 3)
         assert int((oriented(new, idle) == 0).sum()) == oriented(new, idle).numel() // 2

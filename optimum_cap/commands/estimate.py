@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 from typing import TYPE_CHECKING, Any
 
 from optimum_cap.commands.base import CAPSubcommand, add_common_flags
+from optimum_cap.commands.prune import dataset_value
 from optimum_cap.commands.study import labelled_models
 
 if TYPE_CHECKING:
@@ -137,17 +138,19 @@ class EstimateCommand(CAPSubcommand):
         prefix = {} if args.prefix is None else {"prefix": args.prefix}
         if not args.dataset:
             return {"tokens": args.tokens, "scored": args.scored, **prefix}
-        from transformers import AutoTokenizer
-
         from optimum_cap.config import CAPConfig
+        from optimum_cap.data import load_tokenizer
         from optimum_cap.estimation import lengths_of
 
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = load_tokenizer(
             args.tokenizer or args.model,
             revision=(None if args.tokenizer else args.revision) or "main",
             token=args.token,
         )
         config = CAPConfig(
-            sparsity=args.sparsity, dataset=args.dataset, num_samples=args.num_samples, subsets=1
+            sparsity=args.sparsity,
+            dataset=[dataset_value(name) for name in args.dataset],
+            num_samples=args.num_samples,
+            subsets=1,
         )
         return {**lengths_of(config, tokenizer), **prefix}

@@ -1,5 +1,7 @@
 """`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
 
+import json
+import os
 import shutil
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from optimum_cap.config import CAPConfig
+    from optimum_cap.data import CalibrationSet
     from optimum_cap.runtime import ProcessGroup
 
 
@@ -188,14 +191,32 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
 )
 
 
+# Column of the data set -> what is in it.
+_COLUMN_FLAGS = {
+    "prompt": "the prompts",
+    "answer": "the answers",
+    "text": "plain texts",
+    "messages": "chats",
+}
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` of `cap prune` and `cap score` hands to `execute`."""
+    """What `prepare` of `cap prune` and `cap score` hands to `execute`.
+
+    Attributes:
+        config: The config.
+        tokenizer: The tokenizer.
+        process_group: The processes launched together.
+        processor_files: Files of the model's image, audio or video processor, to copy.
+        shown: An example to print instead of pruning.
+    """
 
     config: "CAPConfig"
     tokenizer: "PreTrainedTokenizerBase"
     process_group: "ProcessGroup"
     processor_files: tuple[Path, ...] = ()
+    shown: str | None = None
 
 
 class PruneCommand(CAPSubcommand):
@@ -235,6 +256,12 @@ class PruneCommand(CAPSubcommand):
             action="store_true",
             help="replace the checkpoint in an output folder that is not empty; other files stay",
         )
+        add(
+            "--show-example",
+            action="store_true",
+            help="print a calibration example with its scored part marked, and prune nothing "
+            "(default: False)",
+        )
         add_loading_flags(parser)
         add("--push-to-hub", metavar="REPO", help="Hub id to upload the checkpoint to")
         add("--private", action="store_true", help="make the Hub repository private if it is new")
@@ -243,13 +270,14 @@ class PruneCommand(CAPSubcommand):
     def prepare(self) -> Prepared:
         """Check output, configuration, Hub access, tokenizer and data."""
         args = self.args
-        check_output_folder(args.output, args.model, args.overwrite)
+        if not args.show_example:  # which writes nothing
+            check_output_folder(args.output, args.model, args.overwrite)
         if args.private and not args.push_to_hub:
             raise ValueError("--private needs --push-to-hub: add it, or leave --private out")
 
         from optimum_cap.checkpoint import check_target
         from optimum_cap.config import CAPConfig, parse_size
-        from optimum_cap.data import build_calibration_set
+        from optimum_cap.data import describe_example
         from optimum_cap.runtime import ProcessGroup, default_folder
 
         process_group = ProcessGroup.current()
@@ -273,20 +301,33 @@ class PruneCommand(CAPSubcommand):
         config = CAPConfig(**values)
         if args.max_shard_size:
             parse_size(args.max_shard_size, "--max-shard-size")
+        if args.show_example:
+            if not config.method.needs_data:
+                raise ValueError(
+                    f"--show-example needs calibration data, but criterion "
+                    f"{config.method.criterion!r} with allocation {config.method.allocation!r} "
+                    "takes none: leave it out"
+                )
+            tokenizer = load_tokenizer(args)
+            example = calibration_set(config, tokenizer, args).examples[0]
+            shown = describe_example(example, tokenizer)
+            return Prepared(config, tokenizer, process_group, shown=shown)
         # Also checked when saving: the weights of another model are never replaced.
         check_target(args.output.absolute())
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
         config.tokenizer = tokenizer = load_tokenizer(args)
         if config.method.needs_data:
-            # Built again when the model is pruned; building it here reports bad data before the
-            # model is loaded.
-            build_calibration_set(config, tokenizer)
+            calibration_set(config, tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
         return Prepared(config, tokenizer, process_group, _processor_files(args))
 
     def execute(self, prepared: Prepared) -> None:
-        """Prune, save, print a summary and upload."""
+        """Prune, save, print a summary and upload; or print an example."""
+        if prepared.shown is not None:
+            if not prepared.process_group.rank:
+                print(prepared.shown)
+            return
         from transformers import AutoModelForCausalLM
 
         from optimum_cap.checkpoint import inspect_checkpoint
@@ -338,25 +379,71 @@ def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
         "--dataset",
         nargs="+",
         default=SUPPRESS,
-        help="preset, preset=path, Hub id or file; several are mixed evenly (default: gsm8k)",
+        help="preset, preset=path, Hub id, file or JSON specification; several are mixed evenly "
+        "(default: gsm8k)",
     )
+    for column, of in _COLUMN_FLAGS.items():
+        parser.add_argument(
+            f"--{column}-column",
+            default=SUPPRESS,
+            metavar="NAME",
+            help=f"column of the data set with {of} (default: found by its name)",
+        )
     parser.add_argument(
         "--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)"
     )
 
 
 def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer named by `--tokenizer`, or the model's."""
+    """Load the tokenizer named by `--tokenizer`, or the model's.
+
+    Raises:
+        ValueError: A folder has no tokenizer, or only one without a vocabulary.
+        OSError: There is no such folder or Hub id.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        args.tokenizer or args.model,
+    from optimum_cap.data import load_tokenizer, usable_tokenizer
+
+    name = args.tokenizer or args.model
+    # A name that is no folder may be misspelt, which the error of transformers says.
+    load = load_tokenizer if os.path.isdir(name) else AutoTokenizer.from_pretrained
+    tokenizer = load(
+        name,
         # --revision refers to the model's repository, not to that of another tokenizer.
         revision=(None if args.tokenizer else args.revision) or "main",
         trust_remote_code=args.trust_remote_code,
         token=args.token,
     )
-    return tokenizer
+    return usable_tokenizer(tokenizer)
+
+
+def calibration_set(
+    config: "CAPConfig", tokenizer: "PreTrainedTokenizerBase", args: Namespace
+) -> "CalibrationSet":
+    """Build the calibration set before the model is loaded, to report what cannot be used.
+
+    Pruning builds it again.
+
+    Raises:
+        ValueError: The data cannot be used, or the tokenizer is not that of the model.
+    """
+    from transformers import AutoConfig
+
+    from optimum_cap.data import build_calibration_set, check_token_ids
+
+    calibration = build_calibration_set(config, tokenizer)
+    model_config = AutoConfig.from_pretrained(
+        args.model,
+        revision=args.revision or "main",
+        trust_remote_code=args.trust_remote_code,
+        token=args.token,
+    )
+    embeddings = getattr(model_config.get_text_config(decoder=True), "vocab_size", None)
+    if embeddings is not None:
+        ids = [example.input_ids for example in calibration.examples]
+        check_token_ids(tokenizer, ids, embeddings)
+    return calibration
 
 
 def config_values(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,8 +451,15 @@ def config_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     fields = [field for _, field, _, _ in _CONFIG_FLAGS] + ["modules_to_leave_dense"]
     values = {field: flags[field] for field in fields if field in flags}
     if "dataset" in flags:
-        names = flags["dataset"]
+        names = [dataset_value(name) for name in flags["dataset"]]
         values["dataset"] = names[0] if len(names) == 1 else names
+    columns = {
+        f"{column}_column": flags[f"{column}_column"]
+        for column in _COLUMN_FLAGS
+        if f"{column}_column" in flags
+    }
+    if columns:
+        values["dataset"] = _with_columns(values.get("dataset"), columns)
     return values
 
 
@@ -411,6 +505,50 @@ def _save_companions(folder: Path, prepared: Prepared) -> None:
             f"the model is saved in {folder}, but its tokenizer or processor is not ({error}): "
             "copy their files from the dense model"
         ) from error
+
+
+def dataset_value(text: str) -> str | dict[str, Any]:
+    """Return a data set as given on the command line: a name, or a specification in JSON.
+
+    Raises:
+        ValueError: The specification is not a JSON object.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--dataset {text} is not valid JSON ({error}): write it in single quotes, as in "
+            """'{"path": "rows.jsonl", "text_column": "story"}'"""
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"--dataset {text} is a JSON list: write its entries after --dataset, separated by "
+            "spaces"
+        )
+    return value
+
+
+def _with_columns(dataset: Any, columns: dict[str, str]) -> dict[str, Any]:
+    """Return the specification of a data set with the columns that flags name."""
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in columns)
+    if dataset is None:
+        raise ValueError(f"{flags} needs a file or a Hub id: add --dataset")
+    if isinstance(dataset, list):
+        raise ValueError(
+            f"{flags} needs a single data set, got {len(dataset)}: name columns in a specification "
+            """of each, as in --dataset '{"path": "rows.jsonl", "text_column": "story"}'"""
+        )
+    specification = dict(dataset) if isinstance(dataset, dict) else {"path": dataset}
+    if twice := [
+        name for name in columns if specification.get(name, columns[name]) != columns[name]
+    ]:
+        raise ValueError(
+            f"--dataset and {flags} name other columns for {', '.join(twice)}: leave one of them "
+            "out"
+        )
+    return {**specification, **columns}
 
 
 def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:

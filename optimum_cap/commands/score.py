@@ -13,7 +13,13 @@ from optimum_cap.commands.base import (
     check_output_file,
     loading_options,
 )
-from optimum_cap.commands.prune import Prepared, add_config_flags, config_values, load_tokenizer
+from optimum_cap.commands.prune import (
+    Prepared,
+    add_config_flags,
+    calibration_set,
+    config_values,
+    load_tokenizer,
+)
 from optimum_cap.commands.summary import scored_line
 from optimum_cap.text import aligned
 
@@ -64,7 +70,6 @@ class ScoreCommand(CAPSubcommand):
             raise ValueError(f"the output {args.output} exists: pass --overwrite to replace it")
 
         from optimum_cap.config import CAPConfig
-        from optimum_cap.data import build_calibration_set
         from optimum_cap.runtime import ProcessGroup, default_folder
 
         process_group = ProcessGroup.current()
@@ -74,7 +79,7 @@ class ScoreCommand(CAPSubcommand):
         # Scores do not depend on the sparsity, which CAPConfig requires; recipe "paper" uses them.
         config = CAPConfig(sparsity=0.5, recipe="paper", **values)
         tokenizer = load_tokenizer(args)
-        build_calibration_set(config, tokenizer)  # reports bad data before the model is loaded
+        calibration_set(config, tokenizer, args)
         process_group.all_gather(None)  # no process may write before all have checked the output
         return Prepared(config, tokenizer, process_group)
 

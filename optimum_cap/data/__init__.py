@@ -2,13 +2,12 @@
 
 from optimum_cap.data.batches import Batch, batches, shared_prefix
 from optimum_cap.data.calibration import (
-    SEPARATOR,
     CalibrationExample,
     CalibrationSet,
     build_calibration_set,
-    chat_template,
-    encode,
+    describe_example,
 )
+from optimum_cap.data.rendering import RenderingCheck, encode, render_prompt
 from optimum_cap.data.sources import (
     Conversation,
     Source,
@@ -18,22 +17,27 @@ from optimum_cap.data.sources import (
     local_presets,
     row_digest,
 )
+from optimum_cap.data.tokenizers import check_token_ids, load_tokenizer, usable_tokenizer
 
 __all__ = [
-    "SEPARATOR",
     "Batch",
     "CalibrationExample",
     "CalibrationSet",
     "Conversation",
+    "RenderingCheck",
     "Source",
     "batches",
     "build_calibration_set",
-    "chat_template",
     "check_folder",
+    "check_token_ids",
+    "describe_example",
     "encode",
     "first_file",
     "load_sources",
+    "load_tokenizer",
     "local_presets",
+    "render_prompt",
     "row_digest",
     "shared_prefix",
+    "usable_tokenizer",
 ]

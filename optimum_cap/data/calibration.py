@@ -9,18 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
-from optimum_cap.data.sources import Conversation, Source, load_sources
+from optimum_cap.data.rendering import RenderingCheck, encode
+from optimum_cap.data.sources import Source, load_sources
+from optimum_cap.data.tokenizers import usable_tokenizer
 
 _DEFAULT_MAX_LENGTH = 2048
-# The empty output at the end preserves a line feed at the start of the template.
-_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
-SEPARATOR = "\n"  # between prompt and answer if the tokenizer has no chat template
 
 
 @dataclass(frozen=True)
@@ -63,25 +61,20 @@ def build_calibration_set(
 
     Args:
         config: The data set, the number of examples, the seed and the scored tokens.
-        tokenizer: The model's tokenizer. Its chat template is used if it has one; it needs no
-            padding token.
+        tokenizer: The model's tokenizer, or its processor. Its chat template is used if it has one;
+            it needs no padding token.
         max_length: Maximum number of tokens of the model.
         dataset: Data that replaces `config.dataset`.
 
     Raises:
-        ValueError: `tokenizer` is `None`, the data set is unknown, a file has no rows or lacks the
-            columns, or there are fewer usable rows than requested.
+        ValueError: `tokenizer` is `None` or has no vocabulary, the data set is unknown, a file has
+            no rows or lacks the columns, the chat template leaves out every answer, or there are
+            fewer usable rows than requested.
         FileNotFoundError: A file does not exist.
         TypeError: The tokenizer or the data has the wrong type.
         ImportError: The data set needs the package `datasets`, which is not installed.
     """
-    if tokenizer is None:
-        raise ValueError("calibration needs the model's tokenizer, got None: pass tokenizer=...")
-    if not callable(tokenizer):
-        raise TypeError(
-            f"calibration needs a tokenizer object, got {tokenizer!r}: load it with "
-            "AutoTokenizer.from_pretrained"
-        )
+    tokenizer = usable_tokenizer(tokenizer)
     limit = _effective_length(config, tokenizer, max_length)
     sources = load_sources(config.dataset if dataset is None else dataset)
     if config.num_samples < len(sources):
@@ -96,7 +89,7 @@ def build_calibration_set(
             share = config.num_samples // len(sources)
             share += position < config.num_samples % len(sources)
             order = np.random.default_rng([config.seed, position]).permutation(len(source.rows))
-            examples, too_long = _take(source, order, share, tokenizer, limit, config, progress)
+            examples, counts = _take(source, order, share, tokenizer, limit, config, progress)
             chosen += examples
             records.append(
                 {
@@ -104,7 +97,7 @@ def build_calibration_set(
                     **source.details,
                     "rows": len(source.rows),
                     "selected": [example.index for example in examples],
-                    "too_long": too_long,
+                    **counts,
                 }
             )
     if len(sources) > 1:
@@ -123,6 +116,26 @@ def build_calibration_set(
     return CalibrationSet(chosen, record)
 
 
+def describe_example(example: CalibrationExample, tokenizer: Any) -> str:
+    """Return the text of an example, with its scored tokens between `⟦` and `⟧`.
+
+    Args:
+        example: The example.
+        tokenizer: The tokenizer, or the processor, that it was made with.
+    """
+    decode = usable_tokenizer(tokenizer).decode
+    ids, scored = example.input_ids, example.scored.tolist()
+    text, shown = "", f"row {example.index} of {example.source}: {len(ids)} tokens, "
+    shown += f"{sum(scored)} scored (between ⟦ and ⟧)\n"
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or scored[end] != scored[end - 1]:
+            # Not each part by itself: tokenizers strip the space that a text begins with.
+            whole = decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            part, text = whole[len(text) :], whole
+            shown += f"⟦{part}⟧" if scored[end - 1] else part
+    return shown
+
+
 def _take(
     source: Source,
     order: Iterable[int],
@@ -131,33 +144,40 @@ def _take(
     limit: int,
     config: CAPConfig,
     progress: Any,
-) -> tuple[list[CalibrationExample], int]:
+) -> tuple[list[CalibrationExample], dict[str, int]]:
     """Tokenize rows in `order` until `count` are usable.
 
     Returns:
-        The examples, and the number of rows skipped because they are too long.
+        The examples, the number of rows skipped because they are too long, and the number of
+        answers in the others of which the chat template leaves out something.
     """
     examples: list[CalibrationExample] = []
     too_long = unscored = 0
+    check = RenderingCheck(source.name, tokenizer)
     for index in map(int, order):
         if len(examples) == count:
             break
         conversation = source.read(source.rows[index])
-        input_ids, scored = encode(conversation, tokenizer, limit)
+        if conversation.is_empty:
+            unscored += 1
+            continue
+        encoded = encode(conversation, tokenizer, limit)
+        input_ids, scored = encoded.input_ids, encoded.scored
         if len(input_ids) > limit:
             too_long += 1
             continue
+        check.add(encoded, index)
         if config.scored_tokens == "all":
             scored[:] = True
         scored[:1] = False
-        # With an empty answer, only the end-of-turn token would be scored.
-        if not conversation.turns[-1][1].strip() or not scored.any():
+        if not scored.any():
             unscored += 1
             continue
         examples.append(
             CalibrationExample(input_ids, scored, source.name, index, conversation.digest)
         )
         progress.update()
+    check.report()
     if len(examples) < count:
         reasons = [f"{too_long} are longer than {limit} tokens"] if too_long else []
         reasons += [f"{unscored} have no token to score"] if unscored else []
@@ -167,7 +187,7 @@ def _take(
             f"{reason}, but {count} are needed: lower num_samples"
             + (" or raise max_length" if too_long else "")
         )
-    return examples, too_long
+    return examples, {"too_long": too_long, "cut_answers": check.cut}
 
 
 def _effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None) -> int:
@@ -175,104 +195,3 @@ def _effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None)
     limits = [config.max_length or _DEFAULT_MAX_LENGTH, max_length]
     limits.append(getattr(tokenizer, "model_max_length", None))
     return min(int(limit) for limit in limits if limit)
-
-
-# Tokens
-
-
-def encode(
-    conversation: Conversation, tokenizer: Any, limit: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `(input_ids, scored)` of a conversation, int64 and bool `[tokens]`.
-
-    Answers are scored. A plain text is truncated to `limit` tokens, a conversation is not.
-    """
-    roles = [role for role, _ in conversation.turns]
-    if roles == ["text"]:
-        ids = _tokens(tokenizer, conversation.turns[0][1])[:limit]
-        spans = [(0, len(ids))]
-    elif getattr(tokenizer, "chat_template", None):
-        ids, spans = _encode_chat(conversation, tokenizer)
-    else:
-        ids, spans = _encode_plain(conversation, tokenizer)
-    scored = torch.zeros(len(ids), dtype=torch.bool)
-    for start, stop in spans:
-        scored[start:stop] = True
-    return torch.tensor(ids, dtype=torch.long), scored
-
-
-def chat_template(tokenizer: Any) -> str:
-    """Return the chat template of a tokenizer that has one, with today's date made constant.
-
-    Some templates (Llama 3) include the date, which would make calibration and evaluation change
-    from day to day. It is replaced by the date that these templates use as their default.
-    """
-    template: str = tokenizer.get_chat_template()
-    return _FIXED_DATE + template if "strftime_now" in template else template
-
-
-def _encode_chat(
-    conversation: Conversation, tokenizer: Any
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Render with the chat template; the spans are the assistant's turns with their end tokens."""
-    messages = [{"role": role, "content": text} for role, text in conversation.turns]
-    template = chat_template(tokenizer)
-
-    def rendered(count: int, generation_prompt: bool) -> list[int]:
-        try:
-            text = tokenizer.apply_chat_template(
-                messages[:count],
-                chat_template=template,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(role for role, _ in conversation.turns)
-            raise ValueError(
-                f"the tokenizer's chat template does not support a chat with the roles {roles} "
-                f"({error}): change the chat, or set tokenizer.chat_template = None"
-            ) from error
-        return _tokens(tokenizer, text, special=False)
-
-    ids = rendered(len(messages), False)
-    spans = []
-    for turn, (role, _) in enumerate(conversation.turns):
-        if role == "assistant":
-            # A template may not render a shorter conversation as an exact prefix of a longer one.
-            start = _common_prefix(ids, rendered(turn, True))
-            spans.append((start, _common_prefix(ids, rendered(turn + 1, False))))
-    return ids, spans
-
-
-def _encode_plain(
-    conversation: Conversation, tokenizer: Any
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Join the turns by line feeds and append the end-of-sequence token, if there is one."""
-    text, spans = "", []
-    for role, turn in conversation.turns:
-        before = text + SEPARATOR if text else ""
-        text = before + turn
-        if role == "assistant":
-            spans.append((before, text))
-    end = getattr(tokenizer, "eos_token_id", None)
-    ids = _tokens(tokenizer, text)
-    if end is not None and ids[-1:] != [end]:
-        ids = [*ids, end]
-    ranges = [
-        (
-            _common_prefix(ids, _tokens(tokenizer, before)) if before else 0,
-            len(ids) if after == text else _common_prefix(ids, _tokens(tokenizer, after)),
-        )
-        for before, after in spans
-    ]
-    return ids, ranges
-
-
-def _tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    # verbose=False: no warning per row that is too long; `_take` counts them.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

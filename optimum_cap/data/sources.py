@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,43 @@ _PASSAGE_CHARACTERS = 4000
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row as turns of `(role, text)`; a plain text is one turn with the role `"text"`."""
+    """A row of a data set.
+
+    Attributes:
+        turns: `(role, text)` of each message; a plain text is one turn with the role `"text"`.
+        messages: The messages with all their keys, as chat templates take them; empty if they have
+            a role and a text only. `content` is a text or a list of parts
+            `{"type": "text", "text": ...}`.
+        variables: What the row gives to the chat template besides: `tools`, `documents`, and the
+            entries of `chat_template_kwargs`.
+    """
 
     turns: tuple[tuple[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the last turn has no text, no tool call and no reasoning."""
+        message = self.messages[-1] if self.messages else {}
+        return not self.turns[-1][1].strip() and not tool_names(message) and not reasoning(message)
 
     @property
     def digest(self) -> str:
         *before, (_, answer) = self.turns
         return row_digest("\n".join(text for _, text in before), answer)
+
+
+def tool_names(message: Mapping[str, Any]) -> list[str]:
+    """Return the names of the tools that a message calls."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return [str(call["name"]) for call in calls]
+
+
+def reasoning(message: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a message's reasoning, under the names that chat templates use."""
+    texts = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
+    return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
 def row_digest(prompt: str, answer: str) -> str:
@@ -132,7 +161,7 @@ def load_sources(dataset: Any) -> list[Source]:
         )
     if len(rows) == 0:
         raise ValueError("dataset is empty: pass at least one row")
-    return [Source("in-memory", rows, _reader("in-memory", rows[0], {}), {})]
+    return [Source("in-memory", rows, _reader("in-memory", rows, {}), {})]
 
 
 def _plain(name: Any) -> Any:
@@ -152,9 +181,11 @@ def _named(entry: Any) -> Source:
         options["preset"], _, path = path.partition("=")
     if (chosen := options.get("preset")) is not None and chosen not in PRESETS:
         raise ValueError(f"unknown preset {chosen!r}: choose one of {', '.join(PRESETS)}")
+    is_file = Path(path).suffix in _READERS or Path(path).is_file()
+    _check_options(path, options, is_file)
     if path in PRESETS and chosen is None and not Path(path).is_file():
         return _preset_from_hub(path, options)
-    if Path(path).suffix in _READERS or Path(path).is_file():
+    if is_file:
         rows = _read_file(Path(path))
         name = f"{options['preset']}={Path(path).name}" if "preset" in options else Path(path).name
         details: dict[str, Any] = {"file": Path(path).name}
@@ -168,7 +199,24 @@ def _named(entry: Any) -> Source:
     if "preset" in options:
         preset = PRESETS[options["preset"]]
         return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows)
-    return Source(name, rows, _reader(name, rows[0], options), details)
+    return Source(name, rows, _reader(name, rows, options), details)
+
+
+def _check_options(path: str, options: Mapping[str, Any], is_file: bool) -> None:
+    """Refuse keys of a specification that would have no effect."""
+    columns = [key for key in options if key.endswith("_column")]
+    preset = options.get("preset", path if path in PRESETS and not is_file else None)
+    if preset is not None and columns:
+        raise ValueError(
+            f"{', '.join(columns)} cannot be combined with the preset {preset!r}, which knows its "
+            "columns: leave them out, or name the file or the Hub id without the preset"
+        )
+    ignored = [key for key in ("name", "split", "revision") if is_file and key in options]
+    if ignored:
+        raise ValueError(
+            f"{', '.join(ignored)} of a specification apply to data on the Hub, but {path} is a "
+            "file: leave them out"
+        )
 
 
 def _preset_from_hub(name: str, options: dict[str, Any]) -> Source:
@@ -178,12 +226,14 @@ def _preset_from_hub(name: str, options: dict[str, Any]) -> Source:
         options.get("name", preset.config_name),
         options.get("split", preset.split),
         options.get("revision", preset.revision),
+        f"without a network, use a copy of its file: {name}=FILE as calibration data, data_dir "
+        "(`--data-dir`) in evaluation",
     )
     return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows)
 
 
 def _load_from_hub(
-    hub_id: str, config_name: str | None, split: str, revision: str | None
+    hub_id: str, config_name: str | None, split: str, revision: str | None, advice: str = ""
 ) -> tuple[Sequence[Any], dict[str, Any]]:
     try:
         import datasets
@@ -199,7 +249,7 @@ def _load_from_hub(
         cause = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"data set {hub_id!r} (split {split!r}, revision {revision!r}) could not be loaded "
-            f"from the Hub ({type(error).__name__}: {cause}): {_KNOWN}"
+            f"from the Hub ({type(error).__name__}: {cause}): {advice or _KNOWN}"
         ) from error
     if len(rows) == 0:
         raise ValueError(
@@ -268,10 +318,13 @@ def _read_txt(path: Path) -> list[str]:
 # Rows
 
 
-def _reader(name: str, first: Any, options: Mapping[str, Any]) -> Callable[[Any], Conversation]:
-    """Return a function that reads rows of the same type and columns as `first`."""
+def _reader(
+    name: str, rows: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[[Any], Conversation]:
+    """Return a function that reads rows of the same type and columns as the first one."""
+    first = next((row for row in rows if row is not None), "")
     if isinstance(first, str):
-        return _checked(name, lambda row: Conversation((("text", row),)))
+        return _checked(name, _text_row)
     if isinstance(first, list | tuple):
         if first and isinstance(first[0], Mapping):
             return _checked(name, _chat)
@@ -281,7 +334,11 @@ def _reader(name: str, first: Any, options: Mapping[str, Any]) -> Callable[[Any]
             f"rows of data set {name!r} must be texts, pairs, chats or mappings, got "
             f"{type(first).__name__}"
         )
-    return _checked(name, _column_reader(name, list(first), options))
+    read = _column_reader(name, list(first), options)
+    if not hasattr(rows, "column_names"):
+        return _checked(name, read)
+    # Arrow gives every message and tool the keys of all others, with None where it has none.
+    return _checked(name, lambda row: read({key: _without_none(row[key]) for key in row}))
 
 
 def _column_reader(
@@ -299,14 +356,19 @@ def _column_reader(
             f"the specification of data set {name!r} has only {next(iter(named))!r}: set both "
             "prompt_column and answer_column"
         )
+    if len({"answer_column", "text_column", "messages_column"} & set(named)) > 1:
+        raise ValueError(
+            f"the specification of data set {name!r} has {', '.join(sorted(named))}: choose "
+            "prompt_column with answer_column, text_column, or messages_column"
+        )
     if "text_column" in named:
-        return lambda row: Conversation((("text", row[named["text_column"]]),))
-    if "messages_column" in named:
-        return lambda row: _chat(row[named["messages_column"]])
-    if {"prompt_column", "answer_column"} <= set(named):
-        return lambda row: _pair(row[named["prompt_column"]], row[named["answer_column"]])
-    if "messages" in columns:
-        return lambda row: _chat(row["messages"])
+        return lambda row: _text_row(row[named["text_column"]])
+    if "messages_column" in named or (not named and "messages" in columns):
+        messages = named.get("messages_column", "messages")
+        return lambda row: _chat(row[messages], _template_variables(row))
+    if named:
+        prompt, answer = named["prompt_column"], named["answer_column"]
+        return lambda row: _pair(row[prompt], row[answer])
     for prompt, answer in _COLUMN_PAIRS:
         if prompt in columns and answer in columns:
             extra = "input" if prompt == "instruction" and "input" in columns else None
@@ -314,27 +376,29 @@ def _column_reader(
                 "\n".join(filter(None, (row[prompt], row[extra] if extra else ""))), row[answer]
             )
     if "text" in columns:
-        return lambda row: Conversation((("text", row["text"]),))
+        return lambda row: _text_row(row["text"])
     raise ValueError(
         f"cannot tell which columns of data set {name!r} hold prompts and answers (found "
         f"{', '.join(columns)}): name them in a specification such as "
         '{"path": ..., "prompt_column": ..., "answer_column": ...} or {"path": ..., '
-        '"text_column": ...}'
+        '"text_column": ...}, or with --prompt-column and --answer-column or --text-column'
     )
 
 
 def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
-    """Wrap `read` so that errors in a row name the data set."""
+    """Wrap `read` so that errors in a row name the data set, and a missing row is an empty text."""
 
     def checked(row: Any) -> Conversation:
         try:
-            conversation = read(row)
+            conversation = _text_row(None) if row is None else read(row)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             keys = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
             raise ValueError(
                 f"cannot read a row of data set {name!r} ({type(error).__name__}: {error}): it has "
                 f"{keys}"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"a row of data set {name!r} {error}") from error
         if not conversation.turns:
             raise ValueError(
                 f"a row of data set {name!r} is a chat without messages: remove the row"
@@ -346,12 +410,89 @@ def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], 
     return checked
 
 
-def _pair(prompt: str, answer: str) -> Conversation:
-    return Conversation((("user", prompt), ("assistant", answer)))
+def _text_row(text: Any) -> Conversation:
+    return Conversation((("text", _as_text(text)),))
 
 
-def _chat(messages: Iterable[Mapping[str, str]]) -> Conversation:
-    return Conversation(tuple((message["role"], message["content"]) for message in messages))
+def _pair(prompt: Any, answer: Any) -> Conversation:
+    return Conversation((("user", _as_text(prompt)), ("assistant", _as_text(answer))))
+
+
+def _chat(
+    messages: Iterable[Mapping[str, Any]] | None, variables: Mapping[str, Any] | None = None
+) -> Conversation:
+    """Read messages; one that only calls tools or only has reasoning needs no content."""
+    if messages is None:
+        return _text_row(None)
+    turns, whole = [], []
+    for message in messages:
+        others = {
+            key: value
+            for key, value in message.items()
+            if key not in ("role", "content") and value is not None
+        }
+        optional = tool_names(others) or reasoning(others)
+        content = message.get("content") if optional else message["content"]
+        turns.append((message["role"], _as_text(content)))
+        # Templates that join strings fail on None.
+        content = "" if content is None else content
+        whole.append({"role": message["role"], "content": content, **others})
+    return Conversation(tuple(turns), tuple(whole), dict(variables or {}))
+
+
+def _as_text(value: Any) -> Any:
+    """Return None as an empty text, and a list of text parts as their texts joined.
+
+    Raises:
+        ValueError: A part is not a text.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, list | tuple):
+        return value
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind not in _TEXT_PARTS:
+            raise ValueError(
+                f"has content of type {kind!r}, but only text can be rendered: take such rows out"
+            )
+    texts = [part if isinstance(part, str) else part.get("text") or "" for part in value]
+    return "".join(texts)
+
+
+def _template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row with messages gives to the chat template besides them.
+
+    Raises:
+        ValueError: `tools`, `documents` or `chat_template_kwargs` has the wrong type.
+    """
+    variables = _decoded(row, "chat_template_kwargs", Mapping, "a mapping of template variables")
+    for name in ("tools", "documents"):
+        if entries := _decoded(row, name, list, "a list"):
+            variables = {**(variables or {}), name: entries}
+    if reserved := sorted(_RESERVED & set(variables or {})):
+        raise ValueError(f"has chat_template_kwargs that set {', '.join(reserved)}: take them out")
+    return dict(variables or {})
+
+
+def _decoded(row: Mapping[str, Any], name: str, kind: type, noun: str) -> Any:
+    """Return a column that may hold JSON, as data sets on the Hub often do for tools."""
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"has {name} that are not valid JSON ({error}): {value!r}") from error
+    if value in (None, "") or isinstance(value, kind):
+        return value or None
+    raise ValueError(f"has {name} that are not {noun}: {value!r}")
+
+
+def _without_none(value: Any) -> Any:
+    """Return a value without the keys of mappings, at any depth, whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, list) else value
 
 
 # Presets
@@ -398,10 +539,6 @@ def _passages(rows: Sequence[Any]) -> list[str]:
     return passages or ["\n".join(current)]
 
 
-def _text(row: str) -> Conversation:
-    return Conversation((("text", row),))
-
-
 @dataclass(frozen=True)
 class Preset:
     """A data set that can be named by a short name.
@@ -425,6 +562,15 @@ class Preset:
     prepare: Callable[[Sequence[Any]], Sequence[Any]] = _as_is
 
 
+_RESERVED = {
+    "conversation",
+    "messages",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _OPTIONS = {"path", "preset", "name", "split", "revision"} | {
     f"{kind}_column" for kind in ("prompt", "answer", "text", "messages")
 }
@@ -472,7 +618,7 @@ PRESETS: dict[str, Preset] = {
         "train",
         "b08601e04326c79dfdd32d625aee71d232d685c3",
         ("wikitext-2/train.txt", "wikitext2/train.txt", "wikitext-2/valid.txt"),
-        _text,
+        _text_row,
         _passages,
     ),
 }

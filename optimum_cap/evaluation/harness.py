@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from optimum_cap.data import CalibrationExample
 from optimum_cap.evaluation.tasks import TASKS, Question, extract_of
 from optimum_cap.models import device_of
 from optimum_cap.version import install_command
@@ -23,8 +24,10 @@ class Questions:
         name: Name of the task.
         questions: The questions.
         prompts: The text that the model continues, per question.
+        examples: The question with its worked answer, tokenized; `None` if the model cannot take
+            it whole.
         losses: Mean loss over the tokens of the worked answer in nats, per question; `None` if it
-            is not finite or the model cannot take the whole answer.
+            is not finite or there is no example.
         excluded: Number of questions left out because the model was calibrated on them.
         max_new_tokens: Longest answer, in tokens.
         source: Source of the questions, for the record.
@@ -33,6 +36,7 @@ class Questions:
     name: str
     questions: list[Question]
     prompts: list[str]
+    examples: list[CalibrationExample | None]
     losses: list[float | None]
     excluded: int
     max_new_tokens: int

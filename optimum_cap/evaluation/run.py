@@ -9,14 +9,23 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from optimum_cap.data import SEPARATOR, CalibrationExample, Conversation, chat_template, encode
+from optimum_cap.data import (
+    CalibrationExample,
+    Conversation,
+    RenderingCheck,
+    check_token_ids,
+    encode,
+    load_tokenizer,
+    render_prompt,
+    usable_tokenizer,
+)
 from optimum_cap.evaluation.harness import (
     Questions,
     harness_model,
@@ -42,7 +51,12 @@ from optimum_cap.evaluation.tasks import (
     load_items,
     resolve_tasks,
 )
-from optimum_cap.models import device_of, evaluation_mode, float32_on_cpu
+from optimum_cap.models import (
+    device_of,
+    evaluation_mode,
+    float32_on_cpu,
+    number_of_embeddings,
+)
 from optimum_cap.scoring import example_losses
 
 _LONGEST_WINDOW = 2048  # tokens; as in papers on pruning and quantization
@@ -101,7 +115,7 @@ def evaluate(
 
     Args:
         model: A causal language model, or the name of one. It is not changed.
-        tokenizer: The tokenizer; `None` loads the one saved with the model.
+        tokenizer: The tokenizer or processor; `None` loads the one saved with the model.
         tasks: Names of tasks or groups, as a list or as comma-separated text.
         data_dir: Folder with the files of the data sets; `None` downloads them from the Hub.
         limit: Number of questions, or windows of text, per task; `None` takes all. The same
@@ -117,7 +131,9 @@ def evaluate(
 
     Raises:
         ValueError: A task is unknown, its data cannot be used or is all in the calibration set, a
-            question leaves no room for an answer, or a number is out of range.
+            question leaves no room for an answer, the chat template leaves out the answers, the
+            tokenizer is not the model's, or a number is out of range.
+        TypeError: `tokenizer` is no tokenizer.
         FileNotFoundError: A file does not exist.
         ImportError: lm-evaluation-harness is not installed.
     """
@@ -128,7 +144,9 @@ def evaluate(
     length = _length(model, tokenizer)
     draw = _Draw(_calibration_digests(model), limit, seed)
     with float32_on_cpu(model), evaluation_mode(model), _greedy(model), quiet_harness():
-        jobs = {name: _prepare(name, *data[name], model, tokenizer, length, draw) for name in data}
+        jobs = {name: _prepare(name, *data[name], tokenizer, length, draw) for name in data}
+        _check_token_ids(jobs, tokenizer, model)
+        jobs = {name: _with_answer_losses(model, job) for name, job in jobs.items()}
         lm = harness_model(model, tokenizer, length, batch_size)
         results = _answer(lm, {n: job for n, job in jobs.items() if isinstance(job, Questions)})
         results |= {n: _score(lm, job) for n, job in jobs.items() if isinstance(job, _Windows)}
@@ -164,8 +182,8 @@ def _loaded(
     if tokenizer is None:
         shared = ("revision", "token", "trust_remote_code")
         tokenizer_options = {name: options[name] for name in shared if name in options}
-        tokenizer = AutoTokenizer.from_pretrained(loaded.name_or_path, **tokenizer_options)
-    return loaded, tokenizer
+        tokenizer = load_tokenizer(loaded.name_or_path, **tokenizer_options)
+    return loaded, usable_tokenizer(tokenizer)
 
 
 def _length(model: PreTrainedModel, tokenizer: Any) -> int:
@@ -220,7 +238,6 @@ def _prepare(
     name: str,
     items: Any,
     source: dict[str, Any],
-    model: PreTrainedModel,
     tokenizer: Any,
     length: int,
     draw: _Draw,
@@ -240,7 +257,7 @@ def _prepare(
         size = min(_LONGEST_WINDOW, length)
         return _Windows(_documents(name, chosen, tokenizer, size), excluded, size, source)
     questions: list[Question] = chosen
-    prompts = [render_prompt(question.prompt, tokenizer) for question in questions]
+    prompts = [render_prompt(question.conversation, tokenizer) for question in questions]
     special = not getattr(tokenizer, "chat_template", None)
     encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
     longest = max(map(len, encoded))
@@ -255,44 +272,65 @@ def _prepare(
             "set tokenizer.eos_token"
         )
     max_new_tokens = min(TASKS[name].max_new_tokens, length - longest)
-    losses = _answer_losses(model, tokenizer, questions, length)
-    return Questions(name, questions, prompts, losses, excluded, max_new_tokens, source)
-
-
-def _answer_losses(
-    model: PreTrainedModel, tokenizer: Any, questions: list[Question], length: int
-) -> list[float | None]:
-    """Return the mean loss over the tokens of each worked answer, in nats.
-
-    `None` if the loss is not finite or the model cannot take the whole answer.
-    """
+    examples = _examples(name, questions, tokenizer, length)
     losses: list[float | None] = [None] * len(questions)
-    examples, positions = [], []
-    for position, question in enumerate(questions):
-        turns = (("user", question.prompt), ("assistant", question.answer))
-        input_ids, scored = encode(Conversation(turns), tokenizer, length)
-        if len(input_ids) <= length:
-            examples.append(
-                CalibrationExample(input_ids, scored, "evaluation", position, question.digest)
+    return Questions(name, questions, prompts, examples, losses, excluded, max_new_tokens, source)
+
+
+def _examples(
+    name: str, questions: list[Question], tokenizer: Any, length: int
+) -> list[CalibrationExample | None]:
+    """Tokenize questions with their worked answers; `None` for those longer than `length`.
+
+    Raises:
+        ValueError: The chat template leaves out the answers.
+    """
+    examples: list[CalibrationExample | None] = []
+    check = RenderingCheck(name, tokenizer)
+    for index, question in enumerate(questions):
+        encoded = encode(question.conversation, tokenizer, length, last_only=True)
+        check.add(encoded, index)
+        fits = len(encoded.input_ids) <= length and bool(encoded.scored[1:].any())
+        examples.append(
+            CalibrationExample(
+                encoded.input_ids, encoded.scored, "evaluation", index, question.digest
             )
-            positions.append(position)
-    if examples:
-        for position, loss in zip(positions, example_losses(model, examples), strict=True):
-            losses[position] = float(loss) if loss.isfinite() else None
-    return losses
+            if fits
+            else None
+        )
+    check.report()
+    return examples
 
 
-def render_prompt(prompt: str, tokenizer: Any) -> str:
-    """Return the text that the model continues, formatted as in calibration."""
-    if not getattr(tokenizer, "chat_template", None):
-        return prompt + SEPARATOR
-    rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        chat_template=chat_template(tokenizer),
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    return rendered
+def _check_token_ids(
+    jobs: "dict[str, Questions | _Windows]", tokenizer: Any, model: PreTrainedModel
+) -> None:
+    """Check the tokens of all tasks before any of them is measured."""
+    sequences: list[Any] = []
+    for job in jobs.values():
+        if isinstance(job, _Windows):
+            sequences += job.windows
+        else:
+            sequences += [example.input_ids for example in job.examples if example is not None]
+            special = not getattr(tokenizer, "chat_template", None)
+            encoded = tokenizer(job.prompts, add_special_tokens=special, verbose=False)
+            sequences += encoded["input_ids"]
+    check_token_ids(tokenizer, sequences, number_of_embeddings(model))
+
+
+def _with_answer_losses(
+    model: PreTrainedModel, job: "Questions | _Windows"
+) -> "Questions | _Windows":
+    """Measure the mean loss over the tokens of each worked answer, in nats."""
+    if isinstance(job, _Windows):
+        return job
+    losses = list(job.losses)
+    found = [(index, example) for index, example in enumerate(job.examples) if example is not None]
+    if found:
+        measured = example_losses(model, [example for _, example in found])
+        for (index, _), loss in zip(found, measured, strict=True):
+            losses[index] = float(loss) if loss.isfinite() else None
+    return replace(job, losses=losses)
 
 
 def _windows(
@@ -336,7 +374,8 @@ def _documents(name: str, documents: list[Document], tokenizer: Any, size: int) 
     """Tokenize documents as in calibration, each truncated to `size` tokens."""
     windows = []
     for document in documents:
-        ids, _ = encode(Conversation((("text", document.text),)), tokenizer, size)
+        conversation = Conversation((("text", document.text),))
+        ids = encode(conversation, tokenizer, size).input_ids
         if len(ids) < 2:
             raise ValueError(
                 f"task {name}: the document {document.text!r} has {len(ids)} tokens, but at least "

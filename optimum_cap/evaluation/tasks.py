@@ -31,14 +31,20 @@ class Question:
     """A question with its worked answer.
 
     Attributes:
-        prompt: The message of the user.
-        answer: The worked answer as published.
-        digest: `row_digest` of the row, by which calibration identifies it.
+        conversation: The row; its last turn is the worked answer.
     """
 
-    prompt: str
-    answer: str
-    digest: str
+    conversation: Conversation
+
+    @property
+    def answer(self) -> str:
+        """The worked answer as published."""
+        return self.conversation.turns[-1][1]
+
+    @property
+    def digest(self) -> str:
+        """`row_digest` of the row, by which calibration identifies it."""
+        return self.conversation.digest
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,8 @@ def _load_questions(
     """Return the questions of a task.
 
     Raises:
-        ValueError: A worked answer has no final answer, or no row has the task's `kind`.
+        ValueError: A row has no prompt, a worked answer has no final answer, or no row has the
+            task's `kind`.
     """
     task = TASKS[name]
     source, details = _load(name, data_dir)
@@ -162,14 +169,19 @@ def _load_questions(
     questions = []
     for row in rows:
         conversation: Conversation = source.read(row)
-        *before, (_, answer) = conversation.turns
-        prompt = "\n".join(text for _, text in before)
+        *before, (role, answer) = conversation.turns
+        if not before or role != "assistant":
+            raise ValueError(
+                f"task {name}: a row of {source.name!r} is not a prompt and an answer, but has the "
+                f"roles {', '.join(role for role, _ in conversation.turns)}: use a file of "
+                "questions with worked answers"
+            )
         if extract_of(name)(answer) is None:
             raise ValueError(
                 f"task {name}: the answer {answer!r} in {source.name!r} must end with a line "
                 f"'{_MARKER} RESULT', with which responses are compared"
             )
-        questions.append(Question(prompt, answer, conversation.digest))
+        questions.append(Question(conversation))
     return tuple(questions), details
 
 

@@ -73,7 +73,7 @@ from optimum_cap.models.offload import (
     writable_weights,
 )
 from optimum_cap.models.plain import has_peft_layers, plain_model
-from optimum_cap.models.view import ModelView
+from optimum_cap.models.view import ModelView, number_of_embeddings
 
 __all__ = [
     "QUERIES",
@@ -117,6 +117,7 @@ __all__ = [
     "logits_of",
     "masked_unit",
     "matrices_by_layer",
+    "number_of_embeddings",
     "onloaded",
     "only_last_logits",
     "oriented",

@@ -24,6 +24,11 @@ from optimum_cap.models.architectures import (
 from optimum_cap.models.offload import device_of, weights, writable_weights
 
 
+def number_of_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of tokens that `model` has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 @dataclass(frozen=True, eq=False)
 class ModelView:
     """A causal language model with its sites, units and matrices.

@@ -167,7 +167,7 @@ class CAPQuantizer(HfQuantizer):
             config = self.quantization_config
             tokenizer = config.tokenizer or model.name_or_path
             if isinstance(tokenizer, str) and config.method.needs_data:
-                tokenizer = _load_tokenizer(tokenizer)
+                tokenizer = _load_tokenizer(tokenizer, of_model=not config.tokenizer)
             commit = getattr(hub_arguments.get({}).get("revision"), "resolved", None)
             CAPPruner(config).prune(model, tokenizer, base_revision=commit)
         return model
@@ -291,13 +291,13 @@ def attach_saved_record(model: "PreTrainedModel") -> None:
         attach(model, record, checkpoint=model.name_or_path)
 
 
-def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
+def _load_tokenizer(name: str, of_model: bool) -> Any:
+    """Load the tokenizer of the model that is being loaded, or another one by its name."""
+    from optimum_cap.data import load_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, **hub_arguments.get({}))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"calibration needs a tokenizer, but none could be loaded from {name!r}: set "
-            "CAPConfig(tokenizer=...)"
-        ) from error
+    hub = dict(hub_arguments.get({}))
+    if not of_model:
+        # They say where the model's files are.
+        hub.pop("revision", None)
+        hub.pop("subfolder", None)
+    return load_tokenizer(name, **hub)

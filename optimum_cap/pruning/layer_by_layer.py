@@ -140,13 +140,14 @@ class LayerByLayerPruning:
 
     def _warn_about_few_tokens(self) -> None:
         few = [
-            matrix.name
+            f"{matrix.name}: {tokens} tokens, {inputs} inputs"
             for matrix, tokens in self.tokens.items()
-            if tokens < self.view.oriented(matrix).shape[1]
+            if tokens < (inputs := self.view.oriented(matrix).shape[1])
         ]
         if few:
             logger.warning(
                 f"{len(few)} of {len(self.tokens)} matrices saw fewer calibration tokens than they "
-                f"have inputs ({', '.join(few[:3])}{', ...' if len(few) > 3 else ''}): use more or "
-                "longer calibration examples; the record has the numbers"
+                f"have inputs ({'; '.join(few[:3])}{'; ...' if len(few) > 3 else ''}): use more or "
+                "longer calibration examples, at least as many tokens as inputs; the record has "
+                "all numbers"
             )

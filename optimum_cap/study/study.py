@@ -26,11 +26,11 @@ import yaml
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.config import RECIPES, CAPConfig
-from optimum_cap.data import local_presets
+from optimum_cap.data import load_tokenizer, local_presets
 from optimum_cap.evaluation import (
     AccuracyResult,
     Evaluation,
@@ -333,7 +333,7 @@ def _measured(cell: Cell, study: Study, data: TaskData, folder: Path) -> dict[st
         model = AutoModelForCausalLM.from_pretrained(
             cell.model, dtype=study.dtype, device_map=study.device_map
         )
-        tokenizer = AutoTokenizer.from_pretrained(cell.model)
+        tokenizer = load_tokenizer(cell.model)
         if (config := cell.config()) is not None:
             losses = None
             if CRITERIA[config.method.criterion].needs_scores:

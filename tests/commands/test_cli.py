@@ -272,6 +272,92 @@ def _must_not_be_called(*args: object, **kwargs: object) -> None:
     raise AssertionError("the model was loaded")
 
 
+def test_an_example_is_shown_without_loading_the_model(
+    cap: Callable[..., tuple[int, str, str]],
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", _must_not_be_called)
+    (tmp_path / "file").touch()  # an output of before is no obstacle
+    status, out, err = cap("prune", *settings, "-o", tmp_path, "--show-example")
+    assert (status, err) == (0, "")
+    first, prompt, answer = out.splitlines()
+    assert re.fullmatch(r"row \d+ of sums.jsonl: \d+ tokens, \d scored .between ⟦ and ⟧.", first)
+    assert re.fullmatch(r"\d+\+\d+=", prompt)
+    assert re.fullmatch(r"⟦\d+</s>⟧", answer)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    flags = ["--recipe", "magnitude", "--show-example"]
+    status, _, err = cap("prune", *settings, *flags, "-o", tmp_path / "out")
+    assert status == 2
+    assert "--show-example needs calibration data, but criterion 'magnitude'" in err
+
+
+def test_a_specification_and_columns_name_the_data(
+    cap: Callable[..., tuple[int, str, str]], dense: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "so"}]
+    row = {"q": "why?", "a": "because", "story": "once", "chat": chat}
+    file.write_text(json.dumps(row))
+    flags = f"-m {dense} --sparsity 0.5 -o {tmp_path / 'out'} --num-samples 1 --subsets 1"
+    show = ["prune", *flags.split(), "--show-example", "--dataset"]
+    pair = {"path": str(file), "prompt_column": "q", "answer_column": "a"}
+    for dataset, shown in (
+        ([json.dumps(pair)], "why?\n⟦because</s>⟧"),
+        ([file, "--prompt-column", "q", "--answer-column", "a"], "why?\n⟦because</s>⟧"),
+        ([json.dumps({"path": str(file)}), "--text-column", "story"], "o⟦nce⟧"),
+        ([file, "--messages-column", "chat"], "how?\n⟦so</s>⟧"),
+    ):
+        status, out, err = cap(*show, *dataset)
+        assert (status, err, out.partition("\n")[2]) == (0, "", f"{shown}\n")
+    for dataset, message in (
+        (["{path: x}"], r"--dataset {path: x} is not valid JSON \(.*\): write it in single quotes"),
+        (['["gsm8k"]'], "is a JSON list: write its entries after --dataset"),
+        ([file, file, "--text-column", "story"], "--text-column needs a single data set, got 2"),
+        ([json.dumps(pair), "--prompt-column", "a"], "name other columns for prompt_column"),
+        ([file, "--text-column", "tale"], "no column 'tale' .text_column.; its columns are q, a"),
+        ([file], "--prompt-column and --answer-column or --text-column"),
+    ):
+        status, _, err = cap(*show, *dataset)
+        assert status == 2
+        assert re.search(message, err), err
+    status, _, err = cap(*show[:-1], "--text-column", "story")
+    assert (status, "--text-column needs a file or a Hub id: add --dataset" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["prune", "score"])
+def test_a_tokenizer_that_is_not_the_models_is_refused_before_the_model_is_loaded(
+    command: str,
+    cap: Callable[..., tuple[int, str, str]],
+    sums: Path,
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", _must_not_be_called)
+    other, empty = tmp_path / "other", tmp_path / "empty"
+    tokenizer = tiny_tokenizer("{% for m in messages %}<|a|>{{ m.content }}<|b|>{% endfor %}")
+    tokenizer.add_tokens(["<|a|>", "<|b|>"], special_tokens=True)
+    tokenizer.save_pretrained(other)
+    tiny_model("gpt2").config.save_pretrained(empty)
+    sparsity = ["--sparsity", "0.5"] if command == "prune" else []
+    flags = ["--dataset", sums, "--num-samples", "4", *sparsity, "-o", tmp_path / "out"]
+
+    status, _, err = cap(command, "-m", dense, *flags, "--tokenizer", other)
+    assert status == 2
+    assert re.search(r"error: token 64 '<\|b\|>' .* but the model has 64 embeddings: resize", err)
+    status, _, err = cap(command, "-m", empty, *flags)
+    assert status == 2
+    assert re.search(
+        r"has no vocabulary \(perhaps its folder has no tokenizer files\).*--token", err
+    )
+    (empty / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    status, _, err = cap(command, "-m", empty, *flags)
+    assert status == 2
+    assert re.search("no tokenizer could be loaded from '.*empty' .* --tokenizer", err)
+
+
 def test_output_is_checked_first(
     cap: Callable[..., tuple[int, str, str]],
     settings: list[str],

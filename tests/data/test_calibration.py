@@ -316,6 +316,21 @@ def test_hub_id_loads_with_its_name_split_and_revision(monkeypatch: pytest.Monke
     assert build(specification).record["sources"][0]["hub_id"] == "me/mine"
 
 
+def test_a_preset_without_a_network_says_how_to_pass_its_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = (
+        r"data set 'openai/gsm8k' .* could not be loaded from the Hub \(ConnectionError: Couldn't "
+        r"reach .*\): without a network, use a copy of its file: gsm8k=FILE as calibration data"
+    )
+    with pytest.raises(ValueError, match=message):
+        build("gsm8k")
+
+
 def test_tokenizer_without_padding_token_works() -> None:
     tokenizer = tiny_tokenizer(edit=lambda special: special.pop("pad_token"))
     assert tokenizer.pad_token is None
@@ -334,6 +349,7 @@ def test_tokenizer_without_padding_token_works() -> None:
         ({"train": 1}, "needs the key 'path'"),
         ({"path": "gsm8k", "splt": "test"}, "unknown key.*splt.*known.*split"),
         ({"path": "x.jsonl", "preset": "gsm9k"}, "unknown preset 'gsm9k'.*gsm8k"),
+        ({"path": "gsm8k", "text_column": "x"}, "cannot be combined with the preset 'gsm8k'"),
         ([], "dataset is empty"),
         (["gsm8k", "a text of its own"], "mixes texts with the preset name 'gsm8k'"),
         ([3, 4], "must be texts, pairs, chats or mappings, got int"),
@@ -383,7 +399,20 @@ def test_iterable_dataset_is_refused() -> None:
         ("a.csv", "x,y\n1,2\n", {}, "found x, y"),
         ("a.csv", "x,y\n1,2\n", {"text_column": "z"}, "no column 'z' .text_column.*x, y"),
         ("a.csv", "x,y\n1,2\n", {"prompt_column": "x"}, "set both prompt_column and answer_column"),
+        (
+            "a.csv",
+            "x,y\n1,2\n",
+            {"prompt_column": "x", "answer_column": "y", "text_column": "x"},
+            "has answer_column, prompt_column, text_column: choose",
+        ),
         ("a.csv", "x,y\n1,2\n", {"preset": "gsm8k"}, "cannot read a row.*question.*has x, y"),
+        (
+            "a.csv",
+            "x,y\n1,2\n",
+            {"preset": "gsm8k", "text_column": "x"},
+            "text_column cannot be combined with the preset 'gsm8k'",
+        ),
+        ("a.csv", "x,y\n1,2\n", {"split": "test"}, "split of a specification .* is a file"),
     ],
 )
 def test_bad_file_is_refused(

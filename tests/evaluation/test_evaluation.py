@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import optimum_cap
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.data import Conversation, build_calibration_set, render_prompt
 from optimum_cap.data.sources import row_digest
 from optimum_cap.evaluation.harness import harness_model
 from optimum_cap.evaluation.results import Evaluation, Window, wilson_interval
-from optimum_cap.evaluation.run import evaluate, load_task_data, render_prompt
+from optimum_cap.evaluation.run import evaluate, load_task_data
 from optimum_cap.evaluation.tasks import (
     GROUPS,
     TASKS,
@@ -96,6 +96,10 @@ def damaged_reasoner() -> PreTrainedModel:
     return model
 
 
+def question(prompt: str) -> Conversation:
+    return Conversation((("user", prompt), ("assistant", "an answer")))
+
+
 def reasoner_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(REASONER / "model")
 
@@ -163,8 +167,54 @@ def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     (example,) = build_calibration_set(config, tokenizer).examples
     prompt = example.input_ids[: int(example.scored.nonzero()[0])]
     lm = harness_model(tiny_model("llama"), tokenizer, 64, 1)
-    ids, _ = lm.tok_batch_encode([render_prompt("what?", tokenizer)])
+    ids, _ = lm.tok_batch_encode([render_prompt(question("what?"), tokenizer)])
     assert ids[0].tolist() == prompt.tolist()
+
+
+def test_typed_parts_reach_a_template_that_wants_them(data_dir: Path) -> None:
+    typed = TEMPLATE.replace(
+        "{{ m['content'] }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"
+    )
+    results = [
+        evaluate(tiny_model("llama"), tiny_tokenizer(template), tasks="gsm8k", data_dir=data_dir)
+        for template in (TEMPLATE, typed)
+    ]
+    assert results[0].tasks["gsm8k"].items == results[1].tasks["gsm8k"].items
+
+
+def test_answers_that_the_template_leaves_out_are_counted_or_refused(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = TEMPLATE.replace("m['content']", "m['content'].split('3+3=')[-1]")
+    evaluate(tiny_model("llama"), tiny_tokenizer(few), tasks="gsm8k", data_dir=data_dir)
+    assert "leaves out parts of 1 of 12 answers of data set 'gsm8k' (first in row 3)" in caplog.text
+    every = TEMPLATE.replace("m['content']", "m['content'].split('#')[0]")
+    with pytest.raises(ValueError, match="leaves out text or tool calls of all 12 answers of data"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(every), tasks="gsm8k", data_dir=data_dir)
+
+
+def test_messages_are_asked_as_they_are_and_only_the_last_answer_counts(data_dir: Path) -> None:
+    file = data_dir / "test.jsonl"
+    turns = [("system", "add"), ("user", "1+1?"), ("assistant", "2"), ("user", "and 1?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    answer = {"role": "assistant", "content": "3\n#### 3"}
+    row = {"kind": "arithmetic", "messages": [*messages, answer]}
+    file.write_text(json.dumps(row))
+    model, tokenizer = tiny_model("llama", max_position_embeddings=200), tiny_tokenizer(TEMPLATE)
+    tokenizer.model_max_length = 200
+    task = "tiny_reasoner_arithmetic"
+    (item,) = evaluate(model, tokenizer, tasks=task, data_dir=data_dir).tasks[task].items
+    prompt = "<system>add</s><user>1+1?</s><assistant>2</s><user>and 1?</s><assistant>"
+    ids = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, "3\n#### 3</s>")
+    ]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1]))
+    assert item.loss == pytest.approx(float(expected), rel=1e-5)
+    file.write_text(json.dumps({**row, "messages": messages}))
+    with pytest.raises(ValueError, match=r"row of 'test.jsonl' is not a prompt and an answer, but"):
+        load_task_data(task, data_dir)
 
 
 def test_special_tokens_are_those_of_calibration() -> None:
@@ -175,7 +225,7 @@ def test_special_tokens_are_those_of_calibration() -> None:
     (example,) = build_calibration_set(config, tokenizer).examples
     row = json.loads(file.read_text().splitlines()[example.index])
     lm = harness_model(tiny_model("llama"), tokenizer, 256, 1)
-    ids, _ = lm.tok_batch_encode([render_prompt(row["question"], tokenizer)])
+    ids, _ = lm.tok_batch_encode([render_prompt(question(row["question"]), tokenizer)])
     assert ids[0].tolist() == example.input_ids[: int(example.scored.nonzero()[0])].tolist()
 
 

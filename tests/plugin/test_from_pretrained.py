@@ -1,6 +1,7 @@
 """`from_pretrained` prunes and loads ordinary models; stock transformers stays safe."""
 
 import copy
+import functools
 import inspect
 import json
 import os
@@ -197,10 +198,24 @@ for loader in (AutoModelForCausalLM, LlamaForCausalLM):
 def test_model_without_tokenizer(base: Path) -> None:
     for file in base.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match="none could be loaded from"):
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded from .*--tokenizer"):
         AutoModelForCausalLM.from_pretrained(base, pruning_config=config())
     given = config(tokenizer=tiny_tokenizer())
     assert AutoModelForCausalLM.from_pretrained(base, pruning_config=given).pruning_record
+
+
+def test_a_tokenizer_by_name_is_not_looked_for_where_the_model_is(
+    base: Path, tmp_path: Path
+) -> None:
+    # The subfolder and the revision are the model's; its own tokenizer is in the subfolder too.
+    where = {"subfolder": base.name, "revision": "main"}
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, base.parent, **where)
+    other = tmp_path / "other"
+    tiny_tokenizer("{% for m in messages %}{{ m.content }}...{% endfor %}").save_pretrained(other)
+    expected = load(pruning_config=config()).pruning_record.calibration
+    named = load(pruning_config=config(tokenizer=str(other))).pruning_record.calibration
+    assert named["digests"] == expected["digests"]
+    assert named["tokens"] != expected["tokens"]
 
 
 def test_model_without_language_head(base: Path) -> None:
