@@ -234,9 +234,9 @@ def _problem_of_weights(weight: torch.Tensor, zeros: int, least: int) -> str | N
 
 def _size_of(folder: Path) -> int:
     size = 0
-    for file in folder.glob("*.safetensors"):
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
         with suppress(OSError):  # another run may delete them
-            size += file.stat().st_size
+            size += (folder / name).stat().st_size
     return size
 
 

@@ -132,15 +132,18 @@ class TensorFiles:
         failed: Whether a tensor could not be written.
 
     Raises:
-        NotADirectoryError: `folder` is a file.
+        NotADirectoryError: `folder` is a file or a broken link.
     """
 
     def __init__(self, folder: Path) -> None:
-        if os.path.isfile(folder):
-            raise NotADirectoryError(f"the resume_dir {folder} is a file: name a folder")
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise NotADirectoryError(
+                f"the resume_dir {folder} is a file or a broken link: name a folder"
+            )
         self.folder = folder
         self.failed = False
-        _warn_of_other_writers(folder)
+        self._has_warned_of_others = False
+        self._warn_of_other_writers(folder)
 
     def read(
         self,
@@ -162,10 +165,10 @@ class TensorFiles:
         """
         file = self._file(key)
         try:
-            if not file.is_file():
+            if not os.path.isfile(file):
                 return None
             for folder in self._folders_of(file):
-                _warn_of_other_writers(folder)
+                self._warn_of_other_writers(folder)
             tensor, checksum = _load(file)
             problem = _difference(tensor, shape, dtype)
             if problem is None and checksum != digest_of(key, tensor):
@@ -175,13 +178,7 @@ class TensorFiles:
             if problem is None:
                 return tensor
         except FileNotFoundError:
-            return None  # another process has deleted it
-        except PermissionError as error:
-            logger.warning_once(
-                f"{file} cannot be read ({error.strerror}), nor perhaps other files in "
-                f"{self.folder}: what they hold is computed again"
-            )
-            return None
+            return None  # deleted by another process, or not readable
         except (OSError, SafetensorError) as error:
             problem = str(error)
         logger.warning(f"{file} is damaged ({problem}): its content is computed again")
@@ -210,8 +207,10 @@ class TensorFiles:
         except OSError as error:
             if not self.failed:
                 self.failed = True
+                exists = isinstance(error, FileExistsError)
+                reason = "a file is in the way" if exists else error.strerror
                 logger.warning(
-                    f"the resume folder {self.folder} cannot be written ({error.strerror}): the "
+                    f"the resume folder {self.folder} cannot be written ({reason}): the "
                     "run continues, but loses further results if it is interrupted; free disk "
                     "space, or choose another resume_dir"
                 )
@@ -226,6 +225,17 @@ class TensorFiles:
         """Return the folders that a file is in, from `folder` inward."""
         inside = file.parent.relative_to(self.folder)
         return [self.folder / part for part in (*reversed(inside.parents), inside)]
+
+    def _warn_of_other_writers(self, folder: Path) -> None:
+        """Warn once if other users may change the files of a folder."""
+        if self._has_warned_of_others or (writers := _other_writers(folder)) is None:
+            return
+        self._has_warned_of_others = True
+        # Once for the stores of losses and of layers too, which share the folder.
+        logger.warning_once(
+            f"{folder} {writers}: whoever can write to it can change what a resumed run computes; "
+            "remove their permission, or choose another resume_dir"
+        )
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -242,16 +252,6 @@ def _difference(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
     if (tuple(tensor.shape), tensor.dtype) == (tuple(shape), dtype):
         return None
     return f"it holds {list(tensor.shape)} {tensor.dtype}, not {list(shape)} {dtype}"
-
-
-def _warn_of_other_writers(folder: Path) -> None:
-    """Warn once if other users may change the files of a folder."""
-    writers = _other_writers(folder)
-    if writers is not None:
-        logger.warning_once(
-            f"{folder} {writers}: whoever can write to it can change what a resumed run computes; "
-            "remove their permission, or choose another resume_dir"
-        )
 
 
 def _other_writers(folder: Path) -> str | None:

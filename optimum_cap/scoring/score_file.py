@@ -8,8 +8,9 @@ set or seed.
 
 import importlib.metadata
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from optimum_cap.config import CAPConfig
+from optimum_cap.config import SCORED_TOKENS, SCORED_UNITS, CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import ModelView, SiteUnit
 from optimum_cap.runtime import (
@@ -48,6 +49,7 @@ DECISIVE = (
 )
 """The fields of `CAPConfig` that losses depend on."""
 _UNITS = ("scored_units", "mlp_unit_size")
+_TOO_DEEP = "its metadata is nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def read_scores(path: str | os.PathLike[str]) -> SavedScores:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a scores file, has another layout, or is damaged.
+        ValueError: It is not a scores file, has another layout, or is damaged; the message says
+            which file.
     """
     file = Path(path)
     if not file.is_file():
@@ -168,20 +171,118 @@ def read_scores(path: str | os.PathLike[str]) -> SavedScores:
         with safe_open(file, "pt") as stored:
             metadata = json.loads((stored.metadata() or {}).get(_METADATA, "null"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except RecursionError:
+        raise _damaged(file, _TOO_DEEP) from None
     except (SafetensorError, ValueError) as error:
+        reason = str(error).encode("unicode_escape").decode()  # it may quote the file
         raise ValueError(
-            f"{file} is not a scores file, or is damaged ({error}): score again"
+            f"{file} is not a scores file, or is damaged ({reason}): score again"
         ) from error
     if not isinstance(metadata, dict) or "layout" not in metadata:
         raise ValueError(f"{file} is not a scores file: create one with `optimum-cli cap score`")
     if metadata["layout"] != _LAYOUT:
         raise ValueError(
-            f"the scores file {file} has layout {metadata['layout']}, but this optimum-cap reads "
+            f"the scores file {file} has layout {metadata['layout']!r}, but this optimum-cap reads "
             f"{_LAYOUT}: upgrade optimum-cap or score again"
         )
-    if metadata.pop("sha256", None) != digest_of(tensors, metadata):
-        raise ValueError(f"the scores file {file} is damaged (wrong checksum): score again")
+    if problem := _problem_of_names(tensors):
+        raise _damaged(file, problem)
+    try:
+        if metadata.pop("sha256", None) != digest_of(tensors, metadata):
+            raise _damaged(file, "wrong checksum")
+    except RecursionError:
+        raise _damaged(file, _TOO_DEEP) from None
+    if problem := _problem_of_metadata(metadata) or _problem_of_values(tensors, metadata):
+        raise _damaged(file, problem)
     return SavedScores(file, tensors, metadata)
+
+
+def _damaged(file: Path, problem: str) -> ValueError:
+    return ValueError(f"the scores file {file} is damaged ({problem}): score again")
+
+
+def _problem_of_names(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Return what is wrong with the names or dtypes of the tensors of a file, if anything is."""
+    if not {"intact", "masked"} <= tensors.keys() <= {"intact", "masked", "standard_errors"}:
+        return f"it holds the tensors {sorted(tensors)}, not 'intact' and 'masked'"
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float64:
+            return f"its tensor {name!r} is {tensor.dtype}, not torch.float64"
+    return None
+
+
+def _problem_of_metadata(metadata: dict[str, Any]) -> str | None:
+    """Return what is wrong with the metadata of a file, if anything is."""
+
+    def are_digests(values: Any) -> bool:
+        return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+    def are_units(values: Any) -> bool:
+        return isinstance(values, list) and all(
+            isinstance(value, list)
+            and [type(part) for part in value] == [str, int]
+            and value[1] >= 0
+            for value in values
+        )
+
+    valid = {
+        "base_model": lambda value: value is None or isinstance(value, str),
+        "model": lambda value: isinstance(value, str),
+        "examples": lambda value: isinstance(value, str),
+        "rows": are_digests,
+        "units": are_units,
+        "settings": lambda value: isinstance(value, dict),
+    }
+    for name, is_valid in valid.items():
+        if name not in metadata:
+            return f"its metadata has no {name!r}"
+        if not is_valid(metadata[name]):
+            return f"{name!r} in its metadata has another type than expected"
+    settings = metadata["settings"]
+    if unknown := sorted(settings.keys() - _VALID_SETTINGS.keys()):
+        return f"its settings have an unknown field {unknown[0]!r}"
+    for name, is_valid in _VALID_SETTINGS.items():
+        if name in settings and not is_valid(settings[name]):
+            return f"the value of {name!r} in its settings cannot be right"
+        if name not in settings and name in _ALWAYS_SET:
+            return f"its settings have no {name!r}"
+    return None
+
+
+def _problem_of_values(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str | None:
+    """Return what is wrong with the shapes or values of the tensors of a file, if anything is."""
+    units, examples = len(metadata["units"]), len(metadata["rows"])
+    shapes = {"intact": [examples], "masked": [units, examples], "standard_errors": [units]}
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != shapes[name]:
+            return (
+                f"its tensor {name!r} has shape {list(tensor.shape)}, but {shapes[name]} fits its "
+                f"{units} units and {examples} examples"
+            )
+    if bad := int((~tensors["intact"].isfinite()).sum()):
+        return f"the loss of the intact model is not finite on {bad} of {examples} examples"
+    if "standard_errors" in tensors and bool((tensors["standard_errors"] < 0).any()):
+        return "it has negative standard errors"
+    return None
+
+
+def _is_integer(value: Any, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+_VALID_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "dataset": lambda value: isinstance(value, str | list | dict) and bool(value),
+    "num_samples": lambda value: _is_integer(value, 1),
+    "seed": lambda value: _is_integer(value, 0),
+    "scored_tokens": lambda value: isinstance(value, str) and value in SCORED_TOKENS,
+    "scored_units": lambda value: isinstance(value, str) and value in SCORED_UNITS,
+    "mlp_unit_size": lambda value: value is None or _is_integer(value, 1),
+    "max_length": lambda value: value is None or _is_integer(value, 2),
+    "estimator": lambda value: isinstance(value, str) and value in ESTIMATORS,
+    "exact_examples": lambda value: _is_integer(value, 2),
+    "precision": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+}
+_ALWAYS_SET = ("dataset", "num_samples", "seed", "scored_tokens", "estimator")
 
 
 def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:

@@ -123,22 +123,6 @@ def test_a_tensor_outlives_its_file(tmp_path: Path) -> None:
     assert torch.equal(found, STORED)
 
 
-def test_what_may_not_be_read_is_computed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As in a folder of another user; the tests may run as root, who may read everything."""
-    files = TensorFiles(tmp_path)
-    files.write("key", STORED)
-
-    def refuse(file: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(file))
-
-    monkeypatch.setattr(files_module, "_load", refuse)
-    assert files.read("key", (2, 2), torch.float32) is None
-    assert "key.safetensors cannot be read (Permission denied)" in caplog.text
-    assert (tmp_path / "key.safetensors").exists()
-
-
 def test_a_folder_that_another_run_deletes_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,10 +142,29 @@ def test_a_folder_that_another_run_deletes_is_created_again(
     assert not caplog.messages
 
 
-def test_a_file_is_no_resume_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"the resume_dir .*file is a file: name a folder"):
-        TensorFiles(tmp_path / "file")
+@pytest.mark.parametrize(
+    "make",
+    [
+        Path.touch,
+        lambda path: path.symlink_to(path.with_name("gone")),
+        lambda path: path.symlink_to(path),
+    ],
+)
+def test_what_is_no_folder_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "resume")
+    with pytest.raises(NotADirectoryError, match=r"the resume_dir .*resume is a file or a broken"):
+        TensorFiles(tmp_path / "resume")
+
+
+def test_a_name_that_is_too_long_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = TensorFiles(tmp_path / ("n" * 300))
+    for _ in range(2):
+        assert files.read("key", (2, 2), torch.float32) is None
+        files.write("key", STORED)
+    (said,) = caplog.messages
+    assert "cannot be written (File name too long): the run continues" in said
 
 
 def test_a_linked_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,8 +217,10 @@ def test_a_folder_of_another_user_is_named(
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 987_654_321)
     owner = files_module._name_of_user(tmp_path.stat().st_uid)
-    TensorFiles(tmp_path)
-    assert f"{tmp_path} belongs to another user ({owner}): whoever can write" in caplog.text
+    files = TensorFiles(tmp_path)
+    files.read("key", (2, 2), torch.float32)
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path} belongs to another user ({owner}): whoever can write")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="groups are those of POSIX systems")

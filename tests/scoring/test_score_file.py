@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from optimum_cap.commands.score import ScoreCommand, score_table
 from optimum_cap.data.calibration import build_calibration_set
 from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.view import ModelView
+from optimum_cap.runtime.digests import digest_of
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.score_file import read_scores
 from optimum_cap.scoring.scores import causal_scores
@@ -165,6 +168,141 @@ def test_a_damaged_key(key: str, scores: Path) -> None:
     scores.write_bytes(whole.replace(f'\\"{key}\\"'.encode(), f'\\"{key[::-1]}\\"'.encode()))
     with pytest.raises(ValueError, match=r"is not a scores file: create one|is damaged"):
         read_scores(scores)
+
+
+REMOVED: Any = object()
+
+
+def forge(
+    file: Path, metadata: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
+) -> None:
+    """Change a scores file, with a checksum that is right."""
+    saved = read_scores(file)
+
+    def changed(values: dict[str, Any], changes: dict[str, Any] | None) -> dict[str, Any]:
+        merged = {**values, **(changes or {})}
+        return {name: value for name, value in merged.items() if value is not REMOVED}
+
+    new_metadata = changed(saved.metadata, metadata)
+    new_tensors = changed(saved.tensors, tensors)
+    new_metadata["sha256"] = digest_of(new_tensors, new_metadata)
+    save_file(new_tensors, file, {"optimum_cap_scores": json.dumps(new_metadata)})
+
+
+FORGED_METADATA = {
+    "units": ([["layer", "0"]], "'units' in its metadata has another type than expected"),
+    "rows": ("abc", "'rows' in its metadata has another type than expected"),
+    "model": (REMOVED, "its metadata has no 'model'"),
+    "base_model": ([1], "'base_model' in its metadata has another type"),
+    "settings": ([], "'settings' in its metadata has another type"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_METADATA)
+def test_metadata_of_other_types_are_refused(name: str, scores: Path) -> None:
+    value, message = FORGED_METADATA[name]
+    forge(scores, {name: value})
+    with pytest.raises(ValueError, match=rf"{re.escape(str(scores))} is damaged \({message}"):
+        read_scores(scores)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset", 5),
+        ("dataset", []),
+        ("num_samples", "12"),
+        ("num_samples", 0),
+        ("seed", -1),
+        ("seed", True),
+        ("scored_tokens", ["answer"]),
+        ("scored_units", "some"),
+        ("estimator", {"name": "exact"}),
+        ("exact_examples", 1.5),
+        ("precision", "0.1"),
+        ("precision", math.nan),
+        ("max_length", 1),
+        ("mlp_unit_size", "8"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_refused(name: str, value: Any, scores: Path) -> None:
+    settings = read_scores(scores).settings | {name: value}
+    forge(scores, {"settings": settings})
+    with pytest.raises(ValueError, match=f"the value of '{name}' in its settings cannot be right"):
+        read_scores(scores)
+
+
+def test_settings_that_are_unknown_or_missing_are_refused(scores: Path) -> None:
+    whole, settings = scores.read_bytes(), read_scores(scores).settings
+    forge(scores, {"settings": settings | {"sparsity": 0.5}})
+    with pytest.raises(ValueError, match="its settings have an unknown field 'sparsity'"):
+        read_scores(scores)
+    scores.write_bytes(whole)
+    del settings["seed"]
+    forge(scores, {"settings": settings})
+    with pytest.raises(ValueError, match="its settings have no 'seed'"):
+        read_scores(scores)
+
+
+FORGED_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": (
+        {"masked": REMOVED},
+        r"it holds the tensors \['intact'\], not 'intact' and 'masked'",
+    ),
+    "unknown": ({"other": torch.ones(1).double()}, "it holds the tensors .*'other'"),
+    "one loss": (
+        {"masked": torch.ones(1, 1).double()},
+        r"'masked' has shape \[1, 1\], but \[12, 12",
+    ),
+    "no rows": (
+        {"intact": torch.tensor(1.0).double()},
+        r"'intact' has shape \[\], but \[12\] fits",
+    ),
+    "dtype": ({"intact": torch.ones(12)}, "'intact' is torch.float32, not torch.float64"),
+    "bytes": (
+        {"intact": torch.ones(12).to(torch.float8_e4m3fn)},
+        "'intact' is torch.float8_e4m3fn",
+    ),
+    "NaN": (
+        {"intact": torch.full((12,), torch.nan).double()},
+        "the loss of the intact model is not finite on 12 of 12 examples",
+    ),
+    "negative": (
+        {"standard_errors": -torch.ones(12).double()},
+        "it has negative standard errors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_TENSORS)
+def test_tensors_that_do_not_fit_are_refused(name: str, scores: Path) -> None:
+    changes, message = FORGED_TENSORS[name]
+    forge(scores, tensors=changes)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(scores))} is damaged \(.*{message}"):
+        read_scores(scores)
+
+
+def test_losses_that_are_not_finite_where_a_unit_is_masked_are_read(scores: Path) -> None:
+    masked = read_scores(scores).tensors["masked"]
+    masked[0, 0], masked[1, 1] = torch.nan, torch.inf
+    forge(scores, tensors={"masked": masked})
+    assert read_scores(scores).tensors["masked"].isfinite().sum() == masked.numel() - 2
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_metadata_that_are_nested_deeply(depth: int, scores: Path) -> None:
+    nested = '{"layout": 1, "settings": ' + "[" * depth + "]" * depth + "}"
+    save_file(load_file(scores), scores, {"optimum_cap_scores": nested})
+    with pytest.raises(ValueError, match=rf"{re.escape(str(scores))} is damaged \("):
+        read_scores(scores)
+
+
+def test_a_header_of_another_encoding(scores: Path) -> None:
+    header = '{"masked\x1b[31mä":{}}'.encode("latin-1")
+    scores.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"is not a scores file, or is damaged") as error:
+        read_scores(scores)
+    assert str(error.value).isprintable()
 
 
 def test_another_safetensors_file(scores: Path) -> None:
