@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError
 
-from optimum_cap.checkpoint.transcoding import CONFIG_NAME, RECORD_NAME
+from optimum_cap.checkpoint.digests import CONFIG_NAME, RECORD_NAME
 from optimum_cap.runtime import sync
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
+from optimum_cap.checkpoint.digests import RECORD_NAME
 from optimum_cap.checkpoint.folders import atomic_folder
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import model_card
@@ -106,6 +107,9 @@ class SavePruned(_Saving):
             options |= {"push_to_hub": push_to_hub, "token": token}
             stock(model, save_directory, is_main_process=is_main_process, **options)
             if is_main_process:
+                if not has_adapters(model):
+                    # It describes other weights, which these have replaced.
+                    (Path(save_directory) / RECORD_NAME).unlink(missing_ok=True)
                 self.saved()
             return
         hub = {key: options.pop(key) for key in list(options) if key in _HUB_ARGUMENTS}
@@ -121,7 +125,7 @@ class SavePruned(_Saving):
                     options["state_dict"] = dict(weights)
                 stock(model, folder, **options)
             transcode_folder(folder, record, record.config["checkpoint_format"])
-            card = model_card(record, type(model).__name__, token)
+            card = model_card(record, type(model).__name__, token, folder=model.name_or_path)
             (folder / "README.md").write_text(card, encoding="utf-8")
         model.pruning_record = record
         self.saved()
@@ -165,7 +169,8 @@ class PushPruned(_Saving):
             folder = Path(parent) / "model"
             SavePruned(self.model)(folder, max_shard_size=max_shard_size, token=token)
             if tags:
-                card = model_card(self.model.pruning_record, type(self.model).__name__, token, tags)
+                record, class_name = self.model.pruning_record, type(self.model).__name__
+                card = model_card(record, class_name, token, tags, self.model.name_or_path)
                 (folder / "README.md").write_text(card, encoding="utf-8")
             commit = upload(folder, repo_id, token=token, **kwargs)
         self.saved()

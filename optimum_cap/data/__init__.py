@@ -12,6 +12,7 @@ from optimum_cap.data.calibration import (
 from optimum_cap.data.sources import (
     Conversation,
     Source,
+    check_data_files,
     check_folder,
     first_file,
     load_sources,
@@ -29,6 +30,7 @@ __all__ = [
     "batches",
     "build_calibration_set",
     "chat_template",
+    "check_data_files",
     "check_folder",
     "encode",
     "first_file",

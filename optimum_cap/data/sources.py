@@ -92,6 +92,22 @@ def first_file(what: str, places: Sequence[Path]) -> Path:
     )
 
 
+def check_data_files(dataset: Any, scores: str | Path) -> None:
+    """Check that the files that a scores file names, without their folders, are here.
+
+    Raises:
+        FileNotFoundError: A file is not in the current folder.
+    """
+    for entry in dataset if isinstance(dataset, list) else [dataset]:
+        name = str(entry["path"] if isinstance(entry, Mapping) else entry)
+        file = Path(name.rpartition("=")[2])
+        if file.suffix in _READERS and not file.is_file():
+            raise FileNotFoundError(
+                f"the scores in {scores} were measured on the data file {file}, whose folder is "
+                "not stored: name the file with --dataset"
+            )
+
+
 def load_sources(dataset: Any) -> list[Source]:
     """Return the sources of `CAPConfig.dataset`: names, files, Hub ids or rows in memory.
 

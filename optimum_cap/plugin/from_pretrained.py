@@ -8,7 +8,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from optimum_cap.config import CAPConfig
-from optimum_cap.plugin.quantizer import attach_saved_record, hub_arguments, parallel_arguments
+from optimum_cap.plugin.quantizer import (
+    attach_saved_record,
+    find_record,
+    hub_arguments,
+    parallel_arguments,
+)
 
 # Keywords of from_pretrained that select the files to load; they also apply to the tokenizer and
 # the pruning record.
@@ -60,12 +65,21 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         parallel = [name for name in _PARALLEL_ARGUMENTS if kwargs.get(name) is not None]
         reset_parallel = parallel_arguments.set(parallel)
         try:
-            loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            is_pruned = getattr(model, "pruning_record", None) is not None
+            variant = (kwargs.get("variant"), kwargs.get("use_safetensors") is not False)
             # Without a name, the model was created from a config and weights in memory.
             has_files = pretrained_model_name_or_path is not None
+            try:
+                loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+            except Exception as error:
+                damage = _damage(pretrained_model_name_or_path, variant) if has_files else None
+                if damage is None or str(damage) == str(error):
+                    raise
+                raise damage from error
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            is_pruned = getattr(model, "pruning_record", None) is not None
             if has_files and getattr(model.config, "pruning_config", None) and not is_pruned:
+                if (damage := _damage(pretrained_model_name_or_path, variant)) is not None:
+                    raise damage
                 attach_saved_record(model)
             return loaded
         finally:
@@ -73,6 +87,27 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
             parallel_arguments.reset(reset_parallel)
 
     return from_pretrained
+
+
+def _damage(name: Any, variant: tuple[str | None, bool]) -> ValueError | None:
+    """Return what is wrong with the weight files of a dense CAP checkpoint, if anything is.
+
+    Args:
+        name: Name or path of the checkpoint.
+        variant: The keyword `variant`, and whether safetensors files may be loaded.
+    """
+    from optimum_cap.checkpoint import check_loaded_folder, read_record
+
+    record_file = find_record(str(name), local_files_only=True)
+    if record_file is None:
+        return None
+    try:
+        saved = read_record(record_file, str(name))[1]
+        folder = record_file.parent
+        check_loaded_folder(folder, saved["digests"], saved["checkpoint_format"], *variant)
+    except ValueError as error:
+        return error
+    return None
 
 
 def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:

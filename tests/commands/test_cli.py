@@ -152,7 +152,7 @@ def test_inspect_prints_json(
     status, out, _ = cap("inspect", pruned, "--json")
     values = json.loads(out)
     assert status == 0
-    assert values["record"]["base_model"] == str(dense)
+    assert values["record"]["base_model"] == f"./{dense.name}"
     assert values["checkpoint_format"] == "packed"
     assert values["zeros"] / values["total"] == pytest.approx(0.5)
     assert len(values["record"]["scores"]) == 12
