@@ -10,6 +10,7 @@ from optimum_cap.checkpoint.digests import (
     RECORD_NAME,
     check_loaded,
     check_loaded_folder,
+    check_settings,
     warn_of_changed_settings,
 )
 from optimum_cap.checkpoint.folders import check_target
@@ -35,6 +36,7 @@ __all__ = [
     "attach",
     "check_loaded",
     "check_loaded_folder",
+    "check_settings",
     "check_target",
     "convert_checkpoint",
     "count_units",

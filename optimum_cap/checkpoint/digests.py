@@ -137,15 +137,35 @@ def check_loaded_folder(
     check_loaded([file for file in weights if file.is_file()], digests, checkpoint_format)
 
 
+def check_settings(folder: Path, digests: Mapping[str, Any]) -> None:
+    """Check that the settings files are as they were saved.
+
+    Raises:
+        ValueError: A file is missing or has changed.
+    """
+    for file in _changed_settings(folder, digests):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {_ADVICE}")
+        raise ValueError(_changed(file))
+
+
 def warn_of_changed_settings(folder: Path, digests: Mapping[str, Any]) -> None:
     """Warn about settings files that were edited, because users may do so on purpose."""
-    for name in _SETTINGS:
-        file = folder / name
-        if name in digests and file.is_file() and _sha256(file) != digests[name]["sha256"]:
+    for file in _changed_settings(folder, digests):
+        if file.is_file():
             logger.warning(
                 f"{file} has changed since the model was saved: download or copy it again, unless "
                 "it was edited on purpose"
             )
+
+
+def _changed_settings(folder: Path, digests: Mapping[str, Any]) -> list[Path]:
+    files = [folder / name for name in _SETTINGS if name in digests]
+    return [
+        file
+        for file in files
+        if not file.is_file() or _sha256(file) != digests[file.name]["sha256"]
+    ]
 
 
 def changes_of(folder: Path, digests: Mapping[str, Any], settings: bool = True) -> list[str]:

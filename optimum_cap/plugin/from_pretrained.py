@@ -71,14 +71,13 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
             except Exception as error:
-                damage = _damage(pretrained_model_name_or_path, variant) if has_files else None
-                if damage is None or str(damage) == str(error):
-                    raise
-                raise damage from error
+                _explain(error, pretrained_model_name_or_path, hub, variant)
+                raise
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             is_pruned = getattr(model, "pruning_record", None) is not None
             if has_files and getattr(model.config, "pruning_config", None) and not is_pruned:
-                if (damage := _damage(pretrained_model_name_or_path, variant)) is not None:
+                damage = _damage(pretrained_model_name_or_path, hub, variant)
+                if damage is not None:
                     raise damage
                 attach_saved_record(model)
             return loaded
@@ -89,21 +88,45 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _damage(name: Any, variant: tuple[str | None, bool]) -> ValueError | None:
-    """Return what is wrong with the weight files of a dense CAP checkpoint, if anything is.
+def _explain(
+    error: Exception,
+    name: Any,
+    hub: dict[str, Any],
+    variant: tuple[str | None, bool] = (None, True),
+) -> None:
+    """Raise a `ValueError` if damage to the files of a CAP checkpoint explains `error`.
 
     Args:
+        error: What loading raised.
         name: Name or path of the checkpoint.
+        hub: Keywords that select the files on the Hub.
         variant: The keyword `variant`, and whether safetensors files may be loaded.
     """
-    from optimum_cap.checkpoint import check_loaded_folder, read_record
+    damage = None if name is None else _damage(name, hub, variant, with_settings=True)
+    if damage is not None and str(damage) != str(error):
+        raise damage from error
 
-    record_file = find_record(str(name), local_files_only=True)
+
+def _damage(
+    name: Any,
+    hub: dict[str, Any],
+    variant: tuple[str | None, bool],
+    with_settings: bool = False,
+) -> ValueError | None:
+    """Return what is wrong with the files of a CAP checkpoint, if anything is."""
+    from optimum_cap.checkpoint import check_loaded_folder, check_settings, read_record
+
+    try:
+        record_file = find_record(str(name), **{**hub, "local_files_only": True})
+    except OSError:  # neither a folder nor a repository
+        return None
     if record_file is None:
         return None
     try:
         saved = read_record(record_file, str(name))[1]
         folder = record_file.parent
+        if with_settings:
+            check_settings(folder, saved["digests"])
         check_loaded_folder(folder, saved["digests"], saved["checkpoint_format"], *variant)
     except ValueError as error:
         return error
@@ -121,7 +144,13 @@ def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(stock)
     def from_pretrained(cls: type[AutoConfig], *args: Any, **kwargs: Any) -> Any:
         pruning_config = kwargs.pop("pruning_config", None)
-        loaded = stock(cls, *args, **kwargs)
+        try:
+            loaded = stock(cls, *args, **kwargs)
+        except Exception as error:
+            name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+            _explain(error, name, hub)
+            raise
         if pruning_config is not None and isinstance(loaded, tuple):  # (config, model keywords)
             loaded[1]["pruning_config"] = pruning_config
         return loaded

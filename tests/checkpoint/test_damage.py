@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import change_record, pruned, same_weights, sign
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint.conversion import convert_checkpoint, inspect_checkpoint, read_record
 from optimum_cap.checkpoint.reading import read_header, read_json
+from optimum_cap.commands.inspect import InspectCommand
 
 WEIGHTS, RECORD = "model.safetensors", "pruning_record.json"
 EXPERT = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
@@ -79,6 +83,73 @@ def test_packed_values_of_an_integer_dtype(saved: Callable[..., Path]) -> None:
     sign(folder)
     with pytest.raises(ValueError, match=rf"{name} is damaged: it has a mask.*of torch\.int32"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+# Text from records
+
+
+ESCAPE = "a\x1b[31m|b`c\n<i>*d*_e_"
+
+
+def test_names_of_data_files_are_plain_text_in_the_card(saved: Callable[..., Path]) -> None:
+    folder = saved()
+    change_record(
+        folder,
+        base_model=f"./{ESCAPE}",
+        versions={"torch": ESCAPE},
+        calibration={"sources": [{"name": ESCAPE}], "digests": []},
+    )
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert "\x1b" not in card
+    escaped = r"a\\x1b\[31m\|b\`c\\n\<i\>\*d\*\_e\_"
+    assert f"| Calibration | 128 examples of {escaped}, seed 0 |" in card
+    assert f"| Created with | torch {escaped} |" in card
+    assert f"| Base model | a local folder, {escaped} |" in card
+
+
+def test_inspect_escapes_control_characters(
+    saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved()
+    change_record(folder, base_model="./a\x1b[31m\nsparsity 1", versions={"\x9b31m": "\u202e"})
+    parser = ArgumentParser()
+    InspectCommand.parse_args(parser)
+    for flags in ([], ["--verify"], ["--json"]):
+        command = InspectCommand.__new__(InspectCommand)
+        command.args = parser.parse_args([str(folder), *flags])
+        command.execute(command.prepare())
+        out = capsys.readouterr().out
+        assert not {"\x1b", "\x9b", "\u202e"} & set(out)
+        if "--json" not in flags:
+            assert "base model    ./a\\x1b[31m\\nsparsity 1\n" in out
+    assert json.loads(out)["record"]["base_model"] == "./a\x1b[31m\nsparsity 1"
+
+
+# Local paths
+
+
+def test_no_file_holds_a_local_path(tmp_path: Path) -> None:
+    base, data = tmp_path / "private" / "base", tmp_path / "private" / "sums.jsonl"
+    tiny_model("llama").save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    rows = [{"prompt": f"{n}+{n}=", "completion": f"{2 * n}"} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CAPConfig(0.5, recipe="paper", dataset={"path": data}, num_samples=6)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    CAPPruner(config).measure(model, tiny_tokenizer(), save_to=tmp_path / "out.safetensors")
+    CAPPruner(config).prune(model, tiny_tokenizer())
+    model.save_pretrained(tmp_path / "out")
+    for file in (*(tmp_path / "out").iterdir(), tmp_path / "out.safetensors"):
+        assert b"private" not in file.read_bytes(), file
+    record = inspect_checkpoint(tmp_path / "out").record
+    assert record.base_model == "./base"
+    assert record.config["dataset"] == {"path": "sums.jsonl"}
+    # The license is in the card of the base model, then in that of the pruned model.
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    convert_checkpoint(tmp_path / "out", tmp_path / "dense", "dense")
+    for name in ("out", "again", "dense"):
+        assert "license: mit" in (tmp_path / name / "README.md").read_text()
 
 
 # Digests
@@ -334,3 +405,43 @@ def test_a_header_with_a_wrong_entry(entry: Any, tmp_path: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match=rf"{file} is damaged \(.*wrong entry for x\.weight"):
         read_header(file)
+
+
+# The Hub cache
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a repository `me/cap`, whose only commit has a checkpoint in two folders."""
+    repository = tmp_path / "cache" / "models--me--cap"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    pruned().save_pretrained(snapshot)
+    pruned(checkpoint_format="dense").save_pretrained(snapshot / "dense")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_inspect_and_convert_from_the_cache(cached: Path, tmp_path: Path) -> None:
+    summary = inspect_checkpoint("me/cap", cache_dir=cached)
+    assert summary.checkpoint_format == "packed"
+    file = cached / "models--me--cap" / "snapshots" / ("a" * 40) / WEIGHTS
+    assert summary.weight_bytes == file.stat().st_size
+    inspect_checkpoint("me/cap", cache_dir=cached, revision="a" * 40, verify=True)
+    inside = inspect_checkpoint("me/cap", cache_dir=cached, subfolder="dense", verify=True)
+    assert inside.checkpoint_format == "dense"
+    convert_checkpoint("me/cap", tmp_path / "out", "packed", cache_dir=cached, subfolder="dense")
+    assert inspect_checkpoint(tmp_path / "out", verify=True).checkpoint_format == "packed"
+    loaded = AutoModelForCausalLM.from_pretrained("me/cap", cache_dir=cached)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), loaded)
+
+
+def test_what_is_not_in_the_cache(cached: Path) -> None:
+    message = "of me/other is not in the cache, and the Hub cannot be reached"
+    with pytest.raises(FileNotFoundError, match=message):
+        inspect_checkpoint("me/other", cache_dir=cached)
+    (cached / "models--me--cap" / "snapshots" / ("a" * 40) / WEIGHTS).unlink()
+    assert inspect_checkpoint("me/cap", cache_dir=cached).weight_bytes > 0
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing; download"):
+        inspect_checkpoint("me/cap", cache_dir=cached, verify=True)

@@ -230,9 +230,7 @@ def test_score_then_prune(
     unused = Estimator(lambda *args: pytest.fail("measured again"))
     monkeypatch.setitem(ESTIMATORS, "first_order", unused)
     pruning = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
-    with pytest.raises(
-        FileNotFoundError, match=r"sums\.jsonl, whose folder is not stored"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"sums\.jsonl, whose folder is not stored"):
         run(PruneCommand, *pruning, "--scores", file)
     run(PruneCommand, *pruning, "--scores", file, "--dataset", flags[-1])
     record = inspect_checkpoint(str(tmp_path / "dir")).record
