@@ -102,7 +102,11 @@ def _explain(
         hub: Keywords that select the files on the Hub.
         variant: The keyword `variant`, and whether safetensors files may be loaded.
     """
-    damage = None if name is None else _damage(name, hub, variant, with_settings=True)
+    if name is None:
+        return
+    # From the cache only: `error` may be that the network cannot be reached.
+    offline = {**hub, "local_files_only": True}
+    damage = _damage(name, offline, variant, with_settings=True)
     if damage is not None and str(damage) != str(error):
         raise damage from error
 
@@ -117,8 +121,8 @@ def _damage(
     from optimum_cap.checkpoint import check_loaded_folder, check_settings, read_record
 
     try:
-        record_file = find_record(str(name), **{**hub, "local_files_only": True})
-    except OSError:  # neither a folder nor a repository
+        record_file = find_record(str(name), **hub)
+    except (OSError, ValueError):  # neither a folder nor a repository
         return None
     if record_file is None:
         return None
