@@ -177,8 +177,7 @@ def move_mask_bit(folder: Path, rng: random.Random) -> None:
     file = weights_of(folder, rng)
     tensors = load_file(file)
     masks = [name for name in sorted(tensors) if name.endswith("_mask")]
-    if not masks:
-        flip_bit(folder, rng)
+    if not masks:  # of a dense checkpoint
         return
     mask = tensors[rng.choice(masks)]
     bits = [(byte, bit) for byte in range(len(mask)) for bit in range(8)]
@@ -462,7 +461,7 @@ class Campaign:
         self.checkpoints = checkpoints
 
     def run(self, mutants: int) -> None:
-        """Read `mutants` mutants, of all mutations in turn, which may take 40 ms each."""
+        """Read `mutants` mutants, of all mutations in turn, which take some 40 ms each."""
         names = list(MUTATIONS)
         for number in range(mutants):
             mutation = names[number % len(names)]
