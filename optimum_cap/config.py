@@ -77,6 +77,7 @@ _OVERRIDES = ("allocation", "target", "order", "answer_weight")
 _SAMPLING = ("control_variate", "adaptive")  # measure some of the examples exactly
 COMPILING = ("exact", *_SAMPLING)  # the estimators that take `torch_compile`
 
+_DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet|txt)$")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 _SIZE_UNITS = {
     unit + suffix: factor**power
@@ -425,14 +426,20 @@ class CAPConfig(QuantizationConfigMixin):
                 f"unknown field(s) in the pruning config: {', '.join(unknown)}; this "
                 f"optimum-cap (config_version {CONFIG_VERSION}) has {', '.join(sorted(known))}"
             )
-        config = cls(**{key: value for key, value in values.items() if key in known})
+        try:
+            config = cls(**{key: value for key, value in values.items() if key in known})
+        # What comparisons and arithmetic raise for values of other types.
+        except (TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"the pruning config has a missing field or a value of a wrong type ({error})"
+            ) from error
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values.
+        """Return the fields as plain JSON values, which hold no local paths.
 
-        In-memory data is replaced by a summary (`in-memory, 128 rows, sha256 ...`). The tokenizer,
-        the scores file and the resume folder are left out.
+        Data files are reduced to their names, and in-memory data to a summary (`in-memory, 128
+        rows, sha256 ...`). The tokenizer, the scores file and the resume folder are left out.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["tokenizer"], values["scores"], values["resume_dir"]
@@ -456,14 +463,26 @@ def _with_plain_paths(dataset: Any) -> Any:
 
 
 def describe_dataset(dataset: Any) -> Any:
-    """Return `dataset` if it is a name, a specification or a list of them, else a summary of it."""
-    if isinstance(dataset, str | dict):
-        return dataset
+    """Return a name, a specification or a list of them without local folders, or a summary."""
+    if isinstance(dataset, str):
+        return _without_folder(dataset)
+    if isinstance(dataset, dict):
+        return {
+            key: _without_folder(str(value)) if key == "path" else value
+            for key, value in dataset.items()
+        }
     if isinstance(dataset, list) and all(is_dataset_name(entry) for entry in dataset):
-        return dataset
+        return [describe_dataset(entry) for entry in dataset]
     rows = list(dataset)
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
     return f"in-memory, {len(rows)} rows, sha256 {digest[:16]}"
+
+
+def _without_folder(name: str) -> str:
+    """Return the name of a data set; of a file, as in `preset=FILE`, only its last part."""
+    preset, equals, path = name.rpartition("=")
+    is_file = bool(_DATA_FILE.search(path)) or os.path.isabs(path) or os.path.isfile(path)
+    return f"{preset}{equals}{os.path.basename(path)}" if is_file else name
 
 
 def is_dataset_name(entry: Any) -> bool:
@@ -475,8 +494,7 @@ def is_dataset_name(entry: Any) -> bool:
     if isinstance(entry, dict):
         return "path" in entry
     return isinstance(entry, str) and bool(
-        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry)
-        or re.search(r"\.(jsonl?|csv|parquet|txt)$", entry)
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry) or _DATA_FILE.search(entry)
     )
 
 

@@ -10,13 +10,13 @@ an error about its size, instead of finding no `x.weight` and initialising it at
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 """Version of the files on disk. Files of a newer version raise an error."""
 
 _CHUNK = 1 << 17  # weights at a time, so that index arrays fit in the CPU cache; a multiple of 8
+_COMPANIONS = (".weight_mask", ".weight_shape")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -90,6 +91,8 @@ def unpack(
         )
     )
     kept_count = kept_before[-1]
+    if not values.is_floating_point():
+        raise ValueError(f"{name} is damaged: its values are {values.dtype}, not floats")
     if values.ndim != 1 or kept_count != len(values):
         raise ValueError(
             f"{name} is damaged: its mask keeps {kept_count} weights, but values of shape "
@@ -162,7 +165,7 @@ def decode(
     names = sorted(names)
     known = set(names)
     for name in names:
-        if name.endswith((".weight_mask", ".weight_shape")):
+        if name.endswith(_COMPANIONS):
             continue
         weight = read(name)
         if f"{name}_mask" in known:
@@ -170,23 +173,39 @@ def decode(
         yield name, weight
 
 
-def check_parts(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+class Stored(Protocol):
+    """A tensor, or what the header of a file says of one."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its dtype; `None` if torch has none."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its shape."""
+
+
+def check_parts(stored: Mapping[str, Stored], read: Callable[[str], torch.Tensor]) -> None:
     """Check the packed weights of a file, without reading their values.
 
     Args:
-        names: Names of all tensors in the file.
+        stored: Dtype and shape of each tensor in the file by name.
         read: Reads a tensor by name.
 
     Raises:
-        ValueError: A part is missing (transformers would initialise the weight at random), or mask
-            and shape are inconsistent.
+        ValueError: A part is missing (transformers would initialise the weight at random), a weight
+            with a mask is not a list of float values, or mask and shape are inconsistent.
     """
-    known = set(names)
-    companions = (".weight_mask", ".weight_shape")
-    for name in sorted({name.rpartition("_")[0] for name in known if name.endswith(companions)}):
+    for name in sorted({name.rpartition("_")[0] for name in stored if name.endswith(_COMPANIONS)}):
         parts = (name, f"{name}_mask", f"{name}_shape")
-        if missing := [part for part in parts if part not in known]:
+        if missing := [part for part in parts if part not in stored]:
             raise ValueError(f"{name} is damaged: {', '.join(missing)} is missing")
+        dtype, dimensions = stored[name].dtype, len(stored[name].shape)
+        if dimensions != 1 or dtype is None or not dtype.is_floating_point:
+            raise ValueError(
+                f"{name} is damaged: it has a mask, so its values must be floats in one "
+                f"dimension, found {dimensions} dimensions of {dtype}"
+            )
         _check_layout(read(f"{name}_mask"), read(f"{name}_shape"), name)
 
 

@@ -252,10 +252,11 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
                 f"{matrix.name} is on the meta device without offloaded values: load the model "
                 "with from_pretrained; device_map='auto' offloads what does not fit into memory"
             )
-        if not weight.is_floating_point():
+        # Weights of 8 bits are quantized, float8 among them.
+        if not weight.is_floating_point() or weight.element_size() == 1:
             raise ValueError(
-                f"{matrix.name} has dtype {weight.dtype}, but CAP prunes float weights: prune the "
-                "model before you quantize it"
+                f"{matrix.name} has dtype {weight.dtype}, but CAP prunes floats of 16 bits or "
+                "more: prune the model before you quantize it"
             )
         if not weight.isfinite().all():
             raise ValueError(

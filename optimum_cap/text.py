@@ -1,6 +1,8 @@
-"""Formatting of sizes, durations and tables as text."""
+"""Formatting of sizes, durations, tables and unknown text."""
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
@@ -38,3 +40,38 @@ def format_duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
+
+
+def printable(text: str) -> str:
+    r"""Return text with its control characters escaped, such as `\x1b`, for one line of output.
+
+    Files may come from anywhere, and a terminal would obey the control characters in them.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def printable_values(values: Any) -> Any:
+    """Return JSON values with the control characters of all strings and keys escaped."""
+    if isinstance(values, str):
+        return printable(values)
+    if isinstance(values, dict):
+        return {printable(str(key)): printable_values(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [printable_values(value) for value in values]
+    return values
+
+
+def public_name(name_or_path: str) -> str | None:
+    """Return a Hub id as it is, `./name` for a local folder of any path, or `None` for no name.
+
+    What is published must not show where folders are on this computer.
+    """
+    if not name_or_path:
+        return None
+    is_local = os.path.exists(name_or_path) or len(name_or_path.replace("\\", "/").split("/")) > 2
+    if not is_local and not os.path.isabs(name_or_path):
+        return name_or_path
+    return f"./{os.path.basename(os.path.abspath(name_or_path))}"

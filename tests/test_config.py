@@ -165,8 +165,26 @@ def test_paths_become_text(tmp_path: Path) -> None:
     names = [tmp_path / "a.jsonl", {"path": tmp_path / "b.csv", "text_column": "t"}, "gsm8k"]
     expected = [f"{tmp_path}/a.jsonl", {"path": f"{tmp_path}/b.csv", "text_column": "t"}, "gsm8k"]
     for dataset in (names, tuple(names)):
-        config = CAPConfig(sparsity=0.2, dataset=dataset)
-        assert config.to_dict()["dataset"] == json.loads(json.dumps(expected))
+        assert CAPConfig(sparsity=0.2, dataset=dataset).dataset == expected
+
+
+@pytest.mark.parametrize(
+    ("dataset", "saved"),
+    [
+        ("/home/me/a.jsonl", "a.jsonl"),
+        ("data/a.jsonl", "a.jsonl"),
+        ("gsm8k=/home/me/train.jsonl", "gsm8k=train.jsonl"),
+        ({"path": "/home/me/b.csv", "text_column": "t"}, {"path": "b.csv", "text_column": "t"}),
+        (["/home/me/a.jsonl", "owner/name"], ["a.jsonl", "owner/name"]),
+        ("owner/name", "owner/name"),
+        ("gsm8k", "gsm8k"),
+    ],
+)
+def test_folders_of_data_files_are_not_saved(dataset: Any, saved: Any) -> None:
+    config = CAPConfig(sparsity=0.2, dataset=dataset)
+    assert config.dataset == dataset
+    assert config.to_dict()["dataset"] == saved
+    assert CAPConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 def test_what_is_no_part_of_the_method_is_not_saved() -> None:

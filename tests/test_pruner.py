@@ -207,6 +207,15 @@ def test_the_dataset_argument_replaces_the_configs(
     assert llama.pruning_record.config["dataset"].startswith("in-memory, 81 rows")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_quantized_weights(dtype: torch.dtype, llama: PreTrainedModel) -> None:
+    weight = llama.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    weight.data = weight.data.to(dtype)
+    message = rf"up_proj\.weight has dtype {dtype}.*: prune the model before you quantize it"
+    with pytest.raises(ValueError, match=message):
+        CAPPruner(CAPConfig(0.5, recipe="magnitude")).prune(llama)
+
+
 def _broken(model: PreTrainedModel, value: float) -> PreTrainedModel:
     model.model.layers[1].mlp.up_proj.weight.data[2, 3] = value
     return model

@@ -6,8 +6,16 @@ from optimum_cap.checkpoint.conversion import (
     inspect_checkpoint,
     read_record,
 )
+from optimum_cap.checkpoint.digests import (
+    RECORD_NAME,
+    check_loaded,
+    check_loaded_folder,
+    check_settings,
+    warn_of_changed_settings,
+)
 from optimum_cap.checkpoint.folders import check_target
 from optimum_cap.checkpoint.hub import upload
+from optimum_cap.checkpoint.reading import validate_shards
 from optimum_cap.checkpoint.record import (
     MatrixSparsity,
     PruningRecord,
@@ -17,7 +25,6 @@ from optimum_cap.checkpoint.record import (
     unit_label,
 )
 from optimum_cap.checkpoint.saving import attach, name_base_of_adapters
-from optimum_cap.checkpoint.transcoding import RECORD_NAME, validate_shards
 
 __all__ = [
     "RECORD_NAME",
@@ -27,6 +34,9 @@ __all__ = [
     "SiteSensitivity",
     "UnitScore",
     "attach",
+    "check_loaded",
+    "check_loaded_folder",
+    "check_settings",
     "check_target",
     "convert_checkpoint",
     "count_units",
@@ -36,4 +46,5 @@ __all__ = [
     "unit_label",
     "upload",
     "validate_shards",
+    "warn_of_changed_settings",
 ]

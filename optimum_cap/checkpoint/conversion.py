@@ -1,29 +1,37 @@
 """Inspection and conversion of checkpoints."""
 
 import dataclasses
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
-from optimum_cap.checkpoint.folders import atomic_folder
-from optimum_cap.checkpoint.model_card import write_model_card
-from optimum_cap.checkpoint.record import PruningRecord
-from optimum_cap.checkpoint.transcoding import (
+from optimum_cap.checkpoint.digests import (
     CONFIG_NAME,
     RECORD_NAME,
-    read_json,
-    transcode_folder,
-    validate_shards,
+    changes_of,
+    record_digest,
+    warn_of_changed_settings,
     weight_files,
 )
+from optimum_cap.checkpoint.folders import atomic_folder
+from optimum_cap.checkpoint.model_card import write_model_card
+from optimum_cap.checkpoint.reading import read_json, validate_shards
+from optimum_cap.checkpoint.record import PruningRecord, is_count
+from optimum_cap.checkpoint.transcoding import transcode_folder
 from optimum_cap.formats import FORMATS, check_format_version
+from optimum_cap.text import printable
+
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -50,46 +58,96 @@ def inspect_checkpoint(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str = "",
+    verify: bool = False,
 ) -> CheckpointSummary:
-    """Read the record and the sizes of a checkpoint; no weights are read or downloaded.
+    """Read the record and the sizes of a checkpoint; weights are read only to verify them.
+
+    A repository that cannot be reached is read from the cache, as `from_pretrained` does.
 
     Args:
         path_or_repo: Folder, or repository on the Hub.
         revision: Branch, tag or commit of the repository.
         token: Token for the Hub.
         cache_dir: Cache for downloads.
+        subfolder: Folder of the checkpoint in the folder or repository.
+        verify: Whether to compare all files with their digests in the record, for which the weights
+            are downloaded.
 
     Raises:
-        ValueError: It is not a CAP checkpoint, or has a newer version.
-        FileNotFoundError: It is neither a folder nor a valid name of a repository.
+        ValueError: It is not a CAP checkpoint, has a newer version, is damaged, or differs from its
+            digests.
+        FileNotFoundError: It is neither a folder nor a valid name of a repository, or is not in the
+            cache and cannot be downloaded.
     """
     name = os.fspath(path_or_repo)
-    if Path(name).is_dir():
-        record_file = Path(name) / RECORD_NAME
-        sizes = [path.stat().st_size for path in weight_files(Path(name))]
-    elif Path(name).exists():
+    if Path(name).exists() and not Path(name).is_dir():
         raise ValueError(f"{name} is a file: name the folder of a checkpoint")
+    if Path(name).is_dir() or verify:
+        folder = _folder_of(name, revision, token, cache_dir, subfolder)
+        record_file = folder / RECORD_NAME
     else:
         _check_repo_id(name)
-        info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
-        files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        sizes = [size for file, size in files.items() if file.endswith(".safetensors")]
-        record_file = Path(name) / RECORD_NAME
-        if RECORD_NAME in files:
-            record_file = Path(
-                hf_hub_download(
-                    name, RECORD_NAME, revision=info.sha, token=token, cache_dir=cache_dir
-                )
-            )
-    record, files_info = read_record(record_file, name)
+        record_file = _download_record(name, revision, token, cache_dir, subfolder)
+    record, files = read_record(record_file, name)
+    if verify and (changes := changes_of(record_file.parent, files["digests"])):
+        raise ValueError("; ".join(changes))
+    stored = [digest for digest in files["digests"].values() if "checksum" in digest]
+    sizes = [digest["size"] for digest in stored]
+    if Path(name).is_dir():
+        sizes = [path.stat().st_size for path in weight_files(record_file.parent)]
     return CheckpointSummary(
         record,
-        files_info["checkpoint_format"],
-        files_info["format_version"],
+        files["checkpoint_format"],
+        files["format_version"],
         sum(sizes),
-        files_info["dense_bytes"],
+        files["dense_bytes"],
     )
+
+
+def _folder_of(
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    subfolder: str,
+) -> Path:
+    """Return the folder of a checkpoint, downloaded unless it is local or in the cache."""
+    if not Path(name).is_dir():
+        _check_repo_id(name)
+        patterns = f"{subfolder}/*" if subfolder else None
+        name = snapshot_download(
+            name, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=patterns
+        )
+    return Path(name) / subfolder
+
+
+def _download_record(
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    subfolder: str,
+) -> Path:
+    """Return the record file of a repository; if it has none, a path where there is no file."""
+    try:
+        file = hf_hub_download(
+            name,
+            RECORD_NAME,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            subfolder=subfolder or None,
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{RECORD_NAME} of {name} is not in the cache, and the Hub cannot be reached: connect "
+            "to the network, or name a folder"
+        ) from error
+    except EntryNotFoundError:
+        return Path(name) / RECORD_NAME
+    return Path(file)
 
 
 def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:
@@ -100,23 +158,73 @@ def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:
         name: Name of the checkpoint, for the error message.
 
     Returns:
-        The record, and format, version and size of the files next to it.
+        The record, and what it says of the files next to it: `checkpoint_format`,
+        `format_version`, `dense_bytes` and `digests`.
 
     Raises:
-        ValueError: The file is missing or damaged, or has a newer version.
+        ValueError: The file is missing or damaged, has changed, or has a newer version.
     """
     if not path.is_file():
         raise ValueError(
             f"{name} is not a CAP checkpoint, because it has no {RECORD_NAME}: name a checkpoint "
             "saved by save_pretrained of a pruned model"
         )
+    values = read_json(path)
+    if isinstance(values.get("files"), dict):
+        check_format_version(values["files"].get("format_version"), name)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        files = values.pop("files")
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; save or download it again") from error
-    check_format_version(files.get("format_version"), name)
-    return PruningRecord.from_dict(values), files
+        _check_depth(values)
+        files = _checked_files(values)
+        if files["record_sha256"] != record_digest(values):
+            raise ValueError("it has changed since the model was saved")
+        return PruningRecord.from_dict(
+            {key: value for key, value in values.items() if key != "files"}
+        ), files
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({printable(str(error))}): download or copy it again, or "
+            "delete it to load the weights without their record"
+        ) from error
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    """Raise a `ValueError` if JSON values are nested more deeply than those of any record."""
+    if depth > _MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            _check_depth(entry, depth + 1)
+
+
+def _checked_files(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a record says of the files next to it, after checking its types."""
+    files = values.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"files must be an object, got {files!r:.80}")
+    if files.get("checkpoint_format") not in tuple(FORMATS):
+        raise ValueError(
+            f"files.checkpoint_format must be one of {', '.join(FORMATS)}, got "
+            f"{files.get('checkpoint_format')!r:.80}"
+        )
+    if not is_count(files.get("dense_bytes")) or not files["dense_bytes"]:
+        raise ValueError(f"files.dense_bytes must be a size, got {files.get('dense_bytes')!r:.80}")
+    digests = files.get("digests")
+    if not isinstance(digests, dict) or not all(map(_is_digest, digests.values())):
+        raise ValueError("files.digests must give the size and the sha256 of each file")
+    if not isinstance(files.get("record_sha256"), str):
+        raise ValueError(
+            f"files.record_sha256 must be text, got {files.get('record_sha256')!r:.80}"
+        )
+    return files
+
+
+def _is_digest(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and is_count(value.get("size"))
+        and isinstance(value.get("sha256"), str)
+        and isinstance(value.get("checksum", ""), str)
+    )
 
 
 def convert_checkpoint(
@@ -126,8 +234,12 @@ def convert_checkpoint(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str = "",
 ) -> Path:
     """Write a checkpoint in another format, file by file, with the same weights bit for bit.
+
+    All weights are compared with their digests first.
 
     Args:
         source: Folder, or repository on the Hub.
@@ -135,12 +247,15 @@ def convert_checkpoint(
         checkpoint_format: `"packed"` or `"dense"`.
         revision: Branch, tag or commit of the repository.
         token: Token for the Hub.
+        cache_dir: Cache for downloads.
+        subfolder: Folder of the checkpoint in the folder or repository.
 
     Returns:
         The new folder.
 
     Raises:
-        ValueError: `source` is not a CAP checkpoint or is damaged, or the format is unknown.
+        ValueError: `source` is not a CAP checkpoint, is damaged, or differs from its digests, or
+            the format is unknown.
         FileExistsError: `target` exists and is not empty, or is inside `source`.
         FileNotFoundError: `source` is neither a folder nor a valid name of a repository.
     """
@@ -153,19 +268,28 @@ def convert_checkpoint(
         raise FileExistsError(f"{target} exists and is not empty: choose a new folder")
     if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
         raise FileExistsError(f"{target} is inside the source checkpoint: choose another folder")
-    if not folder.is_dir():
-        _check_repo_id(os.fspath(source))
-        folder = Path(snapshot_download(os.fspath(source), revision=revision, token=token))
-    record, _ = read_record(folder / RECORD_NAME, os.fspath(source))
+    folder = _folder_of(os.fspath(source), revision, token, cache_dir, subfolder)
+    record, files = read_record(folder / RECORD_NAME, os.fspath(source))
     validate_shards(weight_files(folder))
+    if changes := changes_of(folder, files["digests"], settings=False):
+        raise ValueError("; ".join(changes))
+    warn_of_changed_settings(folder, files["digests"])
+    class_name = _class_name(folder / CONFIG_NAME)
     config = {**record.config, "checkpoint_format": checkpoint_format}
     record = dataclasses.replace(record, config=config)
     with atomic_folder(target) as new_folder:
         shutil.copytree(folder, new_folder, dirs_exist_ok=True)
         transcode_folder(new_folder, record, checkpoint_format)
-        class_name = read_json(new_folder / CONFIG_NAME).get("architectures", [""])[0]
-        write_model_card(new_folder, record, class_name, token)
+        write_model_card(new_folder, record, class_name, token, base_folder=folder)
     return target
+
+
+def _class_name(config_file: Path) -> str:
+    """Return the class of a model as its config names it; empty if it does not."""
+    if not config_file.is_file():
+        raise ValueError(f"{config_file} is missing: download or copy the checkpoint again")
+    names = read_json(config_file).get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def _check_repo_id(name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError
 
-from optimum_cap.checkpoint.transcoding import CONFIG_NAME, RECORD_NAME
+from optimum_cap.checkpoint.digests import CONFIG_NAME, RECORD_NAME
 from optimum_cap.runtime import sync, was_left_behind, write_atomically
 
 _SWAP_FILE = "swap.json"  # in the folder of a save, while it replaces the files of a mount point

@@ -1,5 +1,7 @@
 """The model card of a pruned model: metadata for the Hub, and a summary of the pruning."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord, count_u
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
+from optimum_cap.text import printable
 from optimum_cap.version import install_command
 
 logger = logging.get_logger(__name__)
 
+_MARKDOWN = re.compile(r"[\\`*<>\[\]|#&]|(?<!\w)_|_(?!\w)|!(?=\[)|://")
 _TAGS = ["optimum-cap", "pruning", "sparse"]
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
@@ -26,6 +30,7 @@ def write_model_card(
     class_name: str,
     token: str | bool | None = None,
     tags: list[str] | None = None,
+    base_folder: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write README.md, or warn if it cannot be created: a missing card must not fail a save.
 
@@ -35,9 +40,10 @@ def write_model_card(
         class_name: Class of the model.
         token: Token for the Hub.
         tags: Additional tags.
+        base_folder: Folder that the model was loaded from.
     """
     try:
-        card = model_card(record, class_name, token, tags)
+        card = model_card(record, class_name, token, tags, base_folder)
     except Exception as error:
         logger.warning(
             f"the model card could not be created ({type(error).__name__}: {error}), so the "
@@ -52,6 +58,7 @@ def model_card(
     class_name: str,
     token: str | bool | None = None,
     tags: list[str] | None = None,
+    base_folder: str | os.PathLike[str] | None = None,
 ) -> str:
     """Return the text of README.md.
 
@@ -60,6 +67,8 @@ def model_card(
         class_name: Class of the model, which determines the pipeline tag.
         token: Token for reading the card of the base model from the Hub.
         tags: Additional tags.
+        base_folder: Folder that the model was loaded from, whose card names the license; the record
+            has no local paths.
     """
     config = record.config
     method = CAPConfig.from_dict(config).method
@@ -67,7 +76,7 @@ def model_card(
     base_repo = base if base and _is_repo_id(base) else None
     pipelines = [task for ending, task in _PIPELINES.items() if class_name.endswith(ending)]
     data = ModelCardData(
-        license=_license(base, token),
+        license=_license(base_folder, base_repo, token),
         library_name="transformers",
         pipeline_tag=pipelines[0] if pipelines else None,
         base_model=base_repo,
@@ -83,9 +92,9 @@ def model_card(
     needs_plugin = FORMATS[config["checkpoint_format"]].needs_plugin
     base_line = f"[{base}](https://huggingface.co/{base})" if base_repo else _local_name(base)
     if record.base_revision:
-        base_line += f" at revision `{record.base_revision}`"
+        base_line += f" at revision {_code(record.base_revision)}"
     title = f"{CRITERIA[method.criterion].title}{ALLOCATIONS[method.allocation].title}"
-    sources = ", ".join(str(source["name"]) for source in record.calibration.get("sources", []))
+    sources = ", ".join(_cell(source["name"]) for source in record.calibration.get("sources", []))
     rows = {
         "Base model": base_line,
         "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero"
@@ -94,9 +103,14 @@ def model_card(
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),
         "Left dense": ", ".join(
-            ["embeddings", "norms", "routers", "LM head", *config["modules_to_leave_dense"]]
+            [
+                *("embeddings", "norms", "routers", "LM head"),
+                *map(_cell, config["modules_to_leave_dense"]),
+            ]
         ),
-        "Created with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+        "Created with": ", ".join(
+            f"{_cell(name)} {_cell(version)}" for name, version in record.versions.items()
+        ),
     }
     lines = [
         "# Pruned model",
@@ -121,7 +135,7 @@ def model_card(
         "| projection | weights | zeros |",
         "|---|---|---|",
         *(
-            f"| `{name}` | {total:,} | {zeros / total:.2%} |"
+            f"| {_code(name)} | {total:,} | {zeros / total:.2%} |"
             for name, (zeros, total) in by_projection(record.matrices).items()
         ),
         "",
@@ -148,7 +162,7 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
     rows = {}
     if record.calibration:
         rows["Calibration"] = (
-            f"{config['num_samples']} examples of {sources or config['dataset']}, seed "
+            f"{config['num_samples']} examples of {sources or _cell(str(config['dataset']))}, seed "
             f"{config['seed']}"
         )
     if record.scores:
@@ -214,19 +228,24 @@ def _is_repo_id(name: str) -> bool:
 
 def _local_name(base: str | None) -> str:
     # Only the last part of the path, because the rest may be private.
-    return f"a local folder, `{Path(base).name}`" if base else "not recorded"
+    return f"a local folder, {_code(Path(base).name)}" if base else "not recorded"
 
 
-def _license(base: str | None, token: str | bool | None) -> str | None:
-    """Return the license in the base model's card; `None` if it has none or cannot be read."""
-    if not base:
-        return None
-    local = Path(base) / "README.md"
+def _license(
+    folder: str | os.PathLike[str] | None, base_repo: str | None, token: str | bool | None
+) -> str | None:
+    """Return the license in the card in `folder`, or in that of the base model on the Hub.
+
+    `None` if there is none or it cannot be read.
+    """
+    local = Path(folder) / "README.md" if folder else None
     try:
-        if Path(base).is_dir():
-            card = ModelCard.load(local) if local.is_file() else None
+        if local is not None and local.is_file():
+            card = ModelCard.load(local)
+        elif base_repo:
+            card = ModelCard.load(base_repo, token=token if isinstance(token, str) else None)
         else:
-            card = ModelCard.load(base, token=token if isinstance(token, str) else None)
+            return None
     except (OSError, ValueError, HfHubHTTPError):
         return None  # it has no card, or the Hub cannot be reached
     except Exception as error:  # such as invalid YAML; metadata must not fail a save
@@ -236,8 +255,19 @@ def _license(base: str | None, token: str | bool | None) -> str | None:
             "the model card names none: add it to the card"
         )
         return None
-    license_name: Any = card.data.get("license") if card else None
+    license_name: Any = card.data.get("license")
     return license_name if isinstance(license_name, str) else None
+
+
+def _cell(text: str) -> str:
+    """Return text from a record so that it stays plain text in a cell of a Markdown table."""
+    return _MARKDOWN.sub(r"\\\g<0>", printable(text))
+
+
+def _code(text: str) -> str:
+    """Return text from a record as code in a cell of a Markdown table."""
+    plain = printable(text).replace("|", r"\|")
+    return f"`{plain}`" if "`" not in plain else _cell(text)
 
 
 def _hub_datasets(record: PruningRecord) -> list[str]:

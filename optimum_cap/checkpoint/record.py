@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_cap.config import CAPConfig
+
+KINDS = {"attention": "attention heads", "mlp": "MLP units", "expert": "expert units"}
+"""Kind of a site -> the name of its units."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class PruningRecord:
 
     Attributes:
         config: The `CAPConfig`, as returned by `to_dict`.
-        base_model: Hub id or path of the dense model, if known.
+        base_model: Hub id of the dense model, or `./name` of its local folder, if known.
         base_revision: Commit of the dense model on the Hub, if known.
         matrices: Zeros per prunable matrix, in the order of the model.
         scores: Causal score per unit, in the order of the model.
@@ -148,7 +151,7 @@ class PruningRecord:
     @property
     def sparsity(self) -> float:
         """Achieved fraction of zeros among the prunable weights."""
-        return self.zeros / self.total
+        return self.zeros / self.total if self.total else 0.0
 
     @property
     def lost_zeros(self) -> bool:
@@ -163,27 +166,111 @@ class PruningRecord:
         """Rebuild a record from `to_dict`.
 
         Raises:
-            ValueError: A field is missing or unknown.
+            ValueError: A field is missing, unknown, or has a value of the wrong type.
         """
-        try:
-            return cls(
-                **{
-                    **values,
-                    "matrices": [MatrixSparsity(**matrix) for matrix in values["matrices"]],
-                    "scores": [UnitScore(**score) for score in values["scores"]],
-                    "sensitivities": [
-                        SiteSensitivity(**site) for site in values.get("sensitivities", [])
-                    ],
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"the pruning record has missing or unknown fields ({error}): upgrade optimum-cap, "
-                "or save the model again"
-            ) from error
+        entries = {
+            name: _entries(entry_class, name, values.get(name, []))
+            for name, entry_class in _ENTRIES.items()
+        }
+        record = _checked(cls, "", {**values, **entries})
+        _check_calibration(record.calibration)
+        # Also fills in fields that configs did not have when the record was written.
+        return dataclasses.replace(record, config=CAPConfig.from_dict(record.config).to_dict())
 
 
-KINDS = {"attention": "attention heads", "mlp": "MLP units", "expert": "expert units"}
+_ENTRIES = {"matrices": MatrixSparsity, "scores": UnitScore, "sensitivities": SiteSensitivity}
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or is_count(abs(value) if isinstance(value, int) else value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_checked_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+# Type of a field -> what its value must be.
+_CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (_is_text, "text"),
+    int: (is_count, "a count"),
+    float: (_is_number, "a number"),
+    str | None: (lambda value: value is None or _is_text(value), "text or null"),
+    int | None: (lambda value: value is None or is_count(value), "a count or null"),
+    float | None: (lambda value: value is None or _is_number(value), "a number or null"),
+    dict[str, Any]: (_is_object, "an object"),
+    dict[str, str]: (_is_versions, "an object of texts"),
+    **{list[entry]: (_is_checked_list, "a list") for entry in _ENTRIES.values()},  # type: ignore[valid-type]
+}
+
+
+def _entries(entry_class: Any, name: str, values: Any) -> list[Any]:
+    """Return the entries of a list in a record as objects of their class."""
+    if not isinstance(values, list):
+        raise ValueError(f"{name} must be a list, got {values!r:.80}")
+    checked = []
+    for index, value in enumerate(values):
+        where = f"{name}[{index}]"
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object, got {value!r:.80}")
+        entry = _checked(entry_class, where, value)
+        if getattr(entry, "kind", "attention") not in KINDS:
+            raise ValueError(f"{where}.kind must be one of {', '.join(KINDS)}, got {entry.kind!r}")
+        if hasattr(entry, "total") and not entry.zeros <= entry.total > 0:
+            raise ValueError(f"{where} has {entry.zeros} zeros of {entry.total} weights")
+        checked.append(entry)
+    return checked
+
+
+def _checked(record_class: Any, where: str, values: dict[str, Any]) -> Any:
+    """Return an object of a class with fields, whose values have the types of the fields."""
+    prefix = f"{where}." if where else ""
+    fields = {each.name: each for each in dataclasses.fields(record_class)}
+    required = {
+        name
+        for name, each in fields.items()
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+    }
+    missing, unknown = sorted(required - set(values)), sorted(set(values) - set(fields))
+    if missing or unknown:
+        problems = [f"it lacks {prefix}{name}" for name in missing]
+        problems += [f"{prefix}{name} is an unknown field" for name in unknown]
+        raise ValueError(f"{', '.join(problems)}: upgrade optimum-cap, or save the model again")
+    for name, value in values.items():
+        is_valid, expected = _CHECKS[fields[name].type]
+        if not is_valid(value):
+            raise ValueError(f"{prefix}{name} must be {expected}, got {value!r:.80}")
+    return record_class(**values)
+
+
+def _check_calibration(calibration: dict[str, Any]) -> None:
+    """Check the parts of the calibration record that model cards and evaluations read."""
+    sources, digests = calibration.get("sources", []), calibration.get("digests", [])
+    if not isinstance(sources, list) or not all(
+        isinstance(source, dict)
+        and _is_text(source.get("name"))
+        and _is_text(source.get("hub_id", ""))
+        for source in sources
+    ):
+        raise ValueError("calibration.sources must be a list of objects with a name")
+    if not isinstance(digests, list) or not all(map(_is_text, digests)):
+        raise ValueError("calibration.digests must be a list of texts")
 
 
 def unit_label(kind: str, layer: int, site: str, unit: int) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 from transformers.utils import logging
 
+from optimum_cap.checkpoint.digests import RECORD_NAME
 from optimum_cap.checkpoint.folders import atomic_folder
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import write_model_card
@@ -166,6 +167,9 @@ class SavePruned(_Saving):
             options |= {"push_to_hub": push_to_hub, "token": token}
             stock = type(model).save_pretrained
             stock(model, save_directory, is_main_process=is_main_process, **options)
+            if is_main_process and not has_adapters(model):
+                # It describes other weights, which these have replaced.
+                (Path(save_directory) / RECORD_NAME).unlink(missing_ok=True)
             return
         if has_peft_layers(model):
             raise ValueError(
@@ -210,7 +214,8 @@ def _write_checkpoint(
                 options["state_dict"] = dict(weights)
             type(model).save_pretrained(model, folder, **options)
         transcode_folder(folder, record, record.config["checkpoint_format"])
-        write_model_card(folder, record, type(model).__name__, token)
+        class_name = type(model).__name__
+        write_model_card(folder, record, class_name, token, base_folder=model.name_or_path)
     model.pruning_record = record
 
 
@@ -251,8 +256,8 @@ class PushPruned(_Saving):
             size = _shard_size(self.model) if max_shard_size is None else max_shard_size
             _write_checkpoint(self.model, folder, {"max_shard_size": size}, token)
             if tags:
-                record = self.model.pruning_record
-                write_model_card(folder, record, type(self.model).__name__, token, tags)
+                record, class_name = self.model.pruning_record, type(self.model).__name__
+                write_model_card(folder, record, class_name, token, tags, self.model.name_or_path)
             commit = upload(folder, repo_id, token=token, **kwargs)
         self.saved(commit.repo_url.repo_id)
         return commit

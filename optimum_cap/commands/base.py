@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from optimum_cap.text import printable
+
 if TYPE_CHECKING:
     from optimum_cap.runtime import ProcessGroup
 
@@ -265,7 +267,7 @@ def check_output_file(path: Path) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, _EXPECTED):
         return text
     return f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)"

@@ -1,15 +1,17 @@
 """`optimum-cli cap inspect`: what was pruned in a checkpoint and how."""
 
+import dataclasses
 import json
 from argparse import ArgumentParser
 from typing import Any
 
 from optimum_cap.commands.base import CAPSubcommand, add_common_flags
 from optimum_cap.commands.summary import print_summary, sensitivity_table, sparsity_table
+from optimum_cap.text import printable_values
 
 
 class InspectCommand(CAPSubcommand):
-    """Reads the pruning record, without loading the weights."""
+    """Reads the pruning record; the weights only to verify them."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -17,6 +19,11 @@ class InspectCommand(CAPSubcommand):
         parser.description = "Show what was pruned in a checkpoint, how, and from which model."
         parser.add_argument("checkpoint", help="folder or Hub id of a pruned checkpoint")
         parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
+        parser.add_argument(
+            "--verify",
+            action="store_true",
+            help="compare all files with their SHA-256 in the record, which reads the weights",
+        )
         add_common_flags(parser)
 
     def prepare(self) -> str:
@@ -25,11 +32,17 @@ class InspectCommand(CAPSubcommand):
 
     def execute(self, prepared: str) -> None:
         """Print the record."""
-        from optimum_cap.checkpoint import inspect_checkpoint
+        from optimum_cap.checkpoint import PruningRecord, inspect_checkpoint
 
-        summary = inspect_checkpoint(prepared, revision=self.args.revision, token=self.args.token)
-        record = summary.record
-        if self.args.json:
+        args = self.args
+        summary = inspect_checkpoint(
+            prepared, revision=args.revision, token=args.token, verify=args.verify
+        )
+        unescaped = summary.record
+        # The record may come from anywhere, and a terminal obeys control characters.
+        record = PruningRecord.from_dict(printable_values(summary.record.to_dict()))
+        summary = dataclasses.replace(summary, record=record)
+        if args.json:
             values: dict[str, Any] = {
                 "checkpoint_format": summary.checkpoint_format,
                 "format_version": summary.format_version,
@@ -38,7 +51,8 @@ class InspectCommand(CAPSubcommand):
                 "sparsity": record.sparsity,
                 "zeros": record.zeros,
                 "total": record.total,
-                "record": record.to_dict(),
+                "verified": args.verify,
+                "record": unescaped.to_dict(),
             }
             print(json.dumps(values, indent=2))
             return
@@ -47,6 +61,8 @@ class InspectCommand(CAPSubcommand):
         config = {name: value for name, value in record.config.items() if name != "quant_method"}
         print(f"config        {', '.join(f'{name}={value}' for name, value in config.items())}")
         print_summary(summary)
+        if args.verify:
+            print("verified      all files are as they were saved")
         print(f"versions      {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
         if record.sensitivities:
             print(f"\nsites, each pruned alone ({record.sensitivities_are})")

@@ -286,10 +286,14 @@ class PruneCommand(CAPSubcommand):
         flags = config_values(vars(args))
         values = {"resume_dir": default_folder(), **flags}
         if args.scores:
+            from optimum_cap.data import find_data_files
             from optimum_cap.scoring import read_scores
 
             # Flags that are not set take their values from the file; the others must match it.
-            values = {**read_scores(args.scores).settings, **values, "scores": args.scores}
+            measured = dict(read_scores(args.scores).settings)
+            if "dataset" not in flags:
+                measured["dataset"] = find_data_files(measured["dataset"], Path(args.scores))
+            values = {**measured, **values, "scores": args.scores}
             if flags.keys().isdisjoint({"recipe", "criterion"}):
                 values["recipe"] = "paper"
             if str(values["dataset"]).startswith("in-memory"):

@@ -121,6 +121,31 @@ def first_file(what: str, places: Sequence[Path]) -> Path:
     )
 
 
+def find_data_files(dataset: Any, scores: Path) -> Any:
+    """Return the data set that a scores file names, with the folders of its files.
+
+    Scores files hold only the names of data files. They are looked for in the current folder, then
+    beside the scores file.
+
+    Raises:
+        FileNotFoundError: A file is in neither folder.
+    """
+    if isinstance(dataset, list):
+        return [find_data_files(entry, scores) for entry in dataset]
+    if isinstance(dataset, dict):
+        return {**dataset, "path": find_data_files(dataset["path"], scores)}
+    preset, equals, name = str(dataset).rpartition("=")
+    if Path(name).suffix not in _READERS:
+        return dataset
+    for file in (Path(name), scores.parent / name):
+        if file.is_file():
+            return f"{preset}{equals}{file}"
+    raise FileNotFoundError(
+        f"the scores in {scores} were measured on the data file {name}, whose folder is not "
+        "stored: name the file with --dataset"
+    )
+
+
 def load_sources(dataset: Any) -> list[Source]:
     """Return the sources of `CAPConfig.dataset`: names, files, Hub ids or rows in memory.
 

@@ -349,7 +349,7 @@ def _distinct(study: Study, label: str) -> list[CAPConfig]:
         config = cell.config()
         if cell.label != label or config is None:
             continue
-        key = config.to_dict()
+        key = {**config.to_dict(), "dataset": config.dataset}  # with the folders of files
         # As in the keys of a study: these fields change only rounding.
         del key["memory_budget"], key["torch_compile"]
         if not config.method.needs_data:

@@ -10,7 +10,12 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import resolve_revision
 
 from optimum_cap.config import CAPConfig
-from optimum_cap.plugin.quantizer import attach_saved_record, hub_arguments, parallel_arguments
+from optimum_cap.plugin.quantizer import (
+    attach_saved_record,
+    find_record,
+    hub_arguments,
+    parallel_arguments,
+)
 
 # Keywords of from_pretrained that select the files to load; they also apply to the tokenizer and
 # the pruning record.
@@ -63,12 +68,20 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         parallel = [name for name in _PARALLEL_ARGUMENTS if kwargs.get(name) is not None]
         reset_parallel = parallel_arguments.set(parallel)
         try:
-            loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            is_pruned = getattr(model, "pruning_record", None) is not None
+            variant = (kwargs.get("variant"), kwargs.get("use_safetensors") is not False)
             # Without a name, the model was created from a config and weights in memory.
             has_files = pretrained_model_name_or_path is not None
+            try:
+                loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+            except Exception as error:
+                _explain(error, pretrained_model_name_or_path, hub, variant)
+                raise
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            is_pruned = getattr(model, "pruning_record", None) is not None
             if has_files and getattr(model.config, "pruning_config", None) and not is_pruned:
+                damage = _damage(pretrained_model_name_or_path, hub, variant)
+                if damage is not None:
+                    raise damage
                 attach_saved_record(model)
             return loaded
         finally:
@@ -76,6 +89,55 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
             parallel_arguments.reset(reset_parallel)
 
     return from_pretrained
+
+
+def _explain(
+    error: Exception,
+    name: Any,
+    hub: dict[str, Any],
+    variant: tuple[str | None, bool] = (None, True),
+) -> None:
+    """Raise a `ValueError` if damage to the files of a CAP checkpoint explains `error`.
+
+    Args:
+        error: What loading raised.
+        name: Name or path of the checkpoint.
+        hub: Keywords that select the files on the Hub.
+        variant: The keyword `variant`, and whether safetensors files may be loaded.
+    """
+    if name is None:
+        return
+    # From the cache only: `error` may be that the network cannot be reached.
+    offline = {**hub, "local_files_only": True}
+    damage = _damage(name, offline, variant, with_settings=True)
+    if damage is not None and str(damage) != str(error):
+        raise damage from error
+
+
+def _damage(
+    name: Any,
+    hub: dict[str, Any],
+    variant: tuple[str | None, bool],
+    with_settings: bool = False,
+) -> ValueError | None:
+    """Return what is wrong with the files of a CAP checkpoint, if anything is."""
+    from optimum_cap.checkpoint import check_loaded_folder, check_settings, read_record
+
+    try:
+        record_file = find_record(str(name), **hub)
+    except (OSError, ValueError):  # neither a folder nor a repository
+        return None
+    if record_file is None:
+        return None
+    try:
+        saved = read_record(record_file, str(name))[1]
+        folder = record_file.parent
+        if with_settings:
+            check_settings(folder, saved["digests"])
+        check_loaded_folder(folder, saved["digests"], saved["checkpoint_format"], *variant)
+    except ValueError as error:
+        return error
+    return None
 
 
 def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +151,13 @@ def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(stock)
     def from_pretrained(cls: type[AutoConfig], *args: Any, **kwargs: Any) -> Any:
         pruning_config = kwargs.pop("pruning_config", None)
-        loaded = stock(cls, *args, **kwargs)
+        try:
+            loaded = stock(cls, *args, **kwargs)
+        except Exception as error:
+            name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+            _explain(error, name, hub)
+            raise
         if pruning_config is not None and isinstance(loaded, tuple):  # (config, model keywords)
             loaded[1]["pruning_config"] = pruning_config
         return loaded

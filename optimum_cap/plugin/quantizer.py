@@ -21,13 +21,15 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.version import NEWEST_TRANSFORMERS, __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
 """Keywords of the running `from_pretrained` that select files, also for tokenizer and record."""
@@ -95,10 +97,7 @@ class CAPQuantizer(HfQuantizer):
                 "--format dense`), and load the dense checkpoint in parallel"
             )
         if self.pre_quantized and checkpoint_files:
-            from optimum_cap.checkpoint import validate_shards
-
-            files = [Path(file) for file in checkpoint_files]
-            validate_shards([file for file in files if file.suffix == ".safetensors"])
+            check_before_loading(model, [Path(file) for file in checkpoint_files])
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -223,24 +222,43 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         """Unpack the weights of every source pattern.
 
-        A list holds one tensor per expert, of which some may be dense (recognisable by their two
-        dimensions) and have no mask. Masks and shapes are in the order of the packed tensors.
+        A list holds one tensor per expert, sorted by name; some experts may be dense and have no
+        mask. `check_parts` has checked by name that a weight has a mask only if it has one
+        dimension, so masks and shapes, sorted by name as well, belong to these weights in turn.
         """
         unpacked: dict[str, Any] = {}
         for pattern, weights in input_dict.items():
-            if pattern.endswith(("weight_mask", "weight_shape")):
-                continue
-            masks = iter(input_dict.get(f"{pattern}_mask", []))
-            shapes = iter(input_dict.get(f"{pattern}_shape", []))
-            unpacked[pattern] = [
-                weight
-                if weight.ndim > 1 or (mask := next(masks, None)) is None
-                else self._unpack(weight, mask, next(shapes), full_layer_name)
-                for weight in weights
-            ]
+            if not pattern.endswith(("weight_mask", "weight_shape")):
+                masks = input_dict.get(f"{pattern}_mask", [])
+                shapes = input_dict.get(f"{pattern}_shape", [])
+                unpacked[pattern] = self._unpack_all(weights, masks, shapes, full_layer_name)
         if list(unpacked) == ["weight"]:
             return {full_layer_name: unpacked["weight"]}
         return unpacked
+
+    def _unpack_all(
+        self,
+        weights: list[torch.Tensor],
+        masks: list[torch.Tensor],
+        shapes: list[torch.Tensor],
+        name: str,
+    ) -> list[torch.Tensor]:
+        """Return the weights with the packed ones, which have one dimension, unpacked."""
+        if not masks:
+            return weights
+        packed = [index for index, weight in enumerate(weights) if weight.ndim == 1]
+        weights = list(weights)
+        if not len(packed) == len(masks) == len(shapes):
+            self.hf_quantizer.errors.append(
+                f"{name} is damaged: {len(packed)} of its matrices have one dimension, as packed "
+                f"ones do, but {len(masks)} have a mask: download or copy the checkpoint again"
+            )
+            for index in packed:  # as in `_unpack`
+                weights[index] = weights[index].new_full(shapes[0].tolist(), torch.nan)
+            return weights
+        for index, mask, shape in zip(packed, masks, shapes, strict=True):
+            weights[index] = self._unpack(weights[index], mask, shape, name)
+        return weights
 
     def _unpack(
         self, values: torch.Tensor, mask: torch.Tensor, shape: torch.Tensor, name: str
@@ -277,18 +295,53 @@ def _without_unpacking(conversions: list[Any]) -> list[Any]:
     return remaining
 
 
+def check_before_loading(model: "PreTrainedModel", files: list[Path]) -> None:
+    """Check the files of a packed checkpoint against its record.
+
+    Raises:
+        ValueError: A file is damaged or has changed since the model was saved.
+    """
+    from optimum_cap.checkpoint import RECORD_NAME, check_loaded, read_record, validate_shards
+
+    record_file = find_record(model.name_or_path)
+    if record_file is None:
+        # A packed checkpoint is complete in itself.
+        logger.warning(
+            f"{model.name_or_path} has no {RECORD_NAME}, so the weights cannot be checked and the "
+            "model has no pruning record: download or copy the checkpoint again, unless it was "
+            "removed on purpose"
+        )
+        validate_shards([file for file in files if file.suffix == ".safetensors"])
+        return
+    saved = read_record(record_file, model.name_or_path)[1]
+    check_loaded(files, saved["digests"], saved["checkpoint_format"])
+
+
+def find_record(name: str, **changes: Any) -> Path | None:
+    """Return the pruning record next to the weights of a checkpoint, if it has one.
+
+    Args:
+        name: Folder or repository of the checkpoint.
+        **changes: Keywords of `cached_file`, instead of those of the running `from_pretrained`.
+    """
+    from optimum_cap.checkpoint import RECORD_NAME
+
+    hub = {**hub_arguments.get({}), **changes}
+    hub.pop("trust_remote_code", None)
+    file = cached_file(name, RECORD_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if file is None else Path(file)
+
+
 def attach_saved_record(model: "PreTrainedModel") -> None:
     """Attach the pruning record that is next to the weights, so that saving the model keeps it."""
-    from optimum_cap.checkpoint import RECORD_NAME, attach, read_record
+    from optimum_cap.checkpoint import attach, read_record, warn_of_changed_settings
 
-    hub = dict(hub_arguments.get({}))
-    hub.pop("trust_remote_code", None)
-    file = cached_file(
-        model.name_or_path, RECORD_NAME, _raise_exceptions_for_missing_entries=False, **hub
-    )
-    if file is not None:
-        record, _ = read_record(Path(file), model.name_or_path)
-        attach(model, record, checkpoint=model.name_or_path)
+    record_file = find_record(model.name_or_path)
+    if record_file is None:
+        return
+    record, saved = read_record(record_file, model.name_or_path)
+    warn_of_changed_settings(record_file.parent, saved["digests"])
+    attach(model, record, checkpoint=model.name_or_path)
 
 
 def _load_tokenizer(name: str, of_model: bool) -> Any:

@@ -30,6 +30,7 @@ from optimum_cap.pruning.regions import (
 from optimum_cap.pruning.sensitivity import Sensitivity, measure_sensitivities
 from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import ESTIMATORS, CausalScores, UnitLosses, causal_scores, read_scores
+from optimum_cap.text import public_name
 
 logger = logging.get_logger(__name__)
 
@@ -215,7 +216,7 @@ class PruningRun:
         zeros = {matrix: int((self.view.weights(matrix) == 0).sum()) for matrix in self.matrices}
         return PruningRecord(
             config=self.config.to_dict(),
-            base_model=self.view.model.name_or_path or None,
+            base_model=public_name(self.view.model.name_or_path),
             base_revision=None,
             matrices=[
                 MatrixSparsity(

@@ -32,6 +32,7 @@ from optimum_cap.runtime import (
 )
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.scores import UnitLosses
+from optimum_cap.text import public_name
 
 _LAYOUT = 1
 _METADATA = "optimum_cap_scores"
@@ -141,7 +142,7 @@ def save_scores(
     tensors = tensors_of(losses)
     metadata = {
         "layout": _LAYOUT,
-        "base_model": model.name_or_path or None,
+        "base_model": public_name(model.name_or_path),
         "model": model_digest(model),
         "examples": examples_digest(examples),
         "rows": [example.digest for example in examples],

@@ -1,5 +1,6 @@
 """Checkpoints of tiny models: written, loaded, with their weights on disk, compared."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from optimum_cap import CAPConfig
+from optimum_cap.checkpoint.digests import RECORD_NAME, digests_of, record_digest
 from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord
 from optimum_cap.checkpoint.saving import attach
 
@@ -38,6 +40,25 @@ def pruned(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
     calibration = {"sources": [{"name": "gsm8k", "hub_id": "openai/gsm8k"}], "digests": []}
     attach(model, PruningRecord(config, None, None, matrices, [], calibration, {"torch": "0"}))
     return model
+
+
+def sign(folder: Path) -> None:
+    """Write the digests of the files as they are to the record, as another writer would.
+
+    What is damaged in them is then found by the checks of their content.
+    """
+    values = json.loads((folder / RECORD_NAME).read_text())
+    values["files"]["digests"] = digests_of(folder, values["files"]["checkpoint_format"])
+    values["files"]["record_sha256"] = record_digest(values)
+    (folder / RECORD_NAME).write_text(json.dumps(values))
+
+
+def change_record(folder: Path, **changes: Any) -> None:
+    """Change fields of the record and its digest."""
+    values = json.loads((folder / RECORD_NAME).read_text())
+    values.update(changes)
+    values["files"]["record_sha256"] = record_digest(values)
+    (folder / RECORD_NAME).write_text(json.dumps(values))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

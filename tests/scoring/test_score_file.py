@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -367,7 +368,9 @@ def test_score_then_prune(
     unused = Estimator(lambda *args: pytest.fail("measured again"))
     monkeypatch.setitem(ESTIMATORS, "first_order", unused)
     pruning = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
-    run(PruneCommand, *pruning, "--scores", file)
+    with pytest.raises(FileNotFoundError, match=r"sums\.jsonl, whose folder is not stored"):
+        run(PruneCommand, *pruning, "--scores", file)
+    run(PruneCommand, *pruning, "--scores", file, "--dataset", flags[-1])
     record = inspect_checkpoint(str(tmp_path / "dir")).record
     assert record.config["seed"] == 3
     assert record.config["estimator"] == "first_order"
@@ -391,7 +394,8 @@ def test_score_then_prune_all_units(
     assert len(listed) == 21
     assert {"0.0", "2.3", "0.mlp.0", "2.mlp.2"} < listed
 
-    # What is scored is that of the file.
+    # What is scored is that of the file, and the data file is beside it.
+    shutil.copy(flags[-1], tmp_path)
     run(PruneCommand, "-m", flags[1], "--sparsity", 0.4, "-o", tmp_path / "dir", "--scores", file)
     out = capsys.readouterr().out
     assert "units         12 attention heads, 9 MLP units scored in 3 layers" in out
@@ -426,6 +430,7 @@ def test_the_commands_refuse(flags: list[str], tmp_path: Path) -> None:
     prune = ["-m", flags[1], "--recipe", "paper", "--sparsity", 0.4, "-o", tmp_path / "dir"]
     with pytest.raises(FileNotFoundError, match=r"no\.safetensors does not exist"):
         run(PruneCommand, *prune, "--scores", tmp_path / "no.safetensors")
+    prune += ["--dataset", flags[-1]]
     with pytest.raises(ValueError, match=r"seed 0\) than this config takes .* seed 1\)"):
         run(PruneCommand, *prune, "--scores", file, "--seed", 1)
     with pytest.raises(ValueError, match="scores need criterion 'causal_score'"):

@@ -1,0 +1,254 @@
+"""Digests of the files of a checkpoint, which find files that changed after the model was saved.
+
+They are in the pruning record, under `files`. Every file has its size and SHA-256. A weight file
+also has a checksum that takes little time, for every load: XXH3-128 of the whole file if it is
+packed; if it is dense, which transformers only maps into memory, XXH3-128 of its header and of the
+first and the last bytes of each tensor.
+
+They protect against damage and mistakes. They do not protect against forgery, because whoever can
+write the weights can also write the record.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from transformers.utils import logging
+
+from optimum_cap.checkpoint.reading import StoredTensor, read_header, validate_tensors
+from optimum_cap.formats import FORMATS
+
+logger = logging.get_logger(__name__)
+
+RECORD_NAME = "pruning_record.json"
+CONFIG_NAME = "config.json"
+_WEIGHTS = "*.safetensors"
+_INDEX = "*.safetensors.index*.json"  # with or without a variant
+_SETTINGS = (CONFIG_NAME, "generation_config.json")
+_SAMPLE = 4096  # bytes at each end of a tensor: one page
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files in `folder`, sorted by name."""
+    return sorted(folder.glob(_WEIGHTS))
+
+
+def index_files(folder: Path) -> list[Path]:
+    """Return the indices of sharded weights in `folder`, sorted by name."""
+    return sorted(folder.glob(_INDEX))
+
+
+def digests_of(folder: Path, checkpoint_format: str) -> dict[str, dict[str, Any]]:
+    """Return size and digests of the weight files, their index and the settings in `folder`."""
+    whole = FORMATS[checkpoint_format].needs_plugin
+    weights = weight_files(folder)
+    sums = dict(
+        zip(weights, _in_parallel(lambda file: checksum(file, whole), weights), strict=True)
+    )
+    settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    files = [*weights, *index_files(folder), *settings]
+    digests = {}
+    for file, sha256 in zip(files, _in_parallel(_sha256, files), strict=True):
+        digests[file.name] = {"size": file.stat().st_size, "sha256": sha256}
+        if file in sums:
+            digests[file.name]["checksum"] = sums[file]
+    return digests
+
+
+def record_digest(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a pruning record, whatever the order and the layout of its JSON."""
+    files = {key: value for key, value in values["files"].items() if key != "record_sha256"}
+    text = json.dumps({**values, "files": files}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_loaded(files: Iterable[Path], digests: Mapping[str, Any], checkpoint_format: str) -> None:
+    """Check the files of a checkpoint that are loaded, in little time.
+
+    Args:
+        files: The weight files to load.
+        digests: Return value of `digests_of`.
+        checkpoint_format: Format of the weights.
+
+    Raises:
+        ValueError: A file is damaged, has changed since the model was saved, or is not part of the
+            checkpoint.
+    """
+    files = [Path(file) for file in files]
+    for folder in {file.parent for file in files}:
+        for index in index_files(folder):
+            if index.name in digests and _sha256(index) != digests[index.name]["sha256"]:
+                raise ValueError(_changed(index))
+    expected = {name for name, digest in digests.items() if "checksum" in digest}
+    if files and (missing := sorted(expected - {file.name for file in files})):
+        raise ValueError(
+            f"{files[0].parent} is incomplete: {', '.join(missing)} is not loaded, but is part of "
+            f"the checkpoint; {_ADVICE}"
+        )
+    whole = FORMATS[checkpoint_format].needs_plugin
+
+    def changed(file: Path) -> bool:
+        return digests[file.name]["checksum"] != checksum(file, whole)
+
+    for file in files:
+        _check_listed(file, expected)
+        header = read_header(file)
+        if whole:
+            validate_tensors(file, header)
+    for file, is_changed in zip(files, _in_parallel(changed, files), strict=True):
+        if is_changed:
+            raise ValueError(_changed(file))
+
+
+def check_loaded_folder(
+    folder: Path,
+    digests: Mapping[str, Any],
+    checkpoint_format: str,
+    variant: str | None = None,
+    safetensors: bool = True,
+) -> None:
+    """Check the weight files that transformers loads from `folder`, in little time.
+
+    Args:
+        folder: The checkpoint.
+        digests: Return value of `digests_of`.
+        checkpoint_format: Format of the weights.
+        variant: As for `from_pretrained`.
+        safetensors: Whether safetensors files may be loaded.
+
+    Raises:
+        ValueError: As `check_loaded`.
+    """
+    infix = f".{variant}" if variant else ""
+    names = [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"] * safetensors
+    names += [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
+    chosen = next((folder / name for name in names if (folder / name).is_file()), None)
+    if chosen is None:
+        return  # transformers says that it finds no weights
+    _check_listed(chosen, digests)
+    weights = [folder / name for name, digest in digests.items() if "checksum" in digest]
+    check_loaded([file for file in weights if file.is_file()], digests, checkpoint_format)
+
+
+def check_settings(folder: Path, digests: Mapping[str, Any]) -> None:
+    """Check that the settings files are as they were saved.
+
+    Raises:
+        ValueError: A file is missing or has changed.
+    """
+    for file in _changed_settings(folder, digests):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {_ADVICE}")
+        raise ValueError(_changed(file))
+
+
+def warn_of_changed_settings(folder: Path, digests: Mapping[str, Any]) -> None:
+    """Warn about settings files that were edited, because users may do so on purpose."""
+    for file in _changed_settings(folder, digests):
+        if file.is_file():
+            logger.warning(
+                f"{file} has changed since the model was saved: download or copy it again, unless "
+                "it was edited on purpose"
+            )
+
+
+def _changed_settings(folder: Path, digests: Mapping[str, Any]) -> list[Path]:
+    files = [folder / name for name in _SETTINGS if name in digests]
+    return [
+        file
+        for file in files
+        if not file.is_file() or _sha256(file) != digests[file.name]["sha256"]
+    ]
+
+
+def changes_of(folder: Path, digests: Mapping[str, Any], settings: bool = True) -> list[str]:
+    """Compare all files of a checkpoint with their SHA-256.
+
+    Args:
+        folder: The checkpoint.
+        digests: Return value of `digests_of` when it was saved.
+        settings: Whether to compare the settings too, not only weights and their index.
+
+    Returns:
+        One sentence per file that is missing, has changed, or is not part of the checkpoint.
+    """
+    names = [name for name in sorted(digests) if settings or name not in _SETTINGS]
+    missing = [name for name in names if not (folder / name).is_file()]
+    present = [folder / name for name in names if name not in missing]
+    changes = [f"{folder / name} is missing; {_ADVICE}" for name in missing]
+    for file, sha256 in zip(present, _in_parallel(_sha256, present), strict=True):
+        if sha256 != digests[file.name]["sha256"]:
+            changes.append(_changed(file))
+    unknown = [
+        file
+        for file in (*weight_files(folder), *index_files(folder))
+        if file.name not in digests and file.name.startswith("model")
+    ]
+    return changes + [_unlisted(file) for file in unknown]
+
+
+def checksum(file: Path, whole: bool) -> str:
+    """Return the XXH3-128 of a weight file: of all its bytes, or of a sample of each tensor."""
+    with (
+        file.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
+        if whole:
+            return xxhash.xxh3_128_hexdigest(view)
+        digest = xxhash.xxh3_128()
+        for start, stop in _sampled(read_header(file)):
+            digest.update(view[start:stop])
+        return digest.hexdigest()
+
+
+def _sampled(header: Mapping[str, StoredTensor]) -> list[tuple[int, int]]:
+    """Return the parts of a file that a dense checksum covers: its header, and ends of tensors."""
+    tensors = sorted(header.values(), key=lambda tensor: tensor.start)
+    parts = [(0, tensors[0].start if tensors else 0)]
+    for tensor in tensors:
+        middle = min(tensor.start + _SAMPLE, tensor.stop)
+        parts += [(tensor.start, middle), (max(middle, tensor.stop - _SAMPLE), tensor.stop)]
+    return parts
+
+
+def _sha256(file: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
+def _in_parallel(function: Callable[[Path], Any], files: list[Path]) -> list[Any]:
+    """Apply a function to files; hashing releases the GIL."""
+    if len(files) < 2:
+        return [function(file) for file in files]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, files))
+
+
+_ADVICE = (
+    "download or copy the checkpoint again, or, if another program rewrote it on purpose, delete "
+    f"{RECORD_NAME} to load the weights without their record"
+)
+
+
+def _changed(file: Path) -> str:
+    return f"{file} has changed since the model was saved (its digest is another one); {_ADVICE}"
+
+
+def _unlisted(file: Path) -> str:
+    return f"{file} is not part of the checkpoint that {RECORD_NAME} describes; {_ADVICE}"
+
+
+def _check_listed(file: Path, names: Iterable[str]) -> None:
+    if file.name not in names:
+        raise ValueError(_unlisted(file))
