@@ -148,6 +148,6 @@ class EstimateCommand(CAPSubcommand):
             token=args.token,
         )
         config = CAPConfig(
-            sparsity=args.sparsity, dataset=args.dataset, num_samples=args.num_samples, subsets=1
+            sparsity=args.sparsity, dataset=args.dataset, num_samples=args.num_samples
         )
         return {**lengths_of(config, tokenizer), **prefix}

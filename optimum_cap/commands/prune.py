@@ -246,7 +246,7 @@ class PruneCommand(CAPSubcommand):
             raise ValueError("--private needs --push-to-hub: add it, or leave --private out")
 
         from optimum_cap.checkpoint import check_target
-        from optimum_cap.config import CAPConfig, parse_size
+        from optimum_cap.config import CAPConfig, effective, parse_size
         from optimum_cap.data import build_calibration_set
         from optimum_cap.runtime import ProcessGroup, default_folder
 
@@ -254,20 +254,22 @@ class PruneCommand(CAPSubcommand):
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
         flags = config_values(vars(args))
-        values = {"resume_dir": default_folder(), **flags}
+        defaults = {"resume_dir": default_folder()}
         if args.scores:
             from optimum_cap.scoring import read_scores
 
             # Flags that are not set take their values from the file; the others must match it.
-            values = {**read_scores(args.scores).settings, **values, "scores": args.scores}
+            defaults |= read_scores(args.scores).settings
+            flags["scores"] = args.scores
             if flags.keys().isdisjoint({"recipe", "criterion"}):
-                values["recipe"] = "paper"
-            if str(values["dataset"]).startswith("in-memory"):
-                raise ValueError(
-                    f"the scores in {args.scores} were measured on in-memory data "
-                    f"({values['dataset']}), which no flag can name: prune in Python, with "
-                    "CAPConfig(scores=..., dataset=...)"
-                )
+                flags["recipe"] = "paper"
+        values = effective(defaults, flags)
+        if args.scores and str(values.get("dataset")).startswith("in-memory"):
+            raise ValueError(
+                f"the scores in {args.scores} were measured on in-memory data "
+                f"({values['dataset']}), which no flag can name: prune in Python, with "
+                "CAPConfig(scores=..., dataset=...)"
+            )
         config = CAPConfig(**values)
         if args.max_shard_size:
             parse_size(args.max_shard_size, "--max-shard-size")
@@ -275,8 +277,9 @@ class PruneCommand(CAPSubcommand):
         check_target(args.output.absolute())
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
-        config.tokenizer = tokenizer = load_tokenizer(args)
+        tokenizer = load_tokenizer(args)
         if config.method.needs_data:
+            config.tokenizer = tokenizer
             # Built again when the model is pruned; building it here reports bad data before the
             # model is loaded.
             build_calibration_set(config, tokenizer)

@@ -63,16 +63,16 @@ class ScoreCommand(CAPSubcommand):
         if args.output.exists() and not args.overwrite:
             raise ValueError(f"the output {args.output} exists: pass --overwrite to replace it")
 
-        from optimum_cap.config import CAPConfig
+        from optimum_cap.config import CAPConfig, effective
         from optimum_cap.data import build_calibration_set
         from optimum_cap.runtime import ProcessGroup, default_folder
 
         process_group = ProcessGroup.current()
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
-        values = {"resume_dir": default_folder(), **config_values(vars(args))}
         # Scores do not depend on the sparsity, which CAPConfig requires; recipe "paper" uses them.
-        config = CAPConfig(sparsity=0.5, recipe="paper", **values)
+        fields = {"sparsity": 0.5, "recipe": "paper", **config_values(vars(args))}
+        config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
         tokenizer = load_tokenizer(args)
         build_calibration_set(config, tokenizer)  # reports bad data before the model is loaded
         process_group.all_gather(None)  # no process may write before all have checked the output

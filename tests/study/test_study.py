@@ -159,6 +159,7 @@ def test_recipes_without_data_are_measured_once_for_all_seeds(
 ) -> None:
     measured = counted(monkeypatch)
     values |= {"recipes": ["magnitude", "random"], "sparsities": [0.5], "seeds": [0, 1]}
+    del values["settings"]  # those of the calibration data
     rows = run_study(load(values, tmp_path), tmp_path / "out")
     assert [name.split()[1] for name in measured] == ["dense", "magnitude", "random", "random"]
     seeds = [row["seed"] for row in rows if (row["recipe"], row["metric"]) == ("magnitude", "loss")]
@@ -202,7 +203,8 @@ def test_scores_are_measured_once_per_calibration_set(
     runs = []
     counting = Estimator(lambda *args: (runs.append(1), exact_losses(*args))[1])
     monkeypatch.setitem(ESTIMATORS, "exact", counting)
-    values["recipes"] = {"paper": None, "K=1": {"subsets": 1}, "max": {"kv_combination": "max"}}
+    values["recipes"] = {"paper": None, "K=1": {"recipe": "paper", "subsets": 1}}
+    values["recipes"]["max"] = {"recipe": "paper", "kv_combination": "max"}
     values["seeds"] = [0, 1]
     run_study(load(values, tmp_path), tmp_path / "out")
     assert len(runs) == 2
