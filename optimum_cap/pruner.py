@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -39,6 +40,11 @@ class CAPPruner:
     """
 
     def __init__(self, config: CAPConfig) -> None:
+        if not isinstance(config, CAPConfig):
+            raise TypeError(
+                f"CAPPruner takes a CAPConfig, got {type(config).__name__}: write "
+                "CAPPruner(CAPConfig(sparsity=0.2)), or CAPConfig.from_dict for a dictionary"
+            )
         self.config = config
 
     def prune(
@@ -76,9 +82,11 @@ class CAPPruner:
 
         Raises:
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
+            TypeError: `model` is a name or no model.
             OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
         """
+        _check_model(model)
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
@@ -134,6 +142,7 @@ class CAPPruner:
             ValueError: As `prune`.
             OSError: The file cannot be written.
         """
+        _check_model(model)
         view = ModelView.of(model, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
         examples = _calibration(model, self.config, tokenizer).examples
@@ -142,6 +151,16 @@ class CAPPruner:
         if save_to is not None:
             save_scores(save_to, losses, model, examples, self.config)
         return losses
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"CAPPruner takes a loaded model, got the name {os.fspath(model)!r}: load it with "
+            "AutoModelForCausalLM.from_pretrained, or pass pruning_config=CAPConfig(...) to that"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"CAPPruner takes a loaded model, got {type(model).__name__}")
 
 
 def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:
