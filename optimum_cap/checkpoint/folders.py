@@ -1,6 +1,7 @@
 """Folders that are replaced atomically: as a whole or not at all."""
 
 import errno
+import hashlib
 import os
 import platform
 import re
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 
 from optimum_cap.checkpoint.transcoding import CONFIG_NAME, RECORD_NAME
 from optimum_cap.runtime import sync
+
+_LONGEST = 64  # bytes of a name that temporary folders are named after
 
 
 @contextmanager
@@ -33,7 +36,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     # The target of a link is replaced, not the link: it may be on another disk on purpose.
     target = target.resolve()
-    old = target.with_name(f".{target.name}.replaced")
+    name = _short(target.name)
+    old = target.with_name(f".{name}.replaced")
     if not target.exists() and old.is_dir():
         old.rename(target)  # an earlier save was killed between its two renames
     check_target(target)
@@ -42,7 +46,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         not os.path.ismount(target) and os.access(target.parent, os.W_OK)
     )
     parent = target.parent if renamable else target
-    prefix = f".{target.name}.saving-{platform.node()}-"
+    prefix = f".{name}.saving-{_short(platform.node())}-"
     new = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +71,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def _short(name: str) -> str:
+    """Return a name to which a file system that allows `name` allows to add a prefix and a suffix.
+
+    A long name is cut, and gets a digest of the whole, so that two names stay different.
+    """
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    return f"{encoded[: _LONGEST - 17].decode(errors='ignore')}-{digest}"
 
 
 def _swap_folders(new: Path, target: Path, old: Path) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from optimum_cap.commands.base import (
     add_loading_flags,
     check_loading_flags,
     check_output_folder,
+    check_prunable,
+    check_resume_folder,
     loading_options,
 )
 from optimum_cap.commands.summary import print_summary
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
 
     from optimum_cap.config import CAPConfig
     from optimum_cap.runtime import ProcessGroup
+
+
+def _or_text(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a conversion that leaves what it cannot convert to the checks of `CAPConfig`."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return convert
 
 
 def _size(text: str) -> int | str:
@@ -35,7 +49,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--sparsity",
         "sparsity",
         float,
-        "fraction of the prunable weights to set to zero, between 0 and 1",
+        "fraction of the prunable weights to set to zero, between 0 and 1; pattern N:M implies it",
     ),
     (
         "--recipe",
@@ -199,6 +213,8 @@ class Prepared:
 class PruneCommand(CAPSubcommand):
     """Checks all it can before it loads the model, so that a long job does not fail at its end."""
 
+    KEEPS_RESULTS = True
+
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
@@ -220,8 +236,8 @@ class PruneCommand(CAPSubcommand):
             nargs="+",
             default=SUPPRESS,
             metavar="NAME",
-            help="modules to leave dense, by name or consecutive parts of it, e.g. layers.0 o_proj "
-            "(default: none)",
+            help="modules to leave dense: parts of names, e.g. layers.0 o_proj, or patterns, e.g. "
+            "re:.*down_proj (default: none)",
         )
         add(
             "--max-shard-size",
@@ -271,12 +287,14 @@ class PruneCommand(CAPSubcommand):
                 "CAPConfig(scores=..., dataset=...)"
             )
         config = CAPConfig(**values)
+        check_resume_folder(flags.get("resume_dir"))
         if args.max_shard_size:
             parse_size(args.max_shard_size, "--max-shard-size")
         # Also checked when saving: the weights of another model are never replaced.
         check_target(args.output.absolute())
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
+        check_prunable(args.model, args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
             config.tokenizer = tokenizer
@@ -330,8 +348,7 @@ def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
             options: dict[str, Any] = {"action": "store_true"}
             if kind is not None:
                 options = {
-                    "type": kind,
-                    "required": field == "sparsity",
+                    "type": _or_text(kind),
                     "metavar": flag.split("-")[-1].upper(),
                 }
             parser.add_argument(flag, dest=field, default=SUPPRESS, help=text, **options)

@@ -11,6 +11,8 @@ from optimum_cap.commands.base import (
     add_loading_flags,
     check_loading_flags,
     check_output_file,
+    check_prunable,
+    check_resume_folder,
     loading_options,
 )
 from optimum_cap.commands.prune import Prepared, add_config_flags, config_values, load_tokenizer
@@ -44,6 +46,8 @@ _ROWS = 20_000  # printed at most: enough for the heads of any model, not for si
 class ScoreCommand(CAPSubcommand):
     """Writes a file that `cap prune --scores` reads at any sparsity, subsets and aggregation."""
 
+    KEEPS_RESULTS = True
+
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
@@ -73,6 +77,8 @@ class ScoreCommand(CAPSubcommand):
         # Scores do not depend on the sparsity, which CAPConfig requires; recipe "paper" uses them.
         fields = {"sparsity": 0.5, "recipe": "paper", **config_values(vars(args))}
         config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
+        check_resume_folder(fields.get("resume_dir"))
+        check_prunable(args.model, args)
         tokenizer = load_tokenizer(args)
         build_calibration_set(config, tokenizer)  # reports bad data before the model is loaded
         process_group.all_gather(None)  # no process may write before all have checked the output

@@ -15,6 +15,8 @@ from optimum_cap.runtime.digests import digest_of
 
 logger = logging.get_logger(__name__)
 
+_LONGEST = 48  # characters of a name that a temporary file is named after
+
 
 def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
     """Write a file to disk completely, or leave it as it was.
@@ -27,7 +29,8 @@ def write_atomically(file: Path, data: bytes, replace: bool = True) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp")
+    # The name of the file may be as long as the file system allows.
+    unfinished = file.with_name(f"{file.stem[:_LONGEST]}.{secrets.token_hex(4)}.tmp")
     try:
         with unfinished.open("wb") as stream:
             stream.write(data)
