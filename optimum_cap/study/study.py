@@ -45,6 +45,7 @@ from optimum_cap.models import ModelView
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import ProcessGroup, write_atomically
 from optimum_cap.scoring import DECISIVE, UnitLosses, tensors_of
+from optimum_cap.text import did_you_mean
 
 logger = logging.get_logger(__name__)
 
@@ -126,7 +127,8 @@ class Study:
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(map(str, values)) - set(known)):
             raise ValueError(
-                f"unknown key(s) {', '.join(unknown)} in {path}; known: {', '.join(known)}"
+                f"unknown key(s) {', '.join(unknown)} in {path}"
+                f"{did_you_mean(unknown[0], known)}; known: {', '.join(known)}"
             )
         required = ("models", "recipes", "sparsities", "calibration", "tasks")
         if missing := [name for name in required if not values.get(name)]:

@@ -447,3 +447,36 @@ def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Pat
         [*command, "-o", str(output), "--jobs", "2"], capture_output=True, text=True, check=True
     )
     assert (output / "results.md").read_text().startswith("# Results")
+
+
+def test_settings_apply_to_the_recipes_that_use_them(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["settings"] = {"num_samples": 4, "subsets": 2}
+    values["recipes"] = ["paper", "wanda", "magnitude"]
+    configs = {cell.recipe: cell.config() for cell in load(values, tmp_path).cells()}
+    assert (configs["paper"].num_samples, configs["paper"].subsets) == (4, 2)
+    assert (configs["wanda"].num_samples, configs["wanda"].subsets) == (4, 3)
+    assert configs["magnitude"].num_samples == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"owl_bound": 0.2}}, "setting 'owl_bound' .* has no effect with any recipe"),
+        (
+            {"recipes": {"w": {"recipe": "wanda", "subsets": 2}}},
+            "recipe 'w' of the study: subsets 2 has no effect with recipe 'wanda'",
+        ),
+        (
+            {"recipes": {"w": {"recipe": "wanda", "patern": "2:4"}}},
+            r"recipe 'w' of the study: CAPConfig has no field 'patern' \(did you mean 'pat",
+        ),
+        ({"sparsites": [0.5]}, r"unknown key\(s\) sparsites .* \(did you mean 'sparsities'\?\)"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(
+    changes: dict[str, Any], message: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(values | changes, tmp_path)
