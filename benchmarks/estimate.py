@@ -50,7 +50,7 @@ def steps(
         return lambda: lambda: ESTIMATORS[name].function(ModelView(model, sites), examples)
 
     def pruning(name: str) -> Callable[[], Callable[[], object]]:
-        config = CAPConfig(sparsity=0.5, recipe=name, dataset=texts, num_samples=count, subsets=1)
+        config = CAPConfig(sparsity=0.5, recipe=name, dataset=texts, num_samples=count)
 
         def ready() -> Callable[[], object]:
             fresh = copy.deepcopy(model)

@@ -129,6 +129,8 @@ def main() -> None:
 
     config = CAPConfig(
         sparsity=0.5,
+        recipe="paper",
+        estimator="adaptive",
         dataset=arguments.data or "random",
         num_samples=arguments.examples,
         exact_examples=arguments.exact_examples,

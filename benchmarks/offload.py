@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.config import effective
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 2048, 5632, 16384, 2
 LAYER_SHAPES = {
@@ -124,9 +125,8 @@ def measure(side: str, recipe: str, folder: Path) -> dict[str, float | str]:
     )
     model = AutoModelForCausalLM.from_pretrained(folder / "model", **placement)
     rows = [(str(n) * 12, str(n) * 4) for n in range(10)]
-    config = CAPConfig(
-        sparsity=0.2, recipe=recipe, dataset=rows, num_samples=2, subsets=1, memory_budget="200MB"
-    )
+    data = {"dataset": rows, "num_samples": 2, "subsets": 1, "memory_budget": "200MB"}
+    config = CAPConfig(**effective(data, {"sparsity": 0.2, "recipe": recipe}))
     pruned = CAPPruner(config).prune(model, tokenizer())
     pruned.save_pretrained(folder / "pruned", max_shard_size="300MB")
     result: dict[str, float | str] = {

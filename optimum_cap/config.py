@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +16,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_cap.formats import FORMATS, check_format_version
 from optimum_cap.methods import ALLOCATIONS, CRITERIA, WHOLE_HEADS, parse_pattern
+from optimum_cap.text import did_you_mean, enumeration
 
 CONFIG_VERSION = 1
 """Version of the fields of `CAPConfig`. A config of a newer version raises an error."""
+
+PATTERN_PREFIX = "re:"
+"""What entries of `modules_to_leave_dense` begin with that are regular expressions."""
 
 TARGETS = ("local", "dense")
 ORDERS = ("layer", "projection")
@@ -66,7 +72,15 @@ AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
 SCORED_UNITS = ("heads", "all")
-ESTIMATOR_NAMES = ("exact", "plain", "first_order", "control_variate", "adaptive")
+ESTIMATOR_FIELDS: dict[str, tuple[str, ...]] = {
+    "exact": ("resume_dir", "torch_compile"),
+    "plain": (),
+    "first_order": ("resume_dir",),
+    "control_variate": ("exact_examples", "resume_dir", "torch_compile"),
+    "adaptive": ("exact_examples", "precision", "resume_dir", "torch_compile"),
+}
+"""The estimators of causal scores, each with the fields of `CAPConfig` that not all of them use."""
+ESTIMATOR_NAMES = tuple(ESTIMATOR_FIELDS)
 _CHOICES = {
     "criterion": tuple(CRITERIA),
     "allocation": tuple(ALLOCATIONS),
@@ -74,8 +88,18 @@ _CHOICES = {
     "order": ORDERS,
 }
 _OVERRIDES = ("allocation", "target", "order", "answer_weight")
-_SAMPLING = ("control_variate", "adaptive")  # measure some of the examples exactly
-COMPILING = ("exact", *_SAMPLING)  # the estimators that take `torch_compile`
+COMPILING = tuple(name for name, used in ESTIMATOR_FIELDS.items() if "torch_compile" in used)
+"""The estimators that take `torch_compile`."""
+
+# Fields of `CAPConfig` that every criterion or allocation with this property uses.
+_DATA_FIELDS = ("dataset", "num_samples", "max_length", "scored_tokens", "seed", "tokenizer")
+_SCORE_FIELDS = ("subsets", "aggregation", "scored_units", "estimator", "scores")
+_INPUT_FIELDS = ("order", "answer_weight")
+_UPDATE_FIELDS = ("target",)
+_RUNTIME_FIELDS = ("memory_budget", "torch_compile", "resume_dir")  # how, not what, is measured
+# Fields that decide whether others have an effect, in the order in which errors suggest them.
+_DECIDING = ("criterion", "recipe", "estimator", "scored_units")
+_SUGGESTED = 4  # choices that an error suggests, at most
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet|txt)$")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
@@ -86,12 +110,41 @@ _SIZE_UNITS = {
 }
 
 
+_UNSET: Any = None
+
+
+def _suggests_fields(cls: Any) -> Any:
+    """Make the constructor of a dataclass suggest the nearest field for an unknown one."""
+    init = cls.__init__
+    names = [each.name for each in dataclasses.fields(cls)]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if unknown := [name for name in kwargs if name not in names]:
+            raise TypeError(f"{cls.__name__} has no {_unknown_fields(unknown, names)}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+def _unknown_fields(unknown: Iterable[str], names: Iterable[str]) -> str:
+    suggestions = [f"{name!r}{did_you_mean(name, names)}" for name in unknown]
+    if any("did you mean" in text for text in suggestions):
+        return f"field {', '.join(suggestions)}"
+    return f"field {', '.join(suggestions)}; its fields are {', '.join(sorted(names))}"
+
+
+@_suggests_fields
 @dataclass
 class CAPConfig(QuantizationConfigMixin):
     """Configuration of Causal Attribution Pruning.
 
+    A field that has no effect together with the others is an error, unless it has its default.
+
     Args:
-        sparsity: Fraction of the prunable weights to set to zero, strictly between 0 and 1.
+        sparsity: Fraction of the prunable weights to set to zero, strictly between 0 and 1. With a
+            pattern `"N:M"`, it may be left out.
         recipe: A preset of criterion, allocation, target, order and answer_weight. `"causal"`, the
             default, preserves the most (`docs/quality.md`). `"causal_fast"` is its quick variant,
             which estimates sensitivities with one backward pass instead of measuring them.
@@ -165,9 +218,10 @@ class CAPConfig(QuantizationConfigMixin):
         resume_dir: Folder for finished measurements and, until the model is saved, pruned layers,
             so that an interrupted run resumes (`docs/scoring.md`); `None` stores nothing. Not
             saved.
-        modules_to_leave_dense: Names of modules, or consecutive parts of them (such as
-            `"layers.0"` or `"o_proj"`), to leave dense, in addition to embeddings, norms, routers
-            and the LM head, which are never pruned.
+        modules_to_leave_dense: Modules to leave dense, in addition to embeddings, norms, routers
+            and the LM head, which are never pruned: names or consecutive parts of them (such as
+            `"layers.0"` or `"o_proj"`), or `"re:"` and a regular expression that matches the
+            beginning of a module's name (such as `"re:.*down_proj"`).
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
             `"dense"` (zeros stored; loads without this plugin).
         tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
@@ -175,12 +229,13 @@ class CAPConfig(QuantizationConfigMixin):
         config_version: Version of these fields.
 
     Raises:
-        ValueError: A value is outside the range described above; the message names it.
+        ValueError: A value is outside the range described above, or has no effect; the message
+            names it.
         TypeError: A field is unknown.
     """
 
-    quant_method: str = field(default="cap", init=False)
-    sparsity: float
+    quant_method: str = field(default="cap", kw_only=True)
+    sparsity: float = _UNSET
     recipe: str = "causal"
     criterion: str | None = None
     allocation: str | None = None
@@ -220,6 +275,9 @@ class CAPConfig(QuantizationConfigMixin):
                 f"the pruning config has config_version {self.config_version}, but this "
                 f"optimum-cap reads up to {CONFIG_VERSION}: upgrade optimum-cap"
             )
+        if self.quant_method != "cap":
+            raise ValueError(f"quant_method must be 'cap', got {self.quant_method!r}")
+        parse_pattern(self.pattern)
         self._check_sparsity()
         _check_choice("recipe", self.recipe, tuple(RECIPES))
         self._check_method()
@@ -234,11 +292,6 @@ class CAPConfig(QuantizationConfigMixin):
         self._check_estimator()
         if self.max_length is not None:
             _check_integer("max_length", self.max_length, at_least=2)
-        if self.subsets > self.num_samples:
-            raise ValueError(
-                f"subsets is {self.subsets}, but num_samples is only {self.num_samples}: "
-                "every subset needs at least one example"
-            )
         self.dataset = _with_plain_paths(self.dataset)
         if self.dataset is None or (isinstance(self.dataset, str) and not self.dataset.strip()):
             raise ValueError(
@@ -246,71 +299,112 @@ class CAPConfig(QuantizationConfigMixin):
             )
         if self.memory_budget != "auto":
             parse_size(self.memory_budget, "memory_budget")
-            if not self.method.needs_data:
-                raise ValueError(
-                    f"memory_budget {self.memory_budget!r} limits activations, but criterion "
-                    f"{self.method.criterion!r} with allocation {self.method.allocation!r} never "
-                    "runs the model: leave memory_budget out"
-                )
-        names = self.modules_to_leave_dense
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(
-                f"modules_to_leave_dense must be a list of module names, got {names!r}"
-            )
-        self.modules_to_leave_dense = list(names)
+        _check_module_names(self.modules_to_leave_dense)
+        self.modules_to_leave_dense = list(self.modules_to_leave_dense)
+        self._check_effects()
 
     def _check_sparsity(self) -> None:
+        pattern = parse_pattern(self.pattern)
+        if self.sparsity is None and pattern is not None:
+            kept, of = pattern
+            self.sparsity = 1 - kept / of
         valid = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
         if not valid or not math.isfinite(self.sparsity) or not 0 < self.sparsity < 1:
+            got = "nothing" if self.sparsity is None else repr(self.sparsity)
             raise ValueError(
-                f"sparsity must be a number strictly between 0 and 1 (0.2 prunes 20 % of the "
-                f"weights), got {self.sparsity!r}"
+                "sparsity must be a number strictly between 0 and 1 (0.2 prunes 20 % of the "
+                f"weights), got {got}{_as_fraction(self.sparsity)}"
             )
         self.sparsity = float(self.sparsity)
 
-    def _check_units(self) -> None:
-        _check_choice("scored_units", self.scored_units, SCORED_UNITS)
-        if self.mlp_unit_size is None:
-            return
-        _check_integer("mlp_unit_size", self.mlp_unit_size, at_least=1)
-        if self.scored_units != "all":
-            raise ValueError(
-                f"mlp_unit_size {self.mlp_unit_size} applies to MLPs and experts, but scored_units "
-                f"is {self.scored_units!r}: choose scored_units 'all', or leave mlp_unit_size out"
-            )
+    def _check_effects(self) -> None:
+        """Check that every field that was changed has an effect, and fits those that it needs.
 
-    def _check_estimator(self) -> None:
-        _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
-        _check_integer("exact_examples", self.exact_examples, at_least=2)
-        _check_positive("precision", self.precision)
-        if self.estimator in _SAMPLING and self.exact_examples > self.num_samples:
+        A field that has its default value is never refused, so a saved config can be read again.
+        """
+        used = self.fields_used
+        if unused := [name for name in self._changed_fields if name not in used]:
+            raise ValueError(self._has_no_effect(unused))
+        if "subsets" in used and self.subsets > self.num_samples:
+            raise ValueError(
+                f"subsets is {self.subsets}, but num_samples is only {self.num_samples}: "
+                "every subset needs at least one example"
+            )
+        if "exact_examples" in used and self.exact_examples > self.num_samples:
             raise ValueError(
                 f"estimator {self.estimator!r} measures exact_examples ({self.exact_examples}) of "
                 f"num_samples ({self.num_samples}) examples exactly: lower the first or raise the "
                 "second"
             )
-        method = self.method
-        needs_scores = CRITERIA[method.criterion].needs_scores
-        if self.scores is not None and not needs_scores:
-            raise ValueError(
-                f"scores need criterion 'causal_score', got criterion {method.criterion!r}: choose "
-                "recipe 'paper', or leave scores out"
+
+    def _has_no_effect(self, unused: list[str]) -> str:
+        """Return the error message for fields that have no effect."""
+        needs_scores = CRITERIA[self.method.criterion].needs_scores
+        ranking = "recipe" if self.criterion is None else "criterion"
+        chosen = {ranking: getattr(self, ranking)}
+        chosen |= {"allocation": self.allocation} if self.allocation else {}
+        chosen |= {"pattern": self.pattern} if self.pattern != "unstructured" else {}
+        if needs_scores and not {"estimator", "scores"}.intersection(unused):
+            chosen |= {"scores": os.fspath(self.scores)} if self.scores is not None else {}
+            by_estimator = {name for names in ESTIMATOR_FIELDS.values() for name in names}
+            if by_estimator.intersection(unused):
+                chosen["estimator"] = self.estimator
+        if needs_scores and "mlp_unit_size" in unused:
+            chosen["scored_units"] = self.scored_units
+        settings = enumeration([f"{name} {value!r}" for name, value in chosen.items()])
+        fields = enumeration([f"{name} {_shown(getattr(self, name))}" for name in unused])
+        verb, them = ("has", "it") if len(unused) == 1 else ("have", "them")
+        return (
+            f"{fields} {verb} no effect with {settings}: leave {them} out"
+            f"{self._alternatives(unused, them)}"
+        )
+
+    def _alternatives(self, unused: list[str], them: str) -> str:
+        """Return which other choice of one field would give the unused fields an effect."""
+        for name in _DECIDING:
+            if name in unused or (name == "recipe" and self.criterion is not None):
+                continue
+            if name == "criterion" and self.criterion is None:
+                continue
+            choices = {"recipe": RECIPES, "estimator": ESTIMATOR_NAMES, **_CHOICES}.get(
+                name, SCORED_UNITS
             )
-        if self.estimator != "exact" and not needs_scores:
-            raise ValueError(
-                f"estimator {self.estimator!r} needs criterion 'causal_score', got criterion "
-                f"{method.criterion!r}: choose recipe 'paper', or leave estimator out (recipe "
-                "'causal_fast' is the quick variant of 'causal')"
-            )
+            fitting = [repr(choice) for choice in choices if self._is_valid_with({name: choice})]
+            if len(fitting) > _SUGGESTED:
+                return f", or choose another {name} to use {them}, such as {fitting[0]}"
+            if fitting:
+                return f", or choose {name} {enumeration(fitting, 'or')} to use {them}"
+        return ""
+
+    @property
+    def _changed_fields(self) -> list[str]:
+        """The names of the fields that do not have their default."""
+        fields = dataclasses.fields(self)
+        return [each.name for each in fields if not _is_default(each, getattr(self, each.name))]
+
+    def _is_valid_with(self, changes: dict[str, Any]) -> bool:
+        """Return whether a config with these changes is valid and uses all fields that are set."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        values |= changes
+        if not fields_used(values).issuperset(self._changed_fields):
+            return False
+        try:
+            CAPConfig(**values)
+        except ValueError:
+            return False
+        return True
+
+    def _check_units(self) -> None:
+        _check_choice("scored_units", self.scored_units, SCORED_UNITS)
+        if self.mlp_unit_size is not None:
+            _check_integer("mlp_unit_size", self.mlp_unit_size, at_least=1)
+
+    def _check_estimator(self) -> None:
+        _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
+        _check_integer("exact_examples", self.exact_examples, at_least=2)
+        _check_positive("precision", self.precision)
         if not isinstance(self.torch_compile, bool):
             raise ValueError(f"torch_compile must be True or False, got {self.torch_compile!r}")
-        if self.torch_compile and (not needs_scores or self.estimator not in COMPILING):
-            raise ValueError(
-                f"torch_compile needs criterion 'causal_score' and estimator "
-                f"{', '.join(COMPILING)}, got criterion {method.criterion!r} and estimator "
-                f"{self.estimator!r}: choose recipe 'paper' and one of these estimators, or leave "
-                "torch_compile out"
-            )
 
     def _check_method(self) -> None:
         for name, choices in _CHOICES.items():
@@ -323,7 +417,6 @@ class CAPConfig(QuantizationConfigMixin):
             _check_integer("allocation_examples", self.allocation_examples, at_least=1)
         if self.answer_weight not in (None, 0):
             _check_positive("answer_weight other than 0", self.answer_weight)
-        self._check_updates()
         method, pattern = self.method, parse_pattern(self.pattern)
         if self.pattern == WHOLE_HEADS and (
             not CRITERIA[method.criterion].ranks_heads or self.allocation is not None
@@ -355,23 +448,6 @@ class CAPConfig(QuantizationConfigMixin):
                 f"{1 - kept / of:g}"
             )
 
-    def _check_updates(self) -> None:
-        """Check that `target`, `order` and `answer_weight` fit the criterion."""
-        method = self.method
-        updating = [name for name, criterion in CRITERIA.items() if criterion.updates_weights]
-        by_inputs = [name for name, criterion in CRITERIA.items() if criterion.needs_inputs]
-        for name, supported in (
-            ("target", updating),
-            ("order", by_inputs),
-            ("answer_weight", by_inputs),
-        ):
-            value = getattr(method, name)
-            if value != getattr(Method, name) and method.criterion not in supported:
-                raise ValueError(
-                    f"{name} {value!r} needs one of the criteria {', '.join(supported)}, got "
-                    f"criterion {method.criterion!r}: change the criterion, or leave {name} out"
-                )
-
     @property
     def method(self) -> Method:
         """The pruning method: fields that are set override those of the recipe.
@@ -396,6 +472,11 @@ class CAPConfig(QuantizationConfigMixin):
         )
 
     @property
+    def fields_used(self) -> frozenset[str]:
+        """The fields that have an effect on the result, or on how it is measured."""
+        return fields_used(vars(self))
+
+    @property
     def dequantize(self) -> bool:
         """Always True: transformers detaches its quantizer after loading a float model."""
         return True
@@ -414,17 +495,19 @@ class CAPConfig(QuantizationConfigMixin):
         Raises:
             ValueError: A field is unknown (perhaps from a newer version) or has a bad value.
         """
-        values = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        values = dict(config_dict)
         if "format_version" in values:  # in the config.json of a packed checkpoint
             check_format_version(values.pop("format_version"), "the checkpoint")
-        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        known = {f.name for f in dataclasses.fields(cls)}
         values.update({key: kwargs.pop(key) for key in list(kwargs) if key in known})
         unknown = sorted(set(values) - known)
+        if kwargs and not return_unused_kwargs:
+            unknown += sorted(kwargs)
         version = values.get("config_version", CONFIG_VERSION)
         if unknown and not (isinstance(version, int) and version > CONFIG_VERSION):
             raise ValueError(
-                f"unknown field(s) in the pruning config: {', '.join(unknown)}; this "
-                f"optimum-cap (config_version {CONFIG_VERSION}) has {', '.join(sorted(known))}"
+                f"CAPConfig of config_version {CONFIG_VERSION} has no "
+                f"{_unknown_fields(unknown, known)}"
             )
         try:
             config = cls(**{key: value for key, value in values.items() if key in known})
@@ -448,6 +531,102 @@ class CAPConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
+    """Return the fields of `CAPConfig` that have an effect together with the given values.
+
+    Args:
+        values: Fields of `CAPConfig`; those that are missing have their default.
+
+    Returns:
+        All fields, if a value is no valid choice, which `CAPConfig` reports.
+    """
+    fields = {each.name: each for each in dataclasses.fields(CAPConfig)}
+    config = object.__new__(CAPConfig)  # unchecked
+    config.__dict__.update({name: _default(each) for name, each in fields.items()} | dict(values))
+    try:
+        criterion = CRITERIA[config.method.criterion]
+        allocation = ALLOCATIONS[config.method.allocation]
+        by_estimator = ESTIMATOR_FIELDS[config.estimator]
+    except (KeyError, TypeError):
+        return frozenset(fields)
+    used = {*criterion.fields, *allocation.fields}
+    if config.method.needs_data:
+        used.update(_DATA_FIELDS)
+    if criterion.needs_inputs:
+        used.update(_INPUT_FIELDS)
+    if criterion.updates_weights:
+        used.update(_UPDATE_FIELDS)
+    if criterion.needs_inputs or allocation.needs_data:
+        used.add("memory_budget")
+    if criterion.needs_inputs or allocation.by_sensitivity:
+        used.add("resume_dir")
+    if config.criterion is None:
+        used.add("recipe")
+    if criterion.needs_scores:
+        used.update(_SCORE_FIELDS)
+        used.update(name for name in by_estimator if name not in _RUNTIME_FIELDS)
+        if config.scores is None:  # otherwise nothing is measured
+            used.update(("memory_budget", *by_estimator))
+        if config.pattern != WHOLE_HEADS:
+            used.add("kv_combination")
+        if config.scored_units == "all":
+            used.add("mlp_unit_size")
+    return frozenset(used | set(fields).difference(_CONDITIONAL_FIELDS))
+
+
+def effective(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields for `CAPConfig`: `own`, and those of `shared` that then have an effect.
+
+    Args:
+        shared: Fields that are set for several configs, or in the place of defaults.
+        own: Fields of this config, which replace those that are shared.
+    """
+    known = {each.name for each in dataclasses.fields(CAPConfig)}
+    used = fields_used({**shared, **own})
+    shared = {name: value for name, value in shared.items() if name in used or name not in known}
+    return {**shared, **own}
+
+
+# All fields that need something to have an effect.
+_CONDITIONAL_FIELDS = frozenset(
+    {
+        "recipe",
+        "kv_combination",
+        "mlp_unit_size",
+        *_DATA_FIELDS,
+        *_SCORE_FIELDS,
+        *_INPUT_FIELDS,
+        *_UPDATE_FIELDS,
+        *_RUNTIME_FIELDS,
+        *(name for criterion in CRITERIA.values() for name in criterion.fields),
+        *(name for allocation in ALLOCATIONS.values() for name in allocation.fields),
+        *(name for names in ESTIMATOR_FIELDS.values() for name in names),
+    }
+)
+
+
+def _default(each: "dataclasses.Field[Any]") -> Any:
+    if each.default_factory is not dataclasses.MISSING:
+        return each.default_factory()
+    return each.default
+
+
+def _is_default(each: "dataclasses.Field[Any]", value: Any) -> bool:
+    default = _default(each)
+    # Data in memory may compare elementwise.
+    return value is default or (isinstance(value, _PLAIN) and bool(value == default))
+
+
+_PLAIN = (str, int, float, bool, list)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for an error message; data in memory as its type."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    plain = isinstance(value, str | int | float) or is_dataset_name(value)
+    return repr(value) if plain else type(value).__name__
 
 
 def _with_plain_paths(dataset: Any) -> Any:
@@ -512,9 +691,37 @@ def parse_size(size: Any, name: str = "size") -> int:
     raise ValueError(f'{name} must be a number of bytes or text such as "4GB", got {size!r}')
 
 
+def _as_fraction(sparsity: Any) -> str:
+    """Return advice for a sparsity in percent."""
+    text = str(sparsity).strip()
+    try:
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        return ""
+    is_percent = text.endswith("%") or percent > 1
+    return f": write {percent / 100:g} for {percent:g} %" if is_percent and percent < 100 else ""
+
+
+def _check_module_names(names: Any) -> None:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"modules_to_leave_dense must be a list of module names, got {names!r}")
+    for name in names:
+        if name.startswith(PATTERN_PREFIX):
+            try:
+                re.compile(name.removeprefix(PATTERN_PREFIX))
+            except re.error as error:
+                raise ValueError(
+                    f"modules_to_leave_dense has the pattern {name!r}, which is not a regular "
+                    f"expression ({error}): correct it"
+                ) from error
+
+
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}"
+            f"{did_you_mean(value, choices)}"
+        )
 
 
 def _check_positive(name: str, value: Any) -> None:

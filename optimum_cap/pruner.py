@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -46,6 +47,11 @@ class CAPPruner:
     """
 
     def __init__(self, config: CAPConfig) -> None:
+        if not isinstance(config, CAPConfig):
+            raise TypeError(
+                f"CAPPruner takes a CAPConfig, got {type(config).__name__}: write "
+                "CAPPruner(CAPConfig(sparsity=0.2)), or CAPConfig.from_dict for a dictionary"
+            )
         self.config = config
 
     def prune(
@@ -82,11 +88,12 @@ class CAPPruner:
             `save_pretrained` and `push_to_hub` write a sparse checkpoint.
 
         Raises:
-            TypeError: `model` is not a transformers model but, for example, a `PeftModel`.
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
+            TypeError: `model` is a name, or no transformers model but, for example, a `PeftModel`.
             OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
         """
+        _check_model(model)
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
@@ -152,6 +159,7 @@ class CAPPruner:
             ValueError: As `prune`.
             OSError: The file cannot be written.
         """
+        _check_model(model)
         view = ModelView.of(model, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
         examples = _calibration(model, self.config, tokenizer).examples
@@ -160,6 +168,16 @@ class CAPPruner:
         if save_to is not None:
             save_scores(save_to, losses, model, examples, self.config)
         return losses
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"CAPPruner takes a loaded model, got the name {os.fspath(model)!r}: load it with "
+            "AutoModelForCausalLM.from_pretrained, or pass pruning_config=CAPConfig(...) to that"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"CAPPruner takes a loaded model, got {type(model).__name__}")
 
 
 def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:

@@ -1,8 +1,26 @@
-"""Formatting of sizes, durations, tables and unknown text."""
+"""Formatting of sizes, lists, tables and unknown text, and suggestions for wrong names."""
 
+import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+
+def enumeration(words: Sequence[str], conjunction: str = "and") -> str:
+    """Return words as an enumeration, such as `"a, b and c"`."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
+
+
+def did_you_mean(name: Any, known: Iterable[str], count: int = 1) -> str:
+    """Return the end of an error message that suggests up to `count` known names near `name`.
+
+    Returns:
+        Text such as `" (did you mean 'wanda'?)"`; nothing if no name is near.
+    """
+    near = difflib.get_close_matches(str(name), sorted(known), count)
+    return f" (did you mean {enumeration([repr(each) for each in near], 'or')}?)" if near else ""
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:

@@ -1,13 +1,17 @@
 """CAPConfig: validation, versions, round trips."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from optimum_cap import CAPConfig
-from optimum_cap.config import Method, parse_size
+from optimum_cap import CAPConfig, config
+from optimum_cap.config import ESTIMATOR_FIELDS, RECIPES, Method, effective, parse_size
+from optimum_cap.methods import ALLOCATIONS, CRITERIA
+from optimum_cap.methods.criteria import Criterion
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,7 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("recipe", "wnada", r"recipe must be one of .*, got 'wnada' \(did you mean 'wanda'\?\)"),
         ("recipe", "magic", "recipe must be one of causal, causal_fast, .*, got 'magic'"),
         ("aggregation", "mode", "aggregation must be one of median, mean, got 'mode'"),
         ("kv_combination", "sum", "kv_combination must be one of mean, max, got 'sum'"),
@@ -37,7 +42,6 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
         ("num_samples", 0, "num_samples must be an integer of at least 1, got 0"),
         ("num_samples", 1.5, "num_samples must be an integer of at least 1, got 1.5"),
         ("subsets", 0, "subsets must be an integer of at least 1"),
-        ("subsets", 129, "subsets is 129, but num_samples is only 128"),
         ("seed", -1, "seed must be an integer of at least 0"),
         ("max_length", 1, "max_length must be an integer of at least 2"),
         ("memory_budget", "much", 'memory_budget must be a number of bytes or text such as "4GB"'),
@@ -57,25 +61,178 @@ def test_bad_value_is_named(field: str, value: Any, message: str) -> None:
 @pytest.mark.parametrize("estimator", ["control_variate", "adaptive"])
 def test_more_exact_examples_than_examples(estimator: str) -> None:
     with pytest.raises(ValueError, match=r"exact_examples \(16\) of num_samples \(6\)"):
-        CAPConfig(sparsity=0.2, num_samples=6, estimator=estimator)
+        CAPConfig(sparsity=0.2, recipe="paper", num_samples=6, estimator=estimator)
     assert CAPConfig(sparsity=0.2, num_samples=6).exact_examples == 16
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"recipe": "wanda"}, {"recipe": "paper", "estimator": "first_order"}]
-)
-def test_compiling_where_nothing_is_compiled(fields: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"torch_compile needs criterion 'causal_score' .* leave torch_com"
-    ):
-        CAPConfig(sparsity=0.2, torch_compile=True, **fields)
+def test_more_subsets_than_examples() -> None:
+    with pytest.raises(ValueError, match="subsets is 3, but num_samples is only 2"):
+        CAPConfig(sparsity=0.2, recipe="paper", num_samples=2)
+    assert CAPConfig(sparsity=0.2, recipe="wanda", num_samples=2).subsets == 3
 
 
-def test_scores_for_a_criterion_without() -> None:
-    for recipe, criterion in {"wanda": "wanda", "causal": "alps"}.items():
-        message = f"scores need criterion 'causal_score', .* '{criterion}': choose recipe 'paper'"
-        with pytest.raises(ValueError, match=message):
-            CAPConfig(sparsity=0.2, recipe=recipe, scores="scores.safetensors")
+NO_EFFECT = [
+    (
+        {"recipe": "wanda", "subsets": 5, "estimator": "first_order"},
+        "subsets 5 and estimator 'first_order' have no effect with recipe 'wanda': leave them out, "
+        "or choose recipe 'paper' to use them",
+    ),
+    (
+        {"recipe": "magnitude", "num_samples": 64},
+        "num_samples 64 has no effect with recipe 'magnitude': leave it out, or choose another "
+        "recipe to use it, such as 'causal'",
+    ),
+    (
+        {"recipe": "magnitude", "dataset": ["a text"]},
+        "dataset list has no effect with recipe 'magnitude': leave it out, or choose another "
+        "recipe to use it, such as 'causal'",
+    ),
+    (
+        {"recipe": "magnitude", "memory_budget": "1GB", "resume_dir": Path("runs")},
+        "memory_budget '1GB' and resume_dir 'runs' have no effect with recipe 'magnitude': leave "
+        "them out, or choose another recipe to use them, such as 'causal'",
+    ),
+    (
+        {"recipe": "magnitude", "seed": 3},
+        "seed 3 has no effect with recipe 'magnitude': leave it out, or choose another recipe to "
+        "use it, such as 'causal'",
+    ),
+    (
+        {"criterion": "wanda", "aggregation": "mean"},
+        "aggregation 'mean' has no effect with criterion 'wanda': leave it out, or choose "
+        "criterion 'causal_score' to use it",
+    ),
+    (
+        {"recipe": "owl_wanda", "criterion": "sparsegpt"},
+        "recipe 'owl_wanda' has no effect with criterion 'sparsegpt': leave it out",
+    ),
+    (
+        {"recipe": "paper", "precision": 0.2},
+        "precision 0.2 has no effect with recipe 'paper' and estimator 'exact': leave it out, or "
+        "choose estimator 'adaptive' to use it",
+    ),
+    (
+        {"recipe": "paper", "mlp_unit_size": 64},
+        "mlp_unit_size 64 has no effect with recipe 'paper' and scored_units 'heads': leave it "
+        "out, or choose scored_units 'all' to use it",
+    ),
+    (
+        {"torch_compile": True},
+        "torch_compile True has no effect with recipe 'causal': leave it out, or choose recipe "
+        "'paper' to use it",
+    ),
+    (
+        {"recipe": "paper", "estimator": "first_order", "torch_compile": True},
+        "torch_compile True has no effect with recipe 'paper' and estimator 'first_order': leave "
+        "it out, or choose estimator 'exact', 'control_variate' or 'adaptive' to use it",
+    ),
+    (
+        {"recipe": "paper", "estimator": "plain", "resume_dir": "runs"},
+        "resume_dir 'runs' has no effect with recipe 'paper' and estimator 'plain': leave it out, "
+        "or choose estimator 'exact', 'first_order', 'control_variate' or 'adaptive' to use it",
+    ),
+    (
+        {"recipe": "paper", "scores": "scores.safetensors", "memory_budget": "1GB"},
+        "memory_budget '1GB' has no effect with recipe 'paper' and scores 'scores.safetensors': "
+        "leave it out",
+    ),
+    (
+        {"scores": "scores.safetensors"},
+        "scores 'scores.safetensors' has no effect with recipe 'causal': leave it out, or choose "
+        "recipe 'paper' to use it",
+    ),
+    (
+        {"recipe": "wanda", "target": "local"},
+        "target 'local' has no effect with recipe 'wanda': leave it out, or choose recipe "
+        "'causal', 'causal_fast', 'sparsegpt' or 'owl_sparsegpt' to use it",
+    ),
+    (
+        {"criterion": "magnitude", "answer_weight": 2},
+        "answer_weight 2 has no effect with criterion 'magnitude': leave it out, or choose "
+        "criterion 'wanda', 'sparsegpt' or 'alps' to use it",
+    ),
+    (
+        {"recipe": "paper", "order": "projection"},
+        "order 'projection' has no effect with recipe 'paper': leave it out, or choose another "
+        "recipe to use it, such as 'causal'",
+    ),
+    (
+        {"pattern": "heads", "target": "dense"},
+        "target 'dense' has no effect with recipe 'causal' and pattern 'heads': leave it out",
+    ),
+    (
+        {"recipe": "paper", "pattern": "heads", "kv_combination": "max"},
+        "kv_combination 'max' has no effect with recipe 'paper' and pattern 'heads': leave it out",
+    ),
+    (
+        {"pattern": "2:4", "allocation_bound": 0.2},
+        "allocation_bound 0.2 has no effect with recipe 'causal' and pattern '2:4': leave it out",
+    ),
+    (
+        {"recipe": "wanda", "owl_bound": 0.2},
+        "owl_bound 0.2 has no effect with recipe 'wanda': leave it out, or choose recipe "
+        "'owl_wanda' or 'owl_sparsegpt' to use it",
+    ),
+    (
+        {"recipe": "causal", "allocation": "uniform", "allocation_examples": 20},
+        "allocation_examples 20 has no effect with recipe 'causal' and allocation 'uniform': "
+        "leave it out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), NO_EFFECT)
+def test_a_field_without_an_effect_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        CAPConfig(**{"sparsity": 0.5, **fields})
+
+
+def test_fields_that_a_choice_uses_are_accepted() -> None:
+    CAPConfig(0.5, recipe="random", seed=3)
+    CAPConfig(0.5, recipe="owl_wanda", owl_bound=0.1, owl_outlier_ratio=4)
+    CAPConfig(0.5, criterion="magnitude", allocation="fisher", answer_weight=2, resume_dir="runs")
+    CAPConfig(0.5, criterion="magnitude", allocation="owl", num_samples=9, memory_budget="1GB")
+    CAPConfig(0.5, criterion="causal_score", allocation="fisher", scores="f", memory_budget="1GB")
+    CAPConfig(0.5, recipe="wanda", num_samples=4, scored_tokens="all", order="projection")
+
+
+def test_every_field_has_its_default_accepted_by_every_recipe() -> None:
+    defaults = CAPConfig(0.5).to_dict()
+    for recipe in RECIPES:
+        for pattern in ("unstructured", "2:4"):
+            if pattern == "2:4" and RECIPES[recipe].allocation == "owl":
+                continue
+            config = CAPConfig(**{**defaults, "recipe": recipe, "pattern": pattern})
+            assert CAPConfig.from_dict(config.to_dict()) == config
+            assert CAPConfig(**config.to_dict()) == config
+
+
+def test_what_entries_of_the_tables_say_that_they_use_are_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(CAPConfig)}
+    for entry in (*CRITERIA.values(), *ALLOCATIONS.values()):
+        assert set(entry.fields) <= fields
+    for used in ESTIMATOR_FIELDS.values():
+        assert set(used) <= fields
+
+
+def test_a_new_criterion_is_checked_by_what_its_entry_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked = CRITERIA["magnitude"].importance
+    monkeypatch.setitem(CRITERIA, "noisy", Criterion("noisy", importance=ranked, fields=("seed",)))
+    monkeypatch.setitem(config._CHOICES, "criterion", tuple(CRITERIA))
+    CAPConfig(0.5, criterion="noisy", seed=2)
+    with pytest.raises(ValueError, match="num_samples 4 has no effect with criterion 'noisy'"):
+        CAPConfig(0.5, criterion="noisy", num_samples=4)
+
+
+def test_shared_fields_are_taken_where_they_have_an_effect() -> None:
+    shared = {"recipe": "paper", "subsets": 2, "num_samples": 8, "typo": 1}
+    assert effective(shared, {"sparsity": 0.5}) == {**shared, "sparsity": 0.5}
+    assert effective(shared, {"criterion": "wanda", "subsets": 5}) == {
+        "num_samples": 8,
+        "typo": 1,
+        "criterion": "wanda",
+        "subsets": 5,
+    }
 
 
 def test_a_config_from_before_the_estimators_is_exact() -> None:
@@ -89,7 +246,6 @@ def test_a_config_from_before_the_estimators_is_exact() -> None:
     ("changes", "message"),
     [
         ({"scored_units": "mlps"}, "scored_units must be one of heads, all, got 'mlps'"),
-        ({"mlp_unit_size": 64}, r"mlp_unit_size 64 applies to MLPs .* choose scored_units 'all'"),
         ({"scored_units": "all", "mlp_unit_size": 0}, "mlp_unit_size must be an integer of at le"),
     ],
 )
@@ -99,8 +255,26 @@ def test_units_that_cannot_be_scored(changes: dict[str, Any], message: str) -> N
 
 
 def test_unknown_argument() -> None:
-    with pytest.raises(TypeError, match="sparcity"):
+    with pytest.raises(TypeError, match=r"no field 'sparcity' \(did you mean 'sparsity'\?\)$"):
         CAPConfig(sparsity=0.2, sparcity=0.3)
+    with pytest.raises(TypeError, match=r"no field 'warmth'; its fields are aggregation, .*"):
+        CAPConfig(sparsity=0.2, warmth=0.3)
+
+
+def test_a_pattern_implies_the_sparsity() -> None:
+    assert CAPConfig(pattern="1:4", recipe="wanda").sparsity == 0.75
+    for pattern in ("unstructured", "heads"):
+        with pytest.raises(ValueError, match=r"sparsity must be a number .* got nothing"):
+            CAPConfig(pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "advice"),
+    [("20%", "write 0.2 for 20 %"), (20, "write 0.2 for 20 %"), ("half", "")],
+)
+def test_sparsity_in_percent(sparsity: Any, advice: str) -> None:
+    with pytest.raises(ValueError, match=rf", got {sparsity!r}(: )?{advice}$"):
+        CAPConfig(sparsity)
 
 
 def test_round_trips_through_json() -> None:
@@ -136,8 +310,10 @@ def test_from_dict_replaces_fields_and_returns_the_unused() -> None:
 
 
 def test_unknown_field_is_a_clear_error() -> None:
-    with pytest.raises(ValueError, match=r"unknown field\(s\) in the pruning config: warmth"):
+    with pytest.raises(ValueError, match="config_version 1 has no field 'warmth'; its fields"):
         CAPConfig.from_dict({"sparsity": 0.2, "warmth": 1})
+    with pytest.raises(ValueError, match=r"no field 'subset' \(did you mean 'subsets'\?\)$"):
+        CAPConfig.from_dict({"sparsity": 0.2}, subset=1)
 
 
 def test_newer_version_is_a_clear_error() -> None:
@@ -209,30 +385,11 @@ def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "wanda", "target": "dense"}, "target 'dense' needs one of the criteria sp"),
-        ({"criterion": "magnitude", "answer_weight": 2}, "answer_weight 2 needs one of the crite"),
-        ({"recipe": "paper", "order": "projection"}, "order 'projection' needs one of the crit"),
-        (
-            {"pattern": "heads", "target": "dense"},
-            "target 'dense' needs .* got criterion 'causal_score'",
-        ),
         (
             {"pattern": "2:4", "allocation": "interventional"},
             "'2:4' gives every matrix the same .* got allocation 'interventional': choose",
         ),
         ({"allocation": "global"}, "'alps' prunes layer by layer, so allocation 'global' is not"),
-        (
-            {"estimator": "adaptive"},
-            "'adaptive' needs criterion 'causal_score', .*'alps': .* 'causal_fast'",
-        ),
-        (
-            {"recipe": "wanda", "estimator": "first_order"},
-            "'first_order' needs criterion 'causal_score', got",
-        ),
-        (
-            {"recipe": "magnitude", "memory_budget": "1GB"},
-            "'1GB' limits activations, .* never runs",
-        ),
         ({"answer_weight": -1}, "answer_weight other than 0 must be a positive number, got -1"),
         ({"allocation_bound": 0}, "allocation_bound must be a positive number, got 0"),
         ({"allocation_examples": 0}, "allocation_examples must be an integer of at least 1"),

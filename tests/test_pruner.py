@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +23,74 @@ from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.scores import causal_scores
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["lm_head"],
+        ["embed_tokens", "norm", "model.norm.weight"],
+        ["re:.*embed_tokens", "re:lm_head"],
+    ],
+)
+def test_modules_that_are_never_pruned_may_be_named(
+    names: list[str], llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = CAPPruner(config()).prune(copy.deepcopy(llama), tokenizer)
+    CAPPruner(config(modules_to_leave_dense=names)).prune(llama, tokenizer)
+    assert llama.pruning_record.matrices == expected.pruning_record.matrices
+
+
+def test_the_lm_head_may_be_named_where_it_has_another_name(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny_model("gpt_neox")  # embed_out
+    settings = config(recipe="magnitude", modules_to_leave_dense=["lm_head", "re:.*lm_head"])
+    assert CAPPruner(settings).prune(model, tokenizer).pruning_record.zeros > 0
+
+
+def test_patterns_leave_modules_dense(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    patterns = ["re:.*down_proj", r"re:model\.layers\.[01]\.self_attn"]
+    CAPPruner(config(modules_to_leave_dense=patterns)).prune(llama, tokenizer)
+    named = {matrix.name for matrix in llama.pruning_record.matrices}
+    assert not any("down_proj" in name for name in named)
+    assert {name.split(".")[2] for name in named if "self_attn" in name} == {"2"}
+    for name, weight in llama.named_parameters():
+        if ".layers." in name and name not in named:
+            assert weight.all(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("o_porj", r" \(did you mean 'o_proj'.*\?\)$"),
+        ("layers.9", r" \(did you mean 'layers.2', 'layers.1' or 'layers.0'\?\)$"),
+        ("re:.*dwn_proj$", r" \(did you mean 'down_proj'.*\?\)$"),
+        ("re:down_proj", r" \(did you mean 'down_proj'.*\?\)$"),
+        ("*.down_proj", ": regular expressions begin with 're:', as in 're:.*down_proj'$"),
+        ("xyz", ": use names such as model.layers.0.self_attn.*_proj.weight$"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused(
+    name: str, advice: str, llama: PreTrainedModel
+) -> None:
+    message = f"names {re.escape(repr(name))}, which matches no module of the model{advice}"
+    with pytest.raises(ValueError, match=message):
+        CAPPruner(config(recipe="magnitude", modules_to_leave_dense=[name])).prune(llama)
+
+
+def test_what_is_no_model_or_no_config_is_refused() -> None:
+    for wrong in ({"sparsity": 0.2}, "wanda"):
+        with pytest.raises(TypeError, match=r"takes a CAPConfig, .* CAPPruner\(CAPConfig\("):
+            CAPPruner(wrong)  # type: ignore[arg-type]
+    pruner = CAPPruner(config())
+    for call in (pruner.prune, pruner.measure):
+        with pytest.raises(TypeError, match=r"a loaded model, got the name 'owner/name': load it"):
+            call("owner/name")  # type: ignore[operator]
+        with pytest.raises(TypeError, match="a loaded model, got NoneType"):
+            call(None)  # type: ignore[operator]
 
 
 def test_zeros_are_exactly_the_rounded_target(

@@ -13,7 +13,7 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.config import RECIPES
+from optimum_cap.config import RECIPES, effective
 from optimum_cap.data.calibration import CalibrationExample, build_calibration_set
 from optimum_cap.methods.allocations import ALLOCATIONS
 from optimum_cap.methods.criteria import CRITERIA
@@ -25,8 +25,8 @@ from optimum_cap.pruning.allocation import ALLOCATORS
 
 
 def config(recipe: str = "paper", **changes: Any) -> CAPConfig:
-    values = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 12, "recipe": recipe, **changes}
-    return CAPConfig(**values)
+    values = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 12, "recipe": recipe}
+    return CAPConfig(**effective(values, changes))
 
 
 def pruned(settings: CAPConfig, model: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Folders that are replaced atomically: as a whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +22,8 @@ from optimum_cap.runtime import sync, was_left_behind, write_atomically
 _SWAP_FILE = "swap.json"  # in the folder of a save, while it replaces the files of a mount point
 _LONGEST_SWAP = 60  # seconds; it only renames files
 
+_LONGEST = 64  # bytes of a name that temporary folders are named after
+
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
@@ -38,7 +41,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     # The target of a link is replaced, not the link: it may be on another disk on purpose.
     target = target.resolve()
-    old = target.with_name(f".{target.name}.replaced")
+    name = _short(target.name)
+    old = target.with_name(f".{name}.replaced")
     if not target.exists() and old.is_dir():
         old.rename(target)  # an earlier save was killed between its two renames
     if target.is_dir():
@@ -49,7 +53,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         not os.path.ismount(target) and os.access(target.parent, os.W_OK)
     )
     parent = target.parent if renamable else target
-    prefix = f".{target.name}.saving-{platform.node()}-"
+    prefix = f".{name}.saving-{_short(platform.node())}-"
     new = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +81,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         # What could not be put back is left for the next save.
         if new is not None and not (new / _SWAP_FILE).exists():
             shutil.rmtree(new, ignore_errors=True)
+
+
+def _short(name: str) -> str:
+    """Return a name to which a file system that allows `name` allows to add a prefix and a suffix.
+
+    A long name is cut, and gets a digest of the whole, so that two names stay different.
+    """
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    return f"{encoded[: _LONGEST - 17].decode(errors='ignore')}-{digest}"
 
 
 def _swap_folders(new: Path, target: Path, old: Path) -> None:

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
 
@@ -65,7 +65,12 @@ class CAPSubcommand(BaseOptimumCLICommand):
     traceback: a bad value or a missing file found by `prepare` exits with status 2, any other error
     with 1, Ctrl-C with 130, SIGTERM with 143. `--debug` or `OPTIMUM_CAP_DEBUG=1` shows the
     traceback instead.
+
+    Attributes:
+        KEEPS_RESULTS: Whether an interrupted command continues when it is run again.
     """
+
+    KEEPS_RESULTS: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self) -> Any:
@@ -86,9 +91,11 @@ class CAPSubcommand(BaseOptimumCLICommand):
                 sys.stdout.flush()
         except KeyboardInterrupt as error:
             print(file=sys.stderr)  # ends the line of a progress bar or of the terminal's ^C
+            aim = "continue" if self.KEEPS_RESULTS else "start over"
+            advice = f"run the same command again to {aim}"
             if isinstance(error, Terminated):
-                self._exit("terminated", EXIT_TERMINATED)
-            self._exit("interrupted", EXIT_INTERRUPTED)
+                self._exit(f"terminated: {advice}", EXIT_TERMINATED)
+            self._exit(f"interrupted: {advice}", EXIT_INTERRUPTED)
         except BrokenPipeError:
             # The reader (`| head`) has closed the pipe. Without this, Python reports the error
             # again when it flushes stdout at exit.
@@ -172,8 +179,8 @@ def check_loading_flags(args: Namespace, processes: int = 1) -> None:
         processes: Number of processes launched together, each with a whole copy of the model.
 
     Raises:
-        ValueError: `--max-memory` or `--offload-folder` with several processes, or `--max-memory`
-            with a single device.
+        ValueError: `--max-memory` or `--offload-folder` with several processes, `--max-memory` with
+            a single device, or a device that this machine does not have.
     """
     if processes > 1 and (args.max_memory or args.offload_folder):
         raise ValueError(
@@ -186,6 +193,134 @@ def check_loading_flags(args: Namespace, processes: int = 1) -> None:
             f"--max-memory needs --device-map {', '.join(_PLACEMENTS)}, got --device-map "
             f"{args.device_map}: change one of the two"
         )
+    if args.device_map not in _PLACEMENTS:
+        _check_device(args.device_map)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device-map {name} is neither a placement ({', '.join(_PLACEMENTS)}) nor a device "
+            "such as cpu or cuda:0: choose one of them"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("--device-map meta loads no weights: choose auto, cpu or cuda:0")
+    # Each kind of device has a module of its own in torch, such as torch.cuda.
+    backend: Any = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(backend, "device_count"):
+        return
+    count = backend.device_count() if backend.is_available() else 0
+    if (device.index or 0) >= count:
+        kind = device.type.upper()
+        raise ValueError(
+            f"--device-map {name} needs a {kind} device, but torch finds {count or 'none'}: choose "
+            "another device, auto or cpu"
+        )
+
+
+def check_model(name: str, args: Namespace) -> Any:
+    """Read the configuration of a model, so that a wrong name is reported before hours of work.
+
+    Args:
+        name: Hub id or folder of the model.
+        args: The flags for the Hub.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        ValueError: The name is that of a file, or of a folder that holds no model.
+        OSError: The configuration cannot be read from the Hub.
+    """
+    _check_local_model(name)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            name,
+            revision=args.revision or "main",
+            trust_remote_code=args.trust_remote_code,
+            token=args.token,
+        )
+    except OSError as error:
+        raise _hub_error(name, args.revision, error) from error
+
+
+def check_prunable(name: str, args: Namespace) -> None:
+    """Check by its configuration that a model can be pruned.
+
+    Raises:
+        ValueError: As `check_model`; or the model is quantized, or is no decoder-only language
+            model.
+        OSError: As `check_model`.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    config = check_model(name, args)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not getattr(config, "pruning_config", None):
+        values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise ValueError(
+            f"the model {name} is quantized ({values.get('quant_method', 'unknown method')}), but "
+            "only float weights can be pruned: prune the model that it was made from"
+        )
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
+    supported = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_encoder
+    if getattr(config, "is_encoder_decoder", False) or not (supported or custom):
+        raise ValueError(
+            f"the model {name} is of type {config.model_type!r}, which is no decoder-only language "
+            "model: choose a causal language model, such as Llama or Mistral"
+        )
+
+
+def _check_local_model(name: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        reason = ": prune the float model that it was made from" if path.suffix == ".gguf" else ""
+        raise ValueError(f"the model {name} is a file, not a folder or a Hub id{reason}")
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+            raise FileNotFoundError(f"the model folder {name} does not exist: check the path")
+        return
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"the folder {name} holds a PEFT adapter, not a model: merge it into its base model "
+            "(merge_and_unload), and save that"
+        )
+    raise ValueError(f"the folder {name} holds no model, as it has no config.json: check the path")
+
+
+def _hub_error(name: str, revision: str | None, error: OSError) -> OSError:
+    """Return an error in one sentence for one of transformers while it read from the Hub."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, errors.GatedRepoError):
+        problem = f"the model {name} is gated: request access on its page on the Hub, and pass "
+        return OSError(f"{problem}--token or log in with `hf auth login`")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return OSError(f"the model {name} has no revision {revision!r} on the Hub: check its name")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return OSError(
+            f"there is neither a folder nor a model {name} on the Hub that you may read: check the "
+            "name, or log in with `hf auth login`"
+        )
+    if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return OSError(
+            f"there is no folder {name}, the model is not in the cache, and the Hub cannot be "
+            "reached: check the name and the connection"
+        )
+    return error
 
 
 def loading_options(args: Namespace, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
@@ -222,8 +357,11 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
             files and `overwrite` is not true.
         OSError: The folder is not writable.
     """
+    _check_length(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {output} is a file: name a folder")
+    if file := next((path for path in output.absolute().parents if path.is_file()), None):
+        raise ValueError(f"the output {output} is inside the file {file}: name another folder")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output):
         raise ValueError(
             f"the output {output} is the folder of the model itself: name another folder"
@@ -251,6 +389,48 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
         raise OSError(f"cannot write to the output folder {output}: {error.strerror}") from error
 
 
+def _check_length(output: Path) -> None:
+    """Check that the file system allows the last part of a path."""
+    parent = output.absolute().parent
+    while not _exists(parent):
+        parent = parent.parent
+    limit = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for part in output.parts:
+        if (size := len(os.fsencode(part))) > limit:
+            raise ValueError(
+                f"the output name {part[:20]}... has {size} bytes, but the file system allows "
+                f"{limit}: choose a shorter name"
+            )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a part of it is too long
+        return False
+
+
+def check_resume_folder(folder: str | None) -> None:
+    """Check that a resume folder can be written to, without leaving files behind.
+
+    Args:
+        folder: The folder; `None` if it is not given.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    if folder is None:
+        return
+    path = Path(folder).absolute()
+    existing = next(each for each in (path, *path.parents) if _exists(each))
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise OSError(
+            f"the resume folder {folder} cannot be written ({error.strerror}): choose another one"
+        ) from error
+
+
 def check_output_file(path: Path) -> None:
     """Check that a file can be written to `path`.
 
@@ -258,6 +438,7 @@ def check_output_file(path: Path) -> None:
         ValueError: `path` is a folder.
         FileNotFoundError: The parent folder does not exist.
     """
+    _check_length(path)
     if path.is_dir():
         raise ValueError(f"the output {path} is a folder: name a file")
     if not path.absolute().parent.is_dir():

@@ -1,5 +1,7 @@
 """`optimum-cli cap`: the parent of the other commands in this folder."""
 
+from argparse import ArgumentParser
+
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_cap.commands.compare import CompareCommand
@@ -7,6 +9,7 @@ from optimum_cap.commands.convert import ConvertCommand
 from optimum_cap.commands.estimate import EstimateCommand
 from optimum_cap.commands.eval import EvalCommand
 from optimum_cap.commands.inspect import InspectCommand
+from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.commands.study import StudyCommand
@@ -28,3 +31,9 @@ class CAPCommand(BaseOptimumCLICommand):
         CommandInfo("estimate", "Estimate the cost of a model or a study.", EstimateCommand),
         CommandInfo("study", "Compare recipes over models, sparsities and seeds.", StudyCommand),
     )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Make this parser, and those of the subcommands, report errors in one line."""
+        # optimum creates the parser, without a way to choose its class.
+        parser.__class__ = CommandParser

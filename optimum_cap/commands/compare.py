@@ -1,11 +1,16 @@
 """`optimum-cli cap compare`: pruned models against a dense one, with significance tests."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optimum_cap.commands.base import CAPSubcommand, add_common_flags
-from optimum_cap.commands.eval import add_evaluation_flags, check_model, evaluate_model
+from optimum_cap.commands.base import (
+    CAPSubcommand,
+    add_common_flags,
+    check_loading_flags,
+    check_model,
+)
+from optimum_cap.commands.eval import add_evaluation_flags, evaluate_model
 
 if TYPE_CHECKING:
     from optimum_cap.evaluation import Evaluation, TaskData
@@ -34,7 +39,7 @@ class CompareCommand(CAPSubcommand):
             "--tasks",
             help="comma-separated tasks (default: those in the files, else those of eval)",
         )
-        add_evaluation_flags(parser)
+        add_evaluation_flags(parser, of_the_files=True)
         add_common_flags(parser)
 
     def prepare(self) -> _Prepared:
@@ -55,9 +60,11 @@ class CompareCommand(CAPSubcommand):
         if len(saved) < len(set(names)):
             from optimum_cap.evaluation import check_counts, load_task_data
 
+            _take_draw(args, saved)
             check_counts(args.limit, args.batch_size)
             in_files = [task for evaluation in saved.values() for task in evaluation.tasks]
             data = load_task_data(tasks or in_files or DEFAULT_TASKS, args.data_dir)
+            check_loading_flags(args)
             for name in names:
                 if name not in saved:
                     check_model(name, args)
@@ -88,3 +95,22 @@ class CompareCommand(CAPSubcommand):
         ]
         if errors:
             raise RuntimeError("; ".join(errors))
+
+
+def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:
+    """Set the limit and the seed that are not given to those of the files, for the same items.
+
+    Raises:
+        ValueError: The files have different ones.
+    """
+    for name, default in (("limit", None), ("seed", 0)):
+        if getattr(args, name) is not None:
+            continue
+        values = {file: evaluation.settings.get(name) for file, evaluation in saved.items()}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{value} in {file}" for file, value in values.items())
+            raise ValueError(
+                f"the files were evaluated with different values of {name} ({shown}): name one "
+                f"with --{name}, or evaluate the models again"
+            )
+        setattr(args, name, next(iter(values.values()), default))

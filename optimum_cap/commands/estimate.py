@@ -151,6 +151,5 @@ class EstimateCommand(CAPSubcommand):
             sparsity=args.sparsity,
             dataset=[dataset_value(name) for name in args.dataset],
             num_samples=args.num_samples,
-            subsets=1,
         )
         return {**lengths_of(config, tokenizer), **prefix}

@@ -9,6 +9,7 @@ from optimum_cap.commands.base import (
     add_common_flags,
     add_loading_flags,
     check_loading_flags,
+    check_model,
     check_output_file,
     loading_options,
 )
@@ -48,6 +49,7 @@ class EvalCommand(CAPSubcommand):
 
         check_counts(args.limit, args.batch_size)
         data = load_task_data(args.tasks, args.data_dir)
+        check_loading_flags(args)
         check_model(args.model, args)
         return data
 
@@ -66,10 +68,22 @@ class EvalCommand(CAPSubcommand):
             )
 
 
-def add_evaluation_flags(parser: ArgumentParser) -> None:
-    """Add the flags that control how a model is evaluated."""
+def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> None:
+    """Add the flags that control how a model is evaluated.
+
+    Args:
+        parser: The parser.
+        of_the_files: Whether limit and seed are those of saved evaluations by default; the default
+            of both is then `None`.
+    """
     add = parser.add_argument
-    add("--limit", type=int, metavar="N", help="questions or windows per task (default: all)")
+    files = "those of the files, else " if of_the_files else ""
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"questions or windows per task (default: {files}all)",
+    )
     add(
         "--data-dir",
         type=Path,
@@ -83,21 +97,13 @@ def add_evaluation_flags(parser: ArgumentParser) -> None:
         metavar="N",
         help="questions per batch (default: 32)",
     )
-    add("--seed", type=int, default=0, help="seed for the sample that --limit draws (default: 0)")
-    add_loading_flags(parser)
-
-
-def check_model(name: str, args: Namespace) -> None:
-    """Read the configuration of a model, so that a wrong name is reported before hours of work."""
-    check_loading_flags(args)
-    from transformers import AutoConfig
-
-    AutoConfig.from_pretrained(
-        name,
-        revision=args.revision or "main",
-        trust_remote_code=args.trust_remote_code,
-        token=args.token,
+    add(
+        "--seed",
+        type=int,
+        default=None if of_the_files else 0,
+        help=f"seed for the sample that --limit draws (default: {files}0)",
     )
+    add_loading_flags(parser)
 
 
 def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation":

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from optimum_cap.commands.base import (
     add_loading_flags,
     check_loading_flags,
     check_output_folder,
+    check_prunable,
+    check_resume_folder,
     loading_options,
 )
 from optimum_cap.commands.summary import print_summary
@@ -26,6 +28,18 @@ if TYPE_CHECKING:
     from optimum_cap.config import CAPConfig
     from optimum_cap.data import CalibrationSet
     from optimum_cap.runtime import ProcessGroup
+
+
+def _or_text(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a conversion that leaves what it cannot convert to the checks of `CAPConfig`."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return convert
 
 
 def _size(text: str) -> int | str:
@@ -39,7 +53,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--sparsity",
         "sparsity",
         float,
-        "fraction of the prunable weights to set to zero, between 0 and 1",
+        "fraction of the prunable weights to set to zero, between 0 and 1; pattern N:M implies it",
     ),
     (
         "--recipe",
@@ -222,6 +236,8 @@ class Prepared:
 class PruneCommand(CAPSubcommand):
     """Checks all it can before it loads the model, so that a long job does not fail at its end."""
 
+    KEEPS_RESULTS = True
+
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
@@ -243,8 +259,8 @@ class PruneCommand(CAPSubcommand):
             nargs="+",
             default=SUPPRESS,
             metavar="NAME",
-            help="modules to leave dense, by name or consecutive parts of it, e.g. layers.0 o_proj "
-            "(default: none)",
+            help="modules to leave dense: parts of names, e.g. layers.0 o_proj, or patterns, e.g. "
+            "re:.*down_proj (default: none)",
         )
         add(
             "--max-shard-size",
@@ -276,7 +292,7 @@ class PruneCommand(CAPSubcommand):
             raise ValueError("--private needs --push-to-hub: add it, or leave --private out")
 
         from optimum_cap.checkpoint import check_target
-        from optimum_cap.config import CAPConfig, parse_size
+        from optimum_cap.config import CAPConfig, effective, parse_size
         from optimum_cap.data import describe_example
         from optimum_cap.runtime import ProcessGroup, default_folder
 
@@ -284,7 +300,7 @@ class PruneCommand(CAPSubcommand):
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
         flags = config_values(vars(args))
-        values = {"resume_dir": default_folder(), **flags}
+        defaults = {"resume_dir": default_folder()}
         if args.scores:
             from optimum_cap.data import find_data_files
             from optimum_cap.scoring import read_scores
@@ -293,16 +309,19 @@ class PruneCommand(CAPSubcommand):
             measured = dict(read_scores(args.scores).settings)
             if "dataset" not in flags:
                 measured["dataset"] = find_data_files(measured["dataset"], Path(args.scores))
-            values = {**measured, **values, "scores": args.scores}
+            defaults |= measured
+            flags["scores"] = args.scores
             if flags.keys().isdisjoint({"recipe", "criterion"}):
-                values["recipe"] = "paper"
-            if str(values["dataset"]).startswith("in-memory"):
-                raise ValueError(
-                    f"the scores in {args.scores} were measured on in-memory data "
-                    f"({values['dataset']}), which no flag can name: prune in Python, with "
-                    "CAPConfig(scores=..., dataset=...)"
-                )
+                flags["recipe"] = "paper"
+        values = effective(defaults, flags)
+        if args.scores and str(values.get("dataset")).startswith("in-memory"):
+            raise ValueError(
+                f"the scores in {args.scores} were measured on in-memory data "
+                f"({values['dataset']}), which no flag can name: prune in Python, with "
+                "CAPConfig(scores=..., dataset=...)"
+            )
         config = CAPConfig(**values)
+        check_resume_folder(flags.get("resume_dir"))
         if args.max_shard_size:
             parse_size(args.max_shard_size, "--max-shard-size")
         if args.show_example:
@@ -320,8 +339,10 @@ class PruneCommand(CAPSubcommand):
         check_target(args.output.absolute())
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
-        config.tokenizer = tokenizer = load_tokenizer(args)
+        check_prunable(args.model, args)
+        tokenizer = load_tokenizer(args)
         if config.method.needs_data:
+            config.tokenizer = tokenizer
             calibration_set(config, tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
         return Prepared(config, tokenizer, process_group, _processor_files(args))
@@ -374,8 +395,7 @@ def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
             options: dict[str, Any] = {"action": "store_true"}
             if kind is not None:
                 options = {
-                    "type": kind,
-                    "required": field == "sparsity",
+                    "type": _or_text(kind),
                     "metavar": flag.split("-")[-1].upper(),
                 }
             parser.add_argument(flag, dest=field, default=SUPPRESS, help=text, **options)

@@ -11,6 +11,8 @@ from optimum_cap.commands.base import (
     add_loading_flags,
     check_loading_flags,
     check_output_file,
+    check_prunable,
+    check_resume_folder,
     loading_options,
 )
 from optimum_cap.commands.prune import (
@@ -50,6 +52,8 @@ _ROWS = 20_000  # printed at most: enough for the heads of any model, not for si
 class ScoreCommand(CAPSubcommand):
     """Writes a file that `cap prune --scores` reads at any sparsity, subsets and aggregation."""
 
+    KEEPS_RESULTS = True
+
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
@@ -69,15 +73,17 @@ class ScoreCommand(CAPSubcommand):
         if args.output.exists() and not args.overwrite:
             raise ValueError(f"the output {args.output} exists: pass --overwrite to replace it")
 
-        from optimum_cap.config import CAPConfig
+        from optimum_cap.config import CAPConfig, effective
         from optimum_cap.runtime import ProcessGroup, default_folder
 
         process_group = ProcessGroup.current()
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
-        values = {"resume_dir": default_folder(), **config_values(vars(args))}
         # Scores do not depend on the sparsity, which CAPConfig requires; recipe "paper" uses them.
-        config = CAPConfig(sparsity=0.5, recipe="paper", **values)
+        fields = {"sparsity": 0.5, "recipe": "paper", **config_values(vars(args))}
+        config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
+        check_resume_folder(fields.get("resume_dir"))
+        check_prunable(args.model, args)
         tokenizer = load_tokenizer(args)
         calibration_set(config, tokenizer, args)
         process_group.all_gather(None)  # no process may write before all have checked the output

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 class StudyCommand(CAPSubcommand):
     """Checks the whole study first; a cell that then fails is recorded, and the study continues."""
 
+    KEEPS_RESULTS = True
+
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""

@@ -148,7 +148,7 @@ def estimate(
         FileNotFoundError: The model does not exist.
     """
     shape = _workload(examples, tokens, scored, prefix)
-    CAPConfig(sparsity=sparsity, scored_units=scored_units)  # checks both values
+    CAPConfig(sparsity=sparsity, recipe="paper", scored_units=scored_units)  # checks both values
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
     cost_model = _cost_model(work, config, hardware, tokens)

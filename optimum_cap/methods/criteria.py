@@ -53,6 +53,8 @@ class Criterion:
         ranks_heads: Whether it can rank whole heads (`pattern="heads"`).
         cost: Its cost model in `cap estimate`: `"threshold"`, `"rows"`, `"sparsegpt"` or `"alps"`
             (`PRUNING_COSTS` in `optimum_cap/estimation/costs.py`).
+        fields: The fields of `CAPConfig` that it uses, besides those that `needs_scores`,
+            `needs_inputs` and `solve` imply. They are refused where nothing uses them.
     """
 
     title: str
@@ -63,6 +65,7 @@ class Criterion:
     needs_inputs: bool = False
     ranks_heads: bool = False
     cost: str = "threshold"
+    fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.importance is None) == (self.solve is None):
@@ -119,7 +122,7 @@ CRITERIA: dict[str, Criterion] = {
         ranks_heads=True,
     ),
     "magnitude": Criterion("magnitude pruning", importance=magnitude, ranks_heads=True),
-    "random": Criterion("random pruning", importance=random, ranks_heads=True),
+    "random": Criterion("random pruning", importance=random, ranks_heads=True, fields=("seed",)),
     "wanda": Criterion(
         "Wanda (arXiv 2306.11695)",
         importance=wanda,

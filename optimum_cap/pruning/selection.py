@@ -1,15 +1,24 @@
 """Selects the matrices to prune."""
 
-from optimum_cap.config import CAPConfig
+import re
+
+from optimum_cap.config import PATTERN_PREFIX, CAPConfig
 from optimum_cap.methods import WHOLE_HEADS
 from optimum_cap.models import Matrix, ModelView, separable
+from optimum_cap.text import did_you_mean
+
+_LM_HEAD = "lm_head"  # what users call it, whatever its name in the model
+_SUGGESTED = 3
 
 
 def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
     """Return the prunable matrices, without those that stay dense.
 
+    Entries of `modules_to_leave_dense` may also name modules that are never pruned.
+
     Raises:
-        ValueError: `modules_to_leave_dense` names no prunable matrix, or all of them.
+        ValueError: An entry of `modules_to_leave_dense` matches no module of the model, or the
+            entries leave nothing to prune.
     """
     leave_dense = config.modules_to_leave_dense
     matrices = view.matrices
@@ -17,16 +26,11 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
         slices = (piece for head in view.units("heads") for piece in separable(view.model, *head))
         of_heads = {Matrix(piece.parameter) for piece in slices}
         matrices = [matrix for matrix in matrices if matrix in of_heads]
-    for name in leave_dense:
-        if not any(f".{name}." in f".{matrix.parameter}." for matrix in matrices):
-            raise ValueError(
-                f"modules_to_leave_dense names {name!r}, which is not part of the name of any "
-                f"prunable matrix: use names such as {matrices[0].name}"
-            )
+    _check_entries(view, leave_dense)
     chosen = [
         matrix
         for matrix in matrices
-        if not any(f".{name}." in f".{matrix.parameter}." for name in leave_dense)
+        if not any(_names(entry, matrix.parameter) for entry in leave_dense)
     ]
     if not chosen:
         raise ValueError(
@@ -34,3 +38,49 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
             "dense"
         )
     return chosen
+
+
+def _names(entry: str, parameter: str) -> bool:
+    """Return whether an entry of `modules_to_leave_dense` names the module of a parameter.
+
+    Args:
+        entry: Consecutive parts of a name; or `"re:"` and a regular expression, which matches the
+            beginning of the module's name, as in llm-compressor.
+        parameter: Name of the parameter, or of a module.
+    """
+    if entry.startswith(PATTERN_PREFIX):
+        module = parameter.removesuffix(".weight")
+        return re.match(entry.removeprefix(PATTERN_PREFIX), module) is not None
+    return f".{entry}." in f".{parameter}."
+
+
+def _check_entries(view: ModelView, entries: list[str]) -> None:
+    """Check that every entry names something in the model, be it prunable or not."""
+    if not entries:
+        return
+    names = {_LM_HEAD, *(name for name, _ in view.model.named_modules())}
+    names.update(name for name, _ in view.model.named_parameters())
+    for entry in entries:
+        if any(_names(entry, name) for name in names):
+            continue
+        problem = f"modules_to_leave_dense names {entry!r}, which matches no module of the model"
+        near = _near(entry, names)
+        if not near:
+            near = f": use names such as {view.matrices[0].name}"
+        if not entry.startswith(PATTERN_PREFIX) and re.search(r"[*^$|+?\\[(]", entry):
+            near = f": regular expressions begin with {PATTERN_PREFIX!r}, as in 're:.*down_proj'"
+        raise ValueError(problem + near)
+
+
+def _near(entry: str, names: set[str]) -> str:
+    """Return a suggestion of parts of module names near an entry."""
+    literal = entry.removeprefix(PATTERN_PREFIX)
+    if literal != entry:  # of a pattern, the longest word
+        literal = max(re.findall(r"\w+", literal), key=len, default="")
+    length = literal.count(".") + 1
+    parts: set[str] = set()
+    for name in names:
+        words = name.split(".")
+        starts = range(len(words) - length + 1)
+        parts.update(".".join(words[start : start + length]) for start in starts)
+    return did_you_mean(literal, parts, _SUGGESTED)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.config import RECIPES, CAPConfig
+from optimum_cap.config import RECIPES, CAPConfig, effective
 from optimum_cap.data import load_tokenizer, local_presets
 from optimum_cap.evaluation import (
     AccuracyResult,
@@ -45,6 +45,7 @@ from optimum_cap.models import ModelView
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import ProcessGroup, write_atomically
 from optimum_cap.scoring import DECISIVE, UnitLosses, tensors_of
+from optimum_cap.text import did_you_mean
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +80,7 @@ class Study:
         calibration: Label -> data set, as for `CAPConfig.dataset`.
         tasks: Names of evaluation tasks or groups.
         seeds: Seeds for the selection of calibration examples.
-        settings: Fields of `CAPConfig` for all recipes.
+        settings: Fields of `CAPConfig` for all recipes on which they have an effect.
         data_dir: Folder with the evaluation data and with the presets among the calibration data;
             `None` downloads them from the Hub.
         limit: Questions or windows per task; `None` is all.
@@ -126,7 +127,8 @@ class Study:
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(map(str, values)) - set(known)):
             raise ValueError(
-                f"unknown key(s) {', '.join(unknown)} in {path}; known: {', '.join(known)}"
+                f"unknown key(s) {', '.join(unknown)} in {path}"
+                f"{did_you_mean(unknown[0], known)}; known: {', '.join(known)}"
             )
         required = ("models", "recipes", "sparsities", "calibration", "tasks")
         if missing := [name for name in required if not values.get(name)]:
@@ -152,8 +154,13 @@ class Study:
             )
         check_counts(study.limit, study.batch_size)
         resolve_tasks(study.tasks)
-        for cell in study.cells():
-            cell.config()
+        configs = [cell.config() for cell in study.cells()]
+        for name in study.settings:
+            if not any(config and name in config.fields_used for config in configs):
+                raise ValueError(
+                    f"setting {name!r} of {path} has no effect with any recipe of the study: leave "
+                    "it out"
+                )
         return study
 
     def cells(self) -> "Iterator[Cell]":
@@ -162,7 +169,7 @@ class Study:
             yield Cell(label, model, DENSE, {}, None, None, None, None)
             axes = (self.calibration.items(), self.seeds, self.recipes.items(), self.sparsities)
             for (data, dataset), seed, (recipe, changes), sparsity in itertools.product(*axes):
-                settings = {**self.settings, **changes}
+                settings = effective(self.settings, changes)
                 yield Cell(label, model, recipe, settings, sparsity, data, dataset, seed)
 
 
@@ -184,14 +191,8 @@ class Cell:
         if self.recipe == DENSE:
             return None
         try:
-            return CAPConfig(
-                **{
-                    **self.settings,
-                    "sparsity": self.sparsity,
-                    "dataset": self.dataset,
-                    "seed": self.seed,
-                }
-            )
+            axes = {"sparsity": self.sparsity, "dataset": self.dataset, "seed": self.seed}
+            return CAPConfig(**effective(axes, self.settings))
         except (TypeError, ValueError) as error:
             raise ValueError(f"recipe {self.recipe!r} of the study: {error}") from error
 

@@ -31,7 +31,8 @@ from transformers import (
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_cap.checkpoint.conversion import convert_checkpoint, inspect_checkpoint
-from optimum_cap.checkpoint.folders import check_target
+from optimum_cap.checkpoint.folders import atomic_folder, check_target
+from optimum_cap.runtime.files import write_atomically
 
 
 def test_round_trip_is_bit_identical(every_architecture: str, tmp_path: Path) -> None:
@@ -858,3 +859,20 @@ def test_a_card_that_cannot_be_created_fails_no_save(
     assert not (tmp_path / "README.md").exists()
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
     assert "the model card could not be created (RuntimeError: no card today)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["o" * 255, "o" * 230, "\u00e9" * 127])
+def test_a_name_may_be_as_long_as_the_file_system_allows(name: str, tmp_path: Path) -> None:
+    for _ in range(2):  # the second time, the folder is replaced
+        with atomic_folder(tmp_path / name) as folder:
+            (folder / "config.json").write_text("{}")
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    write_atomically(tmp_path / name / name, b"scores")
+    assert {entry.name for entry in (tmp_path / name).iterdir()} == {"config.json", name}
+
+
+def test_long_names_have_temporary_folders_of_their_own(tmp_path: Path) -> None:
+    first, second = (tmp_path / ("o" * 200 + end) for end in "ab")
+    with atomic_folder(first) as one, atomic_folder(second) as other:
+        assert one.name.partition(".saving-")[0] != other.name.partition(".saving-")[0]
+        assert len(one.name) < 200

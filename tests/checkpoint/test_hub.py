@@ -16,7 +16,7 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 OWNER, STRANGER = "hf_owner", "hf_stranger"
 CONFIG = (
-    "CAPConfig(sparsity={sparsity}, num_samples=6, subsets=2, dataset=["
+    "CAPConfig(sparsity={sparsity}, num_samples=6, dataset=["
     "{{'prompt': f'{{n}}+{{n + 1}}=', 'completion': f'{{2 * n + 1}}'}} for n in range(12)])"
 )
 PUBLISH = f"""
@@ -211,7 +211,7 @@ def test_prune_uploads_model_and_tokenizer_in_one_commit(
     )
     done = run(
         *cli("prune", "-m", "user/dense", "--dataset", "sums.jsonl", "--sparsity", "0.4"),
-        *("-o", "out", "--overwrite", "--num-samples", "4", "--subsets", "1"),
+        *("-o", "out", "--overwrite", "--num-samples", "4"),
         *("--push-to-hub", "user/from-cli", "--private"),
     )
     assert "user/from-cli" in done.stdout

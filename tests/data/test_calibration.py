@@ -48,9 +48,7 @@ HUB_ROWS: dict[str, dict[str, Any]] = {
 
 
 def build(dataset: Any, tokenizer: Any = None, num_samples: int = 4, **fields: Any) -> Any:
-    config = CAPConfig(
-        sparsity=0.5, dataset=dataset, num_samples=num_samples, **{"subsets": 1, **fields}
-    )
+    config = CAPConfig(sparsity=0.5, dataset=dataset, num_samples=num_samples, **fields)
     return build_calibration_set(config, tokenizer or tiny_tokenizer())
 
 
@@ -159,7 +157,7 @@ def test_text_is_cut_at_the_maximum_length_and_pairs_never_are() -> None:
 
 def test_length_is_the_least_of_config_model_and_tokenizer() -> None:
     tokenizer = tiny_tokenizer()
-    config = CAPConfig(sparsity=0.5, dataset=["x y" * 33], num_samples=1, subsets=1)
+    config = CAPConfig(sparsity=0.5, dataset=["x y" * 33], num_samples=1)
 
     def limit(**arguments: Any) -> int:
         return build_calibration_set(config, tokenizer, **arguments).record["max_length"]

@@ -430,7 +430,7 @@ def test_every_task_has_an_amount_and_every_criterion_a_cost() -> None:
 
 
 def test_lengths_come_from_the_data() -> None:
-    config = CAPConfig(sparsity=0.5, dataset=["1+1=2", "10+10=20"], num_samples=2, subsets=1)
+    config = CAPConfig(sparsity=0.5, dataset=["1+1=2", "10+10=20"], num_samples=2)
     found = lengths_of(config, tiny_tokenizer())
     assert found["tokens"] == 7  # the mean of 5 and 8, rounded up
 
@@ -441,7 +441,7 @@ def test_lengths_come_from_the_data() -> None:
 def test_a_shared_prefix_comes_from_the_data(beginning: str, shared: bool) -> None:
     sums = {"1+1=": "2", "20+10=": "30"}
     data = [{"prompt": beginning + sum_, "completion": result} for sum_, result in sums.items()]
-    config = CAPConfig(sparsity=0.5, dataset=data, num_samples=2, subsets=1)
+    config = CAPConfig(sparsity=0.5, dataset=data, num_samples=2)
     assert (lengths_of(config, tiny_tokenizer())["prefix"] > 0) == shared
 
 

@@ -163,7 +163,7 @@ def test_answers_that_the_model_cannot_take_have_no_loss(data_dir: Path) -> None
 @pytest.mark.parametrize("template", [None, TEMPLATE, "{{ strftime_now('%d') }}" + TEMPLATE])
 def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     tokenizer = tiny_tokenizer(template)
-    config = CAPConfig(sparsity=0.5, dataset=[("what?", "so.")], num_samples=1, subsets=1)
+    config = CAPConfig(sparsity=0.5, dataset=[("what?", "so.")], num_samples=1)
     (example,) = build_calibration_set(config, tokenizer).examples
     prompt = example.input_ids[: int(example.scored.nonzero()[0])]
     lm = harness_model(tiny_model("llama"), tokenizer, 64, 1)
@@ -221,7 +221,7 @@ def test_special_tokens_are_those_of_calibration() -> None:
     # The tokenizer puts <s> first; the template of the embedded model has it in its text.
     tokenizer = reasoner_tokenizer()
     file = REASONER / "data" / "calibration.jsonl"
-    config = CAPConfig(sparsity=0.5, dataset=str(file), num_samples=1, subsets=1)
+    config = CAPConfig(sparsity=0.5, dataset=str(file), num_samples=1)
     (example,) = build_calibration_set(config, tokenizer).examples
     row = json.loads(file.read_text().splitlines()[example.index])
     lm = harness_model(tiny_model("llama"), tokenizer, 256, 1)
@@ -434,7 +434,7 @@ def test_the_hub_gives_the_same_data_from_the_split_test(
 
 def test_what_a_pruned_model_was_calibrated_on_is_left_out(data_dir: Path) -> None:
     file = data_dir / "gsm8k" / "test.jsonl"
-    config = CAPConfig(sparsity=0.2, dataset=f"gsm8k={file}", num_samples=5, subsets=1)
+    config = CAPConfig(sparsity=0.2, dataset=f"gsm8k={file}", num_samples=5)
     model = CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
     found = evaluate(model, tiny_tokenizer(), tasks="gsm8k,strategyqa", data_dir=data_dir)
     result = found.tasks["gsm8k"]
@@ -454,7 +454,7 @@ def test_of_a_model_that_was_pruned_without_data_nothing_is_left_out(data_dir: P
 def test_windows_over_a_calibration_passage_are_left_out(data_dir: Path) -> None:
     tokenizer = tiny_tokenizer()
     file = data_dir / "wikitext-2" / "test.txt"
-    config = CAPConfig(sparsity=0.2, dataset=f"wikitext2={file}", num_samples=1, subsets=1)
+    config = CAPConfig(sparsity=0.2, dataset=f"wikitext2={file}", num_samples=1)
     (example,) = build_calibration_set(config, tokenizer).examples
     model = calibrated(tiny_model("llama"), [example.digest])
     result = evaluate(model, tokenizer, tasks="wikitext2", data_dir=data_dir).tasks["wikitext2"]

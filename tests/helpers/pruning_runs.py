@@ -9,18 +9,19 @@ from transformers import PreTrainedModel
 from helpers.calibration import ROWS
 from helpers.tiny_models import tiny_tokenizer
 from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.config import effective
 
 FIELDS: dict[str, Any] = {"sparsity": 0.5, "dataset": ROWS, "num_samples": 8, "subsets": 2}
 
 
 def config(**changes: Any) -> CAPConfig:
     """Settings of a small pruning by the paper's recipe."""
-    values = {"sparsity": 0.3, "recipe": "paper", "dataset": ROWS, "num_samples": 12, **changes}
-    return CAPConfig(**values)
+    values = {"sparsity": 0.3, "recipe": "paper", "dataset": ROWS, "num_samples": 12}
+    return CAPConfig(**effective(values, changes))
 
 
 def pruned(model: PreTrainedModel, folder: Path | None, **fields: Any) -> PreTrainedModel:
-    config = CAPConfig(**FIELDS, resume_dir=folder, **fields)
+    config = CAPConfig(**effective({**FIELDS, "resume_dir": folder}, fields))
     return CAPPruner(config).prune(model, tiny_tokenizer())
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.commands.prune import config_values
 from optimum_cap.commands.score import ScoreCommand
-from optimum_cap.config import COMPILING
+from optimum_cap.config import COMPILING, effective
 from optimum_cap.data.batches import batches
 from optimum_cap.models import compilation
 from optimum_cap.models.architectures import all_units, decoder_layers, find_sites
@@ -78,12 +78,8 @@ def test_all_layers_are_one_program(prefix: int, compiled_calls: list[torch.Size
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimators_that_compile(estimator: str, calls_to_compile: list[torch.Size]) -> None:
-    fields = {
-        **FIELDS,
-        "estimator": estimator,
-        "exact_examples": 2,
-        "memory_budget": ONE_STREAM_BUDGET,
-    }
+    shared = {**FIELDS, "exact_examples": 2, "memory_budget": ONE_STREAM_BUDGET}
+    fields = effective(shared, {"estimator": estimator})
     losses = []
     for torch_compile in (False, True) if estimator in COMPILING else (False,):
         config = CAPConfig(torch_compile=torch_compile, **fields)
@@ -98,10 +94,9 @@ def test_scores_of_compiled_layers_serve_a_prune(tmp_path: Path) -> None:
     config = CAPConfig(torch_compile=True, **FIELDS)
     file, model = tmp_path / "scores", tiny_model("llama")
     CAPPruner(config).measure(model, tiny_tokenizer(), save_to=file)
-    for torch_compile in (True, False):
-        config = CAPConfig(torch_compile=torch_compile, scores=file, **FIELDS)
-        pruned = CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
-        assert pruned.pruning_record.zeros > 0
+    config = CAPConfig(scores=file, **FIELDS)
+    pruned = CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
+    assert pruned.pruning_record.zeros > 0
 
 
 def test_the_flag_of_the_command_line() -> None:

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from optimum_cap import CAPConfig
+from optimum_cap.config import effective
 from optimum_cap.plugin import quantizer
 from optimum_cap.plugin.from_pretrained import register
 from optimum_cap.version import NEWEST_TRANSFORMERS
@@ -35,7 +36,8 @@ IDS = torch.arange(4, 24)[None]
 
 
 def config(**changes: Any) -> CAPConfig:
-    return CAPConfig(**{"sparsity": 0.3, "dataset": ROWS, "num_samples": 12, **changes})
+    shared = {"sparsity": 0.3, "dataset": ROWS, "num_samples": 12}
+    return CAPConfig(**effective(shared, changes))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.config import effective
 from optimum_cap.models.architectures import Matrix
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.cache import ExpectedWeights, LayerStore
@@ -231,7 +232,7 @@ def test_another_run_meets_nothing(
 ) -> None:
     pruned(tiny_model("llama"), tmp_path)
     before, count = solved.copy(), len(solved)
-    config = CAPConfig(**{**FIELDS, **change}, resume_dir=tmp_path)
+    config = CAPConfig(**effective({**FIELDS, "resume_dir": tmp_path}, change))
     CAPPruner(config).prune(tiny_model("llama"), tiny_tokenizer())
     assert solved[count:] == (before if config.pattern == "unstructured" else before[count // 2 :])
 

@@ -46,6 +46,15 @@ def test_the_config_names_all_estimators() -> None:
     assert set(config.ESTIMATOR_NAMES) == set(ESTIMATORS)
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_config_knows_which_fields_an_estimator_uses(name: str) -> None:
+    estimator = ESTIMATORS[name]
+    used = set(estimator.fields) - {"seed"}  # which every calibration set uses
+    used |= {"resume_dir"} if estimator.resumes else set()
+    used |= {"torch_compile"} if estimator.compiles else set()
+    assert set(config.ESTIMATOR_FIELDS[name]) == used
+
+
 def scaled_losses(model: PreTrainedModel, site: Site, unit: Unit, factor: float) -> torch.Tensor:
     """Losses with one unit scaled by its columns in the projection, `[examples]`."""
     columns = unit.region[0].of(model.get_parameter(unit.region[0].parameter).data)

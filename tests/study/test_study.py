@@ -159,6 +159,7 @@ def test_recipes_without_data_are_measured_once_for_all_seeds(
 ) -> None:
     measured = counted(monkeypatch)
     values |= {"recipes": ["magnitude", "random"], "sparsities": [0.5], "seeds": [0, 1]}
+    del values["settings"]  # those of the calibration data
     rows = run_study(load(values, tmp_path), tmp_path / "out")
     assert [name.split()[1] for name in measured] == ["dense", "magnitude", "random", "random"]
     seeds = [row["seed"] for row in rows if (row["recipe"], row["metric"]) == ("magnitude", "loss")]
@@ -202,7 +203,8 @@ def test_scores_are_measured_once_per_calibration_set(
     runs = []
     counting = Estimator(lambda *args: (runs.append(1), exact_losses(*args))[1])
     monkeypatch.setitem(ESTIMATORS, "exact", counting)
-    values["recipes"] = {"paper": None, "K=1": {"subsets": 1}, "max": {"kv_combination": "max"}}
+    values["recipes"] = {"paper": None, "K=1": {"recipe": "paper", "subsets": 1}}
+    values["recipes"]["max"] = {"recipe": "paper", "kv_combination": "max"}
     values["seeds"] = [0, 1]
     run_study(load(values, tmp_path), tmp_path / "out")
     assert len(runs) == 2
@@ -445,3 +447,36 @@ def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Pat
         [*command, "-o", str(output), "--jobs", "2"], capture_output=True, text=True, check=True
     )
     assert (output / "results.md").read_text().startswith("# Results")
+
+
+def test_settings_apply_to_the_recipes_that_use_them(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["settings"] = {"num_samples": 4, "subsets": 2}
+    values["recipes"] = ["paper", "wanda", "magnitude"]
+    configs = {cell.recipe: cell.config() for cell in load(values, tmp_path).cells()}
+    assert (configs["paper"].num_samples, configs["paper"].subsets) == (4, 2)
+    assert (configs["wanda"].num_samples, configs["wanda"].subsets) == (4, 3)
+    assert configs["magnitude"].num_samples == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"owl_bound": 0.2}}, "setting 'owl_bound' .* has no effect with any recipe"),
+        (
+            {"recipes": {"w": {"recipe": "wanda", "subsets": 2}}},
+            "recipe 'w' of the study: subsets 2 has no effect with recipe 'wanda'",
+        ),
+        (
+            {"recipes": {"w": {"recipe": "wanda", "patern": "2:4"}}},
+            r"recipe 'w' of the study: CAPConfig has no field 'patern' \(did you mean 'pat",
+        ),
+        ({"sparsites": [0.5]}, r"unknown key\(s\) sparsites .* \(did you mean 'sparsities'\?\)"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(
+    changes: dict[str, Any], message: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(values | changes, tmp_path)
