@@ -805,6 +805,7 @@ def test_a_newer_format_version(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["format_version"] = 2
     (tmp_path / "config.json").write_text(json.dumps(config))
+    sign(tmp_path)
     with pytest.raises(ValueError, match="format version 2, but this optimum-cap reads up to 1"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
