@@ -9,7 +9,7 @@ A new architecture needs an entry in `PLANS` if transformers has no plan for it,
 `ROW_LAYOUTS` if a projection has a new name or a new arrangement of rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -260,10 +260,29 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
         longest: Number of tokens of the longest sequence.
     """
     config = model.config.get_text_config(decoder=True)
-    mlp_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     # Attention that is not fused keeps its probabilities and a float32 copy of them.
     attention = 8 * config.num_attention_heads * longest
-    return int(4 * (8 * config.hidden_size + 4 * mlp_width) + attention)
+    widths = 7 * config.hidden_size + layer_input_width(model) + 4 * mlp_width(model)
+    return int(4 * widths + attention)
+
+
+def layer_input_width(model: PreTrainedModel) -> int:
+    """Return how many values a decoder layer receives for each token.
+
+    Gemma 3n has several hidden states for each token, and Gemma 3n and 4 have inputs per layer.
+    """
+    config = model.config.get_text_config(decoder=True)
+    hidden_states = getattr(config, "altup_num_inputs", 1)
+    per_layer = getattr(config, "hidden_size_per_layer_input", None) or 0
+    return int(hidden_states * config.hidden_size + per_layer)
+
+
+def mlp_width(model: PreTrainedModel) -> int:
+    """Return the number of channels of an MLP, the largest if layers differ."""
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = max(width) if isinstance(width, Sequence) else width
+    return int(width * (2 if getattr(config, "use_double_wide_mlp", False) else 1))
 
 
 def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Module]:

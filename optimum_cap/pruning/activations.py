@@ -21,14 +21,17 @@ from optimum_cap.models import (
     Matrix,
     ModelView,
     activation_bytes_per_token,
+    SharedStates,
     device_of,
     hidden_states_of,
     onloaded,
-    only_last_logits,
     recorded_calls,
     repack_output,
     replaced_forward,
+    shared_states,
     split_hidden,
+    with_shared_states,
+    without_logits,
 )
 from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
 
@@ -116,9 +119,25 @@ class LayerwisePass:
             for batch in self.batches:
                 batch.hidden = self.run(index, batch, batch.hidden)
 
-    def run(self, index: int, batch: LayerBatch, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output of layer `index` for hidden states and the arguments of a batch."""
-        args, kwargs = batch.arguments[index]
+    def run(
+        self,
+        index: int,
+        batch: LayerBatch,
+        hidden: torch.Tensor,
+        shared: SharedStates | None = None,
+    ) -> torch.Tensor:
+        """Return the output of layer `index` for hidden states and the arguments of a batch.
+
+        Args:
+            index: The layer.
+            batch: The batch.
+            hidden: Input of the layer.
+            shared: Keys and values that earlier layers have left; the layer may add its own. `None`
+                takes those of the batch.
+        """
+        args, kwargs = with_shared_states(
+            *batch.arguments[index], batch.shared if shared is None else shared
+        )
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
 
 
@@ -156,8 +175,10 @@ def _first_input(
     layers: list[nn.Module],
     output_templates: list[Any],
     input_ids: torch.Tensor,
-) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]], SharedStates | None]:
     """Return the input of the first layer and the other arguments of every layer; no layer runs.
+
+    The last value holds the keys and values that layers share, none of which is computed yet.
 
     Args:
         model: The model.
@@ -177,10 +198,8 @@ def _first_input(
 
         return forward
 
-    with ExitStack() as stack:
-        head = model.get_output_embeddings()
-        stack.enter_context(replaced_forward(head, lambda hidden: hidden))
+    with without_logits(model), ExitStack() as stack:
         for layer, output_template in zip(layers, output_templates, strict=True):
             stack.enter_context(replaced_forward(layer, skip(output_template)))
-        model(input_ids=input_ids.to(device_of(model)), use_cache=False, **only_last_logits(model))
-    return inputs[0], arguments
+        model(input_ids=input_ids.to(device_of(model)), use_cache=False)
+    return inputs[0], arguments, shared_states(*arguments[0])
