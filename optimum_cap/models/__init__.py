@@ -1,5 +1,6 @@
 """What CAP knows about transformers models: architectures, and how to run and change them."""
 
+from optimum_cap.models.agreement import rows_not_finite, share_that_differs, tolerance
 from optimum_cap.models.architectures import (
     QUERIES,
     Matrix,
@@ -132,14 +133,17 @@ __all__ = [
     "replaced_forward",
     "routed",
     "routing",
+    "rows_not_finite",
     "run_until",
     "scored_logits",
     "separable",
+    "share_that_differs",
     "shared_states",
     "split_hidden",
     "stages_by_layer",
     "stored_parameter",
     "token_losses",
+    "tolerance",
     "weights",
     "with_shared_states",
     "without_logits",

@@ -24,6 +24,9 @@ Range = tuple[int, int]
 QUERIES = "q_proj"
 """Name of the query projection of an attention, where queries have a projection of their own."""
 
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+"""Names of the key and value projections, where they are projections of their own."""
+
 
 @dataclass(frozen=True)
 class WeightSlice:
@@ -195,15 +198,18 @@ def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[WeightSlic
     """Return the part of a head's region that can be zeroed without affecting other heads.
 
     If queries or keys are normalised over all heads at once (OLMoE), their rows are not part of it.
+    Neither are keys and values that later layers read (Gemma 3n, Gemma 4).
     """
     block = model.get_submodule(site.block)
     start, stop = unit.channels
-    normalised_over_heads = set()
+    inseparable = set()
     for norm, projection in NORMS.items():
         weight = getattr(getattr(block, norm, None), "weight", None)
         if weight is not None and weight.numel() > stop - start:
-            normalised_over_heads.add(f"{site.block}.{projection}.weight")
-    return [piece for piece in unit.region if piece.parameter not in normalised_over_heads]
+            inseparable.add(f"{site.block}.{projection}.weight")
+    if getattr(block, "store_full_length_kv", False):
+        inseparable |= {f"{site.block}.{projection}.weight" for projection in KEYS_AND_VALUES}
+    return [piece for piece in unit.region if piece.parameter not in inseparable]
 
 
 def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:

@@ -62,7 +62,7 @@ channels]`. transformers passes them to the layers in a `UserDict`, and nothing 
 
 
 def shared_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SharedStates | None:
-    """Return the shared keys and values among the arguments of a layer; `None` if there are none."""
+    """Return the shared keys and values among the arguments of a layer; `None` without them."""
     return next((each for each in (*args, *kwargs.values()) if isinstance(each, UserDict)), None)
 
 

@@ -98,7 +98,7 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         logits: torch.Tensor = model(
-            input_ids=batch.input_ids.to(model.device), use_cache=False
+            input_ids=batch.input_ids.to(device_of(model)), use_cache=False
         ).logits[0]
     finally:
         handle.remove()

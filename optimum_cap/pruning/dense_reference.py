@@ -30,7 +30,7 @@ from optimum_cap.models import (
     prunable_matrices,
     recorded_calls,
 )
-from optimum_cap.pruning.activations import LayerwisePass, add_inputs_
+from optimum_cap.pruning.activations import LayerwisePass, add_inputs_, check_statistics
 from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
 from optimum_cap.pruning.residual import modules_that_join
 
@@ -146,6 +146,7 @@ class DenseReferencePass(LayerwisePass):
             self._dense_outputs = outputs
         if advance:
             self.advance(index)
+        check_statistics(statistics)
         return {
             matrix: replace(
                 statistics[collector.leaders[matrix]], output_error_moment=moments[matrix]

@@ -321,9 +321,7 @@ class DivergenceEvaluator:
         for each, batch in zip(carried, self.layerwise.batches, strict=True):
             each.hidden = self.layerwise.run(layer, batch, each.hidden, each.shared)
 
-    def _to_the_end(
-        self, layer: int, carried: list[list[_LayerInput]]
-    ) -> list[list[torch.Tensor]]:
+    def _to_the_end(self, layer: int, carried: list[list[_LayerInput]]) -> list[list[torch.Tensor]]:
         """Return the final hidden states at scored positions for each set and batch.
 
         Args:

@@ -28,6 +28,7 @@ from optimum_cap.models import (
     recorded_calls,
     replaced_forward,
     run_until,
+    tolerance,
     zero_embeddings,
 )
 from optimum_cap.runtime import is_out_of_memory
@@ -36,7 +37,6 @@ from optimum_cap.scoring.prefix import (
     Segment,
     Streams,
     append_tokens,
-    tolerance,
 )
 
 logger = logging.get_logger(__name__)

@@ -123,9 +123,7 @@ def record(
     """Run the model over tokens `[rows, tokens]` and record the calls of `modules` by name."""
     cache_kwargs = {} if cache is None else cache_argument(model, cache)
     with without_logits(model), recorded_calls(modules) as calls:
-        model(
-            input_ids=input_ids.to(device_of(model)), use_cache=cache is not None, **cache_kwargs
-        )
+        model(input_ids=input_ids.to(device_of(model)), use_cache=cache is not None, **cache_kwargs)
     return Segment(len(input_ids), calls)
 
 
@@ -174,8 +172,3 @@ def append_tokens(parts: Sequence[torch.Tensor], new: torch.Tensor) -> torch.Ten
     before = [part.unflatten(0, (rows, -1)) for part in parts]
     each = [part.expand(-1, new.shape[1], *part.shape[2:]) for part in before]
     return torch.cat([*each, new], dim=-2).flatten(0, 1)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return a relative difference far above rounding: 2e-5 in float32, 4 % in bfloat16."""
-    return float(torch.finfo(dtype).eps ** (2 / 3))
