@@ -18,6 +18,7 @@ from optimum_cap.pruning import (
     matrices_to_prune,
     number_of_heads_to_remove,
     removable_heads,
+    report_unsupported,
 )
 from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import ESTIMATORS, UnitLosses, save_scores
@@ -99,6 +100,7 @@ class CAPPruner:
         calibration = _calibration(model, config, tokenizer) if config.method.needs_data else None
         examples = calibration.examples if calibration else []
         run = PruningRun(view, config, matrices, examples, ProcessGroup.current())
+        report_unsupported(view, matrices)
         run.check_model(losses)
 
         if needs_scores:

@@ -9,6 +9,7 @@ from optimum_cap.checkpoint.conversion import (
 from optimum_cap.checkpoint.folders import check_target
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.record import (
+    DenseWeights,
     MatrixSparsity,
     PruningRecord,
     SiteSensitivity,
@@ -22,6 +23,7 @@ from optimum_cap.checkpoint.transcoding import RECORD_NAME, validate_shards
 __all__ = [
     "RECORD_NAME",
     "CheckpointSummary",
+    "DenseWeights",
     "MatrixSparsity",
     "PruningRecord",
     "SiteSensitivity",

@@ -98,6 +98,24 @@ class SiteSensitivity:
 
 
 @dataclass(frozen=True)
+class DenseWeights:
+    """A projection of the decoder that stayed dense, in all layers and experts that have it.
+
+    LM head, embeddings, norms and routers, which are never pruned, are not listed.
+
+    Attributes:
+        name: Path in the decoder layer, or in the decoder, such as `mlp.shared_expert.down_proj`.
+        weights: Number of its weights.
+        prunable: Whether it could be pruned, but the config leaves it dense; otherwise, CAP cannot
+            prune it in this architecture.
+    """
+
+    name: str
+    weights: int
+    prunable: bool
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """What was pruned, how, and from which model. All values are plain JSON.
 
@@ -113,6 +131,7 @@ class PruningRecord:
         intact_loss: Loss of the dense model on the calibration set in nats per scored token.
         sensitivities: Effect of pruning each site alone, in the order of the model; empty if it did
             not determine the sparsities.
+        dense: Linear weights of the decoder that stayed dense.
     """
 
     config: dict[str, Any]
@@ -125,6 +144,7 @@ class PruningRecord:
     threshold: float | None = None
     intact_loss: float | None = None
     sensitivities: list[SiteSensitivity] = field(default_factory=list)
+    dense: list[DenseWeights] = field(default_factory=list)
 
     @property
     def sensitivities_are(self) -> str:
@@ -145,6 +165,16 @@ class PruningRecord:
         """Achieved fraction of zeros among the prunable weights."""
         return self.zeros / self.total
 
+    @property
+    def unsupported(self) -> list[DenseWeights]:
+        """Linear weights of the decoder that CAP cannot prune in this architecture."""
+        return [weights for weights in self.dense if not weights.prunable]
+
+    def share_of(self, dense: list[DenseWeights]) -> float:
+        """Return the share of dense weights in the linear weights of the decoder."""
+        everything = self.total + sum(weights.weights for weights in self.dense)
+        return sum(weights.weights for weights in dense) / everything
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -164,6 +194,7 @@ class PruningRecord:
                     "sensitivities": [
                         SiteSensitivity(**site) for site in values.get("sensitivities", [])
                     ],
+                    "dense": [DenseWeights(**weights) for weights in values.get("dense", [])],
                 }
             )
         except (KeyError, TypeError) as error:

@@ -61,6 +61,7 @@ from optimum_cap.models.internals import (
     has_adapters,
     implementations,
 )
+from optimum_cap.models.left_dense import DenseProjection, projections_left_dense
 from optimum_cap.models.losses import (
     Targets,
     logits_of,
@@ -82,6 +83,7 @@ from optimum_cap.models.view import ModelView
 
 __all__ = [
     "QUERIES",
+    "DenseProjection",
     "LayerCall",
     "Matrix",
     "ModelView",
@@ -127,6 +129,7 @@ __all__ = [
     "onloaded",
     "oriented",
     "positions_per_chunk",
+    "projections_left_dense",
     "prunable_matrices",
     "recorded_calls",
     "repack_output",

@@ -153,7 +153,7 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
         ValueError: `model` is not a decoder-only language model, or its architecture is not
             supported; the message says what is missing and where to add it.
     """
-    decoder_name, decoder = _decoder(model)
+    decoder_name, decoder = decoder_of(model)
     plan = _plan(model)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     sites: list[Site] = []
@@ -297,7 +297,12 @@ def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Mod
     return [model.get_submodule(names[layer]) for layer in sorted(names)]
 
 
-def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
+def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Return the path of the decoder in `model`, and the decoder.
+
+    Raises:
+        ValueError: `model` is not a decoder-only causal language model.
+    """
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(
             f"{type(model).__name__} is not a decoder-only causal language model, so it has no "

@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from optimum_cap.checkpoint import MatrixSparsity, PruningRecord, SiteSensitivity, UnitScore
+from optimum_cap.checkpoint import (
+    DenseWeights,
+    MatrixSparsity,
+    PruningRecord,
+    SiteSensitivity,
+    UnitScore,
+)
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample, CalibrationSet
 from optimum_cap.methods import ALLOCATIONS, apply_mask_, keep_masks, kth_smallest
-from optimum_cap.models import Matrix, ModelView, SiteUnit
+from optimum_cap.models import Matrix, ModelView, SiteUnit, projections_left_dense
 from optimum_cap.pruning.allocation import ALLOCATORS, interventional, uniform
 from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.first_batch import check_first_batch
@@ -256,6 +262,10 @@ class PruningRun:
                     standard_error=_finite(sensitivity.standard_error),
                 )
                 for sensitivity in self.sensitivities
+            ],
+            dense=[
+                DenseWeights(projection.name, projection.weights, projection.prunable)
+                for projection in projections_left_dense(self.view, self.matrices)
             ],
         )
 
