@@ -22,9 +22,11 @@ from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
 from optimum_cap.models import Matrix, ModelView, number_of_embeddings, plain_model
 from optimum_cap.pruning import (
     PruningRun,
+    check_first_batch,
     matrices_to_prune,
     number_of_heads_to_remove,
     removable_heads,
+    report_unsupported,
 )
 from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import ESTIMATORS, UnitLosses, save_scores
@@ -116,6 +118,8 @@ class CAPPruner:
         calibration = _calibration(plain, config, tokenizer) if config.method.needs_data else None
         examples = calibration.examples if calibration else []
         run = PruningRun(view, config, matrices, examples, ProcessGroup.current())
+        report_unsupported(view, matrices)
+        run.check_model(losses)
 
         if needs_scores:
             run.score_units(losses)
@@ -163,6 +167,7 @@ class CAPPruner:
         view = ModelView.of(model, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
         examples = _calibration(model, self.config, tokenizer).examples
+        check_first_batch(view, examples, layer_by_layer=False)
         estimator = ESTIMATORS[self.config.estimator]
         losses = estimator.losses(view, examples, self.config, ProcessGroup.current())
         if save_to is not None:

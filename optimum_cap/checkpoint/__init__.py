@@ -17,6 +17,7 @@ from optimum_cap.checkpoint.folders import check_target
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.reading import validate_shards
 from optimum_cap.checkpoint.record import (
+    DenseWeights,
     MatrixSparsity,
     PruningRecord,
     SiteSensitivity,
@@ -29,6 +30,7 @@ from optimum_cap.checkpoint.saving import attach, name_base_of_adapters
 __all__ = [
     "RECORD_NAME",
     "CheckpointSummary",
+    "DenseWeights",
     "MatrixSparsity",
     "PruningRecord",
     "SiteSensitivity",

@@ -108,6 +108,7 @@ def model_card(
                 *map(_cell, config["modules_to_leave_dense"]),
             ]
         ),
+        **_unsupported(record),
         "Created with": ", ".join(
             f"{_cell(name)} {_cell(version)}" for name, version in record.versions.items()
         ),
@@ -178,6 +179,15 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
             f"{min(sparsities):.2%} to {max(sparsities):.2%}"
         )
     return rows
+
+
+def _unsupported(record: PruningRecord) -> dict[str, str]:
+    """Return a table row about linear weights that CAP cannot prune, if there are any."""
+    if not record.unsupported:
+        return {}
+    names = ", ".join(_code(weights.name) for weights in record.unsupported)
+    share = record.share_of(record.unsupported)
+    return {"Not supported, left dense": f"{share:.1%} of the decoder's linear weights: {names}"}
 
 
 def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:

@@ -101,6 +101,24 @@ class SiteSensitivity:
 
 
 @dataclass(frozen=True)
+class DenseWeights:
+    """A projection of the decoder that stayed dense, in all layers and experts that have it.
+
+    LM head, embeddings, norms and routers, which are never pruned, are not listed.
+
+    Attributes:
+        name: Path in the decoder layer, or in the decoder, such as `mlp.shared_expert.down_proj`.
+        weights: Number of its weights.
+        prunable: Whether it could be pruned, but the config leaves it dense; otherwise, CAP cannot
+            prune it in this architecture.
+    """
+
+    name: str
+    weights: int
+    prunable: bool
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """What was pruned, how, and from which model. All values are plain JSON.
 
@@ -119,6 +137,7 @@ class PruningRecord:
         zeros_before: Number of prunable weights that were zero before pruning.
         zeros_after: Number of prunable weights that were zero right after pruning. The matrices
             count the zeros of the saved weights, which may have been trained since.
+        dense: Linear weights of the decoder that stayed dense.
     """
 
     config: dict[str, Any]
@@ -133,6 +152,7 @@ class PruningRecord:
     sensitivities: list[SiteSensitivity] = field(default_factory=list)
     zeros_before: int = 0
     zeros_after: int | None = None
+    dense: list[DenseWeights] = field(default_factory=list)
 
     @property
     def sensitivities_are(self) -> str:
@@ -158,6 +178,16 @@ class PruningRecord:
         """Whether at least 1 % of the zeros have been filled since, for example by training."""
         return self.zeros_after is not None and self.zeros < 0.99 * self.zeros_after
 
+    @property
+    def unsupported(self) -> list[DenseWeights]:
+        """Linear weights of the decoder that CAP cannot prune in this architecture."""
+        return [weights for weights in self.dense if not weights.prunable]
+
+    def share_of(self, dense: list[DenseWeights]) -> float:
+        """Return the share of dense weights in the linear weights of the decoder."""
+        everything = self.total + sum(weights.weights for weights in self.dense)
+        return sum(weights.weights for weights in dense) / everything if everything else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -178,7 +208,12 @@ class PruningRecord:
         return dataclasses.replace(record, config=CAPConfig.from_dict(record.config).to_dict())
 
 
-_ENTRIES = {"matrices": MatrixSparsity, "scores": UnitScore, "sensitivities": SiteSensitivity}
+_ENTRIES = {
+    "matrices": MatrixSparsity,
+    "scores": UnitScore,
+    "sensitivities": SiteSensitivity,
+    "dense": DenseWeights,
+}
 
 
 def is_count(value: Any) -> bool:
@@ -211,6 +246,7 @@ _CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: (_is_text, "text"),
     int: (is_count, "a count"),
     float: (_is_number, "a number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
     str | None: (lambda value: value is None or _is_text(value), "text or null"),
     int | None: (lambda value: value is None or is_count(value), "a count or null"),
     float | None: (lambda value: value is None or _is_number(value), "a number or null"),

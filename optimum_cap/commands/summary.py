@@ -24,6 +24,13 @@ def print_summary(summary: "CheckpointSummary") -> None:
     for label, ranked in _ranked(record.scores):
         print(f"{label:13} {ranked}")
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
+    for label, dense in (
+        ("unsupported", record.unsupported),
+        ("left dense", [each for each in record.dense if each.prunable]),
+    ):
+        if dense:
+            names = ", ".join(f"{each.name} ({each.weights:,})" for each in dense)
+            print(f"{label:13} {record.share_of(dense):.1%} of the linear weights: {names}")
     requested = f"{record.config.get('sparsity')}"
     if record.config.get("pattern") == WHOLE_HEADS:
         requested += " of the heads"

@@ -1,5 +1,6 @@
 """What CAP knows about transformers models: architectures, and how to run and change them."""
 
+from optimum_cap.models.agreement import rows_not_finite, share_that_differs, tolerance
 from optimum_cap.models.architectures import (
     QUERIES,
     Matrix,
@@ -13,7 +14,9 @@ from optimum_cap.models.architectures import (
     find_sites,
     heads,
     is_transposed,
+    layer_input_width,
     matrices_by_layer,
+    mlp_width,
     oriented,
     prunable_matrices,
     separable,
@@ -36,17 +39,20 @@ from optimum_cap.models.experts import (
 )
 from optimum_cap.models.hooks import (
     RecordedCall,
+    SharedStates,
     StopForwardError,
     bypass_layers,
     cache_argument,
     hidden_states_of,
     masked_unit,
-    only_last_logits,
     recorded_calls,
     repack_output,
     replaced_forward,
     run_until,
+    shared_states,
     split_hidden,
+    with_shared_states,
+    without_logits,
     zero_embeddings,
 )
 from optimum_cap.models.internals import (
@@ -55,6 +61,7 @@ from optimum_cap.models.internals import (
     has_adapters,
     implementations,
 )
+from optimum_cap.models.left_dense import DenseProjection, projections_left_dense
 from optimum_cap.models.losses import (
     Targets,
     logits_of,
@@ -77,10 +84,12 @@ from optimum_cap.models.view import ModelView, number_of_embeddings
 
 __all__ = [
     "QUERIES",
+    "DenseProjection",
     "LayerCall",
     "Matrix",
     "ModelView",
     "RecordedCall",
+    "SharedStates",
     "Site",
     "SiteUnit",
     "StopForwardError",
@@ -114,29 +123,37 @@ __all__ = [
     "implementations",
     "is_offloaded",
     "is_transposed",
+    "layer_input_width",
     "logits_of",
     "masked_unit",
     "matrices_by_layer",
+    "mlp_width",
     "number_of_embeddings",
     "onloaded",
-    "only_last_logits",
     "oriented",
     "plain_model",
     "positions_per_chunk",
+    "projections_left_dense",
     "prunable_matrices",
     "recorded_calls",
     "repack_output",
     "replaced_forward",
     "routed",
     "routing",
+    "rows_not_finite",
     "run_until",
     "scored_logits",
     "separable",
+    "share_that_differs",
+    "shared_states",
     "split_hidden",
     "stages_by_layer",
     "stored_parameter",
     "token_losses",
+    "tolerance",
     "weights",
+    "with_shared_states",
+    "without_logits",
     "without_parameter_grads",
     "writable_weights",
     "zero_embeddings",

@@ -9,7 +9,7 @@ A new architecture needs an entry in `PLANS` if transformers has no plan for it,
 `ROW_LAYOUTS` if a projection has a new name or a new arrangement of rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,9 @@ Range = tuple[int, int]
 
 QUERIES = "q_proj"
 """Name of the query projection of an attention, where queries have a projection of their own."""
+
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+"""Names of the key and value projections, where they are projections of their own."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
         ValueError: `model` is not a decoder-only language model, or its architecture is not
             supported; the message says what is missing and where to add it.
     """
-    decoder_name, decoder = _decoder(model)
+    decoder_name, decoder = decoder_of(model)
     plan = _plan(model)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     sites: list[Site] = []
@@ -195,15 +198,18 @@ def separable(model: PreTrainedModel, site: Site, unit: Unit) -> list[WeightSlic
     """Return the part of a head's region that can be zeroed without affecting other heads.
 
     If queries or keys are normalised over all heads at once (OLMoE), their rows are not part of it.
+    Neither are keys and values that later layers read (Gemma 3n, Gemma 4).
     """
     block = model.get_submodule(site.block)
     start, stop = unit.channels
-    normalised_over_heads = set()
+    inseparable = set()
     for norm, projection in NORMS.items():
         weight = getattr(getattr(block, norm, None), "weight", None)
         if weight is not None and weight.numel() > stop - start:
-            normalised_over_heads.add(f"{site.block}.{projection}.weight")
-    return [piece for piece in unit.region if piece.parameter not in normalised_over_heads]
+            inseparable.add(f"{site.block}.{projection}.weight")
+    if getattr(block, "store_full_length_kv", False):
+        inseparable |= {f"{site.block}.{projection}.weight" for projection in KEYS_AND_VALUES}
+    return [piece for piece in unit.region if piece.parameter not in inseparable]
 
 
 def oriented(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
@@ -260,10 +266,29 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
         longest: Number of tokens of the longest sequence.
     """
     config = model.config.get_text_config(decoder=True)
-    mlp_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     # Attention that is not fused keeps its probabilities and a float32 copy of them.
     attention = 8 * config.num_attention_heads * longest
-    return int(4 * (8 * config.hidden_size + 4 * mlp_width) + attention)
+    widths = 7 * config.hidden_size + layer_input_width(model) + 4 * mlp_width(model)
+    return int(4 * widths + attention)
+
+
+def layer_input_width(model: PreTrainedModel) -> int:
+    """Return how many values a decoder layer receives for each token.
+
+    Gemma 3n has several hidden states for each token, and Gemma 3n and 4 have inputs per layer.
+    """
+    config = model.config.get_text_config(decoder=True)
+    hidden_states = getattr(config, "altup_num_inputs", 1)
+    per_layer = getattr(config, "hidden_size_per_layer_input", None) or 0
+    return int(hidden_states * config.hidden_size + per_layer)
+
+
+def mlp_width(model: PreTrainedModel) -> int:
+    """Return the number of channels of an MLP, the largest if layers differ."""
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = max(width) if isinstance(width, Sequence) else width
+    return int(width * (2 if getattr(config, "use_double_wide_mlp", False) else 1))
 
 
 def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Module]:
@@ -272,7 +297,12 @@ def decoder_layers(model: PreTrainedModel, sites: Iterable[Site]) -> list[nn.Mod
     return [model.get_submodule(names[layer]) for layer in sorted(names)]
 
 
-def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
+def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Return the path of the decoder in `model`, and the decoder.
+
+    Raises:
+        ValueError: `model` is not a decoder-only causal language model.
+    """
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(
             f"{type(model).__name__} is not a decoder-only causal language model, so it has no "

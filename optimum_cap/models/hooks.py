@@ -1,6 +1,8 @@
 """Context managers that record, mask or replace parts of a forward pass, and undo it on exit."""
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +56,27 @@ def masked_unit(model: PreTrainedModel, site: Site, unit: Unit) -> Iterator[None
         columns.copy_(saved)
 
 
+SharedStates = UserDict[Any, tuple[torch.Tensor, ...]]
+"""Keys and values that layers leave for later ones (Gemma 3n, Gemma 4), each `[rows, heads, tokens,
+channels]`. transformers passes them to the layers in a `UserDict`, and nothing else."""
+
+
+def shared_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SharedStates | None:
+    """Return the shared keys and values among the arguments of a layer; `None` without them."""
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, UserDict)), None)
+
+
+def with_shared_states(
+    args: tuple[Any, ...], kwargs: dict[str, Any], shared: SharedStates | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer with other shared keys and values."""
+
+    def replaced(value: Any) -> Any:
+        return shared if isinstance(value, UserDict) else value
+
+    return tuple(map(replaced, args)), {name: replaced(value) for name, value in kwargs.items()}
+
+
 @dataclass
 class RecordedCall:
     """One call of a module during a forward pass.
@@ -64,12 +87,14 @@ class RecordedCall:
         kwargs: The keyword arguments, without `hidden_states`.
         output: The output of the module, with `None` for everything but the hidden states
             (attention weights would take more memory than all other tensors together).
+        shared: What `shared_states` of the arguments held after the call.
     """
 
     hidden: torch.Tensor
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+    shared: SharedStates | None = None
 
 
 @contextmanager
@@ -86,7 +111,9 @@ def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Recorded
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls[name].output = repack_output(output, hidden_states_of(output))
+            call = calls[name]
+            call.output = repack_output(output, hidden_states_of(output))
+            call.shared = copy.copy(shared_states(call.args, call.kwargs))
 
         return hook
 
@@ -124,10 +151,15 @@ def repack_output(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *[None] * (len(output) - 1)) if isinstance(output, tuple) else hidden
 
 
-def only_last_logits(model: PreTrainedModel) -> dict[str, int]:
-    """Return the argument that limits logits to the last position, if the model has it."""
-    supported = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if supported else {}
+@contextmanager
+def without_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Make the head of the model return its input, so that no logits are computed.
+
+    Unlike the argument `logits_to_keep`, this leaves the arguments of the layers alone: Gemma 4
+    runs the layers without keys and values of their own on the kept positions only.
+    """
+    with replaced_forward(model.get_output_embeddings(), lambda hidden: hidden):
+        yield
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:

@@ -36,6 +36,10 @@ class Targets:
         rows, columns = batch.scored.nonzero(as_tuple=True)
         return cls(len(batch.positions), rows, columns - 1, batch.input_ids[rows, columns])
 
+    def select(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `[..., examples, tokens, width]` at these positions: `[..., scored, width]`."""
+        return values[..., self.rows.to(values.device), self.columns.to(values.device), :]
+
     def example_means(self, token_losses: torch.Tensor) -> torch.Tensor:
         """Average `[..., scored]` losses over the tokens of each example: `[..., examples]`."""
         rows = self.rows.cpu()
@@ -65,12 +69,12 @@ def logits_of(
         model: The model.
         layers: Its decoder layers.
         output_template: An output of a layer, which shows how it returns its hidden states.
-        hidden: Output of the last layer, `[positions, 1, hidden]`.
+        hidden: Output of the last layer, `[..., positions, 1, hidden]`.
 
     Returns:
         `[positions, vocabulary]`.
     """
-    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=device_of(model))
+    tokens = torch.zeros(hidden.shape[-3], 1, dtype=torch.long, device=device_of(model))
 
     def return_hidden(*args: Any, **kwargs: Any) -> Any:
         return repack_output(output_template, hidden)
@@ -94,7 +98,7 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         logits: torch.Tensor = model(
-            input_ids=batch.input_ids.to(model.device), use_cache=False
+            input_ids=batch.input_ids.to(device_of(model)), use_cache=False
         ).logits[0]
     finally:
         handle.remove()

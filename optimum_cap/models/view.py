@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from optimum_cap.models.architectures import (
     prunable_matrices,
     stages_by_layer,
 )
+from optimum_cap.models.hooks import recorded_calls
 from optimum_cap.models.offload import device_of, weights, writable_weights
 
 
@@ -63,6 +65,15 @@ class ModelView:
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
         return decoder_layers(self.model, self.sites)
+
+    @cached_property
+    def output_templates(self) -> list[Any]:
+        """An output of each decoder layer, which shows how it returns its hidden states."""
+        named = {str(index): layer for index, layer in enumerate(self.layers)}
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)  # one token is enough
+        with recorded_calls(named) as calls:
+            self.model(input_ids=token, use_cache=False)
+        return [calls[name].output for name in named]
 
     @cached_property
     def matrices(self) -> list[Matrix]:

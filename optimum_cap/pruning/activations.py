@@ -6,7 +6,7 @@ SparseGPT do (https://github.com/locuslab/wanda, `lib/prune.py`). It keeps only 
 between two layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,15 +20,18 @@ from optimum_cap.methods import InputStatistics
 from optimum_cap.models import (
     Matrix,
     ModelView,
+    SharedStates,
     activation_bytes_per_token,
     device_of,
     hidden_states_of,
     onloaded,
-    only_last_logits,
-    recorded_calls,
     repack_output,
     replaced_forward,
+    rows_not_finite,
+    shared_states,
     split_hidden,
+    with_shared_states,
+    without_logits,
 )
 from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
 
@@ -60,13 +63,9 @@ class LayerwisePass:
     ) -> None:
         self.model = view.model
         self.layers = view.layers
-        longest = max(len(example.input_ids) for example in examples)
-        size = max(1, _tokens_per_batch(view.model, longest, memory_budget) // longest)
-        # One token is enough to see how each layer returns its output.
-        named = {str(index): layer for index, layer in enumerate(self.layers)}
-        with recorded_calls(named) as calls:
-            view.model(input_ids=examples[0].input_ids[None, :1].to(view.device), use_cache=False)
-        self.output_templates = [calls[name].output for name in named]
+        self.examples = examples
+        size = examples_per_batch(view.model, examples, memory_budget)
+        self.output_templates = view.output_templates
         with onloaded(view.model, besides=[*self.layers, view.model.get_output_embeddings()]):
             self.batches = [
                 LayerBatch(
@@ -76,6 +75,8 @@ class LayerwisePass:
                 )
                 for batch in batches(examples, size)
             ]
+        for each in self.batches:
+            check_finite(each.hidden, each.batch, examples, "the embedding of the model")
 
     def begin(self, index: int) -> None:
         """Prepare for pruning layer `index`; call this while the whole layer is still dense."""
@@ -93,7 +94,7 @@ class LayerwisePass:
             advance: Whether to advance past the layer as well, as `advance` does.
 
         Raises:
-            ValueError: The inputs of a matrix cannot be collected.
+            ValueError: The inputs of a matrix cannot be collected, or are not finite.
         """
         matrices = list(matrices)
         collector = InputCollector(self.model, matrices)
@@ -107,18 +108,45 @@ class LayerwisePass:
                 with collector.collecting(batch, add):
                     output = self.run(index, batch, batch.hidden)
                 if advance:
+                    self._check_finite(index, batch, output)
                     batch.hidden = output
-        return {matrix: statistics[collector.leaders[matrix]] for matrix in matrices}
+        of_matrices = {matrix: statistics[collector.leaders[matrix]] for matrix in matrices}
+        check_statistics(of_matrices)
+        return of_matrices
 
     def advance(self, index: int) -> None:
-        """Run layer `index` as it is now; its outputs become the inputs of the next one."""
+        """Run layer `index` as it is now; its outputs become the inputs of the next one.
+
+        Raises:
+            ValueError: They are not finite.
+        """
         with onloaded(self.layers[index]):
             for batch in self.batches:
                 batch.hidden = self.run(index, batch, batch.hidden)
+                self._check_finite(index, batch, batch.hidden)
 
-    def run(self, index: int, batch: LayerBatch, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output of layer `index` for hidden states and the arguments of a batch."""
-        args, kwargs = batch.arguments[index]
+    def _check_finite(self, index: int, batch: LayerBatch, output: torch.Tensor) -> None:
+        check_finite(output, batch.batch, self.examples, f"layer {index}")
+
+    def run(
+        self,
+        index: int,
+        batch: LayerBatch,
+        hidden: torch.Tensor,
+        shared: SharedStates | None = None,
+    ) -> torch.Tensor:
+        """Return the output of layer `index` for hidden states and the arguments of a batch.
+
+        Args:
+            index: The layer.
+            batch: The batch.
+            hidden: Input of the layer.
+            shared: Keys and values that earlier layers have left; the layer may add its own. `None`
+                takes those of the batch.
+        """
+        args, kwargs = with_shared_states(
+            *batch.arguments[index], batch.shared if shared is None else shared
+        )
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
 
 
@@ -135,12 +163,61 @@ def add_inputs_(
     statistics[matrix].add_(inputs, weights)
 
 
-def _tokens_per_batch(model: PreTrainedModel, longest: int, memory_budget: int | str) -> int:
-    """Return how many tokens run through a layer at a time, so that activations fit the budget."""
+def check_statistics(statistics: Mapping[Matrix, InputStatistics]) -> None:
+    """Check that the statistics of the inputs of matrices are finite.
+
+    Raises:
+        ValueError: They are not; the message names the matrix.
+    """
+    for matrix, of_matrix in statistics.items():
+        if not of_matrix.squares.isfinite().all():
+            raise ValueError(
+                f"{matrix.name} receives inputs that are NaN, infinite or too large to square, so "
+                "it cannot be pruned by its inputs: check the weights and the dtype of the model, "
+                "leave it dense (modules_to_leave_dense), or choose criterion 'magnitude'"
+            )
+
+
+def examples_per_batch(
+    model: PreTrainedModel, examples: list[CalibrationExample], memory_budget: int | str
+) -> int:
+    """Return how many examples run through a layer at a time, so that activations fit the budget.
+
+    Args:
+        model: The model.
+        examples: The calibration examples.
+        memory_budget: As for `LayerwisePass`.
+    """
+    longest = max(len(example.input_ids) for example in examples)
     tokens = _TOKENS_PER_BATCH.get(device_of(model).type, 2048)
-    if memory_budget == "auto":
-        return tokens
-    return min(tokens, parse_size(memory_budget) // activation_bytes_per_token(model, longest))
+    if memory_budget != "auto":
+        affordable = parse_size(memory_budget) // activation_bytes_per_token(model, longest)
+        tokens = min(tokens, affordable)
+    return max(1, tokens // longest)
+
+
+def check_finite(
+    hidden: torch.Tensor, batch: Batch, examples: list[CalibrationExample], module: str
+) -> None:
+    """Check that hidden states are finite, besides those of padding.
+
+    Args:
+        hidden: `[..., examples, tokens, hidden]`.
+        batch: The batch that they are of.
+        examples: The examples that the positions of the batch refer to.
+        module: What returned them, for the error.
+
+    Raises:
+        ValueError: They are not; the message names the module and the first such example.
+    """
+    if rows := rows_not_finite(hidden, batch.real):
+        example = examples[batch.positions[rows[0]]]
+        raise ValueError(
+            f"{module} returns NaN or infinite values on row {example.index} of {example.source!r}"
+            f" ({len(rows)} of {len(batch.positions)} examples of its batch), so nothing can be "
+            "calibrated on it: check the weights and the dtype of the model (float16 overflows "
+            "where bfloat16 does not)"
+        )
 
 
 def _token_weights(batch: Batch, answer_weight: float) -> torch.Tensor | None:
@@ -156,8 +233,10 @@ def _first_input(
     layers: list[nn.Module],
     output_templates: list[Any],
     input_ids: torch.Tensor,
-) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]], SharedStates | None]:
     """Return the input of the first layer and the other arguments of every layer; no layer runs.
+
+    The last value holds the keys and values that layers share, none of which is computed yet.
 
     Args:
         model: The model.
@@ -177,10 +256,8 @@ def _first_input(
 
         return forward
 
-    with ExitStack() as stack:
-        head = model.get_output_embeddings()
-        stack.enter_context(replaced_forward(head, lambda hidden: hidden))
+    with without_logits(model), ExitStack() as stack:
         for layer, output_template in zip(layers, output_templates, strict=True):
             stack.enter_context(replaced_forward(layer, skip(output_template)))
-        model(input_ids=input_ids.to(device_of(model)), use_cache=False, **only_last_logits(model))
-    return inputs[0], arguments
+        model(input_ids=input_ids.to(device_of(model)), use_cache=False)
+    return inputs[0], arguments, shared_states(*arguments[0])

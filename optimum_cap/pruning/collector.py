@@ -13,6 +13,7 @@ from optimum_cap.data import Batch
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import (
     Matrix,
+    SharedStates,
     StopForwardError,
     check_expert_input,
     expert_input,
@@ -31,14 +32,18 @@ class LayerBatch:
     Attributes:
         batch: The examples.
         weights: Weight of each real position, float32 `[positions]`; `None` if all are 1.
-        hidden: Hidden states, `[examples, tokens, hidden]`.
+        hidden: Hidden states, `[..., examples, tokens, hidden]`; some models have several for each
+            token (Gemma 3n).
         arguments: The other arguments of every layer.
+        shared: Keys and values that earlier layers have left for later ones; `None` if the layers
+            of the model share none.
     """
 
     batch: Batch
     weights: torch.Tensor | None
     hidden: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    shared: SharedStates | None = None
 
     def real_rows(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """Return the rows of `[examples, tokens, width]` that are not padding.

@@ -8,6 +8,7 @@ No second copy of the model is needed: the dense weights of the current layer ar
 models have passed it.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ from optimum_cap.models import (
     Matrix,
     ModelView,
     RecordedCall,
+    SharedStates,
     Site,
     StopForwardError,
     hidden_states_of,
@@ -28,7 +30,7 @@ from optimum_cap.models import (
     prunable_matrices,
     recorded_calls,
 )
-from optimum_cap.pruning.activations import LayerwisePass, add_inputs_
+from optimum_cap.pruning.activations import LayerwisePass, add_inputs_, check_statistics
 from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
 from optimum_cap.pruning.residual import modules_that_join
 
@@ -59,6 +61,7 @@ class DenseReferencePass(LayerwisePass):
         super().__init__(view, examples, answer_weight, memory_budget)
         self.view = view
         self._dense_hidden = [batch.hidden for batch in self.batches]
+        self._dense_shared = [copy.copy(batch.shared) for batch in self.batches]
         self._dense_outputs: list[torch.Tensor] = []  # of the current layer, once computed
         self._dense_weights: dict[str, torch.Tensor] = {}
         self._sites: dict[int, list[Site]] = {}
@@ -85,8 +88,10 @@ class DenseReferencePass(LayerwisePass):
             if not self._dense_outputs:
                 with self._dense(index):
                     self._dense_outputs = [
-                        self.run(index, batch, hidden)
-                        for batch, hidden in zip(self.batches, self._dense_hidden, strict=True)
+                        self.run(index, *dense)
+                        for dense in zip(
+                            self.batches, self._dense_hidden, self._dense_shared, strict=True
+                        )
                     ]
         self._dense_hidden, self._dense_outputs = self._dense_outputs, []
         self._dense_weights = {}
@@ -111,11 +116,15 @@ class DenseReferencePass(LayerwisePass):
         moments: dict[Matrix, torch.Tensor] = {}
         outputs = []
         with onloaded(self.layers[index]):
-            for batch, dense_hidden in zip(self.batches, self._dense_hidden, strict=True):
-                inputs, routes, calls, _ = self._inputs(index, collector, batch, batch.hidden)
+            for batch, dense_hidden, dense_shared in zip(
+                self.batches, self._dense_hidden, self._dense_shared, strict=True
+            ):
+                inputs, routes, calls, _ = self._inputs(
+                    index, collector, batch, batch.hidden, batch.shared
+                )
                 with self._dense(index):
                     dense_inputs, _, dense_calls, output = self._inputs(
-                        index, collector, batch, dense_hidden, routes, to_the_end
+                        index, collector, batch, dense_hidden, dense_shared, routes, to_the_end
                     )
                 if output is not None:
                     outputs.append(output)
@@ -137,6 +146,7 @@ class DenseReferencePass(LayerwisePass):
             self._dense_outputs = outputs
         if advance:
             self.advance(index)
+        check_statistics(statistics)
         return {
             matrix: replace(
                 statistics[collector.leaders[matrix]], output_error_moment=moments[matrix]
@@ -156,11 +166,12 @@ class DenseReferencePass(LayerwisePass):
         )
         if names not in self._joining:
             modules = {name: self.model.get_submodule(prefix + name) for name in names}
+            shared = copy.copy(self._dense_shared[0])  # the layer runs on changed inputs
             with self._dense(index):
                 self._joining[names] = modules_that_join(
                     modules,
                     self._dense_hidden[0],
-                    lambda hidden: self.run(index, self.batches[0], hidden),
+                    lambda hidden: self.run(index, self.batches[0], hidden, shared),
                 )
         return {prefix + name for name in self._joining[names]}
 
@@ -184,6 +195,7 @@ class DenseReferencePass(LayerwisePass):
         collector: InputCollector,
         batch: LayerBatch,
         hidden: torch.Tensor,
+        shared: SharedStates | None,
         routes: dict[Matrix, Route] | None = None,
         to_the_end: bool = False,
     ) -> tuple[dict[Matrix, torch.Tensor], dict[Matrix, Route], Calls, torch.Tensor | None]:
@@ -194,6 +206,7 @@ class DenseReferencePass(LayerwisePass):
             collector: Collects the inputs.
             batch: The batch.
             hidden: The input of the layer.
+            shared: Keys and values that earlier layers have left.
             routes: Routes to use for experts instead of those of this run.
             to_the_end: Whether to run the whole layer.
 
@@ -218,7 +231,7 @@ class DenseReferencePass(LayerwisePass):
             recorded_calls(attention) as calls,
             collector.collecting(batch, receive, routes, stop_early=not to_the_end),
         ):
-            output = self.run(index, batch, hidden)
+            output = self.run(index, batch, hidden, shared)
         return inputs, used_routes, calls, output if to_the_end else None
 
     def _dense_product(self, matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,20 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from optimum_cap.checkpoint import MatrixSparsity, PruningRecord, SiteSensitivity, UnitScore
+from optimum_cap.checkpoint import (
+    DenseWeights,
+    MatrixSparsity,
+    PruningRecord,
+    SiteSensitivity,
+    UnitScore,
+)
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample, CalibrationSet
-from optimum_cap.methods import apply_mask_, keep_masks, kth_smallest
-from optimum_cap.models import Matrix, ModelView, SiteUnit
+from optimum_cap.methods import ALLOCATIONS, apply_mask_, keep_masks, kth_smallest
+from optimum_cap.models import Matrix, ModelView, SiteUnit, projections_left_dense
 from optimum_cap.pruning.allocation import ALLOCATORS, interventional, uniform
 from optimum_cap.pruning.cache import LayerStore, PruningCache
+from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.head_removal import remove_heads_
 from optimum_cap.pruning.layer_by_layer import LayerByLayerPruning
@@ -82,6 +89,19 @@ class PruningRun:
         self.tokens: dict[Matrix, int] = {}
         self.sensitivities: list[Sensitivity] = []
         self.layer_store: LayerStore | None = None
+
+    def check_model(self, losses: UnitLosses | None) -> None:
+        """Check that the model can be calibrated on its examples; see `check_first_batch`.
+
+        Args:
+            losses: The losses of the units, if they are measured already.
+        """
+        method = self.config.method
+        layer_by_layer = method.layer_by_layer or ALLOCATIONS[method.allocation].needs_data
+        measures = method.needs_data and losses is None and self.config.scores is None
+        if layer_by_layer or measures:
+            budget = self.config.memory_budget
+            check_first_batch(self.view, self.examples, layer_by_layer, budget)
 
     def score_units(self, losses: UnitLosses | None) -> None:
         """Compute the causal scores, and the importances of units and their weights.
@@ -243,6 +263,10 @@ class PruningRun:
                     standard_error=_finite(sensitivity.standard_error),
                 )
                 for sensitivity in self.sensitivities
+            ],
+            dense=[
+                DenseWeights(projection.name, projection.weights, projection.prunable)
+                for projection in projections_left_dense(self.view, self.matrices)
             ],
         )
 

@@ -2,13 +2,18 @@
 
 import re
 
+from transformers.utils import logging
+
 from optimum_cap.config import PATTERN_PREFIX, CAPConfig
 from optimum_cap.methods import WHOLE_HEADS
-from optimum_cap.models import Matrix, ModelView, separable
+from optimum_cap.models import Matrix, ModelView, projections_left_dense, separable
 from optimum_cap.text import did_you_mean
 
 _LM_HEAD = "lm_head"  # what users call it, whatever its name in the model
 _SUGGESTED = 3
+_NOTABLE_SHARE = 0.02  # of the linear weights of the decoder
+
+logger = logging.get_logger(__name__)
 
 
 def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
@@ -84,3 +89,26 @@ def _near(entry: str, names: set[str]) -> str:
         starts = range(len(words) - length + 1)
         parts.update(".".join(words[start : start + length]) for start in starts)
     return did_you_mean(literal, parts, _SUGGESTED)
+
+
+def report_unsupported(view: ModelView, matrices: list[Matrix]) -> None:
+    """Log which linear weights of the decoder CAP cannot prune: as a warning if they are many.
+
+    Args:
+        view: The model.
+        matrices: The matrices to prune.
+    """
+    left_dense = projections_left_dense(view, matrices)
+    unsupported = [projection for projection in left_dense if not projection.prunable]
+    if not unsupported:
+        return
+    weights = sum(projection.weights for projection in unsupported)
+    total = sum(view.oriented(matrix).numel() for matrix in matrices)
+    total += sum(projection.weights for projection in left_dense)
+    names = ", ".join(f"{each.name} ({each.weights:,} weights)" for each in unsupported)
+    log = logger.warning if weights / total >= _NOTABLE_SHARE else logger.info
+    log(
+        f"{weights / total:.1%} of the linear weights of the decoder stay dense, because CAP "
+        f"cannot prune them in {type(view.model).__name__}: {names}; the sparsity is that of the "
+        "other weights"
+    )

@@ -3,6 +3,7 @@
 Causal scores come from masking a unit; sensitivities from pruning a site.
 """
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from optimum_cap.methods import InputStatistics
 from optimum_cap.models import (
     Matrix,
     ModelView,
+    SharedStates,
     Site,
     Targets,
     evaluation_mode,
@@ -244,6 +246,19 @@ def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
     return min(examples, max(FEWEST_EXAMPLES, affordable))
 
 
+@dataclass
+class _LayerInput:
+    """What a decoder layer receives of a batch from the layers before it.
+
+    Attributes:
+        hidden: Hidden states, `[..., examples, tokens, hidden]`.
+        shared: Keys and values that layers share; a layer may add its own.
+    """
+
+    hidden: torch.Tensor
+    shared: SharedStates | None
+
+
 class DivergenceEvaluator:
     """Measures how far pruned matrices move the predictions from those of the dense model.
 
@@ -264,8 +279,7 @@ class DivergenceEvaluator:
         self.targets = [Targets.of(batch.batch) for batch in self.layerwise.batches]
         self.next_layer = 0
         self.sets_at_a_time = _SETS_AT_A_TIME if is_offloaded(view.model) else 1
-        hidden = [batch.hidden for batch in self.layerwise.batches]
-        self.dense_final = self._to_the_end(0, [hidden])[0]
+        self.dense_final = self._to_the_end(0, [self._inputs()])[0]
 
     def divergences(
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
@@ -287,42 +301,47 @@ class DivergenceEvaluator:
                 divergences = [self._divergence(final) for final in finals]
             yield from divergences
 
+    def _inputs(self) -> list[_LayerInput]:
+        """Return the inputs of the next layer for all batches, which may be overwritten."""
+        return [_LayerInput(b.hidden, copy.copy(b.shared)) for b in self.layerwise.batches]
+
     def _layer_outputs(
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Iterator[list[_LayerInput]]:
         """Yield the outputs of a layer for all batches, with each set of matrices in turn."""
         layerwise = self.layerwise
         for weights in pruned:
+            outputs = self._inputs()
             with onloaded(layerwise.layers[layer]), temporary_weights(self.model, weights):
-                outputs = [layerwise.run(layer, each, each.hidden) for each in layerwise.batches]
+                self._run(layer, outputs)
             yield outputs
 
-    def _to_the_end(
-        self, layer: int, carried: list[list[torch.Tensor]]
-    ) -> list[list[torch.Tensor]]:
+    def _run(self, layer: int, carried: list[_LayerInput]) -> None:
+        """Replace the inputs of a layer, for all batches, by those of the next one."""
+        for each, batch in zip(carried, self.layerwise.batches, strict=True):
+            each.hidden = self.layerwise.run(layer, batch, each.hidden, each.shared)
+
+    def _to_the_end(self, layer: int, carried: list[list[_LayerInput]]) -> list[list[torch.Tensor]]:
         """Return the final hidden states at scored positions for each set and batch.
 
         Args:
             layer: The next layer to run.
-            carried: Its input for each set and batch, `[examples, tokens, hidden]`; overwritten.
+            carried: Its input for each set and batch; overwritten.
 
         Returns:
-            `[scored, 1, hidden]` for each set and batch.
+            `[..., scored, 1, hidden]` for each set and batch.
         """
-        layerwise = self.layerwise
-        for index in range(layer, len(layerwise.layers)):
-            with onloaded(layerwise.layers[index]):
-                for hidden in carried:
-                    for position, batch in enumerate(layerwise.batches):
-                        hidden[position] = layerwise.run(index, batch, hidden[position])
+        layers = self.layerwise.layers
+        for index in range(layer, len(layers)):
+            with onloaded(layers[index]):
+                for of_set in carried:
+                    self._run(index, of_set)
         return [
             [
-                hidden[targets.rows.to(hidden.device), targets.columns.to(hidden.device)].unsqueeze(
-                    1
-                )
-                for hidden, targets in zip(each, self.targets, strict=True)
+                targets.select(each.hidden).unsqueeze(-2)
+                for each, targets in zip(of_set, self.targets, strict=True)
             ]
-            for each in carried
+            for of_set in carried
         ]
 
     def _divergence(self, final: list[torch.Tensor]) -> torch.Tensor:
@@ -332,8 +351,8 @@ class DivergenceEvaluator:
         for dense, changed, targets in zip(self.dense_final, final, self.targets, strict=True):
             parts = []
             step = positions_per_chunk(self.model, dense.device)
-            for start in range(0, len(dense), step):
-                part = slice(start, start + step)
+            for start in range(0, dense.shape[-3], step):
+                part = ..., slice(start, start + step), slice(None), slice(None)
                 dense_log, changed_log = (
                     logits_of(self.model, self.layerwise.layers, output_template, hidden[part])
                     .float()

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 
 from optimum_cap.data import Batch
-from optimum_cap.models import Site, activation_bytes_per_token, device_of
+from optimum_cap.models import Site, activation_bytes_per_token, device_of, layer_input_width
 
 
 def tokens_per_chunk(model: PreTrainedModel) -> int:
@@ -33,7 +33,8 @@ def tokens_per_batch(
     """
     config = model.config.get_text_config(decoder=True)
     # Input of the layer, input and output of the attention, and input of its projection.
-    per_token = config.num_hidden_layers * 4 * config.hidden_size * 4
+    per_layer = layer_input_width(model) + 3 * config.hidden_size
+    per_token = config.num_hidden_layers * per_layer * 4
     for site in one_site_per_block(sites):
         input_width = site.width if site.output_module == site.projection else config.hidden_size
         per_token += (input_width + config.hidden_size) * 4

@@ -46,6 +46,14 @@ def cost_of(chunk: Chunk, units: list[SiteUnit], layers: int) -> int:
     return int(chunk.batch.real.sum()) * (passed if chunk.units else layers)
 
 
+def out_of_memory_at_smallest_step(tokens: int) -> MemoryError:
+    """Return the error for a single example of so many tokens with a single masked unit."""
+    return MemoryError(
+        f"memory ran out with a single example of {tokens} tokens and a single masked unit, the "
+        "smallest step that a memory_budget can lead to: free memory, or lower max_length"
+    )
+
+
 class ChunkMeasurer:
     """Measures chunks, in smaller parts once memory runs out.
 
@@ -95,11 +103,7 @@ class ChunkMeasurer:
                 if not is_out_of_memory(error):
                     raise
                 if not splits:
-                    raise MemoryError(
-                        f"memory ran out with a single example of {tokens} tokens and a single "
-                        "masked unit, the smallest step that a memory_budget can lead to: free "
-                        "memory, or lower max_length"
-                    ) from error
+                    raise out_of_memory_at_smallest_step(tokens) from error
             # After the handler: until it ends, the error keeps the recorded tensors in memory.
             self._halve_limit(tokens)
         for half in halves(batch):

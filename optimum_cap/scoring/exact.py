@@ -30,6 +30,7 @@ from optimum_cap.scoring.chunks import Chunk, ChunkMeasurer, chunks_of, cost_of
 from optimum_cap.scoring.scores import UnitLosses
 from optimum_cap.scoring.settings import ScoringSettings
 from optimum_cap.scoring.shared_prefix import prefix_to_share
+from optimum_cap.scoring.stream_check import check_streams
 
 
 def exact_losses(
@@ -51,8 +52,8 @@ def exact_losses(
 
     Raises:
         ValueError: The units include experts whose computation is not supported, the layers cannot
-            be compiled, the units are in another order, or the processes of the group were given
-            different inputs.
+            run one at a time or be compiled, the units are in another order, or the processes of
+            the group were given different inputs.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the group has stopped.
     """
@@ -71,6 +72,7 @@ def exact_losses(
         prefix = agree_once(
             "prefix", lambda: prefix_to_share(view, examples), examples, units, settings
         )
+        agree_once("streams", lambda: _checked(view, examples, prefix), examples, units, settings)
         tokens = tokens_per_batch(view.model, budget, prefix, view.sites)
         chunks = [
             chunk
@@ -81,6 +83,12 @@ def exact_losses(
         with compiling() if settings.torch_compile else nullcontext():
             scorer.measure(chunks)
     return UnitLosses(units, scorer.intact, scorer.masked)
+
+
+def _checked(view: ModelView, examples: list[CalibrationExample], prefix: int) -> int:
+    """Check the streams; the result only says, in a cache, that they need not be checked again."""
+    check_streams(view, examples, prefix)
+    return 1
 
 
 def _check_order(units: list[SiteUnit]) -> None:

@@ -22,6 +22,8 @@ from optimum_cap.models import (
     experts_of,
     float32_on_cpu,
     gated,
+    layer_input_width,
+    mlp_width,
     routed,
     routing,
     scored_logits,
@@ -244,8 +246,8 @@ def examples_per_pass(
     """Return how many examples a batch may have so that its saved activations fit the budget."""
     config = model.config.get_text_config(decoder=True)
     longest = max(len(example.input_ids) for example in examples)
-    mlp_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_layer = 4 * (16 * config.hidden_size + 6 * mlp_width)
+    widths = 15 * config.hidden_size + layer_input_width(model) + 6 * mlp_width(model)
+    per_layer = 4 * widths
     # Attention that is not fused keeps its probabilities and a float32 copy of them.
     per_layer += 8 * config.num_attention_heads * longest
     per_token = config.num_hidden_layers * per_layer + 12 * config.vocab_size

@@ -6,6 +6,7 @@ generation with a cache: the arguments with which the model then calls its last 
 while all layers are skipped. Whether this gives the same output is checked on the intact pass.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -27,10 +28,16 @@ from optimum_cap.models import (
     recorded_calls,
     replaced_forward,
     run_until,
+    tolerance,
     zero_embeddings,
 )
 from optimum_cap.runtime import is_out_of_memory
-from optimum_cap.scoring.prefix import WORTHWHILE_SHARE, Segment, append_tokens, tolerance
+from optimum_cap.scoring.prefix import (
+    WORTHWHILE_SHARE,
+    Segment,
+    Streams,
+    append_tokens,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -143,15 +150,17 @@ class LastAttention:
         first: int,
     ) -> "LastAttention | None":
         """Return the cut attention, or `None` if its output differs on the intact pass."""
-        intact_inputs = [segment.calls[self._name].hidden for segment in segments]
-        before = sum(hidden.shape[1] for hidden in intact_inputs[:-1])
+        calls = [segment.calls[self._name] for segment in segments]
+        intact_inputs = [Streams(call.hidden, copy.copy(call.shared)) for call in calls]
+        before = sum(call.hidden.shape[-2] for call in calls[:-1])
         parts = (input_ids[:, :first], before), (input_ids[:, first:], before + first)
         output_template = self.tail.calls[self._name].output
         lead, tail = (
             _last_layer_call(self.model, layers, self._name, output_template, *part)
             for part in parts
         )
-        cut = replace(self, leading=(*self.leading, lead), tail=tail, start=first)
+        leading = () if self._reads_shared_keys() else (*self.leading, lead)
+        cut = replace(self, leading=leading, tail=tail, start=first)
         keys = cut._keys(intact_inputs)
         if len(keys.parts) < len(cut.leading):
             return None  # the attention does not use the cache
@@ -161,48 +170,61 @@ class LastAttention:
         change = (cut._after(keys, intact_inputs[-1]) - expected).float().norm()
         return cut if change <= tolerance(expected.dtype) * expected.float().norm() else None
 
+    def _reads_shared_keys(self) -> bool:
+        """Whether the layer seems to read the keys and values of an earlier one.
+
+        If it does, keys and values of leading tokens need not be computed.
+        """
+        before = self.tail.calls.get(f"layer {self.site.layer - 1}")
+        shared = self.tail.calls[self._name].shared
+        if before is None or before.shared is None or not shared:
+            return False
+        return all(before.shared.get(key) is values for key, values in shared.items())
+
     @property
     def _name(self) -> str:
         """Name of the layer's calls in the segments."""
         return f"layer {self.site.layer}"
 
-    def outputs(self, streams: list[torch.Tensor]) -> torch.Tensor:
+    def outputs(self, streams: list[Streams]) -> torch.Tensor:
         """Return the output of the attention from position `start` on.
 
         Args:
-            streams: Input of the layer, `[streams * rows, tokens, hidden]`, for each segment of the
-                intact pass.
+            streams: Input of the layer for each segment of the intact pass.
 
         Returns:
             `[streams * rows, tokens, hidden]`.
         """
         return self._after(self._keys(streams), streams[-1])
 
-    def _after(self, keys: _Keys, stream: torch.Tensor) -> torch.Tensor:
+    def _after(self, keys: _Keys, streams: Streams) -> torch.Tensor:
         """Return the output for the tail of the last segment, after tokens with these keys."""
-        hidden = stream[:, self.start :]
-        args, kwargs = self._arguments(self.tail, hidden, keys)
+        tail = replace(streams, hidden=streams.hidden[..., self.start :, :])
+        args, kwargs = self._arguments(self.tail, tail, keys)
         block = self.model.get_submodule(self.site.block)
-        return hidden_states_of(run_until(block, self.layer, hidden, *args, **kwargs))
+        return hidden_states_of(run_until(block, self.layer, tail.hidden, *args, **kwargs))
 
-    def _keys(self, streams: list[torch.Tensor]) -> _Keys:
+    def _keys(self, streams: list[Streams]) -> _Keys:
         """Compute the keys and values of the leading tokens."""
         keys = _Keys(self.model.config)
+        if not self.leading:
+            return keys
         parts = streams[:-1]
         if self.start:
-            parts = [*parts, streams[-1][:, : self.start]]
+            hidden = streams[-1].hidden[..., : self.start, :]
+            parts = [*parts, replace(streams[-1], hidden=hidden)]
         with self._no_queries():
-            for segment, hidden in zip(self.leading, parts, strict=True):
-                args, kwargs = self._arguments(segment, hidden, keys)
+            for segment, part in zip(self.leading, parts, strict=True):
+                args, kwargs = self._arguments(segment, part, keys)
                 with suppress(StopForwardError):
-                    self.layer(hidden, *args, **kwargs)
+                    self.layer(part.hidden, *args, **kwargs)
         keys.collecting = False
         return keys
 
     def _arguments(
-        self, segment: Segment, hidden: torch.Tensor, keys: _Keys
+        self, segment: Segment, streams: Streams, keys: _Keys
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return segment.arguments(self._name, len(hidden), keys)
+        return segment.arguments(self._name, streams.rows, keys, streams.shared)
 
     @contextmanager
     def _no_queries(self) -> Iterator[None]:
@@ -238,7 +260,9 @@ def _last_layer_call(
     if before:
         for layer in cache.layers:  # only the number of tokens matters
             placeholder = torch.empty(len(input_ids), 1, before, 1, device=device_of(model))
-            layer.update(placeholder, placeholder)
+            # A layer that reads the keys and values of others cannot store any.
+            with suppress(NotImplementedError):
+                layer.update(placeholder, placeholder)
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise StopForwardError

@@ -240,9 +240,20 @@ def _returning_last_rows(
         computed = len(hidden) - len(last)
         if computed == 0:
             return repack_output(output_template, last)
-        # Experts get the routing of every row; attention gets the arguments of computed rows only.
-        others = [arg[:computed] if len(arg) == len(hidden) else arg for arg in args]
-        output = original_forward(hidden[:computed], *others, **kwargs)
+
+        def of_computed(value: Any) -> Any:
+            """Cut the routing of experts, and arguments of attention that differ between rows."""
+            if isinstance(value, tuple):
+                return tuple(map(of_computed, value))
+            if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == len(hidden):
+                return value[:computed]
+            return value
+
+        output = original_forward(
+            hidden[:computed],
+            *map(of_computed, args),
+            **{name: of_computed(value) for name, value in kwargs.items()},
+        )
         return repack_output(output, torch.cat([hidden_states_of(output), last]))
 
     return replaced_forward(module, forward)

@@ -13,10 +13,12 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from optimum_cap.models import (
     RecordedCall,
+    SharedStates,
     cache_argument,
     device_of,
-    only_last_logits,
     recorded_calls,
+    with_shared_states,
+    without_logits,
 )
 
 WORTHWHILE_SHARE = 1 / 8
@@ -39,14 +41,62 @@ class Segment:
     calls: dict[str, RecordedCall]
 
     def arguments(
-        self, layer: str, rows: int, cache: Cache | None
+        self, layer: str, rows: int, cache: Cache | None, shared: SharedStates | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the recorded arguments of a layer after its input, for other rows and a cache."""
+        """Return the recorded arguments of a layer after its input, for other rows.
+
+        Args:
+            layer: Name of the call.
+            rows: Number of rows.
+            cache: The cache to use instead of the recorded one.
+            shared: Keys and values that layers share, instead of the recorded ones.
+        """
         call, times = self.calls[layer], rows // self.rows
         args = tuple(_expand(value, self.rows, times, cache) for value in call.args)
-        return args, {
+        kwargs = {
             name: _expand(value, self.rows, times, cache) for name, value in call.kwargs.items()
         }
+        return with_shared_states(args, kwargs, shared)
+
+
+@dataclass
+class Streams:
+    """Masked streams of a segment between two layers.
+
+    Attributes:
+        hidden: Their hidden states, `[..., streams * rows, tokens, hidden]`.
+        shared: Keys and values that earlier layers have left for later ones, of the same rows;
+            `None` if the layers of the model share none.
+    """
+
+    hidden: torch.Tensor
+    shared: SharedStates | None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: streams times rows of the segment."""
+        return self.hidden.shape[-3]
+
+    def share_intact(self, intact: SharedStates | None, count: int) -> None:
+        """Add the rows of `count` new streams, whose keys and values are intact so far.
+
+        Args:
+            intact: Keys and values of the intact pass up to here.
+            count: Number of streams that follow those whose keys and values are known.
+        """
+        if self.shared is None or intact is None:
+            return
+        for key, values in intact.items():
+            new = [value.repeat(count, 1, 1, 1) for value in values]
+            if key in self.shared:
+                pairs = zip(self.shared[key], new, strict=True)
+                new = [torch.cat([value, rows.to(value.device)]) for value, rows in pairs]
+            self.shared[key] = tuple(new)
+
+
+def repeat_rows(hidden: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeat the rows of `[..., rows, tokens, hidden]`."""
+    return hidden.repeat(*[1] * (hidden.ndim - 3), times, 1, 1)
 
 
 def _expand(value: Any, batch: int, times: int, cache: Cache | None) -> Any:
@@ -72,13 +122,8 @@ def record(
 ) -> Segment:
     """Run the model over tokens `[rows, tokens]` and record the calls of `modules` by name."""
     cache_kwargs = {} if cache is None else cache_argument(model, cache)
-    with recorded_calls(modules) as calls:
-        model(
-            input_ids=input_ids.to(device_of(model)),
-            use_cache=cache is not None,
-            **cache_kwargs,
-            **only_last_logits(model),
-        )
+    with without_logits(model), recorded_calls(modules) as calls:
+        model(input_ids=input_ids.to(device_of(model)), use_cache=cache is not None, **cache_kwargs)
     return Segment(len(input_ids), calls)
 
 
@@ -96,7 +141,9 @@ class PrefixCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, layer: int | None = None) -> None:
         super().__init__(config=config)
-        self._only_layer = None if layer is None else self.layers[layer]
+        # Layers that read the keys and values of others have no place of their own in the cache.
+        has_place = layer is not None and layer < len(self.layers)
+        self._only_layer = self.layers[layer] if has_place else None
 
     def update(
         self,
@@ -125,8 +172,3 @@ def append_tokens(parts: Sequence[torch.Tensor], new: torch.Tensor) -> torch.Ten
     before = [part.unflatten(0, (rows, -1)) for part in parts]
     each = [part.expand(-1, new.shape[1], *part.shape[2:]) for part in before]
     return torch.cat([*each, new], dim=-2).flatten(0, 1)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return a relative difference far above rounding: 2e-5 in float32, 4 % in bfloat16."""
-    return float(torch.finfo(dtype).eps ** (2 / 3))

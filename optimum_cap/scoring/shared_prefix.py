@@ -5,9 +5,9 @@ from accelerate.utils.memory import clear_device_cache
 from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample, batches, shared_prefix
-from optimum_cap.models import ModelView, SiteUnit
+from optimum_cap.models import ModelView, SiteUnit, tolerance
 from optimum_cap.runtime import is_out_of_memory
-from optimum_cap.scoring.prefix import WORTHWHILE_SHARE, tolerance
+from optimum_cap.scoring.prefix import WORTHWHILE_SHARE
 from optimum_cap.scoring.wavefront import Wavefront
 
 logger = logging.get_logger(__name__)

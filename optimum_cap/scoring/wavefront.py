@@ -10,7 +10,10 @@ The shared prefix of the examples is computed once per stream, as a single row w
 the rows of the examples read.
 """
 
+import copy
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -19,6 +22,7 @@ from optimum_cap.data import Batch
 from optimum_cap.models import (
     LayerCall,
     ModelView,
+    RecordedCall,
     SiteUnit,
     Targets,
     call_compiled,
@@ -32,7 +36,7 @@ from optimum_cap.models import (
 )
 from optimum_cap.scoring.last_attention import LastAttention
 from optimum_cap.scoring.masked_blocks import MaskedBlocks
-from optimum_cap.scoring.prefix import PrefixCache, Segment, record
+from optimum_cap.scoring.prefix import PrefixCache, Segment, Streams, record, repeat_rows
 
 
 class Wavefront:
@@ -87,7 +91,7 @@ class Wavefront:
             units: The units in the order of the model: by layer, those of the attention first.
         """
         first, last = units[0].site.layer, len(self.layers) - 1
-        streams = [segment.calls[f"layer {first}"].hidden[:0] for segment in self.segments]
+        streams = [_no_streams(segment.calls[f"layer {first}"]) for segment in self.segments]
         for index in range(first, last):
             starting = [unit for unit in units if unit.site.layer == index]
             cache = self._cache(index)
@@ -105,53 +109,65 @@ class Wavefront:
         self,
         segment: Segment,
         index: int,
-        carried: torch.Tensor,
+        carried: Streams,
         starting: list[SiteUnit],
         cache: Cache | None,
-    ) -> torch.Tensor:
+    ) -> Streams:
         """Run streams from earlier layers and streams that start in this layer through it.
 
-        Streams are rows `[streams * rows of the segment, tokens, hidden]`. The input of a starting
-        stream is the intact input of the layer (for the residual connection); it gets the outputs
-        of the blocks up to the masked one.
+        The input of a starting stream is the intact input of the layer (for the residual
+        connection); it gets the outputs of the blocks up to the masked one.
         """
         call = segment.calls[f"layer {index}"]
-        rows = torch.cat([carried.to(call.hidden.device), call.hidden.repeat(len(starting), 1, 1)])
-        args, kwargs = segment.arguments(f"layer {index}", len(carried), cache)
+        intact = repeat_rows(call.hidden, len(starting))
+        rows = torch.cat([carried.hidden.to(intact.device), intact], dim=-3)
+        args, kwargs = segment.arguments(f"layer {index}", rows.shape[-3], cache, carried.shared)
         if not starting:
-            return hidden_states_of(self._call(self.layers[index], rows, args, kwargs))
-        attention = self.blocks.attention_outputs(segment, index, starting, _every_position)
-        with self.blocks.returning(segment, index, attention, starting, _every_position):
-            return hidden_states_of(self.layers[index](rows, *args, **kwargs))
+            output = self._call(self.layers[index], rows, args, kwargs)
+        else:
+            attention = self.blocks.attention_outputs(segment, index, starting, _every_position)
+            with self.blocks.returning(segment, index, attention, starting, _every_position):
+                output = self.layers[index](rows, *args, **kwargs)
+        carried.share_intact(call.shared, len(starting))
+        return Streams(hidden_states_of(output), carried.shared)
 
-    def _through_last_layer(
-        self, streams: list[torch.Tensor], starting: list[SiteUnit]
-    ) -> torch.Tensor:
+    def _through_last_layer(self, streams: list[Streams], starting: list[SiteUnit]) -> torch.Tensor:
         """Run streams through the last layer, whose output matters at scored positions only.
 
         Everything after the attention is position-wise. So only the attention runs on sequences;
         the rest of the layer runs on scored positions, each as a sequence of one token.
 
         Returns:
-            Output of the layer, `[streams * scored, 1, hidden]`.
+            Output of the layer, `[..., streams * scored, 1, hidden]`.
         """
         index = len(self.layers) - 1
         intact = self.suffix.calls[f"layer {index}"].hidden
-        rows, attention_outputs = [], []
-        if len(streams[-1]):
-            streams = [carried.to(intact.device) for carried in streams]
+        hidden, attention_outputs = [], []
+        if streams[-1].rows:
+            streams = [replace(each, hidden=each.hidden.to(intact.device)) for each in streams]
             last = self._last_attention
-            rows.append(self._at_scored(streams[-1]))
+            hidden.append(self._at_scored(streams[-1].hidden))
             attention_outputs.append(self._at_scored(last.outputs(streams), last.start))
         if starting:
-            rows.append(self._at_scored(intact).repeat(len(starting), 1, 1))
+            hidden.append(repeat_rows(self._at_scored(intact), len(starting)))
             attention_outputs.append(
                 self.blocks.attention_outputs(self.suffix, index, starting, self._at_scored)
             )
-        args, kwargs = self.suffix.arguments(f"layer {index}", self.suffix.rows, None)
-        attention = torch.cat(attention_outputs)
+        rows, attention = torch.cat(hidden, dim=-3), torch.cat(attention_outputs)
+        args, kwargs = self.suffix.arguments(f"layer {index}", self.suffix.rows, None, None)
+        tokens, times = intact.shape[-2], rows.shape[-3] // len(self.targets.ids)
+
+        def at_scored(value: Any) -> Any:
+            """Select from an argument that has values for each token (Gemma 3n, Gemma 4)."""
+            is_tensor = isinstance(value, torch.Tensor) and value.ndim == 3
+            if not is_tensor or value.shape[:2] != (self.suffix.rows, tokens):
+                return value
+            return repeat_rows(self._at_scored(value), times)
+
+        args = tuple(map(at_scored, args))
+        kwargs = {name: at_scored(value) for name, value in kwargs.items()}
         with self.blocks.returning(self.suffix, index, attention, starting, self._at_scored):
-            return hidden_states_of(self.layers[index](torch.cat(rows), *args, **kwargs))
+            return hidden_states_of(self.layers[index](rows, *args, **kwargs))
 
     @cached_property
     def _last_attention(self) -> LastAttention:
@@ -168,12 +184,12 @@ class Wavefront:
         """Select the positions whose logits are scored, from hidden states that begin at `start`.
 
         Returns:
-            `[streams * scored, 1, hidden]`.
+            `[..., streams * scored, 1, hidden]`.
         """
-        streams = hidden.view(-1, self.suffix.rows, *hidden.shape[1:])
+        streams = hidden.unflatten(-3, (-1, self.suffix.rows))
         rows = self.targets.rows.to(hidden.device)
         columns = self.targets.columns.to(hidden.device) - start
-        return streams[:, rows, columns].view(-1, 1, hidden.shape[-1])
+        return streams[..., rows, columns, :].flatten(-3, -2).unsqueeze(-2)
 
     def _losses(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the losses of streams, float64 `[streams, examples]`.
@@ -181,23 +197,34 @@ class Wavefront:
         The rest of the model (final norm, head, soft-capping) is position-wise.
 
         Args:
-            hidden: Output of the last layer, `[streams * scored, 1, hidden]`.
+            hidden: Output of the last layer, `[..., streams * scored, 1, hidden]`.
         """
-        scored = len(self.targets.ids)
-        targets = self.targets.ids.repeat(len(hidden) // scored).to(device_of(self.model))
+        scored, positions = len(self.targets.ids), hidden.shape[-3]
+        targets = self.targets.ids.repeat(positions // scored).to(device_of(self.model))
         step = positions_per_chunk(self.model, hidden.device)
         output_template = self.suffix.calls[f"layer {len(self.layers) - 1}"].output
         with onloaded(self.model, besides=[*self.layers, self.model.get_input_embeddings()]):
             losses = [
                 token_losses(
                     logits_of(
-                        self.model, self.layers, output_template, hidden[start : start + step]
+                        self.model,
+                        self.layers,
+                        output_template,
+                        hidden[..., start : start + step, :, :],
                     ),
                     targets[start : start + step],
                 )
-                for start in range(0, len(hidden), step)
+                for start in range(0, positions, step)
             ]
         return self.targets.example_means(torch.cat(losses).view(-1, scored))
+
+
+def _no_streams(call: RecordedCall) -> Streams:
+    """Return no streams before a layer whose intact call was recorded."""
+    shared = copy.copy(call.shared)
+    if shared is not None:
+        shared.clear()
+    return Streams(call.hidden[..., :0, :, :], shared)
 
 
 def _every_position(hidden: torch.Tensor) -> torch.Tensor:

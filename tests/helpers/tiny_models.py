@@ -35,6 +35,17 @@ _GEMMA = {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+# Inputs of their own for each layer; the last two layers read keys and values of the first two.
+_PER_LAYER = {
+    **_GQA,
+    "head_dim": 8,
+    "num_hidden_layers": 4,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 2,
+}
 MOE = {**_GQA, "num_experts_per_tok": 2, "output_router_logits": False}
 
 CONFIGS: dict[str, tuple[str, dict]] = {
@@ -44,6 +55,16 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3", {**_GQA, "head_dim": 8}),
     "gemma2": ("Gemma2", _GEMMA),
     "gemma3": ("Gemma3", _GEMMA),
+    "gemma3n": (
+        "Gemma3n",
+        {
+            **_PER_LAYER,
+            "altup_num_inputs": 3,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+        },
+    ),
+    "gemma4": ("Gemma4", {**_PER_LAYER, "global_head_dim": 12}),
     "phi3": ("Phi3", {**_GQA, "tie_word_embeddings": False}),
     "gpt2": (
         "GPT2",
@@ -99,6 +120,8 @@ SAMPLE = (
     "llama",  # queries in groups, a head size of its own, a gated MLP
     "gemma2",  # norms behind blocks, windows in some layers, capped logits
     "gemma3",  # a rotation of its own for layers with windows
+    "gemma3n",  # several hidden states per token, inputs per layer, keys and values shared
+    "gemma4",  # inputs per layer, keys and values shared by layers, head sizes by layer
     "gpt2",  # transposed weights (Conv1D), queries, keys and values fused, biases, no gate
     "gpt_neox",  # attention and MLP side by side, queries, keys and values fused head by head
     "mixtral",  # experts in every layer, windows
@@ -141,10 +164,9 @@ def tiny_model(
 ) -> PreTrainedModel:
     """Build a random causal language model of `architecture`; `changes` override its config."""
     name, settings = {**CONFIGS, **SHARED_EXPERTS}[architecture]
-    if architecture == "gemma3":
-        config_class = transformers.Gemma3TextConfig
-    else:
-        config_class = getattr(transformers, f"{name}Config")
+    # Gemma models that also see images have a config for the text alone.
+    of_text = f"{name}TextConfig"
+    config_class = getattr(transformers, of_text, None) or getattr(transformers, f"{name}Config")
     settings = {key: value for key, value in {**settings, **changes}.items() if value is not None}
     torch.manual_seed(seed)
     head = "LMHeadModel" if architecture == "gpt2" else "ForCausalLM"

@@ -167,6 +167,28 @@ def test_nothing_is_missing_of_a_model_that_is_not_pruned(model: PreTrainedModel
         assert float(statistics.output_error_moment.abs().max()) < 1e-3, matrix
 
 
+def test_both_models_reach_their_own_end(model: PreTrainedModel) -> None:
+    """Where later layers read keys and values of earlier ones, each model reads its own."""
+    dense, rows = copy.deepcopy(model), examples(5)
+    with evaluation_mode(model):
+        layerwise = DenseReferencePass(ModelView.of(model), rows)
+        for layer, matrices in matrices_by_layer(find_sites(model)).items():
+            layerwise.begin(layer)
+            for matrix in matrices:
+                weight = writable_weights(model, matrix)
+                weight.copy_(without_small_ones(weight))
+            layerwise.advance(layer)
+        [batch] = layerwise.batches
+        last = {"last": layerwise.layers[-1]}, {"last": ModelView.of(dense).layers[-1]}
+        ends = batch.hidden, layerwise._dense_hidden[0]
+        for each, modules, end in zip((model, dense), last, ends, strict=True):
+            with recorded_calls(modules) as calls:
+                each(input_ids=batch.batch.input_ids, use_cache=False)
+            expected = hidden_states_of(calls["last"].output)
+            torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(*ends, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", SHARED_EXPERTS)
 def test_shared_experts_run_layer_by_layer_too(name: str) -> None:
     model = tiny_model(name)

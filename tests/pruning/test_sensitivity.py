@@ -88,7 +88,8 @@ def test_divergence_is_that_of_two_full_passes(model: PreTrainedModel) -> None:
         sizes = [oriented(model, matrix).numel() for matrix in sensitivity.matrices]
         assert list(sensitivity.sizes) == sizes
         assert sensitivity.weights == sum(sizes)
-    assert max(sensitivity.divergence for sensitivity in measured) > 1e-2
+    # Far above what `approx` tolerates: where norms follow the blocks, scaling changes little.
+    assert max(sensitivity.divergence for sensitivity in measured) > 1e-3
 
 
 def test_all_examples_give_statistics_and_the_first_ones_are_measured(

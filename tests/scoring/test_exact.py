@@ -279,9 +279,10 @@ def test_another_error_is_no_lack_of_memory(
     "where", ["model.layers.1.mlp.act_fn", "model.layers.2.self_attn.o_proj", "lm_head"]
 )
 def test_memory_that_runs_out_inside_the_model_leaves_no_trace(
-    where: str, llama: PreTrainedModel
+    where: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a layer that is passed whole, under replaced forwards of the last one, in the logits."""
+    monkeypatch.setattr("optimum_cap.scoring.exact.check_streams", lambda *args: None)
     sites, rows = find_sites(llama, mlp_unit_size=4), examples(12)
     expected = exact_losses(ModelView(llama, sites), rows)
     failures = iter([3, 7, 8])

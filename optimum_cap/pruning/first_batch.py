@@ -1,0 +1,141 @@
+"""Checks on one batch, before any weight changes, that the model can be calibrated.
+
+Statistics and sensitivities are measured by running one decoder layer after the other on recorded
+arguments (`LayerwisePass`). For this to be the model, a layer must depend on nothing else. Rather
+than knowing for which architectures that holds, every run compares the two.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_cap.data import Batch, CalibrationExample, batches
+from optimum_cap.models import (
+    ModelView,
+    Targets,
+    evaluation_mode,
+    float32_on_cpu,
+    hidden_states_of,
+    onloaded,
+    positions_per_chunk,
+    replaced_forward,
+    share_that_differs,
+)
+from optimum_cap.pruning.activations import LayerwisePass, check_finite, examples_per_batch
+
+# On a GPU, the experts of a mixture may add up their outputs in another order in each run. The
+# rounding can send tokens that are torn between two experts to another one.
+_MOST_TOKENS_ROUTED_OTHERWISE = 0.01
+
+
+def check_first_batch(
+    view: ModelView,
+    examples: list[CalibrationExample],
+    layer_by_layer: bool,
+    memory_budget: int | str = "auto",
+) -> None:
+    """Check that the dense model computes finite values, and the same one layer at a time.
+
+    This costs a forward pass of one batch, and a second one layer by layer. Each layer runs in both
+    while its weights are in memory, so that offloaded weights are loaded once.
+
+    Args:
+        view: The dense model; it is left unchanged.
+        examples: The calibration examples.
+        layer_by_layer: Whether the run uses `LayerwisePass`. Otherwise, only one example runs.
+        memory_budget: As for `LayerwisePass`.
+
+    Raises:
+        ValueError: Hidden states or logits are not finite, or they differ.
+    """
+    size = examples_per_batch(view.model, examples, memory_budget) if layer_by_layer else 1
+    chosen = [examples[position] for position in batches(examples, size)[0].positions]
+    [batch] = batches(chosen, size)
+    with evaluation_mode(view.model), float32_on_cpu(view.model):
+        layerwise = None
+        if layer_by_layer:
+            layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
+        shares = _run_beside(view, batch, chosen, layerwise)
+    routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
+    allowed = _MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
+    if shares and shares[-1] > allowed:
+        first = next(index for index, share in enumerate(shares) if share > allowed)
+        raise ValueError(
+            f"{type(view.model).__name__} computes something else when its decoder layers run one "
+            f"at a time: the hidden states of {shares[-1]:.0%} of the tokens differ, from layer "
+            f"{first} on, so it cannot be calibrated layer by layer: use recipe 'paper' with "
+            "estimator 'plain', or criterion 'magnitude'"
+        )
+
+
+def _run_beside(
+    view: ModelView,
+    batch: Batch,
+    examples: list[CalibrationExample],
+    layerwise: LayerwisePass | None,
+) -> list[float]:
+    """Run the model on a batch, and each layer a second time as `LayerwisePass` does.
+
+    Args:
+        view: The model.
+        batch: The batch.
+        examples: Its examples.
+        layerwise: A pass with this batch alone; `None` runs the model only.
+
+    Returns:
+        The share of tokens whose hidden states differ, after each layer; empty without a pass.
+
+    Raises:
+        ValueError: Hidden states or logits are not finite.
+    """
+    shares: list[float] = []
+
+    def beside(index: int, layer: nn.Module) -> Callable[..., Any]:
+        original_forward, is_second = layer.forward, False
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_second
+            if is_second:
+                return original_forward(*args, **kwargs)
+            with onloaded(layer):
+                output = original_forward(*args, **kwargs)
+                expected = hidden_states_of(output)
+                check_finite(expected, batch, examples, f"layer {index}")
+                if layerwise is not None:
+                    [of_pass] = layerwise.batches
+                    is_second = True
+                    try:
+                        of_pass.hidden = layerwise.run(index, of_pass, of_pass.hidden)
+                    finally:
+                        is_second = False
+                    real = batch.real.to(expected.device)
+                    shares.append(
+                        share_that_differs(of_pass.hidden[..., real, :], expected[..., real, :])
+                    )
+            return output
+
+        return forward
+
+    targets = Targets.of(batch)
+
+    def select(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        check_finite(args[0], batch, examples, "the last norm")
+        selected = targets.select(args[0])[: positions_per_chunk(view.model, args[0].device)]
+        return (selected[None],)
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(view.layers):
+            stack.enter_context(replaced_forward(layer, beside(index, layer)))
+        head = view.model.get_output_embeddings()
+        stack.callback(head.register_forward_pre_hook(select).remove)
+        input_ids = batch.input_ids.to(view.device)
+        logits = view.model(input_ids=input_ids, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"the LM head of {type(view.model).__name__} gives logits that are NaN or infinite: "
+            "check its weights and the dtype of the model"
+        )
+    return shares

@@ -1,0 +1,103 @@
+"""Checks that masked streams compute what the model computes, on the longest examples."""
+
+from dataclasses import replace
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+
+from optimum_cap.data import CalibrationExample, batches
+from optimum_cap.models import (
+    ModelView,
+    SiteUnit,
+    Targets,
+    Unit,
+    positions_per_chunk,
+    scored_logits,
+    token_losses,
+)
+from optimum_cap.runtime import is_out_of_memory
+from optimum_cap.scoring.chunks import out_of_memory_at_smallest_step
+from optimum_cap.scoring.wavefront import Wavefront
+
+
+def check_streams(view: ModelView, examples: list[CalibrationExample], prefix: int) -> None:
+    """Check that streams in which nothing is masked have the losses of the model.
+
+    A stream starts in the middle of the model, with recorded arguments, and its logits are computed
+    position by position. For this to be the model, its layers must depend on nothing else, which
+    every run checks: for streams that start in the first and in the last layer, one in each kind of
+    site, on two examples, one of them padded.
+
+    Args:
+        view: The model, in evaluation mode.
+        examples: The calibration examples.
+        prefix: Number of tokens of their shared prefix that are computed once.
+
+    Raises:
+        ValueError: Losses differ by more than rounding.
+        MemoryError: Memory runs out with a single example and a single unit.
+    """
+    for count in (2, 1):
+        try:
+            _check(view, examples, prefix, count)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if count == 1:
+                tokens = max(len(example.input_ids) for example in examples)
+                raise out_of_memory_at_smallest_step(tokens) from error
+        # After the handler: until it ends, the error keeps the recorded tensors in memory.
+        clear_device_cache(garbage_collection=True)
+
+
+def _check(view: ModelView, examples: list[CalibrationExample], prefix: int, count: int) -> None:
+    longest = batches(examples, count)[0].positions
+    most = max(1, positions_per_chunk(view.model, view.device) // count)
+    chosen = [_with_fewer_scored(examples[position], most) for position in longest]
+    [batch] = batches(chosen, count, prefix)
+    wavefront = Wavefront(view, batch)
+    expected = torch.cat([_loss_of_model(view, chosen[position]) for position in batch.positions])
+    found = [wavefront.intact_losses()]
+    found += [wavefront.masked_losses([unit])[0] for unit in _units_of_nothing(view)]
+    tolerated = _tolerated(view.model.dtype)
+    for losses in found:
+        if not torch.allclose(losses, expected, rtol=tolerated, atol=tolerated, equal_nan=True):
+            worst = int((losses - expected).abs().argmax())
+            raise ValueError(
+                f"{type(view.model).__name__} computes something else when its layers run one at a "
+                f"time: a loss of {float(losses[worst]):.4f} nats per token instead of "
+                f"{float(expected[worst]):.4f} with nothing masked, so causal scores cannot be "
+                "measured exactly: use estimator 'plain', which runs whole passes"
+            )
+
+
+def _units_of_nothing(view: ModelView) -> list[SiteUnit]:
+    """Return units without channels, of the first site of each kind in the first and last layer."""
+    ends = {view.sites[0].layer, view.sites[-1].layer}
+    sites = {(site.layer, site.kind): site for site in reversed(view.sites) if site.layer in ends}
+    nothing = Unit(index=0, channels=(0, 0), region=())
+    return [SiteUnit(site, nothing) for site in reversed(sites.values())]
+
+
+def _with_fewer_scored(example: CalibrationExample, most: int) -> CalibrationExample:
+    """Score only the last scored tokens of an example: the logits of all would take memory."""
+    scored = torch.zeros_like(example.scored)
+    scored[example.scored.nonzero()[-most:, 0]] = True
+    return replace(example, scored=scored)
+
+
+def _loss_of_model(view: ModelView, example: CalibrationExample) -> torch.Tensor:
+    """Return the mean loss of an example in an ordinary forward pass, float64 `[1]`."""
+    [batch] = batches([example], 1)
+    logits, targets = scored_logits(view.model, batch), Targets.of(batch)
+    return targets.example_means(token_losses(logits, targets.ids))
+
+
+def _tolerated(dtype: torch.dtype) -> float:
+    """Return by how many nats, and by which part, losses may differ: 0.001 in float32.
+
+    In half precision, other batch sizes round otherwise: logits around 20 have steps of 1/8 in
+    bfloat16. There, only gross errors are found (0.35, and 0.12 in float16).
+    """
+    return float(4 * torch.finfo(dtype).eps ** 0.5)

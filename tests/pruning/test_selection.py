@@ -1,0 +1,54 @@
+"""What stays dense is said: in the log, the record, `cap inspect` and the model card."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from helpers.pruning_runs import config
+from helpers.tiny_models import tiny_model, tiny_tokenizer
+
+from optimum_cap import CAPPruner
+from optimum_cap.checkpoint import PruningRecord, inspect_checkpoint
+from optimum_cap.commands.summary import print_summary
+
+
+def test_unsupported_weights_are_said_everywhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("qwen2_moe")
+    settings = config(recipe="magnitude", modules_to_leave_dense=["k_proj"])
+    CAPPruner(settings).prune(model, tiny_tokenizer())
+    record = model.pruning_record
+    shared = [weights.name for weights in record.unsupported]
+    assert shared == [f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    assert [weights.name for weights in record.dense if weights.prunable] == ["self_attn.k_proj"]
+    everything = sum(
+        parameter.numel()
+        for name, parameter in model.model.layers.named_parameters()
+        if parameter.ndim > 1 and not name.endswith("gate.weight")
+    )
+    share = sum(weights.weights for weights in record.unsupported) / everything
+    assert record.share_of(record.unsupported) == pytest.approx(share)
+    assert PruningRecord.from_dict(record.to_dict()) == record
+
+    [warning] = [each for each in caplog.records if "stay dense" in each.message]
+    assert warning.levelno == logging.WARNING
+    assert f"{share:.1%} of the linear weights" in warning.message
+    assert all(name in warning.message for name in shared)
+
+    model.save_pretrained(tmp_path)
+    print_summary(inspect_checkpoint(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(f"unsupported   {share:.1%} of the linear")]
+    assert [line for line in lines if line.startswith("left dense") and "self_attn.k_proj" in line]
+    card = (tmp_path / "README.md").read_text()
+    assert f"| Not supported, left dense | {share:.1%} of the decoder's linear weights" in card
+
+
+def test_a_model_without_unsupported_weights_is_not_bothered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny_model("llama")
+    CAPPruner(config(recipe="magnitude")).prune(model, tiny_tokenizer())
+    assert model.pruning_record.dense == []
+    assert "stay dense" not in caplog.text

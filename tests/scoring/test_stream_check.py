@@ -1,0 +1,56 @@
+"""Masked streams in which nothing is masked have the losses of the model, or nothing is scored."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.score_runs import examples
+from helpers.tiny_models import SHARED_EXPERTS, tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_cap.models.view import ModelView
+from optimum_cap.scoring.exact import exact_losses
+from optimum_cap.scoring.plain import plain_losses
+from optimum_cap.scoring.stream_check import check_streams
+
+
+def check(model: PreTrainedModel, prefix: int = 0) -> None:
+    with torch.no_grad():
+        check_streams(ModelView.of(model), examples(), prefix)
+
+
+def test_every_architecture_passes(model: PreTrainedModel) -> None:
+    check(model)
+
+
+@pytest.mark.parametrize("name", SHARED_EXPERTS)
+def test_shared_experts_pass(name: str) -> None:
+    check(tiny_model(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes(dtype: torch.dtype) -> None:
+    check(tiny_model("llama", dtype=dtype))
+
+
+def test_a_layer_that_depends_on_more_than_its_arguments_is_refused(llama: PreTrainedModel) -> None:
+    calls: list[int] = []
+
+    def shift(module: nn.Module, args: Any, output: Any) -> Any:
+        calls.append(1)
+        return output + 0.1 * len(calls)
+
+    llama.model.layers[1].mlp.register_forward_hook(shift)
+    with pytest.raises(ValueError, match=r"nats per token instead of .* use estimator 'plain'"):
+        exact_losses(ModelView.of(llama), examples())
+
+
+def test_a_model_whose_logits_depend_on_other_tokens_is_refused(llama: PreTrainedModel) -> None:
+    def centred(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output - 0.9 * output.mean(dim=1, keepdim=True)
+
+    llama.model.norm.register_forward_hook(centred)
+    with pytest.raises(ValueError, match="computes something else"):
+        exact_losses(ModelView.of(llama), examples())
+    assert plain_losses(ModelView.of(llama), examples(2)).masked.isfinite().all()
