@@ -317,7 +317,7 @@ def test_a_head_that_overflows_is_survived(
 def test_an_example_is_logged_when_debugging(
     llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = config(recipe="wanda", dataset=[("what?", "so")], num_samples=1, subsets=1)
+    settings = config(recipe="wanda", dataset=[("what?", "so")], num_samples=1)
     for level, count in ((logging.INFO, 0), (logging.DEBUG, 1)):
         with caplog.at_level(level, logger="optimum_cap.pruner"):
             CAPPruner(settings).prune(llama, tiny_tokenizer())

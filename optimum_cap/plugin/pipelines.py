@@ -1,15 +1,19 @@
-"""The keyword `pruning_config` of transformers' `pipeline`."""
+"""The keyword `pruning_config` of transformers' `pipeline`.
+
+This module is imported once `transformers.pipelines` is loaded, and must not import it before.
+"""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import transformers
-from transformers import pipelines
 
 
 def register() -> None:
     """Add the keyword `pruning_config` to `pipeline`. Idempotent."""
+    from transformers import pipelines
+
     stock = pipelines.pipeline
     if hasattr(stock, "__wrapped__"):
         return

@@ -338,7 +338,7 @@ MATRIX = {"name": "a", "zeros": 1, "total": 2, "tokens": None}
 WRONG = {
     "config must be an object, got 'x'": {"config": "x"},
     "sparsity must be a number": {"config": {"sparsity": "x"}},
-    "a missing field or a value of a wrong type": {"config": {}},
+    "sparsity must be a number .* got nothing": {"config": {}},
     "base_model must be text or null, got 3": {"base_model": 3},
     "matrices must be a list, got {}": {"matrices": {}},
     r"matrices\[0\] must be an object, got 1": {"matrices": [1]},
