@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.checkpoint import PruningRecord, attach
+from optimum_cap.checkpoint import PruningRecord, attach, names_loaded_from
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import (
     CalibrationSet,
@@ -291,16 +292,22 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
 
 
 def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
-    """Return a tokenizer: as given, by name, or the one saved with the model."""
+    """Return a tokenizer: as given, by name, or the one saved with the model.
+
+    A model that was pruned and saved has the name of its checkpoint, which may have no tokenizer.
+    """
     if tokenizer is not None and not isinstance(tokenizer, str):
         return usable_tokenizer(tokenizer)
-    name = tokenizer or model.name_or_path
-    if not name:
+    names = [tokenizer] if tokenizer else names_loaded_from(model)
+    if not names:
         raise ValueError(
             "no tokenizer: the model has no name or path to load one from; pass "
             "prune(model, tokenizer) or CAPConfig(tokenizer=...)"
         )
-    return load_tokenizer(name)
+    for name in names[:-1]:
+        with suppress(ValueError):
+            return load_tokenizer(name)
+    return load_tokenizer(names[-1])
 
 
 def _max_length(model: PreTrainedModel) -> int | None:

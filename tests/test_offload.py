@@ -50,7 +50,7 @@ RECIPES: list[dict[str, Any]] = [
     {"recipe": "wanda", "pattern": "2:4", "sparsity": 0.5},
     {"recipe": "sparsegpt", "pattern": "2:4", "sparsity": 0.5},
     {"recipe": "paper", "pattern": "heads", "sparsity": 0.5},
-    {"recipe": "paper", "criterion": "magnitude", "pattern": "heads", "sparsity": 0.5},
+    {"criterion": "magnitude", "pattern": "heads", "sparsity": 0.5},
 ]
 
 

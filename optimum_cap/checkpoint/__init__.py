@@ -25,7 +25,7 @@ from optimum_cap.checkpoint.record import (
     count_units,
     unit_label,
 )
-from optimum_cap.checkpoint.saving import attach, name_base_of_adapters
+from optimum_cap.checkpoint.saving import attach, name_base_of_adapters, names_loaded_from
 
 __all__ = [
     "RECORD_NAME",
@@ -44,6 +44,7 @@ __all__ = [
     "count_units",
     "inspect_checkpoint",
     "name_base_of_adapters",
+    "names_loaded_from",
     "read_record",
     "unit_label",
     "upload",

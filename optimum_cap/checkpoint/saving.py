@@ -51,11 +51,19 @@ def attach(
         checkpoint: Folder or repository that the pruned model was loaded from; `None` if it has
             not been saved.
     """
+    loaded_from = names_loaded_from(model)
     model.pruning_record = record
     model.config.pruning_config = record.config
-    state = _SavedState(model.name_or_path, checkpoint, when_saved)
+    state = _SavedState(model.name_or_path, checkpoint, when_saved, loaded_from)
     model.save_pretrained = SavePruned(model, state)
     model.push_to_hub = PushPruned(model, state)
+
+
+def names_loaded_from(model: PreTrainedModel) -> list[str]:
+    """Return the name of a model, then those that it had before it was pruned and saved."""
+    saving = model.__dict__.get("save_pretrained")
+    before = saving.state.loaded_from if isinstance(saving, SavePruned) else []
+    return [name for name in dict.fromkeys([model.name_or_path, *before]) if name]
 
 
 def name_base_of_adapters(
@@ -93,11 +101,13 @@ class _SavedState:
         dense_name: Name or path of the model when it was pruned.
         checkpoint: Folder or repository that holds the pruned model, if it was saved or loaded.
         when_saved: To call once, after the model has been saved for the first time.
+        loaded_from: Names that the model had until it was pruned, the last one first.
     """
 
     dense_name: str
     checkpoint: str | None
     when_saved: Callable[[], None] | None
+    loaded_from: list[str]
 
 
 class _Saving:

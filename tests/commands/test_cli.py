@@ -292,8 +292,8 @@ def test_an_example_is_shown_without_loading_the_model(
     assert re.fullmatch(r"\d+\+\d+=", prompt)
     assert re.fullmatch(r"⟦\d+</s>⟧", answer)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    flags = ["--recipe", "magnitude", "--show-example"]
-    status, _, err = cap("prune", *settings, *flags, "-o", tmp_path / "out")
+    flags = f"{settings[0]} {settings[1]} --sparsity 0.5 --recipe magnitude --show-example"
+    status, _, err = cap("prune", *flags.split(), "-o", tmp_path / "out")
     assert status == 2
     assert "--show-example needs calibration data, but criterion 'magnitude'" in err
 
@@ -305,7 +305,7 @@ def test_a_specification_and_columns_name_the_data(
     chat = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "so"}]
     row = {"q": "why?", "a": "because", "story": "once", "chat": chat}
     file.write_text(json.dumps(row))
-    flags = f"-m {dense} --sparsity 0.5 -o {tmp_path / 'out'} --num-samples 1 --subsets 1"
+    flags = f"-m {dense} --sparsity 0.5 -o {tmp_path / 'out'} --num-samples 1"
     show = ["prune", *flags.split(), "--show-example", "--dataset"]
     pair = {"path": str(file), "prompt_column": "q", "answer_column": "a"}
     for dataset, shown in (

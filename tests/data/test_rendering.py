@@ -71,7 +71,7 @@ def shown(rows: Any, template: str | None, num_samples: int | None = None) -> li
     tokenizer = tiny_tokenizer(template)
     tokenizer.model_max_length = 1000
     count = num_samples or len(rows)
-    config = CAPConfig(0.5, dataset=rows, num_samples=count, subsets=1)
+    config = CAPConfig(0.5, dataset=rows, num_samples=count)
     examples = build_calibration_set(config, tokenizer).examples
     ordered = sorted(examples, key=lambda example: example.index)
     return [describe_example(example, tokenizer).partition("\n")[2] for example in ordered]
@@ -175,7 +175,7 @@ def test_answers_of_which_the_template_leaves_out_something_are_counted(
     warned: Callable[[], str],
 ) -> None:
     rows = [("one?", "<think>1</think>one indeed"), ("two?", "two, for certain")]
-    config = CAPConfig(0.5, dataset=rows, num_samples=2, subsets=1)
+    config = CAPConfig(0.5, dataset=rows, num_samples=2)
     calibration = build_calibration_set(config, tiny_tokenizer(CUTTING))
     assert calibration.record["sources"][0]["cut_answers"] == 1
     assert "leaves out parts of 1 of 2 answers of data set 'in-memory' (first in row 0)" in warned()

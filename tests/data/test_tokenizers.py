@@ -39,9 +39,7 @@ def without_vocabulary(*special: str) -> PreTrainedTokenizerFast:
 
 
 def config(**fields: Any) -> CAPConfig:
-    return CAPConfig(
-        0.5, **{"recipe": "wanda", "dataset": ROWS, "num_samples": 4, "subsets": 2, **fields}
-    )
+    return CAPConfig(0.5, **{"recipe": "wanda", "dataset": ROWS, "num_samples": 4, **fields})
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

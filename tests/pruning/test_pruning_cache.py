@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,8 +178,10 @@ def test_a_push_that_fails_keeps_the_layers(
         with pytest.raises(ConnectionError):
             model.push_to_hub("somebody/something")
     assert layer_files(tmp_path)
-    monkeypatch.setattr("optimum_cap.checkpoint.saving.upload", lambda *args, **kwargs: "commit")
-    assert model.push_to_hub("somebody/something") == "commit"
+    commit = SimpleNamespace(repo_url=SimpleNamespace(repo_id="somebody/something"))
+    monkeypatch.setattr("optimum_cap.checkpoint.saving.upload", lambda *args, **kwargs: commit)
+    assert model.push_to_hub("somebody/something") is commit
+    assert model.name_or_path == "somebody/something"
     assert not layer_files(tmp_path)
 
 
