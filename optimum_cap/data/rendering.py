@@ -5,6 +5,7 @@ alone what it prints of a message, so every rendering is compared with the row.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,14 @@ import jinja2
 import torch
 from transformers.utils import logging
 
-from optimum_cap.data.sources import Conversation, reasoning, tool_names
+from optimum_cap.data.sources import (
+    Conversation,
+    leaf_values,
+    reasoning,
+    tool_arguments,
+    tool_names,
+    without_arguments,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -23,8 +31,8 @@ SEPARATOR = "\n"  # between prompt and answer if the tokenizer has no chat templ
 _MARK = "\ue000here\ue001"  # of private use, so that no text holds it
 # A shorter text may be part of what the template prints itself, such as "d" of "<|im_end|>".
 _SHORT = 16
-# Templates are programs, and these are what a message in the wrong form makes them raise.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+# What a template prints of a typed part if it takes it for a text.
+_PRINTED_PARTS = ("'type': 'text'", '"type": "text"')
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Encoded:
         answers: Number of answers: turns of the assistant that are not empty.
         whole: Number of answers with all of their text and tool calls among the scored tokens.
         cut: Number of answers of which text, tool calls or reasoning are left out.
-        lost_prompts: Number of messages of the user whose text is left out.
+        lost_messages: Number of other messages whose text is left out, by role.
+        lost_variables: Which of `tools` and `documents` are left out.
     """
 
     input_ids: torch.Tensor
@@ -45,7 +54,8 @@ class Encoded:
     answers: int = 0
     whole: int = 0
     cut: int = 0
-    lost_prompts: int = 0
+    lost_messages: Mapping[str, int] = field(default_factory=dict)
+    lost_variables: tuple[str, ...] = ()
 
 
 def encode(
@@ -67,11 +77,13 @@ def encode(
     if [role for role, _ in conversation.turns] == ["text"]:
         ids = _tokens(tokenizer, conversation.turns[0][1])[:limit]
         return Encoded(torch.tensor(ids, dtype=torch.long), torch.ones(len(ids), dtype=torch.bool))
-    lost_prompts = 0
+    lost_messages: Mapping[str, int] = {}
+    lost_variables = [name for name in ("tools", "documents") if conversation.variables.get(name)]
     if getattr(tokenizer, "chat_template", None):
         chat = _fitting_chat(conversation, tokenizer)
         ids, answers = _encode_chat(chat)
-        lost_prompts = chat.missing(role="user")
+        lost_messages = chat.lost_messages()
+        lost_variables = [name for name in lost_variables if not chat.depends_on_variable(name)]
     else:
         ids, answers = _encode_plain(conversation, tokenizer)
     if last_only:
@@ -86,7 +98,8 @@ def encode(
         len(answers),
         sum(answer.whole for answer in answers),
         sum(answer.cut for answer in answers),
-        lost_prompts,
+        lost_messages,
+        tuple(lost_variables),
     )
 
 
@@ -131,7 +144,8 @@ class RenderingCheck:
     answers: int = 0
     whole: int = 0
     cut: int = 0
-    lost_prompts: int = 0
+    lost_messages: Counter[str] = field(default_factory=Counter)
+    lost_variables: Counter[str] = field(default_factory=Counter)
     _first: int | None = field(default=None, repr=False)
 
     def add(self, encoded: Encoded, index: int) -> None:
@@ -140,8 +154,10 @@ class RenderingCheck:
         self.answers += encoded.answers
         self.whole += encoded.whole
         self.cut += encoded.cut
-        self.lost_prompts += encoded.lost_prompts
-        if (encoded.cut or encoded.lost_prompts) and self._first is None:
+        self.lost_messages.update(encoded.lost_messages)
+        self.lost_variables.update(encoded.lost_variables)
+        incomplete = encoded.cut or encoded.lost_messages or encoded.lost_variables
+        if incomplete and self._first is None:
             self._first = index
 
     def report(self) -> None:
@@ -166,8 +182,10 @@ class RenderingCheck:
                 f"{advice}, or take what it leaves out from the data"
             )
         counts = [f"parts of {self.cut} of {self.answers} answers"] if self.cut else []
-        if self.lost_prompts:
-            counts.append(f"the text of {self.lost_prompts} messages of the user")
+        for role, count in sorted(self.lost_messages.items()):
+            counts.append(f"the text of {count} messages of the {role}")
+        for name, count in sorted(self.lost_variables.items()):
+            counts.append(f"the {name} of {count} rows")
         logger.warning(
             f"{who} leaves out {' and '.join(counts)} of data set {self.name!r} (first in row "
             f"{self._first}): only what it prints is used; `cap prune --show-example` shows an "
@@ -199,6 +217,10 @@ class _Answer:
 # With a chat template
 
 
+class ChatTemplateError(ValueError):
+    """A chat template cannot render messages."""
+
+
 @dataclass(frozen=True)
 class _Chat:
     """The messages of a conversation in the form that is passed to the chat template.
@@ -214,6 +236,11 @@ class _Chat:
     tokenizer: Any
     typed: bool
     _texts: dict[Any, str] = field(default_factory=dict)
+    _places: dict[int, tuple[int, int] | None] = field(default_factory=dict)
+
+    def changed(self, **changes: Any) -> "_Chat":
+        """Return the chat with other fields."""
+        return replace(self, **changes, _texts={}, _places={})
 
     def text(
         self,
@@ -222,7 +249,11 @@ class _Chat:
         generation_prompt: bool = False,
         replaced: tuple[int, str] | None = None,
     ) -> str:
-        """Render the first `count` messages, or all; `replaced` is a turn and its content."""
+        """Render the first `count` messages, or all; `replaced` is a turn and its content.
+
+        Raises:
+            ChatTemplateError: The chat template does not support them.
+        """
         count = None if count == len(self.conversation.turns) else count
         key = (count, generation_prompt, replaced)
         if key not in self._texts:
@@ -232,14 +263,25 @@ class _Chat:
     def _render(
         self, count: int | None, generation_prompt: bool, replaced: tuple[int, str] | None
     ) -> str:
-        variables = self.conversation.variables
-        rendered: str = self.tokenizer.apply_chat_template(
-            self._messages(replaced)[:count],
-            chat_template=chat_template(self.tokenizer, variables.get("tools")),
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **variables,
-        )
+        variables, messages = self.conversation.variables, self._messages(replaced)[:count]
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=chat_template(self.tokenizer, variables.get("tools")),
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **variables,
+            )
+        # A template is a program, which may raise anything.
+        except Exception as error:
+            cause = next(iter(str(error).splitlines()), "")
+            if not isinstance(error, jinja2.TemplateError):
+                cause = f"{type(error).__name__}: {cause}"
+            raise ChatTemplateError(
+                "the tokenizer's chat template does not support a chat with the roles "
+                f"{', '.join(message['role'] for message in messages)} ({cause}): change the chat, "
+                "or set tokenizer.chat_template to another one or to None"
+            ) from error
         return rendered
 
     def _messages(self, replaced: tuple[int, str] | None) -> list[dict[str, Any]]:
@@ -262,8 +304,68 @@ class _Chat:
         """Whether the text changes if the content of `turn` is removed."""
         try:
             return self.text(replaced=(turn, "")) != self.text()
-        except _TEMPLATE_ERRORS:
+        except ChatTemplateError:
             return True
+
+    def depends_on_arguments(self, turn: int) -> bool:
+        """Whether the text changes if the tool calls of `turn` have no arguments."""
+        messages = list(self.conversation.messages)
+        messages[turn] = without_arguments(messages[turn])
+        return self._differs(replace(self.conversation, messages=tuple(messages)))
+
+    def depends_on_calls(self, turn: int) -> bool:
+        """Whether the text changes if `turn` calls no tools."""
+        messages = list(self.conversation.messages)
+        if not messages or not messages[turn].get("tool_calls"):
+            return False
+        messages[turn] = {key: each for key, each in messages[turn].items() if key != "tool_calls"}
+        return self._differs(replace(self.conversation, messages=tuple(messages)))
+
+    def depends_on_variable(self, name: str) -> bool:
+        """Whether the text changes if the template does not get the variable `name`."""
+        variables = {key: each for key, each in self.conversation.variables.items() if key != name}
+        return self._differs(replace(self.conversation, variables=variables))
+
+    def _differs(self, conversation: Conversation) -> bool:
+        try:
+            return self.changed(conversation=conversation).text() != self.text()
+        except ChatTemplateError:
+            return True
+
+    def place(self, turn: int) -> tuple[int, int] | None:
+        """Return the characters that the content of `turn` becomes.
+
+        `None` if the template does not print it, or not in one place.
+        """
+        if turn not in self._places:
+            self._places[turn] = self._place(turn)
+        return self._places[turn]
+
+    def _place(self, turn: int) -> tuple[int, int] | None:
+        text = self.text()
+        try:
+            marked = self.text(replaced=(turn, _MARK))
+        except ChatTemplateError:
+            return None
+        if _MARK not in marked:
+            return None
+        head, tail = marked.partition(_MARK)[0], marked.rpartition(_MARK)[2]
+        start = _common_prefix(text, head)
+        return start, max(start, len(text) - _common_prefix(text[::-1], tail[::-1]))
+
+    def holds_others(self, turn: int, start: int, stop: int) -> bool:
+        """Whether the characters `start` to `stop` hold any content of other turns than `turn`."""
+        for other, (_, content) in enumerate(self.conversation.turns):
+            place = self.place(other) if other != turn and content.strip() else None
+            if place is None:
+                continue
+            # Longer: the content changes what the template prints elsewhere.
+            longest = max(map(len, _forms(content)))
+            if len(_squashed(self.text()[slice(*place)])) <= longest:
+                shared = slice(max(start, place[0]), min(stop, place[1]))
+                if self.text()[shared].strip():
+                    return True
+        return False
 
     def holds(self, turn: int, piece: str, start: int = 0, stop: int | None = None) -> bool:
         """Whether the characters `start` to `stop` hold `piece` of the content of `turn`.
@@ -279,41 +381,69 @@ class _Chat:
                 return len(form) >= _SHORT or self.depends_on(turn)
         return False
 
-    def missing(self, role: str | None = None) -> int:
-        """Return the number of messages, of one role or all, whose text is left out."""
-        return sum(
-            not all(self.holds(turn, piece) for piece in _pieces(self.conversation, turn))
-            for turn, (each, _) in enumerate(self.conversation.turns)
-            if role in (None, each)
+    def lost_messages(self) -> Counter[str]:
+        """Return the number of messages whose text is left out, by role, without the answers."""
+        return Counter(
+            role
+            for turn, (role, _) in enumerate(self.conversation.turns)
+            if role != "assistant"
+            and not all(self.holds(turn, piece) for piece in _pieces(self.conversation, turn))
+        )
+
+    def prints_parts(self) -> bool:
+        """Whether the template prints typed parts themselves, instead of their texts."""
+        texts = [text for _, text in self.conversation.turns]
+        return (
+            self.typed
+            and _has_printed_parts(self.text())
+            and not any(map(_has_printed_parts, texts))
         )
 
 
 def _fitting_chat(conversation: Conversation, tokenizer: Any) -> _Chat:
-    """Return the messages as texts or, if that renders more of them, as typed parts.
+    """Return the messages as texts or as typed parts, as the chat template wants them.
 
     Raises:
         ValueError: The chat template supports neither.
     """
-    texts = _Chat(conversation, tokenizer, typed=False)
-    typed = replace(texts, typed=True, _texts={})
-    try:
-        texts.text()
-    except _TEMPLATE_ERRORS as error:
+    wanted = _wants_parts(conversation, tokenizer)
+    errors = []
+    for typed in (wanted, not wanted):
+        chat = _Chat(conversation, tokenizer, typed)
         try:
-            typed.text()
-        except _TEMPLATE_ERRORS:
-            roles = ", ".join(role for role, _ in conversation.turns)
-            raise ValueError(
-                f"the tokenizer's chat template does not support a chat with the roles {roles} "
-                f"({error}): change the chat, or set tokenizer.chat_template = None"
-            ) from error
-        return typed
-    if missing := texts.missing():
-        try:
-            return typed if typed.missing() < missing else texts
-        except _TEMPLATE_ERRORS:
-            return texts
-    return texts
+            if not chat.prints_parts():
+                chat.text()
+                return chat
+        except ChatTemplateError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _wants_parts(conversation: Conversation, tokenizer: Any) -> bool:
+    """Whether the chat template prints more contents if they are lists of typed parts.
+
+    A question and answer are tried; only if the template prints neither, the roles of the
+    conversation. Their contents do not matter, so that rows alike get the same form.
+    """
+    pair = Conversation((("user", ""), ("assistant", "")), variables=conversation.variables)
+    for probe in (pair, conversation):
+        marks = [f"{_MARK}{turn};" for turn in range(len(probe.turns))]
+        turns = tuple((role, mark) for (role, _), mark in zip(probe.turns, marks, strict=True))
+        messages = tuple(
+            {**message, "content": mark}
+            for message, mark in zip(probe.messages, marks, strict=False)
+        )
+        printed = []
+        for typed in (False, True):
+            chat = _Chat(replace(probe, turns=turns, messages=messages), tokenizer, typed)
+            try:
+                text = "" if chat.prints_parts() else chat.text()
+            except ChatTemplateError:
+                text = ""
+            printed.append(sum(mark in text for mark in marks))
+        if any(printed):
+            break
+    return printed[1] > printed[0]
 
 
 def _encode_chat(chat: _Chat) -> tuple[list[int], list[_Answer]]:
@@ -328,7 +458,11 @@ def _answer(chat: _Chat, turn: int, ids: list[int]) -> _Answer:
     _, message = _messages(chat.conversation)[turn]
     texts = _pieces(chat.conversation, turn)
     names, thoughts = tool_names(message), reasoning(message)
-    candidates = list(_candidates(chat, turn, ids))
+    candidates = [
+        candidate
+        for candidate in _candidates(chat, turn, ids)
+        if not chat.holds_others(turn, *candidate[0])
+    ] or [((0, 0), (0, 0))]
     if not (texts or names or thoughts):
         return _Answer(turn, *candidates[0][1], expected=False, whole=False, cut=False)
     for (start, stop), tokens in candidates:
@@ -338,11 +472,31 @@ def _answer(chat: _Chat, turn: int, ids: list[int]) -> _Answer:
             all(chat.holds(turn, piece, start, stop) for piece in texts)
             # Only contents can be replaced, so nothing tells a short name from other text.
             and all(any(form in area for form in _forms(name)) for name in names)
+            and _holds_arguments(chat, turn, area)
             and (texts or names or any(has_thoughts))
         ):
             return _Answer(turn, *tokens, expected=True, whole=True, cut=not all(has_thoughts))
-    tokens = candidates[-1][1] if chat.depends_on(turn) else (0, 0)
+    printed = chat.depends_on(turn) or chat.depends_on_calls(turn)
+    tokens = candidates[-1][1] if printed else (0, 0)
     return _Answer(turn, *tokens, expected=True, whole=False, cut=True)
+
+
+def _holds_arguments(chat: _Chat, turn: int, area: str) -> bool:
+    """Whether `area`, without white space, holds the arguments of the tool calls of a turn."""
+    _, message = _messages(chat.conversation)[turn]
+    calls = [each for each in tool_arguments(message) if leaf_values(each)]
+    return all(_holds_values(each, area) for each in calls) and (
+        not calls or chat.depends_on_arguments(turn)
+    )
+
+
+def _holds_values(arguments: Any, area: str) -> bool:
+    """Whether `area` holds arguments, which are a mapping or its JSON text."""
+    if isinstance(arguments, str) and any(form in area for form in _forms(arguments)):
+        return True
+    return all(
+        any(form in area for form in _forms_of_value(value)) for value in leaf_values(arguments)
+    )
 
 
 def _candidates(
@@ -358,7 +512,7 @@ def _candidates(
     try:
         before = chat.text(turn, generation_prompt=True) if turn else None
         after = chat.text(turn + 1)
-    except _TEMPLATE_ERRORS:
+    except ChatTemplateError:
         before = None
     if before is not None:
         yield (
@@ -386,22 +540,21 @@ def _place_of_content(chat: _Chat, turn: int) -> tuple[int, int] | None:
 
     `None` if the template does not print the content as it is.
     """
-    text = chat.text()
+    text, place = chat.text(), chat.place(turn)
     try:
-        marked = chat.text(replaced=(turn, _MARK))
         last = chat.text(turn + 1, replaced=(turn, _MARK))
-    except _TEMPLATE_ERRORS:
+    except ChatTemplateError:
         return None
-    if _MARK not in marked or _MARK not in last:
+    if place is None or _MARK not in last:
         return None
-    head, tail = marked.partition(_MARK)[0], marked.rpartition(_MARK)[2]
-    start = _common_prefix(text, head)
-    stop = max(start, len(text) - _common_prefix(text[::-1], tail[::-1]))
+    start, stop = place
     rest, ending = text[stop:], last.rpartition(_MARK)[2]
     if not text[start:stop].strip():
         # What follows an empty content, such as a tool call, may stand after less white space.
         stop, rest, ending = len(text) - len(rest.lstrip()), rest.lstrip(), ending.lstrip()
-    return start, stop + _common_prefix(rest, ending)
+    end = stop + _common_prefix(rest, ending)
+    # Where the turn is not printed last, the next one follows instead of the end of the text.
+    return start, stop if chat.holds_others(turn, stop, end) else end
 
 
 # Without a chat template
@@ -460,6 +613,17 @@ def _forms(text: str) -> list[str]:
     """Return how a template may print a text, without white space: as it is, or as JSON."""
     encoded = (json.dumps(text, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
     return list(dict.fromkeys(map(_squashed, (text, *encoded))))
+
+
+def _forms_of_value(value: Any) -> list[str]:
+    """Return how a template may print a value of a tool call, without white space."""
+    if isinstance(value, str):
+        return [*_forms(value), _squashed(repr(value)[1:-1])]
+    return [str(value), json.dumps(value, default=str)]
+
+
+def _has_printed_parts(text: str) -> bool:
+    return any(mark in text for mark in _PRINTED_PARTS)
 
 
 def _squashed(text: str) -> str:

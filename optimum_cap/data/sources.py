@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from optimum_cap.config import is_dataset_name
 from optimum_cap.version import install_command
 
 _PASSAGE_CHARACTERS = 4000
+_SHOWN = 200  # characters of a value that an error shows
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,49 @@ def tool_names(message: Mapping[str, Any]) -> list[str]:
     """Return the names of the tools that a message calls."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     return [str(call["name"]) for call in calls]
+
+
+def tool_arguments(message: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments of each tool call of a message: mappings, or their JSON texts."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return [call.get("arguments") for call in calls]
+
+
+def without_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose tool calls have empty arguments, of the type that they have."""
+    calls: list[Mapping[str, Any]] = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        empty: Any = "" if isinstance(function.get("arguments"), str) else {}
+        function = {**function, "arguments": empty}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
+
+
+def leaf_values(value: Any) -> list[Any]:
+    """Return the values in mappings and lists, or in their JSON text, except None and empty ones.
+
+    A text that is not JSON is a value itself.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return [value] if value.strip() else []
+    return [leaf for leaf in _leaves(value) if leaf is not None and str(leaf).strip()]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    # Not recursive, because JSON may be nested more deeply than calls may.
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += value.values()
+        elif isinstance(value, list | tuple):
+            stack += value
+        else:
+            yield value
 
 
 def reasoning(message: Mapping[str, Any]) -> list[str]:
@@ -291,9 +335,16 @@ def _read_file(path: Path) -> Sequence[Any]:
         raise ValueError(f"data file {path} must end in one of {', '.join(_READERS)}")
     try:
         rows = _READERS[path.suffix](path)
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+    except (ImportError, MemoryError):
+        raise
+    # Damaged Parquet, JSON nested too deeply, too long a number: the errors share no base class.
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        cause = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
-            f"data file {path} is not a valid {path.suffix[1:]} file: {error}"
+            f"data file {path} is not a valid {path.suffix[1:]} file ({cause}): repair it, or pass "
+            "another file"
         ) from error
     if len(rows) == 0:
         raise ValueError(f"data file {path} is empty: choose another file")
@@ -312,8 +363,14 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_jsonl(path: Path) -> list[Any]:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return rows
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
@@ -390,7 +447,7 @@ def _column_reader(
         return lambda row: _text_row(row[named["text_column"]])
     if "messages_column" in named or (not named and "messages" in columns):
         messages = named.get("messages_column", "messages")
-        return lambda row: _chat(row[messages], _template_variables(row))
+        return lambda row: _chat(_message_list(row[messages], messages), _template_variables(row))
     if named:
         prompt, answer = named["prompt_column"], named["answer_column"]
         return lambda row: _pair(row[prompt], row[answer])
@@ -430,9 +487,31 @@ def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], 
             )
         if not all(isinstance(text, str) for _, text in conversation.turns):
             raise ValueError(f"a row of data set {name!r} has a value that is not text: {row!r}")
+        if (text := _not_unicode(conversation)) is not None:
+            raise ValueError(
+                f"a row of data set {name!r} has text with half a surrogate pair, which is no "
+                f"character and cannot be tokenized: correct or remove {_shortened(text)}"
+            )
         return conversation
 
     return checked
+
+
+def _not_unicode(conversation: Conversation) -> str | None:
+    """Return a text of a conversation that has no UTF-8, if there is one."""
+    for value in _leaves([conversation.turns, conversation.messages, conversation.variables]):
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return value
+    return None
+
+
+def _shortened(value: Any) -> str:
+    """Return the `repr` of a value, or its first characters if it is long."""
+    shown = ascii(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def _text_row(text: Any) -> Conversation:
@@ -451,6 +530,11 @@ def _chat(
         return _text_row(None)
     turns, whole = [], []
     for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                "has messages that are not a list of mappings with a role and a content: "
+                f"{_shortened(message)}"
+            )
         others = {
             key: value
             for key, value in message.items()
@@ -463,6 +547,28 @@ def _chat(
         content = "" if content is None else content
         whole.append({"role": message["role"], "content": content, **others})
     return Conversation(tuple(turns), tuple(whole), dict(variables or {}))
+
+
+def _message_list(value: Any, column: str) -> Any:
+    """Return the messages in a column, which may hold them as JSON text.
+
+    Raises:
+        ValueError: The column holds another text.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        messages = json.loads(value)
+    except (ValueError, RecursionError):
+        messages = None
+    if not isinstance(messages, list):
+        raise ValueError(
+            f"has in the column {column!r} a text that is not the JSON of a list of messages: "
+            f"{_shortened(value)}; plain texts are named by text_column (--text-column)"
+        )
+    return messages
 
 
 def _as_text(value: Any) -> Any:
@@ -506,11 +612,13 @@ def _decoded(row: Mapping[str, Any], name: str, kind: type, noun: str) -> Any:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"has {name} that are not valid JSON ({error}): {value!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"has {name} that are not valid JSON ({error}): {_shortened(value)}"
+            ) from error
     if value in (None, "") or isinstance(value, kind):
         return value or None
-    raise ValueError(f"has {name} that are not {noun}: {value!r}")
+    raise ValueError(f"has {name} that are not {noun}: {_shortened(value)}")
 
 
 def _without_none(value: Any) -> Any:

@@ -1,12 +1,20 @@
 """Tokenizers: loading one by name, and checks that it fits the texts and the model."""
 
 import copy
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
+
+_TOO_MANY_UNKNOWN = 0.5  # share of the tokens of texts
+_MANY_UNKNOWN = 0.1
+_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json")
 _ADVICE = "pass the model's own tokenizer (tokenizer=..., --tokenizer)"
 
 
@@ -22,13 +30,27 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        cause = next(iter(str(error).splitlines()), "").rstrip(" :")
+    # Damaged files make transformers and tokenizers raise anything, such as a KeyError.
+    except Exception as error:
+        folder = Path(name) / (options.get("subfolder") or "")
         raise ValueError(
-            f"no tokenizer could be loaded from {name!r} ({cause}): name another one "
-            "(CAPConfig(tokenizer=...), --tokenizer), or pass a loaded one"
+            f"no tokenizer could be loaded from {name!r} ({_cause(error, folder)}): name another "
+            "one (CAPConfig(tokenizer=...), --tokenizer), or pass a loaded one"
         ) from error
     return usable_tokenizer(tokenizer)
+
+
+def _cause(error: Exception, folder: Path) -> str:
+    """Return why no tokenizer could be loaded, in one line."""
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _FILES):
+        return "the folder has no tokenizer files"
+    lines = (line.strip() for line in str(error).splitlines())
+    cause = next(filter(None, lines), "").rstrip(" :")
+    if cause.endswith("from one of"):  # a list follows of what transformers would have taken
+        return "its tokenizer files are incomplete or need a package that is not installed"
+    if isinstance(error, OSError | ValueError):
+        return cause
+    return f"its tokenizer files cannot be read, {type(error).__name__}: {cause}"
 
 
 def usable_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -56,15 +78,19 @@ def check_token_ids(
 ) -> None:
     """Check token ids before a model takes them.
 
+    Logs a warning if a tenth of the tokens of the texts or more are the unknown token. Special
+    tokens are not counted, nor is an unknown token that also begins or ends texts (as in GPT-2).
+
     Args:
         tokenizer: The tokenizer that they come from.
         sequences: The ids of each text: lists or int64 tensors `[tokens]`.
         embeddings: Number of embeddings of the model.
 
     Raises:
-        ValueError: An id has no embedding, or no text has a token of the vocabulary.
+        ValueError: An id has no embedding, no text has a token of the vocabulary, or half of the
+            tokens of the texts or more are the unknown token.
     """
-    ids: set[int] = set()
+    ids: Counter[int] = Counter()
     for sequence in sequences:
         ids.update(sequence.tolist() if isinstance(sequence, torch.Tensor) else sequence)
     if ids and (largest := max(ids)) >= embeddings:
@@ -73,11 +99,31 @@ def check_token_ids(
             f"token {largest} {token!r} of the tokenizer {_name(tokenizer)}, but the model has "
             f"{embeddings} embeddings: resize them (model.resize_token_embeddings), or {_ADVICE}"
         )
-    if not ids - _added_ids(tokenizer):
+    if not set(ids) - _added_ids(tokenizer):
         raise ValueError(
             f"the tokenizer {_name(tokenizer)} turns every text into the same token or none, so it "
             f"does not know the characters of the data: {_ADVICE}"
         )
+    _check_unknown_tokens(tokenizer, ids)
+
+
+def _check_unknown_tokens(tokenizer: PreTrainedTokenizerBase, ids: Mapping[int, int]) -> None:
+    """Check how often the unknown token is among the tokens of texts, given as `{id: number}`."""
+    unknown = tokenizer.unk_token_id
+    edges = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if unknown is None or unknown in edges:
+        return
+    special = set(tokenizer.all_special_ids) - {unknown}
+    tokens = sum(number for token, number in ids.items() if token not in special)
+    share = ids.get(unknown, 0) / max(tokens, 1)
+    message = (
+        f"the tokenizer {_name(tokenizer)} turns {ids.get(unknown, 0)} of {tokens} tokens of the "
+        f"data into its unknown token {tokenizer.unk_token!r}, so it does not know"
+    )
+    if share >= _TOO_MANY_UNKNOWN:
+        raise ValueError(f"{message} the characters of the data: {_ADVICE}")
+    if share >= _MANY_UNKNOWN:
+        logger.warning(f"{message} some characters of the data: {_ADVICE}, or other data")
 
 
 def _tokenizer_of_processor(processor: Any) -> PreTrainedTokenizerBase:

@@ -1,5 +1,7 @@
 """What chat templates print of a row: all of it, or a warning or an error says what is missing."""
 
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,30 @@ FORGETTING = (
     "{% if m.reasoning_content and loop.last %}think {{ m.reasoning_content }};{% endif %}"
     "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# The system text stands before the last message of the user, if that is the last message of all.
+SYSTEM_LAST = (
+    "{% set ns = namespace(text='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.text = m.content ~ ';' %}"
+    "{% elif m.role == 'user' %}({{ ns.text if loop.last }}{{ m.content }})"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+REVERSED = PLAIN.replace("in messages", "in messages | reverse")
+# Prints question and answer together, and nothing of a question alone.
+IN_PAIRS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "q: {{ messages[loop.index0 - 1].content }} a: {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+ARGUMENTS = PLAIN.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "call {{ call.function.name }} {{ call.function.arguments PRINTED }};{% endfor %}",
+)
+# Every way in which templates print arguments.
+PRINTED = {
+    "as JSON": "| tojson",
+    "as it is": "",
+    "as items": "}}{% for key, each in ITEMS %}<{{ key }}>{{ each }}{% endfor %}{{ ''",
+}
 
 ADDITION = {
     "tools": [{"name": "add"}],
@@ -120,6 +146,69 @@ def test_a_template_that_renders_neither_form_is_refused() -> None:
     template = "{% for m in messages %}<{{ m.role }}></s>{% endfor %}"
     with pytest.raises(ValueError, match=r"leaves out .* of all 2 answers .*chat_template to one"):
         shown([("who?", "the dog"), ("what?", "the ball")], template)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
+            "{% endif %}{{ c }}",
+            "it is one, i say.",
+        ),
+        ("{{ m.content | replace('<think>', '') }}", "i count to one.</think>it is one, i say."),
+        ("{{ '' ~ m.content[:25] }}", "<think>i count to one.</t"),
+        ("{{ '' ~ m.content | string | trim | replace('one', '1') }}", None),
+    ],
+)
+def test_typed_parts_are_never_printed_as_a_list(
+    content: str, expected: str | None, warned: Callable[[], str]
+) -> None:
+    template = PLAIN.replace("{{ m.content }}", content)
+    rows = [("one?", "<think>i count to one.</think>it is one, i say."), ("two?", "it is two.")]
+    expected = expected or rows[0][1].replace("one", "1")
+    first, second = shown(rows, template)
+    assert first.endswith(f"?</s><assistant>⟦{expected}</s>⟧")
+    assert second == "<user>two?</s><assistant>⟦it is two.</s>⟧"
+    assert "leaves out parts of 1 of 2 answers" in warned()
+
+
+def test_the_form_does_not_depend_on_the_contents_of_a_row() -> None:
+    # The system text reaches the text only as typed parts, which this template prints as a list.
+    template = PLAIN.replace(
+        "m.content }}", "m.content if m.role != 'system' or '' not in m.content }}"
+    )
+    row = chat("who?", "the dog ran to the park.")
+    assert shown([[{"role": "system", "content": "a long system text."}, *row]], template) == [
+        "<system></s><user>who?</s><assistant>⟦the dog ran to the park.</s>⟧"
+    ]
+
+
+# Where the answers are
+
+
+@pytest.mark.parametrize("system", ["be brief and kind.", "who are you, friend?"])
+def test_a_prompt_that_is_rendered_in_another_way_is_not_scored(
+    system: str, warned: Callable[[], str]
+) -> None:
+    messages = [{"role": "system", "content": system}, *chat("who ran?", "the dog.")]
+    assert shown([messages], SYSTEM_LAST) == ["(who ran?) ⟦the dog.</s>⟧"]
+    assert "leaves out the text of 1 messages of the system of data set" in warned()
+    messages += chat("what now?", "it sleeps.")
+    (text,) = shown([messages], SYSTEM_LAST)
+    assert text.replace("⟦ ", " ⟦") == "(who ran?) ⟦the dog.</s>⟧(what now?) ⟦it sleeps.</s>⟧"
+    # Without the system text, the prompt is the beginning of the text.
+    assert shown([messages[1:3]], SYSTEM_LAST) == ["(who ran?)⟦ the dog.</s>⟧"]
+
+
+@pytest.mark.parametrize("template", [REVERSED, IN_PAIRS])
+def test_no_text_of_another_turn_is_scored(template: str) -> None:
+    pairs = [("who ran to the park?", "it was the dog."), ("who?", "me"), ("the dog", "the dog")]
+    for text, (prompt, answer) in zip(shown(pairs, template), pairs, strict=True):
+        assert text.count("⟦") == 1
+        scored = text.partition("⟦")[2].partition("⟧")[0]
+        assert scored.removesuffix("</s>").strip() == answer
+        assert prompt in text.replace(f"⟦{scored}⟧", "")
 
 
 # All keys of a row
@@ -230,6 +319,106 @@ def test_messages_of_the_user_that_are_left_out_are_counted(warned: Callable[[],
     template = PLAIN.replace("m.content }}", "m.content if m.role != 'user' }}")
     shown([("a long question, is it?", "a long answer, yes")], template)
     assert "leaves out the text of 1 messages of the user" in warned()
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_messages_of_every_other_role_are_counted(role: str, warned: Callable[[], str]) -> None:
+    messages = [{"role": role, "content": "a text that matters."}, *chat("who?", "it is me.")]
+    shown([messages], PLAIN)
+    assert warned() == ""
+    shown([messages] * 2, PLAIN.replace("m.content }}", f"m.content if m.role != '{role}' }}}}"))
+    assert f"leaves out the text of 2 messages of the {role} of data set" in warned()
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_tools_and_documents_that_are_left_out_are_counted(
+    name: str, warned: Callable[[], str]
+) -> None:
+    row = {"messages": chat("who?", "it is me."), name: [{"name": "add", "text": "a page"}]}
+    shown([row] * 2, PLAIN + "{{ " + name + " | length }}")
+    assert warned() == ""
+    shown([row] * 2, PLAIN)
+    assert f"leaves out the {name} of 2 rows of data set 'in-memory' (first in row" in warned()
+    shown([row], None)
+    assert f"and joining the turns leaves out the {name} of 1 rows" in warned()
+
+
+VALUES: dict[str, Any] = {
+    "text": "the city of paris",
+    "short": "s",
+    "quotes": "say 'hi' and \"ho\"\n",
+    "number": 12.5,
+    "flag": True,
+    "nothing": None,
+    "nested": {"list": [1, {"deep": "to the end"}], "empty": ""},
+}
+
+
+def calling(arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    first = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return [*chat("one and two?"), first, *chat("more?", "it is three.")]
+
+
+@pytest.mark.parametrize("printed", PRINTED)
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("value", [VALUES, *({"key": each} for each in VALUES.values())], ids=str)
+def test_arguments_of_tool_calls_belong_to_the_answer(
+    value: dict[str, Any], as_text: bool, printed: str, warned: Callable[[], str]
+) -> None:
+    expression = PRINTED[printed].replace("ITEMS", "call.function.arguments | items")
+    if as_text:
+        expression = PRINTED[printed].replace("ITEMS", "[('json', call.function.arguments)]")
+    rows = [calling(json.dumps(value) if as_text else value)]
+    template = ARGUMENTS.replace("PRINTED", expression)
+    (text,) = shown(rows, template)
+    assert "⟦call add " in text
+    assert warned() == ""
+    if value == {"key": None}:
+        return
+    (text,) = shown(rows, ARGUMENTS.replace("{{ call.function.arguments PRINTED }}", ""))
+    assert "⟦call add ;</s>⟧" in text
+    assert "leaves out parts of 1 of 2 answers" in warned()
+
+
+def test_a_second_call_that_is_left_out_is_counted(warned: Callable[[], str]) -> None:
+    messages = calling({"city": "the city of paris"})
+    calls = messages[1]["tool_calls"]
+    calls.append({"function": {"name": "add", "arguments": {"city": "the town of rome"}}})
+    template = ARGUMENTS.replace("PRINTED", "| tojson")
+    shown([messages], template)
+    assert warned() == ""
+    shown([messages], template.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))
+    assert "leaves out parts of 1 of 2 answers" in warned()
+
+
+@pytest.mark.parametrize(
+    ("broken", "cause"),
+    [
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ("{{ 1 + '' }}", "TypeError: unsupported operand"),
+        (
+            "{{ messages[0].content.encode('ascii', 'no') }}{{ 'a'.index('b') }}",
+            "ValueError: subst",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: maximum"),
+        ("{{ raise_exception('no chats') }}", "no chats"),
+        ("{{ undefined_name() }}", "'undefined_name' is undefined"),
+        ("{% for %}", "Expected an expression"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_sentence(broken: str, cause: str) -> None:
+    message = (
+        r"^the tokenizer's chat template does not support a chat with the roles user, assistant "
+        rf"\({re.escape(cause)}[^\n]*\): change the chat, or set tokenizer.chat_template to another"
+    )
+    with pytest.raises(ValueError, match=message):
+        shown([("who?", "me")], broken + PLAIN)
+    row = Conversation((("user", "who?"), ("assistant", "me")))
+    tokenizer = tiny_tokenizer("{% if add_generation_prompt %}" + broken + "{% endif %}" + PLAIN)
+    with pytest.raises(ValueError, match=message.replace("user, assistant", "user(, assistant)?")):
+        render_prompt(row, tokenizer)
 
 
 def test_without_a_template_what_cannot_be_joined_is_counted(warned: Callable[[], str]) -> None:
