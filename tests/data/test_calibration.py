@@ -26,6 +26,7 @@ NO_SYSTEM = (
 NO_SYSTEM += "{% endif %}{{ m['content'] }}{% endfor %}"
 PAIRS = [(f"what is {i} + {i}?", f"{i} + {i} = {2 * i}") for i in range(20)]
 QUESTIONS = [{"question": prompt, "answer": answer} for prompt, answer in PAIRS]
+CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
 EXPECTED = {row_digest(*pair) for pair in PAIRS}
 ARC_PUBLISHED = {
     "question": {
@@ -367,6 +368,68 @@ def test_bad_data_is_refused(dataset: Any, message: str) -> None:
         build(dataset)
 
 
+CALLS = TEMPLATE.replace("m['content']", "m['content'] }}{{ m['tool_calls'] | string")
+HALF = "a \ud800 b"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        HALF,
+        ("who?", HALF),
+        (HALF, "me"),
+        {"prompt": "who?", "completion": HALF},
+        [{"role": "user", "content": [{"type": "text", "text": HALF}]}, CHAT[1]],
+        [CHAT[0], {**CHAT[1], "reasoning_content": HALF}],
+        [CHAT[0], {**CHAT[1], "tool_calls": [{"name": "f", "arguments": {"x": [HALF]}}]}],
+        {"messages": CHAT, "tools": [{"name": "f", "description": HALF}]},
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(row: Any) -> None:
+    message = r"^a row of data set 'in-memory' has text with half a surrogate pair, .*\\ud800 b'$"
+    for template in (None, TEMPLATE):
+        with pytest.raises(ValueError, match=message):
+            build([row], tiny_tokenizer(template), num_samples=1)
+    # Both halves are one character.
+    whole = json.loads(json.dumps(row).replace("ud800", "ud83d\\ude00"))
+    tokenizer = tiny_tokenizer(CALLS)
+    tokenizer.model_max_length = 1000
+    build([whole], tokenizer, num_samples=1)
+
+
+def test_messages_may_be_json_text(tmp_path: Path) -> None:
+    expected = build([{"messages": CHAT}], num_samples=1).record["digests"]
+    for column in ("messages", "chat"):
+        rows = [{column: json.dumps(CHAT)}, {column: ""}, {column: " "}]
+        for suffix in ("csv", "jsonl", "parquet"):
+            file = write(tmp_path / f"{column}.{suffix}", rows)
+            data = {"path": file, "messages_column": column}
+            assert build(data, num_samples=1).record["digests"] == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("who ran?", r"column 'chat' a text that is not the JSON .*'who ran\?'.*--text-column"),
+        ('{"role": "user"}', "column 'chat' a text that is not the JSON of a list of messages"),
+        (
+            "[" * 100_000,
+            r"a text that is not the JSON of a list of messages: '\[{199}\.\.\.; plain",
+        ),
+        ('["who?"]', "messages that are not a list of mappings with a role and a content: 'who"),
+        (["who?", "me"], "messages that are not a list of mappings with a role and a content: 'w"),
+        ((("user", "who?"),), "messages that are not a list of mappings .*: .'user', 'who.'.$"),
+        (CHAT[0], "messages that are not a list of mappings .*: 'role'$"),
+        (5, "cannot read a row .*not iterable"),
+    ],
+)
+def test_a_column_without_messages_is_refused(tmp_path: Path, messages: Any, message: str) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"chat": messages}]))
+    with pytest.raises(ValueError, match=rf"^(a row of data set 'rows.json' has .*)?{message}"):
+        build({"path": str(file), "messages_column": "chat"}, num_samples=1)
+
+
 @pytest.mark.parametrize("dataset", [5, {1, 2}, iter(["a"])])
 def test_what_is_no_data_is_refused(dataset: Any) -> None:
     with pytest.raises(TypeError, match="no length or no random access: expected a preset"):
@@ -392,7 +455,19 @@ def test_iterable_dataset_is_refused() -> None:
         ("a.json", "", {}, "a.json is empty"),
         ("a.csv", "", {}, "a.csv is empty"),
         ("a.txt", "\n\n", {}, "a.txt is empty"),
-        ("a.jsonl", "{oops", {}, "not a valid jsonl file"),
+        ("a.jsonl", '{"text": "a"}\n\n{oops', {}, r"a.jsonl is not a valid jsonl file .line 3: "),
+        ("a.json", "[" * 100_000, {}, r"a.json is not a valid json file .maximum recursion depth"),
+        ("a.jsonl", "[" * 100_000, {}, r"a.jsonl is not a valid jsonl file .line 1: maximum rec"),
+        ("a.json", f"[{'9' * 5000}]", {}, r"a.json is not a valid json file .*5000 digits.*repair"),
+        ("a.parquet", "PAR1junk", {}, "a.parquet is not a valid parquet file .*: repair it, or"),
+        ("a.parquet", "PAR1" + "x" * 99 + "PAR1", {}, "a.parquet is not a valid parquet file"),
+        ("a.csv", 'x,y\n"' + "z" * 200_000, {}, "a.csv is not a valid csv file .field larger"),
+        (
+            "a.json",
+            '[{"text": "a \\ud800 b"}]',
+            {},
+            r"'a.json' has text with half .*'a \\ud800 b'$",
+        ),
         ("a.xml", "<a/>", {}, "must end in one of .json"),
         ("a.csv", "x,y\n1,2\n", {}, "found x, y"),
         ("a.csv", "x,y\n1,2\n", {"text_column": "z"}, "no column 'z' .text_column.*x, y"),

@@ -20,6 +20,8 @@ from optimum_cap.data import (
 from optimum_cap.evaluation import evaluate
 
 CHAT = "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"
+UNKNOWN, KNOWN = 3, 20  # tokens of the tiny tokenizer
+TEXTS = ("ÄÖÜ", "ÖÜÄ", "ÜÄÖ", "ÄÜÖ", "ÖÄÜ")
 ROWS = [(f"what is {i}?", f"it is {i}") for i in range(6)]
 
 
@@ -91,17 +93,107 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(special: tuple[str, ...]) -
 
 
 def test_a_tokenizer_that_knows_no_character_of_the_data_is_refused() -> None:
-    rows = [{"text": text} for text in ("ÄÖÜ", "ÖÜÄ", "ÜÄÖ", "ÄÜÖ")]
+    rows = [{"text": text} for text in TEXTS]
     with pytest.raises(ValueError, match="turns every text into the same token or none"):
         CAPPruner(config(dataset=rows)).prune(tiny_model("llama"), tiny_tokenizer())
+    # Without an unknown token, unknown characters are no tokens at all.
+    tokenizer = tiny_tokenizer(edit=lambda special: special.pop("unk_token"))
+    with pytest.raises(ValueError, match="turns every text into the same token or none"):
+        check_token_ids(tokenizer, [[1, 2], [2]], VOCABULARY)
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}\n{% endfor %}"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": f"{text}\n"} for text in TEXTS],
+        [{"text": f"{text} {text}\n"} for text in TEXTS],
+        [(text, text) for text in TEXTS],
+        [(f"{text}?", f"{text}.") for text in TEXTS],
+    ],
+)
+def test_a_tokenizer_that_hardly_knows_the_data_is_refused(
+    rows: list[Any], template: str | None
+) -> None:
+    model = tiny_model("llama")
+    before = weights(model)
+    message = (
+        r"^the tokenizer .* turns \d+ of \d+ tokens of the data into its unknown token '<unk>', so "
+        r"it does not know the characters of the data: pass the model's own tokenizer"
+    )
+    with pytest.raises(ValueError, match=message):
+        CAPPruner(config(dataset=rows)).prune(model, tiny_tokenizer(template))
+    assert all(value.equal(before[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    ("unknown", "known", "result"),
+    [
+        (0, 100, None),
+        (9, 91, None),
+        (10, 90, "turns 10 of 100 tokens of the data into its unknown token '<unk>', so it does"),
+        (49, 51, "turns 49 of 100 tokens of the data into its unknown token '<unk>', so it does"),
+        (50, 50, ValueError),
+        (100, 0, ValueError),
+    ],
+)
+def test_unknown_tokens_are_counted_over_all_texts(
+    unknown: int, known: int, result: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Special tokens do not count, and how the tokens are spread over texts does not matter.
+    texts = [[1, *[UNKNOWN] * unknown, 2], torch.tensor([1, *[KNOWN] * known, 2]), [1, 2] * 500]
+    if result is ValueError:
+        with pytest.raises(ValueError, match=f"turns {unknown} of 100 tokens of the data|the same"):
+            check_token_ids(tiny_tokenizer(), texts, VOCABULARY)
+        return
+    check_token_ids(tiny_tokenizer(), texts, VOCABULARY)
+    assert (result in caplog.text) if result else not caplog.text
+
+
+@pytest.mark.parametrize("special", [{"unk_token": "</s>"}, {"unk_token": "<s>"}, {}])
+def test_an_unknown_token_that_ends_texts_is_not_counted(
+    special: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    # As in GPT-2, whose tokenizer has a token for every byte.
+    def edit(tokens: dict[str, Any]) -> None:
+        tokens.pop("unk_token", None)
+        tokens.update(special)
+
+    tokenizer = tiny_tokenizer(edit=edit)
+    check_token_ids(tokenizer, [[1, KNOWN, 2]] * 9, VOCABULARY)
+    assert not caplog.text
 
 
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer could be loaded from .*--tokenizer"):
         load_tokenizer(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    for folder, options in ((tmp_path / "empty", {}), (tmp_path, {"subfolder": "empty"})):
+        with pytest.raises(
+            ValueError, match=r"loaded from .* \(the folder has no tokenizer files\)"
+        ):
+            load_tokenizer(str(folder), **options)
     # transformers makes an empty tokenizer of a folder that has only a config.
     tiny_model("gpt2").config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no vocabulary \(perhaps its folder has no tok"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("tokenizer.json", text) for text in ("{}", "[]", "[1", "null", '"a"', "", "\xff")),
+        *(("tokenizer_config.json", text) for text in ("[]", "[1", "null", '"a"', "", "\xff")),
+        ("tokenizer_config.json", "[" * 100_000),
+    ],
+)
+def test_damaged_files_of_a_tokenizer_are_one_sentence(
+    tmp_path: Path, file: str, content: str
+) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    message = r"^no tokenizer could be loaded from '[^']*' \(.+\): name another one .*a loaded one$"
+    with pytest.raises(ValueError, match=message):
         load_tokenizer(str(tmp_path))
 
 
