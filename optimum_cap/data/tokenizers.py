@@ -47,10 +47,10 @@ def _cause(error: Exception, folder: Path) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     cause = next(filter(None, lines), "").rstrip(" :")
     if cause.endswith("from one of"):  # a list follows of what transformers would have taken
-        return "its tokenizer files are incomplete or need a package that is not installed"
+        return "transformers finds no tokenizer files there that it can read"
     if isinstance(error, OSError | ValueError):
         return cause
-    return f"its tokenizer files cannot be read, {type(error).__name__}: {cause}"
+    return f"{type(error).__name__}: {cause}"
 
 
 def usable_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
