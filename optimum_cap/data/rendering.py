@@ -315,11 +315,15 @@ class _Chat:
 
     def depends_on_calls(self, turn: int) -> bool:
         """Whether the text changes if `turn` calls no tools."""
+        messages = self.conversation.messages
+        has_calls = bool(messages) and bool(messages[turn].get("tool_calls"))
+        return has_calls and self._differs(self.without_calls(turn))
+
+    def without_calls(self, turn: int) -> Conversation:
+        """Return the conversation without the tool calls of `turn`."""
         messages = list(self.conversation.messages)
-        if not messages or not messages[turn].get("tool_calls"):
-            return False
         messages[turn] = {key: each for key, each in messages[turn].items() if key != "tool_calls"}
-        return self._differs(replace(self.conversation, messages=tuple(messages)))
+        return replace(self.conversation, messages=tuple(messages))
 
     def depends_on_variable(self, name: str) -> bool:
         """Whether the text changes if the template does not get the variable `name`."""
@@ -462,7 +466,11 @@ def _answer(chat: _Chat, turn: int, ids: list[int]) -> _Answer:
         candidate
         for candidate in _candidates(chat, turn, ids)
         if not chat.holds_others(turn, *candidate[0])
-    ] or [((0, 0), (0, 0))]
+    ]
+    if not candidates:
+        calls = _place_of_calls(chat, turn) or (0, 0)
+        calls = (0, 0) if chat.holds_others(turn, *calls) else calls
+        candidates = [(calls, _token_span(chat, calls, ids))]
     if not (texts or names or thoughts):
         return _Answer(turn, *candidates[0][1], expected=False, whole=False, cut=False)
     for (start, stop), tokens in candidates:
@@ -524,15 +532,36 @@ def _candidates(
             ),
         )
     if (span := _place_of_content(chat, turn)) is not None:
-        start, stop = (
-            len(ids)
-            if end == len(text)
-            else _common_prefix(ids, _tokens(tokenizer, text[:end], special=False))
-            for end in span
-        )
-        yield span, (start, stop)
+        yield span, _token_span(chat, span, ids)
     elif before is None:
         yield (0, 0), (0, 0)
+
+
+def _token_span(chat: _Chat, span: tuple[int, int], ids: list[int]) -> tuple[int, int]:
+    """Return the tokens of a span of characters."""
+    text = chat.text()
+    start, stop = (
+        len(ids)
+        if end == len(text)
+        else _common_prefix(ids, _tokens(chat.tokenizer, text[:end], special=False))
+        for end in span
+    )
+    return start, stop
+
+
+def _place_of_calls(chat: _Chat, turn: int) -> tuple[int, int] | None:
+    """Return the characters of a turn's tool calls, with the token that ends the turn."""
+    if not chat.depends_on_calls(turn):
+        return None
+    text, without = chat.text(), chat.changed(conversation=chat.without_calls(turn))
+    try:
+        rest, last = without.text(), without.text(turn + 1)
+    except ChatTemplateError:
+        return None
+    start = _common_prefix(text, rest)
+    stop = max(start, len(text) - _common_prefix(text[::-1], rest[::-1]))
+    ending = last[start:].lstrip() if last.startswith(text[:start]) else ""
+    return start, stop + _common_prefix(text[stop:], ending)
 
 
 def _place_of_content(chat: _Chat, turn: int) -> tuple[int, int] | None:

@@ -201,6 +201,16 @@ def test_a_prompt_that_is_rendered_in_another_way_is_not_scored(
     assert shown([messages[1:3]], SYSTEM_LAST) == ["(who ran?)⟦ the dog.</s>⟧"]
 
 
+def test_calls_without_text_are_scored_where_the_prompt_is_rendered_in_another_way() -> None:
+    template = SYSTEM_LAST.replace(
+        "{% else %}",
+        "{% elif m.tool_calls %}call {{ m.tool_calls[0].function.name }}</s>{% else %}",
+    )
+    messages = [{"role": "system", "content": "be brief and kind."}, *ADDITION["messages"]]
+    (text,) = shown([messages], template)
+    assert text == "(one and two?)⟦call add</s>⟧ 3</s>⟦ it is three.</s>⟧"
+
+
 @pytest.mark.parametrize("template", [REVERSED, IN_PAIRS])
 def test_no_text_of_another_turn_is_scored(template: str) -> None:
     pairs = [("who ran to the park?", "it was the dog."), ("who?", "me"), ("the dog", "the dog")]
