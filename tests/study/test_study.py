@@ -435,7 +435,8 @@ def test_the_examples_are_valid(empty_presets: Path) -> None:
 @pytest.mark.slow
 def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump({**values, "recipes": ["magnitude"]}))
+    values = {**values, "recipes": ["wanda"], "settings": {"num_samples": 4}}
+    file.write_text(yaml.safe_dump(values))
     command = [str(Path(sys.executable).with_name("optimum-cli")), "cap", "study", str(file)]
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
     assert dry.stdout.splitlines()[-1] == "3 cells"
