@@ -56,8 +56,9 @@ def test_models_with_adapters_are_refused_before_pruning() -> None:
     model = tiny_model("llama")
     before = zeros(model)
     wrapped = get_peft_model(model, lora())
-    with pytest.raises(TypeError, match="got a PeftModel, whose adapters are not merged"):
-        CAPPruner(config()).prune(wrapped, tiny_tokenizer())
+    for call in (CAPPruner(config()).prune, CAPPruner(config()).measure):
+        with pytest.raises(TypeError, match="got a PeftModel, whose adapters are not merged"):
+            call(wrapped, tiny_tokenizer())
     with pytest.raises(ValueError, match="has PEFT adapters, which are not merged"):
         CAPPruner(config()).prune(model, tiny_tokenizer())
     assert zeros(model) == before
