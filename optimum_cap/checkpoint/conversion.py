@@ -31,7 +31,7 @@ from optimum_cap.checkpoint.transcoding import transcode_folder
 from optimum_cap.formats import FORMATS, check_format_version
 from optimum_cap.text import printable
 
-_MAX_DEPTH = 64
+_MAX_DEPTH = 64  # of JSON values in a record, whose own have fewer than ten levels
 
 
 @dataclass(frozen=True)
