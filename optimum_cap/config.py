@@ -514,7 +514,7 @@ class CAPConfig(QuantizationConfigMixin):
         # What comparisons and arithmetic raise for values of other types.
         except (TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"the pruning config has a missing field or a value of a wrong type ({error})"
+                f"the pruning config has a value of the wrong type ({error}): correct it"
             ) from error
         return (config, kwargs) if return_unused_kwargs else config
 

@@ -21,6 +21,7 @@ from optimum_cap.commands.base import (
     loading_options,
 )
 from optimum_cap.commands.summary import print_summary
+from optimum_cap.text import enumeration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -556,13 +557,14 @@ def dataset_value(text: str) -> str | dict[str, Any]:
 
 def _with_columns(dataset: Any, columns: dict[str, str]) -> dict[str, Any]:
     """Return the specification of a data set with the columns that flags name."""
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in columns)
+    flags = enumeration([f"--{name.replace('_', '-')}" for name in columns])
+    need = "needs" if len(columns) == 1 else "need"
     if dataset is None:
-        raise ValueError(f"{flags} needs a file or a Hub id: add --dataset")
+        raise ValueError(f"{flags} {need} a file or a Hub id: add --dataset")
     if isinstance(dataset, list):
         raise ValueError(
-            f"{flags} needs a single data set, got {len(dataset)}: name columns in a specification "
-            """of each, as in --dataset '{"path": "rows.jsonl", "text_column": "story"}'"""
+            f"{flags} {need} a single data set, got {len(dataset)}: name the columns of each in a "
+            """specification, as in --dataset '{"path": "rows.jsonl", "text_column": "story"}'"""
         )
     specification = dict(dataset) if isinstance(dataset, dict) else {"path": dataset}
     if twice := [

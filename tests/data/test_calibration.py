@@ -435,9 +435,9 @@ def test_fewer_samples_than_data_sets_is_refused(tmp_path: Path) -> None:
 
 def test_missing_tokenizer_is_refused() -> None:
     config = CAPConfig(sparsity=0.5, dataset=PAIRS, num_samples=4)
-    with pytest.raises(ValueError, match="needs the model's tokenizer, got None"):
+    with pytest.raises(ValueError, match="expected the model's tokenizer, got None"):
         build_calibration_set(config, None)
-    with pytest.raises(TypeError, match="needs a tokenizer object, got 'name'"):
+    with pytest.raises(TypeError, match="expected a tokenizer object, got 'name'"):
         build_calibration_set(config, "name")
 
 
