@@ -108,6 +108,7 @@ _DECIDING: dict[str, tuple[str, ...]] = {
 _SUGGESTED = 4  # choices that an error suggests, at most
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet|txt)$")
+_PRESET = re.compile(r"\w+=")  # the beginning of `preset=FILE`; folders may have a "=" too
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 _SIZE_UNITS = {
     unit + suffix: factor**power
@@ -662,9 +663,11 @@ def describe_dataset(dataset: Any) -> Any:
 
 def _without_folder(name: str) -> str:
     """Return the name of a data set; of a file, as in `preset=FILE`, only its last part."""
-    preset, equals, path = name.rpartition("=")
+    preset = _PRESET.match(name)
+    start = preset[0] if preset else ""
+    path = name.removeprefix(start)
     is_file = bool(_DATA_FILE.search(path)) or os.path.isabs(path) or os.path.isfile(path)
-    return f"{preset}{equals}{os.path.basename(path)}" if is_file else name
+    return f"{start}{os.path.basename(path)}" if is_file else name
 
 
 def is_dataset_name(entry: Any) -> bool:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data.calibration import CalibrationSet, build_calibration_set
-from optimum_cap.data.sources import PRESETS, row_digest
+from optimum_cap.data.sources import PRESETS, find_data_files, row_digest
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -264,6 +264,15 @@ def test_specification_names_columns(tmp_path: Path, columns: dict[str, str], di
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     file = write(tmp_path / "rows.jsonl", [{"q": "why?", "a": "so", "chat": chat}])
     assert build({"path": file, **columns}, num_samples=1).record["digests"] == [digest]
+
+
+def test_data_files_of_scores_are_found_whatever_their_names(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.safetensors"
+    for name in ("rows.jsonl", "size=3.jsonl"):
+        (tmp_path / name).touch()
+        assert find_data_files(name, scores) == f"{tmp_path}/{name}"
+    assert find_data_files("gsm8k=rows.jsonl", scores) == f"gsm8k={tmp_path}/rows.jsonl"
+    assert find_data_files("owner/name", scores) == "owner/name"
 
 
 def test_preset_reads_a_local_file_in_both_notations(tmp_path: Path) -> None:
