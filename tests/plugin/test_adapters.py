@@ -91,6 +91,16 @@ def test_an_adapter_from_before_the_save_records_the_pruned_model_too(
     assert values["base_model_name_or_path"] == str(tmp_path / "pruned")
 
 
+def test_an_adapter_of_a_loaded_checkpoint_keeps_its_revision(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, pruning_config=config())
+    model.save_pretrained(tmp_path / "pruned")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    get_peft_model(loaded, lora(), revision="v1").save_pretrained(tmp_path / "adapter")
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert values["base_model_name_or_path"] == str(tmp_path / "pruned")
+    assert values["revision"] == "v1"
+
+
 def test_an_adapter_of_a_pruned_model_that_was_not_saved_warns(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
