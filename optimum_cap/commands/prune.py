@@ -1,7 +1,6 @@
 """`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
 
 import json
-import os
 import shutil
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -449,24 +448,17 @@ def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
     """Load the tokenizer named by `--tokenizer`, or the model's.
 
     Raises:
-        ValueError: A folder has no tokenizer, or only one without a vocabulary.
-        OSError: There is no such folder or Hub id.
+        ValueError: There is none, or it has no vocabulary.
     """
-    from transformers import AutoTokenizer
+    from optimum_cap.data import load_tokenizer
 
-    from optimum_cap.data import load_tokenizer, usable_tokenizer
-
-    name = args.tokenizer or args.model
-    # A name that is no folder may be misspelt, which the error of transformers says.
-    load = load_tokenizer if os.path.isdir(name) else AutoTokenizer.from_pretrained
-    tokenizer = load(
-        name,
+    return load_tokenizer(
+        args.tokenizer or args.model,
         # --revision refers to the model's repository, not to that of another tokenizer.
         revision=(None if args.tokenizer else args.revision) or "main",
         trust_remote_code=args.trust_remote_code,
         token=args.token,
     )
-    return usable_tokenizer(tokenizer)
 
 
 def calibration_set(
