@@ -5,7 +5,6 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -20,7 +19,13 @@ from optimum_cap.data import (
     usable_tokenizer,
 )
 from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
-from optimum_cap.models import Matrix, ModelView, number_of_embeddings, plain_model
+from optimum_cap.models import (
+    Matrix,
+    ModelView,
+    check_configs_can_be_saved,
+    number_of_embeddings,
+    plain_model,
+)
 from optimum_cap.pruning import (
     PruningRun,
     check_first_batch,
@@ -96,7 +101,8 @@ class CAPPruner:
             OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
         """
-        _check_model(model)
+        plain = plain_model(model)
+        check_configs_can_be_saved(plain)
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
@@ -106,7 +112,6 @@ class CAPPruner:
                 "losses are for criterion 'causal_score', which computes its scores from them, got "
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
-        plain = plain_model(model)
         view = ModelView.of(plain, config.mlp_unit_size)
         matrices = matrices_to_prune(view, config)
         _check_not_shared(view, matrices)
@@ -162,28 +167,19 @@ class CAPPruner:
 
         Raises:
             ValueError: As `prune`.
+            TypeError: As `prune`.
             OSError: The file cannot be written.
         """
-        _check_model(model)
-        view = ModelView.of(model, self.config.mlp_unit_size)
+        plain = plain_model(model)
+        view = ModelView.of(plain, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
-        examples = _calibration(model, self.config, tokenizer).examples
+        examples = _calibration(plain, self.config, tokenizer).examples
         check_first_batch(view, examples, layer_by_layer=False)
         estimator = ESTIMATORS[self.config.estimator]
         losses = estimator.losses(view, examples, self.config, ProcessGroup.current())
         if save_to is not None:
-            save_scores(save_to, losses, model, examples, self.config)
+            save_scores(save_to, losses, plain, examples, self.config)
         return losses
-
-
-def _check_model(model: Any) -> None:
-    if isinstance(model, str | os.PathLike):
-        raise TypeError(
-            f"CAPPruner takes a loaded model, got the name {os.fspath(model)!r}: load it with "
-            "AutoModelForCausalLM.from_pretrained, or pass pruning_config=CAPConfig(...) to that"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"CAPPruner takes a loaded model, got {type(model).__name__}")
 
 
 def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:

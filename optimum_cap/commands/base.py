@@ -284,8 +284,12 @@ def check_prunable(name: str, args: Namespace) -> None:
 def _check_local_model(name: str) -> None:
     path = Path(name)
     if path.is_file():
-        reason = ": prune the float model that it was made from" if path.suffix == ".gguf" else ""
-        raise ValueError(f"the model {name} is a file, not a folder or a Hub id{reason}")
+        advice = (
+            "prune the float model that it was made from"
+            if path.suffix == ".gguf"
+            else "name its folder"
+        )
+        raise ValueError(f"the model {name} is a file, not a folder or a Hub id: {advice}")
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
             raise FileNotFoundError(f"the model folder {name} does not exist: check the path")
@@ -390,7 +394,7 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
 
 
 def _check_length(output: Path) -> None:
-    """Check that the file system allows the last part of a path."""
+    """Check that the file system allows the length of every part of a path."""
     parent = output.absolute().parent
     while not _exists(parent):
         parent = parent.parent

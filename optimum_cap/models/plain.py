@@ -1,5 +1,6 @@
 """Checks that a model is a plain transformers model: not wrapped, no adapters, not quantized."""
 
+import os
 import sys
 from typing import Any
 
@@ -17,11 +18,15 @@ def plain_model(model: Any) -> PreTrainedModel:
             weights of the model inside it.
 
     Raises:
-        TypeError: It is not a transformers model, for example a `PeftModel` or a
+        TypeError: It is not a transformers model, but for example a name, a `PeftModel` or a
             `DistributedDataParallel`.
-        ValueError: It has PEFT adapters or is quantized, or its config cannot be saved, so that the
-            pruned model could not be saved.
+        ValueError: It has PEFT adapters, is quantized, or computes weights on every forward.
     """
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"CAPPruner takes a loaded model, got the name {os.fspath(model)!r}: load it with "
+            "AutoModelForCausalLM.from_pretrained, or pass pruning_config=CAPConfig(...) to that"
+        )
     model = module_before_compilation(model)
     kind = type(model).__name__
     if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
@@ -31,7 +36,7 @@ def plain_model(model: Any) -> PreTrainedModel:
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"expected a transformers model (PreTrainedModel), got {kind}: load it with "
+            f"CAPPruner takes a loaded model, got {kind}: load a PreTrainedModel with "
             "from_pretrained, or pass the model inside the wrapper"
         )
     if has_adapters(model) or has_peft_layers(model):
@@ -57,7 +62,6 @@ def plain_model(model: Any) -> PreTrainedModel:
             "(torch.nn.utils.parametrize or torch.nn.utils.prune): make them permanent first, with "
             "parametrize.remove_parametrizations or prune.remove"
         )
-    _check_configs_can_be_saved(model)
     return model
 
 
@@ -69,8 +73,12 @@ def has_peft_layers(model: PreTrainedModel) -> bool:
     )
 
 
-def _check_configs_can_be_saved(model: PreTrainedModel) -> None:
-    """Check what `save_pretrained` would refuse, before hours of pruning instead of after."""
+def check_configs_can_be_saved(model: PreTrainedModel) -> None:
+    """Check what `save_pretrained` would refuse, before hours of pruning instead of after.
+
+    Raises:
+        ValueError: The config or the generation config cannot be saved.
+    """
     generation_config = getattr(model, "generation_config", None)
     if model.can_generate() and generation_config is not None:
         try:

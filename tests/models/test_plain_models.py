@@ -1,5 +1,6 @@
 """Models whose pruned weights could not be saved are refused before any work."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,10 +70,27 @@ def test_what_cannot_be_saved_is_not_pruned(change: Any, message: str) -> None:
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential])
 def test_wrappers_are_refused(wrap: Any) -> None:
-    with pytest.raises(
-        TypeError, match=f"got {wrap.__name__}: .* pass the model inside the wrapper"
-    ):
-        CAPPruner(config()).prune(wrap(tiny_model("llama")), tiny_tokenizer())
+    wrapped, pruner = wrap(tiny_model("llama")), CAPPruner(config())
+    for call in (pruner.prune, pruner.measure):
+        with pytest.raises(
+            TypeError, match=f"got {wrap.__name__}: .* pass the model inside the wrapper"
+        ):
+            call(wrapped, tiny_tokenizer())
+
+
+def test_scores_measured_inside_torch_compile_are_those_of_the_model(tmp_path: Path) -> None:
+    model, file = tiny_model("llama"), tmp_path / "scores.safetensors"
+    CAPPruner(config(estimator="plain")).measure(
+        torch.compile(model), tiny_tokenizer(), save_to=file
+    )
+    CAPPruner(config(estimator="plain", scores=file)).prune(model, tiny_tokenizer())
+    assert model.pruning_record.scores
+
+
+def test_an_invalid_generation_config_does_not_matter_to_scores() -> None:
+    model = tiny_model("llama")
+    with_an_invalid_generation_config(model)
+    CAPPruner(config(estimator="plain")).measure(model, tiny_tokenizer())
 
 
 def test_the_model_inside_torch_compile_is_pruned() -> None:
