@@ -712,6 +712,10 @@ def _check_module_names(names: Any) -> None:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"modules_to_leave_dense must be a list of module names, got {names!r}")
     for name in names:
+        if not name.strip("."):
+            raise ValueError(
+                f"modules_to_leave_dense has the name {name!r}, which names nothing: leave it out"
+            )
         if name.startswith(PATTERN_PREFIX):
             try:
                 re.compile(name.removeprefix(PATTERN_PREFIX))

@@ -25,6 +25,7 @@ from optimum_cap.models import (
     check_configs_can_be_saved,
     number_of_embeddings,
     plain_model,
+    stored_parameter,
 )
 from optimum_cap.pruning import (
     PruningRun,
@@ -252,14 +253,23 @@ def _report_other_zeros(record: PruningRecord, zeros: int, config: CAPConfig) ->
 
 
 def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
-    names: dict[int, str] = {}
-    for matrix in matrices:
-        parameter = view.model.get_parameter(matrix.parameter)
-        if (other := names.setdefault(id(parameter), matrix.parameter)) != matrix.parameter:
+    """Check that no matrix shares memory with another parameter, which would be pruned with it."""
+    parameters = dict(view.model.named_parameters(remove_duplicate=False))
+    ranges = sorted(
+        (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
+        for name, parameter in parameters.items()
+        if parameter.data_ptr() and parameter.is_contiguous()
+    )
+    to_prune = {matrix.parameter for matrix in matrices}
+    last_end, name = 0, ""
+    for start, end, other in ranges:
+        if start < last_end and not to_prune.isdisjoint((name, other)):
             raise ValueError(
-                f"{other} and {matrix.parameter} share one tensor, which cannot be pruned for "
-                "both: give each a copy, or leave them dense (modules_to_leave_dense)"
+                f"{name} and {other} share one tensor, which cannot be pruned for both: give each "
+                "a copy, or leave them dense (modules_to_leave_dense)"
             )
+        if end > last_end:
+            last_end, name = end, other
 
 
 def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
@@ -284,7 +294,23 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
                 "check the checkpoint that it was loaded from"
             )
         zeros += weight.numel() - int(weight.count_nonzero())
+    _check_other_parameters(view, matrices)
     return zeros
+
+
+def _check_other_parameters(view: ModelView, matrices: list[Matrix]) -> None:
+    """Check that biases, norms and embeddings are finite; attention can hide a bias that is not."""
+    checked = {matrix.parameter for matrix in matrices}
+    for name, parameter in view.model.named_parameters():
+        if name in checked or not parameter.is_floating_point():
+            continue
+        values = stored_parameter(view.model, name)
+        is_checkable = values.element_size() > 1 and values.device.type != "meta"
+        if is_checkable and not values.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values, so the model cannot be pruned: check the "
+                "checkpoint that it was loaded from"
+            )
 
 
 def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:

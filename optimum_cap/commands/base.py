@@ -251,19 +251,30 @@ def check_model(name: str, args: Namespace) -> Any:
         raise _hub_error(name, args.revision, error) from error
 
 
-def check_prunable(name: str, args: Namespace) -> None:
+def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> None:
     """Check by its configuration that a model can be pruned.
 
+    Args:
+        name: Hub id or folder.
+        args: The arguments of the command.
+        may_be_pruned: Whether the model may be pruned already.
+
     Raises:
-        ValueError: As `check_model`; or the model is quantized, or is no decoder-only language
-            model.
+        ValueError: As `check_model`; or the model is quantized, pruned already, or no decoder-only
+            language model.
         OSError: As `check_model`.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     config = check_model(name, args)
+    is_pruned = getattr(config, "pruning_config", None) is not None
+    if is_pruned and not may_be_pruned:
+        raise ValueError(
+            f"the model {name} is already pruned: prune its dense base model, or load it and prune "
+            "it further in Python, with CAPPruner"
+        )
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not getattr(config, "pruning_config", None):
+    if quantization is not None and not is_pruned:
         values = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise ValueError(
             f"the model {name} is quantized ({values.get('quant_method', 'unknown method')}), but "
@@ -449,6 +460,14 @@ def check_output_file(path: Path) -> None:
         raise FileNotFoundError(
             f"the folder {path.absolute().parent} of the output does not exist: create it first"
         )
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the folder {path.absolute().parent} of the output cannot be written "
+            f"({error.strerror}): choose another one"
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:

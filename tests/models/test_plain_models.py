@@ -43,6 +43,28 @@ def with_weight_norm(model: PreTrainedModel) -> None:
     parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
 
 
+def with_legacy_weight_norm(model: PreTrainedModel) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.model.layers[0].mlp.up_proj)
+
+
+def with_a_compiled_layer(model: PreTrainedModel) -> None:
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+
+
+def with_weights_in_one_storage(model: PreTrainedModel) -> None:
+    first, second, *_ = model.model.layers
+    weight = torch.randn_like(first.mlp.up_proj.weight)
+    first.mlp.up_proj.weight = nn.Parameter(weight)
+    second.mlp.up_proj.weight = nn.Parameter(weight)
+
+
+def with_a_matrix_inside_the_embedding(model: PreTrainedModel) -> None:
+    weight = model.model.layers[0].mlp.up_proj.weight
+    embedding = model.model.embed_tokens.weight
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(embedding.detach()[4 : 4 + len(weight)])
+
+
 def with_a_shared_matrix(model: PreTrainedModel) -> None:
     first, second, *_ = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
@@ -51,8 +73,15 @@ def with_a_shared_matrix(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (pruned_by_torch, r"computed from other parameters .* or prune\.remove"),
+        (pruned_by_torch, r"computed from other parameters .*prune\.remove"),
         (with_weight_norm, r"computed from other parameters .*remove_parametrizations"),
+        (with_legacy_weight_norm, "computed from other parameters .*remove_weight_norm"),
+        (with_a_compiled_layer, r"1 layers .* compiled one by one \(model\.layers\.1\)"),
+        (with_weights_in_one_storage, r"layers\.\d\.mlp\.up_proj\.weight and .* share one tensor"),
+        (
+            with_a_matrix_inside_the_embedding,
+            r"embed_tokens.*and .*share one tensor",
+        ),
         (with_a_shared_matrix, r"layers\.0\.mlp\.up_proj\.weight and .* share one tensor"),
         (quantized_by_gguf, r"is quantized \(gguf\).*GgufConfig\(dequantize=True\)"),
         (with_an_invalid_generation_config, "its generation config is invalid: .*`temperature`"),
@@ -66,6 +95,19 @@ def test_what_cannot_be_saved_is_not_pruned(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CAPPruner(config()).prune(model, tiny_tokenizer())
     assert zeros(model) == before
+
+
+@pytest.mark.parametrize("recipe", ["wanda", "magnitude", "paper", "causal"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.self_attn.k_proj.bias", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_values_that_are_not_finite_are_found_anywhere(recipe: str, name: str) -> None:
+    """Attention turns a NaN in the bias of keys into finite values."""
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.get_parameter(name)[-1] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite values"):
+        CAPPruner(config(recipe=recipe)).prune(model, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential])
