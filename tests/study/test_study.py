@@ -461,6 +461,12 @@ def test_settings_apply_to_the_recipes_that_use_them(
     assert configs["magnitude"].num_samples == 128
 
 
+def test_a_setting_at_its_default_is_no_error(values: dict[str, Any], tmp_path: Path) -> None:
+    values["settings"] = {"num_samples": 4, "subsets": 3}
+    values["recipes"] = ["wanda"]
+    assert load(values, tmp_path).settings["subsets"] == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
