@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -117,9 +118,14 @@ def _folder_of(
     if not Path(name).is_dir():
         _check_repo_id(name)
         patterns = f"{subfolder}/*" if subfolder else None
-        name = snapshot_download(
-            name, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=patterns
-        )
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        try:
+            name = snapshot_download(name, allow_patterns=patterns, **options)
+        except OfflineModeIsEnabled:
+            # huggingface_hub 1.31 asks the Hub about a commit even where it must not.
+            name = snapshot_download(
+                name, allow_patterns=patterns, local_files_only=True, **options
+            )
     return Path(name) / subfolder
 
 
