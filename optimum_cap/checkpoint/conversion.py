@@ -118,14 +118,17 @@ def _folder_of(
     if not Path(name).is_dir():
         _check_repo_id(name)
         patterns = f"{subfolder}/*" if subfolder else None
-        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        options: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "allow_patterns": patterns,
+        }
         try:
-            name = snapshot_download(name, allow_patterns=patterns, **options)
+            name = snapshot_download(name, **options)
         except OfflineModeIsEnabled:
             # huggingface_hub 1.31 asks the Hub about a commit even where it must not.
-            name = snapshot_download(
-                name, allow_patterns=patterns, local_files_only=True, **options
-            )
+            name = snapshot_download(name, local_files_only=True, **options)
     return Path(name) / subfolder
 
 
