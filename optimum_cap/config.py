@@ -97,11 +97,18 @@ _SCORE_FIELDS = ("subsets", "aggregation", "scored_units", "estimator", "scores"
 _INPUT_FIELDS = ("order", "answer_weight")
 _UPDATE_FIELDS = ("target",)
 _RUNTIME_FIELDS = ("memory_budget", "torch_compile", "resume_dir")  # how, not what, is measured
-# Fields that decide whether others have an effect, in the order in which errors suggest them.
-_DECIDING = ("criterion", "recipe", "estimator", "scored_units")
+# Fields that decide whether others have an effect, with their choices, in the order in which errors
+# suggest them.
+_DECIDING: dict[str, tuple[str, ...]] = {
+    "criterion": tuple(CRITERIA),
+    "recipe": tuple(RECIPES),
+    "estimator": ESTIMATOR_NAMES,
+    "scored_units": SCORED_UNITS,
+}
 _SUGGESTED = 4  # choices that an error suggests, at most
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet|txt)$")
+_PRESET = re.compile(r"\w+=")  # the beginning of `preset=FILE`; folders may have a "=" too
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 _SIZE_UNITS = {
     unit + suffix: factor**power
@@ -111,6 +118,7 @@ _SIZE_UNITS = {
 
 
 _UNSET: Any = None
+"""The default of `sparsity`, which must be set unless the pattern implies it."""
 
 
 def _suggests_fields(cls: Any) -> Any:
@@ -361,14 +369,10 @@ class CAPConfig(QuantizationConfigMixin):
 
     def _alternatives(self, unused: list[str], them: str) -> str:
         """Return which other choice of one field would give the unused fields an effect."""
-        for name in _DECIDING:
-            if name in unused or (name == "recipe" and self.criterion is not None):
+        not_used = "criterion" if self.criterion is None else "recipe"
+        for name, choices in _DECIDING.items():
+            if name in unused or name == not_used:
                 continue
-            if name == "criterion" and self.criterion is None:
-                continue
-            choices = {"recipe": RECIPES, "estimator": ESTIMATOR_NAMES, **_CHOICES}.get(
-                name, SCORED_UNITS
-            )
             fitting = [repr(choice) for choice in choices if self._is_valid_with({name: choice})]
             if len(fitting) > _SUGGESTED:
                 return f", or choose another {name} to use {them}, such as {fitting[0]}"
@@ -514,7 +518,7 @@ class CAPConfig(QuantizationConfigMixin):
         # What comparisons and arithmetic raise for values of other types.
         except (TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"the pruning config has a missing field or a value of a wrong type ({error})"
+                f"the pruning config has a value of the wrong type ({error}): correct it"
             ) from error
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -659,9 +663,11 @@ def describe_dataset(dataset: Any) -> Any:
 
 def _without_folder(name: str) -> str:
     """Return the name of a data set; of a file, as in `preset=FILE`, only its last part."""
-    preset, equals, path = name.rpartition("=")
+    preset = _PRESET.match(name)
+    start = preset[0] if preset else ""
+    path = name.removeprefix(start)
     is_file = bool(_DATA_FILE.search(path)) or os.path.isabs(path) or os.path.isfile(path)
-    return f"{preset}{equals}{os.path.basename(path)}" if is_file else name
+    return f"{start}{os.path.basename(path)}" if is_file else name
 
 
 def is_dataset_name(entry: Any) -> bool:
@@ -706,6 +712,10 @@ def _check_module_names(names: Any) -> None:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"modules_to_leave_dense must be a list of module names, got {names!r}")
     for name in names:
+        if not name.strip("."):
+            raise ValueError(
+                f"modules_to_leave_dense has the name {name!r}, which names nothing: leave it out"
+            )
         if name.startswith(PATTERN_PREFIX):
             try:
                 re.compile(name.removeprefix(PATTERN_PREFIX))

@@ -5,7 +5,6 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -20,7 +19,14 @@ from optimum_cap.data import (
     usable_tokenizer,
 )
 from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
-from optimum_cap.models import Matrix, ModelView, number_of_embeddings, plain_model
+from optimum_cap.models import (
+    Matrix,
+    ModelView,
+    check_configs_can_be_saved,
+    number_of_embeddings,
+    plain_model,
+    stored_parameter,
+)
 from optimum_cap.pruning import (
     PruningRun,
     check_first_batch,
@@ -96,7 +102,8 @@ class CAPPruner:
             OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
         """
-        _check_model(model)
+        plain = plain_model(model)
+        check_configs_can_be_saved(plain)
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
@@ -106,7 +113,6 @@ class CAPPruner:
                 "losses are for criterion 'causal_score', which computes its scores from them, got "
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
-        plain = plain_model(model)
         view = ModelView.of(plain, config.mlp_unit_size)
         matrices = matrices_to_prune(view, config)
         _check_not_shared(view, matrices)
@@ -162,28 +168,19 @@ class CAPPruner:
 
         Raises:
             ValueError: As `prune`.
+            TypeError: As `prune`.
             OSError: The file cannot be written.
         """
-        _check_model(model)
-        view = ModelView.of(model, self.config.mlp_unit_size)
+        plain = plain_model(model)
+        view = ModelView.of(plain, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
-        examples = _calibration(model, self.config, tokenizer).examples
+        examples = _calibration(plain, self.config, tokenizer).examples
         check_first_batch(view, examples, layer_by_layer=False)
         estimator = ESTIMATORS[self.config.estimator]
         losses = estimator.losses(view, examples, self.config, ProcessGroup.current())
         if save_to is not None:
-            save_scores(save_to, losses, model, examples, self.config)
+            save_scores(save_to, losses, plain, examples, self.config)
         return losses
-
-
-def _check_model(model: Any) -> None:
-    if isinstance(model, str | os.PathLike):
-        raise TypeError(
-            f"CAPPruner takes a loaded model, got the name {os.fspath(model)!r}: load it with "
-            "AutoModelForCausalLM.from_pretrained, or pass pruning_config=CAPConfig(...) to that"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"CAPPruner takes a loaded model, got {type(model).__name__}")
 
 
 def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:
@@ -256,14 +253,23 @@ def _report_other_zeros(record: PruningRecord, zeros: int, config: CAPConfig) ->
 
 
 def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
-    names: dict[int, str] = {}
-    for matrix in matrices:
-        parameter = view.model.get_parameter(matrix.parameter)
-        if (other := names.setdefault(id(parameter), matrix.parameter)) != matrix.parameter:
+    """Check that no matrix shares memory with another parameter, which would be pruned with it."""
+    parameters = dict(view.model.named_parameters(remove_duplicate=False))
+    ranges = sorted(
+        (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
+        for name, parameter in parameters.items()
+        if parameter.data_ptr() and parameter.is_contiguous()
+    )
+    to_prune = {matrix.parameter for matrix in matrices}
+    last_end, name = 0, ""
+    for start, end, other in ranges:
+        if start < last_end and not to_prune.isdisjoint((name, other)):
             raise ValueError(
-                f"{other} and {matrix.parameter} share one tensor, which cannot be pruned for "
-                "both: give each a copy, or leave them dense (modules_to_leave_dense)"
+                f"{name} and {other} share one tensor, which cannot be pruned for both: give each "
+                "a copy, or leave them dense (modules_to_leave_dense)"
             )
+        if end > last_end:
+            last_end, name = end, other
 
 
 def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
@@ -288,7 +294,23 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
                 "check the checkpoint that it was loaded from"
             )
         zeros += weight.numel() - int(weight.count_nonzero())
+    _check_other_parameters(view, matrices)
     return zeros
+
+
+def _check_other_parameters(view: ModelView, matrices: list[Matrix]) -> None:
+    """Check that biases, norms and embeddings are finite; attention can hide a bias that is not."""
+    checked = {matrix.parameter for matrix in matrices}
+    for name, parameter in view.model.named_parameters():
+        if name in checked or not parameter.is_floating_point():
+            continue
+        values = stored_parameter(view.model, name)
+        is_checkable = values.element_size() > 1 and values.device.type != "meta"
+        if is_checkable and not values.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values, so the model cannot be pruned: check the "
+                "checkpoint that it was loaded from"
+            )
 
 
 def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:

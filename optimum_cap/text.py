@@ -89,7 +89,8 @@ def public_name(name_or_path: str) -> str | None:
     """
     if not name_or_path:
         return None
-    is_local = os.path.exists(name_or_path) or len(name_or_path.replace("\\", "/").split("/")) > 2
+    parts = name_or_path.replace("\\", "/").split("/")
+    is_local = os.path.exists(name_or_path) or len(parts) > 2 or parts[0] in (".", "..", "~")
     if not is_local and not os.path.isabs(name_or_path):
         return name_or_path
     return f"./{os.path.basename(os.path.abspath(name_or_path))}"

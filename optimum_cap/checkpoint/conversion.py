@@ -12,13 +12,14 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
 
 from optimum_cap.checkpoint.digests import (
     CONFIG_NAME,
     RECORD_NAME,
-    changes_of,
+    check_all_files,
     record_digest,
     warn_of_changed_settings,
     weight_files,
@@ -31,7 +32,7 @@ from optimum_cap.checkpoint.transcoding import transcode_folder
 from optimum_cap.formats import FORMATS, check_format_version
 from optimum_cap.text import printable
 
-_MAX_DEPTH = 64
+_MAX_DEPTH = 64  # of JSON values in a record, whose own have fewer than ten levels
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def inspect_checkpoint(
         _check_repo_id(name)
         record_file = _download_record(name, revision, token, cache_dir, subfolder)
     record, files = read_record(record_file, name)
-    if verify and (changes := changes_of(record_file.parent, files["digests"])):
-        raise ValueError("; ".join(changes))
+    if verify:
+        check_all_files(record_file.parent, files["digests"])
     stored = [digest for digest in files["digests"].values() if "checksum" in digest]
     sizes = [digest["size"] for digest in stored]
     if Path(name).is_dir():
@@ -117,9 +118,17 @@ def _folder_of(
     if not Path(name).is_dir():
         _check_repo_id(name)
         patterns = f"{subfolder}/*" if subfolder else None
-        name = snapshot_download(
-            name, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=patterns
-        )
+        options: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "allow_patterns": patterns,
+        }
+        try:
+            name = snapshot_download(name, **options)
+        except OfflineModeIsEnabled:
+            # huggingface_hub 1.31 asks the Hub about a commit even where it must not.
+            name = snapshot_download(name, local_files_only=True, **options)
     return Path(name) / subfolder
 
 
@@ -271,8 +280,7 @@ def convert_checkpoint(
     folder = _folder_of(os.fspath(source), revision, token, cache_dir, subfolder)
     record, files = read_record(folder / RECORD_NAME, os.fspath(source))
     validate_shards(weight_files(folder))
-    if changes := changes_of(folder, files["digests"], settings=False):
-        raise ValueError("; ".join(changes))
+    check_all_files(folder, files["digests"], settings=False)
     warn_of_changed_settings(folder, files["digests"])
     class_name = _class_name(folder / CONFIG_NAME)
     config = {**record.config, "checkpoint_format": checkpoint_format}

@@ -85,7 +85,7 @@ def check_loaded(files: Iterable[Path], digests: Mapping[str, Any], checkpoint_f
     for folder in {file.parent for file in files}:
         for index in index_files(folder):
             if index.name in digests and _sha256(index) != digests[index.name]["sha256"]:
-                raise ValueError(_changed(index))
+                raise ValueError(f"{index} {_CHANGED}; {_ADVICE}")
     expected = {name for name, digest in digests.items() if "checksum" in digest}
     if files and (missing := sorted(expected - {file.name for file in files})):
         raise ValueError(
@@ -104,7 +104,7 @@ def check_loaded(files: Iterable[Path], digests: Mapping[str, Any], checkpoint_f
             validate_tensors(file, header)
     for file, is_changed in zip(files, _in_parallel(changed, files), strict=True):
         if is_changed:
-            raise ValueError(_changed(file))
+            raise ValueError(f"{file} {_CHANGED}; {_ADVICE}")
 
 
 def check_loaded_folder(
@@ -146,7 +146,7 @@ def check_settings(folder: Path, digests: Mapping[str, Any]) -> None:
     for file in _changed_settings(folder, digests):
         if not file.is_file():
             raise ValueError(f"{file} is missing; {_ADVICE}")
-        raise ValueError(_changed(file))
+        raise ValueError(f"{file} {_CHANGED}; {_ADVICE}")
 
 
 def warn_of_changed_settings(folder: Path, digests: Mapping[str, Any]) -> None:
@@ -168,7 +168,7 @@ def _changed_settings(folder: Path, digests: Mapping[str, Any]) -> list[Path]:
     ]
 
 
-def changes_of(folder: Path, digests: Mapping[str, Any], settings: bool = True) -> list[str]:
+def check_all_files(folder: Path, digests: Mapping[str, Any], settings: bool = True) -> None:
     """Compare all files of a checkpoint with their SHA-256.
 
     Args:
@@ -176,22 +176,24 @@ def changes_of(folder: Path, digests: Mapping[str, Any], settings: bool = True) 
         digests: Return value of `digests_of` when it was saved.
         settings: Whether to compare the settings too, not only weights and their index.
 
-    Returns:
-        One sentence per file that is missing, has changed, or is not part of the checkpoint.
+    Raises:
+        ValueError: A file is missing, has changed, or is not part of the checkpoint; the message
+            names all such files.
     """
     names = [name for name in sorted(digests) if settings or name not in _SETTINGS]
     missing = [name for name in names if not (folder / name).is_file()]
     present = [folder / name for name in names if name not in missing]
-    changes = [f"{folder / name} is missing; {_ADVICE}" for name in missing]
+    problems = [f"{folder / name} is missing" for name in missing]
     for file, sha256 in zip(present, _in_parallel(_sha256, present), strict=True):
         if sha256 != digests[file.name]["sha256"]:
-            changes.append(_changed(file))
-    unknown = [
-        file
+            problems.append(f"{file} {_CHANGED}")
+    problems += [
+        f"{file} {_UNLISTED}"
         for file in (*weight_files(folder), *index_files(folder))
         if file.name not in digests and file.name.startswith("model")
     ]
-    return changes + [_unlisted(file) for file in unknown]
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; {_ADVICE}")
 
 
 def checksum(file: Path, whole: bool) -> str:
@@ -241,14 +243,10 @@ _ADVICE = (
 )
 
 
-def _changed(file: Path) -> str:
-    return f"{file} has changed since the model was saved (its digest is another one); {_ADVICE}"
-
-
-def _unlisted(file: Path) -> str:
-    return f"{file} is not part of the checkpoint that {RECORD_NAME} describes; {_ADVICE}"
+_CHANGED = "has changed since the model was saved (its digest differs)"
+_UNLISTED = f"is not part of the checkpoint that {RECORD_NAME} describes"
 
 
 def _check_listed(file: Path, names: Iterable[str]) -> None:
     if file.name not in names:
-        raise ValueError(_unlisted(file))
+        raise ValueError(f"{file} {_UNLISTED}; {_ADVICE}")

@@ -237,7 +237,7 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_checked_list(value: Any) -> bool:
+def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
@@ -252,7 +252,7 @@ _CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     float | None: (lambda value: value is None or _is_number(value), "a number or null"),
     dict[str, Any]: (_is_object, "an object"),
     dict[str, str]: (_is_versions, "an object of texts"),
-    **{list[entry]: (_is_checked_list, "a list") for entry in _ENTRIES.values()},  # type: ignore[valid-type]
+    **{list[entry]: (_is_list, "a list") for entry in _ENTRIES.values()},  # type: ignore[valid-type]
 }
 
 

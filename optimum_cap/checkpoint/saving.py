@@ -88,7 +88,8 @@ def name_base_of_adapters(
         )
         return
     for adapter in adapters:
-        if adapter.base_model_name_or_path in (None, state.dense_name):
+        name = adapter.base_model_name_or_path
+        if name in (None, state.dense_name) and name != state.checkpoint:
             adapter.base_model_name_or_path = state.checkpoint
             adapter.revision = None  # that of the dense model
 

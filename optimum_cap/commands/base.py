@@ -251,19 +251,30 @@ def check_model(name: str, args: Namespace) -> Any:
         raise _hub_error(name, args.revision, error) from error
 
 
-def check_prunable(name: str, args: Namespace) -> None:
+def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> None:
     """Check by its configuration that a model can be pruned.
 
+    Args:
+        name: Hub id or folder.
+        args: The arguments of the command.
+        may_be_pruned: Whether the model may be pruned already.
+
     Raises:
-        ValueError: As `check_model`; or the model is quantized, or is no decoder-only language
-            model.
+        ValueError: As `check_model`; or the model is quantized, pruned already, or no decoder-only
+            language model.
         OSError: As `check_model`.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     config = check_model(name, args)
+    is_pruned = getattr(config, "pruning_config", None) is not None
+    if is_pruned and not may_be_pruned:
+        raise ValueError(
+            f"the model {name} is already pruned: prune its dense base model, or load it and prune "
+            "it further in Python, with CAPPruner"
+        )
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not getattr(config, "pruning_config", None):
+    if quantization is not None and not is_pruned:
         values = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise ValueError(
             f"the model {name} is quantized ({values.get('quant_method', 'unknown method')}), but "
@@ -284,8 +295,12 @@ def check_prunable(name: str, args: Namespace) -> None:
 def _check_local_model(name: str) -> None:
     path = Path(name)
     if path.is_file():
-        reason = ": prune the float model that it was made from" if path.suffix == ".gguf" else ""
-        raise ValueError(f"the model {name} is a file, not a folder or a Hub id{reason}")
+        advice = (
+            "prune the float model that it was made from"
+            if path.suffix == ".gguf"
+            else "name its folder"
+        )
+        raise ValueError(f"the model {name} is a file, not a folder or a Hub id: {advice}")
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
             raise FileNotFoundError(f"the model folder {name} does not exist: check the path")
@@ -390,7 +405,7 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
 
 
 def _check_length(output: Path) -> None:
-    """Check that the file system allows the last part of a path."""
+    """Check that the file system allows the length of every part of a path."""
     parent = output.absolute().parent
     while not _exists(parent):
         parent = parent.parent
@@ -445,6 +460,14 @@ def check_output_file(path: Path) -> None:
         raise FileNotFoundError(
             f"the folder {path.absolute().parent} of the output does not exist: create it first"
         )
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the folder {path.absolute().parent} of the output cannot be written "
+            f"({error.strerror}): choose another one"
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ class InspectCommand(CAPSubcommand):
         parser.add_argument(
             "--verify",
             action="store_true",
-            help="compare all files with their SHA-256 in the record, which reads the weights",
+            help="compare weights and settings with their SHA-256 in the record",
         )
         add_common_flags(parser)
 
@@ -62,7 +62,7 @@ class InspectCommand(CAPSubcommand):
         print(f"config        {', '.join(f'{name}={value}' for name, value in config.items())}")
         print_summary(summary)
         if args.verify:
-            print("verified      all files are as they were saved")
+            print("verified      weights, settings and record are as they were saved")
         print(f"versions      {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
         if record.sensitivities:
             print(f"\nsites, each pruned alone ({record.sensitivities_are})")

@@ -8,7 +8,7 @@ from optimum_cap.text import did_you_mean
 
 
 class CommandParser(ArgumentParser):
-    """Reports errors in one line, suggests the nearest flag for an unknown one.
+    """Reports errors in one line, and suggests the nearest flag for an unknown one.
 
     A flag that is required or that takes several values may be given once; of other flags, the last
     one counts, as usual.

@@ -1,7 +1,6 @@
 """`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
 
 import json
-import os
 import shutil
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -15,12 +14,14 @@ from optimum_cap.commands.base import (
     add_common_flags,
     add_loading_flags,
     check_loading_flags,
+    check_model,
     check_output_folder,
     check_prunable,
     check_resume_folder,
     loading_options,
 )
 from optimum_cap.commands.summary import print_summary
+from optimum_cap.text import enumeration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -292,49 +293,17 @@ class PruneCommand(CAPSubcommand):
             raise ValueError("--private needs --push-to-hub: add it, or leave --private out")
 
         from optimum_cap.checkpoint import check_target
-        from optimum_cap.config import CAPConfig, effective, parse_size
-        from optimum_cap.data import describe_example
-        from optimum_cap.runtime import ProcessGroup, default_folder
+        from optimum_cap.config import parse_size
+        from optimum_cap.runtime import ProcessGroup
 
         process_group = ProcessGroup.current()
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
-        flags = config_values(vars(args))
-        defaults = {"resume_dir": default_folder()}
-        if args.scores:
-            from optimum_cap.data import find_data_files
-            from optimum_cap.scoring import read_scores
-
-            # Flags that are not set take their values from the file; the others must match it.
-            measured = dict(read_scores(args.scores).settings)
-            if "dataset" not in flags:
-                measured["dataset"] = find_data_files(measured["dataset"], Path(args.scores))
-            defaults |= measured
-            flags["scores"] = args.scores
-            if flags.keys().isdisjoint({"recipe", "criterion"}):
-                flags["recipe"] = "paper"
-        values = effective(defaults, flags)
-        if args.scores and str(values.get("dataset")).startswith("in-memory"):
-            raise ValueError(
-                f"the scores in {args.scores} were measured on in-memory data "
-                f"({values['dataset']}), which no flag can name: prune in Python, with "
-                "CAPConfig(scores=..., dataset=...)"
-            )
-        config = CAPConfig(**values)
-        check_resume_folder(flags.get("resume_dir"))
+        config = _config(args)
         if args.max_shard_size:
             parse_size(args.max_shard_size, "--max-shard-size")
         if args.show_example:
-            if not config.method.needs_data:
-                raise ValueError(
-                    f"--show-example needs calibration data, but criterion "
-                    f"{config.method.criterion!r} with allocation {config.method.allocation!r} "
-                    "takes none: leave it out"
-                )
-            tokenizer = load_tokenizer(args)
-            example = calibration_set(config, tokenizer, args).examples[0]
-            shown = describe_example(example, tokenizer)
-            return Prepared(config, tokenizer, process_group, shown=shown)
+            return _prepared_example(config, args, process_group)
         # Also checked when saving: the weights of another model are never replaced.
         check_target(args.output.absolute())
         if args.push_to_hub:
@@ -388,6 +357,63 @@ class PruneCommand(CAPSubcommand):
         _print_how_to_load(args.push_to_hub or str(args.output), prepared.config.checkpoint_format)
 
 
+def _config(args: Namespace) -> "CAPConfig":
+    """Return the config that the flags describe, with the settings of `--scores`, if it is set.
+
+    Raises:
+        ValueError: The settings are not valid, or the scores were measured on data in memory.
+        OSError: The scores cannot be read, or the resume folder cannot be written.
+    """
+    from optimum_cap.config import CAPConfig, effective
+    from optimum_cap.runtime import default_folder
+
+    flags = config_values(vars(args))
+    defaults = {"resume_dir": default_folder()}
+    if args.scores:
+        from optimum_cap.data import find_data_files
+        from optimum_cap.scoring import read_scores
+
+        # Flags that are not set take their values from the file; the others must match it.
+        measured = dict(read_scores(args.scores).settings)
+        if "dataset" not in flags:
+            measured["dataset"] = find_data_files(measured["dataset"], args.scores)
+        defaults |= measured
+        flags["scores"] = args.scores
+        if flags.keys().isdisjoint({"recipe", "criterion"}):
+            flags["recipe"] = "paper"
+    values = effective(defaults, flags)
+    if args.scores and str(values.get("dataset")).startswith("in-memory"):
+        raise ValueError(
+            f"the scores in {args.scores} were measured on in-memory data ({values['dataset']}), "
+            "which no flag can name: prune in Python, with CAPConfig(scores=..., dataset=...)"
+        )
+    config = CAPConfig(**values)
+    check_resume_folder(flags.get("resume_dir"))
+    return config
+
+
+def _prepared_example(
+    config: "CAPConfig", args: Namespace, process_group: "ProcessGroup"
+) -> Prepared:
+    """Return what `--show-example` prints: the first calibration example.
+
+    Raises:
+        ValueError: The config needs no data, or the data or the tokenizer cannot be used.
+    """
+    from optimum_cap.data import describe_example
+
+    if not config.method.needs_data:
+        raise ValueError(
+            f"--show-example needs calibration data, but criterion {config.method.criterion!r} "
+            f"with allocation {config.method.allocation!r} takes none: leave it out"
+        )
+    check_model(args.model, args)
+    tokenizer = load_tokenizer(args)
+    example = calibration_set(config, tokenizer, args).examples[0]
+    shown = describe_example(example, tokenizer)
+    return Prepared(config, tokenizer, process_group, shown=shown)
+
+
 def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
     """Add the flags for `fields` of `CAPConfig`, for its data set and for the tokenizer."""
     for flag, field, kind, text in _CONFIG_FLAGS:
@@ -422,24 +448,17 @@ def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
     """Load the tokenizer named by `--tokenizer`, or the model's.
 
     Raises:
-        ValueError: A folder has no tokenizer, or only one without a vocabulary.
-        OSError: There is no such folder or Hub id.
+        ValueError: There is none, or it has no vocabulary.
     """
-    from transformers import AutoTokenizer
+    from optimum_cap.data import load_tokenizer
 
-    from optimum_cap.data import load_tokenizer, usable_tokenizer
-
-    name = args.tokenizer or args.model
-    # A name that is no folder may be misspelt, which the error of transformers says.
-    load = load_tokenizer if os.path.isdir(name) else AutoTokenizer.from_pretrained
-    tokenizer = load(
-        name,
+    return load_tokenizer(
+        args.tokenizer or args.model,
         # --revision refers to the model's repository, not to that of another tokenizer.
         revision=(None if args.tokenizer else args.revision) or "main",
         trust_remote_code=args.trust_remote_code,
         token=args.token,
     )
-    return usable_tokenizer(tokenizer)
 
 
 def calibration_set(
@@ -452,18 +471,11 @@ def calibration_set(
     Raises:
         ValueError: The data cannot be used, or the tokenizer is not that of the model.
     """
-    from transformers import AutoConfig
-
     from optimum_cap.data import build_calibration_set, check_token_ids
 
     calibration = build_calibration_set(config, tokenizer)
-    model_config = AutoConfig.from_pretrained(
-        args.model,
-        revision=args.revision or "main",
-        trust_remote_code=args.trust_remote_code,
-        token=args.token,
-    )
-    embeddings = getattr(model_config.get_text_config(decoder=True), "vocab_size", None)
+    text_config = check_model(args.model, args).get_text_config(decoder=True)
+    embeddings = getattr(text_config, "vocab_size", None)
     if embeddings is not None:
         ids = [example.input_ids for example in calibration.examples]
         check_token_ids(tokenizer, ids, embeddings)
@@ -556,13 +568,14 @@ def dataset_value(text: str) -> str | dict[str, Any]:
 
 def _with_columns(dataset: Any, columns: dict[str, str]) -> dict[str, Any]:
     """Return the specification of a data set with the columns that flags name."""
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in columns)
+    flags = enumeration([f"--{name.replace('_', '-')}" for name in columns])
+    need = "needs" if len(columns) == 1 else "need"
     if dataset is None:
-        raise ValueError(f"{flags} needs a file or a Hub id: add --dataset")
+        raise ValueError(f"{flags} {need} a file or a Hub id: add --dataset")
     if isinstance(dataset, list):
         raise ValueError(
-            f"{flags} needs a single data set, got {len(dataset)}: name columns in a specification "
-            """of each, as in --dataset '{"path": "rows.jsonl", "text_column": "story"}'"""
+            f"{flags} {need} a single data set, got {len(dataset)}: name the columns of each in a "
+            """specification, as in --dataset '{"path": "rows.jsonl", "text_column": "story"}'"""
         )
     specification = dict(dataset) if isinstance(dataset, dict) else {"path": dataset}
     if twice := [

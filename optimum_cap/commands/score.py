@@ -83,7 +83,7 @@ class ScoreCommand(CAPSubcommand):
         fields = {"sparsity": 0.5, "recipe": "paper", **config_values(vars(args))}
         config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
         check_resume_folder(fields.get("resume_dir"))
-        check_prunable(args.model, args)
+        check_prunable(args.model, args, may_be_pruned=True)
         tokenizer = load_tokenizer(args)
         calibration_set(config, tokenizer, args)
         process_group.all_gather(None)  # no process may write before all have checked the output

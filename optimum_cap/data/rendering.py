@@ -179,7 +179,7 @@ class RenderingCheck:
             raise ValueError(
                 f"{who} leaves out text or tool calls of all {self.answers} answers of data set "
                 f"{self.name!r} (first in row {self._first}), so something else would be scored: "
-                f"{advice}, or take what it leaves out from the data"
+                f"{advice}, or remove what it leaves out from the data"
             )
         counts = [f"parts of {self.cut} of {self.answers} answers"] if self.cut else []
         for role, count in sorted(self.lost_messages.items()):

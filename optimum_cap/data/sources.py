@@ -178,12 +178,12 @@ def find_data_files(dataset: Any, scores: Path) -> Any:
         return [find_data_files(entry, scores) for entry in dataset]
     if isinstance(dataset, dict):
         return {**dataset, "path": find_data_files(dataset["path"], scores)}
-    preset, equals, name = str(dataset).rpartition("=")
+    preset, name = _split_preset(str(dataset))
     if Path(name).suffix not in _READERS:
         return dataset
     for file in (Path(name), scores.parent / name):
         if file.is_file():
-            return f"{preset}{equals}{file}"
+            return f"{preset}={file}" if preset else str(file)
     raise FileNotFoundError(
         f"the scores in {scores} were measured on the data file {name}, whose folder is not "
         "stored: name the file with --dataset"
@@ -245,9 +245,9 @@ def _named(entry: Any) -> Source:
             f"unknown key(s) {', '.join(unknown)} in the data set specification {entry!r}; known: "
             f"{', '.join(sorted(_OPTIONS))}"
         )
-    path = str(options["path"])
-    if path.partition("=")[0] in PRESETS and "=" in path:
-        options["preset"], _, path = path.partition("=")
+    leading, path = _split_preset(str(options["path"]))
+    if leading:
+        options["preset"] = leading
     if (chosen := options.get("preset")) is not None and chosen not in PRESETS:
         raise ValueError(f"unknown preset {chosen!r}: choose one of {', '.join(PRESETS)}")
     is_file = Path(path).suffix in _READERS or Path(path).is_file()
@@ -269,6 +269,12 @@ def _named(entry: Any) -> Source:
         preset = PRESETS[options["preset"]]
         return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows)
     return Source(name, rows, _reader(name, rows, options), details)
+
+
+def _split_preset(name: str) -> tuple[str | None, str]:
+    """Split `preset=FILE`; other names, which may have a "=" as well, have no preset."""
+    preset, equals, path = name.partition("=")
+    return (preset, path) if equals and preset in PRESETS else (None, name)
 
 
 def _check_options(path: str, options: Mapping[str, Any], is_file: bool) -> None:

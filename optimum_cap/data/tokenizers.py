@@ -61,7 +61,7 @@ def usable_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         TypeError: It is neither a tokenizer nor a processor with one.
     """
     if tokenizer is None:
-        raise ValueError("calibration needs the model's tokenizer, got None: pass tokenizer=...")
+        raise ValueError("expected the model's tokenizer, got None: pass tokenizer=...")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = _tokenizer_of_processor(tokenizer)
     words = set(tokenizer.get_vocab().values()) - _added_ids(tokenizer)
@@ -96,8 +96,9 @@ def check_token_ids(
     if ids and (largest := max(ids)) >= embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"token {largest} {token!r} of the tokenizer {_name(tokenizer)}, but the model has "
-            f"{embeddings} embeddings: resize them (model.resize_token_embeddings), or {_ADVICE}"
+            f"token {largest} {token!r} of the tokenizer {_name(tokenizer)} is in the data, but "
+            f"the model has {embeddings} embeddings: resize them (model.resize_token_embeddings), "
+            f"or {_ADVICE}"
         )
     if not set(ids) - _added_ids(tokenizer):
         raise ValueError(
@@ -131,8 +132,7 @@ def _tokenizer_of_processor(processor: Any) -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         shown = repr(processor) if isinstance(processor, str) else type(processor).__name__
         raise TypeError(
-            f"calibration needs a tokenizer object, got {shown}: load it with "
-            "AutoTokenizer.from_pretrained"
+            f"expected a tokenizer object, got {shown}: load it with AutoTokenizer.from_pretrained"
         )
     template = getattr(processor, "chat_template", None)
     if template and not getattr(tokenizer, "chat_template", None):

@@ -258,9 +258,7 @@ def _prepare(
         return _Windows(_documents(name, chosen, tokenizer, size), excluded, size, source)
     questions: list[Question] = chosen
     prompts = [render_prompt(question.conversation, tokenizer) for question in questions]
-    special = not getattr(tokenizer, "chat_template", None)
-    encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
-    longest = max(map(len, encoded))
+    longest = max(map(len, _prompt_ids(prompts, tokenizer)))
     if length - longest < _SHORTEST_ANSWER:
         raise ValueError(
             f"task {name}: the longest question has {longest} tokens and the model takes {length}, "
@@ -302,6 +300,14 @@ def _examples(
     return examples
 
 
+def _prompt_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Tokenize prompts; a chat template prints the special tokens itself."""
+    special = not getattr(tokenizer, "chat_template", None)
+    encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
 def _check_token_ids(
     jobs: "dict[str, Questions | _Windows]", tokenizer: Any, model: PreTrainedModel
 ) -> None:
@@ -312,9 +318,7 @@ def _check_token_ids(
             sequences += job.windows
         else:
             sequences += [example.input_ids for example in job.examples if example is not None]
-            special = not getattr(tokenizer, "chat_template", None)
-            encoded = tokenizer(job.prompts, add_special_tokens=special, verbose=False)
-            sequences += encoded["input_ids"]
+            sequences += _prompt_ids(job.prompts, tokenizer)
     check_token_ids(tokenizer, sequences, number_of_embeddings(model))
 
 

@@ -79,7 +79,7 @@ from optimum_cap.models.offload import (
     weights,
     writable_weights,
 )
-from optimum_cap.models.plain import has_peft_layers, plain_model
+from optimum_cap.models.plain import check_configs_can_be_saved, has_peft_layers, plain_model
 from optimum_cap.models.view import ModelView, number_of_embeddings
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
     "call_compiled",
     "call_layer",
     "check_compilable",
+    "check_configs_can_be_saved",
     "check_expert_input",
     "check_in_memory",
     "compiling",

@@ -7,6 +7,7 @@ Each function says which public API is missing. Other modules that may do the sa
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,9 +42,22 @@ def implementations(model: PreTrainedModel) -> dict[str, str | None]:
 def module_before_compilation(module: Any) -> Any:
     """Return the module that `torch.compile` has wrapped, or `module` itself.
 
-    torch has no public way back from an `OptimizedModule`.
+    torch has no public way back from an `OptimizedModule`, and no public name of that class.
     """
-    return getattr(module, "_orig_mod", module)
+    is_compiled = isinstance(module, torch._dynamo.OptimizedModule)
+    return module._orig_mod if is_compiled else module
+
+
+def wrapped_layers(model: nn.Module) -> list[str]:
+    """Return the names of layers inside `model` that `torch.compile` has wrapped.
+
+    Such a layer changes the names of its parameters: `layers.0._orig_mod.mlp...`.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, torch._dynamo.OptimizedModule)
+    ]
 
 
 def has_adapters(model: PreTrainedModel) -> bool:

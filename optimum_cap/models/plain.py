@@ -1,12 +1,18 @@
 """Checks that a model is a plain transformers model: not wrapped, no adapters, not quantized."""
 
-import sys
+import os
 from typing import Any
 
+from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from optimum_cap.models.internals import has_adapters, module_before_compilation
+from optimum_cap.models.internals import (
+    has_adapters,
+    module_before_compilation,
+    wrapped_layers,
+)
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -17,11 +23,15 @@ def plain_model(model: Any) -> PreTrainedModel:
             weights of the model inside it.
 
     Raises:
-        TypeError: It is not a transformers model, for example a `PeftModel` or a
+        TypeError: It is not a transformers model, but for example a name, a `PeftModel` or a
             `DistributedDataParallel`.
-        ValueError: It has PEFT adapters or is quantized, or its config cannot be saved, so that the
-            pruned model could not be saved.
+        ValueError: It has PEFT adapters, is quantized, or computes weights on every forward.
     """
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"CAPPruner takes a loaded model, got the name {os.fspath(model)!r}: load it with "
+            "AutoModelForCausalLM.from_pretrained, or pass pruning_config=CAPConfig(...) to that"
+        )
     model = module_before_compilation(model)
     kind = type(model).__name__
     if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
@@ -31,7 +41,7 @@ def plain_model(model: Any) -> PreTrainedModel:
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"expected a transformers model (PreTrainedModel), got {kind}: load it with "
+            f"CAPPruner takes a loaded model, got {kind}: load a PreTrainedModel with "
             "from_pretrained, or pass the model inside the wrapper"
         )
     if has_adapters(model) or has_peft_layers(model):
@@ -40,7 +50,8 @@ def plain_model(model: Any) -> PreTrainedModel:
             "(PeftModel.merge_and_unload), or prune the base model before you add adapters"
         )
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
-        method = str(getattr(quantizer.quantization_config.quant_method, "value", "")) or "unknown"
+        method = quantizer.quantization_config.quant_method
+        method = str(getattr(method, "value", method))
         load = (
             "load it with quantization_config=GgufConfig(dequantize=True)"
             if method == "gguf"
@@ -50,27 +61,39 @@ def plain_model(model: Any) -> PreTrainedModel:
             f"this {kind} is quantized ({method}), so it could not be saved once it is pruned: "
             f"{load}"
         )
-    parametrized = any(parametrize.is_parametrized(module) for module in model.modules())
-    if parametrized or prune.is_pruned(model):
+    if compiled := wrapped_layers(model):
+        raise ValueError(
+            f"{len(compiled)} layers of this {kind} are compiled one by one ({compiled[0]}), which "
+            "changes the names of their weights: prune the model before you compile its layers"
+        )
+    if any(map(_computes_weights, model.modules())) or prune.is_pruned(model):
         raise ValueError(
             f"weights of this {kind} are computed from other parameters on every forward "
-            "(torch.nn.utils.parametrize or torch.nn.utils.prune): make them permanent first, with "
-            "parametrize.remove_parametrizations or prune.remove"
+            "(torch.nn.utils: parametrize, prune, weight_norm or spectral_norm): make them "
+            "permanent first, with remove_parametrizations, prune.remove or remove_weight_norm"
         )
-    _check_configs_can_be_saved(model)
     return model
 
 
 def has_peft_layers(model: PreTrainedModel) -> bool:
-    """Return whether PEFT has replaced modules of `model` by layers with adapters."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # not imported: then there are none
-    return tuners is not None and any(
-        isinstance(module, tuners.BaseTunerLayer) for module in model.modules()
-    )
+    """Return whether PEFT has replaced modules of `model` by modules of its own."""
+    return any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules())
 
 
-def _check_configs_can_be_saved(model: PreTrainedModel) -> None:
-    """Check what `save_pretrained` would refuse, before hours of pruning instead of after."""
+def _computes_weights(module: nn.Module) -> bool:
+    """Return whether the weight of a linear layer is no parameter of its own."""
+    if parametrize.is_parametrized(module):
+        return True
+    own = dict(module.named_parameters(recurse=False))
+    return isinstance(module, nn.Linear | Conv1D) and "weight" not in own
+
+
+def check_configs_can_be_saved(model: PreTrainedModel) -> None:
+    """Check what `save_pretrained` would refuse, before hours of pruning instead of after.
+
+    Raises:
+        ValueError: The config or the generation config cannot be saved.
+    """
     generation_config = getattr(model, "generation_config", None)
     if model.can_generate() and generation_config is not None:
         try:

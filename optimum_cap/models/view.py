@@ -27,8 +27,9 @@ from optimum_cap.models.offload import device_of, weights, writable_weights
 
 
 def number_of_embeddings(model: PreTrainedModel) -> int:
-    """Return the number of tokens that `model` has an embedding for."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    """Return the number of tokens that `model` has an embedding and a logit for."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return min(int(module.weight.shape[0]) for module in embeddings if module is not None)
 
 
 @dataclass(frozen=True, eq=False)

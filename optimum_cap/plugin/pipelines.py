@@ -4,6 +4,7 @@ This module is imported once `transformers.pipelines` is loaded, and must not im
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def wrap_pipeline(stock: Callable[..., Any]) -> Callable[..., Any]:
         if "pruning_config" in kwargs:
             model_kwargs["pruning_config"] = kwargs.pop("pruning_config")
             kwargs["model_kwargs"] = model_kwargs
-        loads_model = model is None or isinstance(model, str)
+        loads_model = model is None or isinstance(model, str | os.PathLike)
         if model_kwargs.get("pruning_config") is not None and not loads_model:
             raise ValueError(
                 f"pruning_config prunes a model that pipeline loads by name, got a loaded "

@@ -233,9 +233,13 @@ def _problem_of_weights(weight: torch.Tensor, zeros: int, least: int) -> str | N
 
 
 def _size_of(folder: Path) -> int:
+    """Return the bytes of the files in a folder, which another run may be deleting."""
+    names: list[str] = []
     size = 0
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        with suppress(OSError):  # another run may delete them
+    with suppress(OSError):
+        names = os.listdir(folder)
+    for name in names:
+        with suppress(OSError):
             size += (folder / name).stat().st_size
     return size
 

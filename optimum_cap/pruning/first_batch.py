@@ -65,7 +65,7 @@ def check_first_batch(
         first = next(index for index, share in enumerate(shares) if share > allowed)
         raise ValueError(
             f"{type(view.model).__name__} computes something else when its decoder layers run one "
-            f"at a time: the hidden states of {shares[-1]:.0%} of the tokens differ, from layer "
+            f"at a time: the hidden states of {shares[-1]:.2%} of the tokens differ, from layer "
             f"{first} on, so it cannot be calibrated layer by layer: use recipe 'paper' with "
             "estimator 'plain', or criterion 'magnitude'"
         )

@@ -32,7 +32,7 @@ from optimum_cap.runtime import (
 )
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.scores import UnitLosses
-from optimum_cap.text import public_name
+from optimum_cap.text import printable, public_name
 
 _LAYOUT = 1
 _METADATA = "optimum_cap_scores"
@@ -175,9 +175,8 @@ def read_scores(path: str | os.PathLike[str]) -> SavedScores:
     except RecursionError:
         raise _damaged(file, _TOO_DEEP) from None
     except (SafetensorError, ValueError) as error:
-        reason = str(error).encode("unicode_escape").decode()  # it may quote the file
         raise ValueError(
-            f"{file} is not a scores file, or is damaged ({reason}): score again"
+            f"{file} is not a scores file, or is damaged ({printable(str(error))}): score again"
         ) from error
     if not isinstance(metadata, dict) or "layout" not in metadata:
         raise ValueError(f"{file} is not a scores file: create one with `optimum-cli cap score`")

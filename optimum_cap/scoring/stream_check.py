@@ -66,8 +66,8 @@ def _check(view: ModelView, examples: list[CalibrationExample], prefix: int, cou
             worst = int((losses - expected).abs().argmax())
             raise ValueError(
                 f"{type(view.model).__name__} computes something else when its layers run one at a "
-                f"time: a loss of {float(losses[worst]):.4f} nats per token instead of "
-                f"{float(expected[worst]):.4f} with nothing masked, so causal scores cannot be "
+                f"time (a loss of {float(losses[worst]):.4f} nats per token instead of "
+                f"{float(expected[worst]):.4f} with nothing masked), so causal scores cannot be "
                 "measured exactly: use estimator 'plain', which runs whole passes"
             )
 

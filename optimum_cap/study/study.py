@@ -155,8 +155,11 @@ class Study:
         check_counts(study.limit, study.batch_size)
         resolve_tasks(study.tasks)
         configs = [cell.config() for cell in study.cells()]
-        for name in study.settings:
-            if not any(config and name in config.fields_used for config in configs):
+        defaults = CAPConfig(sparsity=0.5)
+        for name, value in study.settings.items():
+            if value != getattr(defaults, name, None) and not any(
+                config and name in config.fields_used for config in configs
+            ):
                 raise ValueError(
                     f"setting {name!r} of {path} has no effect with any recipe of the study: leave "
                     "it out"

@@ -123,6 +123,8 @@ MISTAKES = {
     ON + "/no/such/model": "the model folder /no/such/model does not exist: check the path",
     ON + "owner/typo": "there is no folder owner/typo, the model is not in the cache, and the Hub",
     ON + "model.gguf": "model.gguf is a file, not a folder or a Hub id: prune the float model",
+    HALF
+    + "--tokenizer nowhere": "no tokenizer could be loaded from 'nowhere' .*: name another one",
     ON + "sums.jsonl": "the model sums.jsonl is a file, not a folder or a Hub id",
     ON + "nothing": "the folder nothing holds no model, as it has no config.json: check the path",
     ON + "adapter": "the folder adapter holds a PEFT adapter, not a model: merge it",

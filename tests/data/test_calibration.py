@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data.calibration import CalibrationSet, build_calibration_set
-from optimum_cap.data.sources import PRESETS, row_digest
+from optimum_cap.data.sources import PRESETS, find_data_files, row_digest
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -267,6 +267,15 @@ def test_specification_names_columns(tmp_path: Path, columns: dict[str, str], di
     assert build({"path": file, **columns}, num_samples=1).record["digests"] == [digest]
 
 
+def test_data_files_of_scores_are_found_whatever_their_names(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.safetensors"
+    for name in ("rows.jsonl", "size=3.jsonl"):
+        (tmp_path / name).touch()
+        assert find_data_files(name, scores) == f"{tmp_path}/{name}"
+    assert find_data_files("gsm8k=rows.jsonl", scores) == f"gsm8k={tmp_path}/rows.jsonl"
+    assert find_data_files("owner/name", scores) == "owner/name"
+
+
 def test_preset_reads_a_local_file_in_both_notations(tmp_path: Path) -> None:
     file = write(tmp_path / "arc.jsonl", [ARC_PUBLISHED])
     expected = row_digest("which is wet?\n(1) sand\n(2) sea", "sea\n#### 2")
@@ -510,9 +519,9 @@ def test_fewer_samples_than_data_sets_is_refused(tmp_path: Path) -> None:
 
 def test_missing_tokenizer_is_refused() -> None:
     config = CAPConfig(sparsity=0.5, dataset=PAIRS, num_samples=4)
-    with pytest.raises(ValueError, match="needs the model's tokenizer, got None"):
+    with pytest.raises(ValueError, match="expected the model's tokenizer, got None"):
         build_calibration_set(config, None)
-    with pytest.raises(TypeError, match="needs a tokenizer object, got 'name'"):
+    with pytest.raises(TypeError, match="expected a tokenizer object, got 'name'"):
         build_calibration_set(config, "name")
 
 

@@ -228,7 +228,7 @@ def test_of_a_processor_the_tokenizer_is_used(template: str | None) -> None:
     ids=lambda other: type(other).__name__,
 )
 def test_what_is_no_tokenizer_is_refused(other: Any) -> None:
-    with pytest.raises(TypeError, match="calibration needs a tokenizer object, got"):
+    with pytest.raises(TypeError, match="expected a tokenizer object, got"):
         usable_tokenizer(other)
 
 

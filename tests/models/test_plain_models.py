@@ -1,5 +1,6 @@
 """Models whose pruned weights could not be saved are refused before any work."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,28 @@ def with_weight_norm(model: PreTrainedModel) -> None:
     parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
 
 
+def with_legacy_weight_norm(model: PreTrainedModel) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.model.layers[0].mlp.up_proj)
+
+
+def with_a_compiled_layer(model: PreTrainedModel) -> None:
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+
+
+def with_weights_in_one_storage(model: PreTrainedModel) -> None:
+    first, second, *_ = model.model.layers
+    weight = torch.randn_like(first.mlp.up_proj.weight)
+    first.mlp.up_proj.weight = nn.Parameter(weight)
+    second.mlp.up_proj.weight = nn.Parameter(weight)
+
+
+def with_a_matrix_inside_the_embedding(model: PreTrainedModel) -> None:
+    weight = model.model.layers[0].mlp.up_proj.weight
+    embedding = model.model.embed_tokens.weight
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(embedding.detach()[4 : 4 + len(weight)])
+
+
 def with_a_shared_matrix(model: PreTrainedModel) -> None:
     first, second, *_ = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
@@ -50,8 +73,15 @@ def with_a_shared_matrix(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (pruned_by_torch, r"computed from other parameters .* or prune\.remove"),
+        (pruned_by_torch, r"computed from other parameters .*prune\.remove"),
         (with_weight_norm, r"computed from other parameters .*remove_parametrizations"),
+        (with_legacy_weight_norm, "computed from other parameters .*remove_weight_norm"),
+        (with_a_compiled_layer, r"1 layers .* compiled one by one \(model\.layers\.1\)"),
+        (with_weights_in_one_storage, r"layers\.\d\.mlp\.up_proj\.weight and .* share one tensor"),
+        (
+            with_a_matrix_inside_the_embedding,
+            r"embed_tokens.*and .*share one tensor",
+        ),
         (with_a_shared_matrix, r"layers\.0\.mlp\.up_proj\.weight and .* share one tensor"),
         (quantized_by_gguf, r"is quantized \(gguf\).*GgufConfig\(dequantize=True\)"),
         (with_an_invalid_generation_config, "its generation config is invalid: .*`temperature`"),
@@ -67,12 +97,42 @@ def test_what_cannot_be_saved_is_not_pruned(change: Any, message: str) -> None:
     assert zeros(model) == before
 
 
+@pytest.mark.parametrize("recipe", ["wanda", "magnitude", "paper", "causal"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.self_attn.k_proj.bias", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_values_that_are_not_finite_are_found_anywhere(recipe: str, name: str) -> None:
+    """Attention turns a NaN in the bias of keys into finite values."""
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.get_parameter(name)[-1] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite values"):
+        CAPPruner(config(recipe=recipe)).prune(model, tiny_tokenizer())
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential])
 def test_wrappers_are_refused(wrap: Any) -> None:
-    with pytest.raises(
-        TypeError, match=f"got {wrap.__name__}: .* pass the model inside the wrapper"
-    ):
-        CAPPruner(config()).prune(wrap(tiny_model("llama")), tiny_tokenizer())
+    wrapped, pruner = wrap(tiny_model("llama")), CAPPruner(config())
+    for call in (pruner.prune, pruner.measure):
+        with pytest.raises(
+            TypeError, match=f"got {wrap.__name__}: .* pass the model inside the wrapper"
+        ):
+            call(wrapped, tiny_tokenizer())
+
+
+def test_scores_measured_inside_torch_compile_are_those_of_the_model(tmp_path: Path) -> None:
+    model, file = tiny_model("llama"), tmp_path / "scores.safetensors"
+    CAPPruner(config(estimator="plain")).measure(
+        torch.compile(model), tiny_tokenizer(), save_to=file
+    )
+    CAPPruner(config(estimator="plain", scores=file)).prune(model, tiny_tokenizer())
+    assert model.pruning_record.scores
+
+
+def test_an_invalid_generation_config_does_not_matter_to_scores() -> None:
+    model = tiny_model("llama")
+    with_an_invalid_generation_config(model)
+    CAPPruner(config(estimator="plain")).measure(model, tiny_tokenizer())
 
 
 def test_the_model_inside_torch_compile_is_pruned() -> None:

@@ -56,8 +56,9 @@ def test_models_with_adapters_are_refused_before_pruning() -> None:
     model = tiny_model("llama")
     before = zeros(model)
     wrapped = get_peft_model(model, lora())
-    with pytest.raises(TypeError, match="got a PeftModel, whose adapters are not merged"):
-        CAPPruner(config()).prune(wrapped, tiny_tokenizer())
+    for call in (CAPPruner(config()).prune, CAPPruner(config()).measure):
+        with pytest.raises(TypeError, match="got a PeftModel, whose adapters are not merged"):
+            call(wrapped, tiny_tokenizer())
     with pytest.raises(ValueError, match="has PEFT adapters, which are not merged"):
         CAPPruner(config()).prune(model, tiny_tokenizer())
     assert zeros(model) == before
@@ -88,6 +89,16 @@ def test_an_adapter_from_before_the_save_records_the_pruned_model_too(
     again.save_pretrained(tmp_path / "adapter")
     values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert values["base_model_name_or_path"] == str(tmp_path / "pruned")
+
+
+def test_an_adapter_of_a_loaded_checkpoint_keeps_its_revision(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, pruning_config=config())
+    model.save_pretrained(tmp_path / "pruned")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    get_peft_model(loaded, lora(), revision="v1").save_pretrained(tmp_path / "adapter")
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert values["base_model_name_or_path"] == str(tmp_path / "pruned")
+    assert values["revision"] == "v1"
 
 
 def test_an_adapter_of_a_pruned_model_that_was_not_saved_warns(

@@ -22,8 +22,9 @@ def base(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def test_prunes_the_model_that_it_loads(base: str) -> None:
-    model = pipeline("text-generation", base, pruning_config=CONFIG).model
+@pytest.mark.parametrize("kind", [str, Path])
+def test_prunes_the_model_that_it_loads(base: str, kind: type) -> None:
+    model = pipeline("text-generation", kind(base), pruning_config=CONFIG).model
     assert model.pruning_record.zeros == round(0.3 * model.pruning_record.total)
 
 

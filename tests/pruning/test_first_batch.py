@@ -76,12 +76,23 @@ def test_recorded_arguments_of_fewer_tokens_are_refused(
 
 
 def spoil_embedding(model: PreTrainedModel) -> None:
-    model.get_input_embeddings().weight.data[tiny_tokenizer()("=")["input_ids"][0]] = torch.nan
+    token = tiny_tokenizer()("=")["input_ids"][0]
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((args[0] == token).unsqueeze(-1), torch.nan)
+
+    model.get_input_embeddings().register_forward_hook(hook)
 
 
-def spoil(module: str, index: int = 0, value: float = torch.nan) -> Callable[..., None]:
+def spoil(name: str, index: int = 0, value: float = torch.nan) -> Callable[..., None]:
+    """Make a module return a value that is not finite, though all its weights are."""
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        channels = torch.arange(output.shape[-1])
+        return output.masked_fill(channels == index, value)
+
     def in_place(model: PreTrainedModel) -> None:
-        model.get_submodule(module).weight.data[index] = value
+        model.get_submodule(name).register_forward_hook(hook)
 
     return in_place
 

@@ -435,7 +435,8 @@ def test_the_examples_are_valid(empty_presets: Path) -> None:
 @pytest.mark.slow
 def test_the_command_dry_runs_and_measures(values: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump({**values, "recipes": ["magnitude"]}))
+    values = {**values, "recipes": ["wanda"], "settings": {"num_samples": 4}}
+    file.write_text(yaml.safe_dump(values))
     command = [str(Path(sys.executable).with_name("optimum-cli")), "cap", "study", str(file)]
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
     assert dry.stdout.splitlines()[-1] == "3 cells"
@@ -458,6 +459,12 @@ def test_settings_apply_to_the_recipes_that_use_them(
     assert (configs["paper"].num_samples, configs["paper"].subsets) == (4, 2)
     assert (configs["wanda"].num_samples, configs["wanda"].subsets) == (4, 3)
     assert configs["magnitude"].num_samples == 128
+
+
+def test_a_setting_at_its_default_is_no_error(values: dict[str, Any], tmp_path: Path) -> None:
+    values["settings"] = {"num_samples": 4, "subsets": 3}
+    values["recipes"] = ["wanda"]
+    assert load(values, tmp_path).settings["subsets"] == 3
 
 
 @pytest.mark.parametrize(
