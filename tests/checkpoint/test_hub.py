@@ -242,6 +242,7 @@ def test_prune_refuses_an_upload_that_cannot_work_before_it_loads_the_model(
     assert not [request for request in published.requests if "model.safetensors" in request.path]
 
 
+@pytest.mark.slow
 def test_gated_repository_is_named(published: LoopbackHub, run: Run) -> None:
     repository = published.repositories["user/tiny-cap"]
     repository.gated = True

@@ -189,6 +189,7 @@ def test_losses_of_compiled_layers_are_kept_apart(tmp_path: Path) -> None:
     assert torch.equal(cache.get(batch, []), eager)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the memory of glibc")
 def test_freed_memory_is_kept() -> None:
     program = """if True:

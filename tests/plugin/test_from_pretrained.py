@@ -359,7 +359,12 @@ def test_the_reader_in_the_documentation(dtype: torch.dtype, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "first", ["torch", "transformers.modeling_utils", "transformers.quantizers.auto"]
+    "first",
+    [
+        "transformers.modeling_utils",
+        pytest.param("torch", marks=pytest.mark.slow),
+        pytest.param("transformers.quantizers.auto", marks=pytest.mark.slow),
+    ],
 )
 def test_an_installed_plugin_is_found_by_itself(first: str, packed: Path) -> None:
     """Torch loads it, whichever module of transformers was the one that imported torch."""
