@@ -1,4 +1,4 @@
-"""PEFT adapters that are trained on a pruned model record it, not its dense base model.
+"""PEFT adapters and pruning: adapters record a pruned base model, and are never lost beside one.
 
 This module is imported when `peft` has been loaded, and must not import it before.
 """
@@ -13,12 +13,17 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Make `PeftModel.save_pretrained` record pruned base models. Idempotent."""
-    from peft import PeftModel
+    """Wrap `PeftModel.save_pretrained` and `AutoPeftModel*.from_pretrained`. Idempotent."""
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
 
-    if not hasattr(PeftModel.save_pretrained, "__wrapped__"):
-        wrapped = wrap_save_pretrained(PeftModel.save_pretrained)
-        PeftModel.save_pretrained = wrapped  # type: ignore[method-assign]
+    if hasattr(PeftModel.save_pretrained, "__wrapped__"):
+        return
+    saving = wrap_save_pretrained(PeftModel.save_pretrained)
+    PeftModel.save_pretrained = saving  # type: ignore[method-assign]
+    auto_classes: tuple[Any, ...] = (AutoPeftModel, AutoPeftModelForCausalLM)
+    for auto_class in auto_classes:
+        loading = wrap_from_pretrained(auto_class.from_pretrained.__func__)
+        auto_class.from_pretrained = classmethod(loading)
 
 
 def wrap_save_pretrained(stock: Callable[..., None]) -> Callable[..., None]:
@@ -36,3 +41,22 @@ def wrap_save_pretrained(stock: Callable[..., None]) -> Callable[..., None]:
         stock(self, save_directory, *args, **kwargs)
 
     return save_pretrained
+
+
+def wrap_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `from_pretrained` of PEFT's Auto classes, which would prune the base model alone.
+
+    Saving would then write the adapter only, to be loaded on the dense base model.
+    """
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("pruning_config") is not None:
+            raise ValueError(
+                f"pruning_config would prune only the base model of the adapter {os.fspath(name)}: "
+                "merge it first (load it without pruning_config, then merge_and_unload()), and "
+                "prune the merged model with CAPPruner(config).prune(model, tokenizer)"
+            )
+        return stock(cls, name, *args, **kwargs)
+
+    return from_pretrained

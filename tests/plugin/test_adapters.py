@@ -10,7 +10,7 @@ import torch
 from helpers.calibration import ROWS
 from helpers.checkpoints import pruned
 from helpers.tiny_models import tiny_model, tiny_tokenizer
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -50,6 +50,18 @@ def test_an_adapter_folder_is_refused_before_the_model_is_loaded(
         (base / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has a PEFT adapter, .*merge_and_unload\(\)"):
         loader.from_pretrained(folder, pruning_config=config())
+
+
+@pytest.mark.parametrize("loader", [AutoPeftModel, AutoPeftModelForCausalLM])
+def test_the_base_model_of_an_adapter_is_not_pruned_alone(
+    loader: Any, base: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, lora()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="would prune only the base model of the adapter"):
+        loader.from_pretrained(tmp_path / "adapter", pruning_config=config())
+    loaded = loader.from_pretrained(tmp_path / "adapter")
+    assert isinstance(loaded, PeftModel)
 
 
 def test_models_with_adapters_are_refused_before_pruning() -> None:
