@@ -15,6 +15,7 @@ from optimum_cap.plugin.quantizer import (
     find_record,
     hub_arguments,
     parallel_arguments,
+    read_saved_record,
 )
 
 # Keywords of from_pretrained that select the files to load; they also apply to the tokenizer and
@@ -79,16 +80,27 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             is_pruned = getattr(model, "pruning_record", None) is not None
             if has_files and getattr(model.config, "pruning_config", None) and not is_pruned:
-                damage = _damage(pretrained_model_name_or_path, hub, variant)
-                if damage is not None:
-                    raise damage
-                attach_saved_record(model)
+                _check_and_attach_record(model, variant)
             return loaded
         finally:
             hub_arguments.reset(reset)
             parallel_arguments.reset(reset_parallel)
 
     return from_pretrained
+
+
+def _check_and_attach_record(model: PreTrainedModel, variant: tuple[str | None, bool]) -> None:
+    """Check the files that a dense CAP checkpoint was loaded from, and attach its record.
+
+    Raises:
+        ValueError: The record or a file is damaged, or has changed since the model was saved.
+    """
+    from optimum_cap.checkpoint import check_loaded_folder
+
+    saved = read_saved_record(model.name_or_path)
+    if saved is not None:
+        check_loaded_folder(saved.folder, saved.digests, saved.checkpoint_format, *variant)
+        attach_saved_record(model, saved)
 
 
 def _explain(
@@ -109,17 +121,12 @@ def _explain(
         return
     # From the cache only: `error` may be that the network cannot be reached.
     offline = {**hub, "local_files_only": True}
-    damage = _damage(name, offline, variant, with_settings=True)
+    damage = _damage(name, offline, variant)
     if damage is not None and str(damage) != str(error):
         raise damage from error
 
 
-def _damage(
-    name: Any,
-    hub: dict[str, Any],
-    variant: tuple[str | None, bool],
-    with_settings: bool = False,
-) -> ValueError | None:
+def _damage(name: Any, hub: dict[str, Any], variant: tuple[str | None, bool]) -> ValueError | None:
     """Return what is wrong with the files of a CAP checkpoint, if anything is."""
     from optimum_cap.checkpoint import check_loaded_folder, check_settings, read_record
 
@@ -132,8 +139,7 @@ def _damage(
     try:
         saved = read_record(record_file, str(name))[1]
         folder = record_file.parent
-        if with_settings:
-            check_settings(folder, saved["digests"])
+        check_settings(folder, saved["digests"])
         check_loaded_folder(folder, saved["digests"], saved["checkpoint_format"], *variant)
     except ValueError as error:
         return error

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import transformers
@@ -28,6 +28,8 @@ from optimum_cap.version import NEWEST_TRANSFORMERS, __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from optimum_cap.checkpoint import PruningRecord
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +79,7 @@ class CAPQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.errors: list[str] = []
+        self.saved: SavedRecord | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the method needs no other packages."""
@@ -96,8 +99,11 @@ class CAPQuantizer(HfQuantizer):
                 "use one process, save with checkpoint_format='dense' (or `optimum-cli cap convert "
                 "--format dense`), and load the dense checkpoint in parallel"
             )
-        if self.pre_quantized and checkpoint_files:
-            check_before_loading(model, [Path(file) for file in checkpoint_files])
+        if self.pre_quantized:
+            self.saved = read_saved_record(model.name_or_path)
+            if checkpoint_files:
+                files = [Path(file) for file in checkpoint_files]
+                check_before_loading(model.name_or_path, files, self.saved)
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -159,7 +165,8 @@ class CAPQuantizer(HfQuantizer):
         if self.pre_quantized:
             if conversions is not None:
                 model._weight_conversions = _without_unpacking(conversions)
-            attach_saved_record(model)
+            if self.saved is not None:
+                attach_saved_record(model, self.saved)
         else:
             from optimum_cap.pruner import CAPPruner
 
@@ -295,28 +302,6 @@ def _without_unpacking(conversions: list[Any]) -> list[Any]:
     return remaining
 
 
-def check_before_loading(model: "PreTrainedModel", files: list[Path]) -> None:
-    """Check the files of a packed checkpoint against its record.
-
-    Raises:
-        ValueError: A file is damaged or has changed since the model was saved.
-    """
-    from optimum_cap.checkpoint import RECORD_NAME, check_loaded, read_record, validate_shards
-
-    record_file = find_record(model.name_or_path)
-    if record_file is None:
-        # A packed checkpoint is complete in itself.
-        logger.warning(
-            f"{model.name_or_path} has no {RECORD_NAME}, so the weights cannot be checked and the "
-            "model has no pruning record: download or copy the checkpoint again, unless it was "
-            "removed on purpose"
-        )
-        validate_shards([file for file in files if file.suffix == ".safetensors"])
-        return
-    saved = read_record(record_file, model.name_or_path)[1]
-    check_loaded(files, saved["digests"], saved["checkpoint_format"])
-
-
 def find_record(name: str, **changes: Any) -> Path | None:
     """Return the pruning record next to the weights of a checkpoint, if it has one.
 
@@ -332,16 +317,63 @@ def find_record(name: str, **changes: Any) -> Path | None:
     return None if file is None else Path(file)
 
 
-def attach_saved_record(model: "PreTrainedModel") -> None:
-    """Attach the pruning record that is next to the weights, so that saving the model keeps it."""
-    from optimum_cap.checkpoint import attach, read_record, warn_of_changed_settings
+class SavedRecord(NamedTuple):
+    """The pruning record of a checkpoint that is being loaded, and where it is."""
 
-    record_file = find_record(model.name_or_path)
-    if record_file is None:
+    folder: Path
+    record: "PruningRecord"
+    digests: dict[str, Any]
+    checkpoint_format: str
+
+
+def read_saved_record(name: str) -> SavedRecord | None:
+    """Read the pruning record next to the weights of a checkpoint, if it has one.
+
+    Args:
+        name: Folder or repository of the checkpoint.
+
+    Raises:
+        ValueError: The record is damaged, or has a newer version.
+    """
+    from optimum_cap.checkpoint import read_record
+
+    file = find_record(name)
+    if file is None:
+        return None
+    record, files = read_record(file, name)
+    return SavedRecord(file.parent, record, files["digests"], files["checkpoint_format"])
+
+
+def check_before_loading(name: str, files: list[Path], saved: SavedRecord | None) -> None:
+    """Check the files of a packed checkpoint against its record.
+
+    Args:
+        name: Folder or repository of the checkpoint.
+        files: The files to load.
+        saved: Its record, if it has one.
+
+    Raises:
+        ValueError: A file is damaged or has changed since the model was saved.
+    """
+    from optimum_cap.checkpoint import RECORD_NAME, check_loaded, validate_shards
+
+    if saved is not None:
+        check_loaded(files, saved.digests, saved.checkpoint_format)
         return
-    record, saved = read_record(record_file, model.name_or_path)
-    warn_of_changed_settings(record_file.parent, saved["digests"])
-    attach(model, record, checkpoint=model.name_or_path)
+    # A packed checkpoint is complete in itself.
+    logger.warning(
+        f"{name} has no {RECORD_NAME}, so the weights cannot be checked and the model has no "
+        "pruning record: download or copy the checkpoint again, unless it was removed on purpose"
+    )
+    validate_shards([file for file in files if file.suffix == ".safetensors"])
+
+
+def attach_saved_record(model: "PreTrainedModel", saved: SavedRecord) -> None:
+    """Attach the record of the checkpoint that `model` was loaded from, so that saving keeps it."""
+    from optimum_cap.checkpoint import attach, warn_of_changed_settings
+
+    warn_of_changed_settings(saved.folder, saved.digests)
+    attach(model, saved.record, checkpoint=model.name_or_path)
 
 
 def _load_tokenizer(name: str, of_model: bool) -> Any:
