@@ -85,18 +85,14 @@ def inspect_checkpoint(
     name = os.fspath(path_or_repo)
     if Path(name).exists() and not Path(name).is_dir():
         raise ValueError(f"{name} is a file: name the folder of a checkpoint")
-    if Path(name).is_dir() or verify:
-        folder = _folder_of(name, revision, token, cache_dir, subfolder)
-        record_file = folder / RECORD_NAME
-    else:
-        _check_repo_id(name)
-        record_file = _download_record(name, revision, token, cache_dir, subfolder)
+    source = _Source(name, revision, token, cache_dir, subfolder)
+    record_file = source.folder() / RECORD_NAME if verify else source.record_file()
     record, files = read_record(record_file, name)
     if verify:
         check_all_files(record_file.parent, files["digests"])
     stored = [digest for digest in files["digests"].values() if "checksum" in digest]
     sizes = [digest["size"] for digest in stored]
-    if Path(name).is_dir():
+    if source.is_local:
         sizes = [path.stat().st_size for path in weight_files(record_file.parent)]
     return CheckpointSummary(
         record,
@@ -107,56 +103,64 @@ def inspect_checkpoint(
     )
 
 
-def _folder_of(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    subfolder: str,
-) -> Path:
-    """Return the folder of a checkpoint, downloaded unless it is local or in the cache."""
-    if not Path(name).is_dir():
-        _check_repo_id(name)
-        patterns = f"{subfolder}/*" if subfolder else None
-        options: dict[str, Any] = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "allow_patterns": patterns,
-        }
+@dataclass(frozen=True)
+class _Source:
+    """Where a checkpoint is: a folder, or a repository on the Hub.
+
+    Attributes:
+        name: Folder or repository.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the Hub.
+        cache_dir: Cache for downloads.
+        subfolder: Folder of the checkpoint in it.
+    """
+
+    name: str
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    subfolder: str
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.name).is_dir()
+
+    @property
+    def _download(self) -> dict[str, Any]:
+        """Keywords that huggingface_hub's functions have in common."""
+        return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
+
+    def folder(self) -> Path:
+        """Return the folder of the checkpoint, downloaded unless it is local or in the cache."""
+        root = self.name
+        if not self.is_local:
+            _check_repo_id(root)
+            options = self._download
+            options["allow_patterns"] = f"{self.subfolder}/*" if self.subfolder else None
+            try:
+                root = snapshot_download(self.name, **options)
+            except OfflineModeIsEnabled:
+                # huggingface_hub 1.31 asks the Hub about a commit even where it must not.
+                root = snapshot_download(self.name, local_files_only=True, **options)
+        return Path(root) / self.subfolder
+
+    def record_file(self) -> Path:
+        """Return the record file alone; if there is none, a path where there is no file."""
+        if self.is_local:
+            return self.folder() / RECORD_NAME
+        _check_repo_id(self.name)
         try:
-            name = snapshot_download(name, **options)
-        except OfflineModeIsEnabled:
-            # huggingface_hub 1.31 asks the Hub about a commit even where it must not.
-            name = snapshot_download(name, local_files_only=True, **options)
-    return Path(name) / subfolder
-
-
-def _download_record(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    subfolder: str,
-) -> Path:
-    """Return the record file of a repository; if it has none, a path where there is no file."""
-    try:
-        file = hf_hub_download(
-            name,
-            RECORD_NAME,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            subfolder=subfolder or None,
-        )
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{RECORD_NAME} of {name} is not in the cache, and the Hub cannot be reached: connect "
-            "to the network, or name a folder"
-        ) from error
-    except EntryNotFoundError:
-        return Path(name) / RECORD_NAME
-    return Path(file)
+            file = hf_hub_download(
+                self.name, RECORD_NAME, subfolder=self.subfolder or None, **self._download
+            )
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{RECORD_NAME} of {self.name} is not in the cache, and the Hub cannot be reached: "
+                "connect to the network, or name a folder"
+            ) from error
+        except EntryNotFoundError:
+            return Path(self.name) / RECORD_NAME
+        return Path(file)
 
 
 def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:
@@ -277,7 +281,7 @@ def convert_checkpoint(
         raise FileExistsError(f"{target} exists and is not empty: choose a new folder")
     if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
         raise FileExistsError(f"{target} is inside the source checkpoint: choose another folder")
-    folder = _folder_of(os.fspath(source), revision, token, cache_dir, subfolder)
+    folder = _Source(os.fspath(source), revision, token, cache_dir, subfolder).folder()
     record, files = read_record(folder / RECORD_NAME, os.fspath(source))
     validate_shards(weight_files(folder))
     check_all_files(folder, files["digests"], settings=False)
