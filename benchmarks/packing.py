@@ -105,14 +105,13 @@ def measure_packing(megabytes: int, runs: int) -> None:
         print(f"| {sparsity:.0%} | {' | '.join(columns)} | {stored / bound - 1:+.4%} |")
 
 
-def measure_loading(megabytes: int, runs: int) -> None:
-    torch.set_num_threads(2)
-    layers = max(1, megabytes // 103)
+def half_zero_model(megabytes: int) -> LlamaForCausalLM:
+    """Return a random model in bfloat16 with half of its weights zero, as a pruned one."""
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=2048,
         intermediate_size=5632,
-        num_hidden_layers=layers,
+        num_hidden_layers=max(1, megabytes // 103),
         num_attention_heads=32,
         num_key_value_heads=32,
     )
@@ -126,6 +125,12 @@ def measure_loading(megabytes: int, runs: int) -> None:
             matrices.append(MatrixSparsity(name, zeros, parameter.numel()))
     settings = CAPConfig(sparsity=0.5, dataset="gsm8k").to_dict()
     attach(model, PruningRecord(settings, None, None, matrices, [], {"digests": []}, {}))
+    return model
+
+
+def measure_loading(megabytes: int, runs: int) -> None:
+    torch.set_num_threads(2)
+    model = half_zero_model(megabytes)
     with tempfile.TemporaryDirectory() as folder:
         packed, dense = Path(folder) / "packed", Path(folder) / "dense"
         model.save_pretrained(packed)

@@ -26,13 +26,10 @@ from unittest import mock
 import torch
 import transformers
 import xxhash
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from packing import half_zero_model
+from transformers import AutoModelForCausalLM
 
-from optimum_cap import CAPConfig
 from optimum_cap.checkpoint import (
-    MatrixSparsity,
-    PruningRecord,
-    attach,
     convert_checkpoint,
     inspect_checkpoint,
     validate_shards,
@@ -47,24 +44,7 @@ HASHES: dict[str, Callable[[Any], object]] = {
 
 def save_models(megabytes: int, folder: Path, shards: str) -> None:
     """Save one random model with half of its weights zero, packed and dense."""
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=max(1, megabytes // 103),
-        num_attention_heads=32,
-        num_key_value_heads=32,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    matrices = []
-    for name, parameter in model.named_parameters():
-        if "proj" in name:
-            parameter.data[torch.rand(parameter.shape) < 0.5] = 0
-            zeros = int((parameter == 0).sum())
-            matrices.append(MatrixSparsity(name, zeros, parameter.numel()))
-    settings = CAPConfig(sparsity=0.5, dataset="gsm8k").to_dict()
-    attach(model, PruningRecord(settings, None, None, matrices, [], {"digests": []}, {}))
+    model = half_zero_model(megabytes)
     model.save_pretrained(folder / "packed", max_shard_size=shards)
     convert_checkpoint(folder / "packed", folder / "dense", "dense")
 
