@@ -89,15 +89,28 @@ class SensitivityStore:
         """Store the divergences of a site."""
         self.files.write(self._key(site.name, len(divergences)), divergences)
 
-    def get_estimated(self, sites: int, examples: int, seed: int) -> torch.Tensor | None:
-        """Return the estimates for all sites, float64 `[sites, examples]`; `None` if not stored."""
-        key = self._key("estimated", examples, seed)
-        return self.files.read(key, (sites, examples), torch.float64)
+    def get_estimated(
+        self, sites: int, examples: int, outputs: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the estimates for all sites, or `None` unless all of them are stored.
 
-    def put_estimated(self, divergences: torch.Tensor, seed: int) -> None:
-        """Store the estimates for all sites, unless a run has stored them already."""
-        key = self._key("estimated", divergences.shape[1], seed)
-        self.files.write(key, divergences, replace=False)
+        Returns:
+            The divergences, float64 `[sites, examples]`, and the weights of all outputs, float32
+            `[outputs]`.
+        """
+        divergences = self.files.read(
+            self._key("estimated", examples, seed), (sites, examples), torch.float64
+        )
+        weights = self.files.read(
+            self._key("output weights", examples, seed), (outputs,), torch.float32
+        )
+        return None if divergences is None or weights is None else (divergences, weights)
+
+    def put_estimated(self, divergences: torch.Tensor, weights: torch.Tensor, seed: int) -> None:
+        """Store the estimates for all sites and outputs."""
+        examples = divergences.shape[1]
+        self.files.write(self._key("output weights", examples, seed), weights)
+        self.files.write(self._key("estimated", examples, seed), divergences)
 
     def _key(self, *parts: Any) -> str:
         return f"{self._prefix}/{_name(*parts)}"

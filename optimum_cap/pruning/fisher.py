@@ -1,37 +1,41 @@
-"""Estimates of sensitivities with one backward pass for all sites."""
+"""Estimates of sensitivities with one backward pass for all sites, one layer at a time."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.data import Batch, CalibrationExample, batches
+from optimum_cap.config import parse_size
+from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import CriterionInputs, InputStatistics, kth_smallest, wanda
 from optimum_cap.models import (
     Matrix,
     ModelView,
     RecordedCall,
+    SharedStates,
     Site,
     Targets,
-    check_in_memory,
     evaluation_mode,
     float32_on_cpu,
     hidden_states_of,
-    oriented,
+    logits_of,
+    onloaded,
+    positions_per_chunk,
     recorded_calls,
     routed,
     routing,
-    scored_logits,
     without_parameter_grads,
 )
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import SensitivityStore
+from optimum_cap.pruning.collector import LayerBatch
 from optimum_cap.pruning.sensitivity import (
     FEWEST_EXAMPLES,
     Sensitivity,
@@ -39,8 +43,26 @@ from optimum_cap.pruning.sensitivity import (
     sensitivity_of,
     temporary_weights,
 )
-from optimum_cap.runtime import ALONE, ProcessGroup, budget_bytes, check_same_inputs, each_in_memory
-from optimum_cap.scoring import examples_per_pass
+from optimum_cap.runtime import ALONE, ProcessGroup, check_same_inputs
+
+_SAVED = 3  # times the activations of a forward pass that a layer keeps for its backward pass
+
+Group = tuple[Site, list[Matrix]]
+"""A site, and its matrices to prune."""
+
+
+@dataclass(frozen=True)
+class FisherEstimate:
+    """What one backward pass tells about a model.
+
+    Attributes:
+        sensitivities: The sensitivities of all sites, as `measure_sensitivities` returns them.
+        output_weights: For each matrix outside experts, the mean square of the gradients at each
+            of its outputs, float32 `[out]`: how much a squared error there counts.
+    """
+
+    sensitivities: list[Sensitivity]
+    output_weights: dict[Matrix, torch.Tensor]
 
 
 def estimate_sensitivities(
@@ -54,7 +76,7 @@ def estimate_sensitivities(
     memory_budget: int | str = "auto",
     store: SensitivityStore | None = None,
     process_group: ProcessGroup = ALONE,
-) -> list[Sensitivity]:
+) -> FisherEstimate:
     """Estimate the sensitivities of all sites with one backward pass.
 
     To second order, the divergence caused by a change d in the output of a block is d F d / 2,
@@ -65,111 +87,401 @@ def estimate_sensitivities(
     that of the block's output when its site is pruned by Wanda, the fastest criterion that uses
     inputs.
 
+    The backward pass runs one layer after the other, from the last to the first, each from its
+    stored input. So only one layer has to be in memory, with the activations of one batch.
+
     Args:
-        view: The dense model with all weights in memory; it is left unchanged.
+        view: The dense model; it is left unchanged.
         layers: The matrices to prune, by decoder layer.
         examples: The calibration examples, in random order; the first ones are used.
         zeros_per_matrix: Number of zeros of each matrix.
         count: Number of examples to use; `None` takes `examples_to_estimate`.
         seed: Seed of the random combinations.
         answer_weight: As for `measure_sensitivities`.
-        memory_budget: Bytes for activations, text such as `"4GB"`, or `"auto"` for half of the free
-            memory. If memory runs out nevertheless, batches are halved.
-        store: Stores the estimates for a resumed run: their last bits depend on the free memory.
+        memory_budget: Bytes for the activations of a batch, text such as `"4GB"`, or `"auto"` for
+            the batches of `LayerwisePass`.
+        store: Stores the estimates for a resumed run.
         process_group: The processes, each of which computes everything; all of them must call this.
 
     Returns:
-        As `measure_sensitivities`.
+        The sensitivities, and the weights of outputs from the same gradients.
 
     Raises:
-        ValueError: Weights are offloaded, or a site has no module around its projection.
         ConnectionError: Another process of the group has stopped.
     """
-    check_in_memory(view.model, alternative="recipe 'causal' (allocation 'interventional')")
     check_same_inputs(process_group, view.model, examples, count, seed)
     by_layer = group_by_layer(view.sites, layers)
     groups = [group for layer_groups in by_layer.values() for group in layer_groups]
-    for site, _ in groups:
-        if site.block == site.layer_name:
-            raise ValueError(
-                f"{type(view.model).__name__} has no module around {site.name} that can run alone, "
-                "so its sensitivity cannot be estimated: use allocation 'interventional'"
-            )
     if count is None:
         count = examples_to_estimate(len(examples))
     chosen = examples[:count]
-    divergences = store.get_estimated(len(groups), len(chosen), seed) if store else None
-    if divergences is None:
-        divergences = _estimate_divergences(
-            view, layers, groups, chosen, zeros_per_matrix, seed, answer_weight, memory_budget
-        )
+    sizes = {
+        matrix: view.oriented(matrix).shape[0]
+        for _, matrices in groups
+        for matrix in matrices
+        if matrix.expert is None
+    }
+    outputs = sum(sizes.values())
+    estimates = store.get_estimated(len(groups), len(chosen), outputs, seed) if store else None
+    if estimates is None:
+        settings = _Settings(zeros_per_matrix, seed, answer_weight, memory_budget)
+        divergences, weights = _estimate(view, by_layer, chosen, settings)
+        flat = torch.cat([weights[matrix] for matrix in sizes]) if sizes else torch.empty(0)
+        estimates = divergences, flat
         if store:
-            store.put_estimated(divergences, seed)
+            store.put_estimated(*estimates, seed)
     # Every process has computed all of them; share one set, so that all continue with the same.
-    divergences = process_group.broadcast(divergences)
-    return [
-        sensitivity_of(view.model, *group, of_site)
-        for group, of_site in zip(groups, divergences, strict=True)
-    ]
+    divergences, flat = process_group.broadcast(estimates)
+    return FisherEstimate(
+        [
+            sensitivity_of(view.model, *group, of_site)
+            for group, of_site in zip(groups, divergences, strict=True)
+        ],
+        dict(zip(sizes, flat.split(list(sizes.values())), strict=True)),
+    )
 
 
-def _estimate_divergences(
+@dataclass(frozen=True)
+class _Settings:
+    """Settings of an estimate; as for `estimate_sensitivities`."""
+
+    zeros_per_matrix: Mapping[Matrix, int]
+    seed: int
+    answer_weight: float
+    memory_budget: int | str
+
+
+def _estimate(
     view: ModelView,
-    layers: Mapping[int, list[Matrix]],
-    groups: list[tuple[Site, list[Matrix]]],
+    by_layer: Mapping[int, list[Group]],
     chosen: list[CalibrationExample],
-    zeros_per_matrix: Mapping[Matrix, int],
-    seed: int,
-    answer_weight: float,
-    memory_budget: int | str,
-) -> torch.Tensor:
-    """Estimate the divergences of sites on the chosen examples, float64 `[sites, examples]`."""
-    divergences = torch.empty(len(groups), len(chosen), dtype=torch.float64)
+    settings: _Settings,
+) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
+    """Return the divergences, float64 `[sites, examples]`, and the weights of outputs."""
+    count = len(view.layers)
+    rows = _positions_of(by_layer)
+    divergences = torch.empty(len(rows), len(chosen), dtype=torch.float64)
+    weights: dict[Matrix, torch.Tensor] = {}
+    budget = settings.memory_budget
     with (
         evaluation_mode(view.model),
         float32_on_cpu(view.model),
         without_parameter_grads(view.model),
-        logging.tqdm(total=len(chosen), desc="Estimating sensitivities", delay=5) as progress,
+        logging.tqdm(
+            total=2 * count, desc="Estimating sensitivities", unit="layer", delay=5
+        ) as progress,
     ):
-        approximation = WandaApproximation(view.model, zeros_per_matrix)
-        layerwise = LayerwisePass(view, chosen, answer_weight, memory_budget)
-        for layer in range(len(layerwise.layers)):
-            approximation.fit(layerwise.statistics(layer, layers.get(layer, []), advance=True))
-        del layerwise  # with the hidden states that it holds
+        approximation = WandaApproximation(view, settings.zeros_per_matrix)
+        budget = budget if budget == "auto" else max(1, parse_size(budget) // _SAVED)
+        layerwise = LayerwisePass(view, chosen, settings.answer_weight, budget)
+        backward = BackwardPass(view, layerwise, settings.seed)
+        for layer in range(count):
+            matrices = [matrix for _, group in by_layer.get(layer, []) for matrix in group]
+            backward.record(layer)
+            approximation.fit(layerwise.statistics(layer, matrices, advance=True))
+            progress.update()
+        backward.begin()
+        for layer in reversed(range(count)):
+            groups = by_layer.get(layer, [])
+            with onloaded(view.layers[layer]):
+                pruned = {
+                    matrix: approximation.pruned(matrix)
+                    for _, matrices in groups
+                    for matrix in matrices
+                }
+                for position, batch in enumerate(layerwise.batches):
+                    backward.run(layer, position, groups, weights)
+                    for site, matrices in groups:
+                        of_site = {matrix: pruned[matrix] for matrix in matrices}
+                        product = backward.product_with_change(site, of_site, position)
+                        divergences[rows[site.name], batch.batch.positions] = product.square() / 2
+            progress.update()
+    return divergences, weights
 
-        def estimate(batch: Batch) -> torch.Tensor:
-            calls, gradients = _gradients_of_draw(
-                view.model, [site for site, _ in groups], batch, seed
+
+def _positions_of(by_layer: Mapping[int, list[Group]]) -> dict[str, int]:
+    """Return the position of each site in the list of all."""
+    names = [site.name for groups in by_layer.values() for site, _ in groups]
+    return {name: position for position, name in enumerate(names)}
+
+
+class BackwardPass:
+    """Runs the backward pass of a random combination of logits, one decoder layer at a time.
+
+    Call `record` before `layerwise` advances past each layer, `begin` after the last one, and then
+    `run` for each batch of each layer, from the last layer to the first.
+
+    Args:
+        view: The model, in evaluation mode and without gradients of parameters.
+        layerwise: The forward pass.
+        seed: Seed of the random combinations.
+    """
+
+    def __init__(self, view: ModelView, layerwise: LayerwisePass, seed: int) -> None:
+        self._view = view
+        self._layerwise = layerwise
+        self._seed = seed
+        self._inputs: dict[int, list[torch.Tensor]] = {}
+        self._gradients: list[torch.Tensor] = []  # at the outputs of the layer that runs next
+        self._shared_gradients: list[dict[Any, list[torch.Tensor]]] = []
+        self._calls: dict[str, RecordedCall] = {}
+        self._of_outputs: dict[str, torch.Tensor] = {}
+        self._layer: _LayerRun
+
+    def record(self, index: int) -> None:
+        """Store the inputs of layer `index`, in the memory of the CPU."""
+        self._inputs[index] = [batch.hidden.cpu() for batch in self._layerwise.batches]
+
+    def begin(self) -> None:
+        """Compute the gradients at the outputs of the last layer."""
+        self._gradients = [self._gradient_of_draw(batch) for batch in self._layerwise.batches]
+        self._shared_gradients = [{} for _ in self._layerwise.batches]
+
+    def _gradient_of_draw(self, batch: LayerBatch) -> torch.Tensor:
+        """Return the gradient of a random combination of the logits of each example.
+
+        It is divided by the square root of the number of scored tokens of the example, so that
+        squares are means over these tokens. Logits are computed for a few positions at a time.
+        """
+        view, targets = self._view, Targets.of(batch.batch)
+        hidden = batch.hidden
+        gradient = torch.zeros_like(hidden)
+        size = positions_per_chunk(view.model, hidden.device)
+        for row, position in enumerate(batch.batch.positions):
+            columns = targets.columns[targets.rows == row].to(hidden.device)
+            generator = _generator(self._seed, position)
+            for chunk in columns.split(size):
+                with torch.enable_grad():
+                    chosen = hidden[..., row, chunk, :].unsqueeze(-2).detach().requires_grad_()
+                    logits = logits_of(view.model, view.layers, view.output_templates[-1], chosen)
+                draw = fisher_draw(logits.detach().float().softmax(dim=-1), generator)
+                draw *= len(columns) ** -0.5
+                [of_chosen] = torch.autograd.grad(logits, chosen, draw.to(logits.dtype))
+                gradient[..., row, chunk, :] = of_chosen.squeeze(-2)
+        return gradient
+
+    def run(
+        self,
+        index: int,
+        position: int,
+        groups: Iterable[Group],
+        output_weights: dict[Matrix, torch.Tensor],
+    ) -> None:
+        """Run layer `index` forward and backward on a batch.
+
+        Args:
+            index: The layer, in memory.
+            position: Position of the batch.
+            groups: Sites of the layer with the matrices to prune.
+            output_weights: The squares of the gradients at the outputs of these matrices are added
+                to these sums.
+        """
+        layerwise = self._layerwise
+        batch = layerwise.batches[position]
+        groups = list(groups)
+        paths = dict.fromkeys(site.output_module for site, _ in groups)
+        modules = {path: self._view.model.get_submodule(path) for path in paths}
+        shared = None if batch.shared is None else _Leaves(batch.shared)
+        with ExitStack() as stack:
+            calls = stack.enter_context(recorded_calls(modules))
+            offsets = _offsets(stack, modules)
+            _sum_squares(stack, self._view, groups, output_weights)
+            stack.enter_context(torch.enable_grad())
+            hidden = self._inputs[index][position].to(batch.hidden.device).requires_grad_()
+            self._inputs[index][position] = torch.empty(0)  # no longer needed
+            # A copy, because a layer may change its input in place.
+            output = layerwise.run(
+                index, batch, hidden.clone(), None if shared is None else shared.states
             )
-            products = []
-            for site, matrices in groups:
-                pruned = {matrix: approximation.pruned(matrix) for matrix in matrices}
-                call, gradient = calls[site.output_module], gradients[site.output_module]
-                products.append(
-                    _gradient_dot_change(
-                        view.model, site, pruned, call, gradient, len(batch.positions)
-                    )
-                )
-            return torch.stack(products).square() / 2
+            outputs, gradients = [output], [self._gradients[position].to(output.device)]
+            if shared is not None:
+                of_shared = self._shared_gradients[position]
+                for produced, gradient in shared.produced(of_shared):
+                    outputs.append(produced)
+                    gradients.append(gradient)
+            leaves = [hidden, *offsets.values(), *(shared.leaves if shared is not None else ())]
+            found = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+        if shared is not None:
+            shared.add_gradients(self._shared_gradients[position], found[1 + len(offsets) :])
+        self._layer = _LayerRun(index, hidden.detach(), output.detach(), gradients[0])
+        self._gradients[position] = torch.zeros_like(hidden) if found[0] is None else found[0]
+        self._calls = calls
+        self._of_outputs = {
+            path: torch.zeros_like(offset) if gradient is None else gradient
+            for (path, offset), gradient in zip(offsets.items(), found[1:], strict=False)
+        }
 
-        budget = budget_bytes(memory_budget, view.model)
-        parts = batches(chosen, examples_per_pass(view.model, chosen, budget))
-        for batch, estimates in each_in_memory(parts, estimate):
-            divergences[:, batch.positions] = estimates
-            progress.update(len(batch.positions))
-    return divergences
+    def product_with_change(
+        self, site: Site, pruned: Mapping[Matrix, torch.Tensor], position: int
+    ) -> torch.Tensor:
+        """Return the product of the gradient and the change of the output of a pruned site.
+
+        The output is that of the output module of the site or, where no module around the site can
+        run alone, that of the layer. An expert runs on the tokens that are routed to it.
+
+        Args:
+            site: A site of the layer and batch of the last `run`.
+            pruned: Its pruned matrices, `[out, in]`.
+            position: Position of the batch.
+
+        Returns:
+            float64 `[examples]`.
+        """
+        model, batch = self._view.model, self._layerwise.batches[position]
+        examples = len(batch.batch.positions)
+        if site.block == site.layer_name:
+            layer = self._layer
+            with temporary_weights(model, pruned):
+                shared = copy.copy(batch.shared)
+                changed = self._layerwise.run(layer.index, batch, layer.hidden, shared)
+            return _sums(layer.gradient, changed - layer.output, examples)
+        call, gradient = self._calls[site.output_module], self._of_outputs[site.output_module]
+        output_module = model.get_submodule(site.output_module)
+        if site.expert is None:
+            with temporary_weights(model, pruned):
+                changed = hidden_states_of(output_module(call.hidden, *call.args, **call.kwargs))
+            return _sums(gradient, changed - hidden_states_of(call.output), examples)
+        chosen, weights = routing(site.block, call.args)
+        tokens, slots = routed(chosen, site.expert)
+        if not len(tokens):
+            return torch.zeros(examples, dtype=torch.float64)
+        arguments = call.hidden[tokens], chosen[tokens, slots, None], weights[tokens, slots, None]
+        change = -hidden_states_of(output_module(*arguments))
+        with temporary_weights(model, pruned):
+            change += hidden_states_of(output_module(*arguments))
+        of_tokens = (gradient[tokens].float() * change.float()).sum(dim=1)
+        example = tokens // (len(chosen) // examples)
+        return torch.bincount(example.cpu(), of_tokens.double().cpu(), minlength=examples)
+
+
+@dataclass(frozen=True)
+class _LayerRun:
+    """One run of a layer on a batch, with the gradient at its output."""
+
+    index: int
+    hidden: torch.Tensor
+    output: torch.Tensor
+    gradient: torch.Tensor
+
+
+def _sums(gradient: torch.Tensor, change: torch.Tensor, examples: int) -> torch.Tensor:
+    """Return the dot products of each example, float64 `[examples]`."""
+    products = gradient.float() * change.float()
+    if products.ndim < 3 or products.shape[-3] != examples:  # tokens of all examples in a row
+        return products.reshape(examples, -1).sum(dim=1).double().cpu()
+    return (
+        products.sum(dim=[d for d in range(products.ndim) if d != products.ndim - 3]).double().cpu()
+    )
+
+
+class _Leaves:
+    """Keys and values that layers share, as leaves of the graph of one layer.
+
+    Args:
+        shared: All of them; a layer reads some and may replace others by its own.
+    """
+
+    def __init__(self, shared: SharedStates) -> None:
+        self.states = copy.copy(shared)
+        self._given = {
+            key: tuple(tensor.detach().requires_grad_() for tensor in tensors)
+            for key, tensors in shared.items()
+        }
+        self.states.update(self._given)
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """All of them, as they were given to the layer."""
+        return [tensor for tensors in self._given.values() for tensor in tensors]
+
+    def produced(
+        self, gradients: dict[Any, list[torch.Tensor]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the tensors that the layer has replaced and that have gradients, with these.
+
+        Args:
+            gradients: The gradients that later layers have left; those returned are removed.
+        """
+        pairs = []
+        for key, tensors in self.states.items():
+            if tensors is not self._given.get(key) and key in gradients:
+                of_key = zip(tensors, gradients.pop(key), strict=True)
+                pairs += [(tensor, gradient) for tensor, gradient in of_key if tensor.requires_grad]
+        return pairs
+
+    def add_gradients(
+        self,
+        gradients: dict[Any, list[torch.Tensor]],
+        found: Iterable[torch.Tensor | None],
+    ) -> None:
+        """Add the gradients of the leaves to those of other layers."""
+        remaining = iter(found)
+        for key, tensors in self._given.items():
+            of_key = [next(remaining) for _ in tensors]
+            if all(gradient is None for gradient in of_key):
+                continue
+            before = gradients.get(key) or [torch.zeros_like(tensor) for tensor in tensors]
+            gradients[key] = [
+                total if gradient is None else total + gradient
+                for total, gradient in zip(before, of_key, strict=True)
+            ]
+
+
+def _offsets(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Add zeros with gradients to the outputs of modules; return those of the modules that run."""
+    offsets: dict[str, torch.Tensor] = {}
+
+    def offset(path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = hidden_states_of(output)
+            offsets[path] = torch.zeros_like(hidden, requires_grad=True)
+            shifted = hidden + offsets[path]
+            return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
+
+        return hook
+
+    for path, module in modules.items():
+        stack.callback(module.register_forward_hook(offset(path)).remove)
+    return offsets
+
+
+def _sum_squares(
+    stack: ExitStack,
+    view: ModelView,
+    groups: Iterable[Group],
+    sums: dict[Matrix, torch.Tensor],
+) -> None:
+    """Add the squares of the gradients at the outputs of matrices to `sums`, float32 `[out]`."""
+
+    def hook_of(matrix: Matrix) -> Callable[..., None]:
+        def add(gradient: torch.Tensor) -> None:
+            squares = gradient.float().reshape(-1, gradient.shape[-1]).square().sum(dim=0).cpu()
+            sums[matrix] = sums[matrix] + squares if matrix in sums else squares
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return hook
+
+    for _, matrices in groups:
+        for matrix in matrices:
+            if matrix.expert is None:
+                sums.setdefault(matrix, torch.zeros(view.oriented(matrix).shape[0]))
+                module = view.model.get_submodule(matrix.module)
+                stack.callback(module.register_forward_hook(hook_of(matrix)).remove)
 
 
 class WandaApproximation:
     """Prunes by Wanda, with one threshold and the input statistics of each matrix.
 
     Args:
-        model: The model.
+        view: The model.
         zeros_per_matrix: Number of zeros of each matrix.
     """
 
-    def __init__(self, model: PreTrainedModel, zeros_per_matrix: Mapping[Matrix, int]) -> None:
-        self._model = model
+    def __init__(self, view: ModelView, zeros_per_matrix: Mapping[Matrix, int]) -> None:
+        self._view = view
         self._zeros = zeros_per_matrix
         self._thresholds: dict[Matrix, float] = {}
         self._inputs: dict[Matrix, InputStatistics] = {}
@@ -186,109 +498,32 @@ class WandaApproximation:
     def pruned(self, matrix: Matrix) -> torch.Tensor:
         """Return a pruned matrix, `[out, in]`, without all weights up to the threshold."""
         pruned = self._importance(matrix) <= self._thresholds[matrix]
-        return oriented(self._model, matrix).masked_fill(pruned, 0)
+        return self._view.weights(matrix).masked_fill(pruned, 0)
 
     def _importance(self, matrix: Matrix) -> torch.Tensor:
         inputs = CriterionInputs(matrix.name, statistics=self._inputs[matrix])
-        return wanda(oriented(self._model, matrix), inputs)
+        return wanda(self._view.weights(matrix), inputs)
 
 
-def _gradients_of_draw(
-    model: PreTrainedModel, sites: list[Site], batch: Batch, seed: int
-) -> tuple[dict[str, RecordedCall], dict[str, torch.Tensor]]:
-    """Return the calls of the output modules of sites, and the gradients of their outputs.
-
-    The gradient is that of a random combination of an example's logits, divided by the square root
-    of its number of scored tokens, so that squares are means over these tokens.
-    """
-    modules = {site.output_module: model.get_submodule(site.output_module) for site in sites}
-    offsets: dict[str, torch.Tensor] = {}
-
-    def offset(path: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            hidden = hidden_states_of(output)
-            offsets[path] = torch.zeros_like(hidden, requires_grad=True)
-            shifted = hidden + offsets[path]
-            return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
-
-        return hook
-
-    targets = Targets.of(batch)
-    counts = torch.bincount(targets.rows, minlength=targets.examples)
-    with ExitStack() as stack:
-        calls = stack.enter_context(recorded_calls(modules))
-        for path, module in modules.items():
-            stack.callback(module.register_forward_hook(offset(path)).remove)
-        stack.enter_context(torch.enable_grad())
-        logits = scored_logits(model, batch)
-        draw = _fisher_draw(logits.detach().float().softmax(dim=-1), batch, counts, seed)
-        draw *= counts[targets.rows].to(draw).rsqrt().unsqueeze(1)
-        gradients = torch.autograd.grad(logits, list(offsets.values()), draw.to(logits.dtype))
-    return calls, {
-        path: gradient.float() for path, gradient in zip(offsets, gradients, strict=True)
-    }
-
-
-def _fisher_draw(
-    probabilities: torch.Tensor, batch: Batch, counts: torch.Tensor, seed: int
-) -> torch.Tensor:
-    """Draw vectors with mean 0 and covariance diag(p) - p p^T, whatever the batch size is.
+def fisher_draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw vectors with mean 0 and covariance diag(p) - p p^T.
 
     Args:
-        probabilities: p of each scored token, `[scored, vocabulary]`.
-        batch: The batch.
-        counts: Number of scored tokens of each example.
-        seed: Seed of the draw.
+        probabilities: p of each position, float32 `[positions, vocabulary]`.
+        generator: Generator of the draw, on the CPU.
 
     Returns:
-        `[scored, vocabulary]`.
+        float32 `[positions, vocabulary]`.
     """
     draw = probabilities.sqrt()
-    parts = draw.split(counts.tolist())
-    for position, part in zip(batch.positions, parts, strict=True):
-        example_seed = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(example_seed)
-        part *= torch.randn(part.shape, generator=generator).to(part)
+    draw *= torch.randn(draw.shape, generator=generator).to(draw)
     return draw.addcmul_(probabilities, draw.sum(dim=1, keepdim=True), value=-1)
 
 
-def _gradient_dot_change(
-    model: PreTrainedModel,
-    site: Site,
-    pruned: Mapping[Matrix, torch.Tensor],
-    call: RecordedCall,
-    gradient: torch.Tensor,
-    examples: int,
-) -> torch.Tensor:
-    """Return the dot product of gradient and change of the output, float64 `[examples]`.
-
-    An expert runs on the tokens that are routed to it, with this expert alone.
-
-    Args:
-        model: The model.
-        site: The site.
-        pruned: Its pruned matrices, `[out, in]`.
-        call: The call of its output module.
-        gradient: Gradient of the output of this module.
-        examples: Number of examples, which have the same number of tokens each.
-    """
-    output_module = model.get_submodule(site.output_module)
-    if site.expert is None:
-        with temporary_weights(model, pruned):
-            changed = hidden_states_of(output_module(call.hidden, *call.args, **call.kwargs))
-        change = changed - hidden_states_of(call.output)
-        return (gradient * change.float()).reshape(examples, -1).sum(dim=1).double().cpu()
-    chosen, weights = routing(site.block, call.args)
-    tokens, slots = routed(chosen, site.expert)
-    if not len(tokens):
-        return torch.zeros(examples, dtype=torch.float64)
-    arguments = call.hidden[tokens], chosen[tokens, slots, None], weights[tokens, slots, None]
-    change = -hidden_states_of(output_module(*arguments))
-    with temporary_weights(model, pruned):
-        change += hidden_states_of(output_module(*arguments))
-    of_tokens = (gradient[tokens] * change.float()).sum(dim=1)
-    example = tokens // (len(chosen) // examples)
-    return torch.bincount(example.cpu(), of_tokens.double().cpu(), minlength=examples)
+def _generator(seed: int, position: int) -> torch.Generator:
+    """Return the generator of an example, which does not depend on its batch."""
+    example_seed = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
+    return torch.Generator().manual_seed(example_seed)
 
 
 def examples_to_estimate(examples: int) -> int:

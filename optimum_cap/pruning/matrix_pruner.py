@@ -17,6 +17,9 @@ from optimum_cap.methods import (
 )
 from optimum_cap.models import Matrix, ModelView
 
+_RELATIVE_WEIGHTS = (1e-4, 1e4)  # bounds of the weights of outputs, relative to their mean
+_SCALE_EXPONENT = 0.25
+
 
 class MatrixPruner:
     """Prunes matrices of a model one at a time, by the criterion and the pattern of a config.
@@ -36,6 +39,23 @@ class MatrixPruner:
         self._view = view
         self._pattern = parse_pattern(config.pattern)
         self._seed = config.seed
+        self._row_scales: dict[Matrix, torch.Tensor] = {}
+
+    def weight_outputs(self, output_weights: Mapping[Matrix, torch.Tensor]) -> None:
+        """Let solvers rank the weights of a matrix by how much errors of its outputs count.
+
+        Solvers fit each row of a matrix by itself, so this only changes which weights are pruned.
+
+        Args:
+            output_weights: Weight of a squared error of each output, `[out]`; only ratios count.
+                The scale of a row is its fourth root, not its square root: weights are estimated
+                from few examples and for a model that is still dense.
+        """
+        for matrix, weights in output_weights.items():
+            mean = float(weights.mean())
+            if mean > 0:
+                relative = (weights / mean).clamp(*_RELATIVE_WEIGHTS)
+                self._row_scales[matrix] = relative.pow(_SCALE_EXPONENT).unsqueeze(1)
 
     def importance(self, matrix: Matrix, statistics: InputStatistics | None = None) -> torch.Tensor:
         """Return the importance of each weight, float32 `[out, in]`; higher means keep."""
@@ -55,7 +75,11 @@ class MatrixPruner:
             return weight.masked_fill(~keep.to(weight.device), 0)
         if statistics.output_error_moment is not None:
             weight = correct_toward_dense(weight, statistics, matrix.name)
-        return solve(weight, statistics, zeros, self._pattern, matrix.name)
+        scales = self._row_scales.get(matrix)
+        if scales is None or self._pattern is not None:
+            return solve(weight, statistics, zeros, self._pattern, matrix.name)
+        scales = scales.to(weight.device)
+        return solve(weight.float() * scales, statistics, zeros, None, matrix.name).div_(scales)
 
     def mask_(self, matrix: Matrix, zeros: int) -> None:
         """Zero the least important weights of a matrix, in place."""

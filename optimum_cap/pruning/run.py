@@ -153,7 +153,7 @@ class PruningRun:
             settings["answer_weight"] = config.method.answer_weight
             store = self._cache.sensitivities(settings)
         if method.allocation == "fisher":
-            self.sensitivities = estimate_sensitivities(
+            estimate = estimate_sensitivities(
                 self.view,
                 self.layers,
                 self.examples,
@@ -165,6 +165,8 @@ class PruningRun:
                 store,
                 self.process_group,
             )
+            self.sensitivities = estimate.sensitivities
+            self.pruner.weight_outputs(estimate.output_weights)
         else:
             self.sensitivities = measure_sensitivities(
                 self.view,
@@ -220,6 +222,8 @@ class PruningRun:
             "seed": config.seed,
             "kv_combination": config.kv_combination,
             "mlp_unit_size": config.mlp_unit_size,
+            "allocation_examples": config.allocation_examples,
+            "refine_learning_rate": config.refine_learning_rate,
             "importances": [[*key, value] for key, value in self.importances.items()],
             "zeros": {matrix.name: count for matrix, count in zeros.items()},
         }

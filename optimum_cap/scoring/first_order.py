@@ -18,6 +18,7 @@ from optimum_cap.models import (
     Targets,
     Unit,
     check_in_memory,
+    device_of,
     evaluation_mode,
     experts_of,
     float32_on_cpu,
@@ -31,11 +32,13 @@ from optimum_cap.models import (
     without_parameter_grads,
 )
 from optimum_cap.runtime import check_same_inputs, each_in_memory
-from optimum_cap.scoring.batch_sizes import tokens_per_chunk
 from optimum_cap.scoring.cache import unit_names
 from optimum_cap.scoring.exact import agreed_budget
 from optimum_cap.scoring.scores import UnitLosses
 from optimum_cap.scoring.settings import ScoringSettings
+
+# Backward passes with more tokens take more memory, but are not faster.
+_TOKENS_PER_BACKWARD = {"cpu": 512, "cuda": 8192}
 
 
 def first_order_losses(
@@ -251,5 +254,5 @@ def examples_per_pass(
     # Attention that is not fused keeps its probabilities and a float32 copy of them.
     per_layer += 8 * config.num_attention_heads * longest
     per_token = config.num_hidden_layers * per_layer + 12 * config.vocab_size
-    most = tokens_per_chunk(model) // longest
+    most = _TOKENS_PER_BACKWARD.get(device_of(model).type, 512) // longest
     return max(1, min(most, budget // (longest * per_token), len(examples)))
