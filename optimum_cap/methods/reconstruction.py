@@ -17,13 +17,14 @@ Reconstruction = Callable[
 
 BLOCK = 128  # columns
 _DAMPING = 0.01  # fraction of the mean of the diagonal
+_ALPS_DAMPING = 0.05
 _MOST_DAMPING = 1.0
-ALPS_INVERSES = 10
-_STEPS_PER_INVERSE = 2
+ALPS_INVERSES = 3
+_STEPS_PER_INVERSE = 4
 ALPS_STEPS = ALPS_INVERSES * _STEPS_PER_INVERSE
 _SAMPLE = 1 << 12  # weights from which the threshold of a step is estimated
-_PENALTY, _PENALTY_GROWTH = 0.03, 1.44  # relative to a Hessian with a diagonal of 1
-FITTING_STEPS = 10
+_PENALTY, _PENALTY_GROWTH = 0.1, 2.5  # relative to a Hessian with a diagonal of 1
+FITTING_STEPS = 8
 _CORRECTION = 0.75  # fraction of the correction toward the dense model that is applied
 
 
@@ -100,15 +101,19 @@ def alps(
     penalty makes the two agree. Conjugate gradients then bring the kept weights to the least
     squares solution.
 
-    Differences from the paper: the inputs are scaled to the same norm, so that the projection ranks
-    weights as Wanda does; all weights of the matrix are ranked together; and the penalty grows by a
-    fixed factor after every second of 20 steps (four times as many steps lower the output error by
-    only 4 to 5 % more). Computing one inverse per penalty is much faster on a GPU than an
-    eigendecomposition.
+    Differences from the paper: the Hessian is damped by 5 % of the mean of its diagonal instead of
+    1 %, because calibration sets have few tokens for each input; the inputs are scaled to the same
+    norm, so that the projection ranks weights as Wanda does; all weights of the matrix are ranked
+    together; and the penalty grows by a fixed factor after every fourth of 12 steps. On matrices of
+    SmolLM2-135M, 80 steps with 20 inverses lower the output error by 6 to 12 %, but take four times
+    as long; the inverses of wide matrices cost the most. Computing one inverse per penalty is much
+    faster on a GPU than an eigendecomposition.
 
     Args, returns and raises: as for `sparsegpt`.
     """
-    hessian = _damped(inputs, weight.shape[1], name, torch.linalg.cholesky_ex)[0]
+    hessian, _ = _damped(
+        inputs, weight.shape[1], name, torch.linalg.cholesky_ex, damping=_ALPS_DAMPING
+    )
     scale = hessian.diagonal().sqrt()
     hessian.div_(scale).div_(scale.unsqueeze(1))
     dense = weight.detach().float() * scale
@@ -236,6 +241,7 @@ def _damped(
     columns: int,
     name: str,
     factorize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    damping: float = _DAMPING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Damp the Hessian until it can be factorized; return it and its factor, float32 `[in, in]`.
 
@@ -254,7 +260,7 @@ def _damped(
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
     diagonal[dead] = mean
-    added, damping = 0.0, _DAMPING
+    added = 0.0
     while True:
         diagonal += (damping - added) * mean
         added = damping
