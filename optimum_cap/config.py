@@ -37,6 +37,7 @@ class Method:
     target: str = "local"
     order: str = "layer"
     answer_weight: float = 0.0
+    refine: int = 0
 
     @property
     def layer_by_layer(self) -> bool:
@@ -87,14 +88,15 @@ _CHOICES = {
     "target": TARGETS,
     "order": ORDERS,
 }
-_OVERRIDES = ("allocation", "target", "order", "answer_weight")
+_OVERRIDES = ("allocation", "target", "order", "answer_weight", "refine")
 COMPILING = tuple(name for name, used in ESTIMATOR_FIELDS.items() if "torch_compile" in used)
 """The estimators that take `torch_compile`."""
 
 # Fields of `CAPConfig` that every criterion or allocation with this property uses.
 _DATA_FIELDS = ("dataset", "num_samples", "max_length", "scored_tokens", "seed", "tokenizer")
 _SCORE_FIELDS = ("subsets", "aggregation", "scored_units", "estimator", "scores")
-_INPUT_FIELDS = ("order", "answer_weight")
+_INPUT_FIELDS = ("order", "answer_weight", "refine")
+_REFINEMENT_FIELDS = ("refine_learning_rate",)
 _UPDATE_FIELDS = ("target",)
 _RUNTIME_FIELDS = ("memory_budget", "torch_compile", "resume_dir")  # how, not what, is measured
 # Fields that decide whether others have an effect, with their choices, in the order in which errors
@@ -153,9 +155,10 @@ class CAPConfig(QuantizationConfigMixin):
     Args:
         sparsity: Fraction of the prunable weights to set to zero, strictly between 0 and 1. With a
             pattern `"N:M"`, it may be left out.
-        recipe: A preset of criterion, allocation, target, order and answer_weight. `"causal"`, the
-            default, preserves the most (`docs/quality.md`). `"causal_fast"` is its quick variant,
-            which estimates sensitivities with one backward pass instead of measuring them.
+        recipe: A preset of criterion, allocation, target, order, answer_weight and refine.
+            `"causal"`, the default, preserves the most (`docs/quality.md`). `"causal_fast"` is its
+            quick variant, which estimates sensitivities with one backward pass instead of measuring
+            them.
             `"paper"` ranks a weight by its magnitude times the importance of its head, under one
             global threshold (arXiv 2606.19350, Eq. 1-4). Baselines: `"magnitude"`,
             `"magnitude_global"`, `"random"`, `"wanda"`, `"sparsegpt"`, `"owl_wanda"`,
@@ -182,6 +185,11 @@ class CAPConfig(QuantizationConfigMixin):
             `"projection"`.
         answer_weight: Added to the weight 1 of calibration tokens that are scored, or that predict
             a scored token, in the statistics of inputs.
+        refine: Number of passes over the calibration set in which the kept weights of each pruned
+            layer are fitted to the hidden states of the dense model; 0 for none. Needs a criterion
+            that prunes layer by layer. See `docs/recipe.md`.
+        refine_learning_rate: Learning rate of `refine`, relative to the root mean square of the
+            kept weights of a parameter.
         pattern: `"unstructured"`; `"N:M"`, which keeps N weights of every M consecutive inputs (as
             in `"2:4"`; the sparsity is then 1 - N/M); or `"heads"`, which removes whole attention
             heads and leaves MLPs dense (the sparsity is then the fraction of heads). Heads are
@@ -252,6 +260,8 @@ class CAPConfig(QuantizationConfigMixin):
     target: str | None = None
     order: str | None = None
     answer_weight: float | None = None
+    refine: int | None = None
+    refine_learning_rate: float = 2e-3
     pattern: str = "unstructured"
     owl_outlier_ratio: float = 5.0
     owl_bound: float = 0.08
@@ -421,6 +431,9 @@ class CAPConfig(QuantizationConfigMixin):
             _check_integer("allocation_examples", self.allocation_examples, at_least=1)
         if self.answer_weight not in (None, 0):
             _check_positive("answer_weight other than 0", self.answer_weight)
+        if self.refine is not None:
+            _check_integer("refine", self.refine, at_least=0)
+        _check_positive("refine_learning_rate", self.refine_learning_rate)
         method, pattern = self.method, parse_pattern(self.pattern)
         if self.pattern == WHOLE_HEADS and (
             not CRITERIA[method.criterion].ranks_heads or self.allocation is not None
@@ -562,6 +575,8 @@ def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
         used.update(_INPUT_FIELDS)
     if criterion.updates_weights:
         used.update(_UPDATE_FIELDS)
+    if criterion.needs_inputs and config.method.refine:
+        used.update(_REFINEMENT_FIELDS)
     if criterion.needs_inputs or allocation.needs_data:
         used.add("memory_budget")
     if criterion.needs_inputs or allocation.by_sensitivity:
@@ -603,6 +618,7 @@ _CONDITIONAL_FIELDS = frozenset(
         *_SCORE_FIELDS,
         *_INPUT_FIELDS,
         *_UPDATE_FIELDS,
+        *_REFINEMENT_FIELDS,
         *_RUNTIME_FIELDS,
         *(name for criterion in CRITERIA.values() for name in criterion.fields),
         *(name for allocation in ALLOCATIONS.values() for name in allocation.fields),

@@ -109,6 +109,19 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "extra weight of scored tokens and of the tokens that predict them (default: the recipe's)",
     ),
     (
+        "--refine",
+        "refine",
+        int,
+        "passes in which the kept weights of each layer are fitted to the hidden states of the "
+        "dense model; 0 for none (default: the recipe's)",
+    ),
+    (
+        "--refine-learning-rate",
+        "refine_learning_rate",
+        float,
+        "learning rate of --refine, relative to the size of the weights (default: 0.002)",
+    ),
+    (
         "--pattern",
         "pattern",
         str,

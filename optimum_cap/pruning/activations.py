@@ -47,6 +47,7 @@ class LayerwisePass:
         answer_weight: Added to the weight 1 of every token that is scored or predicts a scored one.
         memory_budget: Bytes for the activations of a batch, as a number or as text such as
             `"4GB"`; `"auto"` runs 2048 tokens at a time on a CPU and 16384 on a GPU.
+        most_examples: Most examples per batch; `None` for as many as fit the budget.
 
     Attributes:
         layers: The decoder layers.
@@ -60,11 +61,13 @@ class LayerwisePass:
         examples: list[CalibrationExample],
         answer_weight: float = 0.0,
         memory_budget: int | str = "auto",
+        most_examples: int | None = None,
     ) -> None:
         self.model = view.model
         self.layers = view.layers
         self.examples = examples
         size = examples_per_batch(view.model, examples, memory_budget)
+        size = size if most_examples is None else min(size, most_examples)
         self.output_templates = view.output_templates
         with onloaded(view.model, besides=[*self.layers, view.model.get_output_embeddings()]):
             self.batches = [

@@ -49,6 +49,7 @@ class DenseReferencePass(LayerwisePass):
         examples: The calibration examples.
         answer_weight: As for `LayerwisePass`.
         memory_budget: As for `LayerwisePass`.
+        most_examples: As for `LayerwisePass`.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class DenseReferencePass(LayerwisePass):
         examples: list[CalibrationExample],
         answer_weight: float = 0.0,
         memory_budget: int | str = "auto",
+        most_examples: int | None = None,
     ) -> None:
-        super().__init__(view, examples, answer_weight, memory_budget)
+        super().__init__(view, examples, answer_weight, memory_budget, most_examples)
         self.view = view
         self._dense_hidden = [batch.hidden for batch in self.batches]
         self._dense_shared = [copy.copy(batch.shared) for batch in self.batches]

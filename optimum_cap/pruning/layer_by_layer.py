@@ -13,6 +13,7 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import ExpectedWeights, LayerStore
 from optimum_cap.pruning.dense_reference import DenseReferencePass
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
+from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LayerRefiner, Refinement
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +32,7 @@ class LayerByLayerPruning:
 
     Attributes:
         tokens: Number of calibration tokens that each matrix was pruned by; complete after `run_`.
+        refinements: What was refined in each layer; without layers of an interrupted run.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class LayerByLayerPruning:
         self.pruner = pruner
         self.store = store
         self.tokens: dict[Matrix, int] = {}
+        self.refinements: dict[int, Refinement] = {}
 
     def run_(self) -> dict[Matrix, int]:
         """Prune all layers.
@@ -66,14 +69,23 @@ class LayerByLayerPruning:
             logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
         ):
             kind = DenseReferencePass if method.target == "dense" else LayerwisePass
-            layerwise = kind(view, self.examples, method.answer_weight, self.config.memory_budget)
+            most = EXAMPLES_PER_STEP if method.refine else None
+            layerwise = kind(
+                view, self.examples, method.answer_weight, self.config.memory_budget, most
+            )
+            refiner = self._refiner(layerwise)
             for index in range(count):
                 whole_layer = [self.layers[index]]
                 steps = stages[index] if method.order == "projection" else whole_layer
                 try:
                     layerwise.begin(index)
+                    if refiner:
+                        refiner.begin(index)
                     if not self._restore_layer_(index, stored_dtypes):
                         self._prune_layer_(layerwise, index, steps, stored_dtypes)
+                        if refiner and self.layers[index]:
+                            self._refine_layer_(refiner, index, stored_dtypes)
+                        self._store_layer(index, stored_dtypes)
                     layerwise.advance(index)
                 except BaseException:
                     resumes = self.store is not None and self.store.complete
@@ -102,9 +114,6 @@ class LayerByLayerPruning:
                 statistics = layerwise.statistics(index, chosen, gram=gram)
                 for matrix in chosen:
                     self._prune_matrix_(matrix, statistics[matrix], stored_dtypes)
-        if self.store:
-            tokens = {matrix: self.tokens[matrix] for matrix in layer_matrices}
-            self.store.commit(index, tokens)
 
     def _prune_matrix_(
         self,
@@ -115,11 +124,32 @@ class LayerByLayerPruning:
         """Prune a matrix in its stored dtype: later ones are calibrated on the saved weights."""
         pruned = self.pruner.pruned(matrix, statistics, self.zeros[matrix])
         weight = self.view.writable_weights(matrix)
-        pruned = pruned.to(stored_dtypes.get(matrix.parameter, weight.dtype))
-        weight.copy_(pruned)
+        weight.copy_(pruned.to(stored_dtypes.get(matrix.parameter, weight.dtype)))
         self.tokens[matrix] = statistics.tokens
-        if self.store:
-            self.store.put(matrix, pruned)
+
+    def _refiner(self, layerwise: LayerwisePass) -> LayerRefiner | None:
+        config, passes = self.config, self.config.method.refine
+        if not passes:
+            return None
+        return LayerRefiner(self.view, layerwise, passes, config.refine_learning_rate, config.seed)
+
+    def _refine_layer_(
+        self, refiner: LayerRefiner, index: int, stored_dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        """Refine a pruned layer, and round its weights to their stored dtype."""
+        self.refinements[index] = refiner.refine_(index, self.layers[index])
+        for matrix in self.layers[index]:
+            weight = self.view.writable_weights(matrix)
+            weight.copy_(weight.to(stored_dtypes.get(matrix.parameter, weight.dtype)))
+
+    def _store_layer(self, index: int, stored_dtypes: Mapping[str, torch.dtype]) -> None:
+        """Store the pruned weights of a layer, so that an interrupted run resumes after it."""
+        if not self.store:
+            return
+        for matrix in self.layers[index]:
+            weight = self.view.weights(matrix)
+            self.store.put(matrix, weight.to(stored_dtypes.get(matrix.parameter, weight.dtype)))
+        self.store.commit(index, {matrix: self.tokens[matrix] for matrix in self.layers[index]})
 
     def _restore_layer_(self, index: int, stored_dtypes: Mapping[str, torch.dtype]) -> bool:
         """Load the weights of a layer that an interrupted run stored; return whether it has any."""
