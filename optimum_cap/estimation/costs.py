@@ -13,7 +13,12 @@ from optimum_cap.estimation.hardware import LAYERWISE_ROWS, ROWS, Hardware
 from optimum_cap.estimation.work import AlpsWork, ModelWork, OperationCount, SparseGPTWork, Workload
 from optimum_cap.evaluation import TASKS
 from optimum_cap.methods import CRITERIA
-from optimum_cap.pruning import examples_to_estimate, examples_to_measure
+from optimum_cap.pruning import (
+    EXAMPLES_PER_STEP,
+    LEFT_OUT,
+    examples_to_estimate,
+    examples_to_measure,
+)
 
 USABLE = 0.9  # fraction of a device's memory, as accelerate uses for device_map="auto"
 LAUNCHES_PER_LAYER = 60  # small operations in one run of a layer
@@ -25,6 +30,7 @@ RANKING_PASSES = 30  # to rank rows, without the sort
 STEP_PASSES = 25  # in a step of ALPS, without its products
 INPUT_PASSES = 6  # per input of a matrix: selected, squared and summed
 CHECK_PASSES = 12  # per prunable weight: checked, masked, stored, and zeros counted
+ADAM_PASSES = 12  # in a step of the refinement: gradients masked, states and weights updated
 MASK_PASSES = 8  # to apply a known threshold: importance, comparison, new weights
 STAGES = 4  # per layer; the inputs are measured before each of them (`stages_by_layer`)
 BLOCK = 4096  # block size of the file system in bytes
@@ -139,6 +145,8 @@ class CostModel:
         ]
         if method.layer_by_layer:
             parts.append(self._layerwise_passes(method, shape))
+            if method.refine:
+                parts.append(self._refinement(method, shape))
         if method.allocation == "owl":
             parts.append(self._outliers(shape))
         elif method.by_sensitivity:
@@ -186,6 +194,20 @@ class CostModel:
             self.seconds(counted) + compared / self.hardware.float32 + self._input_statistics(shape)
         )
         return Part(counted.operations + compared, seconds, held)
+
+    def _refinement(self, method: Method, shape: Workload) -> "Part":
+        """Return the cost of refining every layer."""
+        work = self.work
+        counted = work.refinement(shape, method.refine, 1 / LEFT_OUT)
+        fitted = shape.examples * (1 - 1 / LEFT_OUT)
+        steps = method.refine * math.ceil(fitted / EXAMPLES_PER_STEP)
+        updates = self.through_memory(ADAM_PASSES * steps * work.prunable)
+        # The states of Adam, the gradient and the best weights so far, in float32; what a step
+        # saves for its backward pass; the hidden states of the dense model.
+        hidden = shape.examples * shape.tokens * work.layers[0].hidden * self.value
+        saved = EXAMPLES_PER_STEP * shape.tokens * self.per_token
+        memory = 16 * max(layer.prunable for layer in work.layers) + saved + hidden
+        return Part(counted.operations, self.seconds(counted) + updates, memory)
 
     def _input_statistics(self, shape: Workload) -> float:
         """Return the seconds for the statistics of all inputs, without the products x_i x_j."""

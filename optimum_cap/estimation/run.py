@@ -154,7 +154,7 @@ def estimate(
     cost_model = _cost_model(work, config, hardware, tokens)
     costs = [cost_model.scoring(name, shape) for name in ESTIMATOR_COSTS]
     costs.append(cost_model.paper(shape, sparsity))
-    for name in ("causal", "wanda", "sparsegpt"):
+    for name in ("causal", "causal_fast", "wanda", "sparsegpt"):
         costs.append(cost_model.pruning(name, RECIPES[name], shape, sparsity))
     costs.append(cost_model.evaluation(DEFAULT_TASKS, limit, batch_size))
     return Estimate(

@@ -357,6 +357,22 @@ class ModelWork:
         """Return the work of layer-by-layer passes: a run before each stage, and a final one."""
         return (1 + stages) * self._layers(shape) + self._experts_again(shape)
 
+    def refinement(self, shape: Workload, passes: int, left_out: float) -> OperationCount:
+        """Return the work of refining all layers, without the steps of the optimizer.
+
+        The dense model runs once. A step runs a layer forward and backward, where a product has a
+        gradient for its inputs and one for its weights.
+
+        Args:
+            shape: The calibration set.
+            passes: Passes over the examples that are fitted.
+            left_out: Fraction of the examples that is left out, and measured before each pass.
+        """
+        forward = self._layers(shape)
+        backward = OperationCount(2 * forward.products, 2 * forward.attention, 2 * forward.moved)
+        fitted = passes * (1 - left_out)
+        return (1 + fitted + (passes + 1) * left_out) * forward + fitted * backward
+
     def dense_reference_pass(self, shape: Workload, by_projection: bool) -> OperationCount:
         """Return the work of a `DenseReferencePass`: both models run, as far as needed."""
         rows, pairs = _apart(shape)

@@ -409,7 +409,7 @@ def test_a_packed_checkpoint_at_half_sparsity_takes_nine_sixteenths_of_the_prune
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_an_estimate(architecture: str) -> None:
     found = estimate(tiny_model(architecture).config, "h100")
-    assert len(found.costs) == len(ESTIMATOR_COSTS) + 5
+    assert len(found.costs) == len(ESTIMATOR_COSTS) + 6
     assert all(cost.seconds > 0 for cost in found.costs)
 
 
