@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from optimum_cap.config import SCORED_TOKENS, SCORED_UNITS, CAPConfig
+from optimum_cap.config import ANSWER_FIELDS, SCORED_TOKENS, SCORED_UNITS, CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import ModelView, SiteUnit
 from optimum_cap.runtime import (
@@ -38,6 +38,8 @@ _LAYOUT = 1
 _METADATA = "optimum_cap_scores"
 DECISIVE = (
     "dataset",
+    "answers",
+    *ANSWER_FIELDS,
     "num_samples",
     "seed",
     "scored_tokens",

@@ -1,0 +1,17 @@
+"""The dense model's own answers to prompts, as calibration data."""
+
+from optimum_cap.generation.answers import (
+    AnsweredPrompt,
+    AnsweredPrompts,
+    answer_prompts,
+    answered_calibration_set,
+)
+from optimum_cap.generation.traces import trace_rows
+
+__all__ = [
+    "AnsweredPrompt",
+    "AnsweredPrompts",
+    "answer_prompts",
+    "answered_calibration_set",
+    "trace_rows",
+]

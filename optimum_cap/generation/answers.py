@@ -1,0 +1,441 @@
+"""Lets the dense model answer the prompts of a data set, and builds a calibration set of it."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from optimum_cap.config import ANSWER_FIELDS, CAPConfig
+from optimum_cap.data import (
+    CalibrationExample,
+    CalibrationSet,
+    Part,
+    Prompt,
+    PromptSource,
+    batches,
+    check_token_ids,
+    draw_prompts,
+    mixed_set,
+    usable_tokenizer,
+)
+from optimum_cap.generation.cache import AnswerStore
+from optimum_cap.generation.checking import can_be_checked, is_right
+from optimum_cap.generation.sampling import (
+    Answer,
+    Sampling,
+    examples_per_batch,
+    sample_answers,
+)
+from optimum_cap.models import (
+    evaluation_mode,
+    float32_on_cpu,
+    is_offloaded,
+    number_of_embeddings,
+)
+from optimum_cap.runtime import (
+    ProcessGroup,
+    check_same_inputs,
+    digest_of,
+    each_in_memory,
+    resume_hint_on_stop,
+)
+
+logger = logging.get_logger(__name__)
+
+CheckPrompts = Callable[[list[CalibrationExample]], None]
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """A prompt with an answer of the model.
+
+    Attributes:
+        prompt: The prompt.
+        answer: The answer.
+        text: Its text, without special tokens.
+        correct: Whether its result is the published one; `None` if that cannot be told.
+        attempts: Number of answers to this prompt, this one included.
+    """
+
+    prompt: Prompt
+    answer: Answer
+    text: str
+    correct: bool | None
+    attempts: int
+
+    def example(self, scored_tokens: str) -> CalibrationExample:
+        """Return prompt and answer as a calibration example, with the tokens as generated."""
+        prompt = self.prompt.example
+        answer = torch.tensor(self.answer.ids, dtype=torch.long)
+        input_ids = torch.cat([prompt.input_ids, answer])
+        first = 1 if scored_tokens == "all" else len(prompt.input_ids)
+        scored = torch.arange(len(input_ids)) >= first
+        return dataclasses.replace(prompt, input_ids=input_ids, scored=scored)
+
+
+@dataclass(frozen=True)
+class AnsweredPrompts:
+    """The answers that were chosen, and the record of how they were made.
+
+    Attributes:
+        chosen: For each data set: its answers, in the order in which their prompts were drawn, or
+            the examples of plain texts.
+        record: Plain JSON values: settings, counts and a digest.
+        limit: Longest example, in tokens.
+    """
+
+    chosen: list[tuple[PromptSource, list[AnsweredPrompt]] | Part]
+    record: dict[str, Any]
+    limit: int
+
+    @property
+    def answers(self) -> list[AnsweredPrompt]:
+        """The answers of all data sets."""
+        return [each for part in self.chosen if not isinstance(part, Part) for each in part[1]]
+
+
+def answered_calibration_set(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: CAPConfig,
+    process_group: ProcessGroup,
+    *,
+    max_length: int | None = None,
+    check_prompts: CheckPrompts | None = None,
+) -> CalibrationSet:
+    """Build the calibration set of a config with `answers="model"`.
+
+    Args:
+        model: As for `answer_prompts`, as are the others.
+        tokenizer: The model's tokenizer, or its processor.
+        config: The settings.
+        process_group: The processes that share the work; all of them get the same set.
+        max_length: Maximum number of tokens of the model.
+        check_prompts: Called with the tokenized prompts before the first answer.
+
+    Raises:
+        ValueError: As `answer_prompts`.
+    """
+    answered = answer_prompts(
+        model,
+        tokenizer,
+        config,
+        process_group,
+        max_length=max_length,
+        check_prompts=check_prompts,
+    )
+    parts = []
+    for part in answered.chosen:
+        if not isinstance(part, Part):
+            source, chosen = part
+            examples = [each.example(config.scored_tokens) for each in chosen]
+            part = Part(source.source, examples, {"too_long": source.too_long, "cut_answers": 0})
+        parts.append(part)
+    calibration = mixed_set(parts, config, answered.limit)
+    record = {**calibration.record, "answers": answered.record}
+    return dataclasses.replace(calibration, record=record)
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: CAPConfig,
+    process_group: ProcessGroup,
+    *,
+    max_length: int | None = None,
+    check_prompts: CheckPrompts | None = None,
+) -> AnsweredPrompts:
+    """Let the model answer as many prompts as the config says, and choose among the answers.
+
+    Empty answers are never chosen; another prompt is answered instead.
+
+    Args:
+        model: The dense model; it is left unchanged.
+        tokenizer: Its tokenizer, or its processor.
+        config: The settings, with `answers="model"`.
+        process_group: The processes that share the work; all of them get all answers.
+        max_length: Maximum number of tokens of the model.
+        check_prompts: Called with the tokenized prompts before the first answer.
+
+    Raises:
+        ValueError: The data, the tokenizer or the model cannot be used, or the data sets have too
+            few prompts that get an answer.
+        ConnectionError: Another process of the launch has stopped.
+    """
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} cannot generate text, so it cannot answer prompts: use "
+            "answers 'dataset'"
+        )
+    tokenizer = usable_tokenizer(tokenizer)
+    draw = draw_prompts(config, tokenizer, max_length=max_length)
+    sources = [part for part in draw.sources if isinstance(part, PromptSource)]
+    first = {id(source): source.take(_wanted(source, config)) for source in sources}
+    for source in sources:
+        if len(first[id(source)]) < source.count:
+            raise _too_few(source, len(first[id(source)]), 0)
+    examples = [prompt.example for prompts in first.values() for prompt in prompts]
+    check_token_ids(
+        tokenizer, [example.input_ids for example in examples], number_of_embeddings(model)
+    )
+    check_same_inputs(
+        process_group, model, examples, [getattr(config, name) for name in ANSWER_FIELDS]
+    )
+    if check_prompts is not None:
+        check_prompts(examples)
+    if is_offloaded(model):
+        logger.warning(
+            "weights of the model are offloaded, so each token of an answer loads them again: "
+            "`cap generate` on a machine that holds the model makes a file of answers instead"
+        )
+    answering = _Answering(model, tokenizer, config, process_group)
+    chosen = [
+        part if isinstance(part, Part) else (part, answering.chosen(part, first[id(part)]))
+        for part in draw.sources
+    ]
+    return _with_record(chosen, answering, config, draw.limit)
+
+
+@dataclass
+class _Answering:
+    """Answers prompts, and counts how often.
+
+    Attributes:
+        prompts: Number of prompts answered.
+        empty: Number of them whose answers were all empty.
+        generated: Number of answers.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: CAPConfig
+    process_group: ProcessGroup
+    prompts: int = 0
+    empty: int = 0
+    generated: int = 0
+    _sampling: Sampling = field(init=False)
+    _store: AnswerStore | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        ends = _end_tokens(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self._sampling = Sampling(
+            config.temperature,
+            config.top_p,
+            config.max_new_tokens,
+            ends,
+            ends[0] if pad is None else pad,
+        )
+        if config.resume_dir is not None:
+            self._store = AnswerStore(config.resume_dir, self.model, self._sampling)
+
+    def chosen(self, source: PromptSource, prompts: list[Prompt]) -> list[AnsweredPrompt]:
+        """Answer prompts until there are enough answers that are not empty; choose among them.
+
+        Args:
+            source: Where to draw further prompts from.
+            prompts: The first prompts.
+
+        Raises:
+            ValueError: There are too few.
+        """
+        wanted, answered = _wanted(source, self.config), []
+        empty = self.empty
+        while prompts:
+            answered += self._answer(prompts)
+            prompts = source.take(wanted - len(answered))
+        if len(answered) < source.count:
+            raise _too_few(source, len(answered), self.empty - empty)
+        return _select(answered, source.count, self.config.answer_selection)
+
+    def _answer(self, prompts: list[Prompt]) -> list[AnsweredPrompt]:
+        """Return one answer to each prompt, except where all attempts are empty.
+
+        A prompt is answered again while its answer is wrong or empty.
+        """
+        best: dict[int, AnsweredPrompt] = {}
+        pending = list(range(len(prompts)))
+        for attempt in range(self.config.answer_attempts):
+            answers = self._sample([prompts[position] for position in pending], attempt)
+            again = []
+            for position, answer in zip(pending, answers, strict=True):
+                answered = self._checked(prompts[position], answer, attempt + 1)
+                if answered is not None and _is_better(answered, best.get(position)):
+                    best[position] = answered
+                if answered is None or answered.correct is False:
+                    again.append(position)
+            pending = again
+            if not pending:
+                break
+        self.prompts += len(prompts)
+        self.empty += len(prompts) - len(best)
+        return [best[position] for position in sorted(best)]
+
+    def _checked(self, prompt: Prompt, answer: Answer, attempts: int) -> AnsweredPrompt | None:
+        """Return a prompt with its answer; `None` if that is empty."""
+        text: str = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        if not text.strip():
+            return None
+        if answer.finished:
+            correct = is_right(prompt, text)
+        else:  # it has no result, wherever its last number comes from
+            correct = False if can_be_checked(prompt) else None
+        return AnsweredPrompt(prompt, answer, text, correct, attempts)
+
+    def _sample(self, prompts: list[Prompt], attempt: int) -> list[Answer]:
+        """Sample one answer to each prompt, shared by all processes."""
+        examples = [prompt.example for prompt in prompts]
+        seeds = [_seed(example, self.config.seed, attempt) for example in examples]
+        longest = max(len(example.input_ids) for example in examples)
+        size = examples_per_batch(
+            self.model, longest, self._sampling.max_new_tokens, self.config.memory_budget
+        )
+        planned = batches(examples, size)
+        mine = self.process_group.share([len(batch.positions) for batch in planned])
+        answers: dict[int, Answer] = {}
+        total = sum(len(planned[index].positions) for index in mine)
+
+        def status() -> str:
+            return f"the model had answered {len(answers)} of {total} prompts"
+
+        with (
+            resume_hint_on_stop(status, self._store),
+            evaluation_mode(self.model),
+            float32_on_cpu(self.model),
+            logging.tqdm(total=total, desc="Answering") as progress,
+        ):
+            for index in mine:
+                positions = planned[index].positions
+                stored = {each: self._stored(examples[each], seeds[each]) for each in positions}
+                # Whole batches, whose answers are then the same bits as in an undisturbed run.
+                if all(answer is not None for answer in stored.values()):
+                    answers |= {each: answer for each, answer in stored.items() if answer}
+                    progress.update(len(positions))
+                    continue
+                sampled = each_in_memory(
+                    [planned[index]],
+                    lambda batch: sample_answers(
+                        self.model,
+                        batch,
+                        [seeds[each] for each in batch.positions],
+                        self._sampling,
+                    ),
+                )
+                for batch, results in sampled:
+                    for position, answer in zip(batch.positions, results, strict=True):
+                        answers[position] = answer
+                        if self._store is not None:
+                            self._store.put(examples[position].input_ids, seeds[position], answer)
+                    progress.update(len(batch.positions))
+            self.generated += len(prompts)
+            gathered = self.process_group.all_gather(answers)
+        everyone = {position: answer for each in gathered for position, answer in each.items()}
+        return [everyone[position] for position in range(len(prompts))]
+
+    def _stored(self, example: CalibrationExample, seed: int) -> Answer | None:
+        return None if self._store is None else self._store.get(example.input_ids, seed)
+
+
+def _is_better(answered: AnsweredPrompt, other: AnsweredPrompt | None) -> bool:
+    """Return whether a later answer to a prompt takes the place of an earlier one."""
+    if other is None or answered.correct:
+        return True
+    return answered.answer.finished and not other.answer.finished
+
+
+def _wanted(source: PromptSource, config: CAPConfig) -> int:
+    """Return how many prompts of a data set get an answer, of which `source.count` are chosen."""
+    candidates = config.answer_candidates
+    if candidates is None:
+        candidates = config.num_samples * (2 if config.answer_selection == "hard" else 1)
+    return -(-candidates * source.count // config.num_samples)
+
+
+def _select(answered: list[AnsweredPrompt], count: int, how: str) -> list[AnsweredPrompt]:
+    """Choose answers, in the order in which their prompts were drawn.
+
+    Args:
+        answered: The answers.
+        count: How many to choose.
+        how: As `CAPConfig.answer_selection`.
+    """
+    middle = median(len(each.answer.ids) for each in answered)
+
+    def key(each: AnsweredPrompt) -> tuple[float, ...]:
+        wrong = {True: 0, None: 1, False: 2}[each.correct]
+        if how == "right":
+            return (wrong,)
+        failed = each.attempts - 1 if each.correct else 0
+        return wrong, -failed, abs(len(each.answer.ids) - middle)
+
+    best = sorted(range(len(answered)), key=lambda position: key(answered[position]))[:count]
+    return [answered[position] for position in sorted(best)]
+
+
+def _with_record(
+    chosen: list[tuple[PromptSource, list[AnsweredPrompt]] | Part],
+    answering: _Answering,
+    config: CAPConfig,
+    limit: int,
+) -> AnsweredPrompts:
+    """Record how answers were made, and log the numbers that tell whether they are any good."""
+    result = AnsweredPrompts(chosen, {}, limit)
+    answers = result.answers
+    lengths = [len(each.answer.ids) for each in answers]
+    record = {
+        "of": "model",
+        **{name: getattr(config, name) for name in ANSWER_FIELDS},
+        "prompts": answering.prompts,
+        "generated": answering.generated,
+        "empty": answering.empty,
+        "used": len(answers),
+        "right": sum(each.correct is True for each in answers),
+        "wrong": sum(each.correct is False for each in answers),
+        "unchecked": sum(each.correct is None for each in answers),
+        "truncated": sum(not each.answer.finished for each in answers),
+        "mean_tokens": round(sum(lengths) / len(lengths), 1),
+        "sha256": digest_of([list(each.answer.ids) for each in answers]),
+    }
+    logger.info(
+        f"calibrating on {record['used']} answers of the model ({record['mean_tokens']} tokens on "
+        f"average): {record['right']} right, {record['wrong']} wrong, {record['unchecked']} "
+        f"unchecked, {record['truncated']} cut off at {config.max_new_tokens} tokens"
+    )
+    if record["truncated"] > len(answers) / 2:
+        logger.warning(
+            f"{record['truncated']} of {len(answers)} answers of the model were cut off at "
+            f"{config.max_new_tokens} tokens: raise max_new_tokens to calibrate on whole ones"
+        )
+    return dataclasses.replace(result, record=record)
+
+
+def _too_few(source: PromptSource, usable: int, empty: int) -> ValueError:
+    reasons = []
+    if source.too_long:
+        reasons.append(f"{source.too_long} are longer than {source.longest} tokens")
+    if empty:
+        reasons.append(f"the model's answers to {empty} are empty")
+    reason = f" ({', '.join(reasons)})" if reasons else ""
+    return ValueError(
+        f"data set {source.source.name!r} has {usable} usable prompts of "
+        f"{len(source.source.rows)} rows{reason}, but {source.count} are needed: lower num_samples"
+        + (", lower max_new_tokens or raise max_length" if source.too_long else "")
+    )
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of the checkpoint and that of the tokenizer."""
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    ids = of_model if isinstance(of_model, list | tuple) else [of_model]
+    return tuple(sorted({int(each) for each in (*ids, tokenizer.eos_token_id) if each is not None}))
+
+
+def _seed(example: CalibrationExample, seed: int, attempt: int) -> int:
+    """Return the seed of an answer, which depends on nothing but its prompt and these numbers."""
+    return int(digest_of(seed, attempt, example.input_ids)[:15], 16)
