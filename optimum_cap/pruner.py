@@ -27,6 +27,7 @@ from optimum_cap.models import (
     Matrix,
     ModelView,
     check_configs_can_be_saved,
+    longest_sequence,
     number_of_embeddings,
     plain_model,
     stored_parameter,
@@ -208,18 +209,12 @@ def _calibration(
 ) -> CalibrationSet:
     """Return the calibration set; the prompts are checked before the model answers them."""
     tokenizer = _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer)
-    max_length = _max_length(model)
     if config.answers == "model":
         calibration = answered_calibration_set(
-            model,
-            tokenizer,
-            config,
-            process_group,
-            max_length=max_length,
-            check_prompts=check_prompts,
+            model, tokenizer, config, process_group, check_prompts
         )
     else:
-        calibration = build_calibration_set(config, tokenizer, max_length=max_length)
+        calibration = build_calibration_set(config, tokenizer, max_length=longest_sequence(model))
     examples = calibration.examples
     ids = [example.input_ids for example in examples]
     check_token_ids(tokenizer, ids, number_of_embeddings(model))
@@ -364,7 +359,3 @@ def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
         with suppress(ValueError):
             return load_tokenizer(name)
     return load_tokenizer(names[-1])
-
-
-def _max_length(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

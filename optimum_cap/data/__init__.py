@@ -9,7 +9,7 @@ from optimum_cap.data.calibration import (
     describe_example,
     mixed_set,
 )
-from optimum_cap.data.prompts import Prompt, PromptDraw, PromptSource, draw_prompts
+from optimum_cap.data.prompts import Prompt, PromptDraw, PromptSource, draw_prompts, has_prompts
 from optimum_cap.data.rendering import RenderingCheck, encode, render_prompt
 from optimum_cap.data.sources import (
     FINISHED,
@@ -47,6 +47,7 @@ __all__ = [
     "encode",
     "find_data_files",
     "first_file",
+    "has_prompts",
     "load_sources",
     "load_tokenizer",
     "local_presets",

@@ -139,7 +139,7 @@ def draw_prompts(
             "set tokenizer.eos_token"
         )
     shares = shares_of_sources(config, config.dataset if dataset is None else dataset)
-    answerable = [_has_prompts(share.source) for share in shares]
+    answerable = [has_prompts(share.source) for share in shares]
     if not any(answerable):
         names = ", ".join(repr(share.source.name) for share in shares)
         raise ValueError(
@@ -149,15 +149,15 @@ def draw_prompts(
     return PromptDraw(
         [
             PromptSource.of(share, tokenizer, longest)
-            if has_prompts
+            if can_answer
             else take_examples(share, tokenizer, limit, config)
-            for share, has_prompts in zip(shares, answerable, strict=True)
+            for share, can_answer in zip(shares, answerable, strict=True)
         ],
         limit,
     )
 
 
-def _has_prompts(source: Source) -> bool:
+def has_prompts(source: Source) -> bool:
     """Return whether the first row that is not empty is a conversation."""
     for row in source.rows:
         conversation = source.read(row)

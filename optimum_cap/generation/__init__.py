@@ -5,6 +5,7 @@ from optimum_cap.generation.answers import (
     AnsweredPrompts,
     answer_prompts,
     answered_calibration_set,
+    first_prompts,
 )
 from optimum_cap.generation.traces import trace_rows
 
@@ -13,5 +14,6 @@ __all__ = [
     "AnsweredPrompts",
     "answer_prompts",
     "answered_calibration_set",
+    "first_prompts",
     "trace_rows",
 ]

@@ -35,6 +35,7 @@ from optimum_cap.models import (
     evaluation_mode,
     float32_on_cpu,
     is_offloaded,
+    longest_sequence,
     number_of_embeddings,
 )
 from optimum_cap.runtime import (
@@ -99,13 +100,57 @@ class AnsweredPrompts:
         return [each for part in self.chosen if not isinstance(part, Part) for each in part[1]]
 
 
+@dataclass(frozen=True)
+class FirstPrompts:
+    """The prompts that get an answer, more of which are drawn if some answers are empty.
+
+    Attributes:
+        parts: For each data set: its prompts, with what draws further ones, or the examples of
+            plain texts, which are used as they are.
+        limit: Longest example with its answer, in tokens.
+    """
+
+    parts: list[tuple[PromptSource, list[Prompt]] | Part]
+    limit: int
+
+
+def first_prompts(
+    config: CAPConfig, tokenizer: Any, embeddings: int | None, max_length: int | None = None
+) -> FirstPrompts:
+    """Draw the prompts that get an answer, and check that they are enough and can be tokenized.
+
+    Args:
+        config: The settings, with `answers="model"`.
+        tokenizer: The model's tokenizer.
+        embeddings: Number of embeddings of the model; `None` if it is not known.
+        max_length: Maximum number of tokens of the model.
+
+    Raises:
+        ValueError: The data or the tokenizer cannot be used, or there are too few prompts.
+    """
+    draw = draw_prompts(config, tokenizer, max_length=max_length)
+    parts: list[tuple[PromptSource, list[Prompt]] | Part] = []
+    ids = []
+    for source in draw.sources:
+        if isinstance(source, Part):
+            parts.append(source)
+            ids += [example.input_ids for example in source.examples]
+            continue
+        prompts = source.take(_wanted(source, config))
+        if len(prompts) < source.count:
+            raise _too_few(source, len(prompts), 0)
+        parts.append((source, prompts))
+        ids += [prompt.example.input_ids for prompt in prompts]
+    if embeddings is not None:
+        check_token_ids(tokenizer, ids, embeddings)
+    return FirstPrompts(parts, draw.limit)
+
+
 def answered_calibration_set(
     model: PreTrainedModel,
     tokenizer: Any,
     config: CAPConfig,
     process_group: ProcessGroup,
-    *,
-    max_length: int | None = None,
     check_prompts: CheckPrompts | None = None,
 ) -> CalibrationSet:
     """Build the calibration set of a config with `answers="model"`.
@@ -115,20 +160,12 @@ def answered_calibration_set(
         tokenizer: The model's tokenizer, or its processor.
         config: The settings.
         process_group: The processes that share the work; all of them get the same set.
-        max_length: Maximum number of tokens of the model.
         check_prompts: Called with the tokenized prompts before the first answer.
 
     Raises:
         ValueError: As `answer_prompts`.
     """
-    answered = answer_prompts(
-        model,
-        tokenizer,
-        config,
-        process_group,
-        max_length=max_length,
-        check_prompts=check_prompts,
-    )
+    answered = answer_prompts(model, tokenizer, config, process_group, check_prompts)
     parts = []
     for part in answered.chosen:
         if not isinstance(part, Part):
@@ -146,8 +183,6 @@ def answer_prompts(
     tokenizer: Any,
     config: CAPConfig,
     process_group: ProcessGroup,
-    *,
-    max_length: int | None = None,
     check_prompts: CheckPrompts | None = None,
 ) -> AnsweredPrompts:
     """Let the model answer as many prompts as the config says, and choose among the answers.
@@ -159,7 +194,6 @@ def answer_prompts(
         tokenizer: Its tokenizer, or its processor.
         config: The settings, with `answers="model"`.
         process_group: The processes that share the work; all of them get all answers.
-        max_length: Maximum number of tokens of the model.
         check_prompts: Called with the tokenized prompts before the first answer.
 
     Raises:
@@ -173,16 +207,10 @@ def answer_prompts(
             "answers 'dataset'"
         )
     tokenizer = usable_tokenizer(tokenizer)
-    draw = draw_prompts(config, tokenizer, max_length=max_length)
-    sources = [part for part in draw.sources if isinstance(part, PromptSource)]
-    first = {id(source): source.take(_wanted(source, config)) for source in sources}
-    for source in sources:
-        if len(first[id(source)]) < source.count:
-            raise _too_few(source, len(first[id(source)]), 0)
-    examples = [prompt.example for prompts in first.values() for prompt in prompts]
-    check_token_ids(
-        tokenizer, [example.input_ids for example in examples], number_of_embeddings(model)
-    )
+    draw = first_prompts(config, tokenizer, number_of_embeddings(model), longest_sequence(model))
+    examples = [
+        prompt.example for part in draw.parts if not isinstance(part, Part) for prompt in part[1]
+    ]
     check_same_inputs(
         process_group, model, examples, [getattr(config, name) for name in ANSWER_FIELDS]
     )
@@ -195,8 +223,8 @@ def answer_prompts(
         )
     answering = _Answering(model, tokenizer, config, process_group)
     chosen = [
-        part if isinstance(part, Part) else (part, answering.chosen(part, first[id(part)]))
-        for part in draw.sources
+        part if isinstance(part, Part) else (part[0], answering.chosen(*part))
+        for part in draw.parts
     ]
     return _with_record(chosen, answering, config, draw.limit)
 
