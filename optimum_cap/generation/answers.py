@@ -1,6 +1,7 @@
 """Lets the dense model answer the prompts of a data set, and builds a calibration set of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -48,6 +49,7 @@ from optimum_cap.runtime import (
 
 logger = logging.get_logger(__name__)
 
+_TOKENS_SHOWN = 20
 CheckPrompts = Callable[[list[CalibrationExample]], None]
 
 
@@ -353,6 +355,7 @@ class _Answering:
                         batch,
                         [seeds[each] for each in batch.positions],
                         self._sampling,
+                        functools.partial(_show_tokens, progress, self._sampling),
                     ),
                 )
                 for batch, results in sampled:
@@ -368,6 +371,12 @@ class _Answering:
 
     def _stored(self, example: CalibrationExample, seed: int) -> Answer | None:
         return None if self._store is None else self._store.get(example.input_ids, seed)
+
+
+def _show_tokens(progress: Any, sampling: Sampling, count: int) -> None:
+    """Show how long the longest answer of a batch is so far, every few tokens."""
+    if count % _TOKENS_SHOWN == 0:
+        progress.set_postfix_str(f"token {count} of {sampling.max_new_tokens}")
 
 
 def _is_better(answered: AnsweredPrompt, other: AnsweredPrompt | None) -> bool:

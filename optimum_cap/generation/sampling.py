@@ -1,6 +1,6 @@
 """Samples continuations of prompts, each with random numbers of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +49,11 @@ class Sampling:
 
 
 def sample_answers(
-    model: PreTrainedModel, batch: Batch, seeds: list[int], sampling: Sampling
+    model: PreTrainedModel,
+    batch: Batch,
+    seeds: list[int],
+    sampling: Sampling,
+    on_token: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
     """Sample one answer to each prompt of a batch.
 
@@ -61,6 +65,7 @@ def sample_answers(
         batch: The prompts.
         seeds: One seed for each prompt.
         sampling: The settings.
+        on_token: Called with the number of tokens of the longest answer so far.
 
     Raises:
         ValueError: The model computes NaN or infinite logits.
@@ -74,7 +79,7 @@ def sample_answers(
         pad_token_id=sampling.pad_token,
         disable_compile=True,
     )
-    sampled = _SampledTokens(seeds, sampling.temperature, sampling.top_p)
+    sampled = _SampledTokens(seeds, sampling, on_token)
     with _no_other_generation_settings(model):
         sequences = model.generate(
             inputs=input_ids.to(device),
@@ -135,14 +140,18 @@ class _SampledTokens(LogitsProcessor):
 
     Args:
         seeds: One seed for each row.
-        temperature: As in `Sampling`.
-        top_p: As in `Sampling`.
+        sampling: The temperature and the probability of the nucleus.
+        on_token: Called with the number of tokens drawn for each row.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float) -> None:
+    def __init__(
+        self, seeds: list[int], sampling: Sampling, on_token: Callable[[int], None]
+    ) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._temperature = temperature
-        self._top_p = top_p
+        self._temperature = sampling.temperature
+        self._top_p = sampling.top_p
+        self._on_token = on_token
+        self._drawn = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return `[rows, vocabulary]` scores that are minus infinity except for one token."""
@@ -163,6 +172,8 @@ class _SampledTokens(LogitsProcessor):
         places = (cumulative < (draws * mass)[:, None]).sum(-1)
         places = torch.minimum(places, inside.sum(-1) - 1)
         chosen = tokens.gather(1, places[:, None])
+        self._drawn += 1
+        self._on_token(self._drawn)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def _nucleus(self, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
