@@ -1,7 +1,6 @@
 """Lets the dense model answer the prompts of a data set, and builds a calibration set of it."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -18,23 +17,15 @@ from optimum_cap.data import (
     Part,
     Prompt,
     PromptSource,
-    batches,
     check_token_ids,
     draw_prompts,
     mixed_set,
     usable_tokenizer,
 )
-from optimum_cap.generation.cache import AnswerStore
 from optimum_cap.generation.checking import can_be_checked, is_right
-from optimum_cap.generation.sampling import (
-    Answer,
-    Sampling,
-    examples_per_batch,
-    sample_answers,
-)
+from optimum_cap.generation.sampler import AnswerSampler
+from optimum_cap.generation.sampling import Answer
 from optimum_cap.models import (
-    evaluation_mode,
-    float32_on_cpu,
     is_offloaded,
     longest_sequence,
     number_of_embeddings,
@@ -43,13 +34,10 @@ from optimum_cap.runtime import (
     ProcessGroup,
     check_same_inputs,
     digest_of,
-    each_in_memory,
-    resume_hint_on_stop,
 )
 
 logger = logging.get_logger(__name__)
 
-_TOKENS_SHOWN = 20
 CheckPrompts = Callable[[list[CalibrationExample]], None]
 
 
@@ -248,22 +236,12 @@ class _Answering:
     prompts: int = 0
     empty: int = 0
     generated: int = 0
-    _sampling: Sampling = field(init=False)
-    _store: AnswerStore | None = field(init=False, default=None)
+    _sampler: AnswerSampler = field(init=False)
 
     def __post_init__(self) -> None:
-        config = self.config
-        ends = _end_tokens(self.model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id
-        self._sampling = Sampling(
-            config.temperature,
-            config.top_p,
-            config.max_new_tokens,
-            ends,
-            ends[0] if pad is None else pad,
+        self._sampler = AnswerSampler.of(
+            self.model, self.tokenizer, self.config, self.process_group
         )
-        if config.resume_dir is not None:
-            self._store = AnswerStore(config.resume_dir, self.model, self._sampling)
 
     def chosen(self, source: PromptSource, prompts: list[Prompt]) -> list[AnsweredPrompt]:
         """Answer prompts until there are enough answers that are not empty; choose among them.
@@ -292,7 +270,9 @@ class _Answering:
         best: dict[int, AnsweredPrompt] = {}
         pending = list(range(len(prompts)))
         for attempt in range(self.config.answer_attempts):
-            answers = self._sample([prompts[position] for position in pending], attempt)
+            examples = [prompts[position].example for position in pending]
+            answers = self._sampler.sample(examples, attempt)
+            self.generated += len(answers)
             again = []
             for position, answer in zip(pending, answers, strict=True):
                 answered = self._checked(prompts[position], answer, attempt + 1)
@@ -317,66 +297,6 @@ class _Answering:
         else:  # it has no result, wherever its last number comes from
             correct = False if can_be_checked(prompt) else None
         return AnsweredPrompt(prompt, answer, text, correct, attempts)
-
-    def _sample(self, prompts: list[Prompt], attempt: int) -> list[Answer]:
-        """Sample one answer to each prompt, shared by all processes."""
-        examples = [prompt.example for prompt in prompts]
-        seeds = [_seed(example, self.config.seed, attempt) for example in examples]
-        longest = max(len(example.input_ids) for example in examples)
-        size = examples_per_batch(
-            self.model, longest, self._sampling.max_new_tokens, self.config.memory_budget
-        )
-        planned = batches(examples, size)
-        mine = self.process_group.share([len(batch.positions) for batch in planned])
-        answers: dict[int, Answer] = {}
-        total = sum(len(planned[index].positions) for index in mine)
-
-        def status() -> str:
-            return f"the model had answered {len(answers)} of {total} prompts"
-
-        with (
-            resume_hint_on_stop(status, self._store),
-            evaluation_mode(self.model),
-            float32_on_cpu(self.model),
-            logging.tqdm(total=total, desc="Answering") as progress,
-        ):
-            for index in mine:
-                positions = planned[index].positions
-                stored = {each: self._stored(examples[each], seeds[each]) for each in positions}
-                # Whole batches, whose answers are then the same bits as in an undisturbed run.
-                if all(answer is not None for answer in stored.values()):
-                    answers |= {each: answer for each, answer in stored.items() if answer}
-                    progress.update(len(positions))
-                    continue
-                sampled = each_in_memory(
-                    [planned[index]],
-                    lambda batch: sample_answers(
-                        self.model,
-                        batch,
-                        [seeds[each] for each in batch.positions],
-                        self._sampling,
-                        functools.partial(_show_tokens, progress, self._sampling),
-                    ),
-                )
-                for batch, results in sampled:
-                    for position, answer in zip(batch.positions, results, strict=True):
-                        answers[position] = answer
-                        if self._store is not None:
-                            self._store.put(examples[position].input_ids, seeds[position], answer)
-                    progress.update(len(batch.positions))
-            self.generated += len(prompts)
-            gathered = self.process_group.all_gather(answers)
-        everyone = {position: answer for each in gathered for position, answer in each.items()}
-        return [everyone[position] for position in range(len(prompts))]
-
-    def _stored(self, example: CalibrationExample, seed: int) -> Answer | None:
-        return None if self._store is None else self._store.get(example.input_ids, seed)
-
-
-def _show_tokens(progress: Any, sampling: Sampling, count: int) -> None:
-    """Show how long the longest answer of a batch is so far, every few tokens."""
-    if count % _TOKENS_SHOWN == 0:
-        progress.set_postfix_str(f"token {count} of {sampling.max_new_tokens}")
 
 
 def _is_better(answered: AnsweredPrompt, other: AnsweredPrompt | None) -> bool:
@@ -464,15 +384,3 @@ def _too_few(source: PromptSource, usable: int, empty: int) -> ValueError:
         f"{len(source.source.rows)} rows{reason}, but {source.count} are needed: lower num_samples"
         + (", lower max_new_tokens or raise max_length" if source.too_long else "")
     )
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the tokens that end an answer: those of the checkpoint and that of the tokenizer."""
-    of_model = getattr(model.generation_config, "eos_token_id", None)
-    ids = of_model if isinstance(of_model, list | tuple) else [of_model]
-    return tuple(sorted({int(each) for each in (*ids, tokenizer.eos_token_id) if each is not None}))
-
-
-def _seed(example: CalibrationExample, seed: int, attempt: int) -> int:
-    """Return the seed of an answer, which depends on nothing but its prompt and these numbers."""
-    return int(digest_of(seed, attempt, example.input_ids)[:15], 16)

@@ -87,11 +87,11 @@ def test_generate_writes_answers_that_prune_can_read(
 def test_answers_are_stored_in_the_resume_folder(
     cap: Cap, dense: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optimum_cap.generation import answers
+    from optimum_cap.generation import sampler
 
     resume = ("--resume-dir", str(tmp_path / "kept"))
     cap("generate", *flags(dense, sums, *resume), "-o", tmp_path / "first.jsonl")
-    monkeypatch.setattr(answers, "sample_answers", _must_not_be_called)
+    monkeypatch.setattr(sampler, "sample_answers", _must_not_be_called)
     status, _, err = cap("generate", *flags(dense, sums, *resume), "-o", tmp_path / "second.jsonl")
     assert status == 0, err
     first, second = (tmp_path / f"{name}.jsonl" for name in ("first", "second"))

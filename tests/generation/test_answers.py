@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data import build_calibration_set
 from optimum_cap.data.calibration import CalibrationExample, CalibrationSet
-from optimum_cap.generation import AnsweredPrompt, answered_calibration_set, answers, sampling
+from optimum_cap.generation import AnsweredPrompt, answered_calibration_set, sampler, sampling
 from optimum_cap.generation.sampling import Answer
 from optimum_cap.runtime.distributed import ProcessGroup
 
@@ -324,7 +324,7 @@ def test_memory_that_runs_out_halves_the_batch(
             raise OUT_OF_MEMORY[error]
         return original(model, batch, *rest)
 
-    monkeypatch.setattr(answers, "sample_answers", limited)
+    monkeypatch.setattr(sampler, "sample_answers", limited)
     assert ids_of(answered(llama).answers) == expected
     assert tried == [8, 4, 2, 2, 2, 2]
 
@@ -342,7 +342,7 @@ def batches_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(batch.positions))
         return original(model, batch, *rest)
 
-    monkeypatch.setattr(answers, "sample_answers", counting)
+    monkeypatch.setattr(sampler, "sample_answers", counting)
     return sizes
 
 
@@ -410,16 +410,16 @@ import sys
 sys.path.insert(0, {tests!r})
 from helpers.answers import answered
 from helpers.tiny_models import tiny_model
-from optimum_cap.generation import answers
+from optimum_cap.generation import sampler
 from optimum_cap.runtime.distributed import ProcessGroup
 
-original, sizes = answers.sample_answers, []
+original, sizes = sampler.sample_answers, []
 
 def counting(model, batch, *rest):
     sizes.append(len(batch.positions))
     return original(model, batch, *rest)
 
-answers.sample_answers = counting
+sampler.sample_answers = counting
 group = ProcessGroup.current()
 result = answered(tiny_model("llama"), group=group, num_samples=60)
 print(result.record["sha256"], sum(sizes))

@@ -10,7 +10,7 @@ from helpers.tiny_models import tiny_tokenizer
 from optimum_cap import CAPConfig
 from optimum_cap.config import effective
 from optimum_cap.data.batches import Batch
-from optimum_cap.generation import AnsweredPrompts, answer_prompts, answers
+from optimum_cap.generation import AnsweredPrompts, answer_prompts, sampler
 from optimum_cap.generation.sampling import Answer, Sampling
 from optimum_cap.runtime.distributed import ProcessGroup
 
@@ -67,5 +67,5 @@ def let_it_answer(monkeypatch: pytest.MonkeyPatch, *rounds: Any) -> list[int]:
             found.append(Answer(answer + (2,) * finished, finished))
         return found
 
-    monkeypatch.setattr(answers, "sample_answers", sample)
+    monkeypatch.setattr(sampler, "sample_answers", sample)
     return sizes
