@@ -73,6 +73,17 @@ AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
 SCORED_UNITS = ("heads", "all")
+ANSWERS = ("dataset", "model")
+ANSWER_SELECTIONS = ("right", "hard")
+ANSWER_FIELDS = (
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+    "answer_attempts",
+    "answer_selection",
+    "answer_candidates",
+)
+"""The fields of `CAPConfig` that decide how the model answers the prompts of a data set."""
 ESTIMATOR_FIELDS: dict[str, tuple[str, ...]] = {
     "exact": ("resume_dir", "torch_compile"),
     "plain": (),
@@ -93,7 +104,15 @@ COMPILING = tuple(name for name, used in ESTIMATOR_FIELDS.items() if "torch_comp
 """The estimators that take `torch_compile`."""
 
 # Fields of `CAPConfig` that every criterion or allocation with this property uses.
-_DATA_FIELDS = ("dataset", "num_samples", "max_length", "scored_tokens", "seed", "tokenizer")
+_DATA_FIELDS = (
+    "dataset",
+    "answers",
+    "num_samples",
+    "max_length",
+    "scored_tokens",
+    "seed",
+    "tokenizer",
+)
 _SCORE_FIELDS = ("subsets", "aggregation", "scored_units", "estimator", "scores")
 _INPUT_FIELDS = ("order", "answer_weight", "refine")
 _REFINEMENT_FIELDS = ("refine_learning_rate",)
@@ -106,6 +125,7 @@ _DECIDING: dict[str, tuple[str, ...]] = {
     "recipe": tuple(RECIPES),
     "estimator": ESTIMATOR_NAMES,
     "scored_units": SCORED_UNITS,
+    "answers": ANSWERS,
 }
 _SUGGESTED = 4  # choices that an error suggests, at most
 
@@ -201,10 +221,25 @@ class CAPConfig(QuantizationConfigMixin):
             Hub id, a local json, jsonl, csv, parquet or txt file, a `datasets.Dataset`, a list of
             texts, of prompt/completion pairs or of chat messages; or a list of names and files,
             which are mixed evenly. See `docs/calibration.md`.
+        answers: Whose answers to the prompts of the data set are used: the published ones
+            (`"dataset"`), or those that the dense `"model"` itself samples before it is pruned. See
+            `docs/calibration.md`.
+        temperature: Temperature at which the model samples its answers.
+        top_p: Each token of an answer is drawn from the smallest set of tokens that together have
+            this probability.
+        max_new_tokens: Longest answer of the model, in tokens; a longer one is cut off.
+        answer_attempts: How often the model answers a prompt, at most, until its answer is right.
+            Answers are checked for `gsm8k`, `strategyqa`, `arc_challenge` and data with published
+            answers that have a line `#### RESULT`; others are sampled once, unless they are empty.
+        answer_selection: Which answers are used if there are more than `num_samples`: `"right"`
+            ones first; or `"hard"` ones of middling length: right ones first, among them those that
+            took more attempts, among these those with a length nearest to the median.
+        answer_candidates: Number of prompts that the model answers, of which `num_samples` are
+            used; `None` is `num_samples`, or twice as many with `answer_selection="hard"`.
         num_samples: Number of calibration examples.
         subsets: Number K of disjoint subsets of the calibration set (Eq. 2).
         aggregation: How the masked losses of the subsets are combined: `"median"` or `"mean"`.
-        seed: Seed for selecting examples and splitting them into subsets.
+        seed: Seed for selecting examples, splitting them into subsets and sampling answers.
         kv_combination: How a key/value row combines the importances of the query heads that share
             it under grouped-query attention: `"mean"` or `"max"`.
         scored_tokens: Tokens that count in the loss: `"answer"` (never the prompt) or `"all"`.
@@ -232,8 +267,8 @@ class CAPConfig(QuantizationConfigMixin):
         torch_compile: Compile the decoder layers while causal scores are measured, which pays off
             in long runs on a GPU (`docs/performance.md`).
         resume_dir: Folder for finished measurements and, until the model is saved, pruned layers,
-            so that an interrupted run resumes (`docs/scoring.md`); `None` stores nothing. Not
-            saved.
+            so that an interrupted run resumes (`docs/scoring.md`); `None` stores nothing. The
+            model's own answers are stored there too. Not saved.
         modules_to_leave_dense: Modules to leave dense, in addition to embeddings, norms, routers
             and the LM head, which are never pruned: names or consecutive parts of them (such as
             `"layers.0"` or `"o_proj"`), or `"re:"` and a regular expression that matches the
@@ -266,6 +301,13 @@ class CAPConfig(QuantizationConfigMixin):
     owl_outlier_ratio: float = 5.0
     owl_bound: float = 0.08
     dataset: Any = "gsm8k"
+    answers: str = "dataset"
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_new_tokens: int = 512
+    answer_attempts: int = 2
+    answer_selection: str = "right"
+    answer_candidates: int | None = None
     num_samples: int = 128
     subsets: int = 3
     aggregation: str = "median"
@@ -310,6 +352,7 @@ class CAPConfig(QuantizationConfigMixin):
         self._check_estimator()
         if self.max_length is not None:
             _check_integer("max_length", self.max_length, at_least=2)
+        self._check_answers()
         self.dataset = _with_plain_paths(self.dataset)
         if self.dataset is None or (isinstance(self.dataset, str) and not self.dataset.strip()):
             raise ValueError(
@@ -335,6 +378,18 @@ class CAPConfig(QuantizationConfigMixin):
             )
         self.sparsity = float(self.sparsity)
 
+    def _check_answers(self) -> None:
+        _check_choice("answers", self.answers, ANSWERS)
+        _check_positive("temperature", self.temperature)
+        _check_positive("top_p", self.top_p)
+        if self.top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {self.top_p!r}")
+        _check_integer("max_new_tokens", self.max_new_tokens, at_least=1)
+        _check_integer("answer_attempts", self.answer_attempts, at_least=1)
+        _check_choice("answer_selection", self.answer_selection, ANSWER_SELECTIONS)
+        if self.answer_candidates is not None:
+            _check_integer("answer_candidates", self.answer_candidates, at_least=1)
+
     def _check_effects(self) -> None:
         """Check that every field that was changed has an effect, and fits those that it needs.
 
@@ -354,6 +409,32 @@ class CAPConfig(QuantizationConfigMixin):
                 f"num_samples ({self.num_samples}) examples exactly: lower the first or raise the "
                 "second"
             )
+        if self.answers == "model":
+            self._check_answers_fit()
+
+    def _check_answers_fit(self) -> None:
+        """Check that the settings of the model's own answers fit each other and `num_samples`."""
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens}, but an example has at most max_length "
+                f"({self.max_length}) tokens, its prompt included: lower the first or raise the "
+                "second"
+            )
+        if self.answer_candidates is not None and self.answer_candidates < self.num_samples:
+            raise ValueError(
+                f"answer_candidates is {self.answer_candidates}, but num_samples "
+                f"({self.num_samples}) of them are used: raise the first or lower the second"
+            )
+        if self.answer_selection == "hard" and self.answer_candidates == self.num_samples:
+            raise ValueError(
+                "answer_selection 'hard' has no effect with as many answer_candidates as "
+                f"num_samples ({self.num_samples}): raise the first, or leave one of the two out"
+            )
+        if self.answer_selection == "hard" and self.answer_attempts == 1:
+            raise ValueError(
+                "answer_selection 'hard' tells hard prompts by their wrong answers before a right "
+                "one, got answer_attempts 1: set it to at least 2"
+            )
 
     def _has_no_effect(self, unused: list[str]) -> str:
         """Return the error message for fields that have no effect."""
@@ -369,6 +450,8 @@ class CAPConfig(QuantizationConfigMixin):
                 chosen["estimator"] = self.estimator
         if needs_scores and "mlp_unit_size" in unused:
             chosen["scored_units"] = self.scored_units
+        if self.method.needs_data and set(ANSWER_FIELDS).intersection(unused):
+            chosen["answers"] = self.answers
         settings = enumeration([f"{name} {value!r}" for name, value in chosen.items()])
         fields = enumeration([f"{name} {_shown(getattr(self, name))}" for name in unused])
         verb, them = ("has", "it") if len(unused) == 1 else ("have", "them")
@@ -383,6 +466,8 @@ class CAPConfig(QuantizationConfigMixin):
         for name, choices in _DECIDING.items():
             if name in unused or name == not_used:
                 continue
+            if name == "answers" and not set(unused).issubset(ANSWER_FIELDS):
+                continue  # it gives others an effect too, but is chosen for the sake of the answers
             fitting = [repr(choice) for choice in choices if self._is_valid_with({name: choice})]
             if len(fitting) > _SUGGESTED:
                 return f", or choose another {name} to use {them}, such as {fitting[0]}"
@@ -571,6 +656,8 @@ def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
     used = {*criterion.fields, *allocation.fields}
     if config.method.needs_data:
         used.update(_DATA_FIELDS)
+        if config.answers == "model":
+            used.update((*ANSWER_FIELDS, "memory_budget", "resume_dir"))
     if criterion.needs_inputs:
         used.update(_INPUT_FIELDS)
     if criterion.updates_weights:
@@ -615,6 +702,7 @@ _CONDITIONAL_FIELDS = frozenset(
         "kv_combination",
         "mlp_unit_size",
         *_DATA_FIELDS,
+        *ANSWER_FIELDS,
         *_SCORE_FIELDS,
         *_INPUT_FIELDS,
         *_UPDATE_FIELDS,

@@ -1,7 +1,9 @@
 """`CAPPruner`: the steps of a pruning run, from checks to the record. Read this module first."""
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers.utils import logging
 from optimum_cap.checkpoint import PruningRecord, attach, names_loaded_from
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import (
+    CalibrationExample,
     CalibrationSet,
     build_calibration_set,
     check_token_ids,
@@ -18,11 +21,13 @@ from optimum_cap.data import (
     load_tokenizer,
     usable_tokenizer,
 )
+from optimum_cap.generation import answered_calibration_set
 from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
 from optimum_cap.models import (
     Matrix,
     ModelView,
     check_configs_can_be_saved,
+    longest_sequence,
     number_of_embeddings,
     plain_model,
     stored_parameter,
@@ -122,9 +127,18 @@ class CAPPruner:
         zeros = _number_of_zeros(view, matrices, config.sparsity)
         _check_pattern(view, matrices, config.pattern)
         _check_zeros(zeros_before, zeros, config, getattr(plain, "pruning_record", None))
-        calibration = _calibration(plain, config, tokenizer) if config.method.needs_data else None
+        process_group = ProcessGroup.current()
+
+        def check_prompts(prompts: list[CalibrationExample]) -> None:
+            PruningRun(view, config, matrices, prompts, process_group).check_model(losses)
+
+        calibration = (
+            _calibration(plain, config, tokenizer, process_group, check_prompts)
+            if config.method.needs_data
+            else None
+        )
         examples = calibration.examples if calibration else []
-        run = PruningRun(view, config, matrices, examples, ProcessGroup.current())
+        run = PruningRun(view, config, matrices, examples, process_group)
         report_unsupported(view, matrices)
         run.check_model(losses)
 
@@ -174,18 +188,33 @@ class CAPPruner:
         plain = plain_model(model)
         view = ModelView.of(plain, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
-        examples = _calibration(plain, self.config, tokenizer).examples
+        process_group = ProcessGroup.current()
+        check_prompts = functools.partial(check_first_batch, view, layer_by_layer=False)
+        calibration = _calibration(plain, self.config, tokenizer, process_group, check_prompts)
+        examples = calibration.examples
         check_first_batch(view, examples, layer_by_layer=False)
         estimator = ESTIMATORS[self.config.estimator]
-        losses = estimator.losses(view, examples, self.config, ProcessGroup.current())
+        losses = estimator.losses(view, examples, self.config, process_group)
         if save_to is not None:
             save_scores(save_to, losses, plain, examples, self.config)
         return losses
 
 
-def _calibration(model: PreTrainedModel, config: CAPConfig, tokenizer: Any) -> CalibrationSet:
+def _calibration(
+    model: PreTrainedModel,
+    config: CAPConfig,
+    tokenizer: Any,
+    process_group: ProcessGroup,
+    check_prompts: Callable[[list[CalibrationExample]], None],
+) -> CalibrationSet:
+    """Return the calibration set; the prompts are checked before the model answers them."""
     tokenizer = _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer)
-    calibration = build_calibration_set(config, tokenizer, max_length=_max_length(model))
+    if config.answers == "model":
+        calibration = answered_calibration_set(
+            model, tokenizer, config, process_group, check_prompts
+        )
+    else:
+        calibration = build_calibration_set(config, tokenizer, max_length=longest_sequence(model))
     examples = calibration.examples
     ids = [example.input_ids for example in examples]
     check_token_ids(tokenizer, ids, number_of_embeddings(model))
@@ -330,7 +359,3 @@ def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
         with suppress(ValueError):
             return load_tokenizer(name)
     return load_tokenizer(names[-1])
-
-
-def _max_length(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -48,6 +48,14 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
         ("memory_budget", 0, "memory_budget must be a number of bytes"),
         ("torch_compile", "yes", "torch_compile must be True or False, got 'yes'"),
         ("pattern", "rows", 'pattern must be "unstructured", "heads", or "N:M"'),
+        ("answers", "mine", "answers must be one of dataset, model, got 'mine'"),
+        ("temperature", 0, "temperature must be a positive number, got 0"),
+        ("top_p", 1.5, "top_p must be at most 1, got 1.5"),
+        ("top_p", 0, "top_p must be a positive number, got 0"),
+        ("max_new_tokens", 0, "max_new_tokens must be an integer of at least 1, got 0"),
+        ("answer_attempts", 0, "answer_attempts must be an integer of at least 1, got 0"),
+        ("answer_selection", "long", "answer_selection must be one of right, hard, got 'long'"),
+        ("answer_candidates", 0, "answer_candidates must be an integer of at least 1, got 0"),
         ("dataset", "", "dataset is empty"),
         ("dataset", None, "dataset is empty"),
         ("modules_to_leave_dense", "o_proj", "must be a list of module names, got 'o_proj'"),
@@ -157,6 +165,16 @@ NO_EFFECT = [
         "recipe to use it, such as 'causal'",
     ),
     (
+        {"recipe": "wanda", "temperature": 0.7, "answer_attempts": 3},
+        "temperature 0.7 and answer_attempts 3 have no effect with recipe 'wanda' and answers "
+        "'dataset': leave them out, or choose answers 'model' to use them",
+    ),
+    (
+        {"recipe": "magnitude", "answers": "model"},
+        "answers 'model' has no effect with recipe 'magnitude': leave it out, or choose another "
+        "recipe to use it, such as 'causal'",
+    ),
+    (
         {"pattern": "heads", "target": "dense"},
         "target 'dense' has no effect with recipe 'causal' and pattern 'heads': leave it out",
     ),
@@ -187,7 +205,41 @@ def test_a_field_without_an_effect_is_refused(fields: dict[str, Any], message: s
         CAPConfig(**{"sparsity": 0.5, **fields})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"max_length": 512},
+            "max_new_tokens is 512, but an example has at most max_length (512) tokens, its prompt "
+            "included: lower the first or raise the second",
+        ),
+        (
+            {"answer_candidates": 100},
+            "answer_candidates is 100, but num_samples (128) of them are used: raise the first or "
+            "lower the second",
+        ),
+        (
+            {"answer_selection": "hard", "answer_candidates": 128},
+            "answer_selection 'hard' has no effect with as many answer_candidates as num_samples "
+            "(128): raise the first, or leave one of the two out",
+        ),
+        (
+            {"answer_selection": "hard", "answer_attempts": 1},
+            "answer_selection 'hard' tells hard prompts by their wrong answers before a right one, "
+            "got answer_attempts 1: set it to at least 2",
+        ),
+    ],
+)
+def test_settings_of_answers_that_do_not_fit_each_other(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        CAPConfig(0.5, answers="model", **fields)
+
+
 def test_fields_that_a_choice_uses_are_accepted() -> None:
+    CAPConfig(0.5, recipe="wanda", answers="model", resume_dir="runs", memory_budget="1GB")
+    CAPConfig(0.5, recipe="paper", scores="f", answers="model", resume_dir="runs", top_p=0.9)
     CAPConfig(0.5, recipe="random", seed=3)
     CAPConfig(0.5, recipe="owl_wanda", owl_bound=0.1, owl_outlier_ratio=4)
     CAPConfig(0.5, criterion="magnitude", allocation="fisher", answer_weight=2, resume_dir="runs")

@@ -30,7 +30,17 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
-    commands = ["prune", "score", "inspect", "convert", "eval", "compare", "estimate", "study"]
+    commands = [
+        "prune",
+        "generate",
+        "score",
+        "inspect",
+        "convert",
+        "eval",
+        "compare",
+        "estimate",
+        "study",
+    ]
     calls = ["--help", "cap --help", *(f"cap {command} -h" for command in commands)]
     out = run_python(
         "import sys\n"

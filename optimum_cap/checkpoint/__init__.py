@@ -23,6 +23,7 @@ from optimum_cap.checkpoint.record import (
     SiteSensitivity,
     UnitScore,
     count_units,
+    describe_answers,
     unit_label,
 )
 from optimum_cap.checkpoint.saving import attach, name_base_of_adapters, names_loaded_from
@@ -42,6 +43,7 @@ __all__ = [
     "check_target",
     "convert_checkpoint",
     "count_units",
+    "describe_answers",
     "inspect_checkpoint",
     "name_base_of_adapters",
     "names_loaded_from",

@@ -10,7 +10,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from optimum_cap.checkpoint.record import MatrixSparsity, PruningRecord, count_units
+from optimum_cap.checkpoint.record import (
+    MatrixSparsity,
+    PruningRecord,
+    count_units,
+    describe_answers,
+)
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
@@ -166,6 +171,8 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
             f"{config['num_samples']} examples of {sources or _cell(str(config['dataset']))}, seed "
             f"{config['seed']}"
         )
+    if answers := record.calibration.get("answers"):
+        rows["Answers"] = describe_answers(answers)
     if record.scores:
         units = count_units(score.kind for score in record.scores)
         rows["Scored"] = (

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -307,6 +307,44 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
         raise ValueError("calibration.sources must be a list of objects with a name")
     if not isinstance(digests, list) or not all(map(_is_text, digests)):
         raise ValueError("calibration.digests must be a list of texts")
+    if (answers := calibration.get("answers")) is not None:
+        _check_answers(answers)
+
+
+_ANSWER_COUNTS = ("used", "right", "wrong", "unchecked", "truncated", "max_new_tokens")
+_ANSWER_NUMBERS = ("temperature", "top_p", "mean_tokens")
+
+
+def _check_answers(answers: Any) -> None:
+    """Check the numbers that say how the model's own answers were made."""
+    if not isinstance(answers, dict):
+        raise ValueError(f"calibration.answers must be an object, got {answers!r:.80}")
+    for names, is_valid, expected in (
+        (_ANSWER_COUNTS, is_count, "a count"),
+        (_ANSWER_NUMBERS, _is_number, "a number"),
+    ):
+        for name in names:
+            if not is_valid(answers.get(name)):
+                raise ValueError(
+                    f"calibration.answers.{name} must be {expected}, got {answers.get(name)!r:.80}"
+                )
+
+
+def describe_answers(answers: Mapping[str, Any]) -> str:
+    """Return how many answers of the dense model were used, and what is known about them.
+
+    Args:
+        answers: The entry `answers` of the calibration record.
+    """
+    counts = [
+        f"{answers[name]} {name}" for name in ("right", "wrong", "unchecked") if answers[name]
+    ]
+    return (
+        f"{answers['used']} of the dense model's own, sampled at temperature "
+        f"{answers['temperature']:g} and top-p {answers['top_p']:g}: {', '.join(counts)}; "
+        f"{answers['truncated']} cut off at {answers['max_new_tokens']} tokens; "
+        f"{answers['mean_tokens']:g} tokens on average"
+    )
 
 
 def unit_label(kind: str, layer: int, site: str, unit: int) -> str:

@@ -8,6 +8,7 @@ from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.convert import ConvertCommand
 from optimum_cap.commands.estimate import EstimateCommand
 from optimum_cap.commands.eval import EvalCommand
+from optimum_cap.commands.generate import GenerateCommand
 from optimum_cap.commands.inspect import InspectCommand
 from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import PruneCommand
@@ -23,6 +24,7 @@ class CAPCommand(BaseOptimumCLICommand):
     # by the same list, so the subcommands are declared here.
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a causal language model.", PruneCommand),
+        CommandInfo("generate", "Let a model answer the prompts of a data set.", GenerateCommand),
         CommandInfo("score", "Measure the causal scores of a model.", ScoreCommand),
         CommandInfo("inspect", "Show what was pruned in a checkpoint and how.", InspectCommand),
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from optimum_cap.config import CAPConfig
-    from optimum_cap.data import CalibrationSet
+    from optimum_cap.data import CalibrationExample
     from optimum_cap.runtime import ProcessGroup
 
 
@@ -128,6 +128,49 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "unstructured; N:M, which keeps N of every M weights, e.g. 2:4; or heads, which removes "
         "whole heads (default: unstructured)",
     ),
+    (
+        "--answers",
+        "answers",
+        str,
+        "whose answers are used: those of the dataset, or the dense model's own (default: dataset)",
+    ),
+    (
+        "--temperature",
+        "temperature",
+        float,
+        "temperature at which the model samples its answers (default: 0.6)",
+    ),
+    (
+        "--top-p",
+        "top_p",
+        float,
+        "tokens are drawn from the fewest that together have this probability (default: 0.95)",
+    ),
+    (
+        "--max-new-tokens",
+        "max_new_tokens",
+        int,
+        "longest answer of the model, in tokens; longer ones are cut off (default: 512)",
+    ),
+    (
+        "--answer-attempts",
+        "answer_attempts",
+        int,
+        "answers of the model to a prompt, at most, until one is right (default: 2)",
+    ),
+    (
+        "--answer-selection",
+        "answer_selection",
+        str,
+        "answers used if there are more than needed: right, or hard of middling length "
+        "(default: right)",
+    ),
+    (
+        "--answer-candidates",
+        "answer_candidates",
+        int,
+        "prompts that the model answers (default: num_samples, twice as many if hard)",
+    ),
     ("--num-samples", "num_samples", int, "number of calibration examples (default: 128)"),
     ("--subsets", "subsets", int, "number of disjoint calibration subsets (default: 3)"),
     (
@@ -208,7 +251,12 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "folder for intermediate results, so that an interrupted run resumes "
         "(default: optimum_cap/resume in HF_HOME)",
     ),
-    ("--seed", "seed", int, "seed for the selection of examples (default: 0)"),
+    (
+        "--seed",
+        "seed",
+        int,
+        "seed for the selection of examples and the answers of the model (default: 0)",
+    ),
     (
         "--format",
         "checkpoint_format",
@@ -325,7 +373,7 @@ class PruneCommand(CAPSubcommand):
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
             config.tokenizer = tokenizer
-            calibration_set(config, tokenizer, args)
+            calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
         return Prepared(config, tokenizer, process_group, _processor_files(args))
 
@@ -420,9 +468,14 @@ def _prepared_example(
             f"--show-example needs calibration data, but criterion {config.method.criterion!r} "
             f"with allocation {config.method.allocation!r} takes none: leave it out"
         )
+    if config.answers == "model":
+        raise ValueError(
+            "--show-example loads no model, so it cannot show an answer of the model: leave out "
+            "--answers, or write answers to a file with `cap generate`"
+        )
     check_model(args.model, args)
     tokenizer = load_tokenizer(args)
-    example = calibration_set(config, tokenizer, args).examples[0]
+    example = calibration_examples(config, tokenizer, args)[0]
     shown = describe_example(example, tokenizer)
     return Prepared(config, tokenizer, process_group, shown=shown)
 
@@ -474,25 +527,33 @@ def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
     )
 
 
-def calibration_set(
+def calibration_examples(
     config: "CAPConfig", tokenizer: "PreTrainedTokenizerBase", args: Namespace
-) -> "CalibrationSet":
+) -> "list[CalibrationExample]":
     """Build the calibration set before the model is loaded, to report what cannot be used.
 
     Pruning builds it again.
+
+    Returns:
+        The examples; none if the model has to answer their prompts.
 
     Raises:
         ValueError: The data cannot be used, or the tokenizer is not that of the model.
     """
     from optimum_cap.data import build_calibration_set, check_token_ids
 
-    calibration = build_calibration_set(config, tokenizer)
     text_config = check_model(args.model, args).get_text_config(decoder=True)
     embeddings = getattr(text_config, "vocab_size", None)
+    if config.answers == "model":
+        from optimum_cap.generation import first_prompts
+
+        longest = getattr(text_config, "max_position_embeddings", None)
+        first_prompts(config, tokenizer, embeddings, longest)
+        return []
+    examples = build_calibration_set(config, tokenizer).examples
     if embeddings is not None:
-        ids = [example.input_ids for example in calibration.examples]
-        check_token_ids(tokenizer, ids, embeddings)
-    return calibration
+        check_token_ids(tokenizer, [example.input_ids for example in examples], embeddings)
+    return examples
 
 
 def config_values(flags: Mapping[str, Any]) -> dict[str, Any]:

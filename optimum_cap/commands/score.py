@@ -18,7 +18,7 @@ from optimum_cap.commands.base import (
 from optimum_cap.commands.prune import (
     Prepared,
     add_config_flags,
-    calibration_set,
+    calibration_examples,
     config_values,
     load_tokenizer,
 )
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from optimum_cap.scoring import CausalScores
 
 _FIELDS = (
+    "answers",
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+    "answer_attempts",
+    "answer_selection",
+    "answer_candidates",
     "num_samples",
     "subsets",
     "aggregation",
@@ -85,7 +92,7 @@ class ScoreCommand(CAPSubcommand):
         check_resume_folder(fields.get("resume_dir"))
         check_prunable(args.model, args, may_be_pruned=True)
         tokenizer = load_tokenizer(args)
-        calibration_set(config, tokenizer, args)
+        calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may write before all have checked the output
         return Prepared(config, tokenizer, process_group)
 

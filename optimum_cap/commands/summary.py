@@ -16,6 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 def print_summary(summary: "CheckpointSummary") -> None:
     """Print one line per fact: units, weights, sparsity, threshold, size."""
+    from optimum_cap.checkpoint import describe_answers
     from optimum_cap.methods import WHOLE_HEADS
 
     record = summary.record
@@ -23,6 +24,8 @@ def print_summary(summary: "CheckpointSummary") -> None:
         print(scored_line([(score.kind, score.layer) for score in record.scores]))
     for label, ranked in _ranked(record.scores):
         print(f"{label:13} {ranked}")
+    if answers := record.calibration.get("answers"):
+        print(f"answers       {describe_answers(answers)}")
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
     for label, dense in (
         ("unsupported", record.unsupported),

@@ -4,11 +4,16 @@ from optimum_cap.data.batches import Batch, batches, shared_prefix
 from optimum_cap.data.calibration import (
     CalibrationExample,
     CalibrationSet,
+    Part,
     build_calibration_set,
     describe_example,
+    mixed_set,
 )
+from optimum_cap.data.prompts import Prompt, PromptDraw, PromptSource, draw_prompts, has_prompts
 from optimum_cap.data.rendering import RenderingCheck, encode, render_prompt
 from optimum_cap.data.sources import (
+    FINISHED,
+    ROW_DIGEST,
     Conversation,
     Source,
     check_folder,
@@ -21,10 +26,16 @@ from optimum_cap.data.sources import (
 from optimum_cap.data.tokenizers import check_token_ids, load_tokenizer, usable_tokenizer
 
 __all__ = [
+    "FINISHED",
+    "ROW_DIGEST",
     "Batch",
     "CalibrationExample",
     "CalibrationSet",
     "Conversation",
+    "Part",
+    "Prompt",
+    "PromptDraw",
+    "PromptSource",
     "RenderingCheck",
     "Source",
     "batches",
@@ -32,12 +43,15 @@ __all__ = [
     "check_folder",
     "check_token_ids",
     "describe_example",
+    "draw_prompts",
     "encode",
     "find_data_files",
     "first_file",
+    "has_prompts",
     "load_sources",
     "load_tokenizer",
     "local_presets",
+    "mixed_set",
     "render_prompt",
     "row_digest",
     "shared_prefix",

@@ -5,7 +5,7 @@ are recorded by index and by a hash of their content, so that an evaluation can 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,40 +69,100 @@ def build_calibration_set(
     Raises:
         ValueError: `tokenizer` is `None` or has no vocabulary, the data set is unknown, a file has
             no rows or lacks the columns, the chat template leaves out every answer, or there are
-            fewer usable rows than requested.
+            fewer usable rows than requested; or the model has to answer the prompts.
         FileNotFoundError: A file does not exist.
         TypeError: The tokenizer or the data has the wrong type.
         ImportError: The data set needs the package `datasets`, which is not installed.
     """
+    if config.answers == "model":
+        raise ValueError(
+            "answers 'model' are of the model, which is needed to build the calibration set: use "
+            "CAPPruner, or optimum_cap.generation.answer_prompts"
+        )
     tokenizer = usable_tokenizer(tokenizer)
-    limit = _effective_length(config, tokenizer, max_length)
-    sources = load_sources(config.dataset if dataset is None else dataset)
+    limit = effective_length(config, tokenizer, max_length)
+    parts = []
+    with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
+        for share in shares_of_sources(config, config.dataset if dataset is None else dataset):
+            parts.append(take_examples(share, tokenizer, limit, config, progress))
+    return mixed_set(parts, config, limit)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a calibration set that comes from one data set.
+
+    Attributes:
+        source: The data set.
+        order: Its row indices in the order in which they are drawn.
+        count: Number of examples to take.
+    """
+
+    source: Source
+    order: Sequence[int]
+    count: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples of one data set, in the order in which they were drawn.
+
+    Attributes:
+        source: The data set.
+        examples: The examples.
+        counts: How many rows were left out or changed, for the record.
+    """
+
+    source: Source
+    examples: list[CalibrationExample]
+    counts: dict[str, int]
+
+
+def shares_of_sources(config: CAPConfig, dataset: Any) -> list[Share]:
+    """Load data sets that are mixed evenly, and return what to draw from each.
+
+    Raises:
+        ValueError: A data set cannot be used, or there are more of them than examples.
+        FileNotFoundError: A file does not exist.
+        TypeError: The data has an unsupported type.
+        ImportError: The package `datasets` is needed but not installed.
+    """
+    sources = load_sources(dataset)
     if config.num_samples < len(sources):
         raise ValueError(
             f"num_samples is {config.num_samples}, but {len(sources)} data sets are mixed: set "
             f"num_samples to at least {len(sources)}"
         )
-    chosen: list[CalibrationExample] = []
-    records = []
-    with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
-        for position, source in enumerate(sources):
-            share = config.num_samples // len(sources)
-            share += position < config.num_samples % len(sources)
-            order = np.random.default_rng([config.seed, position]).permutation(len(source.rows))
-            examples, counts = _take(source, order, share, tokenizer, limit, config, progress)
-            chosen += examples
-            records.append(
-                {
-                    "name": source.name,
-                    **source.details,
-                    "rows": len(source.rows),
-                    "selected": [example.index for example in examples],
-                    **counts,
-                }
-            )
-    if len(sources) > 1:
-        mixed = np.random.default_rng([config.seed, len(sources)]).permutation(len(chosen))
+    shares = []
+    for position, source in enumerate(sources):
+        order = np.random.default_rng([config.seed, position]).permutation(len(source.rows))
+        count = config.num_samples // len(sources) + (position < config.num_samples % len(sources))
+        shares.append(Share(source, order.tolist(), count))
+    return shares
+
+
+def mixed_set(parts: list[Part], config: CAPConfig, limit: int) -> CalibrationSet:
+    """Mix the examples of data sets and record their selection.
+
+    Args:
+        parts: The examples of each data set.
+        config: The settings.
+        limit: Longest example, in tokens.
+    """
+    chosen = [example for part in parts for example in part.examples]
+    if len(parts) > 1:
+        mixed = np.random.default_rng([config.seed, len(parts)]).permutation(len(chosen))
         chosen = [chosen[index] for index in mixed]
+    records = [
+        {
+            "name": part.source.name,
+            **part.source.details,
+            "rows": len(part.source.rows),
+            "selected": [example.index for example in part.examples],
+            **part.counts,
+        }
+        for part in parts
+    ]
     digests = [example.digest for example in chosen]
     record = {
         "seed": config.seed,
@@ -136,25 +196,30 @@ def describe_example(example: CalibrationExample, tokenizer: Any) -> str:
     return shown
 
 
-def _take(
-    source: Source,
-    order: Iterable[int],
-    count: int,
-    tokenizer: Any,
-    limit: int,
-    config: CAPConfig,
-    progress: Any,
-) -> tuple[list[CalibrationExample], dict[str, int]]:
-    """Tokenize rows in `order` until `count` are usable.
+def take_examples(
+    share: Share, tokenizer: Any, limit: int, config: CAPConfig, progress: Any = None
+) -> Part:
+    """Tokenize rows in their order until enough are usable.
+
+    Args:
+        share: What to draw.
+        tokenizer: The tokenizer.
+        limit: Longest example, in tokens.
+        config: The settings.
+        progress: A progress bar to update once per example.
 
     Returns:
-        The examples, the number of rows skipped because they are too long, and the number of
+        The examples, with the number of rows skipped because they are too long, and the number of
         answers in the others of which the chat template leaves out something.
+
+    Raises:
+        ValueError: There are fewer usable rows.
     """
+    source, order, count = share.source, share.order, share.count
     examples: list[CalibrationExample] = []
     too_long = unscored = 0
     check = RenderingCheck(source.name, tokenizer)
-    for index in map(int, order):
+    for index in order:
         if len(examples) == count:
             break
         conversation = source.read(source.rows[index])
@@ -176,7 +241,8 @@ def _take(
         examples.append(
             CalibrationExample(input_ids, scored, source.name, index, conversation.digest)
         )
-        progress.update()
+        if progress is not None:
+            progress.update()
     check.report()
     if len(examples) < count:
         reasons = [f"{too_long} are longer than {limit} tokens"] if too_long else []
@@ -187,10 +253,11 @@ def _take(
             f"{reason}, but {count} are needed: lower num_samples"
             + (" or raise max_length" if too_long else "")
         )
-    return examples, {"too_long": too_long, "cut_answers": check.cut}
+    return Part(source, examples, {"too_long": too_long, "cut_answers": check.cut})
 
 
-def _effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None) -> int:
+def effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None) -> int:
+    """Return the most tokens of an example, which config, tokenizer and model may all limit."""
     # Tokenizers without a limit report an extremely large one, which min() ignores.
     limits = [config.max_length or _DEFAULT_MAX_LENGTH, max_length]
     limits.append(getattr(tokenizer, "model_max_length", None))

@@ -86,6 +86,8 @@ def encode(
         lost_variables = [name for name in lost_variables if not chat.depends_on_variable(name)]
     else:
         ids, answers = _encode_plain(conversation, tokenizer)
+    if not conversation.finished:
+        ids, answers = _without_end(conversation, tokenizer, ids, answers)
     if last_only:
         answers = [answer for answer in answers if answer.turn == len(conversation.turns) - 1]
     scored = torch.zeros(len(ids), dtype=torch.bool)
@@ -101,6 +103,52 @@ def encode(
         lost_messages,
         tuple(lost_variables),
     )
+
+
+def encode_prompt(conversation: Conversation, tokenizer: Any) -> Encoded:
+    """Tokenize what a model continues with the next answer, formatted as in calibration.
+
+    Args:
+        conversation: The conversation. If its last turn is the assistant's, the model answers in
+            its place, so it is left out.
+        tokenizer: The tokenizer; its chat template is used if it has one.
+
+    Returns:
+        The tokens, none of them scored. There are none if nothing stands before the answer.
+
+    Raises:
+        ValueError: The chat template does not support the conversation.
+    """
+    before = _before_answer(conversation)
+    count = len(before.turns)
+    if not count:
+        ids: list[int] = []
+    elif not getattr(tokenizer, "chat_template", None):
+        ids = _tokens(tokenizer, "".join(text + SEPARATOR for _, text in before.turns))
+        if ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
+            ids.pop()  # some tokenizers end every text with it
+    else:
+        messages = before.messages and (*before.messages, {"role": "assistant", "content": ""})
+        answered = replace(before, turns=(*before.turns, ("assistant", "")), messages=messages)
+        chat = _fitting_chat(answered, tokenizer)
+        text = chat.text(count, generation_prompt=True)
+        ids = _tokens(tokenizer, text, special=False)
+        prompt = chat.changed(conversation=before)
+        names = [name for name in ("tools", "documents") if conversation.variables.get(name)]
+        return Encoded(
+            torch.tensor(ids, dtype=torch.long),
+            torch.zeros(len(ids), dtype=torch.bool),
+            lost_messages=prompt.lost_messages(),
+            lost_variables=tuple(name for name in names if not prompt.depends_on_variable(name)),
+        )
+    return Encoded(torch.tensor(ids, dtype=torch.long), torch.zeros(len(ids), dtype=torch.bool))
+
+
+def _before_answer(conversation: Conversation) -> Conversation:
+    """Return the conversation without its last turn, if that is the assistant's."""
+    if conversation.turns[-1][0] != "assistant":
+        return conversation
+    return replace(conversation, turns=conversation.turns[:-1], messages=conversation.messages[:-1])
 
 
 def render_prompt(conversation: Conversation, tokenizer: Any) -> str:
@@ -617,6 +665,31 @@ def _encode_plain(conversation: Conversation, tokenizer: Any) -> tuple[list[int]
         )
         for turn, before, after in spans
     ]
+
+
+def _without_end(
+    conversation: Conversation, tokenizer: Any, ids: list[int], answers: list[_Answer]
+) -> tuple[list[int], list[_Answer]]:
+    """Remove the tokens after the content of the last turn, which was cut off before its end.
+
+    Raises:
+        ValueError: The chat template does not print the content as it is.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        ended = ids[-1:] == [getattr(tokenizer, "eos_token_id", None)]
+        count = len(ids) - ended
+    else:
+        chat, last = _fitting_chat(conversation, tokenizer), len(conversation.turns) - 1
+        place = chat.place(last)
+        if place is None:
+            raise ChatTemplateError(
+                "the tokenizer's chat template changes the text of an answer that is not finished, "
+                "so its end cannot be found: leave out rows that are not finished, or set "
+                "tokenizer.chat_template to another one"
+            )
+        ids = _tokens(tokenizer, chat.text()[: place[1]], special=False)
+        count = len(ids)
+    return ids[:count], [replace(answer, stop=min(answer.stop, count)) for answer in answers]
 
 
 def _messages(

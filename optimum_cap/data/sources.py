@@ -3,13 +3,18 @@
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from optimum_cap.config import is_dataset_name
 from optimum_cap.version import install_command
+
+ROW_DIGEST, FINISHED = "row_digest", "finished"
+"""Columns of the rows that `cap generate` writes, besides prompt and answer: the digest of the row
+that the prompt is from, and whether the model ended its answer before the token limit."""
 
 _PASSAGE_CHARACTERS = 4000
 _SHOWN = 200  # characters of a value that an error shows
@@ -26,11 +31,16 @@ class Conversation:
             `{"type": "text", "text": ...}`.
         variables: What the row gives to the chat template besides: `tools`, `documents`, and the
             entries of `chat_template_kwargs`.
+        finished: Whether the last turn is complete. The end of one that was cut off is not marked.
+        replaced_digest: The digest of the row whose answer was replaced by the last turn, if one
+            was.
     """
 
     turns: tuple[tuple[str, str], ...]
     messages: tuple[Mapping[str, Any], ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = True
+    replaced_digest: str | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -40,6 +50,9 @@ class Conversation:
 
     @property
     def digest(self) -> str:
+        """`row_digest` of the row, or of the row that it was before its answer was replaced."""
+        if self.replaced_digest is not None:
+            return self.replaced_digest
         *before, (_, answer) = self.turns
         return row_digest("\n".join(text for _, text in before), answer)
 
@@ -120,6 +133,7 @@ class Source:
         read: Converts a row to a conversation.
         details: Further values for the record, such as Hub id and revision.
         published: The rows of a preset as published, before `Preset.prepare`; empty for other data.
+        preset: Name of the preset, if it is one.
     """
 
     name: str
@@ -127,6 +141,7 @@ class Source:
     read: Callable[[Any], Conversation]
     details: dict[str, Any]
     published: Sequence[Any] = ()
+    preset: str | None = None
 
 
 def local_presets(dataset: Any, folder: Path) -> Any:
@@ -267,7 +282,14 @@ def _named(entry: Any) -> Source:
         name = path
     if "preset" in options:
         preset = PRESETS[options["preset"]]
-        return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows)
+        return Source(
+            name,
+            preset.prepare(rows),
+            _checked(name, preset.read),
+            details,
+            rows,
+            options["preset"],
+        )
     return Source(name, rows, _reader(name, rows, options), details)
 
 
@@ -304,7 +326,7 @@ def _preset_from_hub(name: str, options: dict[str, Any]) -> Source:
         f"without a network, use a copy of its file: {name}=FILE as calibration data, data_dir "
         "(`--data-dir`) in evaluation",
     )
-    return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows)
+    return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows, name)
 
 
 def _load_from_hub(
@@ -423,6 +445,8 @@ def _reader(
             f"{type(first).__name__}"
         )
     read = _column_reader(name, list(first), options)
+    if ROW_DIGEST in first:
+        read = _trace_reader(read)
     if not hasattr(rows, "column_names"):
         return _checked(name, read)
     # Arrow gives every message and tool the keys of all others, with None where it has none.
@@ -471,6 +495,23 @@ def _column_reader(
         '{"path": ..., "prompt_column": ..., "answer_column": ...} or {"path": ..., '
         '"text_column": ...}, or with --prompt-column and --answer-column or --text-column'
     )
+
+
+def _trace_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
+    """Return a function that reads rows as `cap generate` writes them, with their metadata."""
+
+    def read_trace(row: Any) -> Conversation:
+        digest, finished = row.get(ROW_DIGEST), row.get(FINISHED, True)
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(
+                f"has a {ROW_DIGEST} that is not a sha256 of 64 hexadecimal digits: "
+                f"{_shortened(digest)}"
+            )
+        if not isinstance(finished, bool):
+            raise ValueError(f"has {FINISHED} that is not true or false: {_shortened(finished)}")
+        return replace(read(row), finished=finished, replaced_digest=digest)
+
+    return read_trace
 
 
 def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:

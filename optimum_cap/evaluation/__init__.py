@@ -8,7 +8,7 @@ from optimum_cap.evaluation.results import (
     wilson_interval,
 )
 from optimum_cap.evaluation.run import TaskData, check_counts, evaluate, load_task_data
-from optimum_cap.evaluation.tasks import DEFAULT_TASKS, TASKS, resolve_tasks
+from optimum_cap.evaluation.tasks import DEFAULT_TASKS, TASKS, extract_marked, resolve_tasks
 
 __all__ = [
     "DEFAULT_TASKS",
@@ -19,6 +19,7 @@ __all__ = [
     "check_counts",
     "comparison_table",
     "evaluate",
+    "extract_marked",
     "load_task_data",
     "mean_and_interval",
     "resolve_tasks",

@@ -80,7 +80,7 @@ from optimum_cap.models.offload import (
     writable_weights,
 )
 from optimum_cap.models.plain import check_configs_can_be_saved, has_peft_layers, plain_model
-from optimum_cap.models.view import ModelView, number_of_embeddings
+from optimum_cap.models.view import ModelView, longest_sequence, number_of_embeddings
 
 __all__ = [
     "QUERIES",
@@ -126,6 +126,7 @@ __all__ = [
     "is_transposed",
     "layer_input_width",
     "logits_of",
+    "longest_sequence",
     "masked_unit",
     "matrices_by_layer",
     "mlp_width",

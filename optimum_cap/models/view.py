@@ -32,6 +32,11 @@ def number_of_embeddings(model: PreTrainedModel) -> int:
     return min(int(module.weight.shape[0]) for module in embeddings if module is not None)
 
 
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that `model` has positions for; `None` if its config says nothing."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 @dataclass(frozen=True, eq=False)
 class ModelView:
     """A causal language model with its sites, units and matrices.

@@ -20,7 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from optimum_cap.config import SCORED_TOKENS, SCORED_UNITS, CAPConfig
+from optimum_cap.config import (
+    ANSWER_FIELDS,
+    ANSWER_SELECTIONS,
+    ANSWERS,
+    SCORED_TOKENS,
+    SCORED_UNITS,
+    CAPConfig,
+)
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import ModelView, SiteUnit
 from optimum_cap.runtime import (
@@ -38,6 +45,8 @@ _LAYOUT = 1
 _METADATA = "optimum_cap_scores"
 DECISIVE = (
     "dataset",
+    "answers",
+    *ANSWER_FIELDS,
     "num_samples",
     "seed",
     "scored_tokens",
@@ -270,8 +279,19 @@ def _is_integer(value: Any, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 _VALID_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "dataset": lambda value: isinstance(value, str | list | dict) and bool(value),
+    "answers": lambda value: isinstance(value, str) and value in ANSWERS,
+    "temperature": lambda value: _is_positive(value),
+    "top_p": lambda value: _is_positive(value) and value <= 1,
+    "max_new_tokens": lambda value: _is_integer(value, 1),
+    "answer_attempts": lambda value: _is_integer(value, 1),
+    "answer_selection": lambda value: isinstance(value, str) and value in ANSWER_SELECTIONS,
+    "answer_candidates": lambda value: value is None or _is_integer(value, 1),
     "num_samples": lambda value: _is_integer(value, 1),
     "seed": lambda value: _is_integer(value, 0),
     "scored_tokens": lambda value: isinstance(value, str) and value in SCORED_TOKENS,
@@ -280,7 +300,7 @@ _VALID_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "max_length": lambda value: value is None or _is_integer(value, 2),
     "estimator": lambda value: isinstance(value, str) and value in ESTIMATORS,
     "exact_examples": lambda value: _is_integer(value, 2),
-    "precision": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "precision": lambda value: _is_positive(value),
 }
 _ALWAYS_SET = ("dataset", "num_samples", "seed", "scored_tokens", "estimator")
 

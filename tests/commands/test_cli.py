@@ -703,6 +703,8 @@ def test_choices_in_the_help_are_those_of_the_config() -> None:
         "order": config.ORDERS,
         "aggregation": config.AGGREGATIONS,
         "kv_combination": config.KV_COMBINATIONS,
+        "answers": config.ANSWERS,
+        "answer_selection": config.ANSWER_SELECTIONS,
         "scored_tokens": config.SCORED_TOKENS,
         "scored_units": config.SCORED_UNITS,
         "estimator": config.ESTIMATOR_NAMES,

@@ -1,0 +1,19 @@
+"""The dense model's own answers to prompts, as calibration data."""
+
+from optimum_cap.generation.answers import (
+    AnsweredPrompt,
+    AnsweredPrompts,
+    answer_prompts,
+    answered_calibration_set,
+    first_prompts,
+)
+from optimum_cap.generation.traces import trace_rows
+
+__all__ = [
+    "AnsweredPrompt",
+    "AnsweredPrompts",
+    "answer_prompts",
+    "answered_calibration_set",
+    "first_prompts",
+    "trace_rows",
+]

@@ -1,0 +1,204 @@
+"""Samples continuations of prompts, each with random numbers of its own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from optimum_cap.data import Batch
+from optimum_cap.models import activation_bytes_per_token, device_of
+from optimum_cap.runtime import budget_bytes
+
+_NUCLEUS = 64  # tokens that are sorted at first; the nucleus seldom has more
+# More rows per batch hardly save time once the weights are no longer what is waited for.
+_LARGEST_BATCH = {"cpu": 16, "cuda": 64}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers to a prompt.
+
+    Attributes:
+        ids: Its tokens, with the one that ends it.
+        finished: Whether the model ended it; otherwise it was cut off at the token limit.
+    """
+
+    ids: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled.
+
+    Attributes:
+        temperature: Divides the logits.
+        top_p: Tokens are drawn from the fewest that together have this probability.
+        max_new_tokens: Longest answer, in tokens.
+        end_tokens: Tokens that end an answer.
+        pad_token: Fills rows of a batch that are shorter; nothing attends to it.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    end_tokens: tuple[int, ...]
+    pad_token: int
+
+
+def sample_answers(
+    model: PreTrainedModel,
+    batch: Batch,
+    seeds: list[int],
+    sampling: Sampling,
+    on_token: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """Sample one answer to each prompt of a batch.
+
+    An answer depends on its prompt and its seed. The other rows of the batch change the logits by
+    rounding only.
+
+    Args:
+        model: The model, in evaluation mode.
+        batch: The prompts.
+        seeds: One seed for each prompt.
+        sampling: The settings.
+        on_token: Called with the number of tokens of the longest answer so far.
+
+    Raises:
+        ValueError: The model computes NaN or infinite logits.
+    """
+    input_ids, attention_mask = _padded_on_the_left(batch, sampling.pad_token)
+    device = device_of(model)
+    config = GenerationConfig(
+        do_sample=False,  # `_SampledTokens` draws the tokens
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(sampling.end_tokens),
+        pad_token_id=sampling.pad_token,
+        disable_compile=True,
+    )
+    sampled = _SampledTokens(seeds, sampling, on_token)
+    with _no_other_generation_settings(model):
+        sequences = model.generate(
+            inputs=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampled]),
+        )
+    return [
+        _until_end(ids, sampling.end_tokens) for ids in sequences[:, input_ids.shape[1] :].tolist()
+    ]
+
+
+def examples_per_batch(
+    model: PreTrainedModel, longest: int, max_new_tokens: int, memory_budget: int | str
+) -> int:
+    """Return how many prompts are answered at a time.
+
+    The number does not depend on the free memory, so that a run can be repeated to the last bit.
+
+    Args:
+        model: The model.
+        longest: Tokens of the longest prompt.
+        max_new_tokens: Tokens of the longest answer.
+        memory_budget: As in `CAPConfig`; a number of bytes can only lower the result.
+    """
+    config = model.config.get_text_config(decoder=True)
+    most = _LARGEST_BATCH["cuda" if device_of(model).type == "cuda" else "cpu"]
+    if memory_budget == "auto":
+        return most
+    # Keys and values in float32 of as many heads as queries have, and one layer's while it grows.
+    cache = 8 * (config.num_hidden_layers + 1) * config.hidden_size * (longest + max_new_tokens)
+    logits = 4 * 4 * config.vocab_size
+    prefill = longest * activation_bytes_per_token(model, longest)
+    return max(1, min(most, budget_bytes(memory_budget, model) // (cache + logits + prefill)))
+
+
+def _padded_on_the_left(batch: Batch, pad_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and attention mask of a batch with its padding moved before the prompts."""
+    longest = batch.input_ids.shape[1]
+    input_ids = torch.full_like(batch.input_ids, pad_token)
+    mask = torch.zeros_like(batch.input_ids)
+    for row, length in enumerate(batch.real.sum(1).tolist()):
+        input_ids[row, longest - length :] = batch.input_ids[row, :length]
+        mask[row, longest - length :] = 1
+    return input_ids, mask
+
+
+def _until_end(ids: list[int], end_tokens: tuple[int, ...]) -> Answer:
+    ends = [position for position, token in enumerate(ids) if token in end_tokens]
+    return Answer(tuple(ids[: ends[0] + 1] if ends else ids), bool(ends))
+
+
+class _SampledTokens(LogitsProcessor):
+    """Draws the next token of each row, and leaves it as the only one that can be chosen.
+
+    `generate` itself draws the tokens of all rows from one generator, so that an answer would
+    depend on the others in its batch.
+
+    Args:
+        seeds: One seed for each row.
+        sampling: The temperature and the probability of the nucleus.
+        on_token: Called with the number of tokens drawn for each row.
+    """
+
+    def __init__(
+        self, seeds: list[int], sampling: Sampling, on_token: Callable[[int], None]
+    ) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = sampling.temperature
+        self._top_p = sampling.top_p
+        self._on_token = on_token
+        self._drawn = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return `[rows, vocabulary]` scores that are minus infinity except for one token."""
+        probabilities = (scores.float() / self._temperature).softmax(-1)
+        if probabilities.isnan().any():
+            raise ValueError(
+                "the model computes NaN or infinite logits, so it cannot answer prompts: check its "
+                "weights and the dtype of the model"
+            )
+        sorted_probabilities, tokens = self._nucleus(probabilities)
+        cumulative = sorted_probabilities.double().cumsum(-1)
+        # A token belongs to the nucleus if those before it do not reach its probability.
+        inside = cumulative - sorted_probabilities < self._top_p
+        mass = (sorted_probabilities.double() * inside).sum(-1)
+        draws = torch.stack(
+            [torch.rand((), generator=each, dtype=torch.float64) for each in self._generators]
+        ).to(mass.device)
+        places = (cumulative < (draws * mass)[:, None]).sum(-1)
+        places = torch.minimum(places, inside.sum(-1) - 1)
+        chosen = tokens.gather(1, places[:, None])
+        self._drawn += 1
+        self._on_token(self._drawn)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def _nucleus(self, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the largest probabilities of each row, which hold the nucleus, and their tokens.
+
+        Sorting the whole vocabulary would take longer than the forward pass of a small model.
+        """
+        count = _NUCLEUS
+        while True:
+            count = min(count, probabilities.shape[1])
+            largest, tokens = probabilities.topk(count)
+            if count == probabilities.shape[1] or (largest.sum(-1) >= self._top_p).all():
+                return largest, tokens
+            count *= 8
+
+
+@contextmanager
+def _no_other_generation_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Ignore the checkpoint's settings for sampling, penalties and lengths.
+
+    `generate` takes from them whatever is not set in the call.
+    """
+    original = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = original
