@@ -309,7 +309,7 @@ class CostModel:
         items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
         tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
         read = self.work.forward(Workload(items, tokens, 0))
-        if not longest:  # a perplexity task
+        if not longest:  # nothing is generated
             held = tokens * (self.per_token + self.per_logits)
             return read.operations, self.seconds(read), held
         written = self.work.forward(Workload(items, longest, 0))
@@ -520,3 +520,4 @@ AMOUNTS: dict[str, Amount] = {
     "tiny_reasoner_yes_no": Amount(300, 60),
     "tiny_reasoner_multiple_choice": Amount(300, 60),
 }
+AMOUNTS |= {f"{name}_loss": AMOUNTS[name] for name in ("gsm8k", "strategyqa", "arc_challenge")}
