@@ -89,7 +89,8 @@ class Study:
         settings: Fields of `CAPConfig` for all recipes on which they have an effect.
         data_dir: Folder with the evaluation data and with the presets among the calibration data;
             `None` downloads them from the Hub.
-        limit: Questions or windows per task; `None` is all.
+        limit: Questions or windows per task; `None` is all. A mapping limits the tasks or groups
+            that it names.
         batch_size: Questions per batch.
         dtype: dtype of the weights, as for `from_pretrained`.
         device_map: Placement of the models, as for `from_pretrained`.
@@ -106,7 +107,7 @@ class Study:
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: dict[str, Any] = field(default_factory=dict)
     data_dir: str | None = None
-    limit: int | None = None
+    limit: int | dict[str, int] | None = None
     batch_size: int = 32
     dtype: str = "auto"
     device_map: str = "auto"
@@ -162,10 +163,10 @@ class Study:
                 f"settings of {path} contain {', '.join(conflicts)}, which the study sets for each "
                 "cell: leave them out"
             )
-        check_counts(study.limit, study.batch_size)
+        for limit in study.limits.values():
+            check_counts(limit, study.batch_size)
         if not isinstance(study.resume, bool):
             raise ValueError(f"resume of {path} must be true or false, got {study.resume!r}")
-        resolve_tasks(study.tasks)
         configs = [cell.config() for cell in study.cells()]
         defaults = CAPConfig(sparsity=0.5)
         for name, value in study.settings.items():
@@ -177,6 +178,27 @@ class Study:
                     "it out"
                 )
         return study
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """The limit of each task, with groups expanded.
+
+        Raises:
+            ValueError: A task is unknown, or `limit` names one that the study does not have.
+        """
+        tasks = resolve_tasks(self.tasks)
+        if not isinstance(self.limit, dict):
+            return dict.fromkeys(tasks, self.limit)
+        limits: dict[str, int | None] = dict.fromkeys(tasks)
+        for name, limit in self.limit.items():
+            for task in resolve_tasks(str(name)):
+                if task not in limits:
+                    raise ValueError(
+                        f"limit of the study names {name!r}, but the tasks are "
+                        f"{', '.join(tasks)}: add it to the tasks, or leave it out"
+                    )
+                limits[task] = limit
+        return limits
 
     def cells(self) -> "Iterator[Cell]":
         """Yield every cell, model by model, starting with the dense model."""
@@ -367,13 +389,33 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
             usage = _pruned(cell, config, model, tokenizer, file.parents[1])
             usage = None if was_interrupted else usage
             record = model.pruning_record.to_dict()
-        evaluation = evaluate(
-            model, tokenizer, data=data, limit=study.limit, batch_size=study.batch_size
-        )
+        evaluation = _evaluated(model, tokenizer, study, data)
     except Exception as failure:
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         logger.warning(f"{cell}: {error}")
     return _result(cell, evaluation, record, time.monotonic() - start, error, usage)
+
+
+def _evaluated(model: PreTrainedModel, tokenizer: Any, study: Study, data: TaskData) -> Evaluation:
+    """Evaluate a model on all tasks, those with the same limit together."""
+    limits = study.limits
+    parts = [
+        evaluate(
+            model,
+            tokenizer,
+            data={name: items for name, items in data.items() if limits[name] == limit},
+            limit=limit,
+            batch_size=study.batch_size,
+        )
+        for limit in dict.fromkeys(limits.values())
+    ]
+    results = {name: result for part in parts for name, result in part.tasks.items()}
+    return dataclasses.replace(
+        parts[0],
+        tasks={name: results[name] for name in data},
+        settings={**parts[0].settings, "limit": study.limit},
+        seconds=sum(part.seconds for part in parts),
+    )
 
 
 def _pruned(

@@ -18,6 +18,7 @@ import yaml
 from helpers.paths import EXAMPLES
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
+from optimum_cap.estimation import study_hours
 from optimum_cap.evaluation import evaluate
 from optimum_cap.evaluation.results import mean_and_interval
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
@@ -126,6 +127,26 @@ def test_a_study_of_losses_alone_generates_nothing(values: dict[str, Any], tmp_p
     assert losses[0] == losses[1]
     assert {row["metric"] for row in rows if row["task"] == "gsm8k_loss"} == {"loss"}
     assert "## tiny: gsm8k_loss, loss on worked answers, nats per token" in markdown(rows)
+
+
+def test_tasks_have_limits_of_their_own(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"tasks": ["gsm8k_loss", "wikitext2", "strategyqa_loss"], "recipes": ["magnitude"]}
+    values |= {"limit": {"gsm8k_loss": 3, "strategyqa_loss": 2}, "sparsities": [0.5]}
+    del values["settings"]
+    for name in ("strategyqa", "wikitext-2"):
+        (tmp_path / "data" / name).mkdir()
+    facts = [{"question": f"is {n} odd?", "answer": n % 2 == 1, "facts": ["no"]} for n in range(4)]
+    (tmp_path / "data" / "strategyqa" / "test.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    text = " the quick brown fox jumps over the lazy dog . \n" * 100
+    (tmp_path / "data" / "wikitext-2" / "test.txt").write_text(text)
+    rows = values_of(run_study(load(values, tmp_path), tmp_path / "out"))
+    counts = {row["task"]: row["n"] for row in rows if row["recipe"] == "magnitude"}
+    assert list(counts) == values["tasks"]
+    assert counts.pop("wikitext2") > 3
+    assert counts == {"gsm8k_loss": 3, "strategyqa_loss": 2}
+    hours = study_hours(load(values, tmp_path), "h100").rows
+    more = study_hours(load({**values, "limit": None}, tmp_path), "h100").rows
+    assert 0 < hours["tiny"]["evaluation"] < more["tiny"]["evaluation"]
 
 
 @pytest.mark.parametrize("step", ["pruning", "evaluation"])
@@ -491,6 +512,9 @@ def test_mean_and_interval() -> None:
         ({"tasks": ["magic"]}, "unknown task 'magic': choose from"),
         ({"resume": "yes"}, "resume of .* must be true or false, got 'yes'"),
         ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({"limit": {"gsm8k": 0}}, "limit must be an integer of at least 1, got 0"),
+        ({"limit": {"wikitext2": 3}}, "limit of the study names 'wikitext2', but the tasks are gs"),
+        ({"limit": {"magic": 3}}, "unknown task 'magic': choose from"),
         (
             {"settings": {"scores": "a"}},
             "settings of .* contain scores, which the study sets",
@@ -513,8 +537,8 @@ def test_what_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_the_examples_are_valid(empty_presets: Path) -> None:
-    files = sorted((EXAMPLES / "studies").glob("*.yaml"))
-    assert files
+    files = sorted(EXAMPLES.glob("*/*.yaml"))
+    assert {file.parent.name for file in files} == {"studies", "real_models"}
     for file in files:
         assert list(Study.load(file, data_dir=empty_presets).cells())
 
