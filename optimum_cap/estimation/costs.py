@@ -5,7 +5,7 @@ The assumptions are the constants here and in `hardware.py`, explained in
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from optimum_cap.config import COMPILING, RECIPES, CAPConfig, Method
@@ -264,13 +264,13 @@ class CostModel:
             devices=max(scoring.devices, pruning.devices),
         )
 
-    def evaluation(self, tasks: Iterable[str], limit: int | None, batch_size: int) -> Cost:
+    def evaluation(self, limits: Mapping[str, int | None], batch_size: int) -> Cost:
         """Return the cost of evaluating one copy of the model."""
-        task_costs = [self._task(name, limit, batch_size) for name in tasks]
+        task_costs = [self._task(name, limit, batch_size) for name, limit in limits.items()]
         memory = self.weights + max(held for _, _, held in task_costs)
         return Cost(
             step="eval",
-            name=", ".join(tasks),
+            name=", ".join(limits),
             operations=sum(operations for operations, _, _ in task_costs),
             seconds=sum(seconds for _, seconds, _ in task_costs),
             memory=memory,
@@ -331,7 +331,7 @@ class CostModel:
         items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
         tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
         read = self.work.forward(Workload(items, tokens, 0))
-        if not longest:  # a perplexity task
+        if not longest:  # nothing is generated
             held = tokens * (self.per_token + self.per_logits)
             return read.operations, self.seconds(read), held
         written = self.work.forward(Workload(items, longest, 0))
@@ -542,3 +542,4 @@ AMOUNTS: dict[str, Amount] = {
     "tiny_reasoner_yes_no": Amount(300, 60),
     "tiny_reasoner_multiple_choice": Amount(300, 60),
 }
+AMOUNTS |= {f"{name}_loss": AMOUNTS[name] for name in ("gsm8k", "strategyqa", "arc_challenge")}

@@ -18,7 +18,7 @@ from optimum_cap.data import build_calibration_set, shared_prefix
 from optimum_cap.estimation.costs import ESTIMATOR_COSTS, Cost, CostModel
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
-from optimum_cap.evaluation import DEFAULT_TASKS, resolve_tasks
+from optimum_cap.evaluation import DEFAULT_TASKS
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
@@ -156,7 +156,7 @@ def estimate(
     costs.append(cost_model.paper(shape, sparsity))
     for name in ("causal", "causal_fast", "wanda", "sparsegpt"):
         costs.append(cost_model.pruning(name, RECIPES[name], shape, sparsity))
-    costs.append(cost_model.evaluation(DEFAULT_TASKS, limit, batch_size))
+    costs.append(cost_model.evaluation(dict.fromkeys(DEFAULT_TASKS, limit), batch_size))
     return Estimate(
         model=str(model) if isinstance(model, str | Path) else config.model_type,
         parameters=work.parameters,
@@ -322,13 +322,12 @@ def study_hours(
     """
     if not isinstance(study, Study):
         study = Study.load(study)
-    tasks = resolve_tasks(study.tasks)
     rows = {}
     for label, name in study.models.items():
         config = load_config(name, **load_options)
         cost_model = _cost_model(work_of(config), config, hardware, tokens)
         hardware = cost_model.hardware = replace(cost_model.hardware, count=1)  # measured once
-        evaluation = cost_model.evaluation(tasks, study.limit, study.batch_size)
+        evaluation = cost_model.evaluation(study.limits, study.batch_size)
         pruned = _distinct(study, label)
         count = 1 + len(pruned)
         loading = cost_model.weights / hardware.loading * evaluation.devices

@@ -4,6 +4,7 @@ from optimum_cap.evaluation.comparison import comparison_table
 from optimum_cap.evaluation.results import (
     AccuracyResult,
     Evaluation,
+    LossResult,
     mean_and_interval,
     wilson_interval,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "TASKS",
     "AccuracyResult",
     "Evaluation",
+    "LossResult",
     "TaskData",
     "check_counts",
     "comparison_table",

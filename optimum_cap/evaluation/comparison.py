@@ -15,15 +15,18 @@ from optimum_cap.evaluation.results import (
     AccuracyResult,
     Answer,
     Evaluation,
+    LossResult,
     PerplexityResult,
     Window,
+    WorkedAnswer,
+    mean_and_interval,
     wilson_interval,
 )
 from optimum_cap.text import aligned
 
 _RESAMPLES = 10_000
 _SEED = 0
-_Item = TypeVar("_Item", Answer, Window)
+_Item = TypeVar("_Item", Answer, Window, WorkedAnswer)
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,16 @@ class TaskComparison:
 
     Attributes:
         task: Name of the task.
-        metric: `"accuracy"` or `"perplexity"`.
+        metric: `"accuracy"`, `"perplexity"` or `"loss"`.
         n: Number of common items: questions or windows.
         only_dense: Number of items that only the dense model has; they are dropped.
         only_pruned: Number of items that only the pruned model has; they are dropped.
         dense: Metric of the dense model over the common items.
         pruned: Metric of the pruned model over the common items.
         interval: 95 % interval of `difference`: Newcombe's for accuracy, a paired bootstrap over
-            windows for perplexity; `None` with a single window.
-        p_value: p-value of the exact two-sided McNemar test; `None` for perplexity.
+            windows for perplexity, Student's t over the paired questions for a loss; `None` with a
+            single window or question.
+        p_value: p-value of the exact two-sided McNemar test; `None` for perplexity and loss.
     """
 
     task: str
@@ -55,7 +59,7 @@ class TaskComparison:
 
     @property
     def difference(self) -> float:
-        """Pruned minus dense: accuracy as a fraction of 1, or perplexity."""
+        """Pruned minus dense: accuracy as a fraction of 1, perplexity, or nats per token."""
         return self.pruned - self.dense
 
 
@@ -115,9 +119,10 @@ def comparison_table(dense: Evaluation, pruned: Evaluation, tasks: Iterable[str]
 
 def _cells(comparison: TaskComparison) -> list[str]:
     is_accuracy = comparison.metric == "accuracy"
+    noun = "loss" if comparison.metric == "loss" else "ppl"
 
     def plain(value: float) -> str:
-        return f"{value:.1%}" if is_accuracy else f"ppl {value:.4g}"
+        return f"{value:.1%}" if is_accuracy else f"{noun} {value:.4g}"
 
     def signed(value: float) -> str:
         return f"{100 * value:+.1f} points" if is_accuracy else f"{value:+.4g}"
@@ -151,6 +156,10 @@ def _compare_task(name: str, dense: Evaluation, pruned: Evaluation) -> TaskCompa
         windows = _paired(first.items, second.items)
         _check_pairs(name, windows, dense, pruned)
         return _compare_windows(name, windows, len(first.items), len(second.items))
+    if isinstance(first, LossResult) and isinstance(second, LossResult):
+        worked = _paired(first.items, second.items)
+        _check_pairs(name, worked, dense, pruned)
+        return _compare_losses(name, worked, len(first.items), len(second.items))
     raise ValueError(
         f"task {name} was measured by {first.metric} for {dense.model}, but by {second.metric} for "
         f"{pruned.model}: evaluate both again"
@@ -264,6 +273,27 @@ def _compare_windows(
         float(dense),
         float(pruned),
         interval,
+        None,
+    )
+
+
+def _compare_losses(
+    name: str, pairs: list[tuple[WorkedAnswer, WorkedAnswer]], first: int, second: int
+) -> TaskComparison:
+    # All losses are finite: a result with a non-finite loss has an error and is not compared.
+    losses = np.array([[answer.loss for answer in pair] for pair in pairs], dtype=np.float64)
+    dense, pruned = losses.mean(0)
+    mean, half = mean_and_interval((losses[:, 1] - losses[:, 0]).tolist())
+    total = len(pairs)
+    return TaskComparison(
+        name,
+        LossResult.metric,
+        total,
+        first - total,
+        second - total,
+        float(dense),
+        float(pruned),
+        None if half is None else (mean - half, mean + half),
         None,
     )
 

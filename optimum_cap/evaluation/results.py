@@ -233,6 +233,75 @@ class PerplexityResult:
 
 
 @dataclass(frozen=True)
+class WorkedAnswer:
+    """The loss on one published worked answer, given its question.
+
+    Attributes:
+        digest: `row_digest` of the question and its worked answer.
+        loss: Mean loss over the tokens of the answer, in nats; `None` if it is not finite.
+    """
+
+    digest: str
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """The loss on the worked answers of one task.
+
+    Attributes:
+        items: One entry per question.
+        excluded: Number of questions left out because the model was calibrated on them.
+        too_long: Number of questions left out because the model cannot take question and answer.
+        source: Source of the questions.
+    """
+
+    metric: ClassVar[str] = "loss"
+
+    items: tuple[WorkedAnswer, ...]
+    excluded: int
+    too_long: int
+    source: dict[str, Any]
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the questions, in nats per token; `None` if a loss is not finite."""
+        losses = [item.loss for item in self.items if item.loss is not None]
+        return math.fsum(losses) / len(losses) if len(losses) == len(self.items) else None
+
+    @property
+    def error(self) -> str | None:
+        """Why there is no loss; `None` if there is one."""
+        if self.loss is not None:
+            return None
+        nonfinite = sum(item.loss is None for item in self.items)
+        return (
+            f"the loss is NaN or infinite on {nonfinite} of {len(self.items)} answers; check the "
+            "weights for NaN or huge values, or try dtype float32"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "n": len(self.items),
+            "loss": self.loss,
+            "error": self.error,
+            "excluded": self.excluded,
+            "too_long": self.too_long,
+            "source": self.source,
+            "items": [asdict(item) for item in self.items],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LossResult":
+        items = tuple(WorkedAnswer(**item) for item in values["items"])
+        return cls(items, values["excluded"], values["too_long"], values["source"])
+
+
+TaskResult = AccuracyResult | PerplexityResult | LossResult
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The results of one model.
 
@@ -245,7 +314,7 @@ class Evaluation:
     """
 
     model: str
-    tasks: dict[str, AccuracyResult | PerplexityResult]
+    tasks: dict[str, TaskResult]
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
@@ -333,6 +402,15 @@ class Evaluation:
                         "last number of the response is its answer)"
                     )
                 items = "questions"
+            elif isinstance(result, LossResult):
+                loss = "not finite" if result.loss is None else f"{result.loss:.4f}"
+                cells = ["-", "-", "-", loss]
+                if result.too_long:
+                    notes.append(
+                        f"{name}: {result.too_long} questions left out, because the model cannot "
+                        "take them with their answers"
+                    )
+                items = "questions"
             else:
                 value = result.perplexity
                 cells = ["not finite" if value is None else f"ppl {value:.4g}", "-", "-", "-"]
@@ -350,7 +428,8 @@ class Evaluation:
         return "\n".join([aligned(rows, left=1), *notes])
 
 
-_RESULTS: dict[str, type[AccuracyResult] | type[PerplexityResult]] = {
+_RESULTS: dict[str, type[AccuracyResult] | type[PerplexityResult] | type[LossResult]] = {
     AccuracyResult.metric: AccuracyResult,
     PerplexityResult.metric: PerplexityResult,
+    LossResult.metric: LossResult,
 }

@@ -38,8 +38,11 @@ from optimum_cap.evaluation.results import (
     AccuracyResult,
     Answer,
     Evaluation,
+    LossResult,
     PerplexityResult,
+    TaskResult,
     Window,
+    WorkedAnswer,
 )
 from optimum_cap.evaluation.tasks import (
     DEFAULT_TASKS,
@@ -148,7 +151,9 @@ def evaluate(
         _check_token_ids(jobs, tokenizer, model)
         jobs = {name: _with_answer_losses(model, job) for name, job in jobs.items()}
         lm = harness_model(model, tokenizer, length, batch_size)
-        results = _answer(lm, {n: job for n, job in jobs.items() if isinstance(job, Questions)})
+        asked = {n: job for n, job in jobs.items() if isinstance(job, Questions)}
+        results = _answer(lm, {n: job for n, job in asked.items() if not TASKS[n].loss_only})
+        results |= {n: _answer_losses(job) for n, job in asked.items() if TASKS[n].loss_only}
         results |= {n: _score(lm, job) for n, job in jobs.items() if isinstance(job, _Windows)}
     return Evaluation(
         model=model.name_or_path or type(model).__name__,
@@ -257,6 +262,8 @@ def _prepare(
         size = min(_LONGEST_WINDOW, length)
         return _Windows(_documents(name, chosen, tokenizer, size), excluded, size, source)
     questions: list[Question] = chosen
+    if TASKS[name].loss_only:
+        return _worked_answers(name, questions, source, tokenizer, length, excluded)
     prompts = [render_prompt(question.conversation, tokenizer) for question in questions]
     longest = max(map(len, _prompt_ids(prompts, tokenizer)))
     if length - longest < _SHORTEST_ANSWER:
@@ -273,6 +280,25 @@ def _prepare(
     examples = _examples(name, questions, tokenizer, length)
     losses: list[float | None] = [None] * len(questions)
     return Questions(name, questions, prompts, examples, losses, excluded, max_new_tokens, source)
+
+
+def _worked_answers(
+    name: str,
+    questions: list[Question],
+    source: dict[str, Any],
+    tokenizer: Any,
+    length: int,
+    excluded: int,
+) -> Questions:
+    """Return the questions of a task that measures the loss on their worked answers alone."""
+    examples = _examples(name, questions, tokenizer, length)
+    if not any(examples):
+        raise ValueError(
+            f"task {name}: none of the {len(questions)} questions fits with its answer into the "
+            f"{length} tokens that the model takes: choose another task"
+        )
+    losses: list[float | None] = [None] * len(questions)
+    return Questions(name, questions, [], examples, losses, excluded, 0, source)
 
 
 def _examples(
@@ -303,6 +329,8 @@ def _examples(
 def _prompt_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
     """Tokenize prompts; a chat template prints the special tokens itself."""
     special = not getattr(tokenizer, "chat_template", None)
+    if not prompts:
+        return []  # a tokenizer takes no empty list
     encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
@@ -393,7 +421,17 @@ def _tokens_digest(ids: list[int]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def _answer(lm: Any, jobs: dict[str, Questions]) -> "dict[str, AccuracyResult | PerplexityResult]":
+def _answer_losses(job: Questions) -> LossResult:
+    """Return the losses on the worked answers that the model can take whole."""
+    items = tuple(
+        WorkedAnswer(question.digest, loss)
+        for question, example, loss in zip(job.questions, job.examples, job.losses, strict=True)
+        if example is not None
+    )
+    return LossResult(items, job.excluded, len(job.questions) - len(items), job.source)
+
+
+def _answer(lm: Any, jobs: dict[str, Questions]) -> dict[str, TaskResult]:
     """Generate the responses to all questions, batched by length across tasks."""
     if not jobs:
         return {}

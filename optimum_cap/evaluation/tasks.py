@@ -6,7 +6,7 @@ To add a task, add an entry to `TASKS` at the end of this file.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class Task:
         kind: Uses only the rows with this `kind`; `None` uses all.
         max_new_tokens: Longest response in tokens.
         until: Texts that end a response, besides the end-of-sequence token.
+        loss_only: Whether only the loss on the worked answers is measured, so that nothing is
+            generated.
     """
 
     files: tuple[str, ...]
@@ -104,6 +106,7 @@ class Task:
     kind: str | None = None
     max_new_tokens: int = 0
     until: tuple[str, ...] = ()
+    loss_only: bool = False
 
 
 def resolve_tasks(names: str | Iterable[str]) -> list[str]:
@@ -354,6 +357,10 @@ TASKS: dict[str, Task] = {
         )
         for kind in ("arithmetic", "yes_no", "multiple_choice")
     },
+}
+TASKS |= {
+    f"{name}_loss": replace(TASKS[name], fallback=None, max_new_tokens=0, until=(), loss_only=True)
+    for name in ("gsm8k", "strategyqa", "arc_challenge")
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "tiny_reasoner": tuple(name for name in TASKS if name.startswith("tiny_reasoner_")),

@@ -12,6 +12,7 @@ from optimum_cap.runtime.memory import (
     keep_freed_memory,
 )
 from optimum_cap.runtime.resume import default_folder, resume_hint_on_stop
+from optimum_cap.runtime.usage import Usage, usage_of_block
 
 __all__ = [
     "ALONE",
@@ -19,6 +20,7 @@ __all__ = [
     "MemoryLimit",
     "ProcessGroup",
     "TensorFiles",
+    "Usage",
     "budget_bytes",
     "check_same_inputs",
     "default_folder",
@@ -32,6 +34,7 @@ __all__ = [
     "model_digest",
     "resume_hint_on_stop",
     "sync",
+    "usage_of_block",
     "was_left_behind",
     "write_atomically",
 ]

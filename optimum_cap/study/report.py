@@ -1,6 +1,6 @@
 """Reports of a study: tables in markdown, and plots."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ _METRICS = {
     "accuracy": "accuracy",
     "loss": "loss on worked answers, nats per token",
     "perplexity": "perplexity",
+}
+_USAGE = {
+    "seconds": "seconds",
+    "cpu_seconds": "CPU seconds of all threads",
+    "peak_memory": "peak memory of the process",
+    "peak_gpu_memory": "peak memory of a GPU",
 }
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
@@ -56,15 +62,16 @@ def markdown(rows: list[Row]) -> str:
     Numbers are means over seeds with 95 % intervals; the last section lists the cells that failed.
     """
     lines = ["# Results", ""]
-    for (model, calibration, task, metric), group in _groups(rows).items():
+    for (model, calibration, task, metric), group in _groups(rows, _METRICS | _USAGE).items():
         dense = _values(group, DENSE, 0.0)
         sparsities = sorted({row["sparsity"] for row in group if row["recipe"] != DENSE})
         recipes = list(dict.fromkeys(row["recipe"] for row in group if row["recipe"] != DENSE))
         seeds = len({row["seed"] for row in group if row["recipe"] != DENSE})
-        lines.append(f"## {model}: {task}, {_METRICS[metric]}")
+        lines.append(f"## {model}: {task}, {(_METRICS | _USAGE)[metric]}")
         lines.append("")
         baseline = f"dense {_number(metric, dense)}" if dense else "dense not measured"
-        lines.append(f"Calibrated on {calibration}, {seeds} seed(s); {baseline}.")
+        note = "" if metric in _USAGE else f"; {baseline}"
+        lines.append(f"Calibrated on {calibration}, {seeds} seed(s){note}.")
         lines.append("")
         lines.append(f"| recipe | {' | '.join(f'{value:.0%}' for value in sparsities)} |")
         lines.append("|---" * (len(sparsities) + 1) + "|")
@@ -84,10 +91,12 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _groups(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+def _groups(
+    rows: list[Row], metrics: Mapping[str, str]
+) -> dict[tuple[str, str, str, str], list[Row]]:
     """Group rows by model, calibration set, task and metric; each group has the dense rows too."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
-    measured = [row for row in rows if row["metric"] in _METRICS]
+    measured = [row for row in rows if row["metric"] in metrics]
     for row in measured:
         if row["recipe"] != DENSE:
             key = (row["model"], row["calibration"], row["task"], row["metric"])
@@ -116,6 +125,8 @@ def _number(metric: str, values: Sequence[float]) -> str:
     mean, half = mean_and_interval(values)
     if metric == "accuracy":
         return f"{mean:.1%}" + ("" if half is None else f" ± {100 * half:.1f}")
+    if metric in ("peak_memory", "peak_gpu_memory"):
+        return f"{mean / 1e9:.3g} GB" + ("" if half is None else f" ± {half / 1e9:.2g}")
     return f"{mean:.4g}" + ("" if half is None else f" ± {half:.2g}")
 
 
@@ -125,7 +136,7 @@ def _curves(rows: list[Row], folder: Path) -> list[Path]:
     from matplotlib.ticker import PercentFormatter
 
     figures: dict[tuple[str, str, str], list[tuple[str, list[Row]]]] = {}
-    for (model, calibration, task, metric), group in _groups(rows).items():
+    for (model, calibration, task, metric), group in _groups(rows, _METRICS).items():
         figures.setdefault((model, calibration, metric), []).append((task, group))
     files = []
     for (model, calibration, metric), tasks in figures.items():

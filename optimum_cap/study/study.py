@@ -6,6 +6,8 @@ cells. A cell that fails is recorded with its error, and the study continues.
 """
 
 import csv
+import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -13,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +27,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -34,6 +37,7 @@ from optimum_cap.data import load_tokenizer, local_presets
 from optimum_cap.evaluation import (
     AccuracyResult,
     Evaluation,
+    LossResult,
     TaskData,
     check_counts,
     evaluate,
@@ -43,7 +47,7 @@ from optimum_cap.evaluation import (
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import ModelView
 from optimum_cap.pruner import CAPPruner
-from optimum_cap.runtime import ProcessGroup, write_atomically
+from optimum_cap.runtime import ProcessGroup, Usage, usage_of_block, write_atomically
 from optimum_cap.scoring import DECISIVE, UnitLosses, tensors_of
 from optimum_cap.text import did_you_mean
 
@@ -51,6 +55,8 @@ logger = logging.get_logger(__name__)
 
 DENSE = "dense"
 _LAYOUT = 2  # version of a cell's file and of the computation of scores; part of the key
+PRUNING = "pruning"
+"""What stands in the column `task` of rows that say what pruning took."""
 # Fields of CAPConfig that are axes of the study, and `scores`, which the study manages itself.
 _CELL_FIELDS = ("sparsity", "dataset", "seed", "scores")
 _COLUMNS = (
@@ -83,10 +89,14 @@ class Study:
         settings: Fields of `CAPConfig` for all recipes on which they have an effect.
         data_dir: Folder with the evaluation data and with the presets among the calibration data;
             `None` downloads them from the Hub.
-        limit: Questions or windows per task; `None` is all.
+        limit: Questions or windows per task; `None` is all. A mapping limits the tasks or groups
+            that it names.
         batch_size: Questions per batch.
         dtype: dtype of the weights, as for `from_pretrained`.
         device_map: Placement of the models, as for `from_pretrained`.
+        resume: Whether an interrupted cell resumes where it stopped, instead of starting over. It
+            then takes as much disk space as the model, and the time of a cell that was interrupted
+            is not recorded.
     """
 
     models: dict[str, str]
@@ -97,10 +107,11 @@ class Study:
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: dict[str, Any] = field(default_factory=dict)
     data_dir: str | None = None
-    limit: int | None = None
+    limit: int | dict[str, int] | None = None
     batch_size: int = 32
     dtype: str = "auto"
     device_map: str = "auto"
+    resume: bool = False
 
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> "Study":
@@ -152,8 +163,10 @@ class Study:
                 f"settings of {path} contain {', '.join(conflicts)}, which the study sets for each "
                 "cell: leave them out"
             )
-        check_counts(study.limit, study.batch_size)
-        resolve_tasks(study.tasks)
+        for limit in study.limits.values():
+            check_counts(limit, study.batch_size)
+        if not isinstance(study.resume, bool):
+            raise ValueError(f"resume of {path} must be true or false, got {study.resume!r}")
         configs = [cell.config() for cell in study.cells()]
         defaults = CAPConfig(sparsity=0.5)
         for name, value in study.settings.items():
@@ -165,6 +178,27 @@ class Study:
                     "it out"
                 )
         return study
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """The limit of each task, with groups expanded.
+
+        Raises:
+            ValueError: A task is unknown, or `limit` names one that the study does not have.
+        """
+        tasks = resolve_tasks(self.tasks)
+        if not isinstance(self.limit, dict):
+            return dict.fromkeys(tasks, self.limit)
+        limits: dict[str, int | None] = dict.fromkeys(tasks)
+        for name, limit in self.limit.items():
+            for task in resolve_tasks(str(name)):
+                if task not in limits:
+                    raise ValueError(
+                        f"limit of the study names {name!r}, but the tasks are "
+                        f"{', '.join(tasks)}: add it to the tasks, or leave it out"
+                    )
+                limits[task] = limit
+        return limits
 
     def cells(self) -> "Iterator[Cell]":
         """Yield every cell, model by model, starting with the dense model."""
@@ -210,12 +244,14 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
 
     Args:
         study: The study.
-        folder: Folder of the study, with `cells/`, `scores/` and `results.csv`; created if needed.
+        folder: Folder of the study, with `cells/`, `scores/`, `unfinished/` and `results.csv`;
+            created if needed.
         jobs: Number of cells to measure in parallel, each in its own process with its share of the
             cores. This is faster for small models; another number of threads may change rounding.
 
     Returns:
-        The rows of `results.csv`: one per cell, task and metric.
+        The rows of `results.csv`: one per cell, task and metric. What pruning took is in rows of
+        the task `"pruning"`.
 
     Raises:
         ValueError: `jobs` is not positive, several processes were launched, or the data of a task
@@ -323,34 +359,77 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _measured_and_written(cell: Cell, file: Path, study: Study, data: TaskData) -> dict[str, Any]:
-    result = _measured(cell, study, data, file.parents[1])
+    result = _measured(cell, study, data, file)
     write_atomically(file, json.dumps(result, indent=1).encode())
+    if not result["error"]:
+        shutil.rmtree(_resume_dir(file), ignore_errors=True)
     return result
 
 
-def _measured(cell: Cell, study: Study, data: TaskData, folder: Path) -> dict[str, Any]:
+def _resume_dir(file: Path) -> Path:
+    """Return the folder in which an unfinished cell stores what it has done."""
+    return file.parents[1] / "unfinished" / file.stem
+
+
+def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str, Any]:
     """Measure one cell; an error becomes part of the result."""
     start = time.monotonic()
-    evaluation = record = None
+    evaluation = record = usage = None
     error = None
+    gc.collect()  # what the cell before has left in reference cycles
     try:
         model = AutoModelForCausalLM.from_pretrained(
             cell.model, dtype=study.dtype, device_map=study.device_map
         )
         tokenizer = load_tokenizer(cell.model)
         if (config := cell.config()) is not None:
-            losses = None
-            if CRITERIA[config.method.criterion].needs_scores:
-                losses = _losses(cell, config, model, tokenizer, folder)
-            CAPPruner(config).prune(model, tokenizer, losses=losses)
+            was_interrupted = _resume_dir(file).exists()
+            if study.resume and "resume_dir" in config.fields_used:
+                config = dataclasses.replace(config, resume_dir=_resume_dir(file))
+            usage = _pruned(cell, config, model, tokenizer, file.parents[1])
+            usage = None if was_interrupted else usage
             record = model.pruning_record.to_dict()
-        evaluation = evaluate(
-            model, tokenizer, data=data, limit=study.limit, batch_size=study.batch_size
-        )
+        evaluation = _evaluated(model, tokenizer, study, data)
     except Exception as failure:
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         logger.warning(f"{cell}: {error}")
-    return _result(cell, evaluation, record, time.monotonic() - start, error)
+    return _result(cell, evaluation, record, time.monotonic() - start, error, usage)
+
+
+def _evaluated(model: PreTrainedModel, tokenizer: Any, study: Study, data: TaskData) -> Evaluation:
+    """Evaluate a model on all tasks, those with the same limit together."""
+    limits = study.limits
+    parts = [
+        evaluate(
+            model,
+            tokenizer,
+            data={name: items for name, items in data.items() if limits[name] == limit},
+            limit=limit,
+            batch_size=study.batch_size,
+        )
+        for limit in dict.fromkeys(limits.values())
+    ]
+    results = {name: result for part in parts for name, result in part.tasks.items()}
+    return dataclasses.replace(
+        parts[0],
+        tasks={name: results[name] for name in data},
+        settings={**parts[0].settings, "limit": study.limit},
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _pruned(
+    cell: Cell, config: CAPConfig, model: PreTrainedModel, tokenizer: Any, folder: Path
+) -> Usage | None:
+    """Prune a model; return what that took, with the causal scores that cells share."""
+    losses, scoring = None, None
+    if needs_scores := CRITERIA[config.method.criterion].needs_scores:
+        losses, scoring = _losses(cell, config, model, tokenizer, folder)
+    with usage_of_block() as pruning:
+        CAPPruner(config).prune(model, tokenizer, losses=losses)
+    if not needs_scores:
+        return pruning
+    return None if scoring is None else scoring + pruning
 
 
 def _result(
@@ -359,6 +438,7 @@ def _result(
     record: dict[str, Any] | None = None,
     seconds: float | None = None,
     error: str | None = None,
+    usage: Usage | None = None,
 ) -> dict[str, Any]:
     """Return the content of a cell's file."""
     return {
@@ -367,14 +447,19 @@ def _result(
         "scores": record["scores"] if record else None,
         "matrices": record["matrices"] if record else None,
         "seconds": seconds,
+        "pruning": asdict(usage) if usage else None,
         "error": error,
     }
 
 
 def _losses(
     cell: Cell, config: CAPConfig, model: PreTrainedModel, tokenizer: Any, folder: Path
-) -> UnitLosses:
-    """Return the losses with each unit masked, measured once per model and calibration set."""
+) -> tuple[UnitLosses, Usage | None]:
+    """Return the losses with each unit masked, measured once per model and calibration set.
+
+    Returns:
+        The losses, and what measuring them took; `None` if that was interrupted.
+    """
     decisive = {name: getattr(config, name) for name in DECISIVE if name != "dataset"}
     key = {
         "layout": _LAYOUT,
@@ -390,12 +475,18 @@ def _losses(
         if file.is_file():
             try:
                 units = ModelView.of(model, config.mlp_unit_size).units(config.scored_units)
-                return UnitLosses(units, **load_file(file))
+                with safe_open(file, "pt") as stored:
+                    values = json.loads((stored.metadata() or {}).get("usage", "null"))
+                return UnitLosses(units, **load_file(file)), values and Usage(**values)
             except SafetensorError:
                 logger.warning(f"{file} is damaged: measuring its scores again")
-        losses = CAPPruner(config).measure(model, tokenizer)
-        write_atomically(file, save(tensors_of(losses)))
-    return losses
+        was_interrupted = config.resume_dir is not None and Path(config.resume_dir).exists()
+        with usage_of_block() as measured:
+            losses = CAPPruner(config).measure(model, tokenizer)
+        usage = None if was_interrupted else measured
+        metadata = {"usage": json.dumps(usage and asdict(usage))}
+        write_atomically(file, save(tensors_of(losses), metadata))
+    return losses, usage
 
 
 def _rows(cell: Cell, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -411,6 +502,9 @@ def _rows(cell: Cell, result: dict[str, Any]) -> list[dict[str, Any]]:
     if result["error"]:
         return [{**empty, **axes, "error": result["error"]}]
     rows = []
+    for metric, value in (result.get("pruning") or {}).items():
+        if value is not None:
+            rows.append({**empty, **axes, "task": PRUNING, "metric": metric, "value": value})
     for task, scored in Evaluation.from_dict(result["evaluation"]).tasks.items():
         common = {**empty, **axes, "task": task, "n": len(scored.items), "error": scored.error}
         if isinstance(scored, AccuracyResult):
@@ -420,6 +514,8 @@ def _rows(cell: Cell, result: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({**common, **accuracy})
             rows.append({**common, "metric": "loss", "value": scored.answer_loss})
             rows.append({**common, "metric": "no_answer", "value": missing})
+        elif isinstance(scored, LossResult):
+            rows.append({**common, "metric": "loss", "value": scored.loss})
         else:
             rows.append({**common, "metric": "perplexity", "value": scored.perplexity})
     return rows

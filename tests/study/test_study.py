@@ -18,7 +18,10 @@ import yaml
 from helpers.paths import EXAMPLES
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
+from optimum_cap.estimation import study_hours
+from optimum_cap.evaluation import evaluate
 from optimum_cap.evaluation.results import mean_and_interval
+from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.study import report, study
@@ -54,6 +57,11 @@ def load(values: dict[str, Any], tmp_path: Path) -> Study:
     return Study.load(file)
 
 
+def values_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of measured quality: seconds and memory differ from run to run."""
+    return [row for row in rows if row["task"] != study.PRUNING]
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The cells that are measured from now on."""
     names: list[str] = []
@@ -65,7 +73,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_every_cell_has_its_rows(values: dict[str, Any], tmp_path: Path) -> None:
-    rows = run_study(load(values, tmp_path), tmp_path / "out")
+    all_rows = run_study(load(values, tmp_path), tmp_path / "out")
+    rows = values_of(all_rows)
     cells = {(row["recipe"], row["sparsity"]) for row in rows}
     assert cells == {
         ("dense", 0.0),
@@ -80,13 +89,111 @@ def test_every_cell_has_its_rows(values: dict[str, Any], tmp_path: Path) -> None
     assert [row["n"] for row in losses] == [12, 8, 8, 8, 8]
     with (tmp_path / "out" / "results.csv").open() as file:
         saved = list(csv.DictReader(file))
-    assert [row["value"] for row in saved] == [str(row["value"]) for row in rows]
+    assert [row["value"] for row in saved] == [str(row["value"]) for row in all_rows]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux")
+def test_every_pruned_cell_says_what_pruning_took(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells that share causal scores all include the time in which these were measured."""
+    slow = Estimator(lambda *args: (time.sleep(0.5), exact_losses(*args))[1])
+    monkeypatch.setitem(ESTIMATORS, "exact", slow)
+    rows = run_study(load(values, tmp_path), tmp_path / "out")
+    usage: dict[tuple[str, float], dict[str, float]] = {}
+    for row in rows:
+        if row["task"] == study.PRUNING:
+            usage.setdefault((row["recipe"], row["sparsity"]), {})[row["metric"]] = row["value"]
+    assert set(usage) == {(r, s) for r in ("paper", "wanda") for s in (0.2, 0.5)}
+    for (recipe, _), metrics in usage.items():
+        assert set(metrics) == {"seconds", "cpu_seconds", "peak_memory"}
+        assert metrics["seconds"] > (0.5 if recipe == "paper" else 0)
+        assert metrics["cpu_seconds"] > 0
+        assert 50e6 < metrics["peak_memory"] < 100e9
+    text = markdown(rows)
+    assert "## tiny: pruning, CPU seconds of all threads" in text
+    assert "Calibrated on sums, 1 seed(s).\n" in text
+    assert " GB |" in text
+
+
+def test_a_study_of_losses_alone_generates_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    both = load({**values, "tasks": ["gsm8k", "gsm8k_loss"]}, tmp_path)
+    rows = values_of(run_study(both, tmp_path / "both"))
+    losses = [
+        [row["value"] for row in rows if (row["task"], row["metric"]) == (task, "loss")]
+        for task in ("gsm8k", "gsm8k_loss")
+    ]
+    assert len(losses[0]) == 5
+    assert losses[0] == losses[1]
+    assert {row["metric"] for row in rows if row["task"] == "gsm8k_loss"} == {"loss"}
+    assert "## tiny: gsm8k_loss, loss on worked answers, nats per token" in markdown(rows)
+
+
+def test_tasks_have_limits_of_their_own(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"tasks": ["gsm8k_loss", "wikitext2", "strategyqa_loss"], "recipes": ["magnitude"]}
+    values |= {"limit": {"gsm8k_loss": 3, "strategyqa_loss": 2}, "sparsities": [0.5]}
+    del values["settings"]
+    for name in ("strategyqa", "wikitext-2"):
+        (tmp_path / "data" / name).mkdir()
+    facts = [{"question": f"is {n} odd?", "answer": n % 2 == 1, "facts": ["no"]} for n in range(4)]
+    (tmp_path / "data" / "strategyqa" / "test.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    text = " the quick brown fox jumps over the lazy dog . \n" * 100
+    (tmp_path / "data" / "wikitext-2" / "test.txt").write_text(text)
+    rows = values_of(run_study(load(values, tmp_path), tmp_path / "out"))
+    counts = {row["task"]: row["n"] for row in rows if row["recipe"] == "magnitude"}
+    assert list(counts) == values["tasks"]
+    assert counts.pop("wikitext2") > 3
+    assert counts == {"gsm8k_loss": 3, "strategyqa_loss": 2}
+    hours = study_hours(load(values, tmp_path), "h100").rows
+    more = study_hours(load({**values, "limit": None}, tmp_path), "h100").rows
+    assert 0 < hours["tiny"]["evaluation"] < more["tiny"]["evaluation"]
+
+
+@pytest.mark.parametrize("step", ["pruning", "evaluation"])
+def test_an_interrupted_cell_resumes_where_it_was(
+    step: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values |= {"resume": True, "recipes": ["wanda"], "sparsities": [0.5]}
+    expected = values_of(run_study(load(values, tmp_path), tmp_path / "undisturbed"))
+    assert not [*(tmp_path / "undisturbed" / "unfinished").glob("*")]
+    stock, pruned = MatrixPruner.pruned, []
+
+    def counted_matrix(*args: Any) -> Any:
+        pruned.append(1)
+        return stock(*args)
+
+    def stopped_in_layer_2(*args: Any) -> Any:
+        if len(pruned) == 15:  # of 21
+            raise KeyboardInterrupt
+        return counted_matrix(*args)
+
+    def stopped(model: Any, *args: Any, **options: Any) -> Any:
+        if hasattr(model, "pruning_record"):
+            raise KeyboardInterrupt
+        return evaluate(model, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MatrixPruner, "pruned", counted_matrix)
+        if step == "pruning":
+            patch.setattr(MatrixPruner, "pruned", stopped_in_layer_2)
+        else:
+            patch.setattr(study, "evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(load(values, tmp_path), tmp_path / "out")
+    assert [*(tmp_path / "out" / "unfinished").glob("*/*")]
+    first = len(pruned)
+    monkeypatch.setattr(MatrixPruner, "pruned", counted_matrix)
+    rows = run_study(load(values, tmp_path), tmp_path / "out")
+    assert len(pruned) - first == 21 - first // 7 * 7
+    assert values_of(rows) == expected
+    assert rows == values_of(rows), "the time of an interrupted cell is not known"
+    assert not [*(tmp_path / "out" / "unfinished").glob("*")]
 
 
 @pytest.mark.slow
 def test_several_processes_measure_the_same(values: dict[str, Any], tmp_path: Path) -> None:
-    one = run_study(load(values, tmp_path), tmp_path / "one")
-    two = run_study(load(values, tmp_path), tmp_path / "two", jobs=2)
+    one = values_of(run_study(load(values, tmp_path), tmp_path / "one"))
+    two = values_of(run_study(load(values, tmp_path), tmp_path / "two", jobs=2))
     for first, second in zip(one, two, strict=True):
         assert second == {**first, "value": pytest.approx(first["value"])}
     assert len(list((tmp_path / "two" / "scores").glob("*.safetensors"))) == 1
@@ -226,7 +333,7 @@ def test_a_second_run_measures_only_what_is_new(
 def test_a_stopped_study_resumes_where_it_was(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run_study(load(values, tmp_path), tmp_path / "undisturbed")
+    expected = values_of(run_study(load(values, tmp_path), tmp_path / "undisturbed"))
     stock = study._measured
 
     def stopped(cell: Any, *args: Any) -> Any:
@@ -239,7 +346,7 @@ def test_a_stopped_study_resumes_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             run_study(load(values, tmp_path), tmp_path / "out")
     names = counted(monkeypatch)
-    assert run_study(load(values, tmp_path), tmp_path / "out") == expected
+    assert values_of(run_study(load(values, tmp_path), tmp_path / "out")) == expected
     assert names == ["tiny wanda 0.2 sums seed 0", "tiny wanda 0.5 sums seed 0"]
 
 
@@ -285,11 +392,11 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_continue(
 def test_a_damaged_cell_is_measured_again(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run_study(load(values, tmp_path), tmp_path / "out")
+    expected = values_of(run_study(load(values, tmp_path), tmp_path / "out"))
     for file in (tmp_path / "out" / "cells").iterdir():
         file.write_text(file.read_text()[:50])
     names = counted(monkeypatch)
-    assert run_study(load(values, tmp_path), tmp_path / "out") == expected
+    assert values_of(run_study(load(values, tmp_path), tmp_path / "out")) == expected
     assert len(names) == 5
 
 
@@ -403,7 +510,11 @@ def test_mean_and_interval() -> None:
         ({"sparsities": [1.5]}, "sparsity must be a number strictly between 0 and 1"),
         ({"models": ["a/x", "b/x"]}, "different last path components"),
         ({"tasks": ["magic"]}, "unknown task 'magic': choose from"),
+        ({"resume": "yes"}, "resume of .* must be true or false, got 'yes'"),
         ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({"limit": {"gsm8k": 0}}, "limit must be an integer of at least 1, got 0"),
+        ({"limit": {"wikitext2": 3}}, "limit of the study names 'wikitext2', but the tasks are gs"),
+        ({"limit": {"magic": 3}}, "unknown task 'magic': choose from"),
         (
             {"settings": {"scores": "a"}},
             "settings of .* contain scores, which the study sets",
@@ -426,8 +537,8 @@ def test_what_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_the_examples_are_valid(empty_presets: Path) -> None:
-    files = sorted((EXAMPLES / "studies").glob("*.yaml"))
-    assert files
+    files = sorted(EXAMPLES.glob("*/*.yaml"))
+    assert {file.parent.name for file in files} == {"studies", "real_models"}
     for file in files:
         assert list(Study.load(file, data_dir=empty_presets).cells())
 
