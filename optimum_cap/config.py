@@ -58,7 +58,7 @@ class Method:
 
 
 RECIPES = {
-    "causal": Method("alps", "interventional", "dense", "projection", 3.0),
+    "causal": Method("alps", "fisher", answer_weight=3.0, refine=4),
     "causal_fast": Method("alps", "fisher", answer_weight=3.0),
     "paper": Method("causal_score", "global"),
     "magnitude": Method("magnitude", "uniform"),
@@ -177,8 +177,7 @@ class CAPConfig(QuantizationConfigMixin):
             pattern `"N:M"`, it may be left out.
         recipe: A preset of criterion, allocation, target, order, answer_weight and refine.
             `"causal"`, the default, preserves the most (`docs/quality.md`). `"causal_fast"` is its
-            quick variant, which estimates sensitivities with one backward pass instead of measuring
-            them.
+            quick variant, without the refinement.
             `"paper"` ranks a weight by its magnitude times the importance of its head, under one
             global threshold (arXiv 2606.19350, Eq. 1-4). Baselines: `"magnitude"`,
             `"magnitude_global"`, `"random"`, `"wanda"`, `"sparsegpt"`, `"owl_wanda"`,
@@ -296,7 +295,7 @@ class CAPConfig(QuantizationConfigMixin):
     order: str | None = None
     answer_weight: float | None = None
     refine: int | None = None
-    refine_learning_rate: float = 2e-3
+    refine_learning_rate: float = 6e-3
     pattern: str = "unstructured"
     owl_outlier_ratio: float = 5.0
     owl_bound: float = 0.08

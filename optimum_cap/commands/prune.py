@@ -119,7 +119,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--refine-learning-rate",
         "refine_learning_rate",
         float,
-        "learning rate of --refine, relative to the size of the weights (default: 0.002)",
+        "learning rate of --refine, relative to the size of the weights (default: 0.006)",
     ),
     (
         "--pattern",

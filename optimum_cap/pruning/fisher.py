@@ -247,13 +247,15 @@ class BackwardPass:
         hidden = batch.hidden
         gradient = torch.zeros_like(hidden)
         size = positions_per_chunk(view.model, hidden.device)
+        template = view.output_templates[-1]
         for row, position in enumerate(batch.batch.positions):
             columns = targets.columns[targets.rows == row].to(hidden.device)
             generator = _generator(self._seed, position)
             for chunk in columns.split(size):
+                chosen = hidden[..., row, chunk, :].unsqueeze(-2).requires_grad_()
                 with torch.enable_grad():
-                    chosen = hidden[..., row, chunk, :].unsqueeze(-2).detach().requires_grad_()
-                    logits = logits_of(view.model, view.layers, view.output_templates[-1], chosen)
+                    # A copy, because the model may change what it takes for the output of a layer.
+                    logits = logits_of(view.model, view.layers, template, chosen.clone())
                 draw = fisher_draw(logits.detach().float().softmax(dim=-1), generator)
                 draw *= len(columns) ** -0.5
                 [of_chosen] = torch.autograd.grad(logits, chosen, draw.to(logits.dtype))
