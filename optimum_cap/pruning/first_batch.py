@@ -5,8 +5,10 @@ arguments (`LayerwisePass`). For this to be the model, a layer must depend on no
 than knowing for which architectures that holds, every run compares the two.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +27,12 @@ from optimum_cap.models import (
     share_that_differs,
 )
 from optimum_cap.pruning.activations import LayerwisePass, check_finite, examples_per_batch
+from optimum_cap.runtime import is_out_of_memory
 
 # On a GPU, the experts of a mixture may add up their outputs in another order in each run. The
 # rounding can send tokens that are torn between two experts to another one.
 _MOST_TOKENS_ROUTED_OTHERWISE = 0.01
+_FEW_TOKENS = 8  # on which layers are differentiated
 
 
 def check_first_batch(
@@ -36,6 +40,7 @@ def check_first_batch(
     examples: list[CalibrationExample],
     layer_by_layer: bool,
     memory_budget: int | str = "auto",
+    differentiate: bool = False,
 ) -> None:
     """Check that the dense model computes finite values, and the same one layer at a time.
 
@@ -47,9 +52,11 @@ def check_first_batch(
         examples: The calibration examples.
         layer_by_layer: Whether the run uses `LayerwisePass`. Otherwise, only one example runs.
         memory_budget: As for `LayerwisePass`.
+        differentiate: Whether the run needs gradients of the layers.
 
     Raises:
-        ValueError: Hidden states or logits are not finite, or they differ.
+        ValueError: Hidden states or logits are not finite, or they differ; or a layer cannot be
+            differentiated.
     """
     size = examples_per_batch(view.model, examples, memory_budget) if layer_by_layer else 1
     chosen = [examples[position] for position in batches(examples, size)[0].positions]
@@ -58,7 +65,10 @@ def check_first_batch(
         layerwise = None
         if layer_by_layer:
             layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
-        shares = _run_beside(view, batch, chosen, layerwise)
+        short = None
+        if differentiate:
+            short = LayerwisePass(view, [_beginning(chosen[0])])
+        shares = _run_beside(view, batch, chosen, layerwise, short)
     routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
     allowed = _MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
     if shares and shares[-1] > allowed:
@@ -76,6 +86,7 @@ def _run_beside(
     batch: Batch,
     examples: list[CalibrationExample],
     layerwise: LayerwisePass | None,
+    short: LayerwisePass | None = None,
 ) -> list[float]:
     """Run the model on a batch, and each layer a second time as `LayerwisePass` does.
 
@@ -84,12 +95,13 @@ def _run_beside(
         batch: The batch.
         examples: Its examples.
         layerwise: A pass with this batch alone; `None` runs the model only.
+        short: A pass on which every layer is differentiated, if given.
 
     Returns:
         The share of tokens whose hidden states differ, after each layer; empty without a pass.
 
     Raises:
-        ValueError: Hidden states or logits are not finite.
+        ValueError: Hidden states or logits are not finite, or a layer cannot be differentiated.
     """
     shares: list[float] = []
 
@@ -115,6 +127,12 @@ def _run_beside(
                     shares.append(
                         share_that_differs(of_pass.hidden[..., real, :], expected[..., real, :])
                     )
+                if short is not None:
+                    is_second = True
+                    try:
+                        _differentiate(view, index, short)
+                    finally:
+                        is_second = False
             return output
 
         return forward
@@ -139,3 +157,34 @@ def _run_beside(
             "check its weights and the dtype of the model"
         )
     return shares
+
+
+def _beginning(example: CalibrationExample) -> CalibrationExample:
+    """Return the first tokens of an example."""
+    return replace(
+        example, input_ids=example.input_ids[:_FEW_TOKENS], scored=example.scored[:_FEW_TOKENS]
+    )
+
+
+def _differentiate(view: ModelView, index: int, short: LayerwisePass) -> None:
+    """Run layer `index` forward and backward, and advance past it.
+
+    Raises:
+        ValueError: The layer cannot be differentiated.
+    """
+    [batch] = short.batches
+    hidden = batch.hidden.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            output = short.run(index, batch, hidden.clone(), copy.copy(batch.shared))
+            torch.autograd.grad(output.float().sum(), hidden)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"layer {index} of {type(view.model).__name__} cannot be differentiated ({reason}), as "
+            "allocation 'fisher' and refinement need: choose a recipe without them, such as "
+            "'sparsegpt', or allocation 'interventional' and refine 0"
+        ) from error
+    batch.hidden = short.run(index, batch, batch.hidden)

@@ -101,7 +101,8 @@ class PruningRun:
         measures = method.needs_data and losses is None and self.config.scores is None
         if layer_by_layer or measures:
             budget = self.config.memory_budget
-            check_first_batch(self.view, self.examples, layer_by_layer, budget)
+            differentiate = method.allocation == "fisher" or method.refine > 0
+            check_first_batch(self.view, self.examples, layer_by_layer, budget, differentiate)
 
     def score_units(self, losses: UnitLosses | None) -> None:
         """Compute the causal scores, and the importances of units and their weights.

@@ -21,6 +21,7 @@ from optimum_cap.models.offload import weights as weights_of
 from optimum_cap.models.offload import writable_weights
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.pruning.refinement import LayerRefiner, Refinement, relative_errors
 
 
@@ -176,3 +177,22 @@ def test_offloaded_weights_give_the_same(tmp_path: Path) -> None:
     model = pruned(on_disk(tmp_path / "model", tmp_path), None, **options)
     for matrix in ModelView.of(expected).matrices:
         assert torch.equal(weights_of(model, matrix), weights_of(expected, matrix))
+
+
+@pytest.mark.parametrize("fields", [{"recipe": "causal_fast"}, {"criterion": "wanda", "refine": 1}])
+def test_a_layer_without_gradients_is_refused(
+    llama: PreTrainedModel, fields: dict[str, Any]
+) -> None:
+    before = weights(llama)
+    attention = llama.model.layers[1]
+    attention.forward = torch.no_grad()(attention.forward)
+    with pytest.raises(
+        ValueError, match=r"^layer 1 of Llama.* cannot be differentiated \(.*refine 0"
+    ):
+        pruned(llama, None, **fields)
+    assert weights(llama) == before
+
+
+def test_every_architecture_can_be_differentiated(every_architecture: str) -> None:
+    view = ModelView.of(tiny_model(every_architecture))
+    check_first_batch(view, examples(5), layer_by_layer=True, differentiate=True)
