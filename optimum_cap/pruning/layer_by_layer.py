@@ -97,6 +97,7 @@ class LayerByLayerPruning:
                     raise
                 progress.update()
         self._warn_about_few_tokens()
+        self._report_refinement()
         return self.tokens
 
     def _prune_layer_(
@@ -180,4 +181,22 @@ class LayerByLayerPruning:
                 f"have inputs ({'; '.join(few[:3])}{'; ...' if len(few) > 3 else ''}): use more or "
                 "longer calibration examples, at least as many tokens as inputs; the record has "
                 "all numbers"
+            )
+
+    def _report_refinement(self) -> None:
+        """Log how much refinement has gained, and warn if that is nothing in most layers."""
+        if not (results := list(self.refinements.values())):
+            return
+        before = sum(result.error_before for result in results) / len(results)
+        after = sum(result.error_after for result in results) / len(results)
+        logger.info(
+            f"refinement lowered the error of the hidden states from {before:.4f} to {after:.4f}, "
+            "relative to their squares (mean over layers, on calibration examples left out)"
+        )
+        in_vain = [index for index, result in self.refinements.items() if result.passes == 0]
+        if 2 * len(in_vain) > len(results):
+            logger.warning(
+                f"refinement improved {len(results) - len(in_vain)} of {len(results)} layers on "
+                "the calibration examples that it leaves out; the others have the weights of the "
+                "solver: use more calibration examples, or a lower refine_learning_rate"
             )

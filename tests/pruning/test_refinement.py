@@ -196,3 +196,12 @@ def test_a_layer_without_gradients_is_refused(
 def test_every_architecture_can_be_differentiated(every_architecture: str) -> None:
     view = ModelView.of(tiny_model(every_architecture))
     check_first_batch(view, examples(5), layer_by_layer=True, differentiate=True)
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e4, True), (2e-3, False)])
+def test_refinement_in_vain_is_said(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture, rate: float, warned: bool
+) -> None:
+    options = {"criterion": "sparsegpt", "num_samples": 16, "refine_learning_rate": rate}
+    pruned(llama, None, refine=2, **options)
+    assert ("refinement improved 0 of 3 layers" in caplog.text) == warned
