@@ -16,6 +16,7 @@ from optimum_cap.data.sources import (
     first_file,
     load_sources,
     local_presets,
+    multiple_choice_parts,
     row_digest,
 )
 from optimum_cap.data.tokenizers import check_token_ids, load_tokenizer, usable_tokenizer
@@ -38,6 +39,7 @@ __all__ = [
     "load_sources",
     "load_tokenizer",
     "local_presets",
+    "multiple_choice_parts",
     "render_prompt",
     "row_digest",
     "shared_prefix",
