@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from helpers.evaluation import LINES, SUMS, TEMPLATE, with_room, write_task_files
 from helpers.paths import EXAMPLES, SHARED
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -46,44 +47,11 @@ REASONER = EXAMPLES / "tiny_reasoner"
 sys.path.insert(0, str(REASONER))  # the examples are scripts, no package
 from evaluate import correct_answers, generated_answers, load_problems  # noqa: E402
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-SUMS = [{"question": f"{n}+{n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(12)]
-FACTS = [
-    {"question": f"is {n} odd?", "answer": n % 2 == 1, "facts": [f"{n} is a number."]}
-    for n in range(4)
-]
-CHOICES = [
-    {
-        "question": {
-            "stem": f"which is {n}?",
-            "choices": [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}],
-        },
-        "answerKey": "AB"[n - 1],
-    }
-    for n in (1, 2)
-]
-LINES = [" \n", " = a title = \n", " \n"] + [
-    f" line {n} tells what there is to tell about the number {n} , at length . \n"
-    for n in range(150)
-]
-
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     """A folder with the files of all published data sets, short enough for the tiny models."""
-    for name, rows in {
-        "gsm8k/test.jsonl": SUMS,
-        "strategyqa/test.jsonl": FACTS,
-        "arc_challenge/ARC-Challenge-Test.jsonl": CHOICES,
-    }.items():
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "wikitext-2").mkdir()
-    (tmp_path / "wikitext-2" / "test.txt").write_text("".join(LINES))
-    return tmp_path
+    return write_task_files(tmp_path)
 
 
 def calibrated(model: PreTrainedModel, digests: list[str]) -> PreTrainedModel:
@@ -101,13 +69,6 @@ def damaged_reasoner() -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.25 * parameter.std() * noise if parameter.ndim == 2 else 0)
     return model
-
-
-def with_room(template: str | None, size: int = 512) -> tuple[PreTrainedModel, Any]:
-    """A tiny model whose context holds instructions and worked examples, with its tokenizer."""
-    tokenizer = tiny_tokenizer(template)
-    tokenizer.model_max_length = size
-    return tiny_model("llama", max_position_embeddings=size), tokenizer
 
 
 def question(prompt: str) -> Conversation:
