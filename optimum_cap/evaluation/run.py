@@ -72,6 +72,11 @@ def load_task_data(
         ImportError: lm-evaluation-harness is not installed.
     """
     names = resolve_tasks(tasks)
+    if include_path is not None and not any(name.startswith(HARNESS_PREFIX) for name in names):
+        raise ValueError(
+            f"include_path {include_path} has no effect, as no task is one of "
+            f"lm-evaluation-harness: name one as {HARNESS_PREFIX}NAME, or leave it out"
+        )
     import_harness("lm_eval")
     folder = None if data_dir is None else Path(data_dir)
     data: TaskData = {}
@@ -83,11 +88,6 @@ def load_task_data(
         needs_examples = may_need_examples(name, num_fewshot) and _shows_examples(name)
         examples, source = load_examples(name, folder) if needs_examples else ((), {})
         data[name] = TaskItems(*load_items(name, folder), examples, source)
-    if include_path is not None and not any(name.startswith(HARNESS_PREFIX) for name in names):
-        raise ValueError(
-            f"include_path {include_path} has no effect, as no task is one of "
-            f"lm-evaluation-harness: name one as {HARNESS_PREFIX}NAME, or leave it out"
-        )
     return data
 
 
@@ -202,7 +202,8 @@ def evaluate(
             for name, items in data.items()
             if isinstance(items, TaskItems)
         }
-        check_tokens(list(jobs.values()), tokenizer, number_of_embeddings(model))
+        if jobs:  # others are tasks of the harness, which tokenizes itself
+            check_tokens(list(jobs.values()), tokenizer, number_of_embeddings(model))
         store = None if resume_dir is None else BatchStore(resume_dir, model, batch_size)
         engine = Engine(model, tokenizer, length, batch_size, limit, num_fewshot, store)
         for name, items in data.items():

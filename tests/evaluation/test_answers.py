@@ -1,5 +1,6 @@
 """Generated answers: length, limit, the log of samples, the warning, and resuming."""
 
+import functools
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ from helpers.evaluation import SUMS, TEMPLATE, with_room, write_task_files
 from helpers.paths import EXAMPLES
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from scipy.stats import binom
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from optimum_cap.evaluation.harness import generate_batch, harness_model, in_order_of_length
 from optimum_cap.evaluation.results import Evaluation, median_and_interval, wilson_interval
@@ -245,14 +246,23 @@ def test_samples_are_whole_after_each_task(tmp_path: Path) -> None:
 # Resuming
 
 
-def forward_passes(model: PreTrainedModel) -> list[int]:
-    passes: list[int] = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    return passes
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keywords of each forward pass. A hook would be part of what results are stored under."""
+    calls: list[dict[str, Any]] = []
+    original = LlamaForCausalLM.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    return calls
 
 
 def test_a_second_evaluation_computes_nothing_and_finds_the_same(
-    data_dir: Path, tmp_path: Path
+    data_dir: Path, tmp_path: Path, passes: list[dict[str, Any]]
 ) -> None:
     options: dict[str, Any] = {
         "tasks": "gsm8k,arc_challenge_choices,wikitext2",
@@ -265,13 +275,14 @@ def test_a_second_evaluation_computes_nothing_and_finds_the_same(
     }
     first = evaluate(*with_room(), **options)
     model, tokenizer = with_room()
-    passes = forward_passes(model)
+    passes.clear()
     again = evaluate(model, tokenizer, **options)
     assert again.tasks == first.tasks
     assert again.tasks["gsm8k"].seconds == first.tasks["gsm8k"].seconds
     assert not passes
     plain = evaluate(*with_room(), **{**options, "resume_dir": None})
     assert plain.tasks == first.tasks
+    passes.clear()
     # Other settings, prompts or weights are other batches.
     for change in ({"max_new_tokens": 5}, {"num_fewshot": 1}, {"batch_size": 3}):
         evaluate(model, tokenizer, **{**options, "tasks": "gsm8k", **change})
@@ -284,7 +295,10 @@ def test_a_second_evaluation_computes_nothing_and_finds_the_same(
 
 
 def test_an_interrupted_evaluation_continues_with_the_next_batch(
-    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    data_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options: dict[str, Any] = {
         "tasks": "strategyqa_choices,gsm8k",
@@ -295,25 +309,23 @@ def test_an_interrupted_evaluation_continues_with_the_next_batch(
         "resume_dir": tmp_path / "resume",
     }
     expected = evaluate(*with_room(), **{**options, "resume_dir": None})
-    model, tokenizer = with_room()
-    passes = forward_passes(model)
-    generations = []
+    batches: list[list[str]] = []
 
-    def interrupt(module: Any, args: Any, kwargs: Any) -> None:
-        generations.append(kwargs.get("past_key_values") is not None)
-        if sum(generations) == 10:  # in the third of four batches of four tokens
+    def interrupted(lm: Any, prompts: list[str], *args: Any) -> Any:
+        batches.append(prompts)
+        if len(batches) == 3:
             raise KeyboardInterrupt
+        return generate_batch(lm, prompts, *args)
 
-    hook = model.register_forward_pre_hook(interrupt, with_kwargs=True)
+    monkeypatch.setattr("optimum_cap.evaluation.measure.generate_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tokenizer, **options, log_samples=tmp_path / "samples")
+        evaluate(*with_room(), **options, log_samples=tmp_path / "samples")
     assert "stopped gsm8k after 6 of 12 answers: finished results are stored in" in caplog.text
     # The task that was finished is logged.
     assert (tmp_path / "samples" / "strategyqa_choices.jsonl").is_file()
-    hook.remove()
-    passes.clear()
-    assert evaluate(model, tokenizer, **options).tasks == expected.tasks
-    assert len(passes) == 2 * 4  # two batches of four tokens
+    assert evaluate(*with_room(), **options).tasks == expected.tasks
+    assert len(batches) == 3 + 2
+    assert batches[3] == batches[2]
 
 
 def test_damaged_results_are_measured_again(
