@@ -124,15 +124,31 @@ class Engine:
         return self.store.get_or_measure(what, batch, measure)
 
     @contextmanager
-    def progress(self, name: str, what: str, total: int) -> Iterator[Any]:
+    def progress(self, name: str, what: str, total: int) -> "Iterator[Progress]":
         """Show the progress of a task, and say how to resume if it is interrupted."""
-        with (
-            logging.tqdm(total=total, desc=f"{name}: {what}", delay=2) as progress,
-            resume_hint_on_stop(
-                lambda: f"stopped {name} after {progress.n} of {total} {what}", self.store
-            ),
-        ):
-            yield progress
+        with logging.tqdm(total=total, desc=f"{name}: {what}", delay=2) as bar:
+            progress = Progress(bar)
+            with resume_hint_on_stop(
+                lambda: f"stopped {name} after {progress.done} of {total} {what}", self.store
+            ):
+                yield progress
+
+
+class Progress:
+    """A progress bar with the number of items that are done, also where bars are disabled."""
+
+    def __init__(self, bar: Any) -> None:
+        self.done = 0
+        self._bar = bar
+
+    def update(self, count: int) -> None:
+        """Count items that are done."""
+        self.done += count
+        self._bar.update(count)
+
+    def show(self, text: str) -> None:
+        """Show a text behind the bar."""
+        self._bar.set_postfix_str(text)
 
 
 def measure(engine: Engine, job: Job) -> tuple[Result, Samples]:
@@ -239,7 +255,7 @@ def _responses(engine: Engine, job: Questions) -> tuple[list[Response], float]:
     return [responses[position] for position in range(len(order))], total
 
 
-def _token_counter(progress: Any, limit: int) -> Callable[[int], None]:
+def _token_counter(progress: Progress, limit: int) -> Callable[[int], None]:
     """Return a function that shows how many tokens a batch has generated, once a second."""
     last = time.monotonic()
 
@@ -247,7 +263,7 @@ def _token_counter(progress: Any, limit: int) -> Callable[[int], None]:
         nonlocal last
         if time.monotonic() - last > _REFRESH:
             last = time.monotonic()
-            progress.set_postfix_str(f"token {count} of at most {limit}")
+            progress.show(f"token {count} of at most {limit}")
 
     return show
 

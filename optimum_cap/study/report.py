@@ -148,7 +148,7 @@ def _curves(rows: list[Row], folder: Path) -> list[Path]:
             axis.set_xlabel("sparsity")
             if metric in _SHARES:
                 axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            else:
+            elif metric != "tokens":
                 axis.set_yscale("log")
         if metric in _SHARES:
             lowest = min(axis.get_ylim()[0] for axis in axes[0])

@@ -522,7 +522,7 @@ def test_eval_and_compare_say_what_is_wrong_in_one_line(
     data_dir: Path,
     tmp_path: Path,
 ) -> None:
-    local = ["--data-dir", data_dir, "--num-fewshot", "0"]
+    local = ["--data-dir", data_dir]
 
     def refused(message: str, *arguments: str | Path, status: int = 2) -> None:
         got, _, err = cap(*arguments)
@@ -551,11 +551,12 @@ def test_eval_and_compare_say_what_is_wrong_in_one_line(
     refused("odd.json cannot be read as an evaluation", "compare", dense, tmp_path / "odd.json")
     refused("unknown task", "compare", dense, dense, "--tasks", "gsm", *local)
     file = tmp_path / "one.json"
-    assert cap("eval", dense, "--tasks", "gsm8k", *local, "-o", file, "--limit", "2")[0] == 0
+    bare = ["--tasks", "gsm8k", *local, "--num-fewshot", "0"]
+    assert cap("eval", dense, *bare, "-o", file, "--limit", "2")[0] == 0
     refused("holds no task 'wikitext2', only gsm8k", "compare", file, file, "--tasks", "wikitext2")
     refused("none does not exist", "compare", file, tmp_path / "none", *local)
     full = tmp_path / "full.json"
-    assert cap("eval", dense, "--tasks", "gsm8k", *local, "-o", full)[0] == 0
+    assert cap("eval", dense, *bare, "-o", full)[0] == 0
     refused(
         r"values of limit \(2 in .*one.json, None in .*full.json\): name one with --limit",
         *("compare", dense, file, full, *local),
