@@ -2,6 +2,7 @@
 
 import bisect
 import copy
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -227,7 +228,7 @@ def load_harness_task(name: str, include_path: str | None) -> Any:
         ValueError: The name is unknown, or its data cannot be read.
     """
     with quiet_harness():
-        manager = import_harness("lm_eval.tasks").TaskManager(include_path=include_path)
+        manager = _task_manager(include_path, _definitions(include_path))
         if name not in manager.all_tasks:
             raise ValueError(
                 f"lm-evaluation-harness has no task {name!r}"
@@ -244,6 +245,17 @@ def load_harness_task(name: str, include_path: str | None) -> Any:
                 f"({type(error).__name__}: {cause}): without a network, its data must be in the "
                 "cache of the package `datasets`"
             ) from error
+
+
+@functools.lru_cache(maxsize=4)  # it reads thousands of definitions
+def _task_manager(include_path: str | None, definitions: tuple[tuple[str, int], ...]) -> Any:
+    return import_harness("lm_eval.tasks").TaskManager(include_path=include_path)
+
+
+def _definitions(include_path: str | None) -> tuple[tuple[str, int], ...]:
+    """Return the files of a folder with definitions, with the times of their last change."""
+    files = () if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
+    return tuple((str(file), file.stat().st_mtime_ns) for file in files)
 
 
 def _digest(loaded: Any) -> str:
