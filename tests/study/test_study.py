@@ -98,7 +98,7 @@ def test_every_cell_has_its_rows(values: dict[str, Any], tmp_path: Path) -> None
 def test_several_processes_measure_the_same(values: dict[str, Any], tmp_path: Path) -> None:
     one = run_study(load(values, tmp_path), tmp_path / "one")
     two = run_study(load(values, tmp_path), tmp_path / "two", jobs=2)
-    for first, second in zip(one, two, strict=True):
+    for first, second in zip(without_times(one), without_times(two), strict=True):
         assert second == {**first, "value": pytest.approx(first["value"])}
     assert len(list((tmp_path / "two" / "scores").glob("*.safetensors"))) == 1
     assert not [*(tmp_path / "two").rglob("*.part")]
