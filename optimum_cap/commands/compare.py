@@ -2,7 +2,8 @@
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
@@ -10,7 +11,12 @@ from optimum_cap.commands.base import (
     check_loading_flags,
     check_model,
 )
-from optimum_cap.commands.eval import add_evaluation_flags, evaluate_model
+from optimum_cap.commands.eval import (
+    add_evaluation_flags,
+    check_evaluation_flags,
+    evaluate_model,
+    read_task_data,
+)
 
 if TYPE_CHECKING:
     from optimum_cap.evaluation import Evaluation, TaskData
@@ -25,6 +31,8 @@ class _Prepared:
 
 class CompareCommand(CAPSubcommand):
     """Compares models, which it evaluates first, and files written by `eval -o`."""
+
+    KEEPS_RESULTS: ClassVar[bool] = True
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -58,12 +66,15 @@ class CompareCommand(CAPSubcommand):
                 )
         data: TaskData = {}
         if len(saved) < len(set(names)):
-            from optimum_cap.evaluation import check_counts, load_task_data
-
+            if args.log_samples is not None and args.log_samples.suffix == ".jsonl":
+                raise ValueError(
+                    f"--log-samples {args.log_samples} is a file, but compare writes a folder per "
+                    "model: name a folder"
+                )
             _take_draw(args, saved)
-            check_counts(args.limit, args.batch_size)
+            check_evaluation_flags(args)
             in_files = [task for evaluation in saved.values() for task in evaluation.tasks]
-            data = load_task_data(tasks or in_files or DEFAULT_TASKS, args.data_dir)
+            data = read_task_data(tasks or in_files or list(DEFAULT_TASKS), args)
             check_loading_flags(args)
             for name in names:
                 if name not in saved:
@@ -76,16 +87,19 @@ class CompareCommand(CAPSubcommand):
 
         args = self.args
         evaluations = dict(prepared.saved)
+        logs = _sample_folders(args)
         for name in dict.fromkeys([args.dense, *args.pruned]):
             if name not in evaluations:
-                evaluations[name] = evaluate_model(name, prepared.data, args)
+                evaluations[name] = evaluate_model(name, prepared.data, args, logs.get(name))
         for name in args.pruned:
             print(comparison_table(evaluations[args.dense], evaluations[name], prepared.tasks))
             print()
         print(
-            "Over the items that both have: p is from the exact McNemar test, the interval is "
-            "Newcombe's for\npaired accuracies and a paired bootstrap over windows for perplexity. "
-            "An interval that contains 0\nis not a statistically significant difference."
+            "Over the items that both have: for shares, p is from the exact McNemar test and the "
+            "interval is Newcombe's;\nfor lengths, p is from a sign-flip test and the interval a "
+            "paired bootstrap of the ratio; for perplexity, the\ninterval is a paired bootstrap "
+            "over windows. An interval that contains 0 is not a statistically significant\n"
+            "difference."
         )
         errors = [
             f"{task} of {name}: {text}"
@@ -98,12 +112,13 @@ class CompareCommand(CAPSubcommand):
 
 
 def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:
-    """Set the limit and the seed that are not given to those of the files, for the same items.
+    """Set what is not given to the values of the files, for the same items and prompts.
 
     Raises:
         ValueError: The files have different ones.
     """
-    for name, default in (("limit", None), ("seed", 0)):
+    draw = (("limit", None), ("seed", 0), ("num_fewshot", None), ("max_new_tokens", None))
+    for name, default in draw:
         if getattr(args, name) is not None:
             continue
         values = {file: evaluation.settings.get(name) for file, evaluation in saved.items()}
@@ -111,6 +126,19 @@ def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:
             shown = ", ".join(f"{value} in {file}" for file, value in values.items())
             raise ValueError(
                 f"the files were evaluated with different values of {name} ({shown}): name one "
-                f"with --{name}, or evaluate the models again"
+                f"with --{name.replace('_', '-')}, or evaluate the models again"
             )
         setattr(args, name, next(iter(values.values()), default))
+
+
+def _sample_folders(args: Namespace) -> dict[str, Path]:
+    """Return the folder for the samples of each model, named by the end of the model's name."""
+    if args.log_samples is None:
+        return {}
+    folders: dict[str, Path] = {}
+    for name in dict.fromkeys([args.dense, *args.pruned]):
+        folder = args.log_samples / Path(name).name
+        if folder in folders.values():
+            folder = args.log_samples / name.strip("/").replace("/", "_")
+        folders[name] = folder
+    return folders

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
@@ -11,6 +11,7 @@ from optimum_cap.commands.base import (
     check_loading_flags,
     check_model,
     check_output_file,
+    check_resume_folder,
     loading_options,
 )
 
@@ -21,18 +22,22 @@ if TYPE_CHECKING:
 class EvalCommand(CAPSubcommand):
     """Reads the data before it loads the model, and saves the results before reporting an error."""
 
+    KEEPS_RESULTS: ClassVar[bool] = True
+
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
         parser.description = (
-            "Measure accuracy on questions with worked answers, and perplexity. Items that the "
-            "model was calibrated on are left out."
+            "Measure accuracy on questions with worked answers, the length of answers, and "
+            "perplexity. Items that the model was calibrated on are left out. Finished batches "
+            "are stored: run the command again to resume."
         )
         parser.add_argument("model", help="Hub id or folder of the model, dense or pruned")
         parser.add_argument(
             "--tasks",
             default="gsm8k,strategyqa,arc_challenge,wikitext2",
-            help="comma-separated tasks; tiny_reasoner is another (default: %(default)s)",
+            help="comma-separated tasks; also arc_challenge_choices, strategyqa_choices, "
+            "lm_eval:NAME (default: %(default)s)",
         )
         parser.add_argument(
             "-o", "--output", type=Path, metavar="FILE", help="JSON file to write, e.g. for compare"
@@ -45,17 +50,15 @@ class EvalCommand(CAPSubcommand):
         args = self.args
         if args.output is not None:
             _check_output_file(args.output)
-        from optimum_cap.evaluation import check_counts, load_task_data
-
-        check_counts(args.limit, args.batch_size)
-        data = load_task_data(args.tasks, args.data_dir)
+        check_evaluation_flags(args)
+        data = read_task_data(args.tasks, args)
         check_loading_flags(args)
         check_model(args.model, args)
         return data
 
     def execute(self, prepared: "TaskData") -> None:
         """Evaluate, write the file, print the table."""
-        evaluation = evaluate_model(self.args.model, prepared, self.args)
+        evaluation = evaluate_model(self.args.model, prepared, self.args, self.args.log_samples)
         if self.args.output is not None:
             evaluation.save(self.args.output)
         print(evaluation.table())
@@ -101,14 +104,72 @@ def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> 
         "--seed",
         type=int,
         default=None if of_the_files else 0,
-        help=f"seed for the sample that --limit draws (default: {files}0)",
+        help=f"seed for the sample that --limit draws, and worked examples (default: {files}0)",
+    )
+    add(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help=f"worked examples in each prompt (default: {files}0 with a chat template, else 5)",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"longest answer in tokens (default: {files}that of the task)",
+    )
+    add(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="folder with definitions of tasks for lm_eval:NAME (default: those of the harness)",
+    )
+    add(
+        "--log-samples",
+        type=Path,
+        metavar="PATH",
+        help="folder"
+        + ("" if of_the_files else ", or file ending in .jsonl,")
+        + " for prompts, responses, answers and likelihoods (default: None)",
+    )
+    add(
+        "--resume-dir",
+        metavar="DIR",
+        help="folder for finished batches, so that an interrupted run resumes "
+        "(default: optimum_cap/resume in HF_HOME)",
     )
     add_loading_flags(parser)
 
 
-def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation":
+def check_evaluation_flags(args: Namespace) -> None:
+    """Check the flags that control how a model is evaluated.
+
+    Raises:
+        ValueError: A number is out of range, or samples cannot be logged to the path.
+        FileNotFoundError: The folder of the samples does not exist.
+        OSError: The resume folder cannot be written to.
+    """
+    from optimum_cap.evaluation import check_counts, check_sample_log
+
+    check_counts(args.limit, args.batch_size, args.num_fewshot, args.max_new_tokens)
+    if args.log_samples is not None:
+        check_sample_log(args.log_samples)
+    check_resume_folder(args.resume_dir)
+
+
+def read_task_data(tasks: "str | list[str]", args: Namespace) -> "TaskData":
+    """Read the data of tasks."""
+    from optimum_cap.evaluation import load_task_data
+
+    return load_task_data(tasks, args.data_dir, args.num_fewshot, args.include_path)
+
+
+def evaluate_model(
+    name: str, data: "TaskData", args: Namespace, log_samples: Path | None
+) -> "Evaluation":
     """Load a model and evaluate it with the settings in `args`."""
     from optimum_cap.evaluation import evaluate
+    from optimum_cap.runtime import default_folder
 
     return evaluate(
         name,
@@ -116,6 +177,10 @@ def evaluate_model(name: str, data: "TaskData", args: Namespace) -> "Evaluation"
         limit=args.limit,
         batch_size=args.batch_size,
         seed=args.seed,
+        num_fewshot=args.num_fewshot,
+        max_new_tokens=args.max_new_tokens,
+        log_samples=log_samples,
+        resume_dir=args.resume_dir or default_folder(),
         **loading_options(args),
     )
 

@@ -21,6 +21,7 @@ from optimum_cap.data.sources import (
     first_file,
     load_sources,
     local_presets,
+    multiple_choice_parts,
     row_digest,
 )
 from optimum_cap.data.tokenizers import check_token_ids, load_tokenizer, usable_tokenizer
@@ -52,6 +53,7 @@ __all__ = [
     "load_tokenizer",
     "local_presets",
     "mixed_set",
+    "multiple_choice_parts",
     "render_prompt",
     "row_digest",
     "shared_prefix",

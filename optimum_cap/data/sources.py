@@ -688,17 +688,24 @@ def _strategyqa(row: Mapping[str, Any]) -> Conversation:
     return _pair(row["question"], f"{facts}\n#### {'yes' if row['answer'] else 'no'}")
 
 
-def _arc(row: Mapping[str, Any]) -> Conversation:
-    """Read a row in the published layout (`question.stem`) or in the Hub's (parallel lists)."""
+def multiple_choice_parts(row: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], str]:
+    """Return the question, the choices as `(label, text)` and the right label of a row of ARC.
+
+    The row has the published layout (`question.stem`) or that of the Hub (parallel lists).
+    """
     if isinstance(row["question"], Mapping):
         stem = row["question"]["stem"]
         choices = [(choice["label"], choice["text"]) for choice in row["question"]["choices"]]
     else:
         stem = row["question"]
         choices = list(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    answer = dict(choices)[row["answerKey"]]
+    return stem, choices, row["answerKey"]
+
+
+def _arc(row: Mapping[str, Any]) -> Conversation:
+    stem, choices, right = multiple_choice_parts(row)
     listed = "\n".join(f"({label}) {text}" for label, text in choices)
-    return _pair(f"{stem}\n{listed}", f"{answer}\n#### {row['answerKey']}")
+    return _pair(f"{stem}\n{listed}", f"{dict(choices)[right]}\n#### {right}")
 
 
 def _as_is(rows: Sequence[Any]) -> Sequence[Any]:

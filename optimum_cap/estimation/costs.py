@@ -536,6 +536,9 @@ AMOUNTS: dict[str, Amount] = {
     "gsm8k": Amount(1319, 220),
     "strategyqa": Amount(2290, 90),
     "arc_challenge": Amount(1172, 110),
+    # Each choice is read with its question, but the two of one token each are read together.
+    "strategyqa_choices": Amount(2290, 20),
+    "arc_challenge_choices": Amount(1172, 160),
     "wikitext2": Amount(166, 2048),
     "tinystories": Amount(1097, 250),
     "tiny_reasoner_arithmetic": Amount(300, 60),

@@ -18,7 +18,7 @@ from optimum_cap.data import build_calibration_set, shared_prefix
 from optimum_cap.estimation.costs import ESTIMATOR_COSTS, Cost, CostModel
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
-from optimum_cap.evaluation import DEFAULT_TASKS
+from optimum_cap.evaluation import DEFAULT_TASKS, HARNESS_PREFIX, resolve_tasks
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
@@ -322,6 +322,12 @@ def study_hours(
     """
     if not isinstance(study, Study):
         study = Study.load(study)
+    tasks = resolve_tasks(study.tasks)
+    if unknown := [name for name in tasks if name.startswith(HARNESS_PREFIX)]:
+        raise ValueError(
+            f"the cost of {', '.join(unknown)} cannot be estimated, as only lm-evaluation-harness "
+            "knows these tasks: leave them out of the study that is estimated"
+        )
     rows = {}
     for label, name in study.models.items():
         config = load_config(name, **load_options)

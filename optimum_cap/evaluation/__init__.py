@@ -2,26 +2,49 @@
 
 from optimum_cap.evaluation.comparison import comparison_table
 from optimum_cap.evaluation.results import (
+    LAYOUT,
     AccuracyResult,
+    ChoiceResult,
     Evaluation,
+    HarnessResult,
     LossResult,
+    PerplexityResult,
+    Result,
     mean_and_interval,
     wilson_interval,
 )
 from optimum_cap.evaluation.run import TaskData, check_counts, evaluate, load_task_data
-from optimum_cap.evaluation.tasks import DEFAULT_TASKS, TASKS, extract_marked, resolve_tasks
+from optimum_cap.evaluation.samples import check_sample_log
+from optimum_cap.evaluation.tasks import (
+    DEFAULT_TASKS,
+    HARNESS_PREFIX,
+    TASKS,
+    TaskItems,
+    extract_marked,
+    extract_of,
+    resolve_tasks,
+)
 
 __all__ = [
     "DEFAULT_TASKS",
+    "HARNESS_PREFIX",
+    "LAYOUT",
     "TASKS",
     "AccuracyResult",
+    "ChoiceResult",
     "Evaluation",
+    "HarnessResult",
     "LossResult",
+    "PerplexityResult",
+    "Result",
     "TaskData",
+    "TaskItems",
     "check_counts",
+    "check_sample_log",
     "comparison_table",
     "evaluate",
     "extract_marked",
+    "extract_of",
     "load_task_data",
     "mean_and_interval",
     "resolve_tasks",

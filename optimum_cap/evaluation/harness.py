@@ -1,49 +1,25 @@
 """The interface to lm-evaluation-harness."""
 
+import bisect
 import copy
+import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from optimum_cap.data import CalibrationExample
-from optimum_cap.evaluation.tasks import TASKS, Question, extract_of
+from optimum_cap.evaluation.tasks import HARNESS_PREFIX
 from optimum_cap.models import device_of
+from optimum_cap.runtime import digest_of
+from optimum_cap.text import did_you_mean
 from optimum_cap.version import install_command
 
-
-@dataclass(frozen=True)
-class Questions:
-    """The questions of a task with their prompts.
-
-    Attributes:
-        name: Name of the task.
-        questions: The questions.
-        prompts: The text that the model continues, per question.
-        examples: The question with its worked answer, tokenized; `None` if the model cannot take
-            it whole.
-        losses: Mean loss over the tokens of the worked answer in nats, per question; `None` if it
-            is not finite or there is no example.
-        excluded: Number of questions left out because the model was calibrated on them.
-        max_new_tokens: Longest answer, in tokens.
-        source: Source of the questions, for the record.
-    """
-
-    name: str
-    questions: list[Question]
-    prompts: list[str]
-    examples: list[CalibrationExample | None]
-    losses: list[float | None]
-    excluded: int
-    max_new_tokens: int
-    source: dict[str, Any]
-
-
-# The engine
+_FEWSHOT_SEED = 1234  # with which the command line of the harness draws worked examples
 
 
 def import_harness(module: str) -> Any:
@@ -60,7 +36,9 @@ def import_harness(module: str) -> Any:
         ) from error
 
 
-def harness_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_size: int) -> Any:
+def harness_model(
+    model: PreTrainedModel, tokenizer: Any, length: int, batch_size: int, plain: bool = False
+) -> Any:
     """Wrap `model` as a language model of lm-evaluation-harness.
 
     Args:
@@ -68,7 +46,10 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_siz
         tokenizer: Its tokenizer; it is not changed.
         length: Longest sequence, in tokens.
         batch_size: Sequences per batch.
+        plain: Whether prompts are plain texts, to which the tokenizer adds its special tokens;
+            otherwise the chat template, if there is one, has printed them.
     """
+    prints_special = bool(getattr(tokenizer, "chat_template", None)) and not plain
     lm = import_harness("lm_eval.models.huggingface").HFLM(
         pretrained=model,
         # HFLM sets a padding token and a padding side on the tokenizer.
@@ -76,7 +57,7 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, length: int, batch_siz
         batch_size=batch_size,
         max_length=length,
         # A chat template adds its own special tokens; None keeps the tokenizer's default.
-        add_bos_token=False if getattr(tokenizer, "chat_template", None) else None,
+        add_bos_token=False if prints_special else None,
         softmax_dtype="float32",
     )
     # HFLM uses the device of the first weights, which may be offloaded; `device` has no setter.
@@ -89,46 +70,225 @@ def token_log_likelihoods(lm: Any, requests: list[Any]) -> list[tuple[float, boo
 
     The public `loglikelihood` takes text, which it would tokenize again for each window.
     """
-    scored: list[tuple[float, bool]] = lm._loglikelihood_tokens(requests)
+    scored: list[tuple[float, bool]] = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     return scored
 
 
-def harness_task(job: Questions) -> Any:
-    """Return a task of lm-evaluation-harness with prepared prompts, greedy decoding, one metric."""
-    import datasets
-
-    rows = [
-        {"prompt": prompt, "target": question.answer}
-        for prompt, question in zip(job.prompts, job.questions, strict=True)
+def log_likelihoods(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Return the log-likelihood of each `(context, continuation)`, in nats."""
+    instance = import_harness("lm_eval.api.instance").Instance
+    requests = [
+        instance("loglikelihood", {}, pair, position) for position, pair in enumerate(pairs)
     ]
-    extract = extract_of(job.name)
+    return [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
 
-    def dataset(**_: Any) -> dict[str, Any]:
-        return {"test": datasets.Dataset.from_list(rows)}
 
-    def grade(row: dict[str, str], responses: list[str]) -> dict[str, float]:
-        return {"accuracy": float(extract(responses[0]) == extract(row["target"]))}
+# Generation
 
-    return import_harness("lm_eval.api.task").ConfigurableTask(
-        config={
-            "task": job.name,
-            "custom_dataset": dataset,
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "prompt",
-            "doc_to_target": "target",
-            "num_fewshot": 0,
-            "process_results": grade,
-            "metric_list": [
-                {"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}
-            ],
-            "generation_kwargs": {
-                "until": list(TASKS[job.name].until),
-                "do_sample": False,
-                "max_gen_toks": job.max_new_tokens,
-            },
+
+@dataclass(frozen=True)
+class Response:
+    """What a model wrote.
+
+    Attributes:
+        text: The text, without the texts that end it.
+        tokens: Its length in tokens, without the end-of-sequence token.
+        hit_limit: Whether it was cut off at the limit of its length.
+    """
+
+    text: str
+    tokens: int
+    hit_limit: bool
+
+
+def in_order_of_length(lm: Any, prompts: Sequence[str]) -> list[int]:
+    """Return the positions of prompts in the order in which `lm` computes them: longest first."""
+    keys = [(-len(lm.tok_encode(prompt)), prompt) for prompt in prompts]
+    return sorted(range(len(prompts)), key=keys.__getitem__)
+
+
+def generate_batch(
+    lm: Any,
+    prompts: Sequence[str],
+    until: Sequence[str],
+    max_new_tokens: int,
+    on_token: Callable[[int], None] = lambda count: None,
+) -> list[Response]:
+    """Continue prompts greedily, as one batch.
+
+    Args:
+        lm: The model.
+        prompts: The prompts, in the order of `in_order_of_length`.
+        until: Texts that end a response, besides the end-of-sequence token.
+        max_new_tokens: Longest response in tokens.
+        on_token: Called before each token with the number of tokens so far.
+    """
+    instance = import_harness("lm_eval.api.instance").Instance
+    settings = {"until": list(until), "do_sample": False, "max_gen_toks": max_new_tokens}
+    requests = [
+        instance("generate_until", {}, (prompt, dict(settings)), position)
+        for position, prompt in enumerate(prompts)
+    ]
+    rows: list[list[int]] = []
+    # The public result is text alone, from which the length in tokens cannot be told.
+    original = lm._model_generate
+
+    def recorded(context: Any, **options: Any) -> Any:
+        start = context.shape[1]
+
+        def count(input_ids: Any, scores: Any) -> Any:
+            on_token(input_ids.shape[1] - start)
+            return scores
+
+        processors = LogitsProcessorList([count])
+        output = original(context=context, logits_processor=processors, **options)
+        rows.extend(output[:, start:].tolist())
+        return output
+
+    lm._model_generate, size = recorded, lm.batch_size_per_gpu
+    lm.batch_size_per_gpu = len(prompts)
+    try:
+        lm.generate_until(requests, disable_tqdm=True)
+    finally:
+        lm.batch_size_per_gpu = size
+        del lm._model_generate
+    ends = end_tokens(lm.model, lm.tokenizer, until)
+    return [_response(lm, row, until, ends, max_new_tokens) for row in rows]
+
+
+def end_tokens(model: Any, tokenizer: Any, until: Sequence[str] = ()) -> set[int]:
+    """Return the ids of the tokens that end a response."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = [each for each, token in added.items() if token.special and str(token) in until]
+    return {each for each in [*ids, tokenizer.eos_token_id, *special] if each is not None}
+
+
+def _response(
+    lm: Any, row: Sequence[int], until: Sequence[str], ends: set[int], max_new_tokens: int
+) -> Response:
+    """Return the response in a row of generated tokens, which others of the batch may lengthen."""
+    end = next((position for position, token in enumerate(row) if token in ends), None)
+    tokens = list(row if end is None else row[:end])
+    whole = lm.tok_decode(tokens)
+    text = whole
+    for stop in until:
+        text = text.split(stop)[0]
+    if text == whole:
+        return Response(text, len(tokens), end is None and len(tokens) >= max_new_tokens)
+    length = bisect.bisect_left(
+        range(len(tokens)), len(text), key=lambda count: len(lm.tok_decode(tokens[:count]))
+    )
+    return Response(text, length, False)
+
+
+# Tasks of the harness
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task or a group of tasks that lm-evaluation-harness defines.
+
+    Attributes:
+        name: Its name in the harness.
+        include_path: Folder with definitions of tasks besides those of the harness.
+        digest: Digest of its definition and of its documents.
+    """
+
+    name: str
+    include_path: str | None
+    digest: str
+
+
+def find_harness_task(name: str, include_path: str | Path | None) -> HarnessTask:
+    """Return a task of the harness after its data is read, which is downloaded if need be.
+
+    Args:
+        name: Name of the task or group, without prefix.
+        include_path: Folder with definitions of tasks besides those of the harness.
+
+    Raises:
+        ValueError: The name is unknown, or its data cannot be read.
+        FileNotFoundError: `include_path` is no folder.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(
+            f"the folder {include_path} with definitions of tasks (include_path, --include-path) "
+            "does not exist: check its path"
+        )
+    place = None if include_path is None else str(include_path)
+    return HarnessTask(name, place, _digest(load_harness_task(name, place)))
+
+
+def load_harness_task(name: str, include_path: str | None) -> Any:
+    """Return the tasks of the harness with a name, with their documents.
+
+    Raises:
+        ValueError: The name is unknown, or its data cannot be read.
+    """
+    with quiet_harness():
+        manager = _task_manager(include_path, _definitions(include_path))
+        if name not in manager.all_tasks:
+            raise ValueError(
+                f"lm-evaluation-harness has no task {name!r}"
+                f"{did_you_mean(name, manager.all_tasks)}: `lm_eval ls tasks` lists them, and "
+                "include_path (--include-path) names a folder with others"
+            )
+        try:
+            return manager.load([name])
+        # A download, a data set, or a function of a task: the errors share no base class.
+        except Exception as error:
+            cause = " ".join(str(error).split())
+            raise ValueError(
+                f"the task {HARNESS_PREFIX}{name} of lm-evaluation-harness cannot be loaded "
+                f"({type(error).__name__}: {cause}): without a network, its data must be in the "
+                "cache of the package `datasets`"
+            ) from error
+
+
+@functools.lru_cache(maxsize=4)  # it reads thousands of definitions
+def _task_manager(include_path: str | None, definitions: tuple[tuple[str, int], ...]) -> Any:
+    return import_harness("lm_eval.tasks").TaskManager(include_path=include_path)
+
+
+def _definitions(include_path: str | None) -> tuple[tuple[str, int], ...]:
+    """Return the files of a folder with definitions, with the times of their last change."""
+    files = () if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
+    return tuple((str(file), file.stat().st_mtime_ns) for file in files)
+
+
+def _digest(loaded: Any) -> str:
+    return digest_of(
+        {
+            name: [str(task.dump_config()), [str(document) for document in task.eval_docs]]
+            for name, task in loaded["tasks"].items()
         }
     )
+
+
+def run_harness_task(
+    lm: Any, task: HarnessTask, limit: int | None, num_fewshot: int | None
+) -> dict[str, Any]:
+    """Return what the harness reports of a task, with its samples.
+
+    Args:
+        lm: The model.
+        task: The task.
+        limit: Number of documents, the first ones; `None` takes all.
+        num_fewshot: Number of worked examples; `None` is that of the task.
+    """
+    loaded = load_harness_task(task.name, task.include_path)
+    # As `simple_evaluate`, which seeds the caller's generators and runs git in the current folder.
+    for each in loaded["tasks"].values():
+        default = each.get_config("num_fewshot")
+        if num_fewshot is not None and default != 0:
+            each.set_config(key="num_fewshot", value=num_fewshot)
+        elif default is None:
+            each.set_config(key="num_fewshot", value=0)
+        each.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    results: dict[str, Any] = import_harness("lm_eval").evaluate(lm, loaded, limit=limit)
+    return results
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, ClassVar
 
 from optimum_cap.text import aligned
 
-_LAYOUT = 1  # version of the JSON file; other versions raise an error
+LAYOUT = 2
+"""Version of the JSON file and of what is measured; a file of another version raises an error."""
+MANY_WITHOUT_ANSWER = 0.5
+"""Share of responses without an answer from which on the accuracy says little."""
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any table of the distribution).
 _T = (
@@ -31,10 +34,10 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean over seeds and half the width of its 95 % interval (Student's t).
+    """Return the mean and half the width of its 95 % interval (Student's t).
 
     Args:
-        values: One value per seed, at least one.
+        values: One value per seed or answer, at least one.
 
     Returns:
         The mean, and the half width; `None` if there is a single value.
@@ -46,6 +49,24 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
+def median_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Return the median and its 95 % interval, which assumes no distribution.
+
+    The interval lies between two of the sorted values, by the binomial distribution of the number
+    of values below the median. `None` if there are fewer than 6 values.
+    """
+    count, below = len(values), -1
+    outcomes = 1  # of 2**count: at most `below + 1` of the values are smaller than the median
+    while 40 * outcomes <= 2**count:
+        below += 1
+        outcomes += math.comb(count, below + 1)
+    interval = None
+    if below >= 0:
+        ordered = sorted(values)
+        interval = (float(ordered[below]), float(ordered[-1 - below]))
+    return float(median(values)), interval
+
+
 @dataclass(frozen=True)
 class Answer:
     """The graded answer to one question.
@@ -55,6 +76,8 @@ class Answer:
         correct: Whether the final answer is right.
         answer: The final answer extracted from the response; `None` if the response has no marker
             `####` with an answer after it, which counts as wrong.
+        tokens: Length of the response in tokens, without the end-of-sequence token.
+        hit_limit: Whether the response was cut off at the limit of its length.
         fallback: Whether the answer is right by the task's lenient extraction; `None` if the task
             has none.
         loss: Mean loss over the tokens of the published worked answer, in nats; `None` if it is not
@@ -64,8 +87,37 @@ class Answer:
     digest: str
     correct: bool
     answer: str | None
+    tokens: int
+    hit_limit: bool
     fallback: bool | None = None
     loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The log-likelihoods of the choices of one question.
+
+    Attributes:
+        digest: `row_digest` of the question and its worked answer.
+        gold: Position of the right choice.
+        log_likelihoods: Summed log-likelihood of each choice in nats; `None` if it is not finite.
+        chosen: Position of the most likely choice; `None` if a log-likelihood is not finite.
+        chosen_norm: Position of the choice with the highest log-likelihood per character.
+    """
+
+    digest: str
+    gold: int
+    log_likelihoods: tuple[float | None, ...]
+    chosen: int | None
+    chosen_norm: int | None
+
+    @property
+    def correct(self) -> bool:
+        return self.chosen == self.gold
+
+    @property
+    def correct_norm(self) -> bool:
+        return self.chosen_norm == self.gold
 
 
 @dataclass(frozen=True)
@@ -92,6 +144,9 @@ class AccuracyResult:
         excluded: Number of questions left out because the model was calibrated on them.
         max_new_tokens: Longest answer that could be generated, in tokens.
         source: Source of the questions.
+        examples: Digests of the worked examples that the prompts show, in their order.
+        examples_source: Source of these; empty if there are none.
+        seconds: Time that generating all answers took.
     """
 
     metric: ClassVar[str] = "accuracy"
@@ -100,6 +155,9 @@ class AccuracyResult:
     excluded: int
     max_new_tokens: int
     source: dict[str, Any]
+    examples: tuple[str, ...] = ()
+    examples_source: dict[str, Any] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def correct(self) -> int:
@@ -118,6 +176,25 @@ class AccuracyResult:
     def without_answer(self) -> int:
         """Number of responses without a marker `####` followed by an answer."""
         return sum(item.answer is None for item in self.items)
+
+    @property
+    def hardly_answers(self) -> bool:
+        """Whether so many responses have no answer that the accuracy says little."""
+        return self.without_answer >= MANY_WITHOUT_ANSWER * len(self.items)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Length of each response, in tokens."""
+        return [item.tokens for item in self.items]
+
+    @property
+    def at_limit(self) -> int:
+        """Number of responses that were cut off at `max_new_tokens`."""
+        return sum(item.hit_limit for item in self.items)
+
+    @property
+    def seconds_per_answer(self) -> float:
+        return self.seconds / len(self.items)
 
     @property
     def fallback_accuracy(self) -> float | None:
@@ -151,16 +228,195 @@ class AccuracyResult:
             "without_answer": self.without_answer,
             "fallback_accuracy": self.fallback_accuracy,
             "answer_loss": self.answer_loss,
+            "tokens": _length_summary(self.lengths),
+            "at_limit": self.at_limit,
+            "at_limit_interval": list(wilson_interval(self.at_limit, len(self.items))),
+            "seconds": self.seconds,
+            "seconds_per_answer": self.seconds_per_answer,
             "excluded": self.excluded,
             "max_new_tokens": self.max_new_tokens,
             "source": self.source,
+            "num_fewshot": len(self.examples),
+            "examples": list(self.examples),
+            "examples_source": self.examples_source,
             "items": [asdict(item) for item in self.items],
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AccuracyResult":
-        items = tuple(Answer(**item) for item in values["items"])
-        return cls(items, values["excluded"], values["max_new_tokens"], values["source"])
+        return cls(
+            tuple(Answer(**item) for item in values["items"]),
+            values["excluded"],
+            values["max_new_tokens"],
+            values["source"],
+            tuple(values["examples"]),
+            values["examples_source"],
+            values["seconds"],
+        )
+
+
+def _length_summary(lengths: Sequence[int]) -> dict[str, Any]:
+    """Return mean and median of the lengths of answers, with their intervals."""
+    mean, half = mean_and_interval(lengths)
+    middle, interval = median_and_interval(lengths)
+    return {
+        "mean": mean,
+        "mean_interval": None if half is None else [mean - half, mean + half],
+        "median": middle,
+        "median_interval": None if interval is None else list(interval),
+    }
+
+
+@dataclass(frozen=True)
+class ChoiceResult:
+    """Accuracy on one task by the likelihood of the choices.
+
+    Attributes:
+        items: One entry per question.
+        excluded: Number of questions left out because the model was calibrated on them.
+        source: Source of the questions.
+        examples: Digests of the worked examples that the prompts show, in their order.
+        examples_source: Source of these; empty if there are none.
+        seconds: Time that it took.
+    """
+
+    metric: ClassVar[str] = "choices"
+
+    items: tuple[Choice, ...]
+    excluded: int
+    source: dict[str, Any]
+    examples: tuple[str, ...] = ()
+    examples_source: dict[str, Any] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def correct(self) -> dict[str, int]:
+        """Number of right choices: by log-likelihood (`acc`), and per character (`acc_norm`)."""
+        return {
+            "acc": sum(item.correct for item in self.items),
+            "acc_norm": sum(item.correct_norm for item in self.items),
+        }
+
+    @property
+    def acc(self) -> float:
+        """Share of questions whose right choice has the highest log-likelihood."""
+        return self.correct["acc"] / len(self.items)
+
+    @property
+    def acc_norm(self) -> float:
+        """Share of questions whose right choice has the highest log-likelihood per character."""
+        return self.correct["acc_norm"] / len(self.items)
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % Wilson intervals of both."""
+        return {
+            name: wilson_interval(count, len(self.items)) for name, count in self.correct.items()
+        }
+
+    @property
+    def error(self) -> str | None:
+        """Why choices could not be compared; `None` if all could."""
+        nonfinite = sum(item.chosen is None for item in self.items)
+        if not nonfinite:
+            return None
+        return (
+            f"the log-likelihood of a choice is NaN or infinite in {nonfinite} of "
+            f"{len(self.items)} questions; check the weights for NaN or huge values, or try dtype "
+            "float32"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        intervals = self.intervals
+        return {
+            "metric": self.metric,
+            "n": len(self.items),
+            "acc": self.acc,
+            "acc_interval": list(intervals["acc"]),
+            "acc_norm": self.acc_norm,
+            "acc_norm_interval": list(intervals["acc_norm"]),
+            "error": self.error,
+            "seconds": self.seconds,
+            "excluded": self.excluded,
+            "source": self.source,
+            "num_fewshot": len(self.examples),
+            "examples": list(self.examples),
+            "examples_source": self.examples_source,
+            "items": [asdict(item) for item in self.items],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ChoiceResult":
+        items = (
+            Choice(**{**item, "log_likelihoods": tuple(item["log_likelihoods"])})
+            for item in values["items"]
+        )
+        return cls(
+            tuple(items),
+            values["excluded"],
+            values["source"],
+            tuple(values["examples"]),
+            values["examples_source"],
+            values["seconds"],
+        )
+
+
+@dataclass(frozen=True)
+class HarnessMetric:
+    """One metric of a task of lm-evaluation-harness.
+
+    Attributes:
+        task: Name of the task; one of the parts if a group was asked for.
+        metric: Name of the metric, with its filter, as the harness writes it: `acc,none`.
+        value: Its value; `None` if it is not finite.
+        stderr: Its standard error by the harness; `None` if it has none.
+        n: Number of items; `None` for a group.
+    """
+
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """The results of a task of lm-evaluation-harness, as it reports them.
+
+    Attributes:
+        items: One entry per metric.
+        num_fewshot: Number of worked examples, by task.
+        versions: Version of the definition, by task.
+        seconds: Time that it took.
+    """
+
+    metric: ClassVar[str] = "lm_eval"
+
+    items: tuple[HarnessMetric, ...]
+    num_fewshot: dict[str, Any]
+    versions: dict[str, Any]
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def error(self) -> str | None:
+        """Which metrics are not finite; `None` if all are."""
+        names = [f"{item.task} {item.metric}" for item in self.items if item.value is None]
+        return f"not finite: {', '.join(names)}; check the weights for NaN" if names else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "num_fewshot": self.num_fewshot,
+            "versions": self.versions,
+            "seconds": self.seconds,
+            "items": [asdict(item) for item in self.items],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "HarnessResult":
+        items = tuple(HarnessMetric(**item) for item in values["items"])
+        return cls(items, values["num_fewshot"], values["versions"], values["seconds"])
 
 
 @dataclass(frozen=True)
@@ -298,7 +554,7 @@ class LossResult:
         return cls(items, values["excluded"], values["too_long"], values["source"])
 
 
-TaskResult = AccuracyResult | PerplexityResult | LossResult
+Result = AccuracyResult | ChoiceResult | PerplexityResult | LossResult | HarnessResult
 
 
 @dataclass(frozen=True)
@@ -308,13 +564,14 @@ class Evaluation:
     Attributes:
         model: Name of the model.
         tasks: Result per task, in the requested order.
-        settings: Seed, limit, batch size, dtype, device, and whether a chat template was used.
+        settings: Seed, limit, batch size, requested worked examples and longest answer, dtype,
+            device, and whether a chat template was used.
         versions: Version per library.
         seconds: Duration of the evaluation in seconds.
     """
 
     model: str
-    tasks: dict[str, TaskResult]
+    tasks: Mapping[str, Result]
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
@@ -327,7 +584,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without NaN."""
         return {
-            "evaluation_layout": _LAYOUT,
+            "evaluation_layout": LAYOUT,
             "model": self.model,
             "settings": self.settings,
             "versions": self.versions,
@@ -343,10 +600,10 @@ class Evaluation:
             ValueError: The values are not an evaluation, or have another version.
         """
         layout = values.get("evaluation_layout") if isinstance(values, dict) else None
-        if layout != _LAYOUT:
+        if layout != LAYOUT:
             raise ValueError(
                 f"expected the JSON that `optimum-cli cap eval -o` writes (evaluation_layout "
-                f"{_LAYOUT}), got evaluation_layout {layout}: evaluate the model again"
+                f"{LAYOUT}), got evaluation_layout {layout}: evaluate the model again"
             )
         try:
             return cls(
@@ -386,50 +643,125 @@ class Evaluation:
             raise ValueError(f"{path} cannot be read as an evaluation: {error}") from error
 
     def table(self) -> str:
-        """Return a table for the terminal, one line per task."""
+        """Return tables for the terminal, one line per task and metric, with notes."""
         rows = [["task", "n", "result", "95 % interval", "no answer", "loss", "left out"]]
         notes = []
         for name, result in self.tasks.items():
+            rows += _result_rows(name, result)
+            notes += _notes(name, result)
+        return "\n".join([aligned(rows, left=1), *notes, *self._lengths_table()])
+
+    def _lengths_table(self) -> list[str]:
+        rows = [
+            ["task", "tokens per answer", "95 %", "median", "95 %", "at limit", "95 %", "s/answer"]
+        ]
+        for name, result in self.tasks.items():
             if isinstance(result, AccuracyResult):
-                low, high = result.interval
-                missing = result.without_answer / len(result.items)
-                loss = "-" if result.answer_loss is None else f"{result.answer_loss:.4f}"
-                interval = f"{low:.1%} to {high:.1%}"
-                cells = [f"{result.accuracy:.1%}", interval, f"{missing:.1%}", loss]
-                if result.fallback_accuracy is not None:
-                    notes.append(
-                        f"{name}: {result.fallback_accuracy:.1%} with flexible extraction (the "
-                        "last number of the response is its answer)"
-                    )
-                items = "questions"
-            elif isinstance(result, LossResult):
-                loss = "not finite" if result.loss is None else f"{result.loss:.4f}"
-                cells = ["-", "-", "-", loss]
-                if result.too_long:
-                    notes.append(
-                        f"{name}: {result.too_long} questions left out, because the model cannot "
-                        "take them with their answers"
-                    )
-                items = "questions"
-            else:
-                value = result.perplexity
-                cells = ["not finite" if value is None else f"ppl {value:.4g}", "-", "-", "-"]
-                notes.append(
-                    f"{name}: {len(result.items)} windows of {result.window} tokens, "
-                    f"{result.tokens:,} tokens predicted"
+                mean, half = mean_and_interval(result.lengths)
+                middle, interval = median_and_interval(result.lengths)
+                limits = wilson_interval(result.at_limit, len(result.items))
+                rows.append(
+                    [
+                        name,
+                        f"{mean:.1f}",
+                        "-" if half is None else f"{mean - half:.1f} to {mean + half:.1f}",
+                        f"{middle:g}",
+                        "-" if interval is None else f"{interval[0]:g} to {interval[1]:g}",
+                        f"{result.at_limit / len(result.items):.1%}",
+                        f"{limits[0]:.1%} to {limits[1]:.1%}",
+                        f"{result.seconds_per_answer:.3g}",
+                    ]
                 )
-                items = "windows"
-            rows.append([name, str(len(result.items)), *cells, str(result.excluded)])
-            if result.excluded:
-                notes.append(
-                    f"{name}: {result.excluded} {items} left out, because the model was "
-                    "calibrated on them"
-                )
-        return "\n".join([aligned(rows, left=1), *notes])
+        return ["", aligned(rows, left=1)] if len(rows) > 1 else []
 
 
-_RESULTS: dict[str, type[AccuracyResult] | type[PerplexityResult] | type[LossResult]] = {
-    AccuracyResult.metric: AccuracyResult,
-    PerplexityResult.metric: PerplexityResult,
-    LossResult.metric: LossResult,
+def _result_rows(name: str, result: Result) -> list[list[str]]:
+    """Return the cells of each metric of a task."""
+    count = str(len(result.items))
+    if isinstance(result, AccuracyResult):
+        missing = f"{result.without_answer / len(result.items):.1%}"
+        loss = "-" if result.answer_loss is None else f"{result.answer_loss:.4f}"
+        cells = [f"{result.accuracy:.1%}", _percents(result.interval), missing, loss]
+        return [[name, count, *cells, str(result.excluded)]]
+    if isinstance(result, ChoiceResult):
+        failed = result.error is not None
+        return [
+            [
+                name,
+                count,
+                f"{metric} {'not finite' if failed else f'{right / len(result.items):.1%}'}",
+                "-" if failed else _percents(result.intervals[metric]),
+                *("-", "-", str(result.excluded)),
+            ]
+            for metric, right in result.correct.items()
+        ]
+    if isinstance(result, HarnessResult):
+        return [
+            [
+                name if name.endswith(f":{item.task}") else f"{name} {item.task}",
+                "-" if item.n is None else str(item.n),
+                f"{item.metric} {'not finite' if item.value is None else f'{item.value:.4f}'}",
+                "-" if item.stderr is None else f"± {item.stderr:.4f} (s.e.)",
+                *("-", "-", "-"),
+            ]
+            for item in result.items
+        ]
+    if isinstance(result, LossResult):
+        loss = "not finite" if result.loss is None else f"{result.loss:.4f}"
+        return [[name, count, "-", "-", "-", loss, str(result.excluded)]]
+    value = result.perplexity
+    cells = ["not finite" if value is None else f"ppl {value:.4g}", "-", "-", "-"]
+    return [[name, count, *cells, str(result.excluded)]]
+
+
+def _percents(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"
+
+
+def _notes(name: str, result: Result) -> list[str]:
+    """Return the lines below the table about a task."""
+    notes = []
+    if isinstance(result, AccuracyResult):
+        if result.hardly_answers:
+            notes.append(f"WARNING: {hardly_answers_warning(name, result)}")
+        if result.fallback_accuracy is not None:
+            notes.append(
+                f"{name}: {result.fallback_accuracy:.1%} with flexible extraction (the last number "
+                "of the response is its answer)"
+            )
+    if isinstance(result, AccuracyResult | ChoiceResult) and result.examples:
+        notes.append(f"{name}: the prompts show {len(result.examples)} worked examples")
+    if isinstance(result, PerplexityResult):
+        notes.append(
+            f"{name}: {len(result.items)} windows of {result.window} tokens, {result.tokens:,} "
+            "tokens predicted"
+        )
+    if isinstance(result, LossResult) and result.too_long:
+        notes.append(
+            f"{name}: {result.too_long} questions left out, because the model cannot take them "
+            "with their answers"
+        )
+    if not isinstance(result, HarnessResult) and result.excluded:
+        items = "windows" if isinstance(result, PerplexityResult) else "questions"
+        notes.append(
+            f"{name}: {result.excluded} {items} left out, because the model was calibrated on them"
+        )
+    return notes
+
+
+def hardly_answers_warning(name: str, result: AccuracyResult, who: str = "the model") -> str:
+    """Return a warning that so many responses have no answer that the accuracy says little."""
+    shown = len(result.examples)
+    return (
+        f"{name}: {who} gives no answer that can be extracted in {result.without_answer} of "
+        f"{len(result.items)} responses, which count as wrong, so the accuracy says little: see "
+        "what it writes with log_samples (--log-samples), and show it "
+        f"{'more' if shown else 'some'} worked examples with num_fewshot (--num-fewshot)"
+        + (f", of which there were {shown}" if shown else "")
+    )
+
+
+_RESULTS: dict[str, Any] = {
+    kind.metric: kind
+    for kind in (AccuracyResult, ChoiceResult, PerplexityResult, LossResult, HarnessResult)
 }

@@ -6,7 +6,7 @@ To add a task, add an entry to `TASKS` at the end of this file.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,17 @@ from optimum_cap.data import (
     check_folder,
     first_file,
     load_sources,
+    local_presets,
+    multiple_choice_parts,
     row_digest,
 )
+from optimum_cap.text import did_you_mean
 
 Extract = Callable[[str], str | None]
+ReadChoices = Callable[[Any], tuple[str, Sequence[str], int]]
+
+HARNESS_PREFIX = "lm_eval:"
+"""Marks the name of a task of lm-evaluation-harness, as in `lm_eval:hellaswag`."""
 
 _MARKER = "####"
 _ROOT = Path(__file__).resolve().parents[2]  # of a checkout
@@ -48,6 +55,23 @@ class Question:
 
 
 @dataclass(frozen=True)
+class ChoiceQuestion:
+    """A question whose choices are compared by their likelihood.
+
+    Attributes:
+        question: The question, without its choices.
+        choices: The text of each choice.
+        gold: Position of the right choice.
+        digest: `row_digest` of the row, by which calibration identifies it.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    gold: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Text:
     """One long text for perplexity.
 
@@ -73,8 +97,25 @@ class Document:
     digest: str
 
 
-Items = tuple[Question, ...] | tuple[Document, ...] | Text
+Items = tuple[Question, ...] | tuple[ChoiceQuestion, ...] | tuple[Document, ...] | Text
 """The items of a task: questions, documents, or one long text."""
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """The data of a task.
+
+    Attributes:
+        items: What the task measures.
+        source: Where they come from, for the record.
+        examples: Questions from which worked examples are drawn; empty if none can be needed.
+        examples_source: Where these come from.
+    """
+
+    items: Items
+    source: dict[str, Any]
+    examples: tuple[Any, ...] = ()
+    examples_source: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +127,12 @@ class Task:
         preset: Preset of the data set (`PRESETS` in `optimum_cap/data/sources.py`); `None` if its
             files are read like any data file.
         embedded: Path of its file in a checkout of this repository, if the repository has it.
-        extract: Extracts the final answer from a response or a worked answer; `None` for texts.
+        extract: Extracts the final answer from a response or a worked answer; `None` if nothing is
+            generated.
+        read_choices: Reads question, choices and position of the right choice from a row, if the
+            task compares the likelihood of choices.
+        instruction: Says in the prompt of a chat which form of answer `extract` needs; empty if the
+            task is for models that were trained on this form.
         documents: Whether each row of texts is a separate document; otherwise the rows are lines
             of one text.
         fallback: A lenient extraction besides `extract`, reported but not counted.
@@ -101,6 +147,8 @@ class Task:
     preset: str | None = None
     embedded: Path | None = None
     extract: Extract | None = None
+    read_choices: ReadChoices | None = None
+    instruction: str = ""
     documents: bool = False
     fallback: Extract | None = None
     kind: str | None = None
@@ -111,6 +159,9 @@ class Task:
 
 def resolve_tasks(names: str | Iterable[str]) -> list[str]:
     """Return the names of tasks with groups expanded and duplicates removed.
+
+    Names that begin with `lm_eval:` are those of lm-evaluation-harness, which `load_task_data`
+    looks up.
 
     Args:
         names: Names of tasks or groups, as a list or as comma-separated text.
@@ -123,13 +174,21 @@ def resolve_tasks(names: str | Iterable[str]) -> list[str]:
     if not requested:
         raise ValueError(f"tasks is empty: choose from {_valid()}")
     for name in requested:
-        if name not in TASKS and name not in GROUPS:
-            raise ValueError(f"unknown task {name!r}: choose from {_valid()}")
+        if name == HARNESS_PREFIX:
+            raise ValueError(
+                f"{name!r} names no task of lm-evaluation-harness: write its name after the colon, "
+                f"as in {HARNESS_PREFIX}hellaswag"
+            )
+        known = [*GROUPS, *TASKS]
+        if not name.startswith(HARNESS_PREFIX) and name not in known:
+            raise ValueError(
+                f"unknown task {name!r}{did_you_mean(name, known)}: choose from {_valid()}"
+            )
     return list(dict.fromkeys(task for name in requested for task in GROUPS.get(name, (name,))))
 
 
 def _valid() -> str:
-    return ", ".join([*GROUPS, *TASKS])
+    return ", ".join([*GROUPS, *TASKS, f"{HARNESS_PREFIX}NAME"])
 
 
 def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]:
@@ -145,28 +204,71 @@ def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]
         ValueError: The file cannot be used for this task.
     """
     task = TASKS[name]
-    if task.extract is not None:
-        return _load_questions(name, data_dir)
-    return (_load_documents if task.documents else _load_text)(name, data_dir)
+    if task.extract is None and task.read_choices is None:
+        return (_load_documents if task.documents else _load_text)(name, data_dir)
+    source = _load(name, data_dir)
+    return _questions(name, source), source.details
 
 
-def _load_questions(
-    name: str, data_dir: Path | None
-) -> tuple[tuple[Question, ...], dict[str, Any]]:
-    """Return the questions of a task.
+def load_examples(name: str, data_dir: Path | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the questions from which worked examples are drawn, and their source.
+
+    They are those of the split `train`, in `data_dir` or on the Hub, and those of the task itself
+    if it has no such split or the folder has no file of it.
+
+    Raises:
+        ValueError: The data cannot be used for this task.
+    """
+    task = TASKS[name]
+    if task.preset is None:
+        source = _load(name, data_dir)
+    elif data_dir is None:
+        (source,) = load_sources(task.preset)
+    else:
+        try:
+            (source,) = load_sources(local_presets(task.preset, data_dir))
+        except FileNotFoundError:
+            source = _load(name, data_dir)
+    return _questions(name, source), source.details
+
+
+def _questions(name: str, source: Source) -> tuple[Any, ...]:
+    """Return the questions of a task that are in `source`."""
+    read = _read_questions if TASKS[name].read_choices is None else _read_choice_questions
+    return read(name, source)
+
+
+def _read_choice_questions(name: str, source: Source) -> tuple[ChoiceQuestion, ...]:
+    read_choices = TASKS[name].read_choices
+    if read_choices is None:
+        raise ValueError(f"task {name} has no choices to compare")
+    questions = []
+    for row in source.rows:
+        digest = source.read(row).digest  # checks the row
+        question, choices, gold = read_choices(row)
+        if len(choices) < 2 or not all(choice.strip() for choice in choices):
+            raise ValueError(
+                f"task {name}: the question {question!r} in {source.name!r} has the choices "
+                f"{choices!r}, but needs at least 2 that are not empty: use another file"
+            )
+        questions.append(ChoiceQuestion(question, tuple(choices), gold, digest))
+    return tuple(questions)
+
+
+def _read_questions(name: str, source: Source) -> tuple[Question, ...]:
+    """Return the questions of a source with their worked answers.
 
     Raises:
         ValueError: A row has no prompt, a worked answer has no final answer, or no row has the
             task's `kind`.
     """
     task = TASKS[name]
-    source, details = _load(name, data_dir)
     rows = source.rows
     if task.kind is not None:
         rows = [row for row in rows if isinstance(row, dict) and row.get("kind") == task.kind]
         if not rows:
             raise ValueError(
-                f"task {name}: {details['file']} has no row of kind {task.kind!r}: use the file "
+                f"task {name}: {source.name} has no row of kind {task.kind!r}: use the file "
                 "that examples/tiny_reasoner/train.py writes"
             )
     questions = []
@@ -185,22 +287,19 @@ def _load_questions(
                 f"'{_MARKER} RESULT', with which responses are compared"
             )
         questions.append(Question(conversation))
-    return tuple(questions), details
+    return tuple(questions)
 
 
 def _load_documents(
     name: str, data_dir: Path | None
 ) -> tuple[tuple[Document, ...], dict[str, Any]]:
     """Return the documents of a task, one per row."""
-    source, details = _load(name, data_dir)
+    source = _load(name, data_dir)
     conversations = [source.read(row) for row in source.rows]
-    return (
-        tuple(
-            Document(conversation.turns[-1][1], conversation.digest)
-            for conversation in conversations
-        ),
-        details,
+    documents = (
+        Document(conversation.turns[-1][1], conversation.digest) for conversation in conversations
     )
+    return tuple(documents), source.details
 
 
 def _load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
@@ -209,7 +308,7 @@ def _load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
     The lines, with their line feeds, are joined by blank lines, as is usual for this metric
     (`"\n\n".join(dataset["text"])` over the Hub's rows, where blank lines are empty).
     """
-    source, details = _load(name, data_dir)
+    source = _load(name, data_dir)
     if data_dir is not None:
         # Calibration strips the lines of `txt` files and drops blank ones; perplexity needs both.
         path = _find(name, data_dir)
@@ -218,22 +317,22 @@ def _load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
     else:
         lines = [row["text"] for row in source.published]
     lines = [line if line.strip() else "" for line in lines]
-    return Text("\n\n".join(lines), tuple(_passage_spans(lines, source.rows))), details
+    return Text("\n\n".join(lines), tuple(_passage_spans(lines, source.rows))), source.details
 
 
 def extract_of(name: str) -> Extract:
     """Return the function that extracts the final answer of a task from a text.
 
     Raises:
-        ValueError: The task measures perplexity.
+        ValueError: The task generates no answers.
     """
     extract = TASKS[name].extract
     if extract is None:
-        raise ValueError(f"task {name} measures perplexity, so it has no answers to extract")
+        raise ValueError(f"task {name} generates no text, so it has no answers to extract")
     return extract
 
 
-def _load(name: str, data_dir: Path | None) -> tuple[Source, dict[str, Any]]:
+def _load(name: str, data_dir: Path | None) -> Source:
     preset = TASKS[name].preset
     dataset: Any
     if preset is None:
@@ -243,7 +342,7 @@ def _load(name: str, data_dir: Path | None) -> tuple[Source, dict[str, Any]]:
     else:
         dataset = {"path": preset, "split": "test"}
     (source,) = load_sources(dataset)
-    return source, source.details
+    return source
 
 
 def _find(name: str, data_dir: Path | None) -> Path:
@@ -300,14 +399,20 @@ def extract_last_number(text: str) -> str | None:
 
 
 def extract_yes_no(text: str) -> str | None:
-    """Return `yes` or `no` if it follows the first `####`, else `None`."""
-    match = re.match(r"\W*(yes|no)\b", extract_marked(text) or "", re.IGNORECASE)
+    """Return `yes` or `no` after the first `####` that one of them follows, else `None`.
+
+    Other markers are headings, which chat models write too.
+    """
+    match = re.search(_MARKER + r"\W*(yes|no)\b", text, re.IGNORECASE)
     return match[1].lower() if match else None
 
 
 def extract_label(text: str) -> str | None:
-    """Return the label of a choice, such as `B` from `#### B`, `#### (B)` or `#### B) a swan`."""
-    match = re.match(r"\W*([A-Za-z0-9])\b", extract_marked(text) or "")
+    """Return the label of a choice, such as `B` from `#### B`, `#### (B)` or `#### B) a swan`.
+
+    It follows the first `####` that a single letter or digit follows.
+    """
+    match = re.search(_MARKER + r"\W*([A-Za-z0-9])\b", text)
     return match[1].upper() if match else None
 
 
@@ -315,8 +420,22 @@ def _plain_number(text: str) -> str:
     return re.sub(r"[,$]", "", text).removesuffix(".")
 
 
+# Choices
+
+
+def _arc_choices(row: Any) -> tuple[str, Sequence[str], int]:
+    question, choices, label = multiple_choice_parts(row)
+    return question, [text for _, text in choices], [each for each, _ in choices].index(label)
+
+
+def _yes_no_choices(row: Any) -> tuple[str, Sequence[str], int]:
+    return row["question"], ("yes", "no"), 0 if row["answer"] else 1
+
+
 # As in the task gsm8k of lm-evaluation-harness: a base model continues with the next question.
 _UNTIL = ("Question:", "</s>", "<|im_end|>")
+_STRATEGYQA_FILES = ("strategyqa/test.jsonl", "strategyqa/strategyqa_all_2290.json")
+_ARC_FILES = ("arc_challenge/ARC-Challenge-Test.jsonl", "arc_challenge/test.jsonl")
 _REASONER_FILES = ("tiny_reasoner/test.jsonl", "tiny_reasoner/data/test.jsonl", "test.jsonl")
 
 TASKS: dict[str, Task] = {
@@ -324,24 +443,40 @@ TASKS: dict[str, Task] = {
         ("gsm8k/test.jsonl",),
         preset="gsm8k",
         extract=extract_number,
+        instruction=(
+            "Reason step by step. End with a line that holds only #### and the final answer as a "
+            "plain number, such as: #### 12"
+        ),
         fallback=extract_last_number,
         max_new_tokens=512,
         until=_UNTIL,
     ),
     "strategyqa": Task(
-        ("strategyqa/test.jsonl", "strategyqa/strategyqa_all_2290.json"),
+        _STRATEGYQA_FILES,
         preset="strategyqa",
         extract=extract_yes_no,
+        instruction=(
+            "Reason step by step. End with a line that holds only #### and the final answer, yes "
+            "or no, such as: #### yes"
+        ),
         max_new_tokens=256,
         until=_UNTIL,
     ),
     "arc_challenge": Task(
-        ("arc_challenge/ARC-Challenge-Test.jsonl", "arc_challenge/test.jsonl"),
+        _ARC_FILES,
         preset="arc_challenge",
         extract=extract_label,
+        instruction=(
+            "Reason step by step. End with a line that holds only #### and the label of the right "
+            "choice, such as: #### B"
+        ),
         max_new_tokens=256,
         until=_UNTIL,
     ),
+    "strategyqa_choices": Task(
+        _STRATEGYQA_FILES, preset="strategyqa", read_choices=_yes_no_choices
+    ),
+    "arc_challenge_choices": Task(_ARC_FILES, preset="arc_challenge", read_choices=_arc_choices),
     "wikitext2": Task(
         ("wikitext-2/test.txt", "wikitext2/test.txt"),
         preset="wikitext2",
@@ -359,7 +494,14 @@ TASKS: dict[str, Task] = {
     },
 }
 TASKS |= {
-    f"{name}_loss": replace(TASKS[name], fallback=None, max_new_tokens=0, until=(), loss_only=True)
+    f"{name}_loss": replace(
+        TASKS[name],
+        instruction="",
+        fallback=None,
+        max_new_tokens=0,
+        until=(),
+        loss_only=True,
+    )
     for name in ("gsm8k", "strategyqa", "arc_challenge")
 }
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -2,7 +2,13 @@
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
 from optimum_cap.runtime.distributed import ALONE, ProcessGroup, check_same_inputs
-from optimum_cap.runtime.files import TensorFiles, sync, was_left_behind, write_atomically
+from optimum_cap.runtime.files import (
+    JsonFiles,
+    TensorFiles,
+    sync,
+    was_left_behind,
+    write_atomically,
+)
 from optimum_cap.runtime.memory import (
     MemoryLimit,
     budget_bytes,
@@ -17,6 +23,7 @@ from optimum_cap.runtime.usage import Usage, usage_of_block
 __all__ = [
     "ALONE",
     "VERSIONED",
+    "JsonFiles",
     "MemoryLimit",
     "ProcessGroup",
     "TensorFiles",

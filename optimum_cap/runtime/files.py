@@ -1,6 +1,7 @@
 """Files that are written atomically: as a whole or not at all."""
 
 import functools
+import json
 import os
 import platform
 import re
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, ClassVar, TypeVar
 
 import psutil
 import safetensors.torch
@@ -24,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 _DAY = 86_400  # seconds
 _CLOCK_ERROR = 2  # seconds by which the start of a process and the time of a file may be wrong
+_T = TypeVar("_T")
 _LONGEST_STEM = 100  # bytes of a file's name that its unfinished version has in its own name
 
 
@@ -119,8 +121,8 @@ def sync_folder(folder: Path) -> None:
                 os.close(descriptor)
 
 
-class TensorFiles:
-    """Stores tensors in a folder that only its owner can read, one file with a checksum each.
+class PrivateFiles:
+    """Stores values in a folder that only its owner can read, one file with a checksum each.
 
     Checksums detect damage, not intent: whoever may write to the folder may change what is read. A
     warning is logged if other users may.
@@ -129,11 +131,13 @@ class TensorFiles:
         folder: Created with the first file. Several processes may share it.
 
     Attributes:
-        failed: Whether a tensor could not be written.
+        failed: Whether a file could not be written.
 
     Raises:
         NotADirectoryError: `folder` is a file or a broken link.
     """
+
+    suffix: ClassVar[str]
 
     def __init__(self, folder: Path) -> None:
         if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -145,23 +149,12 @@ class TensorFiles:
         self._has_warned_of_others = False
         self._warn_of_other_writers(folder)
 
-    def read(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        check: Callable[[torch.Tensor], str | None] = lambda tensor: None,
-    ) -> torch.Tensor | None:
-        """Return the tensor stored under `key`, or `None` if there is none or it is damaged.
-
-        A file that is damaged, or holds something else than expected, is deleted, and a warning is
-        logged. The tensor is mapped into memory, and stays whole if its file is deleted.
+    def _read(self, key: str, load: Callable[[Path], tuple[_T, str | None]]) -> _T | None:
+        """Return what is stored under `key`, or `None` if there is nothing or it is damaged.
 
         Args:
             key: Path of the file in the folder, without suffix.
-            shape: Shape of the tensor.
-            dtype: Its dtype.
-            check: Returns what is wrong with the values of the tensor, if anything is.
+            load: Returns the value and what is wrong with it, if anything is.
         """
         file = self._file(key)
         try:
@@ -169,36 +162,25 @@ class TensorFiles:
                 return None
             for folder in self._folders_of(file):
                 self._warn_of_other_writers(folder)
-            tensor, checksum = _load(file)
-            problem = _difference(tensor, shape, dtype)
-            if problem is None and checksum != digest_of(key, tensor):
-                problem = "its checksum is wrong"
+            value, problem = load(file)
             if problem is None:
-                problem = check(tensor)
-            if problem is None:
-                return tensor
+                return value
         except FileNotFoundError:
             return None  # deleted by another process, or not readable
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             problem = str(error)
         logger.warning(f"{file} is damaged ({problem}): its content is computed again")
         with suppress(OSError):
             file.unlink()
         return None
 
-    def write(self, key: str, tensor: torch.Tensor, replace: bool = True) -> None:
-        """Store `tensor` under `key`, atomically.
+    def _write(self, key: str, data: bytes, replace: bool) -> None:
+        """Store `data` under `key`, atomically.
 
         If the folder cannot be written to, the run continues with its results in memory; the first
         failure is logged.
-
-        Args:
-            key: Path of the file in the folder, without suffix.
-            tensor: The tensor.
-            replace: Whether to replace a stored tensor; otherwise it is kept.
         """
         file = self._file(key)
-        data = safetensors.torch.save({"tensor": tensor}, {"sha256": digest_of(key, tensor)})
         try:
             try:
                 self._write_privately(file, data, replace)
@@ -238,7 +220,78 @@ class TensorFiles:
         )
 
     def _file(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        return self.folder / f"{key}{self.suffix}"
+
+
+class TensorFiles(PrivateFiles):
+    """Stores tensors; see `PrivateFiles`."""
+
+    suffix = ".safetensors"
+
+    def read(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        check: Callable[[torch.Tensor], str | None] = lambda tensor: None,
+    ) -> torch.Tensor | None:
+        """Return the tensor stored under `key`, or `None` if there is none or it is damaged.
+
+        A file that is damaged, or holds something else than expected, is deleted, and a warning is
+        logged. The tensor is mapped into memory, and stays whole if its file is deleted.
+
+        Args:
+            key: Path of the file in the folder, without suffix.
+            shape: Shape of the tensor.
+            dtype: Its dtype.
+            check: Returns what is wrong with the values of the tensor, if anything is.
+        """
+
+        def load(file: Path) -> tuple[torch.Tensor, str | None]:
+            tensor, checksum = _load(file)
+            problem = _difference(tensor, shape, dtype)
+            if problem is None and checksum != digest_of(key, tensor):
+                problem = "its checksum is wrong"
+            return tensor, check(tensor) if problem is None else problem
+
+        return self._read(key, load)
+
+    def write(self, key: str, tensor: torch.Tensor, replace: bool = True) -> None:
+        """Store `tensor` under `key`, atomically.
+
+        If the folder cannot be written to, the run continues with its results in memory; the first
+        failure is logged.
+
+        Args:
+            key: Path of the file in the folder, without suffix.
+            tensor: The tensor.
+            replace: Whether to replace a stored tensor; otherwise it is kept.
+        """
+        data = safetensors.torch.save({"tensor": tensor}, {"sha256": digest_of(key, tensor)})
+        self._write(key, data, replace)
+
+
+class JsonFiles(PrivateFiles):
+    """Stores JSON values; see `PrivateFiles`."""
+
+    suffix = ".json"
+
+    def read(self, key: str) -> Any:
+        """Return the value stored under `key`, or `None` if there is none or it is damaged."""
+
+        def load(file: Path) -> tuple[Any, str | None]:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.keys() != {"sha256", "value"}:
+                return None, "it holds something else"
+            right = content["sha256"] == digest_of(key, content["value"])
+            return content["value"], None if right else "its checksum is wrong"
+
+        return self._read(key, load)
+
+    def write(self, key: str, value: Any) -> None:
+        """Store a JSON value other than `None` under `key`, atomically, as `TensorFiles.write`."""
+        content = {"sha256": digest_of(key, value), "value": value}
+        self._write(key, json.dumps(content, allow_nan=False).encode(), replace=True)
 
 
 def _load(file: Path) -> tuple[torch.Tensor, str | None]:

@@ -8,7 +8,7 @@ from typing import Protocol
 from huggingface_hub import constants
 from transformers.utils import logging
 
-from optimum_cap.runtime.files import TensorFiles
+from optimum_cap.runtime.files import PrivateFiles
 
 logger = logging.get_logger(__name__)
 
@@ -16,7 +16,8 @@ logger = logging.get_logger(__name__)
 def default_folder() -> Path:
     """Return the resume folder of the command line: `optimum_cap/resume` in the Hugging Face home.
 
-    It holds finished chunks of scoring, sensitivities and, until the model is saved, pruned layers.
+    It holds finished chunks of scoring, sensitivities, answers of evaluations and, until the model
+    is saved, pruned layers.
     """
     return Path(constants.HF_HOME) / "optimum_cap" / "resume"
 
@@ -28,7 +29,8 @@ class Resumable(Protocol):
         files: Where it stores them.
     """
 
-    files: TensorFiles
+    @property
+    def files(self) -> PrivateFiles: ...
 
 
 def resume_hint(store: Resumable | None) -> str:

@@ -14,6 +14,10 @@ _METRICS = {
     "accuracy": "accuracy",
     "loss": "loss on worked answers, nats per token",
     "perplexity": "perplexity",
+    "acc": "accuracy by the likelihood of the choices",
+    "acc_norm": "accuracy by the likelihood per character of the choices",
+    "tokens": "length of answers, tokens",
+    "at_limit": "answers at the limit of their length",
 }
 _USAGE = {
     "seconds": "seconds",
@@ -21,6 +25,7 @@ _USAGE = {
     "peak_memory": "peak memory of the process",
     "peak_gpu_memory": "peak memory of a GPU",
 }
+_SHARES = ("accuracy", "acc", "acc_norm", "at_limit")
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
 _UNITS = {"attention": "head", "mlp": "MLP unit", "expert": "expert unit"}
@@ -123,7 +128,7 @@ def _number(metric: str, values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean, half = mean_and_interval(values)
-    if metric == "accuracy":
+    if metric in _SHARES:
         return f"{mean:.1%}" + ("" if half is None else f" ± {100 * half:.1f}")
     if metric in ("peak_memory", "peak_gpu_memory"):
         return f"{mean / 1e9:.3g} GB" + ("" if half is None else f" ± {half / 1e9:.2g}")
@@ -152,11 +157,11 @@ def _curves(rows: list[Row], folder: Path) -> list[Path]:
             axis.set_title(task.removeprefix("tiny_reasoner_"))
             axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axis.set_xlabel("sparsity")
-            if metric == "accuracy":
+            if metric in _SHARES:
                 axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            else:
+            elif metric != "tokens":
                 axis.set_yscale("log")
-        if metric == "accuracy":
+        if metric in _SHARES:
             lowest = min(axis.get_ylim()[0] for axis in axes[0])
             for axis in axes[0]:
                 axis.set_ylim(max(-0.03, lowest), 1.02)
@@ -186,7 +191,7 @@ def _curve(axis: Any, metric: str, group: list[Row]) -> None:
             low, high = mean, mean
             if half is not None:
                 low, high = mean - half, mean + half
-            elif metric == "accuracy":
+            elif metric in _SHARES:
                 (row,) = [row for row in recipe_rows if row["sparsity"] == sparsity]
                 low, high = row["low"], row["high"]
             means.append(mean)

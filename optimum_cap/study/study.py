@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -35,14 +35,20 @@ from transformers.utils import logging
 from optimum_cap.config import RECIPES, CAPConfig, effective
 from optimum_cap.data import load_tokenizer, local_presets
 from optimum_cap.evaluation import (
+    LAYOUT,
     AccuracyResult,
+    ChoiceResult,
     Evaluation,
+    HarnessResult,
     LossResult,
+    Result,
     TaskData,
+    TaskItems,
     check_counts,
     evaluate,
     load_task_data,
     resolve_tasks,
+    wilson_interval,
 )
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import ModelView
@@ -91,6 +97,9 @@ class Study:
             `None` downloads them from the Hub.
         limit: Questions or windows per task; `None` is all. A mapping limits the tasks or groups
             that it names.
+        num_fewshot: Worked examples in prompts; `None` is the default of each task.
+        max_new_tokens: Longest answer in tokens; `None` is that of each task.
+        include_path: Folder with definitions of tasks for lm-evaluation-harness.
         batch_size: Questions per batch.
         dtype: dtype of the weights, as for `from_pretrained`.
         device_map: Placement of the models, as for `from_pretrained`.
@@ -108,6 +117,9 @@ class Study:
     settings: dict[str, Any] = field(default_factory=dict)
     data_dir: str | None = None
     limit: int | dict[str, int] | None = None
+    num_fewshot: int | None = None
+    max_new_tokens: int | None = None
+    include_path: str | None = None
     batch_size: int = 32
     dtype: str = "auto"
     device_map: str = "auto"
@@ -164,9 +176,10 @@ class Study:
                 "cell: leave them out"
             )
         for limit in study.limits.values():
-            check_counts(limit, study.batch_size)
+            check_counts(limit, study.batch_size, study.num_fewshot, study.max_new_tokens)
         if not isinstance(study.resume, bool):
             raise ValueError(f"resume of {path} must be true or false, got {study.resume!r}")
+        resolve_tasks(study.tasks)
         configs = [cell.config() for cell in study.cells()]
         defaults = CAPConfig(sparsity=0.5)
         for name, value in study.settings.items():
@@ -266,7 +279,7 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
         )
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    data = load_task_data(",".join(study.tasks), study.data_dir)
+    data = _task_data(study)
     files = _cell_files(study, data, folder)
     cached = {file: _read(file) for _, file in files}
     missing = {file: cell for cell, file in files if _is_missing(cached[file])}
@@ -284,6 +297,10 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
     csv.writer(text).writerows(lines)
     write_atomically(folder / "results.csv", text.getvalue().encode())
     return rows
+
+
+def _task_data(study: Study) -> TaskData:
+    return load_task_data(study.tasks, study.data_dir, study.num_fewshot, study.include_path)
 
 
 def _is_missing(result: dict[str, Any] | None) -> bool:
@@ -406,6 +423,8 @@ def _evaluated(model: PreTrainedModel, tokenizer: Any, study: Study, data: TaskD
             data={name: items for name, items in data.items() if limits[name] == limit},
             limit=limit,
             batch_size=study.batch_size,
+            num_fewshot=study.num_fewshot,
+            max_new_tokens=study.max_new_tokens,
         )
         for limit in dict.fromkeys(limits.values())
     ]
@@ -507,18 +526,41 @@ def _rows(cell: Cell, result: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({**empty, **axes, "task": PRUNING, "metric": metric, "value": value})
     for task, scored in Evaluation.from_dict(result["evaluation"]).tasks.items():
         common = {**empty, **axes, "task": task, "n": len(scored.items), "error": scored.error}
-        if isinstance(scored, AccuracyResult):
-            low, high = scored.interval
-            accuracy = {"metric": "accuracy", "value": scored.accuracy, "low": low, "high": high}
-            missing = scored.without_answer / len(scored.items)
-            rows.append({**common, **accuracy})
-            rows.append({**common, "metric": "loss", "value": scored.answer_loss})
-            rows.append({**common, "metric": "no_answer", "value": missing})
-        elif isinstance(scored, LossResult):
-            rows.append({**common, "metric": "loss", "value": scored.loss})
-        else:
-            rows.append({**common, "metric": "perplexity", "value": scored.perplexity})
+        rows += [{**common, **metric} for metric in _metrics(scored)]
     return rows
+
+
+def _metrics(scored: Result) -> Iterator[dict[str, Any]]:
+    """Yield the columns of each metric of a task that differ from those of the others."""
+    if isinstance(scored, AccuracyResult):
+        lengths = scored.to_dict()["tokens"]
+        count = len(scored.items)
+        yield _metric("accuracy", scored.accuracy, scored.interval)
+        yield _metric("loss", scored.answer_loss)
+        yield _metric("no_answer", scored.without_answer / count)
+        yield _metric("tokens", lengths["mean"], lengths["mean_interval"])
+        yield _metric("median_tokens", lengths["median"], lengths["median_interval"])
+        limits = wilson_interval(scored.at_limit, count)
+        yield _metric("at_limit", scored.at_limit / count, limits)
+        yield _metric("seconds_per_answer", scored.seconds_per_answer)
+    elif isinstance(scored, ChoiceResult):
+        intervals = scored.intervals
+        yield _metric("acc", scored.acc, intervals["acc"])
+        yield _metric("acc_norm", scored.acc_norm, intervals["acc_norm"])
+    elif isinstance(scored, LossResult):
+        yield _metric("loss", scored.loss)
+    elif isinstance(scored, HarnessResult):
+        for item in scored.items:
+            yield {**_metric(f"{item.task} {item.metric}", item.value), "n": item.n}
+    else:
+        yield _metric("perplexity", scored.perplexity)
+
+
+def _metric(
+    name: str, value: float | None, interval: Sequence[float] | None = None
+) -> dict[str, Any]:
+    low, high = interval or (None, None)
+    return {"metric": name, "value": value, "low": low, "high": high}
 
 
 # Keys
@@ -582,12 +624,15 @@ def _file_digest(path: Path) -> str:
 
 
 def _digest_of_tasks(data: TaskData) -> dict[str, str]:
-    return {
-        name: _digest([getattr(item, "digest", None) for item in items])
-        if isinstance(items, tuple)
-        else _digest(items.text)
-        for name, (items, _) in data.items()
-    }
+    digests = {}
+    for name, task in data.items():
+        if not isinstance(task, TaskItems):
+            digests[name] = task.digest
+        elif isinstance(task.items, tuple):
+            digests[name] = _digest([item.digest for item in (*task.items, *task.examples)])
+        else:
+            digests[name] = _digest(task.items.text)
+    return digests
 
 
 def _digest(values: Any) -> str:
@@ -611,7 +656,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def read_cells(study: Study, folder: str | Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Yield the measured cells of a study with the content of their files."""
-    data = load_task_data(",".join(study.tasks), study.data_dir)
+    data = _task_data(study)
     for cell, file in _cell_files(study, data, Path(folder)):
         if (result := _read(file)) is not None:
             yield cell, result
@@ -619,7 +664,14 @@ def read_cells(study: Study, folder: str | Path) -> Iterator[tuple[Cell, dict[st
 
 def _cell_files(study: Study, data: TaskData, folder: Path) -> list[tuple[Cell, Path]]:
     """Return every cell with the path of its file."""
-    evaluated = {"tasks": _digest_of_tasks(data), "limit": study.limit, "dtype": study.dtype}
+    evaluated = {
+        "layout": LAYOUT,
+        "tasks": _digest_of_tasks(data),
+        "limit": study.limit,
+        "num_fewshot": study.num_fewshot,
+        "max_new_tokens": study.max_new_tokens,
+        "dtype": study.dtype,
+    }
     return [(cell, folder / "cells" / f"{_key(cell, evaluated)}.json") for cell in study.cells()]
 
 

@@ -193,6 +193,6 @@ def test_an_interrupted_command_says_to_run_it_again(
     with pytest.raises(SystemExit) as stopped:
         optimum_cli.main()
     assert stopped.value.code == 130
-    aim = "continue" if name in ("prune", "score", "study") else "start over"
+    aim = "continue" if name in ("prune", "score", "study", "eval", "compare") else "start over"
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"optimum-cli cap {name}: interrupted: run the same command again to {aim}"

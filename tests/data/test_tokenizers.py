@@ -74,11 +74,13 @@ def test_evaluation_refuses_them_before_it_measures_any_task(
     (tmp_path / "tinystories").mkdir()
     text = '{"text": "a story"}\n{"text": "an end<|end|>"}\n'
     (tmp_path / "tinystories" / "stories_clean.jsonl").write_text(text)
-    model = tiny_model("llama")
+    model = tiny_model("llama", max_position_embeddings=512)
     monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("the model ran"))
     for task, template in (("gsm8k", CHAT), ("gsm8k,tinystories", None)):
+        tokenizer = extended(template)
+        tokenizer.model_max_length = 512
         with pytest.raises(ValueError, match=TOO_LARGE):
-            evaluate(model, extended(template), tasks=task, data_dir=tmp_path)
+            evaluate(model, tokenizer, tasks=task, data_dir=tmp_path, num_fewshot=0)
 
 
 def test_the_number_of_tokens_of_the_tokenizer_alone_is_no_error() -> None:

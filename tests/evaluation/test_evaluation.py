@@ -1,5 +1,7 @@
 """Evaluation: what is asked, what counts as right, what is left out, what is refused."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from helpers.evaluation import LINES, SUMS, TEMPLATE, with_room, write_task_files
 from helpers.paths import EXAMPLES, SHARED
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -21,11 +24,13 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data import Conversation, build_calibration_set, render_prompt
 from optimum_cap.data.sources import row_digest
 from optimum_cap.evaluation.harness import harness_model
-from optimum_cap.evaluation.results import Evaluation, Window, wilson_interval
-from optimum_cap.evaluation.run import evaluate, load_task_data
+from optimum_cap.evaluation.results import Answer, Evaluation, Window, wilson_interval
+from optimum_cap.evaluation.run import evaluate as evaluate_by_default
+from optimum_cap.evaluation.run import load_task_data
 from optimum_cap.evaluation.tasks import (
     GROUPS,
     TASKS,
+    TaskItems,
     extract_label,
     extract_last_number,
     extract_marked,
@@ -35,48 +40,18 @@ from optimum_cap.evaluation.tasks import (
     resolve_tasks,
 )
 
+# The tiny models take 64 characters: no worked examples.
+evaluate = functools.partial(evaluate_by_default, num_fewshot=0)
+
 REASONER = EXAMPLES / "tiny_reasoner"
 sys.path.insert(0, str(REASONER))  # the examples are scripts, no package
 from evaluate import correct_answers, generated_answers, load_problems  # noqa: E402
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-SUMS = [{"question": f"{n}+{n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(12)]
-FACTS = [
-    {"question": f"is {n} odd?", "answer": n % 2 == 1, "facts": [f"{n} is a number."]}
-    for n in range(4)
-]
-CHOICES = [
-    {
-        "question": {
-            "stem": f"which is {n}?",
-            "choices": [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}],
-        },
-        "answerKey": "AB"[n - 1],
-    }
-    for n in (1, 2)
-]
-LINES = [" \n", " = a title = \n", " \n"] + [
-    f" line {n} tells what there is to tell about the number {n} , at length . \n"
-    for n in range(150)
-]
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     """A folder with the files of all published data sets, short enough for the tiny models."""
-    for name, rows in {
-        "gsm8k/test.jsonl": SUMS,
-        "strategyqa/test.jsonl": FACTS,
-        "arc_challenge/ARC-Challenge-Test.jsonl": CHOICES,
-    }.items():
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "wikitext-2").mkdir()
-    (tmp_path / "wikitext-2" / "test.txt").write_text("".join(LINES))
-    return tmp_path
+    return write_task_files(tmp_path)
 
 
 def calibrated(model: PreTrainedModel, digests: list[str]) -> PreTrainedModel:
@@ -119,7 +94,7 @@ def test_items_are_graded_as_the_example_grades_them() -> None:
 
     data = {name: load_items(name, None) for name in GROUPS["tiny_reasoner"]}
     data = {
-        name: (tuple(q for q in questions if q.digest in expected), source)
+        name: TaskItems(tuple(q for q in questions if q.digest in expected), source)
         for name, (questions, source) in data.items()
     }
     found = evaluate(model, tokenizer, data=data, batch_size=128)
@@ -129,7 +104,7 @@ def test_items_are_graded_as_the_example_grades_them() -> None:
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_the_loss_is_that_on_the_worked_answer(template: str | None, data_dir: Path) -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer(template)
+    model, tokenizer = with_room(template)
     found = evaluate(model, tokenizer, tasks="gsm8k", data_dir=data_dir).tasks["gsm8k"]
     rows = f"gsm8k={data_dir / 'gsm8k' / 'test.jsonl'}"
     config = CAPConfig(sparsity=0.5, dataset=rows, num_samples=len(SUMS))
@@ -176,7 +151,7 @@ def test_typed_parts_reach_a_template_that_wants_them(data_dir: Path) -> None:
         "{{ m['content'] }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"
     )
     results = [
-        evaluate(tiny_model("llama"), tiny_tokenizer(template), tasks="gsm8k", data_dir=data_dir)
+        evaluate(*with_room(template), tasks="gsm8k", data_dir=data_dir)
         for template in (TEMPLATE, typed)
     ]
     assert results[0].tasks["gsm8k"].items == results[1].tasks["gsm8k"].items
@@ -186,11 +161,11 @@ def test_answers_that_the_template_leaves_out_are_counted_or_refused(
     data_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     few = TEMPLATE.replace("m['content']", "m['content'].split('3+3=')[-1]")
-    evaluate(tiny_model("llama"), tiny_tokenizer(few), tasks="gsm8k", data_dir=data_dir)
+    evaluate(*with_room(few), tasks="gsm8k", data_dir=data_dir)
     assert "leaves out parts of 1 of 12 answers of data set 'gsm8k' (first in row 3)" in caplog.text
     every = TEMPLATE.replace("m['content']", "m['content'].split('#')[0]")
     with pytest.raises(ValueError, match="leaves out text or tool calls of all 12 answers of data"):
-        evaluate(tiny_model("llama"), tiny_tokenizer(every), tasks="gsm8k", data_dir=data_dir)
+        evaluate(*with_room(every), tasks="gsm8k", data_dir=data_dir)
 
 
 def test_messages_are_asked_as_they_are_and_only_the_last_answer_counts(data_dir: Path) -> None:
@@ -237,7 +212,7 @@ def test_a_model_without_markers_is_wrong_and_the_rate_is_shown(data_dir: Path) 
         assert (result.accuracy, result.without_answer) == (0.0, len(result.items))
     assert found.tasks["strategyqa"].fallback_accuracy is None
     assert found.tasks["gsm8k"].fallback_accuracy is not None
-    (row,) = [line for line in found.table().splitlines() if line.startswith("strategyqa")]
+    row = next(line for line in found.table().splitlines() if line.startswith("strategyqa"))
     loss = f"{found.tasks['strategyqa'].answer_loss:.4f}"
     assert row.split() == ["strategyqa", "4", "0.0%", "0.0%", "to", "49.0%", "100.0%", loss, "0"]
 
@@ -315,10 +290,12 @@ def test_sampling_settings_of_the_checkpoint_change_nothing(data_dir: Path) -> N
         (extract_last_number, "none", None),
         (extract_yes_no, "facts\n#### Yes.", "yes"),
         (extract_yes_no, "#### nothing", None),
+        (extract_yes_no, "#### Facts\nIt sinks.\n#### No", "no"),  # a heading before
         (extract_yes_no, "yes", None),
         (extract_label, "#### (b) sea", "B"),
         (extract_label, "the sea\n#### 2", "2"),
         (extract_label, "#### sea", None),
+        (extract_label, "#### Step 1\nIt floats.\n#### **C**", "C"),
     ],
 )
 def test_final_answers(
@@ -423,10 +400,10 @@ def test_the_hub_gives_the_same_data_from_the_split_test(
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     names = ("gsm8k", "wikitext2")
-    local, hub = load_task_data(names, data_dir), load_task_data(names)
+    local, hub = load_task_data(names, data_dir, 0), load_task_data(names, None, 0)
     for name in names:
-        assert hub[name][0] == local[name][0]
-        assert hub[name][1]["split"] == "test"
+        assert hub[name].items == local[name].items
+        assert hub[name].source["split"] == "test"
 
 
 # What is left out
@@ -505,7 +482,10 @@ def test_a_limit_draws_the_same_items_for_every_model(data_dir: Path) -> None:
 
 
 def test_unknown_tasks_are_named_with_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown task 'gsm': choose from .*gsm8k.*wikitext2"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown task 'gsm' \(did you mean 'gsm8k'\?\): choose from .*gsm8k.*wikitext2",
+    ):
         evaluate(tiny_model("llama"), tiny_tokenizer(), tasks="gsm,wikitext2")
     with pytest.raises(ValueError, match="tasks is empty"):
         resolve_tasks(" , ")
@@ -546,7 +526,7 @@ def test_embedded_problems_are_found_in_a_checkout_and_in_a_data_folder(
     monkeypatch.chdir(tmp_path)  # the checkout is found from the package, not the current folder
     for folder in (None, REASONER.parent, REASONER / "data"):
         data = load_task_data("tiny_reasoner", folder)
-        assert [len(questions) for questions, _ in data.values()] == [300, 300, 300]
+        assert [len(task.items) for task in data.values()] == [300, 300, 300]
 
 
 def test_rows_that_cannot_be_graded_are_refused(data_dir: Path) -> None:
@@ -602,7 +582,7 @@ def test_json_round_trip(data_dir: Path, tmp_path: Path) -> None:
     assert set(values["versions"]) == {"optimum-cap", "lm-eval", "torch", "transformers"}
     task = values["tasks"]["gsm8k"]
     assert (task["n"], len(task["items"])) == (4, 4)
-    assert set(task["items"][0]) == {"digest", "correct", "answer", "fallback", "loss"}
+    assert set(task["items"][0]) == {field.name for field in dataclasses.fields(Answer)}
     assert task["source"] == {"file": "test.jsonl"}
 
 
@@ -612,9 +592,10 @@ def test_json_round_trip(data_dir: Path, tmp_path: Path) -> None:
         ("{", "cannot be read as an evaluation"),
         ("[1]", "evaluation_layout None"),
         ('{"evaluation_layout": 99}', "evaluation_layout 99"),
-        ('{"evaluation_layout": 1, "model": "m"}', "the evaluation is incomplete"),
+        ('{"evaluation_layout": 1, "model": "m"}', "evaluation_layout 1: evaluate the model again"),
+        ('{"evaluation_layout": 2, "model": "m"}', "the evaluation is incomplete"),
         (
-            '{"evaluation_layout": 1, "model": "m", "tasks": {"t": {"metric": "bleu"}}}',
+            '{"evaluation_layout": 2, "model": "m", "tasks": {"t": {"metric": "bleu"}}}',
             "the evaluation is incomplete .*bleu",
         ),
     ],
@@ -626,7 +607,7 @@ def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
 
 
 def test_the_module_is_an_attribute_of_the_package() -> None:
-    assert optimum_cap.evaluation.evaluate is evaluate
+    assert optimum_cap.evaluation.evaluate is evaluate_by_default
 
 
 def test_a_window_is_recognised_by_its_tokens(data_dir: Path) -> None:
@@ -685,4 +666,4 @@ def test_published_files_are_read_and_perplexity_is_that_by_hand() -> None:
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
     data = load_task_data("gsm8k,strategyqa,arc_challenge", SHARED / "data")
-    assert [len(questions) for questions, _ in data.values()] == [1319, 2290, 1172]
+    assert [len(task.items) for task in data.values()] == [1319, 2290, 1172]

@@ -17,7 +17,7 @@ import torch
 
 from optimum_cap.runtime import files as files_module
 from optimum_cap.runtime.digests import digest_of
-from optimum_cap.runtime.files import TensorFiles, write_atomically
+from optimum_cap.runtime.files import JsonFiles, TensorFiles, write_atomically
 
 STORED = torch.tensor([[1.5, 0.0], [0.0, 2.0]])
 
@@ -288,3 +288,24 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     name = "ä" * 127
     write_atomically(tmp_path / name, b"content")
     assert (tmp_path / name).read_bytes() == b"content"
+
+
+def test_json_values_are_kept_until_they_are_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = JsonFiles(tmp_path / "resume")
+    value = {"seconds": 0.1 + 0.2, "texts": ["ü", None], "count": 3}
+    assert files.read("model/key") is None
+    files.write("model/key", value)
+    file = tmp_path / "resume" / "model" / "key.json"
+    assert files.read("model/key") == value
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    other = file.read_text().replace('"count": 3', '"count": 4')
+    for text in (other, file.read_text()[:-2], "[]", '{"value": 1}'):
+        file.write_text(text)
+        caplog.clear()
+        assert files.read("model/key") is None
+        assert f"{file} is damaged" in caplog.text
+        assert not file.exists()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write("model/key", float("nan"))

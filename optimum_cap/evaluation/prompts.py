@@ -1,0 +1,114 @@
+"""Prompts of questions: what a model is told about the form of an answer, and worked examples.
+
+A chat is told in words. A base model, whose tokenizer has no chat template, is shown examples.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optimum_cap.data import Conversation, render_prompt
+from optimum_cap.evaluation.tasks import TASKS, ChoiceQuestion, Question
+
+EXAMPLES_OF_BASE_MODELS = 5  # as in the task gsm8k of lm-evaluation-harness
+_NEXT_QUESTION = "Question:"  # with which a base model continues after its answer
+
+
+def is_chat(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def number_of_examples(name: str, requested: int | None, tokenizer: Any) -> int:
+    """Return how many worked examples the prompts of a task show.
+
+    Args:
+        name: Name of the task.
+        requested: The number that is asked for; `None` is the default, which is 5 if the answer
+            needs a form that a model without a chat template cannot be told, else 0.
+        tokenizer: The tokenizer.
+    """
+    if requested is not None:
+        return requested
+    return EXAMPLES_OF_BASE_MODELS if TASKS[name].instruction and not is_chat(tokenizer) else 0
+
+
+def may_need_examples(name: str, requested: int | None) -> bool:
+    """Return whether the prompts of a task show worked examples for some tokenizer."""
+    return bool(TASKS[name].instruction) if requested is None else requested > 0
+
+
+def prompt_of(name: str, question: Question, examples: Sequence[Question], tokenizer: Any) -> str:
+    """Return the text that the model continues with its answer.
+
+    Args:
+        name: Name of the task.
+        question: The question.
+        examples: Worked examples to show before it.
+        tokenizer: The tokenizer.
+
+    Raises:
+        ValueError: The chat template does not support the conversation.
+    """
+    if is_chat(tokenizer):
+        return render_prompt(_chat(TASKS[name].instruction, question, examples), tokenizer)
+    if not examples:
+        return render_prompt(question.conversation, tokenizer)
+    shown = [
+        f"{_NEXT_QUESTION} {_asked(example)}\nAnswer: {example.answer}\n\n" for example in examples
+    ]
+    return f"{''.join(shown)}{_NEXT_QUESTION} {_asked(question)}\nAnswer:"
+
+
+def stop_texts(name: str, examples: Sequence[Question], tokenizer: Any) -> tuple[str, ...]:
+    """Return the texts that end a response to `prompt_of`, besides the end-of-sequence token."""
+    until = TASKS[name].until
+    shows = bool(examples) and not is_chat(tokenizer)
+    return (*until, _NEXT_QUESTION) if shows and _NEXT_QUESTION not in until else until
+
+
+def choices_of(
+    question: ChoiceQuestion, examples: Sequence[ChoiceQuestion]
+) -> list[tuple[str, str]]:
+    """Return the context of a question with each of its choices, as lm-evaluation-harness does.
+
+    It has no chat template, so that the numbers are those of the harness by default.
+    """
+    shown = [
+        f"{_NEXT_QUESTION} {each.question}\nAnswer: {each.choices[each.gold]}\n\n"
+        for each in examples
+    ]
+    context = f"{''.join(shown)}{_NEXT_QUESTION} {question.question}\nAnswer:"
+    return [(context, f" {choice}") for choice in question.choices]
+
+
+def _asked(question: Question) -> str:
+    return "\n".join(text for _, text in question.conversation.turns[:-1])
+
+
+def _chat(instruction: str, question: Question, examples: Sequence[Question]) -> Conversation:
+    """Return a conversation with the examples as earlier turns, each told the form of an answer."""
+    conversation = question.conversation
+    turns, messages = list(conversation.turns), [dict(each) for each in _messages(conversation)]
+    start = 1 if turns[0][0] == "system" and len(turns) > 2 else 0
+    shown = [turn for example in examples for turn in _without_system(example.conversation)]
+    turns[start:start] = shown
+    messages[start:start] = [{"role": role, "content": text} for role, text in shown]
+    if instruction:
+        asks = {start + 2 * position for position in range(len(examples))} | {len(turns) - 2}
+        for position in asks:
+            role, text = turns[position]
+            turns[position] = (role, f"{text}\n\n{instruction}")
+            messages[position]["content"] = turns[position][1]
+    return Conversation(
+        tuple(turns), tuple(messages) if conversation.messages else (), conversation.variables
+    )
+
+
+def _messages(conversation: Conversation) -> Sequence[Mapping[str, Any]]:
+    if conversation.messages:
+        return conversation.messages
+    return [{"role": role, "content": text} for role, text in conversation.turns]
+
+
+def _without_system(conversation: Conversation) -> list[tuple[str, str]]:
+    return [("user", conversation.turns[-2][1]), ("assistant", conversation.turns[-1][1])]
