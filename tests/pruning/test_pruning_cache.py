@@ -67,10 +67,18 @@ def stopped(
             pruned(model, folder, **fields)
 
 
-RUNS = {
-    "measured": {},
+MEASURED: dict[str, Any] = {
+    "recipe": "causal_fast",
+    "allocation": "interventional",
+    "target": "dense",
+    "order": "projection",
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "measured": MEASURED,
     "estimated": {"recipe": "causal_fast", "target": "dense", "order": "projection"},
     "fast": {"recipe": "causal_fast"},
+    "refined": {"recipe": "wanda", "refine": 2},
     "sparsegpt": {"recipe": "sparsegpt"},
     "2:4": {"pattern": "2:4"},
 }
