@@ -241,8 +241,9 @@ def test_measured_sensitivities_take_the_operations_that_pytorch_counts(architec
     real = counted(
         lambda: estimate_sensitivities(ModelView(model, sites), layers, examples(), zeros, 2)
     )
-    # Within 15 %: the gradient stops at the output modules of the first of three layers.
-    assert work.estimated_sensitivities(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
+    # Within 17 %: in OPT, whole layers run again for their MLPs; elsewhere, the gradient stops at
+    # the output modules of the first of three layers.
+    assert work.estimated_sensitivities(SHAPE, 2).operations == pytest.approx(real, rel=0.17)
 
 
 @pytest.mark.parametrize("architecture", LAYERWISE)
