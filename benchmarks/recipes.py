@@ -29,12 +29,21 @@ from optimum_cap.scoring import example_losses
 REASONER = Path(__file__).resolve().parents[1] / "examples" / "tiny_reasoner"
 VARIANTS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"recipe": "sparsegpt"},
-    "causal": {},
-    "causal, estimated": {"recipe": "causal_fast", "order": "projection", "target": "dense"},
-    "causal, estimated, layer by layer": {"recipe": "causal_fast", "target": "dense"},
-    "causal_fast (the same, local target)": {"recipe": "causal_fast"},
-    "causal without measured sensitivities": {"allocation": "uniform"},
     "ALPS alone": {"criterion": "alps"},
+    "causal_fast": {"recipe": "causal_fast"},
+    "causal, one pass": {"refine": 1},
+    "causal": {},
+    "causal without sensitivities": {"allocation": "uniform"},
+    "causal_fast, measured sensitivities": {
+        "recipe": "causal_fast",
+        "allocation": "interventional",
+    },
+    "causal_fast, measured sensitivities, dense target, by projection": {
+        "recipe": "causal_fast",
+        "allocation": "interventional",
+        "target": "dense",
+        "order": "projection",
+    },
 }
 
 

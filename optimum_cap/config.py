@@ -120,9 +120,10 @@ _UPDATE_FIELDS = ("target",)
 _RUNTIME_FIELDS = ("memory_budget", "torch_compile", "resume_dir")  # how, not what, is measured
 # Fields that decide whether others have an effect, with their choices, in the order in which errors
 # suggest them.
-_DECIDING: dict[str, tuple[str, ...]] = {
+_DECIDING: dict[str, tuple[Any, ...]] = {
     "criterion": tuple(CRITERIA),
     "recipe": tuple(RECIPES),
+    "refine": (RECIPES["causal"].refine,),
     "estimator": ESTIMATOR_NAMES,
     "scored_units": SCORED_UNITS,
     "answers": ANSWERS,
@@ -449,6 +450,8 @@ class CAPConfig(QuantizationConfigMixin):
                 chosen["estimator"] = self.estimator
         if needs_scores and "mlp_unit_size" in unused:
             chosen["scored_units"] = self.scored_units
+        if self.method.layer_by_layer and set(_REFINEMENT_FIELDS).intersection(unused):
+            chosen["refine"] = self.method.refine
         if self.method.needs_data and set(ANSWER_FIELDS).intersection(unused):
             chosen["answers"] = self.answers
         settings = enumeration([f"{name} {value!r}" for name, value in chosen.items()])

@@ -79,6 +79,8 @@ def test_more_subsets_than_examples() -> None:
     assert CAPConfig(sparsity=0.2, recipe="wanda", num_samples=2).subsets == 3
 
 
+PASSES = RECIPES["causal"].refine
+
 NO_EFFECT = [
     (
         {"recipe": "wanda", "subsets": 5, "estimator": "first_order"},
@@ -195,6 +197,35 @@ NO_EFFECT = [
         {"recipe": "causal", "allocation": "uniform", "allocation_examples": 20},
         "allocation_examples 20 has no effect with recipe 'causal' and allocation 'uniform': "
         "leave it out",
+    ),
+    (
+        {"recipe": "paper", "refine": 2},
+        "refine 2 has no effect with recipe 'paper': leave it out, or choose another recipe to use "
+        "it, such as 'causal'",
+    ),
+    (
+        {"criterion": "magnitude", "refine": 2},
+        "refine 2 has no effect with criterion 'magnitude': leave it out, or choose criterion "
+        "'wanda', 'sparsegpt' or 'alps' to use it",
+    ),
+    (
+        {"pattern": "heads", "refine": 2},
+        "refine 2 has no effect with recipe 'causal' and pattern 'heads': leave it out",
+    ),
+    (
+        {"recipe": "causal_fast", "refine_learning_rate": 0.01},
+        "refine_learning_rate 0.01 has no effect with recipe 'causal_fast' and refine 0: leave it "
+        "out, or choose recipe 'causal' to use it",
+    ),
+    (
+        {"refine": 0, "refine_learning_rate": 0.01},
+        "refine_learning_rate 0.01 has no effect with recipe 'causal' and refine 0: leave it out, "
+        f"or choose refine {PASSES} to use it",
+    ),
+    (
+        {"criterion": "sparsegpt", "refine_learning_rate": 0.01},
+        "refine_learning_rate 0.01 has no effect with criterion 'sparsegpt' and refine 0: leave it "
+        f"out, or choose refine {PASSES} to use it",
     ),
 ]
 
@@ -450,6 +481,12 @@ def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> Non
         ({"allocation_examples": 0}, "allocation_examples must be an integer of at least 1"),
         ({"target": "far"}, "target must be one of local, dense, got 'far'"),
         ({"order": "weight"}, "order must be one of layer, projection, got 'weight'"),
+        ({"refine": -1}, "refine must be an integer of at least 0, got -1"),
+        ({"refine": 1.5}, "refine must be an integer of at least 0, got 1.5"),
+        ({"refine": True}, "refine must be an integer of at least 0, got True"),
+        ({"refine_learning_rate": 0}, "refine_learning_rate must be a positive number, got 0"),
+        ({"refine_learning_rate": "fast"}, "refine_learning_rate must be a positive .* 'fast'"),
+        ({"refine_learning_rate": float("inf")}, "refine_learning_rate must be a positive .* inf"),
     ],
 )
 def test_choices_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
@@ -460,10 +497,17 @@ def test_choices_that_do_not_go_together(changes: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, Method("alps", "interventional", "dense", "projection", 3.0)),
-        ({"answer_weight": 0}, Method("alps", "interventional", "dense", "projection", 0)),
-        ({"pattern": "2:4"}, Method("alps", "uniform", "dense", "projection", 3.0)),
+        ({}, Method("alps", "fisher", answer_weight=3.0, refine=PASSES)),
+        ({"answer_weight": 0}, Method("alps", "fisher", answer_weight=0, refine=PASSES)),
+        ({"refine": 1}, Method("alps", "fisher", answer_weight=3.0, refine=1)),
+        ({"refine": 0}, RECIPES["causal_fast"]),
+        ({"pattern": "2:4"}, Method("alps", "uniform", answer_weight=3.0, refine=PASSES)),
+        (
+            {"allocation": "interventional", "target": "dense", "order": "projection"},
+            Method("alps", "interventional", "dense", "projection", 3.0, PASSES),
+        ),
         ({"criterion": "alps"}, Method("alps", "uniform")),
+        ({"criterion": "wanda", "refine": 2}, Method("wanda", "uniform", refine=2)),
         (
             {"criterion": "wanda", "order": "projection"},
             Method("wanda", "uniform", order="projection"),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint.record import PruningRecord
+from optimum_cap.config import RECIPES
 from optimum_cap.models.architectures import find_sites, heads, matrices_by_layer, oriented
 from optimum_cap.pruning.sensitivity import DivergenceEvaluator
 from optimum_cap.scoring.estimators import ESTIMATORS
@@ -83,16 +84,40 @@ def test_a_record_without_sensitivities_has_none(llama: PreTrainedModel) -> None
     assert PruningRecord.from_dict(values).sensitivities == []
 
 
-def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
-    new = pruned(tiny_model("mixtral"))
+@pytest.mark.parametrize(
+    ("allocation", "are"), [("fisher", "estimated"), ("interventional", "measured")]
+)
+def test_the_card_says_how_sensitivities_were_found(
+    allocation: str, are: str, tmp_path: Path
+) -> None:
+    new = pruned(tiny_model("mixtral"), allocation=allocation)
     new.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "ALPS (arXiv 2406.07831) and a sparsity per site from the measured" in card
+    assert f"ALPS (arXiv 2406.07831) and a sparsity per site from the {are}" in card
     shares = [sensitivity.sparsity for sensitivity in new.pruning_record.sensitivities]
     assert (
-        f"| Measured | {len(shares)} sites, each pruned alone; their sparsities range from "
-        f"{min(shares):.2%} to {max(shares):.2%} |"
+        f"| {are.capitalize()} | {len(shares)} sites, each pruned alone; their sparsities range "
+        f"from {min(shares):.2%} to {max(shares):.2%} |"
     ) in card
+
+
+def test_the_card_says_that_kept_weights_were_refined(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    cards = {}
+    for recipe in ("causal", "causal_fast"):
+        pruned(llama, recipe=recipe).save_pretrained(tmp_path / recipe)
+        cards[recipe] = (tmp_path / recipe / "README.md").read_text()
+    passes = RECIPES["causal"].refine
+    assert (
+        "; the kept weights of each layer were then fitted to the hidden states of the dense model."
+    ) in cards["causal"]
+    assert (
+        f"| Refined | up to {passes} passes over the calibration set for each layer |"
+        in (cards["causal"])
+    )
+    assert "Refined" not in cards["causal_fast"]
+    assert ", without training." in cards["causal_fast"]
 
 
 def test_a_pattern_takes_the_rest_of_the_recipe(llama: PreTrainedModel) -> None:
@@ -116,22 +141,39 @@ def test_whole_heads_go_by_their_causal_scores(llama: PreTrainedModel) -> None:
     assert [index for index, gone in enumerate(removed) if gone] == sorted(least)
 
 
-def test_sensitivities_can_be_estimated(llama: PreTrainedModel) -> None:
-    exact, estimated = pruned(llama), pruned(llama, recipe="causal_fast")
-    assert exact.pruning_record.zeros == estimated.pruning_record.zeros
-    assert not same(exact, estimated)
-    assert len(estimated.pruning_record.sensitivities) == len(find_sites(llama))
-    assert same(estimated, pruned(llama, recipe="causal_fast"))
-    assert not same(estimated, pruned(llama, recipe="causal_fast", target="dense"))
+def test_sensitivities_can_be_measured(llama: PreTrainedModel) -> None:
+    estimated, measured = pruned(llama), pruned(llama, allocation="interventional")
+    assert measured.pruning_record.zeros == estimated.pruning_record.zeros
+    assert not same(measured, estimated)
+    assert len(measured.pruning_record.sensitivities) == len(find_sites(llama))
+    assert same(measured, pruned(llama, allocation="interventional"))
+
+
+def test_the_quick_variant_is_the_default_without_refinement(llama: PreTrainedModel) -> None:
+    fast = pruned(llama, recipe="causal_fast")
+    assert same(fast, pruned(llama, refine=0))
+    assert fast.pruning_record.sensitivities == pruned(llama).pruning_record.sensitivities
+
+
+def test_refinement_moves_kept_weights_alone(llama: PreTrainedModel) -> None:
+    refined, fast = pruned(llama), pruned(llama, recipe="causal_fast")
+    pairs = list(zip(matrices(refined), matrices(fast), strict=True))
+    # Later layers get other inputs, so other weights may be pruned there.
+    for after, before in pairs[: len(pairs) // 3]:
+        assert torch.equal(after == 0, before == 0)
+    assert not same(refined, fast)
 
 
 def test_each_choice_changes_what_is_pruned(llama: PreTrainedModel) -> None:
     every = pruned(llama)
     for changes in (
-        {"target": "local"},
-        {"order": "layer"},
+        {"target": "dense"},
+        {"order": "projection"},
         {"answer_weight": 0},
+        {"refine": 0},
+        {"refine_learning_rate": 1e-3},
         {"allocation": "uniform"},
+        {"allocation": "interventional"},
         {"allocation_bound": 0.02},
         {"allocation_examples": 2},
         {"criterion": "alps"},
@@ -182,8 +224,9 @@ def test_an_interrupt_while_sensitivities_are_measured_leaves_the_model(
 
     before = copy.deepcopy(llama)
     monkeypatch.setattr(DivergenceEvaluator, "divergences", interrupted)
+    settings = config(allocation="interventional", resume_dir=tmp_path if cached else None)
     with pytest.raises(KeyboardInterrupt):
-        CAPPruner(config(resume_dir=tmp_path if cached else None)).prune(llama, tiny_tokenizer())
+        CAPPruner(settings).prune(llama, tiny_tokenizer())
     assert same(llama, before)
     assert not hasattr(llama, "pruning_record")
     kept = (

@@ -24,6 +24,7 @@ from optimum_cap.checkpoint.record import (
     UnitScore,
     count_units,
     describe_answers,
+    describe_refinement,
     unit_label,
 )
 from optimum_cap.checkpoint.saving import attach, name_base_of_adapters, names_loaded_from
@@ -44,6 +45,7 @@ __all__ = [
     "convert_checkpoint",
     "count_units",
     "describe_answers",
+    "describe_refinement",
     "inspect_checkpoint",
     "name_base_of_adapters",
     "names_loaded_from",

@@ -15,6 +15,7 @@ from optimum_cap.checkpoint.record import (
     PruningRecord,
     count_units,
     describe_answers,
+    describe_refinement,
 )
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
@@ -26,6 +27,9 @@ logger = logging.get_logger(__name__)
 
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|#&]|(?<!\w)_|_(?!\w)|!(?=\[)|://")
 _TAGS = ["optimum-cap", "pruning", "sparse"]
+_REFINED = (
+    "; the kept weights of each layer were then fitted to the hidden states of the dense model."
+)
 _PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
 
@@ -125,7 +129,7 @@ def model_card(
         + (
             f"{title}. The weights have been changed since, which filled zeros."
             if record.lost_zeros
-            else f"{title}, without training."
+            else f"{title}{_REFINED if method.refine else ', without training.'}"
         ),
         "",
         "| | |",
@@ -179,6 +183,8 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
             f"{units}, on {config['scored_tokens']} tokens; "
             f"{config['aggregation']} of {config['subsets']} subsets"
         )
+    if record.refine:
+        rows["Refined"] = f"{describe_refinement(record.refine)} for each layer"
     if record.sensitivities:
         sparsities = [sensitivity.sparsity for sensitivity in record.sensitivities]
         rows[record.sensitivities_are.capitalize()] = (

@@ -161,6 +161,11 @@ class PruningRecord:
         return "estimated" if method.allocation == "fisher" else "measured"
 
     @property
+    def refine(self) -> int:
+        """Number of passes in which the kept weights of each layer were refined; 0 if not."""
+        return CAPConfig.from_dict(self.config).method.refine
+
+    @property
     def zeros(self) -> int:
         return sum(matrix.zeros for matrix in self.matrices)
 
@@ -345,6 +350,11 @@ def describe_answers(answers: Mapping[str, Any]) -> str:
         f"{answers['truncated']} cut off at {answers['max_new_tokens']} tokens; "
         f"{answers['mean_tokens']:g} tokens on average"
     )
+
+
+def describe_refinement(passes: int) -> str:
+    """Return how long the kept weights of each layer were refined."""
+    return f"up to {passes} pass{'es' if passes > 1 else ''} over the calibration set"
 
 
 def unit_label(kind: str, layer: int, site: str, unit: int) -> str:

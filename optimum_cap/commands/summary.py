@@ -16,7 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 def print_summary(summary: "CheckpointSummary") -> None:
     """Print one line per fact: units, weights, sparsity, threshold, size."""
-    from optimum_cap.checkpoint import describe_answers
+    from optimum_cap.checkpoint import describe_answers, describe_refinement
     from optimum_cap.methods import WHOLE_HEADS
 
     record = summary.record
@@ -26,6 +26,8 @@ def print_summary(summary: "CheckpointSummary") -> None:
         print(f"{label:13} {ranked}")
     if answers := record.calibration.get("answers"):
         print(f"answers       {describe_answers(answers)}")
+    if record.refine:
+        print(f"refined       {describe_refinement(record.refine)} for each layer")
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
     for label, dense in (
         ("unsupported", record.unsupported),

@@ -31,6 +31,7 @@ STEP_PASSES = 25  # in a step of ALPS, without its products
 INPUT_PASSES = 6  # per input of a matrix: selected, squared and summed
 CHECK_PASSES = 12  # per prunable weight: checked, masked, stored, and zeros counted
 ADAM_PASSES = 12  # in a step of the refinement: gradients masked, states and weights updated
+SAVED = 3  # times the activations of a layer that it keeps for its backward pass
 MASK_PASSES = 8  # to apply a known threshold: importance, comparison, new weights
 STAGES = 4  # per layer; the inputs are measured before each of them (`stages_by_layer`)
 BLOCK = 4096  # block size of the file system in bytes
@@ -190,9 +191,9 @@ class CostModel:
             # The hidden states of the dense model before and after the layer, and its weights.
             hidden = tokens * work.layers[0].hidden * self.value
             held += 2 * hidden + self.value * max(layer.prunable for layer in work.layers)
-        seconds = (
-            self.seconds(counted) + compared / self.hardware.float32 + self._input_statistics(shape)
-        )
+        rows = EXAMPLES_PER_STEP * shape.tokens if method.refine else self.rows
+        seconds = self.seconds(counted, min(rows, self.rows))
+        seconds += compared / self.hardware.float32 + self._input_statistics(shape)
         return Part(counted.operations + compared, seconds, held)
 
     def _refinement(self, method: Method, shape: Workload) -> "Part":
@@ -205,9 +206,10 @@ class CostModel:
         # The states of Adam, the gradient and the best weights so far, in float32; what a step
         # saves for its backward pass; the hidden states of the dense model.
         hidden = shape.examples * shape.tokens * work.layers[0].hidden * self.value
-        saved = EXAMPLES_PER_STEP * shape.tokens * self.per_token
+        rows = EXAMPLES_PER_STEP * shape.tokens
+        saved = SAVED * rows * self.per_token
         memory = 16 * max(layer.prunable for layer in work.layers) + saved + hidden
-        return Part(counted.operations, self.seconds(counted) + updates, memory)
+        return Part(counted.operations, self.seconds(counted, rows) + updates, memory)
 
     def _input_statistics(self, shape: Workload) -> float:
         """Return the seconds for the statistics of all inputs, without the products x_i x_j."""
@@ -230,11 +232,9 @@ class CostModel:
             count = min(measured or examples_to_estimate(shape.examples), shape.examples)
             few = replace(shape, examples=count)
             estimated = work.estimated_sensitivities(shape, count)
-            batches = math.ceil(count / max(1, self.rows // shape.tokens))
-            passes = THRESHOLD_PASSES + batches * MASK_PASSES
-            ranking = self.through_memory(passes * work.prunable)
+            ranking = self.through_memory((THRESHOLD_PASSES + MASK_PASSES) * work.prunable)
             seconds = self.seconds(estimated) + self._input_statistics(few) + ranking
-            return Part(estimated.operations, seconds, _all_layers(self, few, self.rows))
+            return Part(estimated.operations, seconds, self._one_layer_backward(few))
         per_layer = [layer.sites for layer in work.layers]
         count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
         measured_alone = work.measured_sensitivities(shape, count)
@@ -250,6 +250,19 @@ class CostModel:
             2 * hidden,
             shared=self.seconds(measured_alone) - self.seconds(shared_passes) + alone.seconds,
         )
+
+    def _one_layer_backward(self, shape: Workload) -> float:
+        """Return the bytes of a backward pass that runs one layer at a time.
+
+        The inputs of all layers are stored in the memory of the CPU. In addition, there are the
+        gradients at the outputs of a layer, its pruned matrices, and what it saves of a batch.
+        """
+        layers, tokens = self.work.layers, shape.examples * shape.tokens
+        hidden = tokens * layers[0].hidden * self.value
+        stored = hidden * len(layers) if self.hardware.kind == "cpu" else 0
+        batch = min(tokens, LAYERWISE_ROWS[self.hardware.kind])
+        pruned = self.value * max(layer.prunable for layer in layers)
+        return stored + hidden + pruned + SAVED * batch * self.per_token
 
     def paper(self, shape: Workload, sparsity: float) -> Cost:
         """Return the cost of recipe `paper`: exact scores, then one threshold."""
@@ -278,12 +291,17 @@ class CostModel:
             devices=self._devices(memory),
         )
 
-    def seconds(self, work: OperationCount) -> float:
-        """Return the seconds for an amount of work in chunks of `rows` tokens on one device."""
-        hardware = self.hardware
+    def seconds(self, work: OperationCount, rows: int | None = None) -> float:
+        """Return the seconds for an amount of work on one device.
+
+        Args:
+            work: The work.
+            rows: Tokens of a chunk; `None` is the number that scoring takes.
+        """
+        hardware, rows = self.hardware, rows or self.rows
         computed = work.products / hardware.matmul + work.attention / hardware.attention
         moved = work.moved * self.value / hardware.bandwidth
-        launched = work.passed / self.rows * LAUNCHES_PER_LAYER * hardware.launch
+        launched = work.passed / rows * LAUNCHES_PER_LAYER * hardware.launch
         return self.together(computed + moved, launched)
 
     def together(self, computed: float, launched: float) -> float:

@@ -369,7 +369,9 @@ class ModelWork:
             left_out: Fraction of the examples that is left out, and measured before each pass.
         """
         forward = self._layers(shape)
-        backward = OperationCount(2 * forward.products, 2 * forward.attention, 2 * forward.moved)
+        backward = OperationCount(
+            2 * forward.products, 2 * forward.attention, 2 * forward.moved, forward.passed
+        )
         fitted = passes * (1 - left_out)
         return (1 + fitted + (passes + 1) * left_out) * forward + fitted * backward
 

@@ -51,6 +51,7 @@ from optimum_cap.pruning import activations
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.dense_reference import DenseReferencePass
 from optimum_cap.pruning.fisher import estimate_sensitivities
+from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LEFT_OUT, LayerRefiner
 from optimum_cap.pruning.sensitivity import measure_sensitivities
 from optimum_cap.scoring import batch_sizes, wavefront
 from optimum_cap.scoring.cache import ScoreCache
@@ -236,14 +237,33 @@ def test_measured_sensitivities_take_the_operations_that_pytorch_counts(architec
         )
     )
     assert work.measured_sensitivities(SHAPE, 1).operations == pytest.approx(real, rel=0.02)
-    if architecture == "opt":  # where nothing can be estimated
-        return
     zeros = {matrix: 1 for own in layers.values() for matrix in own}
     real = counted(
         lambda: estimate_sensitivities(ModelView(model, sites), layers, examples(), zeros, 2)
     )
-    # Within 15 %: the gradient stops at the output modules of the first of three layers.
-    assert work.estimated_sensitivities(SHAPE, 2).operations == pytest.approx(real, rel=0.15)
+    # Within 17 %: in OPT, whole layers run again for their MLPs; elsewhere, the gradient stops at
+    # the output modules of the first of three layers.
+    assert work.estimated_sensitivities(SHAPE, 2).operations == pytest.approx(real, rel=0.17)
+
+
+@pytest.mark.parametrize("architecture", LAYERWISE)
+def test_refinement_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
+    # Within 15 %: the gradient stops at the input of the layer.
+    model = eager_model(architecture)
+    view, shape, passes = ModelView.of(model), replace(SHAPE, examples=2 * LEFT_OUT), 3
+    rows = [example for _ in range(LEFT_OUT) for example in examples()]
+    with evaluation_mode(model):
+        layerwise = LayerwisePass(view, rows, most_examples=EXAMPLES_PER_STEP)
+        refiner = LayerRefiner(view, layerwise, passes, 1e-3, seed=0)
+
+        def run() -> None:
+            for layer, matrices in view.matrices_by_layer.items():
+                refiner.begin(layer)
+                refiner.refine_(layer, matrices)
+
+        real = counted(run)
+    work = count_work(model, view.sites).refinement(shape, passes, 1 / LEFT_OUT)
+    assert work.operations == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.parametrize("pruned", [24, 40])
@@ -366,7 +386,17 @@ def test_processes_share_what_is_exact_and_nothing_else() -> None:
     for name in ("control_variate", "adaptive"):
         exact = one[name].seconds - first_order
         assert eight[name].seconds == pytest.approx(first_order + exact / 8)
-    assert one["causal"].seconds / 8 < eight["causal"].seconds < one["causal"].seconds
+    assert one["causal"].seconds == eight["causal"].seconds
+
+
+def test_processes_share_the_sites_that_are_pruned_alone() -> None:
+    work, shape = work_of(load_config(CONFIGS / "llama-3-8b.json")), Workload(128, 256, 128)
+    method = replace(RECIPES["causal"], allocation="interventional")
+    one, eight = (
+        CostModel(work, find_hardware(name, SIZE), 2).pruning("", method, shape, 0.5).seconds
+        for name in ("h100", "h100x8")
+    )
+    assert one / 8 < eight < one
 
 
 def test_a_model_on_several_devices_is_scored_by_one_process() -> None:
@@ -424,11 +454,13 @@ def test_each_ingredient_of_the_default_recipe_has_its_price() -> None:
 
     whole = seconds()
     assert seconds(measured=128) > whole
-    assert seconds(allocation="uniform") < seconds(allocation="fisher") < whole
-    assert seconds(target="local", order="layer") < seconds(order="layer") < whole
-    assert seconds(criterion="wanda", target="local") < seconds(criterion="alps", target="local")
+    assert seconds(allocation="uniform") < whole < seconds(allocation="interventional")
+    assert whole < seconds(target="dense") < seconds(target="dense", order="projection")
+    assert seconds(refine=0) < seconds(refine=1) < seconds(refine=2)
+    assert seconds(refine=0) == cost_model.pruning("", RECIPES["causal_fast"], shape, 0.5).seconds
+    assert seconds(criterion="wanda") < seconds(criterion="alps")
     plain = cost_model.pruning("", Method("alps", "uniform"), shape, 0.5)
-    assert plain.seconds < seconds(allocation="uniform")
+    assert plain.seconds == seconds(allocation="uniform", refine=0), "answer weights are free"
     assert plain.memory < cost_model.pruning("", RECIPES["causal"], shape, 0.5).memory
 
 
@@ -610,6 +642,7 @@ def test_the_command_prints_a_table_that_stays_the_same(
         *ESTIMATOR_COSTS,
         "paper",
         "causal",
+        "causal_fast",
         "wanda",
         "sparsegpt",
     ]
