@@ -184,17 +184,21 @@ def test_the_default_recipe_with_its_options_and_its_table(
 ) -> None:
     flags = ["-m", dense, "--dataset", sums, "--num-samples", "6", "--device-map", "cpu"]
     flags += ["--sparsity", "0.5", "-o", tmp_path / "out", "--allocation-bound", "0.05"]
-    flags += ["--allocation-examples", "3", "--target", "local", "--order", "layer"]
+    flags += ["--allocation-examples", "3", "--target", "dense", "--order", "projection"]
+    flags += ["--refine", "3", "--refine-learning-rate", "0.002"]
     status, _, err = cap("prune", *flags, "--answer-weight", "2")
     assert (status, err) == (0, "")
     status, out, _ = cap("inspect", tmp_path / "out")
     assert status == 0
-    for given in ("allocation_bound=0.05", "allocation_examples=3", "target=local"):
+    for given in ("allocation_bound=0.05", "allocation_examples=3", "target=dense"):
         assert given in out
-    assert "order=layer" in out
+    assert "order=projection" in out
+    assert "refine=3" in out
+    assert "refine_learning_rate=0.002" in out
+    assert "refined       up to 3 passes over the calibration set for each layer\n" in out
     assert "answer_weight=2.0" in out
     title, header, *rows = out.split("\n\n")[1].splitlines()
-    assert title == "sites, each pruned alone (measured)"
+    assert title == "sites, each pruned alone (estimated)"
     assert header.split("  ")[-1].strip() == "sparsity"
     assert len(rows) == 6
     assert all(0.44 < float(row.split()[-1]) < 0.56 for row in rows)
@@ -243,6 +247,10 @@ BAD_ARGUMENTS = {
     "--sparsity 1.5": r"sparsity must be a number strictly between 0 and 1 .* got 1\.5",
     "--sparsity half": "sparsity must be a number strictly between 0 and 1 .* got 'half'",
     "--recipe magic": "recipe must be one of causal, causal_fast, .*, got 'magic'",
+    "--refine some": "refine must be an integer of at least 0, got 'some'",
+    "--refine -1": "refine must be an integer of at least 0, got -1",
+    "--refine-learning-rate 0": "refine_learning_rate must be a positive number, got 0.0",
+    "--refine 2": "refine 2 has no effect with recipe 'paper'",
     "--aggregation max": "aggregation must be one of median, mean, got 'max'",
     "--num-samples 0": "num_samples must be an integer of at least 1, got 0",
     "--num-samples 2 --subsets 3": "subsets is 3, but num_samples is only 2",
