@@ -434,6 +434,8 @@ def _yes_no_choices(row: Any) -> tuple[str, Sequence[str], int]:
 
 # As in the task gsm8k of lm-evaluation-harness: a base model continues with the next question.
 _UNTIL = ("Question:", "</s>", "<|im_end|>")
+# Without an answer as an example: small models copy it as their own answer.
+_REASON = 'Reason step by step, and end with a line of "#### " followed by the final answer,'
 _STRATEGYQA_FILES = ("strategyqa/test.jsonl", "strategyqa/strategyqa_all_2290.json")
 _ARC_FILES = ("arc_challenge/ARC-Challenge-Test.jsonl", "arc_challenge/test.jsonl")
 _REASONER_FILES = ("tiny_reasoner/test.jsonl", "tiny_reasoner/data/test.jsonl", "test.jsonl")
@@ -443,10 +445,7 @@ TASKS: dict[str, Task] = {
         ("gsm8k/test.jsonl",),
         preset="gsm8k",
         extract=extract_number,
-        instruction=(
-            "Reason step by step. End with a line that holds only #### and the final answer as a "
-            "plain number, such as: #### 12"
-        ),
+        instruction=f"{_REASON} a plain number.",
         fallback=extract_last_number,
         max_new_tokens=512,
         until=_UNTIL,
@@ -455,10 +454,7 @@ TASKS: dict[str, Task] = {
         _STRATEGYQA_FILES,
         preset="strategyqa",
         extract=extract_yes_no,
-        instruction=(
-            "Reason step by step. End with a line that holds only #### and the final answer, yes "
-            "or no, such as: #### yes"
-        ),
+        instruction=f"{_REASON} yes or no.",
         max_new_tokens=256,
         until=_UNTIL,
     ),
@@ -466,10 +462,7 @@ TASKS: dict[str, Task] = {
         _ARC_FILES,
         preset="arc_challenge",
         extract=extract_label,
-        instruction=(
-            "Reason step by step. End with a line that holds only #### and the label of the right "
-            "choice, such as: #### B"
-        ),
+        instruction=f"{_REASON} the label of the right choice.",
         max_new_tokens=256,
         until=_UNTIL,
     ),
