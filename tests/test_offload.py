@@ -40,7 +40,13 @@ from optimum_cap.scoring.wavefront import Wavefront
 RECIPES: list[dict[str, Any]] = [
     {"recipe": "causal"},
     {"recipe": "causal_fast"},
-    {"allocation": "interventional", "target": "dense", "order": "projection", "refine": 0},
+    {
+        "recipe": "causal",
+        "allocation": "interventional",
+        "target": "dense",
+        "order": "projection",
+        "refine": 0,
+    },
     {"recipe": "paper"},
     {"recipe": "magnitude"},
     {"recipe": "magnitude_global"},

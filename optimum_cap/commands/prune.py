@@ -112,7 +112,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--refine",
         "refine",
         int,
-        "passes in which the kept weights of each layer are fitted to the hidden states of the "
+        "passes that fit the kept weights of a layer to the hidden states of the "
         "dense model; 0 for none (default: the recipe's)",
     ),
     (

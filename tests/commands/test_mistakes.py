@@ -112,7 +112,7 @@ MISTAKES = {
     HALF + "--sparsity": "argument --sparsity: expected one argument",
     "prune -o out --sparsity 0.5": "the following arguments are required: -m/--model",
     "prune model -o out -m model": "unexpected argument 'model': optimum-cli cap prune --help",
-    "prun -m model": r"invalid choice: 'prun' \(did you mean 'prune'\?\): choose from prune, score",
+    "prun -m model": r"invalid choice: 'prun' \(did you mean 'prune'\?\): choose from prune,",
     "eval": "the following arguments are required: model",
     "eval model --limit ten": "argument --limit: invalid int value: 'ten'",
     # Devices
@@ -185,6 +185,7 @@ def test_an_interrupted_command_says_to_run_it_again(
     arguments = {
         "prune": ["-m", "model", "-o", "out"],
         "score": ["-m", "model", "-o", "out"],
+        "generate": ["-m", "model", "-o", "out.jsonl"],
         "convert": ["model", "--format", "dense", "-o", "out"],
         "compare": ["model", "other"],
     }
@@ -193,6 +194,7 @@ def test_an_interrupted_command_says_to_run_it_again(
     with pytest.raises(SystemExit) as stopped:
         optimum_cli.main()
     assert stopped.value.code == 130
-    aim = "continue" if name in ("prune", "score", "study", "eval", "compare") else "start over"
+    resumes = ("prune", "generate", "score", "study", "eval", "compare")
+    aim = "continue" if name in resumes else "start over"
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"optimum-cli cap {name}: interrupted: run the same command again to {aim}"
