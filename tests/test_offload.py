@@ -40,7 +40,12 @@ from optimum_cap.scoring.wavefront import Wavefront
 RECIPES: list[dict[str, Any]] = [
     {"recipe": "causal"},
     {"recipe": "causal_fast"},
-    {"allocation": "interventional", "target": "dense", "order": "projection", "refine": 0},
+    {
+        "recipe": "causal_fast",
+        "allocation": "interventional",
+        "target": "dense",
+        "order": "projection",
+    },
     {"recipe": "paper"},
     {"recipe": "magnitude"},
     {"recipe": "magnitude_global"},
