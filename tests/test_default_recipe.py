@@ -43,7 +43,7 @@ def test_the_default_is_the_causal_recipe(llama: PreTrainedModel) -> None:
 
 
 def test_it_gives_the_same_bytes_twice(model: PreTrainedModel) -> None:
-    first, second = pruned(model), pruned(model)
+    first, second = pruned(model, refine=1), pruned(model, refine=1)
     assert same(first, second)
     assert first.pruning_record == second.pruning_record
 
@@ -164,6 +164,7 @@ def test_refinement_moves_kept_weights_alone(llama: PreTrainedModel) -> None:
     assert not same(refined, fast)
 
 
+@pytest.mark.slow
 def test_each_choice_changes_what_is_pruned(llama: PreTrainedModel) -> None:
     every = pruned(llama)
     for changes in (

@@ -41,11 +41,10 @@ RECIPES: list[dict[str, Any]] = [
     {"recipe": "causal"},
     {"recipe": "causal_fast"},
     {
-        "recipe": "causal",
+        "recipe": "causal_fast",
         "allocation": "interventional",
         "target": "dense",
         "order": "projection",
-        "refine": 0,
     },
     {"recipe": "paper"},
     {"recipe": "magnitude"},

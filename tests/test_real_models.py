@@ -141,6 +141,7 @@ def test_an_interrupted_download_continues(
     assert "downloading" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_downloaded_or_used_is_said_in_a_sentence(
     index: SimpleNamespace,
     tmp_path: Path,
@@ -202,6 +203,7 @@ def test_what_is_missing_is_said_before_anything_is_downloaded(
     assert [*(tmp_path / "made").iterdir()] == [tmp_path / "made" / "mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "full",
     [

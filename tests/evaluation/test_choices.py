@@ -46,6 +46,7 @@ def harness_arc(folder: Path, rows: list[dict[str, Any]]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_both_accuracies_are_those_of_the_task_of_the_harness(
     template: str | None, tmp_path: Path

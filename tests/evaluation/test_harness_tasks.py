@@ -55,7 +55,9 @@ def reported(folder: Path, name: str, **options: Any) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize(("limit", "num_fewshot"), [(None, None), (6, 2)])
+@pytest.mark.parametrize(
+    ("limit", "num_fewshot"), [(None, None), pytest.param(6, 2, marks=pytest.mark.slow)]
+)
 def test_metrics_are_those_that_the_harness_reports(
     limit: int | None, num_fewshot: int | None, folder: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +87,7 @@ def test_metrics_are_those_that_the_harness_reports(
     assert row[:5] == shown
 
 
+@pytest.mark.slow
 def test_a_group_has_its_parts_and_its_mean(folder: Path) -> None:
     found = evaluate(*with_room(), tasks="lm_eval:paint", include_path=folder)
     values = {(item.task, item.metric): item for item in found.tasks["lm_eval:paint"].items}
@@ -95,6 +98,7 @@ def test_a_group_has_its_parts_and_its_mean(folder: Path) -> None:
     assert "lm_eval:paint colour" in found.table()
 
 
+@pytest.mark.slow
 def test_a_task_of_the_harness_is_stored_whole(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +125,7 @@ def test_a_task_of_the_harness_is_stored_whole(
     assert len(runs) == 2
 
 
+@pytest.mark.slow
 def test_what_the_harness_cannot_do_is_refused_in_one_sentence(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no task 'colur' \(did you mean 'colour'\?\): `lm_eval"):
         load_task_data("lm_eval:colur", include_path=folder)

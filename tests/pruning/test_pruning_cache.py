@@ -89,8 +89,11 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "run"),
     [("llama", run) for run in RUNS]
-    + [(name, "default") for name in ("gpt2", "mixtral", "qwen2_moe")]
-    + [("mixtral", "measured")],
+    + [("gpt2", "default")]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("mixtral", "default"), ("qwen2_moe", "default"), ("mixtral", "measured"))
+    ],
 )
 def test_a_stopped_run_resumes_with_the_same_bytes(
     name: str, run: str, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch

@@ -125,6 +125,7 @@ def test_every_pruned_cell_says_what_pruning_took(
     assert " GB |" in text
 
 
+@pytest.mark.slow
 def test_a_study_of_losses_alone_generates_nothing(values: dict[str, Any], tmp_path: Path) -> None:
     both = load({**values, "tasks": ["gsm8k", "gsm8k_loss"]}, tmp_path)
     rows = values_of(run_study(both, tmp_path / "both"))
@@ -315,6 +316,7 @@ def test_launched_processes_are_refused(
         run_study(load(values, tmp_path), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_scores_are_measured_once_per_calibration_set(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,7 +364,15 @@ def test_a_stopped_study_resumes_where_it_was(
 
 
 @pytest.mark.parametrize(
-    "changed", ["model", "calibration", "evaluation", "limit", "num_fewshot", "max_new_tokens"]
+    "changed",
+    [
+        "model",
+        "calibration",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("evaluation", "limit", "num_fewshot", "max_new_tokens")
+        ),
+    ],
 )
 def test_what_changed_is_measured_again(
     changed: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -415,6 +425,7 @@ def test_a_damaged_cell_is_measured_again(
     assert len(names) == 5
 
 
+@pytest.mark.slow
 def test_table_and_pictures(values: dict[str, Any], tmp_path: Path) -> None:
     values["seeds"] = [0, 1]
     loaded = load(values, tmp_path)
