@@ -193,6 +193,7 @@ def test_same_bytes_as_in_memory(
     assert pruned(model, tmp_path / "b", settings) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["causal", "paper", "sparsegpt"])
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3_moe", "phi3"])
 def test_same_bytes_where_weights_are_transposed_or_shared_by_experts(
@@ -386,6 +387,7 @@ def test_a_full_disk_when_saving(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "point",
     [

@@ -154,6 +154,7 @@ def test_sparsegpt_sees_the_layers_before_it_pruned(model: PreTrainedModel) -> N
         assert ((ours - theirs)[both].abs() < 1e-2).float().mean() > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("pattern", ["2:4", "1:4"])
 def test_patterns_hold_in_every_row(criterion: str, pattern: str, architecture: str) -> None:

@@ -130,6 +130,7 @@ def test_exact_scoring_takes_the_operations_that_pytorch_counts(architecture: st
     assert count_work(model, sites).exact(SHAPE).operations == pytest.approx(real, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp_unit_size", [None, 5])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "mixtral", "qwen3_moe"])
 def test_scoring_all_units_takes_the_operations_that_pytorch_counts(

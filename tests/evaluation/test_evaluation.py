@@ -323,6 +323,7 @@ def by_hand(model: PreTrainedModel, tokenizer: Any, text: str, size: int) -> flo
     return math.exp(sum(losses) / len(losses))
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_windows_one_after_the_other(
     model: PreTrainedModel, data_dir: Path
 ) -> None:

@@ -55,9 +55,8 @@ def reported(folder: Path, name: str, **options: Any) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize(
-    ("limit", "num_fewshot"), [(None, None), pytest.param(6, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "num_fewshot"), [(None, None), (6, 2)])
 def test_metrics_are_those_that_the_harness_reports(
     limit: int | None, num_fewshot: int | None, folder: Path, tmp_path: Path
 ) -> None:

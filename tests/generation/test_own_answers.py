@@ -311,6 +311,7 @@ def test_weights_on_disk_give_the_same_answers(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_memory_that_runs_out_halves_the_batch(
     error: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch

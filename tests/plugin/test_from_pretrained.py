@@ -173,6 +173,7 @@ def test_pruning_what_is_already_pruned(loader: Any, packed: Path) -> None:
         loader.from_pretrained(packed, pruning_config=config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", [("optimum_cap", "transformers"), ("transformers", "optimum_cap")]
 )
@@ -475,6 +476,7 @@ assert "optimum_cap" not in sys.modules
     assert result.stdout.count("stopped") == 2 * len(ARCHITECTURES)
 
 
+@pytest.mark.slow
 def test_without_the_plugin_dense_exports_give_the_same_logits(tmp_path: Path) -> None:
     from optimum_cap import CAPPruner
 

@@ -45,6 +45,7 @@ def test_exact_equals_plain(model: PreTrainedModel) -> None:
     assert (plain.masked - plain.intact).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_small_budget_gives_the_same_losses(model: PreTrainedModel) -> None:
     sites, rows = find_sites(model), examples()
     torch.testing.assert_close(
@@ -233,6 +234,7 @@ def test_more_subsets_than_examples_is_an_error() -> None:
         causal_scores(losses_of([[1, 1]], [1, 1]), subsets=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "tokens"),
     [("cuda", 1000), ("cpu", 100), ("python", 30), ("driver", 1000), ("cublas", 1000)],

@@ -249,6 +249,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_input_meets_no_old_chunk(
     change: str, llama: PreTrainedModel, tmp_path: Path, measured: list[int]
@@ -429,6 +430,7 @@ def test_losses_that_overflow_survive_the_cache(
     assert scores.nonfinite.sum() == 6, "the six examples are batches of one"
 
 
+@pytest.mark.slow
 def test_out_of_memory_meets_the_cache(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]
 ) -> None:

@@ -414,6 +414,7 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_continue(
     assert names == ["tiny 4:8 0.5 sums seed 0"]
 
 
+@pytest.mark.slow
 def test_a_damaged_cell_is_measured_again(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
