@@ -458,7 +458,7 @@ def _sum_squares(
     def hook_of(matrix: Matrix) -> Callable[..., None]:
         def add(gradient: torch.Tensor) -> None:
             squares = gradient.float().reshape(-1, gradient.shape[-1]).square().sum(dim=0).cpu()
-            sums[matrix] = sums[matrix] + squares if matrix in sums else squares
+            sums[matrix] += squares
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if output.requires_grad:

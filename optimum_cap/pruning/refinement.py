@@ -47,8 +47,8 @@ class LayerRefiner:
     the dense model's, averaged over the tokens. The layer receives the hidden states of the pruned
     model, so it also compensates for errors of the layers before it.
 
-    Call `begin` while a layer is dense, `refine_` once it is pruned, and `finish` when the pass
-    over the pruned model advances.
+    Call `begin` while a layer is dense, and `refine_` once it is pruned, before the pass over the
+    pruned model advances.
 
     Sources: layer-wise reconstruction with a fixed mask as in BRECQ (Li et al. 2021, arXiv
     2102.05426) and SAFE (Lee et al. 2025, ICML); a region with a nonlinearity instead of single

@@ -193,7 +193,12 @@ class PruningRun:
         if self._cache is not None:
             views = (self.view.oriented(matrix) for matrix in self.matrices)
             size = sum(view.numel() * view.element_size() for view in views)
-            settings = {**dataclasses.asdict(self.config.method), **self._settings(zeros)}
+            settings = {
+                **dataclasses.asdict(self.config.method),
+                **self._settings(zeros),
+                "allocation_examples": self.config.allocation_examples,
+                "refine_learning_rate": self.config.refine_learning_rate,
+            }
             self.layer_store = self._cache.layers(settings, size)
         self.tokens = LayerByLayerPruning(
             self.view,
@@ -223,8 +228,6 @@ class PruningRun:
             "seed": config.seed,
             "kv_combination": config.kv_combination,
             "mlp_unit_size": config.mlp_unit_size,
-            "allocation_examples": config.allocation_examples,
-            "refine_learning_rate": config.refine_learning_rate,
             "importances": [[*key, value] for key, value in self.importances.items()],
             "zeros": {matrix.name: count for matrix, count in zeros.items()},
         }
