@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def _worked_losses(engine: Engine, job: Questions) -> list[float | None]:
             values = engine.batch(
                 "losses",
                 examples_digest(examples),
-                lambda examples=examples: _losses(engine.model, examples),  # type: ignore[misc]
+                partial(_losses, engine.model, examples),
             )
             for (index, _), value in zip(batch, values, strict=True):
                 losses[index] = value
