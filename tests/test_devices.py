@@ -104,7 +104,9 @@ def test_sensitivities_are_those_of_the_cpu(name: str, device: str) -> None:
                     rows,
                     lambda m, _, own=moved: 0.5 * oriented(own, m),
                 ),
-                *estimate_sensitivities(ModelView(moved, sites), layers, rows, uniform_zeros),
+                *estimate_sensitivities(
+                    ModelView(moved, sites), layers, rows, uniform_zeros
+                ).sensitivities,
             ]
         )
     for one, other in zip(*found, strict=True):

@@ -163,7 +163,7 @@ from optimum_cap.runtime.digests import digest_of
 torch.set_num_threads(1)
 solved, own = [], MatrixPruner.pruned
 MatrixPruner.pruned = lambda self, *args: solved.append(args[0].name) or own(self, *args)
-model = pruned(tiny_model("mixtral"), Path(sys.argv[1]))
+model = pruned(tiny_model("mixtral"), Path(sys.argv[1]), allocation="interventional")
 print(digest_of(dict(model.state_dict())), len(solved))
 """
 
