@@ -1,14 +1,14 @@
-"""Exact scores in two processes against one, one thread each.
+"""Exact scores, or a whole pruning, in two processes against one, one thread each.
 
     python benchmarks/ranks.py --runs 5
+    python benchmarks/ranks.py --runs 5 --recipe causal --hidden 576 --examples 32 --tokens 160
 
 A random Llama, and both sides in turns. A run is timed inside, from the first chunk to the last
-exchange: Python's start and the making of the model are not counted. The losses have to be the same
-in every byte.
+exchange: Python's start and the making of the model are not counted. The losses, or the pruned
+weights, have to be the same in every byte.
 """
 
 import argparse
-import hashlib
 import os
 import socket
 import statistics
@@ -17,17 +17,19 @@ import sys
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from optimum_cap import CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import ModelView, find_sites
-from optimum_cap.runtime import ProcessGroup
+from optimum_cap.pruning import PruningRun
+from optimum_cap.runtime import ProcessGroup, digest_of
 from optimum_cap.scoring import exact_losses
 from optimum_cap.scoring.settings import ScoringSettings
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Score in this process, and print seconds and a digest of the losses."""
+    """Score or prune in this process, and print seconds and a digest of the result."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     hidden = arguments.hidden
@@ -46,17 +48,29 @@ def measure(arguments: argparse.Namespace) -> None:
         for n in range(arguments.examples)
     ]
     process_group = ProcessGroup.current()
-    sites = [site for site in find_sites(model) if site.kind == "attention"]
     process_group.all_gather(None)
     start = time.monotonic()
-    losses = exact_losses(
-        ModelView(model, sites),
-        examples,
-        settings=ScoringSettings(memory_budget="1GB", process_group=process_group),
-    )
+    if arguments.recipe:
+        result = dict(pruned(model, examples, arguments.recipe).state_dict())
+    else:
+        sites = [site for site in find_sites(model) if site.kind == "attention"]
+        settings = ScoringSettings(memory_budget="1GB", process_group=process_group)
+        result = exact_losses(ModelView(model, sites), examples, settings=settings).masked
     seconds = time.monotonic() - start
     if process_group.rank == 0:
-        print(seconds, hashlib.sha256(losses.masked.numpy().tobytes()).hexdigest())
+        print(seconds, digest_of(result))
+
+
+def pruned(
+    model: PreTrainedModel, examples: list[CalibrationExample], recipe: str
+) -> PreTrainedModel:
+    """Prune half of the weights by a recipe."""
+    view = ModelView.of(model)
+    config = CAPConfig(sparsity=0.5, recipe=recipe)
+    run = PruningRun(view, config, view.matrices, examples, ProcessGroup.current())
+    total = sum(view.oriented(matrix).numel() for matrix in view.matrices)
+    run.prune_layer_by_layer_(run.allocate(total // 2))
+    return model
 
 
 def run(ranks: int, flags: list[str]) -> tuple[float, str]:
@@ -94,6 +108,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=16, help="(default: 16)")
     parser.add_argument("--tokens", type=int, default=128, help="per example (default: 128)")
     parser.add_argument("--runs", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--recipe", help="prune by this recipe instead of scoring heads")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -107,7 +122,7 @@ def main() -> None:
             times.append(taken)
             digests.add(digest)
     if len(digests) > 1:
-        raise SystemExit(f"the losses differ: {digests}")
+        raise SystemExit(f"the results differ: {digests}")
     for ranks, times in seconds.items():
         print(
             f"{ranks} process(es): {statistics.median(times):.1f} s "
@@ -116,7 +131,7 @@ def main() -> None:
     ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
     print(
         f"one / two: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
-        "the losses are the same in every byte"
+        "the results are the same in every byte"
     )
 
 

@@ -58,7 +58,7 @@ class Method:
 
 
 RECIPES = {
-    "causal": Method("alps", "fisher", answer_weight=3.0, refine=4),
+    "causal": Method("alps", "fisher", answer_weight=3.0, refine=3),
     "causal_fast": Method("alps", "fisher", answer_weight=3.0),
     "paper": Method("causal_score", "global"),
     "magnitude": Method("magnitude", "uniform"),

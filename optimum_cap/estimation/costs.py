@@ -19,6 +19,7 @@ from optimum_cap.pruning import (
     examples_to_estimate,
     examples_to_measure,
 )
+from optimum_cap.runtime import LANES
 
 USABLE = 0.9  # fraction of a device's memory, as accelerate uses for device_map="auto"
 LAUNCHES_PER_LAYER = 60  # small operations in one run of a layer
@@ -154,14 +155,16 @@ class CostModel:
             parts.append(self._sensitivities(method, shape, measured))
         memory = self.weights + sum(part.memory for part in parts)
         devices = self._devices(memory)
-        shared = sum(part.shared for part in parts)
+        processes = self._processes(devices)
+        shared = sum(part.shared / processes for part in parts)
+        in_lanes = sum(part.in_lanes / min(processes, LANES) for part in parts)
         # Pruned layers are stored in resume_dir until the checkpoint is saved.
         stored = self.value * self.work.prunable if method.layer_by_layer else 0
         return Cost(
             step="prune",
             name=name,
             operations=sum(part.operations for part in parts),
-            seconds=sum(part.seconds for part in parts) + shared / self._processes(devices),
+            seconds=sum(part.seconds for part in parts) + shared + in_lanes,
             memory=memory,
             disk=self._checkpoint(sparsity) + stored,
             devices=devices,
@@ -194,7 +197,10 @@ class CostModel:
         rows = EXAMPLES_PER_STEP * shape.tokens if method.refine else self.rows
         seconds = self.seconds(counted, min(rows, self.rows))
         seconds += compared / self.hardware.float32 + self._input_statistics(shape)
-        return Part(counted.operations + compared, seconds, held)
+        operations = counted.operations + compared
+        if method.target == "dense":
+            return Part(operations, seconds, held)
+        return Part(operations, 0.0, held, in_lanes=seconds)
 
     def _refinement(self, method: Method, shape: Workload) -> "Part":
         """Return the cost of refining every layer."""
@@ -203,13 +209,15 @@ class CostModel:
         fitted = shape.examples * (1 - 1 / LEFT_OUT)
         steps = method.refine * math.ceil(fitted / EXAMPLES_PER_STEP)
         updates = self.through_memory(ADAM_PASSES * steps * work.prunable)
-        # The states of Adam, the gradient and the best weights so far, in float32; what a step
-        # saves for its backward pass; the hidden states of the dense model.
+        # In float32: the states of Adam of both lanes, the gradient, the weights before the pass,
+        # their sum over the lanes and the best so far. Besides, what a step saves for its backward
+        # pass, and the hidden states of the dense model.
         hidden = shape.examples * shape.tokens * work.layers[0].hidden * self.value
         rows = EXAMPLES_PER_STEP * shape.tokens
         saved = SAVED * rows * self.per_token
-        memory = 16 * max(layer.prunable for layer in work.layers) + saved + hidden
-        return Part(counted.operations, self.seconds(counted, rows) + updates, memory)
+        memory = 32 * max(layer.prunable for layer in work.layers) + saved + hidden
+        seconds = self.seconds(counted, rows) + updates
+        return Part(counted.operations, 0.0, memory, in_lanes=seconds)
 
     def _input_statistics(self, shape: Workload) -> float:
         """Return the seconds for the statistics of all inputs, without the products x_i x_j."""
@@ -233,8 +241,9 @@ class CostModel:
             few = replace(shape, examples=count)
             estimated = work.estimated_sensitivities(shape, count)
             ranking = self.through_memory((THRESHOLD_PASSES + MASK_PASSES) * work.prunable)
-            seconds = self.seconds(estimated) + self._input_statistics(few) + ranking
-            return Part(estimated.operations, seconds, self._one_layer_backward(few))
+            seconds = self.seconds(estimated) + self._input_statistics(few)
+            memory = self._one_layer_backward(few)
+            return Part(estimated.operations, ranking, memory, in_lanes=seconds)
         per_layer = [layer.sites for layer in work.layers]
         count = min(measured or examples_to_measure(per_layer, shape.examples), shape.examples)
         measured_alone = work.measured_sensitivities(shape, count)
@@ -244,11 +253,12 @@ class CostModel:
         )
         # The hidden states before the layer, and those with one site pruned.
         hidden = count * shape.tokens * work.layers[0].hidden * self.value
+        shared = self.seconds(measured_alone) - self.seconds(shared_passes)
         return Part(
             measured_alone.operations + alone.operations,
             self.seconds(shared_passes) + self._input_statistics(shape),
             2 * hidden,
-            shared=self.seconds(measured_alone) - self.seconds(shared_passes) + alone.seconds,
+            shared=shared + alone.seconds + alone.in_lanes,
         )
 
     def _one_layer_backward(self, shape: Workload) -> float:
@@ -463,12 +473,14 @@ class Part:
         seconds: Seconds on one device.
         memory: Bytes besides the weights.
         shared: Additional seconds of work that processes share.
+        in_lanes: Additional seconds of work that at most `LANES` processes share.
     """
 
     operations: float
     seconds: float
     memory: float = 0.0
     shared: float = 0.0
+    in_lanes: float = 0.0
 
 
 def _threshold(cost_model: CostModel, method: Method, shape: Workload) -> Part:
@@ -495,8 +507,9 @@ def _sparsegpt(cost_model: CostModel, method: Method, shape: Workload) -> Part:
     masks = cost_model.through_memory(THRESHOLD_PASSES * cost_model.work.prunable)
     return Part(
         sparsegpt.grams + sparsegpt.factors + sparsegpt.updates,
-        products + columns + masks,
-        12.0 * cost_model.largest + _grams(cost_model) + 12.0 * _widest(cost_model) ** 2,
+        0.0,
+        _of_solver(cost_model, 12.0 * cost_model.largest),
+        in_lanes=products + columns + masks,
     )
 
 
@@ -509,15 +522,24 @@ def _alps(cost_model: CostModel, method: Method, shape: Workload) -> Part:
     moved = STEP_PASSES * alps.steps + THRESHOLD_PASSES * cost_model.work.prunable
     return Part(
         grams + alps.products + alps.factors,
-        products + solved + cost_model.through_memory(moved),
-        32.0 * cost_model.largest + _grams(cost_model) + 12.0 * _widest(cost_model) ** 2,
+        0.0,
+        _of_solver(cost_model, 32.0 * cost_model.largest),
+        in_lanes=products + solved + cost_model.through_memory(moved),
     )
 
 
-def _grams(cost_model: CostModel) -> float:
-    """Return the bytes of the sums x_i x_j of a layer."""
+def _of_solver(cost_model: CostModel, per_matrix: float) -> float:
+    """Return the bytes of the sums x_i x_j of a layer, and of solving for its widest matrix.
+
+    Args:
+        cost_model: The cost model.
+        per_matrix: Bytes that take part in solving, without the Hessian and its inverses.
+    """
     inputs = cost_model.work.layers[0].distinct_inputs
-    return float(sum(4 * product.copies * product.inputs**2 for product in inputs))
+    sums = float(sum(4 * product.copies * product.inputs**2 for product in inputs))
+    solving = per_matrix + 12.0 * _widest(cost_model) ** 2
+    # While they are collected, there are sums for each lane.
+    return max(LANES * sums, sums + solving)
 
 
 def _widest(cost_model: CostModel) -> int:

@@ -34,6 +34,24 @@ class InputStatistics:
             torch.zeros(width, width, device=device) if gram else None,
         )
 
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """The sums that the statistics consist of; after they change, call `update_`."""
+        sums = [self.squares if self.gram is None else self.gram, self.output_error_moment]
+        return [each for each in sums if each is not None]
+
+    def update_(self) -> None:
+        """Take the squares from the sum of products, if there is one."""
+        if self.gram is not None:
+            self.squares = self.gram.diagonal().clone()
+
+    def merge_(self, other: "InputStatistics") -> None:
+        """Add statistics of the same kind, collected on other tokens."""
+        self.tokens += other.tokens
+        for own, others in zip(self.sums, other.sums, strict=True):
+            own += others
+        self.update_()
+
     def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add inputs, `[tokens, in]`, with token weights, `[tokens]`; `None` weights all by 1."""
         inputs = inputs.float()
@@ -43,4 +61,4 @@ class InputStatistics:
             self.squares += (weighted * inputs).sum(dim=0)
         else:
             self.gram.addmm_(weighted.T, inputs)
-            self.squares = self.gram.diagonal().clone()
+            self.update_()

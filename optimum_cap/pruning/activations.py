@@ -6,6 +6,7 @@ SparseGPT do (https://github.com/locuslab/wanda, `lib/prune.py`). It keeps only 
 between two layers.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -25,6 +26,7 @@ from optimum_cap.models import (
     device_of,
     hidden_states_of,
     onloaded,
+    oriented,
     repack_output,
     replaced_forward,
     rows_not_finite,
@@ -34,6 +36,7 @@ from optimum_cap.models import (
     without_logits,
 )
 from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
+from optimum_cap.runtime import ALONE, LANES, ProcessGroup
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
@@ -48,11 +51,14 @@ class LayerwisePass:
         memory_budget: Bytes for the activations of a batch, as a number or as text such as
             `"4GB"`; `"auto"` runs 2048 tokens at a time on a CPU and 16384 on a GPU.
         most_examples: Most examples per batch; `None` for as many as fit the budget.
+        process_group: The processes that share the batches.
 
     Attributes:
         layers: The decoder layers.
         output_templates: An output of each layer, which shows how it returns its hidden states.
-        batches: The batches, each with the hidden states between two layers.
+        planned: All batches.
+        batches: Those of this process, each with the hidden states between two layers.
+        process_group: The processes that share them.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class LayerwisePass:
         answer_weight: float = 0.0,
         memory_budget: int | str = "auto",
         most_examples: int | None = None,
+        process_group: ProcessGroup = ALONE,
     ) -> None:
         self.model = view.model
         self.layers = view.layers
@@ -69,14 +76,18 @@ class LayerwisePass:
         size = examples_per_batch(view.model, examples, memory_budget)
         size = size if most_examples is None else min(size, most_examples)
         self.output_templates = view.output_templates
+        self.process_group = process_group
+        self.planned = batches(examples, size)
         with onloaded(view.model, besides=[*self.layers, view.model.get_output_embeddings()]):
             self.batches = [
                 LayerBatch(
+                    number,
                     batch,
                     _token_weights(batch, answer_weight),
                     *_first_input(view.model, self.layers, self.output_templates, batch.input_ids),
                 )
-                for batch in batches(examples, size)
+                for number, batch in enumerate(self.planned)
+                if process_group.owns_lane(number % LANES)
             ]
         for each in self.batches:
             check_finite(each.hidden, each.batch, examples, "the embedding of the model")
@@ -101,21 +112,58 @@ class LayerwisePass:
         """
         matrices = list(matrices)
         collector = InputCollector(self.model, matrices)
-        statistics: dict[Matrix, InputStatistics] = {}
-
-        def add(matrix: Matrix, inputs: torch.Tensor, route: Route) -> None:
-            add_inputs_(statistics, matrix, inputs, route.token_weights, gram)
-
+        of_lanes: dict[int, dict[Matrix, InputStatistics]] = {}
         with onloaded(self.layers[index]):
-            for batch in self.batches:
-                with collector.collecting(batch, add):
-                    output = self.run(index, batch, batch.hidden)
-                if advance:
-                    self._check_finite(index, batch, output)
-                    batch.hidden = output
-        of_matrices = {matrix: statistics[collector.leaders[matrix]] for matrix in matrices}
+            for lane, lane_batches in by_lane(self.batches).items():
+                statistics = of_lanes.setdefault(lane, {})
+                add = functools.partial(_add_by_token_weights_, statistics, gram)
+                for batch in lane_batches:
+                    with collector.collecting(batch, add):
+                        output = self.run(index, batch, batch.hidden)
+                    if advance:
+                        self._check_finite(index, batch, output)
+                        batch.hidden = output
+        leaders = self.process_group.broadcast(collector.leaders)
+        of_leaders = self._merged(list(of_lanes.values()), set(leaders.values()), matrices, gram)
+        of_matrices = {matrix: of_leaders[leaders[matrix]] for matrix in matrices}
         check_statistics(of_matrices)
         return of_matrices
+
+    def _merged(
+        self,
+        of_lanes: list[dict[Matrix, InputStatistics]],
+        leaders: set[Matrix],
+        matrices: list[Matrix],
+        gram: bool,
+    ) -> dict[Matrix, InputStatistics]:
+        """Add up the statistics of all lanes, in this process and the others.
+
+        Args:
+            of_lanes: The statistics of the lanes of this process; they are changed.
+            leaders: The matrices that have statistics.
+            matrices: The matrices of the layer, which give the order.
+            gram: Whether the statistics have sums of products.
+        """
+        merged = {}
+        for matrix in (matrix for matrix in matrices if matrix in leaders):
+            own = [statistics.pop(matrix) for statistics in of_lanes if matrix in statistics]
+            if own:
+                total = own[0]
+                for other in own[1:]:
+                    total.merge_(other)
+            else:
+                width = oriented(self.model, matrix).shape[1]
+                total = InputStatistics.empty(width, device_of(self.model), gram)
+            merged[matrix] = total
+        if self.process_group.size > 1:
+            counts = [statistics.tokens for statistics in merged.values()]
+            totals = map(sum, zip(*self.process_group.all_gather(counts), strict=True))
+            for statistics, tokens in zip(merged.values(), totals, strict=True):
+                statistics.tokens = tokens
+                for each in statistics.sums:
+                    self.process_group.sum_(each)
+                statistics.update_()
+        return merged
 
     def advance(self, index: int) -> None:
         """Run layer `index` as it is now; its outputs become the inputs of the next one.
@@ -151,6 +199,24 @@ class LayerwisePass:
             *batch.arguments[index], batch.shared if shared is None else shared
         )
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
+
+
+def by_lane(lane_batches: Iterable[LayerBatch]) -> dict[int, list[LayerBatch]]:
+    """Return the batches of each lane (`LANES`), in their order."""
+    lanes: dict[int, list[LayerBatch]] = {}
+    for batch in lane_batches:
+        lanes.setdefault(batch.lane, []).append(batch)
+    return lanes
+
+
+def _add_by_token_weights_(
+    statistics: dict[Matrix, InputStatistics],
+    gram: bool,
+    matrix: Matrix,
+    inputs: torch.Tensor,
+    route: Route,
+) -> None:
+    add_inputs_(statistics, matrix, inputs, route.token_weights, gram)
 
 
 def add_inputs_(

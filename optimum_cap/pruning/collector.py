@@ -21,6 +21,7 @@ from optimum_cap.models import (
     routing,
     split_hidden,
 )
+from optimum_cap.runtime import LANES
 
 _INPUT_CRITERIA = ", ".join(name for name, entry in CRITERIA.items() if entry.needs_inputs)
 
@@ -30,6 +31,7 @@ class LayerBatch:
     """One calibration batch between two decoder layers.
 
     Attributes:
+        number: Number of the batch among all batches of the calibration set.
         batch: The examples.
         weights: Weight of each real position, float32 `[positions]`; `None` if all are 1.
         hidden: Hidden states, `[..., examples, tokens, hidden]`; some models have several for each
@@ -39,11 +41,17 @@ class LayerBatch:
             of the model share none.
     """
 
+    number: int
     batch: Batch
     weights: torch.Tensor | None
     hidden: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     shared: SharedStates | None = None
+
+    @property
+    def lane(self) -> int:
+        """The lane of the batch, below `LANES`."""
+        return self.number % LANES
 
     def real_rows(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """Return the rows of `[examples, tokens, width]` that are not padding.

@@ -43,7 +43,7 @@ from optimum_cap.pruning.sensitivity import (
     sensitivity_of,
     temporary_weights,
 )
-from optimum_cap.runtime import ALONE, ProcessGroup, check_same_inputs
+from optimum_cap.runtime import ALONE, LANES, ProcessGroup, check_same_inputs
 
 _SAVED = 3  # times the activations of a forward pass that a layer keeps for its backward pass
 
@@ -101,7 +101,7 @@ def estimate_sensitivities(
         memory_budget: Bytes for the activations of a batch, text such as `"4GB"`, or `"auto"` for
             the batches of `LayerwisePass`.
         store: Stores the estimates for a resumed run.
-        process_group: The processes, each of which computes everything; all of them must call this.
+        process_group: The processes that share the examples; all of them must call this.
 
     Returns:
         The sensitivities, and the weights of outputs from the same gradients.
@@ -123,15 +123,16 @@ def estimate_sensitivities(
     }
     outputs = sum(sizes.values())
     estimates = store.get_estimated(len(groups), len(chosen), outputs, seed) if store else None
+    # The others may not see the folder of the first process.
+    estimates = process_group.broadcast(estimates)
     if estimates is None:
-        settings = _Settings(zeros_per_matrix, seed, answer_weight, memory_budget)
+        settings = _Settings(zeros_per_matrix, seed, answer_weight, memory_budget, process_group)
         divergences, weights = _estimate(view, by_layer, chosen, settings)
         flat = torch.cat([weights[matrix] for matrix in sizes]) if sizes else torch.empty(0)
         estimates = divergences, flat
         if store:
             store.put_estimated(*estimates, seed)
-    # Every process has computed all of them; share one set, so that all continue with the same.
-    divergences, flat = process_group.broadcast(estimates)
+    divergences, flat = estimates
     return FisherEstimate(
         [
             sensitivity_of(view.model, *group, of_site)
@@ -149,6 +150,7 @@ class _Settings:
     seed: int
     answer_weight: float
     memory_budget: int | str
+    process_group: ProcessGroup
 
 
 def _estimate(
@@ -160,8 +162,9 @@ def _estimate(
     """Return the divergences, float64 `[sites, examples]`, and the weights of outputs."""
     count = len(view.layers)
     rows = _positions_of(by_layer)
-    divergences = torch.empty(len(rows), len(chosen), dtype=torch.float64)
-    weights: dict[Matrix, torch.Tensor] = {}
+    process_group = settings.process_group
+    divergences = torch.zeros(len(rows), len(chosen), dtype=torch.float64)
+    weights_by_lane = [_zero_weights(view, by_layer) for _ in range(LANES)]
     budget = settings.memory_budget
     with (
         evaluation_mode(view.model),
@@ -173,7 +176,9 @@ def _estimate(
     ):
         approximation = WandaApproximation(view, settings.zeros_per_matrix)
         budget = budget if budget == "auto" else max(1, parse_size(budget) // _SAVED)
-        layerwise = LayerwisePass(view, chosen, settings.answer_weight, budget)
+        layerwise = LayerwisePass(
+            view, chosen, settings.answer_weight, budget, process_group=process_group
+        )
         backward = BackwardPass(view, layerwise, settings.seed)
         for layer in range(count):
             matrices = [matrix for _, group in by_layer.get(layer, []) for matrix in group]
@@ -190,13 +195,32 @@ def _estimate(
                     for matrix in matrices
                 }
                 for position, batch in enumerate(layerwise.batches):
-                    backward.run(layer, position, groups, weights)
+                    backward.run(layer, position, groups, weights_by_lane[batch.lane])
                     for site, matrices in groups:
                         of_site = {matrix: pruned[matrix] for matrix in matrices}
                         product = backward.product_with_change(site, of_site, position)
                         divergences[rows[site.name], batch.batch.positions] = product.square() / 2
             progress.update()
+    weights = weights_by_lane[0]
+    for of_lane in weights_by_lane[1:]:
+        for matrix, of_matrix in of_lane.items():
+            weights[matrix] += of_matrix
+    for each in (divergences, *weights.values()):
+        process_group.sum_(each)
     return divergences, weights
+
+
+def _zero_weights(
+    view: ModelView, by_layer: Mapping[int, list[Group]]
+) -> dict[Matrix, torch.Tensor]:
+    """Return a zero for each output of every matrix outside experts."""
+    return {
+        matrix: torch.zeros(view.oriented(matrix).shape[0])
+        for groups in by_layer.values()
+        for _, matrices in groups
+        for matrix in matrices
+        if matrix.expert is None
+    }
 
 
 def _positions_of(by_layer: Mapping[int, list[Group]]) -> dict[str, int]:
@@ -469,7 +493,6 @@ def _sum_squares(
     for _, matrices in groups:
         for matrix in matrices:
             if matrix.expert is None:
-                sums.setdefault(matrix, torch.zeros(view.oriented(matrix).shape[0]))
                 module = view.model.get_submodule(matrix.module)
                 stack.callback(module.register_forward_hook(hook_of(matrix)).remove)
 

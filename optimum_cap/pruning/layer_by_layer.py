@@ -10,10 +10,11 @@ from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import Matrix, ModelView, evaluation_mode, float32_on_cpu
 from optimum_cap.pruning.activations import LayerwisePass
-from optimum_cap.pruning.cache import ExpectedWeights, LayerStore
+from optimum_cap.pruning.cache import ExpectedWeights, LayerStore, StoredLayer
 from optimum_cap.pruning.dense_reference import DenseReferencePass
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LayerRefiner, Refinement
+from optimum_cap.runtime import ALONE, ProcessGroup
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +30,8 @@ class LayerByLayerPruning:
         config: Target, order, answer weight and memory budget.
         pruner: Prunes one matrix.
         store: Stores finished layers, and returns those of an interrupted run.
+        process_group: The processes that share the batches and the matrices; each of them ends with
+            the whole pruned model. Only the store of the first one is used.
 
     Attributes:
         tokens: Number of calibration tokens that each matrix was pruned by; complete after `run_`.
@@ -44,6 +47,7 @@ class LayerByLayerPruning:
         config: CAPConfig,
         pruner: MatrixPruner,
         store: LayerStore | None,
+        process_group: ProcessGroup = ALONE,
     ) -> None:
         self.view = view
         self.layers = layers
@@ -52,6 +56,7 @@ class LayerByLayerPruning:
         self.config = config
         self.pruner = pruner
         self.store = store
+        self.process_group = process_group
         self.tokens: dict[Matrix, int] = {}
         self.refinements: dict[int, Refinement] = {}
 
@@ -68,11 +73,7 @@ class LayerByLayerPruning:
             float32_on_cpu(view.model) as stored_dtypes,
             logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
         ):
-            kind = DenseReferencePass if method.target == "dense" else LayerwisePass
-            most = EXAMPLES_PER_STEP if method.refine else None
-            layerwise = kind(
-                view, self.examples, method.answer_weight, self.config.memory_budget, most
-            )
+            layerwise = self._pass()
             refiner = self._refiner(layerwise)
             for index in range(count):
                 whole_layer = [self.layers[index]]
@@ -100,6 +101,14 @@ class LayerByLayerPruning:
         self._report_refinement()
         return self.tokens
 
+    def _pass(self) -> LayerwisePass:
+        method, budget = self.config.method, self.config.memory_budget
+        most = EXAMPLES_PER_STEP if method.refine else None
+        options = (self.view, self.examples, method.answer_weight, budget, most)
+        if method.target == "dense":
+            return DenseReferencePass(*options)
+        return LayerwisePass(*options, self.process_group)
+
     def _prune_layer_(
         self,
         layerwise: LayerwisePass,
@@ -113,8 +122,23 @@ class LayerByLayerPruning:
             if chosen:  # some modules may stay dense
                 gram = self.pruner.criterion.updates_weights
                 statistics = layerwise.statistics(index, chosen, gram=gram)
+                owners = self._owners(chosen)
                 for matrix in chosen:
-                    self._prune_matrix_(matrix, statistics[matrix], stored_dtypes)
+                    self.tokens[matrix] = statistics[matrix].tokens
+                    if owners.get(matrix, self.process_group.rank) == self.process_group.rank:
+                        self._prune_matrix_(matrix, statistics[matrix], stored_dtypes)
+                for matrix, owner in owners.items():
+                    weight = self.view.writable_weights(matrix)
+                    self.process_group.broadcast_(weight, owner)
+
+    def _owners(self, matrices: list[Matrix]) -> dict[Matrix, int]:
+        """Return which process prunes which matrix; empty if each of them prunes all."""
+        if self.process_group.size == 1 or self.pruner.criterion.solve is None:
+            return {}
+        shapes = (self.view.oriented(matrix).shape for matrix in matrices)
+        # Solvers invert a Hessian of the inputs and multiply the matrix by it a few times.
+        costs = [inputs**2 * (inputs + 4 * outputs) for outputs, inputs in shapes]
+        return dict(zip(matrices, self.process_group.deal(costs), strict=True))
 
     def _prune_matrix_(
         self,
@@ -126,13 +150,19 @@ class LayerByLayerPruning:
         pruned = self.pruner.pruned(matrix, statistics, self.zeros[matrix])
         weight = self.view.writable_weights(matrix)
         weight.copy_(pruned.to(stored_dtypes.get(matrix.parameter, weight.dtype)))
-        self.tokens[matrix] = statistics.tokens
 
     def _refiner(self, layerwise: LayerwisePass) -> LayerRefiner | None:
         config, passes = self.config, self.config.method.refine
         if not passes:
             return None
-        return LayerRefiner(self.view, layerwise, passes, config.refine_learning_rate, config.seed)
+        return LayerRefiner(
+            self.view,
+            layerwise,
+            passes,
+            config.refine_learning_rate,
+            config.seed,
+            self.process_group,
+        )
 
     def _refine_layer_(
         self, refiner: LayerRefiner, index: int, stored_dtypes: Mapping[str, torch.dtype]
@@ -154,20 +184,34 @@ class LayerByLayerPruning:
 
     def _restore_layer_(self, index: int, stored_dtypes: Mapping[str, torch.dtype]) -> bool:
         """Load the weights of a layer that an interrupted run stored; return whether it has any."""
-        if self.store is None:
+        layer_matrices = self.layers[index]
+        stored = self._stored_layer(index, stored_dtypes)
+        # The first process decides for all: the others may not see its folder.
+        tokens = self.process_group.broadcast(
+            None if stored is None else [stored.tokens[matrix] for matrix in layer_matrices]
+        )
+        if tokens is None:
             return False
+        self.tokens.update(zip(layer_matrices, tokens, strict=True))
+        for matrix in layer_matrices:
+            weight = self.view.writable_weights(matrix)
+            if stored is not None:
+                weight.copy_(stored.weights[matrix])
+            self.process_group.broadcast_(weight, 0)
+        return True
+
+    def _stored_layer(
+        self, index: int, stored_dtypes: Mapping[str, torch.dtype]
+    ) -> StoredLayer | None:
+        """Return a layer of an interrupted run; `None` if there is none, or in other processes."""
+        if self.store is None or self.process_group.rank != 0:
+            return None
         expected = {}
         for matrix in self.layers[index]:
             weight = self.view.oriented(matrix)
             dtype = stored_dtypes.get(matrix.parameter, weight.dtype)
             expected[matrix] = ExpectedWeights(tuple(weight.shape), dtype, self.zeros[matrix])
-        stored = self.store.get(index, expected)
-        if stored is None:
-            return False
-        self.tokens.update(stored.tokens)
-        for matrix, pruned in stored.weights.items():
-            self.view.writable_weights(matrix).copy_(pruned)
-        return True
+        return self.store.get(index, expected)
 
     def _warn_about_few_tokens(self) -> None:
         few = [

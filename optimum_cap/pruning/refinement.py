@@ -9,7 +9,7 @@ and optimizer states at a time.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 
 from optimum_cap.models import Matrix, ModelView, onloaded, without_parameter_grads
 from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.runtime import ALONE, LANES, ProcessGroup
 
-EXAMPLES_PER_STEP = 2
-LEFT_OUT = 8  # one batch of so many is left out, and decides when to stop
+EXAMPLES_PER_STEP = 1
+LEFT_OUT = 8  # one pair of examples of so many is left out, and decides when to stop
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12  # of Adam; gradients of relative errors are small
 _WARM_UP = 0.1  # fraction of the steps
 
@@ -47,6 +48,11 @@ class LayerRefiner:
     the dense model's, averaged over the tokens. The layer receives the hidden states of the pruned
     model, so it also compensates for errors of the layers before it.
 
+    Every pass starts from one set of weights in each lane of the calibration set (`LANES`). Each
+    lane takes its own steps with its own optimizer, one example at a time; then their weights are
+    averaged. So several processes share the work and exchange weights once per pass. This is local
+    SGD (Stich 2019, ICLR, arXiv 1805.09767); the average has less noise than the lanes.
+
     Call `begin` while a layer is dense, and `refine_` once it is pruned, before the pass over the
     pruned model advances.
 
@@ -61,6 +67,7 @@ class LayerRefiner:
         learning_rate: Rate of the first step after the warm-up, relative to the root mean square of
             the kept weights of a parameter. It falls linearly to 0.
         seed: Seed of the order of the batches.
+        process_group: The processes that share the lanes.
     """
 
     def __init__(
@@ -70,30 +77,43 @@ class LayerRefiner:
         passes: int,
         learning_rate: float,
         seed: int,
+        process_group: ProcessGroup = ALONE,
     ) -> None:
         self._view = view
         self._layerwise = layerwise
         self._passes = passes
         self._learning_rate = learning_rate
         self._seed = seed
-        batches = layerwise.batches
-        self._dense_hidden = [batch.hidden for batch in batches]
-        self._dense_shared = [copy.copy(batch.shared) for batch in batches]
-        # Batches are sorted by length: every eighth one, so that all lengths are left out.
-        positions = range(len(batches))
-        self._left_out = list(positions[min(LEFT_OUT, len(batches)) // 2 :: LEFT_OUT])
-        self._fitted = [position for position in positions if position not in self._left_out]
-        self._fitted = self._fitted or self._left_out  # a single batch
+        self._process_group = process_group
+        # By the number of the batch; those of the lanes of other processes are missing.
+        self._batches = {
+            batch.number: batch
+            for batch in layerwise.batches
+            if process_group.owns_lane(batch.lane)
+        }
+        self._dense_hidden = {number: batch.hidden for number, batch in self._batches.items()}
+        self._dense_shared = {
+            number: copy.copy(batch.shared) for number, batch in self._batches.items()
+        }
+        # Batches are sorted by length: pairs at equal distances, so that all lengths and lanes are
+        # left out.
+        count = len(layerwise.planned)
+        middle = min(LEFT_OUT, -(-count // LANES)) // 2
+        self._left_out = [n for n in range(count) if n // LANES % LEFT_OUT == middle]
+        fitted = [n for n in range(count) if n not in self._left_out]
+        fitted = fitted or self._left_out  # one or two batches
+        lanes = [[n for n in fitted if n % LANES == lane] for lane in range(LANES)]
+        self._lanes = [lane for lane in lanes if lane]
 
     def begin(self, index: int) -> None:
         """Compute the outputs of layer `index` in the dense model, which are the target."""
         with onloaded(self._view.layers[index]):
-            self._dense_hidden = [
-                self._layerwise.run(index, *dense)
-                for dense in zip(
-                    self._layerwise.batches, self._dense_hidden, self._dense_shared, strict=True
+            self._dense_hidden = {
+                number: self._layerwise.run(
+                    index, batch, self._dense_hidden[number], self._dense_shared[number]
                 )
-            ]
+                for number, batch in self._batches.items()
+            }
 
     def refine_(self, index: int, matrices: Iterable[Matrix]) -> Refinement:
         """Refine the weights of layer `index` that are not zero, in place.
@@ -119,37 +139,55 @@ class LayerRefiner:
     def _best(
         self, index: int, weights: "_TrainableWeights"
     ) -> tuple[Refinement, dict[str, torch.Tensor]]:
-        """Take all steps; return the best result and its parameters by name."""
+        """Make all passes; return the best result and its parameters by name."""
         error_before = best = self._error(index)
         values, best_pass = weights.copy(), 0
         order = np.random.default_rng([self._seed, index])
-        steps = self._passes * len(self._fitted)
-        step = 0
-        for number in range(1, self._passes + 1):
-            for position in order.permutation(len(self._fitted)).tolist():
-                with torch.enable_grad():
-                    loss = self._errors(index, self._fitted[position]).mean()
-                weights.step_(loss, _rate(step, steps))
-                step += 1
+        for number in range(self._passes):
+            self._pass_(index, weights, number, order)
             error = self._error(index)
             if not math.isfinite(error):
                 break
             if error < best:
-                best, values, best_pass = error, weights.copy(), number
+                best, values, best_pass = error, weights.copy(), number + 1
         weights.disable_gradients()
         return Refinement(error_before, best, best_pass), values
 
+    def _pass_(
+        self, index: int, weights: "_TrainableWeights", number: int, order: np.random.Generator
+    ) -> None:
+        """Take the steps of pass `number` in every lane, and average the weights."""
+        start, total = weights.copy(), weights.zeros()
+        for lane, fitted in enumerate(self._lanes):
+            permutation = order.permutation(fitted).tolist()
+            if fitted[0] not in self._batches:  # the lane of another process
+                continue
+            weights.load_(start)
+            done, steps = number * len(fitted), self._passes * len(fitted)
+            for step, batch in enumerate(permutation, start=done):
+                with torch.enable_grad():
+                    loss = self._errors(index, batch).mean()
+                weights.step_(loss, _rate(step, steps), lane)
+            weights.add_to_(total)
+        for of_parameter in total.values():
+            self._process_group.sum_(of_parameter)
+            of_parameter /= len(self._lanes)
+        weights.load_(total)
+
     def _error(self, index: int) -> float:
         """Return the error on the batches that are left out."""
-        errors = [self._errors(index, position) for position in self._left_out]
-        return float(torch.cat(errors).double().mean())
+        own = {n: self._errors(index, n).cpu() for n in self._left_out if n in self._batches}
+        all_errors: dict[int, torch.Tensor] = {}
+        for errors in self._process_group.all_gather(own):
+            all_errors |= errors
+        return float(torch.cat([all_errors[n] for n in self._left_out]).double().mean())
 
-    def _errors(self, index: int, position: int) -> torch.Tensor:
+    def _errors(self, index: int, number: int) -> torch.Tensor:
         """Return the relative error of each real token of a batch, float32 `[positions]`."""
-        batch = self._layerwise.batches[position]
+        batch = self._batches[number]
         # The layer may add keys and values for later layers, which must not stay.
         output = self._layerwise.run(index, batch, batch.hidden, copy.copy(batch.shared))
-        target = self._dense_hidden[position]
+        target = self._dense_hidden[number]
         real = batch.batch.real.to(output.device)
         return relative_errors(output[..., real, :], target[..., real, :])
 
@@ -198,27 +236,59 @@ class _TrainableWeights:
             learning_rate * _root_mean_square(master, self._masks[name])
             for name, master in self._masters.items()
         ]
-        groups = [{"params": [master], "lr": 0.0} for master in self._masters.values()]
-        self._optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON, fused=True)
+        self._optimizers: dict[int, torch.optim.Optimizer] = {}
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
 
-    def step_(self, loss: torch.Tensor, rate: float) -> None:
-        """Take a step down the gradient of `loss`, with a fraction `rate` of the learning rate."""
+    def step_(self, loss: torch.Tensor, rate: float, lane: int) -> None:
+        """Take a step down the gradient of a loss.
+
+        Args:
+            loss: The loss.
+            rate: Fraction of the learning rate.
+            lane: The lane, which has its own optimizer.
+        """
+        optimizer = self._optimizer(lane)
         parameters = list(self._parameters.values())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for (name, master), gradient in zip(self._masters.items(), gradients, strict=True):
             # Weights whose gradients are always 0 do not move, so zeros stay zeros.
             master.grad = None if gradient is None else gradient.float().mul_(self._masks[name])
-        for group, of_group in zip(self._optimizer.param_groups, self._rates, strict=True):
+        for group, of_group in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * of_group
-        self._optimizer.step()
+        optimizer.step()
+        self._update_parameters()
+
+    def _optimizer(self, lane: int) -> torch.optim.Optimizer:
+        if lane not in self._optimizers:
+            groups = [{"params": [master], "lr": 0.0} for master in self._masters.values()]
+            self._optimizers[lane] = torch.optim.Adam(
+                groups, betas=_BETAS, eps=_EPSILON, fused=True
+            )
+        return self._optimizers[lane]
+
+    def _update_parameters(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(self._masters[name])
+
+    def load_(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Take values of the parameters, float32."""
+        for name, master in self._masters.items():
+            master.copy_(values[name])
+        self._update_parameters()
 
     def copy(self) -> dict[str, torch.Tensor]:
         """Return a copy of the parameters, float32."""
         return {name: master.clone() for name, master in self._masters.items()}
+
+    def zeros(self) -> dict[str, torch.Tensor]:
+        """Return zeros in the shapes of the parameters, float32."""
+        return {name: torch.zeros_like(master) for name, master in self._masters.items()}
+
+    def add_to_(self, total: Mapping[str, torch.Tensor]) -> None:
+        """Add the parameters to `total`, in place."""
+        for name, master in self._masters.items():
+            total[name] += master
 
     def disable_gradients(self) -> None:
         """Treat the parameters like all others again."""

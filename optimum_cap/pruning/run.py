@@ -208,8 +208,8 @@ class PruningRun:
             self.config,
             self.pruner,
             self.layer_store,
+            self.process_group,
         ).run_()
-        self._wait_for_all_processes()
 
     @functools.cached_property
     def _cache(self) -> PruningCache | None:
@@ -231,13 +231,6 @@ class PruningRun:
             "importances": [[*key, value] for key, value in self.importances.items()],
             "zeros": {matrix.name: count for matrix, count in zeros.items()},
         }
-
-    def _wait_for_all_processes(self) -> None:
-        """Wait until all processes have read the stored layers, which the first then deletes."""
-        try:
-            self.process_group.all_gather(None)
-        except ConnectionError as error:
-            logger.warning(f"{error}; this process has pruned the whole model, so it continues")
 
     def record(self, calibration: CalibrationSet | None) -> PruningRecord:
         """Return the record of the run, once the model is pruned."""

@@ -1,7 +1,7 @@
 """Several processes, memory limits, resuming of interrupted runs, digests and atomic files."""
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
-from optimum_cap.runtime.distributed import ALONE, ProcessGroup, check_same_inputs
+from optimum_cap.runtime.distributed import ALONE, LANES, ProcessGroup, check_same_inputs
 from optimum_cap.runtime.files import (
     JsonFiles,
     TensorFiles,
@@ -22,6 +22,7 @@ from optimum_cap.runtime.usage import Usage, usage_of_block
 
 __all__ = [
     "ALONE",
+    "LANES",
     "VERSIONED",
     "JsonFiles",
     "MemoryLimit",

@@ -5,13 +5,14 @@ CPUs and nccl on GPUs, and exchanges objects. Every process holds the whole mode
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import (
     broadcast_object_list,
@@ -86,6 +87,47 @@ class ProcessGroup:
             return [value]
         return self._together(lambda: gather_object([value]))
 
+    def sum_(self, tensor: torch.Tensor) -> None:
+        """Add up the tensors of all processes, in place, in every one of them.
+
+        The sum does not depend on the order, so that it has the same bytes however many processes
+        there are, if at most two of them have values other than zero.
+
+        Raises:
+            ConnectionError: As `all_gather`.
+        """
+        self._in_place(tensor, dist.all_reduce)
+
+    def broadcast_(self, tensor: torch.Tensor, source: int) -> None:
+        """Replace the values of a tensor by those of process `source`, in every other process.
+
+        Raises:
+            ConnectionError: As `all_gather`.
+        """
+        # As bytes, because not every backend knows every dtype.
+        self._in_place(tensor, lambda values: dist.broadcast(values.view(torch.uint8), source))
+
+    def owner_of_lane(self, lane: int) -> int:
+        """Return the rank of the process that computes one of the `LANES` of a calibration set."""
+        return lane * min(self.size, LANES) // LANES
+
+    def owns_lane(self, lane: int) -> bool:
+        """Return whether this process computes a lane."""
+        return self.owner_of_lane(lane) == self.rank
+
+    def deal(self, costs: Sequence[float]) -> list[int]:
+        """Return the rank of the process that takes each item: the one with the least work so far.
+
+        Args:
+            costs: Cost of each item; the most expensive ones are dealt out first.
+        """
+        loads = [0.0] * self.size
+        ranks = [0] * len(costs)
+        for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+            ranks[item] = min(range(self.size), key=loads.__getitem__)
+            loads[ranks[item]] += costs[item]
+        return ranks
+
     def check_consistent(self, digest: Callable[[], str], what: str) -> None:
         """Check that all processes were given the same inputs.
 
@@ -137,6 +179,15 @@ class ProcessGroup:
         if self.size > 1:
             PartialState().destroy_process_group()
 
+    def _in_place(self, tensor: torch.Tensor, exchange: Callable[[torch.Tensor], Any]) -> None:
+        """Exchange the values of a tensor of any layout, on any device."""
+        if self.size == 1:
+            return
+        values = tensor.detach().to(PartialState().device).contiguous()
+        self._together(lambda: exchange(values))
+        if values.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(values)
+
     def _together(self, exchange: Callable[[], T]) -> T:
         try:
             return exchange()
@@ -149,6 +200,13 @@ class ProcessGroup:
                 f"stopped or cannot be reached ({reason})"
             ) from error
 
+
+LANES = 2
+"""Parts of a calibration set whose results are added up, whichever processes compute them.
+
+The sum of two numbers does not depend on their order, so a run gives the same bytes in one process
+as in several. With more parts, it would depend on which ones a process adds up first.
+"""
 
 ALONE = ProcessGroup()
 """A group of this process alone."""

@@ -381,13 +381,14 @@ def test_estimators_are_ordered_by_their_work() -> None:
 def test_processes_share_what_is_exact_and_nothing_else() -> None:
     one, eight = costs("llama-3-8b"), costs("llama-3-8b", "h100x8")
     assert eight["exact"].seconds == pytest.approx(one["exact"].seconds / 8)
-    for name in ("plain", "first_order", "sparsegpt"):
+    for name in ("plain", "first_order"):
         assert eight[name].seconds == one[name].seconds
     first_order = one["first_order"].seconds
     for name in ("control_variate", "adaptive"):
         exact = one[name].seconds - first_order
         assert eight[name].seconds == pytest.approx(first_order + exact / 8)
-    assert one["causal"].seconds == eight["causal"].seconds
+    for name in ("causal", "causal_fast", "sparsegpt"):
+        assert one[name].seconds / 2 < eight[name].seconds < 0.6 * one[name].seconds
 
 
 def test_processes_share_the_sites_that_are_pruned_alone() -> None:
@@ -456,7 +457,7 @@ def test_each_ingredient_of_the_default_recipe_has_its_price() -> None:
     whole = seconds()
     assert seconds(measured=128) > whole
     assert seconds(allocation="uniform") < whole < seconds(allocation="interventional")
-    assert whole < seconds(target="dense") < seconds(target="dense", order="projection")
+    assert whole < seconds(target="dense") <= seconds(target="dense", order="projection")
     assert seconds(refine=0) < seconds(refine=1) < seconds(refine=2)
     assert seconds(refine=0) == cost_model.pruning("", RECIPES["causal_fast"], shape, 0.5).seconds
     assert seconds(criterion="wanda") < seconds(criterion="alps")

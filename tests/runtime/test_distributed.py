@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -47,19 +48,21 @@ main(*sys.argv[1:])
 """
 
 
-def ranks(*arguments: object, script: str = SCRIPT) -> list[subprocess.CompletedProcess[str]]:
-    """Run the script in two ranks, without a launcher that ends the others when one dies."""
+def ranks(
+    *arguments: object, script: str = SCRIPT, size: int = 2
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run the script in `size` ranks, without a launcher that ends the others when one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank in range(2):
+    for rank in range(size):
         environment = {
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
@@ -180,6 +183,82 @@ def test_two_ranks_share_the_sites_that_are_tried(tmp_path: Path) -> None:
     tried = [int(own[1]) - matrices for own in (first, second)]
     assert sum(tried) == matrices
     assert min(tried) > matrices // 3
+
+
+PRUNING = """
+import json, os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from helpers.pruning_runs import pruned
+from helpers.tiny_models import tiny_model
+from optimum_cap.pruning.layer_by_layer import LayerByLayerPruning
+from optimum_cap.pruning.matrix_pruner import MatrixPruner
+from optimum_cap.pruning.refinement import LayerRefiner
+from optimum_cap.runtime.digests import digest_of
+
+def counted(cls, name, dies_after=None):
+    own, calls = getattr(cls, name), []
+    def count(self, *args, **kwargs):
+        if len(calls) == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(args)
+        return own(self, *args, **kwargs)
+    setattr(cls, name, count)
+    return calls
+
+torch.set_num_threads(1)
+name, fields, folder, dies_after = sys.argv[1:]
+solved, steps = counted(MatrixPruner, "pruned"), counted(LayerRefiner, "_errors")
+counted(LayerByLayerPruning, "_store_layer", json.loads(dies_after))
+folder = None if folder == "none" else Path(folder) / os.environ["RANK"]
+model = pruned(tiny_model(name), folder, **json.loads(fields))
+tokens = [matrix.tokens for matrix in model.pruning_record.matrices]
+print(digest_of(dict(model.state_dict()), tokens), len(solved), len(steps))
+"""
+
+
+def digest_of_pruning(name: str, fields: dict[str, Any]) -> str:
+    model = pruned(tiny_model(name), None, **fields)
+    tokens = [matrix.tokens for matrix in model.pruning_record.matrices]
+    return digest_of(dict(model.state_dict()), tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fields", "size"),
+    [
+        ("llama", {"num_samples": 24}, 3),
+        ("mixtral", {"num_samples": 24}, 2),
+        ("gemma3n", {"num_samples": 16}, 2),
+        ("llama", {"recipe": "causal_fast", "pattern": "2:4", "sparsity": None}, 2),
+        ("llama", {"recipe": "wanda", "num_samples": 1}, 2),
+        ("llama", {"recipe": "causal", "target": "dense", "order": "projection"}, 2),
+    ],
+    ids=["three", "mixtral", "gemma3n", "2:4", "one example", "dense target"],
+)
+def test_ranks_prune_together(name: str, fields: dict[str, Any], size: int) -> None:
+    expected = digest_of_pruning(name, fields)
+    found = ranks(name, json.dumps(fields), "none", "null", script=PRUNING, size=size)
+    for done in found:
+        assert done.stdout.split()[:1] == [expected], done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_pruning_and_resume_it(tmp_path: Path) -> None:
+    fields = {"num_samples": 32}
+    expected = digest_of_pruning("llama", fields)
+    alone = ranks("llama", json.dumps(fields), "none", "null", script=PRUNING, size=1)[0]
+    solved, steps = map(int, alone.stdout.split()[1:])
+
+    survivor, dead = ranks("llama", json.dumps(fields), tmp_path, "2", script=PRUNING)
+    assert survivor.returncode == 1 or dead.returncode == -9
+    found = ranks("llama", json.dumps(fields), tmp_path, "null", script=PRUNING)
+    own = [tuple(map(int, done.stdout.split()[1:])) for done in found]
+    assert [done.stdout.split()[0] for done in found] == [expected] * 2
+    assert sum(one[0] for one in own) == solved // 3, "two of three layers are restored"
+    assert sum(one[1] for one in own) == steps // 3
+    assert min(one[0] for one in own) > 0
+    assert min(one[1] for one in own) == steps // 6
 
 
 LAUNCHES = {
