@@ -53,7 +53,13 @@ from optimum_cap.evaluation import (
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import ModelView
 from optimum_cap.pruner import CAPPruner
-from optimum_cap.runtime import ProcessGroup, Usage, usage_of_block, write_atomically
+from optimum_cap.runtime import (
+    JsonFiles,
+    ProcessGroup,
+    Usage,
+    usage_of_block,
+    write_atomically,
+)
 from optimum_cap.scoring import DECISIVE, UnitLosses, tensors_of
 from optimum_cap.text import did_you_mean
 
@@ -104,8 +110,8 @@ class Study:
         dtype: dtype of the weights, as for `from_pretrained`.
         device_map: Placement of the models, as for `from_pretrained`.
         resume: Whether an interrupted cell resumes where it stopped, instead of starting over. It
-            then takes as much disk space as the model, and the time of a cell that was interrupted
-            is not recorded.
+            then takes as much disk space as the model, and the time of a pruning that was
+            interrupted is not recorded.
     """
 
     models: dict[str, str]
@@ -400,20 +406,23 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
         )
         tokenizer = load_tokenizer(cell.model)
         if (config := cell.config()) is not None:
-            was_interrupted = _resume_dir(file).exists()
-            if study.resume and "resume_dir" in config.fields_used:
-                config = dataclasses.replace(config, resume_dir=_resume_dir(file))
-            usage = _pruned(cell, config, model, tokenizer, file.parents[1])
-            usage = None if was_interrupted else usage
+            usage = _pruned_and_stored(cell, config, model, tokenizer, study, file)
             record = model.pruning_record.to_dict()
-        evaluation = _evaluated(model, tokenizer, study, data)
+        resume_dir = _resume_dir(file) if study.resume else None
+        evaluation = _evaluated(model, tokenizer, study, data, resume_dir)
     except Exception as failure:
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         logger.warning(f"{cell}: {error}")
     return _result(cell, evaluation, record, time.monotonic() - start, error, usage)
 
 
-def _evaluated(model: PreTrainedModel, tokenizer: Any, study: Study, data: TaskData) -> Evaluation:
+def _evaluated(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    study: Study,
+    data: TaskData,
+    resume_dir: Path | None,
+) -> Evaluation:
     """Evaluate a model on all tasks, those with the same limit together."""
     limits = study.limits
     parts = [
@@ -425,6 +434,7 @@ def _evaluated(model: PreTrainedModel, tokenizer: Any, study: Study, data: TaskD
             batch_size=study.batch_size,
             num_fewshot=study.num_fewshot,
             max_new_tokens=study.max_new_tokens,
+            resume_dir=resume_dir,
         )
         for limit in dict.fromkeys(limits.values())
     ]
@@ -435,6 +445,34 @@ def _evaluated(model: PreTrainedModel, tokenizer: Any, study: Study, data: TaskD
         settings={**parts[0].settings, "limit": study.limit},
         seconds=sum(part.seconds for part in parts),
     )
+
+
+def _pruned_and_stored(
+    cell: Cell,
+    config: CAPConfig,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    study: Study,
+    file: Path,
+) -> Usage | None:
+    """Prune a model; return what that took, if it is known.
+
+    It is stored for a cell that is interrupted later, and unknown if the pruning was interrupted.
+    """
+    resume_dir = _resume_dir(file)
+    was_interrupted = resume_dir.exists()
+    if study.resume and "resume_dir" in config.fields_used:
+        config = dataclasses.replace(config, resume_dir=resume_dir)
+    usage = _pruned(cell, config, model, tokenizer, file.parents[1])
+    if not study.resume:
+        return usage
+    files = JsonFiles(resume_dir)
+    if was_interrupted:
+        stored = files.read("usage")
+        return None if stored is None else Usage(**stored)
+    if usage is not None:
+        files.write("usage", asdict(usage))
+    return usage
 
 
 def _pruned(
