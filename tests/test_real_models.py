@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ sys.path.insert(0, str(EXAMPLES / "real_models"))  # the examples are scripts, n
 sys.path.insert(0, str(EXAMPLES / "studies"))
 import costs
 import make_models
+import own_answers
 from make_models import MODELS, Package, RealModel
 
 PARTS = tuple(Package(f"tiny-part{n}", "1.0", f"tiny_part{n}/part.bin") for n in (1, 2))
@@ -310,6 +312,36 @@ def test_a_real_model_knows_what_it_knew_after_pruning_and_saving(tmp_path: Path
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     assert zeros / sum(weight.numel() for weight in weights) == pytest.approx(0.2, abs=1e-3)
     assert "Paris" in make_models.answer(pruned, tokenizer)
+
+
+def test_losses_on_own_and_published_answers_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    for name, first in (("train", 0), ("test", 40)):
+        rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(first, first + 16)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "--data": tmp_path / "train.jsonl",
+        "--held-out": tmp_path / "test.jsonl",
+        "--num-samples": 8,
+        "--max-new-tokens": 6,
+        "--store": tmp_path / "store",
+    }
+    arguments = [str(tmp_path / "dense"), *(str(each) for flag in flags.items() for each in flag)]
+    own_answers.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| calibrated on | loss on own answers (8) | on published answers |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| dense",
+        "| published answers",
+        "| own answers",
+    ]
+    losses = [[float(cell.split()[0]) for cell in line.split(" | ")[1:]] for line in lines[2:]]
+    assert losses[1] != losses[2] != losses[0]
+    own_answers.main(arguments)
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 RESULTS = """model,recipe,sparsity,calibration,seed,task,metric,value,low,high,n,error
