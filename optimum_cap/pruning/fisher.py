@@ -164,7 +164,7 @@ def _estimate(
     rows = _positions_of(by_layer)
     process_group = settings.process_group
     divergences = torch.zeros(len(rows), len(chosen), dtype=torch.float64)
-    weights_by_lane = [_zero_weights(view, by_layer) for _ in range(LANES)]
+    weights_by_lane: list[dict[Matrix, torch.Tensor]] = [{} for _ in range(LANES)]
     budget = settings.memory_budget
     with (
         evaluation_mode(view.model),
@@ -201,26 +201,17 @@ def _estimate(
                         product = backward.product_with_change(site, of_site, position)
                         divergences[rows[site.name], batch.batch.positions] = product.square() / 2
             progress.update()
-    weights = weights_by_lane[0]
-    for of_lane in weights_by_lane[1:]:
-        for matrix, of_matrix in of_lane.items():
-            weights[matrix] += of_matrix
-    for each in (divergences, *weights.values()):
-        process_group.sum_(each)
+    process_group.sum_(divergences)
+    weights = {}
+    for matrix in (matrix for groups in by_layer.values() for _, own in groups for matrix in own):
+        if matrix.expert is None:
+            total = torch.zeros(view.oriented(matrix).shape[0])
+            for of_lane in weights_by_lane:
+                if matrix in of_lane:
+                    total += of_lane[matrix]
+            process_group.sum_(total)
+            weights[matrix] = total
     return divergences, weights
-
-
-def _zero_weights(
-    view: ModelView, by_layer: Mapping[int, list[Group]]
-) -> dict[Matrix, torch.Tensor]:
-    """Return a zero for each output of every matrix outside experts."""
-    return {
-        matrix: torch.zeros(view.oriented(matrix).shape[0])
-        for groups in by_layer.values()
-        for _, matrices in groups
-        for matrix in matrices
-        if matrix.expert is None
-    }
 
 
 def _positions_of(by_layer: Mapping[int, list[Group]]) -> dict[str, int]:
@@ -482,7 +473,7 @@ def _sum_squares(
     def hook_of(matrix: Matrix) -> Callable[..., None]:
         def add(gradient: torch.Tensor) -> None:
             squares = gradient.float().reshape(-1, gradient.shape[-1]).square().sum(dim=0).cpu()
-            sums[matrix] += squares
+            sums[matrix] = sums[matrix] + squares if matrix in sums else squares
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if output.requires_grad:

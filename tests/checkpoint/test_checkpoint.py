@@ -581,6 +581,7 @@ def of_killed_process(folder: Path) -> None:
     folder.rename(folder.with_name(folder.name.replace(f"-{os.getpid()}-", "-999999999-")))
 
 
+@pytest.mark.slow
 def test_kill_9_while_the_files_of_a_mount_point_are_replaced(mounted: Path) -> None:
     model = pruned()
     model.save_pretrained(mounted)
@@ -737,7 +738,14 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("point", ["save_file", "model_card", "rename"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("save_file", marks=pytest.mark.slow),
+        pytest.param("model_card", marks=pytest.mark.slow),
+        "rename",
+    ],
+)
 def test_kill_9_leaves_the_old_folder_or_none(point: str, tmp_path: Path) -> None:
     model = pruned()
     model.save_pretrained(tmp_path / "out")

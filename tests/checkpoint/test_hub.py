@@ -178,6 +178,7 @@ assert model.pruning_record.base_model == "user/dense"
     )
 
 
+@pytest.mark.slow
 def test_inspect_reads_a_repository(published: LoopbackHub, run: Run) -> None:
     done = run(*cli("inspect", "user/tiny-cap"), token=None)
     assert re.search(r"^base model +user/dense", done.stdout, re.MULTILINE)
@@ -227,6 +228,7 @@ def test_prune_uploads_model_and_tokenizer_in_one_commit(
     assert "tokenizer.json" in on_disk
 
 
+@pytest.mark.slow
 def test_prune_refuses_an_upload_that_cannot_work_before_it_loads_the_model(
     published: LoopbackHub, run: Run
 ) -> None:

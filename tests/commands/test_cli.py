@@ -153,6 +153,7 @@ def test_prune_prints_a_summary_and_only_progress_on_stderr(pruned: Path) -> Non
     assert complaints((pruned.parent / "stderr").read_text()) == []
 
 
+@pytest.mark.slow
 def test_inspect_prints_record_and_table(pruned: Path, dense: Path) -> None:
     done = run_executable("inspect", pruned)
     assert done.returncode == 0, done.stderr
@@ -615,7 +616,11 @@ def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+    ("number", "word"),
+    [
+        (signal.SIGINT, "interrupted"),
+        pytest.param(signal.SIGTERM, "terminated", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_with_its_status_and_the_run_resumes(
     number: signal.Signals, word: str, settings: list[str], tmp_path: Path

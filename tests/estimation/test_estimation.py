@@ -247,7 +247,13 @@ def test_measured_sensitivities_take_the_operations_that_pytorch_counts(architec
     assert work.estimated_sensitivities(SHAPE, 2).operations == pytest.approx(real, rel=0.17)
 
 
-@pytest.mark.parametrize("architecture", LAYERWISE)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in ("llama", "opt") else pytest.mark.slow)
+        for name in LAYERWISE
+    ],
+)
 def test_refinement_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
     # Within 15 %: the gradient stops at the input of the layer.
     model = eager_model(architecture)

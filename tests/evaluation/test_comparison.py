@@ -216,6 +216,7 @@ def test_answers_are_compared_by_length_limit_and_time() -> None:
     assert re.search(r"seconds per answer +4 +0\.5 +1\.25 +\+150\.0 % +- +-", table)
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_ratio_of_lengths_covers_the_truth() -> None:
     generator = np.random.default_rng(0)
     inside = []

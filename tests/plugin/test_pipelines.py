@@ -41,6 +41,7 @@ def test_a_loaded_model_is_refused(options: dict[str, object]) -> None:
         pipeline("text-generation", tiny_model("llama"), tokenizer=tiny_tokenizer(), **options)
 
 
+@pytest.mark.slow
 def test_a_pipeline_imported_before_the_plugin_names_the_remedy(base: str) -> None:
     program = f"""
 from transformers import AutoModelForCausalLM, pipeline

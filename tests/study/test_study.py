@@ -274,6 +274,7 @@ def test_an_interrupt_ends_the_processes(
         other.join()
 
 
+@pytest.mark.slow
 def test_recipes_without_data_are_measured_once_for_all_seeds(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
