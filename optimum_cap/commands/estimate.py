@@ -24,6 +24,8 @@ _MODEL_FLAGS: dict[str, Any] = {
     "mlp_unit_size": None,
     "limit": None,
     "batch_size": 32,
+    "num_fewshot": 0,
+    "max_new_tokens": 512,
 }
 
 
@@ -83,6 +85,18 @@ class EstimateCommand(CAPSubcommand):
         add("--limit", type=int, metavar="N", help="questions per task (default: all)")
         add("--batch-size", type=int, metavar="N", help="questions per batch (default: 32)")
         add(
+            "--num-fewshot",
+            type=int,
+            metavar="N",
+            help="worked examples in the prompts of the evaluation (default: 0)",
+        )
+        add(
+            "--max-new-tokens",
+            type=int,
+            metavar="N",
+            help="longest of the model's own answers for calibration (default: 512)",
+        )
+        add(
             "--models",
             nargs="+",
             metavar="LABEL=NAME",
@@ -124,6 +138,8 @@ class EstimateCommand(CAPSubcommand):
             batch_size=args.batch_size,
             scored_units=args.units,
             mlp_unit_size=args.mlp_unit_size,
+            num_fewshot=args.num_fewshot,
+            max_new_tokens=args.max_new_tokens,
             **self._lengths(),
             **options,
         )

@@ -12,6 +12,7 @@ from optimum_cap.config import COMPILING, RECIPES, CAPConfig, Method
 from optimum_cap.estimation.hardware import LAYERWISE_ROWS, ROWS, Hardware
 from optimum_cap.estimation.work import AlpsWork, ModelWork, OperationCount, SparseGPTWork, Workload
 from optimum_cap.evaluation import TASKS
+from optimum_cap.generation import LARGEST_BATCH
 from optimum_cap.methods import CRITERIA
 from optimum_cap.pruning import (
     EXAMPLES_PER_STEP,
@@ -287,9 +288,44 @@ class CostModel:
             devices=max(scoring.devices, pruning.devices),
         )
 
-    def evaluation(self, limits: Mapping[str, int | None], batch_size: int) -> Cost:
-        """Return the cost of evaluating one copy of the model."""
-        task_costs = [self._task(name, limit, batch_size) for name, limit in limits.items()]
+    def answering(self, shape: Workload, longest: int) -> Cost:
+        """Return the cost of one answer of the model to each calibration prompt, if all are long.
+
+        Processes share the prompts.
+
+        Args:
+            shape: The calibration set with published answers, whose other tokens are the prompts.
+            longest: Longest answer, in tokens.
+        """
+        prompt = max(1, shape.tokens - shape.scored)
+        read = self.work.forward(Workload(shape.examples, prompt, 0))
+        batch = LARGEST_BATCH[self.hardware.kind]
+        operations, seconds, cache = self._writing(shape.examples, prompt, longest, batch)
+        memory = self.weights + cache + min(shape.examples, batch) * prompt * self.per_token
+        devices = self._devices(memory)
+        return Cost(
+            step="answer",
+            name="own",
+            operations=read.operations + operations,
+            seconds=(self.seconds(read) + seconds) / self._processes(devices),
+            memory=memory,
+            disk=0.0,
+            devices=devices,
+        )
+
+    def evaluation(
+        self, limits: Mapping[str, int | None], batch_size: int, num_fewshot: int = 0
+    ) -> Cost:
+        """Return the cost of evaluating one copy of the model.
+
+        Args:
+            limits: Number of questions, documents or windows of each task; `None` is all.
+            batch_size: Questions per batch.
+            num_fewshot: Worked examples in the prompts of tasks with questions.
+        """
+        task_costs = [
+            self._task(name, limit, batch_size, num_fewshot) for name, limit in limits.items()
+        ]
         memory = self.weights + max(held for _, _, held in task_costs)
         return Cost(
             step="eval",
@@ -354,14 +390,34 @@ class CostModel:
         remaining = self.work.parameters - sparsity * prunable
         return remaining * self.value + prunable / 8
 
-    def _task(self, name: str, limit: int | None, batch_size: int) -> tuple[float, float, float]:
+    def _task(
+        self, name: str, limit: int | None, batch_size: int, num_fewshot: int
+    ) -> tuple[float, float, float]:
         """Return operations, seconds, and bytes besides the weights, of one evaluation task."""
         items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
         tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
+        if TASKS[name].extract is not None:  # questions
+            tokens *= 1 + num_fewshot
         read = self.work.forward(Workload(items, tokens, 0))
         if not longest:  # nothing is generated
             held = tokens * (self.per_token + self.per_logits)
             return read.operations, self.seconds(read), held
+        operations, seconds, cache = self._writing(items, tokens, longest, batch_size)
+        held = cache + min(items, batch_size) * tokens * (self.per_token + self.per_logits)
+        # Questions are read twice: with the worked answer for its loss, and for generation.
+        return 2 * read.operations + operations, 2 * self.seconds(read) + seconds, held
+
+    def _writing(
+        self, items: int, tokens: int, longest: int, batch_size: int
+    ) -> tuple[float, float, float]:
+        """Return operations, seconds and bytes for keys and values, of answers that are all long.
+
+        Args:
+            items: Number of answers.
+            tokens: Tokens of a prompt.
+            longest: Tokens of an answer.
+            batch_size: Answers per batch.
+        """
         written = self.work.forward(Workload(items, longest, 0))
         batch = min(items, batch_size)
         steps = math.ceil(items / batch) * longest
@@ -372,10 +428,7 @@ class CostModel:
             len(self.work.layers) * LAUNCHES_PER_LAYER * self.hardware.launch,
             self.seconds(written) / steps,
         )
-        # Questions are read twice: with the worked answer for its loss, and for generation.
-        operations = 2 * read.operations + written.operations
-        held = 2 * cache + batch * tokens * (self.per_token + self.per_logits)
-        return operations, 2 * self.seconds(read) + steps * step, held
+        return written.operations, steps * step, 2 * cache
 
 
 # Estimators: (work that every process does, work that processes share)

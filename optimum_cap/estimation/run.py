@@ -18,7 +18,7 @@ from optimum_cap.data import build_calibration_set, shared_prefix
 from optimum_cap.estimation.costs import ESTIMATOR_COSTS, Cost, CostModel
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
-from optimum_cap.evaluation import DEFAULT_TASKS, HARNESS_PREFIX, resolve_tasks
+from optimum_cap.evaluation import DEFAULT_TASKS, HARNESS_PREFIX, check_counts, resolve_tasks
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
@@ -28,7 +28,10 @@ from optimum_cap.text import aligned, format_duration, format_size
 EXAMPLES = 128
 TOKENS = 256
 SPARSITY = 0.5
-_ADAPTIVE = "adaptive costs at most this: it stops as soon as the scores are known well enough."
+_BOUNDS = (
+    "Upper bounds: adaptive stops as soon as the scores are known well enough, and most of the "
+    "model's\nown answers end before the longest one."
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Estimate:
             for cost in self.costs
         ]
         table = aligned([header, *rows], left=2)
-        return "\n".join([*lines, "", table, "", _ADAPTIVE, *self._warnings()])
+        return "\n".join([*lines, "", table, "", _BOUNDS, *self._warnings()])
 
     def _warnings(self) -> list[str]:
         hardware = self.hardware
@@ -125,6 +128,8 @@ def estimate(
     batch_size: int = 32,
     scored_units: str = "heads",
     mlp_unit_size: int | None = None,
+    num_fewshot: int = 0,
+    max_new_tokens: int = CAPConfig.max_new_tokens,
     **load_options: Any,
 ) -> Estimate:
     """Estimate the cost of scoring, pruning and evaluating a model, from its configuration alone.
@@ -141,6 +146,8 @@ def estimate(
         batch_size: Questions per batch.
         scored_units: Units to score: `"heads"`, or `"all"` (heads, MLPs and experts).
         mlp_unit_size: Channels per MLP or expert unit; `None` is all of them.
+        num_fewshot: Worked examples in the prompts of the evaluation.
+        max_new_tokens: Longest answer of the model to a calibration prompt (`answers="model"`).
         **load_options: Passed to `AutoConfig.from_pretrained`: `revision`, `token`, ...
 
     Raises:
@@ -148,6 +155,7 @@ def estimate(
         FileNotFoundError: The model does not exist.
     """
     shape = _workload(examples, tokens, scored, prefix)
+    check_counts(limit, batch_size, num_fewshot, max_new_tokens)
     CAPConfig(sparsity=sparsity, recipe="paper", scored_units=scored_units)  # checks both values
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
@@ -156,7 +164,9 @@ def estimate(
     costs.append(cost_model.paper(shape, sparsity))
     for name in ("causal", "causal_fast", "wanda", "sparsegpt"):
         costs.append(cost_model.pruning(name, RECIPES[name], shape, sparsity))
-    costs.append(cost_model.evaluation(dict.fromkeys(DEFAULT_TASKS, limit), batch_size))
+    costs.append(cost_model.answering(shape, max_new_tokens))
+    limits = dict.fromkeys(DEFAULT_TASKS, limit)
+    costs.append(cost_model.evaluation(limits, batch_size, num_fewshot))
     return Estimate(
         model=str(model) if isinstance(model, str | Path) else config.model_type,
         parameters=work.parameters,
@@ -333,7 +343,7 @@ def study_hours(
         config = load_config(name, **load_options)
         cost_model = _cost_model(work_of(config), config, hardware, tokens)
         hardware = cost_model.hardware = replace(cost_model.hardware, count=1)  # measured once
-        evaluation = cost_model.evaluation(study.limits, study.batch_size)
+        evaluation = cost_model.evaluation(study.limits, study.batch_size, study.num_fewshot or 0)
         pruned = _distinct(study, label)
         count = 1 + len(pruned)
         loading = cost_model.weights / hardware.loading * evaluation.devices
@@ -388,9 +398,9 @@ def _scoring(
 
 
 def _pruning(cost_model: CostModel, config: CAPConfig, tokens: int) -> float:
-    """Return the device seconds of pruning, without scoring."""
+    """Return the device seconds of pruning, without scoring; with the model's own answers."""
     shape = _workload(config.num_samples, tokens)
-    return _device_seconds(
+    costs = [
         cost_model.pruning(
             config.recipe,
             config.method,
@@ -398,7 +408,10 @@ def _pruning(cost_model: CostModel, config: CAPConfig, tokens: int) -> float:
             config.sparsity,
             config.allocation_examples,
         )
-    )
+    ]
+    if config.method.needs_data and config.answers == "model":
+        costs.append(cost_model.answering(shape, config.max_new_tokens))
+    return sum(map(_device_seconds, costs))
 
 
 def _device_seconds(cost: Cost) -> float:

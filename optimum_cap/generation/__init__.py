@@ -7,9 +7,11 @@ from optimum_cap.generation.answers import (
     answered_calibration_set,
     first_prompts,
 )
+from optimum_cap.generation.sampling import LARGEST_BATCH
 from optimum_cap.generation.traces import trace_rows
 
 __all__ = [
+    "LARGEST_BATCH",
     "AnsweredPrompt",
     "AnsweredPrompts",
     "answer_prompts",

@@ -13,7 +13,7 @@ from optimum_cap.runtime import budget_bytes
 
 _NUCLEUS = 64  # tokens that are sorted at first; the nucleus seldom has more
 # More rows per batch hardly save time once the weights are no longer what is waited for.
-_LARGEST_BATCH = {"cpu": 16, "cuda": 64}
+LARGEST_BATCH = {"cpu": 16, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def examples_per_batch(
         memory_budget: As in `CAPConfig`; a number of bytes can only lower the result.
     """
     config = model.config.get_text_config(decoder=True)
-    most = _LARGEST_BATCH["cuda" if device_of(model).type == "cuda" else "cpu"]
+    most = LARGEST_BATCH["cuda" if device_of(model).type == "cuda" else "cpu"]
     if memory_budget == "auto":
         return most
     # Keys and values in float32 of as many heads as queries have, and one layer's while it grows.

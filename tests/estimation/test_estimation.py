@@ -447,7 +447,7 @@ def test_a_packed_checkpoint_at_half_sparsity_takes_nine_sixteenths_of_the_prune
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_an_estimate(architecture: str) -> None:
     found = estimate(tiny_model(architecture).config, "h100")
-    assert len(found.costs) == len(ESTIMATOR_COSTS) + 6
+    assert len(found.costs) == len(ESTIMATOR_COSTS) + 7
     assert all(cost.seconds > 0 for cost in found.costs)
 
 
@@ -654,6 +654,19 @@ def test_the_command_prints_a_table_that_stays_the_same(
         "wanda",
         "sparsegpt",
     ]
+
+
+def test_own_answers_and_worked_examples_cost_more() -> None:
+    def cost(**options: Any) -> dict[str, float]:
+        found = estimate(CONFIGS / "llama-3-8b.json", "h100", **options).costs
+        return {cost.step: cost.seconds for cost in found}
+
+    usual, longer, shown = cost(), cost(max_new_tokens=1024), cost(num_fewshot=5)
+    assert longer["answer"] > 1.9 * usual["answer"]
+    assert shown["eval"] > usual["eval"]
+    assert shown["answer"] == usual["answer"]
+    with pytest.raises(ValueError, match="num_fewshot must be an integer of at least 0, got -1"):
+        cost(num_fewshot=-1)
 
 
 def shown_runs() -> list[tuple[list[str], str]]:
