@@ -295,9 +295,17 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
     ) as progress:
         for file, result in _measure_all(missing, study, data, jobs):
             results[file] = result
+            _write_rows(folder, files, results)
             progress.set_postfix_str(str(missing[file]))
             progress.update()
-    rows = [row for cell, file in files for row in _rows(cell, results[file])]
+    return _write_rows(folder, files, results)
+
+
+def _write_rows(
+    folder: Path, files: list[tuple[Cell, Path]], results: dict[Path, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Write the rows of the cells that are measured to `results.csv`, and return them."""
+    rows = [row for cell, file in files if file in results for row in _rows(cell, results[file])]
     lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
     text = io.StringIO(newline="")
     csv.writer(text).writerows(lines)

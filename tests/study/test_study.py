@@ -360,6 +360,9 @@ def test_a_stopped_study_resumes_where_it_was(
         patch.setattr(study, "_measured", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_study(load(values, tmp_path), tmp_path / "out")
+    with (tmp_path / "out" / "results.csv").open(encoding="utf-8", newline="") as lines:
+        finished = {row["recipe"] for row in csv.DictReader(lines)}
+    assert finished == {"dense", "paper"}, "the cells before it"
     names = counted(monkeypatch)
     assert values_of(run_study(load(values, tmp_path), tmp_path / "out")) == values_of(expected)
     assert names == ["tiny wanda 0.2 sums seed 0", "tiny wanda 0.5 sums seed 0"]
