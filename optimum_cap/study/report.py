@@ -138,7 +138,7 @@ def _number(metric: str, values: Sequence[float]) -> str:
 def _curves(rows: list[Row], folder: Path) -> list[Path]:
     """Plot the metric against sparsity: one figure per model, calibration set and metric."""
     from matplotlib import pyplot
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogFormatter, PercentFormatter
 
     figures: dict[tuple[str, str, str], list[tuple[str, list[Row]]]] = {}
     for (model, calibration, task, metric), group in _groups(rows, _METRICS).items():
@@ -161,6 +161,8 @@ def _curves(rows: list[Row], folder: Path) -> list[Path]:
                 axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             elif metric != "tokens":
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(LogFormatter())  # plain numbers instead of powers
+                axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         if metric in _SHARES:
             lowest = min(axis.get_ylim()[0] for axis in axes[0])
             for axis in axes[0]:
