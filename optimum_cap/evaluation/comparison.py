@@ -5,7 +5,7 @@ Does not import torch.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -477,15 +477,11 @@ def bootstrap_interval(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, f
         losses: Summed losses in nats, `[windows, 2]`.
         tokens: Tokens predicted, `[windows]`.
     """
-    generator = np.random.default_rng(_SEED)
-    count = len(tokens)
     differences = []
-    for _ in range(_RESAMPLES // 1000):  # in parts, to bound the memory
-        drawn = generator.multinomial(count, np.full(count, 1 / count), size=1000)
+    for drawn in _resamples(len(tokens)):
         dense, pruned = np.exp(drawn @ losses / (drawn @ tokens)[:, None]).T
         differences.append(pruned - dense)
-    low, high = np.percentile(np.concatenate(differences), [2.5, 97.5])
-    return float(low), float(high)
+    return _percentile_interval(differences)
 
 
 def ratio_interval(lengths: np.ndarray) -> tuple[float, float]:
@@ -497,14 +493,22 @@ def ratio_interval(lengths: np.ndarray) -> tuple[float, float]:
     Args:
         lengths: Length of each answer, `[answers, 2]`; not all of the first model's are 0.
     """
-    generator = np.random.default_rng(_SEED)
-    count = len(lengths)
     ratios = []
-    for _ in range(_RESAMPLES // 1000):  # in parts, to bound the memory
-        drawn = generator.multinomial(count, np.full(count, 1 / count), size=1000)
+    for drawn in _resamples(len(lengths)):
         first, second = (drawn @ lengths).T
         ratios.append(second[first > 0] / first[first > 0] - 1)
-    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
+    return _percentile_interval(ratios)
+
+
+def _resamples(count: int) -> Iterator[np.ndarray]:
+    """Yield how often each of `count` items is drawn, int64 `[resamples, count]`, in parts."""
+    generator = np.random.default_rng(_SEED)
+    for _ in range(_RESAMPLES // 1000):  # to bound the memory
+        yield generator.multinomial(count, np.full(count, 1 / count), size=1000)
+
+
+def _percentile_interval(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+    low, high = np.percentile(np.concatenate(parts), [2.5, 97.5])
     return float(low), float(high)
 
 

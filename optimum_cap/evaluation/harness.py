@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from optimum_cap.evaluation.prompts import is_chat
 from optimum_cap.evaluation.tasks import HARNESS_PREFIX
 from optimum_cap.models import device_of
 from optimum_cap.runtime import digest_of
@@ -49,7 +50,7 @@ def harness_model(
         plain: Whether prompts are plain texts, to which the tokenizer adds its special tokens;
             otherwise the chat template, if there is one, has printed them.
     """
-    prints_special = bool(getattr(tokenizer, "chat_template", None)) and not plain
+    prints_special = is_chat(tokenizer) and not plain
     lm = import_harness("lm_eval.models.huggingface").HFLM(
         pretrained=model,
         # HFLM sets a padding token and a padding side on the tokenizer.

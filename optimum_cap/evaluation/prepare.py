@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from transformers.utils import logging
@@ -39,58 +39,57 @@ _SHORTEST_ANSWER = 16  # tokens that must remain for an answer after the longest
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The questions of a task with their prompts.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What every task with questions has.
 
     Attributes:
         name: Name of the task.
-        questions: The questions.
-        prompts: The text that the model continues, per question; empty if only the loss on the
-            worked answers is measured.
-        worked: The question with its worked answer, tokenized; `None` if the model cannot take it
-            whole.
         excluded: Number of questions left out because the model was calibrated on them.
-        max_new_tokens: Longest answer, in tokens.
-        until: Texts that end an answer, besides the end-of-sequence token.
         source: Source of the questions, for the record.
         examples: Digests of the worked examples that the prompts show.
         examples_source: Source of these; empty if there are none.
     """
 
     name: str
-    questions: list[Question]
-    prompts: list[str]
-    worked: list[CalibrationExample | None]
     excluded: int
-    max_new_tokens: int
-    until: tuple[str, ...]
     source: dict[str, Any]
-    examples: tuple[str, ...]
-    examples_source: dict[str, Any]
+    examples: tuple[str, ...] = ()
+    examples_source: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Choices:
+@dataclass(frozen=True, kw_only=True)
+class Questions(Asked):
+    """The questions of a task with their prompts.
+
+    Attributes:
+        questions: The questions.
+        worked: The question with its worked answer, tokenized; `None` if the model cannot take it
+            whole.
+        prompts: The text that the model continues, per question; empty if only the loss on the
+            worked answers is measured.
+        max_new_tokens: Longest answer, in tokens.
+        until: Texts that end an answer, besides the end-of-sequence token.
+    """
+
+    questions: list[Question]
+    worked: list[CalibrationExample | None]
+    prompts: list[str] = field(default_factory=list)
+    max_new_tokens: int = 0
+    until: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices(Asked):
     """The questions of a task with the texts whose likelihoods are compared.
 
     Attributes:
-        name: Name of the task.
         questions: The questions.
         pairs: The context with each choice, per question.
-        excluded: Number of questions left out because the model was calibrated on them.
-        source: Source of the questions, for the record.
-        examples: Digests of the worked examples that the contexts show.
-        examples_source: Source of these; empty if there are none.
     """
 
-    name: str
     questions: list[ChoiceQuestion]
     pairs: list[list[tuple[str, str]]]
-    excluded: int
-    source: dict[str, Any]
-    examples: tuple[str, ...]
-    examples_source: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -205,49 +204,33 @@ def prepare(name: str, data: TaskItems, tokenizer: Any, length: int, draw: Draw)
     if TASKS[name].documents:
         size = min(LONGEST_WINDOW, length)
         return Windows(name, _documents(name, chosen, tokenizer, size), excluded, size, data.source)
-    digests = tuple(example.digest for example in examples)
-    examples_source = data.examples_source if examples else {}
+    of_task: dict[str, Any] = {"name": name, "excluded": excluded, "source": data.source}
+    if examples:
+        of_task["examples"] = tuple(example.digest for example in examples)
+        of_task["examples_source"] = data.examples_source
     if TASKS[name].read_choices is not None:
         pairs = [choices_of(question, examples) for question in chosen]
         _check_choice_lengths(name, pairs, tokenizer, length)
-        return Choices(name, chosen, pairs, excluded, data.source, digests, examples_source)
+        return Choices(questions=chosen, pairs=pairs, **of_task)
     if TASKS[name].loss_only:
-        return _worked_answers(name, chosen, data.source, tokenizer, length, excluded)
+        worked = _worked(name, chosen, tokenizer, length)
+        if not any(worked):
+            raise ValueError(
+                f"task {name}: none of the {len(chosen)} questions fits with its answer into the "
+                f"{length} tokens that the model takes: choose another task"
+            )
+        return Questions(questions=chosen, worked=worked, **of_task)
     prompts = [prompt_of(name, question, examples, tokenizer) for question in chosen]
     return Questions(
-        name,
-        chosen,
-        prompts,
-        _worked(name, chosen, tokenizer, length),
-        excluded,
-        _longest_answer(name, prompts, len(examples), tokenizer, length, draw.max_new_tokens),
-        stop_texts(name, examples, tokenizer),
-        data.source,
-        digests,
-        examples_source,
+        questions=chosen,
+        prompts=prompts,
+        worked=_worked(name, chosen, tokenizer, length),
+        max_new_tokens=_longest_answer(
+            name, prompts, len(examples), tokenizer, length, draw.max_new_tokens
+        ),
+        until=stop_texts(name, examples, tokenizer),
+        **of_task,
     )
-
-
-def _worked_answers(
-    name: str,
-    questions: list[Question],
-    source: dict[str, Any],
-    tokenizer: Any,
-    length: int,
-    excluded: int,
-) -> Questions:
-    """Return the questions of a task that measures the loss on their worked answers alone.
-
-    Raises:
-        ValueError: No question fits with its answer into `length`.
-    """
-    worked = _worked(name, questions, tokenizer, length)
-    if not any(worked):
-        raise ValueError(
-            f"task {name}: none of the {len(questions)} questions fits with its answer into the "
-            f"{length} tokens that the model takes: choose another task"
-        )
-    return Questions(name, questions, [], worked, excluded, 0, (), source, (), {})
 
 
 def _longest_answer(

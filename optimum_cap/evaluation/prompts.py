@@ -53,10 +53,8 @@ def prompt_of(name: str, question: Question, examples: Sequence[Question], token
         return render_prompt(_chat(TASKS[name].instruction, question, examples), tokenizer)
     if not examples:
         return render_prompt(question.conversation, tokenizer)
-    shown = [
-        f"{_NEXT_QUESTION} {_asked(example)}\nAnswer: {example.answer}\n\n" for example in examples
-    ]
-    return f"{''.join(shown)}{_NEXT_QUESTION} {_asked(question)}\nAnswer:"
+    shown = [(_asked(example), example.answer) for example in examples]
+    return _continued_text(shown, _asked(question))
 
 
 def stop_texts(name: str, examples: Sequence[Question], tokenizer: Any) -> tuple[str, ...]:
@@ -73,12 +71,15 @@ def choices_of(
 
     It has no chat template, so that the numbers are those of the harness by default.
     """
-    shown = [
-        f"{_NEXT_QUESTION} {each.question}\nAnswer: {each.choices[each.gold]}\n\n"
-        for each in examples
-    ]
-    context = f"{''.join(shown)}{_NEXT_QUESTION} {question.question}\nAnswer:"
+    shown = [(each.question, each.choices[each.gold]) for each in examples]
+    context = _continued_text(shown, question.question)
     return [(context, f" {choice}") for choice in question.choices]
+
+
+def _continued_text(shown: Sequence[tuple[str, str]], question: str) -> str:
+    """Return worked examples, each a question and its answer, and a question without its answer."""
+    examples = "".join(f"{_NEXT_QUESTION} {asked}\nAnswer: {answer}\n\n" for asked, answer in shown)
+    return f"{examples}{_NEXT_QUESTION} {question}\nAnswer:"
 
 
 def _asked(question: Question) -> str:

@@ -40,7 +40,13 @@ from optimum_cap.evaluation.tasks import (
     load_items,
     resolve_tasks,
 )
-from optimum_cap.models import device_of, evaluation_mode, float32_on_cpu, number_of_embeddings
+from optimum_cap.models import (
+    device_of,
+    evaluation_mode,
+    float32_on_cpu,
+    longest_sequence,
+    number_of_embeddings,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -255,11 +261,9 @@ def _loaded(
 
 def _length(model: PreTrainedModel, tokenizer: Any) -> int:
     """Return the maximum number of tokens of model and tokenizer; 2048 if neither has a limit."""
-    config = model.config.get_text_config(decoder=True)
-    position_limit = getattr(config, "max_position_embeddings", None)
     # Tokenizers without a limit report an extremely large one.
     token_limit = min(getattr(tokenizer, "model_max_length", None) or 10**12, 10**12)
-    limit = min(position_limit or 10**12, token_limit)
+    limit = min(longest_sequence(model) or 10**12, token_limit)
     return LONGEST_WINDOW if limit >= 10**12 else int(limit)
 
 
