@@ -6,7 +6,6 @@ SparseGPT do (https://github.com/locuslab/wanda, `lib/prune.py`). It keeps only 
 between two layers.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -36,7 +35,7 @@ from optimum_cap.models import (
     without_logits,
 )
 from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
-from optimum_cap.runtime import ALONE, LANES, ProcessGroup
+from optimum_cap.runtime import ALONE, LANES, ProcessGroup, lane_of
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
@@ -87,7 +86,7 @@ class LayerwisePass:
                     *_first_input(view.model, self.layers, self.output_templates, batch.input_ids),
                 )
                 for number, batch in enumerate(self.planned)
-                if process_group.owns_lane(number % LANES)
+                if process_group.owns_lane(lane_of(number))
             ]
         for each in self.batches:
             check_finite(each.hidden, each.batch, examples, "the embedding of the model")
@@ -112,19 +111,20 @@ class LayerwisePass:
         """
         matrices = list(matrices)
         collector = InputCollector(self.model, matrices)
-        of_lanes: dict[int, dict[Matrix, InputStatistics]] = {}
+        of_lanes: list[dict[Matrix, InputStatistics]] = [{} for _ in range(LANES)]
+
+        def add(matrix: Matrix, inputs: torch.Tensor, route: Route) -> None:
+            add_inputs_(of_lanes[batch.lane], matrix, inputs, route.token_weights, gram)
+
         with onloaded(self.layers[index]):
-            for lane, lane_batches in by_lane(self.batches).items():
-                statistics = of_lanes.setdefault(lane, {})
-                add = functools.partial(_add_by_token_weights_, statistics, gram)
-                for batch in lane_batches:
-                    with collector.collecting(batch, add):
-                        output = self.run(index, batch, batch.hidden)
-                    if advance:
-                        self._check_finite(index, batch, output)
-                        batch.hidden = output
+            for batch in self.batches:
+                with collector.collecting(batch, add):
+                    output = self.run(index, batch, batch.hidden)
+                if advance:
+                    self._check_finite(index, batch, output)
+                    batch.hidden = output
         leaders = self.process_group.broadcast(collector.leaders)
-        of_leaders = self._merged(list(of_lanes.values()), set(leaders.values()), matrices, gram)
+        of_leaders = self._merged(of_lanes, set(leaders.values()), matrices, gram)
         of_matrices = {matrix: of_leaders[leaders[matrix]] for matrix in matrices}
         check_statistics(of_matrices)
         return of_matrices
@@ -139,7 +139,7 @@ class LayerwisePass:
         """Add up the statistics of all lanes, in this process and the others.
 
         Args:
-            of_lanes: The statistics of the lanes of this process; they are changed.
+            of_lanes: The statistics of each lane, empty if it is of another process; changed.
             leaders: The matrices that have statistics.
             matrices: The matrices of the layer, which give the order.
             gram: Whether the statistics have sums of products.
@@ -199,24 +199,6 @@ class LayerwisePass:
             *batch.arguments[index], batch.shared if shared is None else shared
         )
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
-
-
-def by_lane(lane_batches: Iterable[LayerBatch]) -> dict[int, list[LayerBatch]]:
-    """Return the batches of each lane (`LANES`), in their order."""
-    lanes: dict[int, list[LayerBatch]] = {}
-    for batch in lane_batches:
-        lanes.setdefault(batch.lane, []).append(batch)
-    return lanes
-
-
-def _add_by_token_weights_(
-    statistics: dict[Matrix, InputStatistics],
-    gram: bool,
-    matrix: Matrix,
-    inputs: torch.Tensor,
-    route: Route,
-) -> None:
-    add_inputs_(statistics, matrix, inputs, route.token_weights, gram)
 
 
 def add_inputs_(

@@ -153,8 +153,8 @@ class LayerStore:
         files: Where to store them.
         prefix: Prefix of their keys.
         size: Bytes that all of them take.
-        writes: Whether this process stores layers. All processes of a launch prune all layers, but
-            only the first one stores them.
+        writes: Whether this process stores layers: only the first of several does, and hands those
+            that it finds to the others.
     """
 
     def __init__(self, files: TensorFiles, prefix: str, size: int, writes: bool) -> None:

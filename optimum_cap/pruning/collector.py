@@ -21,7 +21,7 @@ from optimum_cap.models import (
     routing,
     split_hidden,
 )
-from optimum_cap.runtime import LANES
+from optimum_cap.runtime import lane_of
 
 _INPUT_CRITERIA = ", ".join(name for name, entry in CRITERIA.items() if entry.needs_inputs)
 
@@ -50,8 +50,8 @@ class LayerBatch:
 
     @property
     def lane(self) -> int:
-        """The lane of the batch, below `LANES`."""
-        return self.number % LANES
+        """The lane of the batch."""
+        return lane_of(self.number)
 
     def real_rows(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """Return the rows of `[examples, tokens, width]` that are not padding.

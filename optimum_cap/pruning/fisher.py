@@ -127,9 +127,7 @@ def estimate_sensitivities(
     estimates = process_group.broadcast(estimates)
     if estimates is None:
         settings = _Settings(zeros_per_matrix, seed, answer_weight, memory_budget, process_group)
-        divergences, weights = _estimate(view, by_layer, chosen, settings)
-        flat = torch.cat([weights[matrix] for matrix in sizes]) if sizes else torch.empty(0)
-        estimates = divergences, flat
+        estimates = _estimate(view, by_layer, chosen, sizes, settings)
         if store:
             store.put_estimated(*estimates, seed)
     divergences, flat = estimates
@@ -157,9 +155,18 @@ def _estimate(
     view: ModelView,
     by_layer: Mapping[int, list[Group]],
     chosen: list[CalibrationExample],
+    sizes: Mapping[Matrix, int],
     settings: _Settings,
-) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
-    """Return the divergences, float64 `[sites, examples]`, and the weights of outputs."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the divergences, float64 `[sites, examples]`, and the weights of outputs, `[outputs]`.
+
+    Args:
+        view: The model.
+        by_layer: The sites with their matrices.
+        chosen: The examples.
+        sizes: Number of outputs of each matrix outside experts, in the order of the weights.
+        settings: The settings.
+    """
     count = len(view.layers)
     rows = _positions_of(by_layer)
     process_group = settings.process_group
@@ -201,16 +208,13 @@ def _estimate(
                         product = backward.product_with_change(site, of_site, position)
                         divergences[rows[site.name], batch.batch.positions] = product.square() / 2
             progress.update()
+    weights = torch.zeros(sum(sizes.values()))
+    for of_lane in weights_by_lane:
+        for matrix, of_outputs in zip(sizes, weights.split(list(sizes.values())), strict=True):
+            if matrix in of_lane:
+                of_outputs += of_lane[matrix]
     process_group.sum_(divergences)
-    weights = {}
-    for matrix in (matrix for groups in by_layer.values() for _, own in groups for matrix in own):
-        if matrix.expert is None:
-            total = torch.zeros(view.oriented(matrix).shape[0])
-            for of_lane in weights_by_lane:
-                if matrix in of_lane:
-                    total += of_lane[matrix]
-            process_group.sum_(total)
-            weights[matrix] = total
+    process_group.sum_(weights)
     return divergences, weights
 
 

@@ -17,7 +17,7 @@ import torch
 
 from optimum_cap.models import Matrix, ModelView, onloaded, without_parameter_grads
 from optimum_cap.pruning.activations import LayerwisePass
-from optimum_cap.runtime import ALONE, LANES, ProcessGroup
+from optimum_cap.runtime import ALONE, LANES, ProcessGroup, lane_of
 
 EXAMPLES_PER_STEP = 1
 LEFT_OUT = 8  # one pair of examples of so many is left out, and decides when to stop
@@ -102,7 +102,7 @@ class LayerRefiner:
         self._left_out = [n for n in range(count) if n // LANES % LEFT_OUT == middle]
         fitted = [n for n in range(count) if n not in self._left_out]
         fitted = fitted or self._left_out  # one or two batches
-        lanes = [[n for n in fitted if n % LANES == lane] for lane in range(LANES)]
+        lanes = [[n for n in fitted if lane_of(n) == lane] for lane in range(LANES)]
         self._lanes = [lane for lane in lanes if lane]
 
     def begin(self, index: int) -> None:

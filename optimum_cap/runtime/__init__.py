@@ -1,7 +1,13 @@
 """Several processes, memory limits, resuming of interrupted runs, digests and atomic files."""
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
-from optimum_cap.runtime.distributed import ALONE, LANES, ProcessGroup, check_same_inputs
+from optimum_cap.runtime.distributed import (
+    ALONE,
+    LANES,
+    ProcessGroup,
+    check_same_inputs,
+    lane_of,
+)
 from optimum_cap.runtime.files import (
     JsonFiles,
     TensorFiles,
@@ -38,6 +44,7 @@ __all__ = [
     "halves",
     "is_out_of_memory",
     "keep_freed_memory",
+    "lane_of",
     "machine",
     "model_digest",
     "resume_hint_on_stop",

@@ -107,13 +107,9 @@ class ProcessGroup:
         # As bytes, because not every backend knows every dtype.
         self._in_place(tensor, lambda values: dist.broadcast(values.view(torch.uint8), source))
 
-    def owner_of_lane(self, lane: int) -> int:
-        """Return the rank of the process that computes one of the `LANES` of a calibration set."""
-        return lane * min(self.size, LANES) // LANES
-
     def owns_lane(self, lane: int) -> bool:
-        """Return whether this process computes a lane."""
-        return self.owner_of_lane(lane) == self.rank
+        """Return whether this process computes one of the `LANES` of a calibration set."""
+        return lane * min(self.size, LANES) // LANES == self.rank
 
     def deal(self, costs: Sequence[float]) -> list[int]:
         """Return the rank of the process that takes each item: the one with the least work so far.
@@ -207,6 +203,12 @@ LANES = 2
 The sum of two numbers does not depend on their order, so a run gives the same bytes in one process
 as in several. With more parts, it would depend on which ones a process adds up first.
 """
+
+
+def lane_of(number: int) -> int:
+    """Return the lane of a batch, given its number among all batches; neighbours differ."""
+    return number % LANES
+
 
 ALONE = ProcessGroup()
 """A group of this process alone."""
