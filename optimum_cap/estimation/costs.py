@@ -396,7 +396,7 @@ class CostModel:
         """Return operations, seconds, and bytes besides the weights, of one evaluation task."""
         items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
         tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
-        if TASKS[name].extract is not None:  # questions
+        if TASKS[name].shows_examples:
             tokens *= 1 + num_fewshot
         read = self.work.forward(Workload(items, tokens, 0))
         if not longest:  # nothing is generated

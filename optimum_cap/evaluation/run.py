@@ -91,16 +91,10 @@ def load_task_data(
             in_harness = name.removeprefix(HARNESS_PREFIX)
             data[name] = find_harness_task(in_harness, include_path)
             continue
-        needs_examples = may_need_examples(name, num_fewshot) and _shows_examples(name)
+        needs_examples = TASKS[name].shows_examples and may_need_examples(name, num_fewshot)
         examples, source = load_examples(name, folder) if needs_examples else ((), {})
         data[name] = TaskItems(*load_items(name, folder), examples, source)
     return data
-
-
-def _shows_examples(name: str) -> bool:
-    """Return whether a task has questions, which worked examples can precede."""
-    task = TASKS[name]
-    return (task.extract is not None and not task.loss_only) or task.read_choices is not None
 
 
 def check_counts(

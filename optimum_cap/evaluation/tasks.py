@@ -156,6 +156,11 @@ class Task:
     until: tuple[str, ...] = ()
     loss_only: bool = False
 
+    @property
+    def shows_examples(self) -> bool:
+        """Whether the task has questions, which worked examples can precede."""
+        return (self.extract is not None and not self.loss_only) or self.read_choices is not None
+
 
 def resolve_tasks(names: str | Iterable[str]) -> list[str]:
     """Return the names of tasks with groups expanded and duplicates removed.

@@ -667,6 +667,18 @@ def test_own_answers_and_worked_examples_cost_more() -> None:
     assert shown["answer"] == usual["answer"]
     with pytest.raises(ValueError, match="num_fewshot must be an integer of at least 0, got -1"):
         cost(num_fewshot=-1)
+    cost_model = CostModel(
+        work_of(load_config(CONFIGS / "llama-3-8b.json")), find_hardware("h100", SIZE), 2
+    )
+    for task, takes_longer in (
+        ("arc_challenge_choices", True),
+        ("gsm8k_loss", False),
+        ("wikitext2", False),
+    ):
+        alone, with_examples = (
+            cost_model.evaluation({task: 8}, 8, count).seconds for count in (0, 5)
+        )
+        assert (with_examples > alone) == takes_longer
 
 
 def shown_runs() -> list[tuple[list[str], str]]:
