@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from helpers.answers import FIELDS, TEMPLATE, answered, config, let_it_answer
 from helpers.calibration import ROWS
 from helpers.checkpoints import on_disk, saved
 from helpers.out_of_memory import OUT_OF_MEMORY
-from helpers.paths import TESTS
+from helpers.processes import ranks
 from helpers.pruning_runs import weights
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
@@ -430,13 +428,9 @@ group.shutdown()
 
 @pytest.mark.slow
 def test_two_ranks_share_the_work_and_get_the_same_answers(llama: PreTrainedModel) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "29517", "--no-python", sys.executable, "-c"]
-    done = subprocess.run(
-        [*command, SCRIPT.format(tests=str(TESTS))], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+    done = ranks(script=SCRIPT)
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    lines = [one.stdout.split() for one in done]
     expected = answered(llama, num_samples=60).record["sha256"]
     assert [line[0] for line in lines] == [expected, expected]
     counts = sorted(int(line[1]) for line in lines)

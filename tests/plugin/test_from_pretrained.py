@@ -15,6 +15,7 @@ import torch
 import transformers
 from helpers.calibration import ROWS
 from helpers.paths import ROOT
+from helpers.processes import ranks
 from helpers.tiny_models import ARCHITECTURES, MOE, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from transformers import (
@@ -507,9 +508,7 @@ print("same")
 @pytest.mark.slow
 def test_a_packed_checkpoint_is_not_split_over_ranks_while_it_is_read(packed: Path) -> None:
     """Two real ranks: each is told what to do, instead of reading half a mask."""
-    script = packed.parent / "load.py"
-    script.write_text(
-        f"""
+    script = f"""
 import optimum_cap
 from transformers import AutoModelForCausalLM
 try:
@@ -518,7 +517,5 @@ except ValueError as error:
     assert "save with checkpoint_format='dense'" in str(error), error
     print("refused")
 """
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
-    assert result.stdout.split() == ["refused"] * 2, result.stderr
+    done = ranks(script=script)
+    assert [one.stdout.strip() for one in done] == ["refused"] * 2, done[0].stderr

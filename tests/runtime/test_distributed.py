@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.paths import TESTS
+from helpers.processes import ranks
 from helpers.pruning_runs import pruned
 from helpers.score_runs import chunk_files, digest, score
 from helpers.tiny_models import tiny_model, tiny_tokenizer
@@ -48,42 +47,6 @@ main(*sys.argv[1:])
 """
 
 
-def ranks(
-    *arguments: object, script: str = SCRIPT, size: int = 2
-) -> list[subprocess.CompletedProcess[str]]:
-    """Run the script in `size` ranks, without a launcher that ends the others when one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-c", script.format(tests=str(TESTS))]
-        processes.append(
-            subprocess.Popen(
-                [*command, *map(str, arguments)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    done = []
-    for process in processes:
-        out, err = process.communicate(timeout=280)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return done
-
-
 @given(costs=st.lists(st.integers(1, 100), max_size=40), size=st.integers(1, 5))
 def test_shares_are_consecutive_complete_and_about_equal(costs: list[int], size: int) -> None:
     shares = [ProcessGroup(rank, size).share(costs) for rank in range(size)]
@@ -106,14 +69,14 @@ def test_two_ranks_give_the_losses_of_one_and_a_dead_one_stops_the_other(tmp_pat
     expected = digest(score(tiny_model("llama"), tmp_path / "alone", count=24))
     chunks = len(chunk_files(tmp_path / "alone")) - 24  # of them the intact losses
 
-    survivor, dead = ranks(tmp_path / "scores", 10)
+    survivor, dead = ranks(tmp_path / "scores", 10, script=SCRIPT)
     assert dead.returncode == -9
     assert survivor.returncode == 1
     error = survivor.stderr.strip().splitlines()[-1]
     assert "process 0 of 2 lost the connection to another process, which stopped" in error
     assert f"stored in {tmp_path / 'scores'}; run the same command again to resume" in error
 
-    first, second = (done.stdout.split() for done in ranks(tmp_path / "scores"))
+    first, second = (done.stdout.split() for done in ranks(tmp_path / "scores", script=SCRIPT))
     assert first[0] == second[0] == expected
     left = int(first[1]) + int(second[1])
     assert 0 < left < chunks - 10, "what both had finished is not measured again"
@@ -147,7 +110,7 @@ def test_ranks_with_different_models_stop() -> None:
 
 @pytest.mark.slow
 def test_ranks_without_a_cache() -> None:
-    first, second = ranks("none")
+    first, second = ranks("none", script=SCRIPT)
     assert first.stdout.split()[0] == second.stdout.split()[0]
     assert first.stdout.split()[0] == digest(score(tiny_model("llama"), None, count=24))
     assert "Scoring" in first.stderr
