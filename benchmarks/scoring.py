@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample, shared_prefix
 from optimum_cap.estimation import device_name
-from optimum_cap.models import ModelView, Site, SiteUnit, decoder_layers, find_sites
+from optimum_cap.models import ModelView, Site, SiteUnit, find_sites
 from optimum_cap.scoring import (
     ScoringSettings,
     UnitLosses,
@@ -149,7 +149,7 @@ def floor_flops(
     scored = sum(int(example.scored.sum()) for example in examples)
     scored_pairs = sum(int(example.scored.nonzero().sum()) for example in examples)
 
-    projections = linear_flops(decoder_layers(model, [site for site, _ in units])[0])
+    projections = linear_flops(ModelView(model, [site for site, _ in units]).layers[0])
     whole = sum(projections.values())
     keys_values = projections["k_proj"] + projections["v_proj"]
     behind = whole - keys_values - projections["q_proj"]
@@ -170,7 +170,7 @@ def floor_flops(
 
 def matmul_rate(model: PreTrainedModel, sites: list[Site]) -> float:
     """Floating-point operations per second of one layer's projections, on a chunk of tokens."""
-    layer = decoder_layers(model, sites)[0]
+    layer = ModelView(model, sites).layers[0]
     dtype = torch.float32 if model.device.type == "cpu" else model.dtype
     products = [
         (

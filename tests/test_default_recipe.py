@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.config import RECIPES
-from optimum_cap.models.architectures import find_sites, heads, matrices_by_layer, oriented
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import heads, matrices_by_layer, oriented
 from optimum_cap.pruning.sensitivity import DivergenceEvaluator
 from optimum_cap.scoring.estimators import ESTIMATORS
 from optimum_cap.scoring.scores import causal_scores

@@ -15,12 +15,8 @@ from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_cap.config import RECIPES
-from optimum_cap.models.architectures import (
-    find_sites,
-    matrices_by_layer,
-    oriented,
-    prunable_matrices,
-)
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import matrices_by_layer, oriented, prunable_matrices
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.fisher import estimate_sensitivities
 from optimum_cap.pruning.sensitivity import measure_sensitivities

@@ -25,10 +25,11 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.data.calibration import build_calibration_set
-from optimum_cap.models.architectures import SiteUnit, find_sites
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import masked_unit
 from optimum_cap.models.modes import float32_on_cpu
 from optimum_cap.models.offload import offloading_hook
+from optimum_cap.models.sites import SiteUnit
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.exact import exact_losses

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data.calibration import build_calibration_set
-from optimum_cap.models.architectures import find_sites, prunable_matrices
-from optimum_cap.models.architectures import heads as attention_heads
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import masked_unit
+from optimum_cap.models.sites import heads as attention_heads
+from optimum_cap.models.sites import prunable_matrices
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
 from optimum_cap.scoring.exact import exact_losses

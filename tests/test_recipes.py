@@ -20,7 +20,8 @@ from optimum_cap.methods.criteria import CRITERIA
 from optimum_cap.methods.masks import split_proportionally
 from optimum_cap.methods.reconstruction import sparsegpt
 from optimum_cap.methods.statistics import InputStatistics
-from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer, oriented
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import Matrix, matrices_by_layer, oriented
 from optimum_cap.pruning.allocation import ALLOCATORS
 
 

@@ -8,7 +8,12 @@ from typing import Any
 
 from optimum_cap.config import CAPConfig
 
-KINDS = {"attention": "attention heads", "mlp": "MLP units", "expert": "expert units"}
+KINDS = {
+    "attention": "attention heads",
+    "mixer": "mixers without heads",
+    "mlp": "MLP units",
+    "expert": "expert units",
+}
 """Kind of a site -> the name of its units."""
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.methods import ALPS_INVERSES, ALPS_STEPS, FITTING_STEPS
 from optimum_cap.methods import BLOCK as SPARSEGPT_BLOCK
-from optimum_cap.models import QUERIES, Site, prunable_matrices
+from optimum_cap.models import Site, decoder_layer_names, mixer_units, prunable_matrices
 from optimum_cap.scoring import WORTHWHILE_SHARE
 
 # Elements read or written per channel of the hidden state and per output of a projection. Derived
@@ -526,36 +526,40 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
         sites: All sites of the model (`find_sites`).
         scored_units: Units to score: `"heads"` or `"all"`.
     """
-    attention = {site.layer_name: site for site in sites if site.kind == "attention"}
+    mixers = {site.layer_name: site for site in reversed(sites) if site.mixes_tokens}
     config = model.config.get_text_config(decoder=True)
     pruned = {matrix.parameter for matrix in prunable_matrices(sites)}
-    cached = DynamicCache(config=model.config).layers
+    windows = {
+        index: getattr(layer, "sliding_window", None)
+        for index, layer in enumerate(DynamicCache(config=model.config).layers)
+    }
     products = _products(model, getattr(config, "num_experts_per_tok", None) or 1, pruned)
     head = products.pop(_name_of(model, model.get_output_embeddings()))
     layers = []
-    for name, site in attention.items():
+    for index, name in enumerate(decoder_layer_names(model)):
         in_layer = [path for path in products if path.startswith(f"{name}.")]
         layer_products = {path: products.pop(path) for path in in_layer}
-        output_proj = layer_products.pop(site.projection)
-        inside = f"{site.block}."
-        others = [other for other in sites if other.layer == site.layer and other is not site]
+        site = mixers.get(name)
+        inside = f"{site.block}." if site else None
+        output_proj = layer_products.pop(site.projection) if site else Product(0, 0, False)
+        others = [other for other in sites if other.layer == index and other is not site]
+        of_mixer = {p for p in layer_products if inside is not None and p.startswith(inside)}
+        queries = f"{inside}q_proj"
         layers.append(
             LayerWork(
-                input_projs=tuple(
-                    p for path, p in layer_products.items() if path.startswith(inside)
-                ),
+                input_projs=tuple(layer_products[path] for path in in_layer if path in of_mixer),
                 output_proj=output_proj,
-                rest=tuple(p for path, p in layer_products.items() if not path.startswith(inside)),
+                rest=tuple(p for path, p in layer_products.items() if path not in of_mixer),
                 closing=tuple(
                     layer_products[path] for path in dict.fromkeys(o.projection for o in others)
                 ),
                 hidden=config.hidden_size,
-                width=site.width,
-                heads=len(site.units),
+                width=site.width if site else 0,
+                heads=len(mixer_units(each for each in sites if each.layer == index)),
                 groups=sum(len(other.units) for other in others if other.kind == "mlp"),
                 experts=sum(other.kind == "expert" for other in others),
-                queries=layer_products.get(f"{inside}{QUERIES}"),
-                window=getattr(cached[site.layer], "sliding_window", None),
+                queries=layer_products.get(queries),
+                window=windows.get(index),
                 **(_masking(layer_products, others) if scored_units == "all" else {}),
             )
         )

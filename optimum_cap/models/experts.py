@@ -1,116 +1,201 @@
 """The computation of an experts module, expert by expert.
 
-An experts module (`experts` in the mixture models of transformers) takes tokens `[tokens, hidden]`,
-the experts that each is routed to, int64 `[tokens, k]`, and their routing weights, `[tokens, k]`.
-It returns the weighted sum of the outputs of these experts.
+An experts module (`experts` in the mixture models of transformers) holds the weights of all experts
+in parameters with three dimensions. It takes tokens `[tokens, hidden]`, the experts that each is
+routed to, int64 `[tokens, k]`, and their routing weights, `[tokens, k]`, and returns the weighted
+sum of the outputs of these experts. That of Llama 4 takes the tokens of all experts one after the
+other, `[experts * tokens, hidden]`, zero where a token is not routed to the expert.
 """
 
-from collections.abc import Callable
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from optimum_cap.models.architectures import Matrix, Site
+OUTPUT = "down_proj"
+"""Name of the output projections of experts."""
+
+_INPUTS = ("gate_up_proj", "up_proj")
 
 
-def experts_of(model: PreTrainedModel, site: Site) -> nn.Module:
-    """Return the experts module of an expert's site.
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How an experts module stores and runs its experts.
 
-    Raises:
-        ValueError: An expert is not computed by `gated` followed by a product with `down_proj`.
+    Attributes:
+        input_proj: Name of the parameter that tokens are multiplied by first.
+        count: Number of experts.
+        hidden: Width of the tokens.
+        width: Number of inputs of each output projection.
+        rows: Number of outputs of each input projection.
+        transposed: Whether the matrices are stored as `[in, out]`.
+        all_tokens: Whether the module takes the tokens of all experts one after the other.
     """
-    module = model.get_submodule(site.block)
-    others = ("has_bias", "is_transposed", "has_post_expert_norm")
-    if not all(
-        hasattr(module, name) for name in ("_apply_gate", "gate_up_proj", "down_proj")
-    ) or any(getattr(module, name, False) for name in others):
-        raise ValueError(
-            f"the experts of {type(model).__name__} ({type(module).__name__}) cannot be scored: "
-            "masking needs gate_up_proj and down_proj [experts, out, in] without biases or a norm "
-            "after them; score heads only (scored_units='heads')"
-        )
-    return module
+
+    input_proj: str
+    count: int
+    hidden: int
+    width: int
+    rows: int
+    transposed: bool
+    all_tokens: bool
 
 
-def routing(module: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts that tokens are routed to and their weights, from a module's arguments.
+def experts_layout(module: nn.Module) -> ExpertsLayout | None:
+    """Return how an experts module stores its experts; `None` if it is no such module."""
+    output = getattr(module, OUTPUT, None)
+    input_proj = next((name for name in _INPUTS if getattr(module, name, None) is not None), "")
+    weight = getattr(module, input_proj, None) if input_proj else None
+    gates = getattr(module, "gate_proj", None)
+    if gates is not None or not all(
+        isinstance(each, nn.Parameter) and each.ndim == 3 for each in (output, weight)
+    ):
+        return None
+    assert isinstance(output, nn.Parameter)
+    assert isinstance(weight, nn.Parameter)
+    # Neither is square in both orientations: gated inputs have twice as many outputs as the output
+    # projection has inputs.
+    factor = 2 if input_proj == "gate_up_proj" else 1
+    fits = [
+        weight.shape[2 if transposed else 1] == factor * output.shape[1 if transposed else 2]
+        and weight.shape[1 if transposed else 2] == output.shape[2 if transposed else 1]
+        for transposed in (False, True)
+    ]
+    transposed = fits[1] if sum(fits) == 1 else bool(getattr(module, "is_transposed", False))
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    if not any(fits) or len(arguments) not in (1, 3):
+        return None
+    return ExpertsLayout(
+        input_proj,
+        output.shape[0],  # input projections may have more (LongCat's experts without weights)
+        output.shape[2 if transposed else 1],
+        output.shape[1 if transposed else 2],
+        weight.shape[2 if transposed else 1],
+        transposed,
+        all_tokens=len(arguments) == 1,
+    )
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """The arguments of one call of an experts module.
+
+    Attributes:
+        hidden: The tokens, `[tokens, hidden]`, or `[experts, tokens, hidden]` if each expert has
+            tokens of its own.
+        chosen: Experts that each token is routed to, int64 `[tokens, k]`; the number of experts
+            where there is none.
+        weights: Their routing weights, `[tokens, k]`; 1 if the tokens are weighted already.
+    """
+
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+    weights: torch.Tensor
+
+    def inputs(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what an expert receives for tokens, `[tokens, hidden]`."""
+        return (self.hidden if self.hidden.ndim == 2 else self.hidden[expert])[tokens]
+
+
+def experts_call(
+    module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ExpertsCall:
+    """Return the arguments of a call of an experts module.
 
     Args:
-        module: Path of the experts module.
-        args: The positional arguments after the tokens.
-
-    Returns:
-        The experts, int64 `[tokens, k]`, and their routing weights, `[tokens, k]`.
+        module: The experts module.
+        path: Its path, for the error.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
 
     Raises:
-        ValueError: The arguments are not these.
+        ValueError: The arguments are not those of an experts module.
     """
-    if len(args) != 2 or not all(isinstance(arg, torch.Tensor) and arg.ndim == 2 for arg in args):
+    layout = experts_layout(module)
+    hidden, *others = (*args, *kwargs.values())
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    if layout is not None and layout.all_tokens and not others:
+        hidden = hidden.view(layout.count, -1, hidden.shape[-1])
+        routed_here = (hidden != 0).any(dim=-1).T
+        ones = torch.ones(routed_here.shape, dtype=hidden.dtype, device=hidden.device)
+        experts = torch.arange(layout.count, device=hidden.device).expand_as(routed_here)
+        return ExpertsCall(hidden, experts.where(routed_here, layout.count), ones)
+    if len(others) != 2 or not all(
+        isinstance(arg, torch.Tensor) and arg.ndim == 2 and len(arg) == len(hidden)
+        for arg in others
+    ):
         raise ValueError(
-            f"the model gives {module} something other than the chosen experts and their weights "
-            "[tokens, k], so its experts cannot run one by one: score heads only "
-            "(scored_units='heads'), and choose criterion 'causal_score', 'magnitude' or 'random' "
-            "with an allocation that needs no inputs ('uniform' or 'global')"
+            f"the model gives {path} something other than the chosen experts and their weights "
+            "[tokens, k], so its experts cannot run one by one: leave them dense "
+            f"(modules_to_leave_dense=[{path.rpartition('.')[2]!r}]), or choose criterion "
+            "'magnitude'"
         )
-    chosen, weights = args
-    return chosen, weights
+    return ExpertsCall(hidden, *others)
 
 
-def gated(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the input of an expert's down_proj, `[tokens, width]`, for `[tokens, hidden]`."""
-    projected = nn.functional.linear(hidden, experts.gate_up_proj[expert])
-    # Private: the activation differs between architectures, and no public method applies it.
-    activated: torch.Tensor = experts._apply_gate(projected)
+def gate(module: Any, projected: torch.Tensor) -> torch.Tensor:
+    """Return the inputs of output projections, from the outputs of input projections."""
+    if getattr(module, "has_gate", True) and hasattr(module, "_apply_gate"):
+        # Private: the activation differs between architectures, and no public method applies it.
+        activated: torch.Tensor = module._apply_gate(projected)
+        return activated
+    if not hasattr(module, "gate_up_proj"):
+        activated = module.act_fn(projected)
+        return activated
+    gates, values = projected.chunk(2, dim=-1)
+    activated = module.act_fn(gates) * values
     return activated
+
+
+def gated(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the input of an expert's output projection, `[tokens, width]`.
+
+    Args:
+        module: The experts module.
+        expert: The expert.
+        hidden: The tokens, `[tokens, hidden]`.
+    """
+    layout = experts_layout(module)
+    assert layout is not None
+    return gate(module, _product(module, layout.input_proj, layout.transposed, expert, hidden))
+
+
+def expert_output(module: Any, expert: int, activated: torch.Tensor) -> torch.Tensor:
+    """Return the output of an expert, without its routing weight, `[tokens, hidden]`.
+
+    Args:
+        module: The experts module.
+        expert: The expert.
+        activated: The input of its output projection, `[tokens, width]`.
+    """
+    layout = experts_layout(module)
+    assert layout is not None
+    output = _product(module, OUTPUT, layout.transposed, expert, activated)
+    if getattr(module, "has_post_expert_norm", False):
+        normalised: torch.Tensor = module.post_expert_norm(output)
+        return normalised
+    return output
+
+
+def _product(
+    module: nn.Module, name: str, transposed: bool, expert: int, hidden: torch.Tensor
+) -> torch.Tensor:
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias", None)
+    return nn.functional.linear(
+        hidden, weight.T if transposed else weight, None if bias is None else bias[expert]
+    )
+
+
+def have_own_tokens(module: nn.Module) -> bool:
+    """Return whether an experts module takes the tokens of all experts one after the other."""
+    layout = experts_layout(module)
+    return layout is not None and layout.all_tokens
 
 
 def routed(chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which tokens are routed to an expert, and its position in `[tokens, k]` of each."""
     tokens, slots = (chosen == expert).nonzero(as_tuple=True)
     return tokens, slots
-
-
-def check_expert_input(matrix: Matrix) -> None:
-    """Check that the input of an expert's matrix can be computed.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    name = _projection(matrix)
-    if name not in _INPUTS:
-        raise ValueError(
-            f"{matrix.name}: cannot compute the input of an expert's {name!r} (supported: "
-            f"{', '.join(_INPUTS)}), so criteria that need inputs cannot prune it: leave it dense "
-            "(modules_to_leave_dense), or add it to _INPUTS in optimum_cap/models/experts.py"
-        )
-
-
-def expert_input(experts: Any, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the input of an expert's matrix for the tokens that are routed to it.
-
-    Args:
-        experts: The module of the experts.
-        matrix: A matrix of one of them that `check_expert_input` accepts.
-        hidden: The tokens, `[tokens, hidden]`.
-
-    Returns:
-        `[tokens, in]`.
-    """
-    assert matrix.expert is not None
-    return _INPUTS[_projection(matrix)](experts, matrix.expert, hidden)
-
-
-def _projection(matrix: Matrix) -> str:
-    return matrix.parameter.rpartition(".")[2]
-
-
-def _unchanged(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
-
-
-_INPUTS: dict[str, Callable[[Any, int, torch.Tensor], torch.Tensor]] = {
-    "gate_up_proj": _unchanged,
-    "down_proj": gated,
-}

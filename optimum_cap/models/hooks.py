@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from optimum_cap.models.architectures import Site, Unit
+from optimum_cap.models.sites import Site, Unit
 
 
 @contextmanager
@@ -143,12 +143,14 @@ def split_hidden(
 
 def hidden_states_of(output: Any) -> torch.Tensor:
     """Return the hidden states of the output of a layer or block."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def repack_output(output: Any, hidden: torch.Tensor) -> Any:
-    """Return `hidden` in the format of `output`: alone, or first in a tuple of the same length."""
-    return (hidden, *[None] * (len(output) - 1)) if isinstance(output, tuple) else hidden
+    """Return `hidden` as `output` has it: alone, or first in a tuple or list of the same length."""
+    if not isinstance(output, tuple | list):
+        return hidden
+    return type(output)([hidden, *[None] * (len(output) - 1)])
 
 
 @contextmanager

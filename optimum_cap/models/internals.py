@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +19,20 @@ def accelerate_hook(module: nn.Module) -> Any:
     accelerate adds and removes hooks publicly (`add_hook_to_module`), but has no getter.
     """
     return getattr(module, "_hf_hook", None)
+
+
+def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """Return the hook that loads the weights of `module` itself, or `None` if not offloaded."""
+    hook = accelerate_hook(module)
+    return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
+
+
+def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters and the buffers of `module` itself, as dictionaries to change.
+
+    torch lists them publicly, but replaces none that has another device or type.
+    """
+    return module._parameters, module._buffers
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:

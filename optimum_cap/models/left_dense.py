@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_cap.models.architectures import Matrix, decoder_of
+from optimum_cap.models.architectures import decoder_of
+from optimum_cap.models.sites import Matrix
 from optimum_cap.models.view import ModelView
 
 # Routers decide which experts run: they are small, and left dense on purpose.
@@ -44,6 +45,7 @@ def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[De
     layer_names = {site.layer_name for site in view.sites}
     decoder_name, decoder = decoder_of(view.model)
     weights: dict[tuple[str, bool], int] = {}
+    counted: set[int] = set()  # some models use a parameter in several layers
     for path, module in decoder.named_modules():
         full_path = ".".join(filter(None, (decoder_name, path)))
         for name, parameter in module.named_parameters(recurse=False):
@@ -52,6 +54,9 @@ def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[De
             of_experts = parameter.ndim == 3 and not isinstance(module, _CONVOLUTIONS)
             if not (is_linear or of_experts) or full_name in chosen or _ROUTERS.search(path):
                 continue
+            if id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
             key = _projection(full_name, layer_names, decoder_name), full_name in prunable
             weights[key] = weights.get(key, 0) + parameter.numel()
     return [

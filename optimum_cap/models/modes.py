@@ -7,7 +7,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from optimum_cap.models.offload import offloading_hook
+from optimum_cap.models.internals import offloading_hook
 
 
 @contextmanager

@@ -24,14 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap.models.architectures import Matrix, is_transposed
-from optimum_cap.models.internals import accelerate_hook
-
-
-def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """Return the hook that loads the weights of `module` itself, or `None` if not offloaded."""
-    hook = accelerate_hook(module)
-    return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
+from optimum_cap.models.internals import offloading_hook
+from optimum_cap.models.sites import Matrix, is_transposed
 
 
 def is_offloaded(model: nn.Module) -> bool:

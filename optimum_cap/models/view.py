@@ -8,22 +8,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_cap.models.architectures import (
+from optimum_cap.models.architectures import decoder_layer_names, find_sites
+from optimum_cap.models.hooks import recorded_calls
+from optimum_cap.models.offload import device_of, weights, writable_weights
+from optimum_cap.models.sites import (
     Matrix,
     Site,
     SiteUnit,
     all_units,
-    decoder_layers,
-    find_sites,
     heads,
     is_transposed,
     matrices_by_layer,
+    mixer_units,
     oriented,
     prunable_matrices,
     stages_by_layer,
 )
-from optimum_cap.models.hooks import recorded_calls
-from optimum_cap.models.offload import device_of, weights, writable_weights
 
 
 def number_of_embeddings(model: PreTrainedModel) -> int:
@@ -63,14 +63,14 @@ class ModelView:
         return cls(model, find_sites(model, mlp_unit_size))
 
     def with_sites(self, names: set[str]) -> "ModelView":
-        """Return a view of all attention sites and of the other sites with these names."""
-        chosen = [site for site in self.sites if site.kind == "attention" or site.name in names]
+        """Return a view of all sites that mix tokens, and of the other sites with these names."""
+        chosen = [site for site in self.sites if site.mixes_tokens or site.name in names]
         return replace(self, sites=chosen)
 
     @cached_property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
-        return decoder_layers(self.model, self.sites)
+        return [self.model.get_submodule(name) for name in decoder_layer_names(self.model)]
 
     @cached_property
     def output_templates(self) -> list[Any]:
@@ -102,8 +102,13 @@ class ModelView:
         return device_of(self.model)
 
     def units(self, which: str = "all") -> list[SiteUnit]:
-        """Return the units of the sites: `"all"` of them, or only the `"heads"`."""
-        return all_units(self.sites) if which == "all" else heads(self.sites)
+        """Return the units to score: `"all"`, or `"heads"` (and mixers that have none)."""
+        return all_units(self.sites) if which == "all" else mixer_units(self.sites)
+
+    @property
+    def heads(self) -> list[SiteUnit]:
+        """The heads, each with its site."""
+        return heads(self.sites)
 
     def is_transposed(self, matrix: Matrix) -> bool:
         """Return whether a matrix is stored as `[in, out]`."""

@@ -12,14 +12,13 @@ from transformers import PreTrainedModel
 from optimum_cap.data import Batch
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import (
+    OUTPUT,
     Matrix,
     SharedStates,
     StopForwardError,
-    check_expert_input,
-    expert_input,
+    experts_call,
+    gated,
     routed,
-    routing,
-    split_hidden,
 )
 from optimum_cap.runtime import lane_of
 
@@ -141,9 +140,6 @@ class InputCollector:
 
     Attributes:
         leaders: For each matrix that has run, the first matrix with the same input.
-
-    Raises:
-        ValueError: A matrix belongs to an expert whose inputs cannot be computed.
     """
 
     def __init__(self, model: PreTrainedModel, matrices: Iterable[Matrix]) -> None:
@@ -151,8 +147,6 @@ class InputCollector:
         self._model = model
         self._by_module: dict[str, list[Matrix]] = {}
         for matrix in matrices:
-            if matrix.expert is not None:
-                check_expert_input(matrix)
             self._by_module.setdefault(matrix.module, []).append(matrix)
 
     @contextmanager
@@ -189,12 +183,13 @@ class InputCollector:
             matrices: list[Matrix],
             module: nn.Module,
             path: str,
-            hidden: torch.Tensor,
-            others: tuple[Any, ...],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
         ) -> None:
-            rows = batch.real_rows(hidden, path)
-            chosen, weights = (batch.real_rows(each, path) for each in routing(path, others))
+            call = experts_call(module, path, args, kwargs)
+            chosen, weights = (batch.real_rows(x, path) for x in (call.chosen, call.weights))
             weights, token_weights = weights.float(), batch.weights_on(chosen.device)
+            real = batch.batch.real.flatten().nonzero()[:, 0].to(chosen.device)
             by_expert: dict[int, Route] = {}
             for matrix in matrices:
                 assert matrix.expert is not None
@@ -206,18 +201,21 @@ class InputCollector:
                     route = _route(matrix.expert, chosen, weights, token_weights)
                     by_expert[matrix.expert] = route
                 self.leaders[matrix] = matrix
-                receive(matrix, expert_input(module, matrix, rows[route.tokens]), route)
+                assert route.tokens is not None
+                rows = call.inputs(matrix.expert, real[route.tokens])
+                if matrix.parameter.endswith(f".{OUTPUT}"):
+                    rows = gated(module, matrix.expert, rows)
+                receive(matrix, rows, route)
 
         def hook_of(path: str) -> Callable[..., None]:
             matrices = self._by_module[path]
             is_expert = matrices[0].expert is not None
 
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden, others, _ = split_hidden(args, kwargs)
                 if is_expert:
-                    receive_experts(matrices, module, path, hidden, others)
+                    receive_experts(matrices, module, path, args, kwargs)
                 else:
-                    receive_projection(matrices, hidden)
+                    receive_projection(matrices, (*args, *kwargs.values())[0])
                 missing.discard(path)
                 if stop_early and not missing:
                     raise StopForwardError

@@ -35,7 +35,7 @@ from optimum_cap.pruning.collector import InputCollector, LayerBatch, Route
 from optimum_cap.pruning.residual import modules_that_join
 
 Calls = dict[str, RecordedCall]
-"""Calls of the output modules of attention, by path."""
+"""Calls of output modules, by path."""
 
 
 class DenseReferencePass(LayerwisePass):
@@ -113,7 +113,8 @@ class DenseReferencePass(LayerwisePass):
         sites = (self._site_of_output_proj.get(matrix) for matrix in matrices)
         # After the output projection of an MLP, little of the layer is left to compute: the dense
         # model finishes it here.
-        to_the_end = any(site is not None and site.kind != "attention" for site in sites)
+        last = max(site.level for site in self._sites[index])
+        to_the_end = any(site is not None and site.level == last for site in sites)
         statistics: dict[Matrix, InputStatistics] = {}
         moments: dict[Matrix, torch.Tensor] = {}
         outputs = []
@@ -218,10 +219,11 @@ class DenseReferencePass(LayerwisePass):
         """
         inputs: dict[Matrix, torch.Tensor] = {}
         used_routes: dict[Matrix, Route] = {}
-        attention = {
+        last = max(site.level for site in self._sites[index])
+        before_last = {
             site.output_module: self.model.get_submodule(site.output_module)
             for site in self._sites[index]
-            if site.kind == "attention"
+            if site.level < last
         }
         output = None
 
@@ -230,7 +232,7 @@ class DenseReferencePass(LayerwisePass):
 
         with (
             suppress(StopForwardError),
-            recorded_calls(attention) as calls,
+            recorded_calls(before_last) as calls,
             collector.collecting(batch, receive, routes, stop_early=not to_the_end),
         ):
             output = self.run(index, batch, hidden, shared)
@@ -251,20 +253,20 @@ class DenseReferencePass(LayerwisePass):
     ) -> dict[str, torch.Tensor]:
         """Return the error of the residual stream at output modules: `[real tokens, hidden]`."""
         joining = self.joining_modules(index)
-        attention = {site.output_module for site in self._sites[index] if site.kind == "attention"}
+        levels: dict[int, set[str]] = {}
+        for site in self._sites[index]:
+            levels.setdefault(site.level, set()).add(site.output_module)
         errors: dict[str, torch.Tensor] = {}
-        if not attention <= joining:
-            return errors
         error = dense_hidden - batch.hidden
-        for path in attention:
-            errors[path] = batch.real_rows(error, path) / len(attention)
-        if any(calls[path].output is None for path in attention):
-            return errors
-        for path in attention:
-            dense_output = hidden_states_of(dense_calls[path].output)
-            change = dense_output - hidden_states_of(calls[path].output)
-            error = error + change.to(error.device)
-        others = joining - attention
-        for path in others:
-            errors[path] = batch.real_rows(error, path) / len(others)
+        for level in sorted(levels):
+            paths = levels[level] & joining
+            for path in paths:
+                errors[path] = batch.real_rows(error, path) / len(paths)
+            known = all(path in calls and calls[path].output is not None for path in levels[level])
+            if not known or not levels[level] <= joining:
+                break  # what the stream is after this level is not known
+            for path in levels[level]:
+                dense_output = hidden_states_of(dense_calls[path].output)
+                change = dense_output - hidden_states_of(calls[path].output)
+                error = error + change.to(error.device).view_as(error)
         return errors

@@ -23,14 +23,16 @@ from optimum_cap.models import (
     Site,
     Targets,
     evaluation_mode,
+    expert_output,
+    experts_call,
     float32_on_cpu,
+    gated,
     hidden_states_of,
     logits_of,
     onloaded,
     positions_per_chunk,
     recorded_calls,
     routed,
-    routing,
     without_parameter_grads,
 )
 from optimum_cap.pruning.activations import LayerwisePass
@@ -350,7 +352,7 @@ class BackwardPass:
         """
         model, batch = self._view.model, self._layerwise.batches[position]
         examples = len(batch.batch.positions)
-        if site.block == site.layer_name:
+        if not site.runs_alone:
             layer = self._layer
             with temporary_weights(model, pruned):
                 shared = copy.copy(batch.shared)
@@ -362,16 +364,24 @@ class BackwardPass:
             with temporary_weights(model, pruned):
                 changed = hidden_states_of(output_module(call.hidden, *call.args, **call.kwargs))
             return _sums(gradient, changed - hidden_states_of(call.output), examples)
-        chosen, weights = routing(site.block, call.args)
-        tokens, slots = routed(chosen, site.expert)
+        routes = experts_call(output_module, site.block, (call.hidden, *call.args), call.kwargs)
+        tokens, slots = routed(routes.chosen, site.expert)
         if not len(tokens):
             return torch.zeros(examples, dtype=torch.float64)
-        arguments = call.hidden[tokens], chosen[tokens, slots, None], weights[tokens, slots, None]
-        change = -hidden_states_of(output_module(*arguments))
+        expert, inputs = site.expert, routes.inputs(site.expert, tokens)
+
+        def output() -> torch.Tensor:
+            return expert_output(output_module, expert, gated(output_module, expert, inputs))
+
+        change = -output()
         with temporary_weights(model, pruned):
-            change += hidden_states_of(output_module(*arguments))
-        of_tokens = (gradient[tokens].float() * change.float()).sum(dim=1)
-        example = tokens // (len(chosen) // examples)
+            change += output()
+        # Of the tokens of this expert, if each expert has tokens of its own.
+        gradient = gradient.reshape(-1, len(routes.chosen), gradient.shape[-1])
+        at_tokens = gradient[site.expert if len(gradient) > 1 else 0, tokens]
+        weighted = at_tokens.float() * routes.weights[tokens, slots, None].float()
+        of_tokens = (weighted * change.float()).sum(dim=1)
+        example = tokens // (len(routes.chosen) // examples)
         return torch.bincount(example.cpu(), of_tokens.double().cpu(), minlength=examples)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import chain
 
 from optimum_cap.methods import apply_mask_
-from optimum_cap.models import Matrix, ModelView, SiteUnit, WeightSlice, separable
+from optimum_cap.models import Matrix, ModelView, SiteUnit, WeightSlice
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.pruning.regions import UnitKey, region_importances
 
@@ -14,8 +14,8 @@ def removable_heads(view: ModelView, matrices: list[Matrix]) -> list[SiteUnit]:
     chosen = {matrix.name for matrix in matrices}
     return [
         head
-        for head in view.units("heads")
-        if all(piece.parameter in chosen for piece in separable(view.model, *head))
+        for head in view.heads
+        if all(piece.parameter in chosen for piece in head.unit.separable)
     ]
 
 
@@ -64,10 +64,7 @@ def remove_heads_(
         ranks = _mean_importances(view, matrices, pruner, candidates)
     order = sorted(range(len(candidates)), key=ranks.__getitem__)
     removed = {candidates[index] for index in order[:count]}
-    is_kept = {
-        (head.site.name, head.unit.index): float(head not in removed)
-        for head in view.units("heads")
-    }
+    is_kept = {(head.site.name, head.unit.index): float(head not in removed) for head in view.heads}
     attention = [site for site in view.sites if site.kind == "attention"]
     # A key/value head is removed only together with all query heads that share it.
     regions = region_importances(attention, is_kept, "max")
@@ -80,7 +77,7 @@ def _mean_importances(
     view: ModelView, matrices: list[Matrix], pruner: MatrixPruner, heads: list[SiteUnit]
 ) -> list[float]:
     """Return the mean importance of the weights of each head."""
-    regions = [separable(view.model, site, unit) for site, unit in heads]
+    regions = [unit.separable for _, unit in heads]
     pieces: dict[str, set[WeightSlice]] = {}
     for piece in chain.from_iterable(regions):
         pieces.setdefault(piece.parameter, set()).add(piece)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from optimum_cap.methods import HIGHEST, LOWEST
-from optimum_cap.models import Matrix, Site
+from optimum_cap.models import Matrix, Site, mixer_units
 
 UnitKey = tuple[str, int]
 """`(name of the site, index of the unit)`."""
@@ -44,20 +44,24 @@ def unit_importances(
     """Return the importance of every unit: its own, or the mean of the heads of its layer.
 
     The paper uses this mean for MLPs (step 5) and names it as its main weakness; experts are
-    treated like MLPs.
+    treated like MLPs. A mixer without heads counts as one head. A layer that mixes no tokens
+    (Nemotron-H) takes the mean of the nearest layer before it that does, or else after it.
 
     Args:
         sites: All sites of the model.
         scored: Importances of the units that were scored, all heads among them.
     """
     sites = list(sites)
-    means: dict[int, float] = {}
-    for site in sites:
-        if site.kind == "attention":
-            of_heads = [scored[site.name, unit.index] for unit in site.units]
-            means[site.layer] = sum(of_heads) / len(of_heads)
+    of_heads: dict[int, list[float]] = {}
+    for site, unit in mixer_units(sites):
+        of_heads.setdefault(site.layer, []).append(scored[site.name, unit.index])
+    means = {layer: sum(values) / len(values) for layer, values in of_heads.items()}
+
+    def nearest(layer: int) -> float:
+        return means[min(means, key=lambda other: (other > layer, abs(other - layer)))]
+
     return {
-        (site.name, unit.index): scored.get((site.name, unit.index), means[site.layer])
+        (site.name, unit.index): scored.get((site.name, unit.index), nearest(site.layer))
         for site in sites
         for unit in site.units
     }

@@ -6,7 +6,7 @@ from transformers.utils import logging
 
 from optimum_cap.config import PATTERN_PREFIX, CAPConfig
 from optimum_cap.methods import WHOLE_HEADS
-from optimum_cap.models import Matrix, ModelView, projections_left_dense, separable
+from optimum_cap.models import Matrix, ModelView, projections_left_dense
 from optimum_cap.text import did_you_mean
 
 _LM_HEAD = "lm_head"  # what users call it, whatever its name in the model
@@ -28,7 +28,7 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
     leave_dense = config.modules_to_leave_dense
     matrices = view.matrices
     if config.pattern == WHOLE_HEADS:
-        slices = (piece for head in view.units("heads") for piece in separable(view.model, *head))
+        slices = (piece for _, head in view.heads for piece in head.separable)
         of_heads = {Matrix(piece.parameter) for piece in slices}
         matrices = [matrix for matrix in matrices if matrix in of_heads]
     _check_entries(view, leave_dense)

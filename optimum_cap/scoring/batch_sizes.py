@@ -57,4 +57,4 @@ def streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:
 
 def one_site_per_block(sites: Iterable[Site]) -> list[Site]:
     """Return one site of each MLP and one of each experts module."""
-    return list({site.output_module: site for site in sites if site.kind != "attention"}.values())
+    return list({site.output_module: site for site in sites if not site.mixes_tokens}.values())

@@ -16,6 +16,7 @@ from optimum_cap.models import (
     compiling,
     evaluation_mode,
     float32_on_cpu,
+    have_own_tokens,
     is_offloaded,
 )
 from optimum_cap.runtime import (
@@ -27,10 +28,13 @@ from optimum_cap.runtime import (
 from optimum_cap.scoring.batch_sizes import streams_per_chunk, tokens_per_batch
 from optimum_cap.scoring.cache import unit_names
 from optimum_cap.scoring.chunks import Chunk, ChunkMeasurer, chunks_of, cost_of
+from optimum_cap.scoring.plain import plain_losses
 from optimum_cap.scoring.scores import UnitLosses
 from optimum_cap.scoring.settings import ScoringSettings
 from optimum_cap.scoring.shared_prefix import prefix_to_share
 from optimum_cap.scoring.stream_check import check_streams
+
+logger = logging.get_logger(__name__)
 
 
 def exact_losses(
@@ -40,6 +44,9 @@ def exact_losses(
     settings: ScoringSettings | None = None,
 ) -> UnitLosses:
     """Measure the loss with each unit masked.
+
+    Masked streams start at their unit, and share everything before it. Where a model does not allow
+    that (layers with several mixers of tokens, or none), whole passes measure the same losses.
 
     Args:
         view: A causal language model; it is left unchanged.
@@ -51,9 +58,8 @@ def exact_losses(
         The losses, in the order of the units and of the examples.
 
     Raises:
-        ValueError: The units include experts whose computation is not supported, the layers cannot
-            run one at a time or be compiled, the units are in another order, or the processes of
-            the group were given different inputs.
+        ValueError: The layers cannot be compiled, the units are in another order, or the processes
+            of the group were given different inputs.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the group has stopped.
     """
@@ -62,17 +68,24 @@ def exact_losses(
         check_compilable(view.model)
     units = view.units() if units is None else units
     _check_order(units)
+    whole, view = view, view.with_sites({site.name for site, _ in units})
+    if reason := why_not_by_layers(view):
+        return _by_whole_passes(whole, examples, units, settings, reason)
     check_same_inputs(
         settings.process_group, view.model, examples, unit_names(units), settings.memory_budget
     )
-    view = view.with_sites({site.name for site, _ in units})
     with evaluation_mode(view.model), float32_on_cpu(view.model):
         # Measured after the weights are widened, which takes memory.
         budget = agreed_budget(view, examples, units, settings)
         prefix = agree_once(
             "prefix", lambda: prefix_to_share(view, examples), examples, units, settings
         )
-        agree_once("streams", lambda: _checked(view, examples, prefix), examples, units, settings)
+        same = agree_once(
+            "streams", lambda: check_streams(view, examples, prefix), examples, units, settings
+        )
+        if not same:
+            reason = "layers that run one at a time do not give the losses of the model"
+            return _by_whole_passes(whole, examples, units, settings, reason)
         tokens = tokens_per_batch(view.model, budget, prefix, view.sites)
         chunks = [
             chunk
@@ -85,15 +98,43 @@ def exact_losses(
     return UnitLosses(units, scorer.intact, scorer.masked)
 
 
-def _checked(view: ModelView, examples: list[CalibrationExample], prefix: int) -> int:
-    """Check the streams; the result only says, in a cache, that they need not be checked again."""
-    check_streams(view, examples, prefix)
-    return 1
+def why_not_by_layers(view: ModelView) -> str | None:
+    """Return why masked streams cannot start in the middle of a model; `None` if they can.
+
+    Args:
+        view: The model, with the sites whose units are masked and all sites that mix tokens.
+    """
+    for index in range(len(view.layers)):
+        sites = [site for site in view.sites if site.layer == index]
+        mixers = [site for site in sites if site.mixes_tokens]
+        if len(mixers) != 1:
+            return f"layer {index} has {len(mixers) or 'no'} mixers of tokens instead of one"
+        levels = {site.level for site in sites if not site.mixes_tokens}
+        if mixers[0].level or len(levels) > 1:
+            return f"the sites of layer {index} run one after the other"
+        for site in sites:
+            if site.expert is not None and have_own_tokens(view.model.get_submodule(site.block)):
+                return f"the experts of layer {index} receive tokens of their own"
+    return None
+
+
+def _by_whole_passes(
+    view: ModelView,
+    examples: list[CalibrationExample],
+    units: list[SiteUnit],
+    settings: ScoringSettings,
+    reason: str,
+) -> UnitLosses:
+    logger.warning(
+        f"{type(view.model).__name__}: {reason}, so masked losses are measured exactly, but by "
+        f"{1 + len(units):,} whole passes (estimator 'plain')"
+    )
+    return plain_losses(view, examples, units, settings)
 
 
 def _check_order(units: list[SiteUnit]) -> None:
     """Check that units come in the order in which their streams start."""
-    places = [(site.layer, site.kind != "attention") for site, _ in units]
+    places = [(site.layer, not site.mixes_tokens) for site, _ in units]
     for place, following, (site, unit) in zip(places, places[1:], units[1:], strict=False):
         if following < place:
             raise ValueError(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.models import (
+    ExpertsCall,
     ModelView,
     Site,
     SiteUnit,
@@ -20,13 +22,12 @@ from optimum_cap.models import (
     check_in_memory,
     device_of,
     evaluation_mode,
-    experts_of,
+    experts_call,
     float32_on_cpu,
     gated,
     layer_input_width,
     mlp_width,
     routed,
-    routing,
     scored_logits,
     token_losses,
     without_parameter_grads,
@@ -86,9 +87,7 @@ def first_order_losses(
     ):
         budget = agreed_budget(view, examples, units, settings)
         parts = batches(examples, examples_per_pass(view.model, examples, budget))
-        for batch, losses in each_in_memory(
-            parts, lambda batch: _first_order(view.model, units, batch)
-        ):
+        for batch, losses in each_in_memory(parts, lambda batch: _first_order(view, units, batch)):
             intact[batch.positions], masked[:, batch.positions] = losses
             progress.update(len(batch.positions))
     # Every process has computed all losses; share one set, so that all continue with the same.
@@ -97,10 +96,10 @@ def first_order_losses(
 
 
 def _first_order(
-    model: PreTrainedModel, units: list[SiteUnit], batch: Batch
+    view: ModelView, units: list[SiteUnit], batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the intact and masked losses of a batch, `[examples]` and `[units, examples]`."""
-    sites = {site.name: site for site, _ in units}.values()
+    model, sites = view.model, {site.name: site for site, _ in units}.values()
     examples = len(batch.positions)
     with torch.enable_grad(), _gates(model, sites, examples) as gates:
         with _recorded_experts(model, sites) as experts:
@@ -115,7 +114,7 @@ def _first_order(
             of_channels = by_leaf[site.name][:, 0]
         else:
             of_channels = _expert_gradients(
-                model, site, experts[site.block], by_leaf[site.block], examples
+                view, site, experts[site.block].call, by_leaf[site.block], examples
             )
         effects.append(_sums_over_units(of_channels, [unit for _, unit in group]))
     return intact, intact - torch.cat(effects)
@@ -163,50 +162,56 @@ def _gates(
 
 
 @dataclass(frozen=True)
-class _ExpertsCall:
+class _RecordedExperts:
     """One call of an experts module.
 
     Attributes:
-        hidden: The tokens, `[tokens, hidden]`.
-        chosen: Experts that each token is routed to, int64 `[tokens, k]`.
-        weights: Their routing weights, `[tokens, k]`.
+        call: Its arguments.
         offset: Zeros that are added to the output, `[tokens, hidden]`; a leaf of the graph.
     """
 
-    hidden: torch.Tensor
-    chosen: torch.Tensor
-    weights: torch.Tensor
+    call: ExpertsCall
     offset: torch.Tensor
 
 
 @contextmanager
 def _recorded_experts(
     model: PreTrainedModel, sites: Iterable[Site]
-) -> Iterator[dict[str, _ExpertsCall]]:
+) -> Iterator[dict[str, _RecordedExperts]]:
     """Record the calls of the experts modules among `sites`.
 
     Yields:
         The calls, by the path of the module. The forward pass fills this dictionary.
 
     Raises:
-        ValueError: The computation of the experts is not supported.
+        ValueError: The model calls its experts in another way, or normalises what each returns.
     """
-    calls: dict[str, _ExpertsCall] = {}
+    calls: dict[str, _RecordedExperts] = {}
 
     def record(site: Site) -> Callable[..., torch.Tensor]:
         def hook(
-            module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: torch.Tensor,
         ) -> torch.Tensor:
-            chosen, weights = routing(site.block, args[1:])
+            call = experts_call(module, site.block, args, kwargs)
             offset = torch.zeros_like(output, requires_grad=True)
-            calls[site.block] = _ExpertsCall(args[0].detach(), chosen, weights.detach(), offset)
+            calls[site.block] = _RecordedExperts(call, offset)
             return output + offset
 
         return hook
 
     modules = {site.block: site for site in sites if site.expert is not None}
+    if any(getattr(model.get_submodule(path), "has_post_expert_norm", False) for path in modules):
+        raise ValueError(
+            f"{type(model).__name__} normalises what each expert returns, so its experts have no "
+            "first-order estimate: use estimator 'exact', or score heads only "
+            "(scored_units='heads')"
+        )
     handles = [
-        experts_of(model, site).register_forward_hook(record(site)) for site in modules.values()
+        model.get_submodule(path).register_forward_hook(record(site), with_kwargs=True)
+        for path, site in modules.items()
     ]
     try:
         yield calls
@@ -216,22 +221,26 @@ def _recorded_experts(
 
 
 def _expert_gradients(
-    model: PreTrainedModel, site: Site, call: _ExpertsCall, gradient: torch.Tensor, examples: int
+    view: ModelView, site: Site, call: ExpertsCall, gradient: torch.Tensor, examples: int
 ) -> torch.Tensor:
     """Return the gradients of gates on the channels of an expert, float32 `[examples, channels]`.
 
     Args:
-        model: The model.
+        view: The model.
         site: The site of the expert.
         call: The call of its module.
-        gradient: Gradient of the output of the module, `[tokens, hidden]`.
+        gradient: Gradient of the output of the module, `[tokens, hidden]`, or
+            `[experts * tokens, hidden]` if each expert has tokens of its own.
         examples: Number of examples, all with the same number of tokens.
     """
     assert site.expert is not None
     tokens, slots = routed(call.chosen, site.expert)
-    activated = gated(model.get_submodule(site.block), site.expert, call.hidden[tokens])
-    down = model.get_parameter(site.projection)[site.expert]
-    of_tokens = activated * (gradient[tokens] @ down) * call.weights[tokens, slots, None]
+    inputs = call.inputs(site.expert, tokens).detach()
+    activated = gated(view.model.get_submodule(site.block), site.expert, inputs)
+    gradient = gradient.reshape(-1, len(call.chosen), gradient.shape[-1])
+    at_tokens = gradient[site.expert if len(gradient) > 1 else 0, tokens]
+    weights = call.weights.detach()[tokens, slots, None]
+    of_tokens = activated * (at_tokens @ view.oriented(site.output_proj)) * weights
     example = tokens // (len(call.chosen) // examples)
     # A product with ones and zeros sums in a deterministic order, on a GPU too.
     return nn.functional.one_hot(example, examples).T.float() @ of_tokens.float()

@@ -18,7 +18,6 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.models import (
-    QUERIES,
     Site,
     StopForwardError,
     bypass_layers,
@@ -40,6 +39,8 @@ from optimum_cap.scoring.prefix import (
 )
 
 logger = logging.get_logger(__name__)
+
+_QUERIES = "q_proj"  # name of the query projection, where queries have one of their own
 
 
 class _Keys(DynamicCache):
@@ -201,7 +202,7 @@ class LastAttention:
         """Return the output for the tail of the last segment, after tokens with these keys."""
         tail = replace(streams, hidden=streams.hidden[..., self.start :, :])
         args, kwargs = self._arguments(self.tail, tail, keys)
-        block = self.model.get_submodule(self.site.block)
+        block = self.model.get_submodule(self.site.output_module)
         return hidden_states_of(run_until(block, self.layer, tail.hidden, *args, **kwargs))
 
     def _keys(self, streams: list[Streams]) -> _Keys:
@@ -229,7 +230,7 @@ class LastAttention:
     @contextmanager
     def _no_queries(self) -> Iterator[None]:
         """Make the query projection return zeros, if queries have a projection of their own."""
-        projection = getattr(self.model.get_submodule(self.site.block), QUERIES, None)
+        projection = getattr(self.model.get_submodule(self.site.block), _QUERIES, None)
         if not isinstance(projection, nn.Linear):
             yield
             return

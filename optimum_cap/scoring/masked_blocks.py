@@ -17,14 +17,14 @@ from optimum_cap.models import (
     Site,
     SiteUnit,
     Unit,
-    experts_of,
+    expert_output,
+    experts_call,
     gated,
     hidden_states_of,
     recorded_calls,
     repack_output,
     replaced_forward,
     routed,
-    routing,
     split_hidden,
 )
 from optimum_cap.scoring.batch_sizes import one_site_per_block
@@ -41,26 +41,21 @@ class MaskedBlocks:
         view: The model, in evaluation mode.
 
     Attributes:
-        attention: The attention site of each layer.
-
-    Raises:
-        ValueError: The sites include experts whose computation is not supported.
+        attention: The site of each layer that mixes tokens, an attention in most models.
     """
 
     def __init__(self, view: ModelView) -> None:
-        self.attention = {site.layer: site for site in view.sites if site.kind == "attention"}
+        self.attention = {site.layer: site for site in view.sites if site.mixes_tokens}
         self._model = view.model
         self._others: dict[int, list[str]] = {}
         for site in one_site_per_block(view.sites):
-            if site.expert is not None:
-                experts_of(view.model, site)
             self._others.setdefault(site.layer, []).append(site.output_module)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules whose calls the intact pass records, by the names of the calls."""
         modules = {}
         for layer, site in self.attention.items():
-            modules[f"attention {layer}"] = self._model.get_submodule(site.block)
+            modules[f"attention {layer}"] = self._model.get_submodule(site.output_module)
             modules[f"output projection {layer}"] = self._model.get_submodule(site.projection)
         for path in chain.from_iterable(self._others.values()):
             modules[path] = self._model.get_submodule(path)
@@ -80,7 +75,7 @@ class MaskedBlocks:
         Returns:
             `[units * rows, tokens, hidden]`; intact for units of other blocks.
         """
-        heads = [unit for site, unit in units if site.kind == "attention"]
+        heads = [unit for site, unit in units if site.mixes_tokens]
         outputs = []
         if heads:
             projection_input = select(segment.calls[f"output projection {layer}"].hidden)
@@ -108,8 +103,8 @@ class MaskedBlocks:
             units: As for `attention_outputs`.
             select: As for `attention_outputs`.
         """
-        others = [unit for unit in units if unit.site.kind != "attention"]
-        block = self._model.get_submodule(self.attention[layer].block)
+        others = [unit for unit in units if not unit.site.mixes_tokens]
+        block = self._model.get_submodule(self.attention[layer].output_module)
         with ExitStack() as stack:
             template = segment.calls[f"attention {layer}"].output
             stack.enter_context(_returning_last_rows(block, template, attention))
@@ -139,7 +134,9 @@ class MaskedBlocks:
                 projection_input = self._projection_input(site, hidden)
                 outputs.append(self._masked_products(site, projection_input, of_site))
             else:
-                chosen, weights = map(at_selected, routing(site.block, call.args))
+                experts = self._model.get_submodule(path)
+                routes = experts_call(experts, path, (call.hidden, *call.args), call.kwargs)
+                chosen, weights = map(at_selected, (routes.chosen, routes.weights))
                 outputs.append(self._masked_experts(site, of_site, hidden, chosen, weights, intact))
         return torch.cat(outputs)
 
@@ -200,7 +197,7 @@ class MaskedBlocks:
             `[units * rows, tokens, hidden]`.
         """
         assert site.expert is not None
-        experts = experts_of(self._model, site)
+        experts = self._model.get_submodule(site.block)
         outputs = intact.repeat(len(units), 1, 1)
         tokens, slots = routed(chosen.flatten(0, 1), site.expert)
         if len(tokens) == 0:
@@ -211,12 +208,11 @@ class MaskedBlocks:
         others = experts(inputs, chosen.flatten(0, 1)[tokens], weights_without)
         weight = weights.gather(1, slots[:, None])
         activated = gated(experts, site.expert, inputs)
-        down = self._model.get_parameter(site.projection)[site.expert]
         streams = outputs.view(len(units), -1, intact.shape[-1])
         for stream, unit in zip(streams, units, strict=True):
             masked = activated.clone()
             masked[:, slice(*unit.channels)] = 0
-            contribution = nn.functional.linear(masked, down) * weight
+            contribution = expert_output(experts, site.expert, masked) * weight
             stream[tokens] = others + contribution.to(others.dtype)
         return outputs
 

@@ -48,7 +48,7 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
 def _gives_the_same_losses(
     view: ModelView, examples: list[CalibrationExample], prefix: int
 ) -> bool:
-    unit = next(SiteUnit(site, site.units[0]) for site in view.sites if site.kind == "attention")
+    unit = next(SiteUnit(site, site.units[0]) for site in view.sites if site.mixes_tokens)
     once, for_each = (
         _intact_and_masked(Wavefront(view, batches(examples, 2, length)[0]), unit)
         for length in (prefix, 0)

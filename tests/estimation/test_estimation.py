@@ -37,15 +37,9 @@ from optimum_cap.evaluation.tasks import TASKS
 from optimum_cap.methods import CRITERIA
 from optimum_cap.methods.reconstruction import alps
 from optimum_cap.methods.statistics import InputStatistics
-from optimum_cap.models.architectures import (
-    Matrix,
-    SiteUnit,
-    find_sites,
-    matrices_by_layer,
-    oriented,
-    stages_by_layer,
-)
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.modes import evaluation_mode
+from optimum_cap.models.sites import Matrix, SiteUnit, matrices_by_layer, oriented, stages_by_layer
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning import activations
 from optimum_cap.pruning.activations import LayerwisePass

@@ -8,7 +8,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import Matrix, find_sites, prunable_matrices
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import Matrix, prunable_matrices
 
 
 class _Products(TorchFunctionMode):

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import Batch
-from optimum_cap.models.architectures import SiteUnit
+from optimum_cap.models.sites import SiteUnit
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.wavefront import Wavefront
 

@@ -22,7 +22,8 @@ from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.config import COMPILING, effective
 from optimum_cap.data.batches import batches
 from optimum_cap.models import compilation
-from optimum_cap.models.architectures import all_units, decoder_layers, find_sites
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import all_units
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.cache import ScoreCache
 from optimum_cap.scoring.estimators import ESTIMATORS
@@ -138,7 +139,7 @@ def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_that_cannot_be_compiled_is_named(compiled_calls: list[torch.Size]) -> None:
     model = tiny_model("llama")
     sites = find_sites(model)
-    for layer in decoder_layers(model, sites):
+    for layer in ModelView(model, sites).layers:
         layer.register_forward_pre_hook(lambda module, args: print(args))
     message = r"torch_compile: LlamaDecoderLayer cannot be compiled here .* leave torch_compile out"
     with pytest.raises(ValueError, match=message):

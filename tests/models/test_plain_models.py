@@ -65,11 +65,6 @@ def with_a_matrix_inside_the_embedding(model: PreTrainedModel) -> None:
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(embedding.detach()[4 : 4 + len(weight)])
 
 
-def with_a_shared_matrix(model: PreTrainedModel) -> None:
-    first, second, *_ = model.model.layers
-    second.mlp.up_proj.weight = first.mlp.up_proj.weight
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -82,7 +77,6 @@ def with_a_shared_matrix(model: PreTrainedModel) -> None:
             with_a_matrix_inside_the_embedding,
             r"embed_tokens.*and .*share one tensor",
         ),
-        (with_a_shared_matrix, r"layers\.0\.mlp\.up_proj\.weight and .* share one tensor"),
         (quantized_by_gguf, r"is quantized \(gguf\).*GgufConfig\(dequantize=True\)"),
         (with_an_invalid_generation_config, "its generation config is invalid: .*`temperature`"),
         (with_a_config_that_is_not_json, r"its config cannot be written as JSON \(.*set"),

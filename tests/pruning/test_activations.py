@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.methods.statistics import InputStatistics
-from optimum_cap.models.architectures import Matrix, find_sites, matrices_by_layer
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import Matrix, matrices_by_layer
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
 

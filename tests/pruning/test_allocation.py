@@ -8,7 +8,8 @@ from helpers.tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from optimum_cap.config import CAPConfig
-from optimum_cap.models.architectures import find_sites, matrices_by_layer, oriented
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import matrices_by_layer, oriented
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.allocation import Layers, owl, uniform
 

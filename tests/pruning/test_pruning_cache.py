@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.config import effective
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import Matrix
+from optimum_cap.models.sites import Matrix
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import ExpectedWeights, LayerStore

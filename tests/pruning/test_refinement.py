@@ -14,11 +14,12 @@ from helpers.tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import find_sites, matrices_by_layer
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import hidden_states_of, recorded_calls
 from optimum_cap.models.modes import evaluation_mode
 from optimum_cap.models.offload import weights as weights_of
 from optimum_cap.models.offload import writable_weights
+from optimum_cap.models.sites import matrices_by_layer
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.first_batch import check_first_batch

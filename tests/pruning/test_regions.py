@@ -5,7 +5,8 @@ import torch
 from helpers.tiny_models import tiny_model
 
 from optimum_cap.methods.criteria import CriterionInputs, magnitude_times_importance
-from optimum_cap.models.architectures import Matrix, find_sites
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import Matrix
 from optimum_cap.pruning.regions import region_importances, scaled_importances, unit_importances
 
 

@@ -15,16 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum_cap import CAPConfig
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.methods.statistics import InputStatistics
-from optimum_cap.models.architectures import (
-    Matrix,
-    Site,
-    find_sites,
-    matrices_by_layer,
-    oriented,
-    prunable_matrices,
-)
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import hidden_states_of
 from optimum_cap.models.modes import evaluation_mode, without_parameter_grads
+from optimum_cap.models.sites import Matrix, Site, matrices_by_layer, oriented, prunable_matrices
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning import fisher as engine
 from optimum_cap.pruning.activations import LayerwisePass

@@ -18,7 +18,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from optimum_cap import config
-from optimum_cap.models.architectures import Site, SiteUnit, Unit, find_sites
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import Site, SiteUnit, Unit
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring import sampling
 from optimum_cap.scoring.estimators import ESTIMATORS

@@ -17,8 +17,9 @@ from transformers import Cache, PreTrainedModel
 
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import SiteUnit, find_sites
+from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import replaced_forward
+from optimum_cap.models.sites import SiteUnit
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.last_attention import LastAttention
 from optimum_cap.scoring.wavefront import Wavefront

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data.batches import batches
-from optimum_cap.models.architectures import SiteUnit, find_sites
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import SiteUnit
 from optimum_cap.models.view import ModelView
 from optimum_cap.runtime.digests import code_digest
 from optimum_cap.runtime.files import TensorFiles

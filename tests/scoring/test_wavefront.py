@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data.batches import batches, shared_prefix
 from optimum_cap.data.calibration import CalibrationExample
-from optimum_cap.models.architectures import SiteUnit, all_units, find_sites
+from optimum_cap.models.architectures import find_sites
+from optimum_cap.models.sites import SiteUnit, all_units
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring import shared_prefix as sharing
 from optimum_cap.scoring import wavefront
@@ -240,16 +241,15 @@ def test_a_model_that_needs_whole_sequences_gets_them(caplog: pytest.LogCaptureF
 # What is refused
 
 
-def test_experts_with_a_norm_behind_them_are_refused() -> None:
+def test_experts_with_a_norm_behind_them_are_exact() -> None:
     model = tiny_model("mixtral")
     experts = model.model.layers[2].mlp.experts
-    experts.has_post_expert_norm, experts.post_expert_norm = True, nn.Identity()
-    sites = find_sites(model)
-    for method in (exact_losses, first_order_losses):
-        with pytest.raises(ValueError, match=r"experts of MixtralForCausalLM \(MixtralExperts\)"):
-            method(ModelView(model, sites), examples())
-    heads = [site for site in sites if site.kind == "attention"]
-    assert len(exact_losses(ModelView(model, heads), examples()).units) == 12
+    experts.has_post_expert_norm, experts.post_expert_norm = True, nn.LayerNorm(24)
+    view = ModelView.of(model)
+    found, expected = (method(view, examples()) for method in (exact_losses, plain_losses))
+    torch.testing.assert_close(found.masked, expected.masked, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="have no first-order estimate: use estimator 'exact'"):
+        first_order_losses(view, examples())
 
 
 def test_experts_with_another_routing_are_refused() -> None:

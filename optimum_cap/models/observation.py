@@ -1,0 +1,677 @@
+"""Observes what the projections of a decoder layer feed, and which of their rows reach which head.
+
+A model runs once on a short batch in which nothing is multiplied: every projection returns random
+values instead of a product. One layer of each kind then runs again, with these values as the
+leaves of a graph. Where a gradient is exactly zero, nothing flows. So the layout of a layer is seen
+in what its code does, whatever its modules are called. Weights are never read: they may be on disk
+or on the meta device.
+"""
+
+import functools
+import itertools
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from optimum_cap.models.experts import ExpertsLayout, experts_layout, gate
+from optimum_cap.models.hooks import (
+    StopForwardError,
+    hidden_states_of,
+    replaced_forward,
+    split_hidden,
+)
+from optimum_cap.models.internals import offloading_hook, own_tensors
+from optimum_cap.models.sites import Range
+
+_BATCH, _TOKENS = 4, 8
+_DRAWS = 3  # random inputs that rows are observed with: a rectifier stops half of the values
+_LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A module of a decoder layer that multiplies its input by a matrix, or by those of experts.
+
+    Attributes:
+        name: Path in the layer.
+        rows: Number of its outputs.
+        columns: Number of its inputs.
+        experts: How it stores its experts, if it is an experts module.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    experts: ExpertsLayout | None = None
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a decoder layer.
+
+    Attributes:
+        hidden: The hidden states.
+        args: The other positional arguments.
+        kwargs: The keyword arguments, without the hidden states.
+    """
+
+    hidden: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of a projection that reach the same units of a site.
+
+    Attributes:
+        start: First row.
+        stop: One past the last row.
+        units: The units, in order.
+        separable: Whether the rows reach one unit and nothing else, not even through the statistics
+            of a norm, or in later layers.
+    """
+
+    start: int
+    stop: int
+    units: tuple[int, ...]
+    separable: bool
+
+
+@dataclass
+class ObservedLayer:
+    """What was observed in a decoder layer.
+
+    Attributes:
+        projections: The projections that it calls, by name, in the order of the first call.
+        feeders: For each, those whose outputs reach its input without passing another projection.
+        writers: Those whose outputs reach the output of the layer in this way.
+        routing: Those whose outputs reach the choice of experts in this way.
+        mixing: Those whose input at a token depends on projections of other tokens.
+        kept: Those whose outputs the layer leaves for later layers (shared keys and values).
+        output_modules: For each, the path of the module around it that returns its output
+            unchanged; its own path if there is none.
+        head_sizes: Channels per head of the input of a mixing projection, if it has heads.
+    """
+
+    projections: dict[str, Projection] = field(default_factory=dict)
+    feeders: dict[str, set[str]] = field(default_factory=dict)
+    writers: set[str] = field(default_factory=set)
+    routing: set[str] = field(default_factory=set)
+    mixing: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+    output_modules: dict[str, str] = field(default_factory=dict)
+    head_sizes: dict[str, int] = field(default_factory=dict)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Return whether a module computes exactly a product with its weight, plus a bias.
+
+    A subclass of `nn.Linear` with a forward of its own is tried on a small weight: that of Falcon
+    does, that of BitNet quantizes its weight first.
+    """
+    if not isinstance(module, _LINEAR):
+        return False
+    own = [linear.forward for linear in _LINEAR]
+    kind: Any = type(module)
+    return kind.forward in own or _computes_a_product(kind)
+
+
+@functools.cache
+def _computes_a_product(kind: Any) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, hidden = (torch.randn(n, 3, generator=generator) for n in (4, 1, 6))
+    stand_in = kind.__new__(kind)
+    nn.Linear.__init__(stand_in, 3, 4)
+    stand_in.weight.data, stand_in.bias.data = weight, bias[0].repeat(2)[:4]
+    try:
+        with torch.no_grad():
+            found = stand_in(hidden)
+    except Exception:  # it needs more than a weight and a bias, so it is no mere product
+        return False
+    expected = nn.functional.linear(hidden, stand_in.weight, stand_in.bias)
+    return isinstance(found, torch.Tensor) and bool(
+        found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+    )
+
+
+def projections_in(layer: nn.Module) -> dict[str, Projection]:
+    """Return the projections of a layer by name, called or not."""
+    found = {}
+    for name, module in layer.named_modules():
+        if is_projection(module):
+            rows, columns = module.weight.shape
+            if isinstance(module, Conv1D):
+                rows, columns = columns, rows
+            found[name] = Projection(name, rows, columns)
+        elif (layout := experts_layout(module)) is not None:
+            found[name] = Projection(name, layout.hidden, layout.hidden, layout)
+    return found
+
+
+class LayerObserver:
+    """Runs one decoder layer without products, and sees what flows.
+
+    Args:
+        layer: The layer.
+        call: A call of it.
+        head_counts: Numbers that may be the number of heads, or of channels per head.
+
+    Attributes:
+        width: Width of the hidden states.
+        observed: What was observed.
+
+    Raises:
+        RuntimeError: The layer cannot run in this way, or gives values that are not finite.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        call: LayerCall,
+        head_counts: Iterable[int] = (),
+    ) -> None:
+        self.width = call.hidden.shape[-1]
+        self._layer = layer
+        self._call = call
+        self._projections = projections_in(layer)
+        self._counts = sorted(set(head_counts), reverse=True)
+        self._reached_before: dict[Any, dict[str, torch.Tensor]] = {}
+        self.observed = ObservedLayer()
+        self._run = self._forward(seed=0)
+        self._observe()
+
+    def _forward(self, seed: int, statistics: bool = True) -> "_Run":
+        mode = ExitStack()
+        with mode:
+            if not statistics:
+                mode.enter_context(_ConstantStatistics())
+            return _Run(self._layer, self._projections, self._call, seed)
+
+    def _observe(self) -> None:
+        run, seen = self._run, self.observed
+        seen.projections = {name: self._projections[name] for name in run.inputs}
+        for name, inputs in run.inputs.items():
+            seen.feeders[name] = run.sources(inputs)
+        seen.writers = run.sources([run.output])
+        seen.routing = run.sources(run.routing)
+        seen.kept = run.sources(run.left_for_later)
+        for name in seen.projections:
+            if self._mixes(name):
+                seen.mixing.add(name)
+            seen.output_modules[name] = run.output_module(name)
+
+    def _mixes(self, name: str) -> bool:
+        """Return whether the input of a projection at the last token depends on earlier tokens."""
+        inputs = self._run.by_batch(name)
+        if inputs is None:
+            return False
+        for of_projection in self._run.gradients(inputs[:, -1]).values():
+            for gradient in map(self._run.split_tokens, of_projection):
+                if gradient is not None and (gradient[:, :-1] != 0).any():
+                    return True
+        return self._run.depends_on_shared(inputs)
+
+    def find_heads(self, site: str) -> int | None:
+        """Return the number of channels per head of the input of a mixing projection.
+
+        A number of heads is accepted if, for every head, there are rows of feeders that reach its
+        first and its last channel and no other head: queries, or the time steps of a state space.
+
+        Returns:
+            The number; `None` if there are no heads, or none that were found.
+        """
+        width = self._projections[site].columns
+        counts = {count for count in self._counts if 1 < count < width and width % count == 0}
+        counts |= {width // size for size in self._counts if size > 1 and width % size == 0}
+        for count in sorted(counts - {1}, reverse=True):
+            if self._are_heads(site, count):
+                return width // count
+        return None
+
+    def _are_heads(self, site: str, count: int) -> bool:
+        size = self._projections[site].columns // count
+        if size == 1:
+            return False
+        # The first two heads show whether this is their size. Most numbers fail here.
+        starts = [head * size + end for end in (0, size - 1) for head in (0, 1)]
+        ends = [(start, start + 1) for start in starts]
+        if not any(
+            bool(((of[:2] & of[2:]) & (of.sum(dim=0) == 2)).any(dim=1).all())
+            for of in self._reached(site, ends, statistics=False).values()
+        ):
+            return False
+        bounds = [(head * size, (head + 1) * size) for head in range(count)]
+        return any(
+            bool((of & (of.sum(dim=0) == 1)).any(dim=1).all())
+            for of in self._reached(site, bounds, statistics=False).values()
+        )
+
+    def rows(self, site: str, bounds: Sequence[Range]) -> dict[str, list[Rows]]:
+        """Return which rows of the feeders of a projection reach which units.
+
+        Args:
+            site: Name of the projection.
+            bounds: The channels of each unit.
+        """
+        direct = self._reached(site, bounds, statistics=False)
+        with_statistics = self._reached(site, bounds, statistics=True)
+        found = {}
+        for name in self.observed.feeders[site]:
+            if self._projections[name].experts is not None:
+                continue
+            of_rows = direct[name].clone()
+            nowhere = ~of_rows.any(dim=0)
+            of_rows[:, nowhere] = True  # rows that were not seen to reach a unit belong to all
+            others = (of_rows | with_statistics[name]).sum(dim=0) > 1
+            separable = ~others & ~nowhere & torch.tensor(name not in self.observed.kept)
+            found[name] = _runs(of_rows, separable)
+        return found
+
+    def _reached(
+        self, site: str, bounds: Sequence[Range], statistics: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return which rows of each feeder reach which channels, bool `[ranges, rows]`.
+
+        Args:
+            site: Name of the projection that receives the channels.
+            bounds: Ranges of channels.
+            statistics: Whether to follow what passes through the statistics of norms.
+        """
+        key = site, tuple(bounds), statistics
+        if key in self._reached_before:
+            return self._reached_before[key]
+        feeders = [n for n in self.observed.feeders[site] if self._projections[n].experts is None]
+        found = self._reached_before[key] = {
+            name: torch.zeros(len(bounds), self._projections[name].rows, dtype=torch.bool)
+            for name in feeders
+        }
+        for draw in range(1 if statistics else _DRAWS):
+            run = self._run if statistics else self._forward(seed=draw, statistics=False)
+            inputs = run.by_batch(site)
+            if inputs is None:
+                raise RuntimeError(f"{site} runs on some of the tokens only")
+            for first in range(0, len(bounds), len(inputs)):
+                some = bounds[first : first + len(inputs)]
+                picked = torch.stack(
+                    [
+                        # Of random signs and sizes, so that nothing cancels.
+                        (
+                            inputs[i, ..., slice(*each)] * run.noise(inputs[i, ..., slice(*each)])
+                        ).sum()
+                        for i, each in enumerate(some)
+                    ]
+                )
+                for name, gradients in run.gradients(picked, feeders).items():
+                    for gradient in map(run.split_tokens, gradients):
+                        if gradient is None:
+                            raise RuntimeError(f"{name} runs on some of the tokens only")
+                        hit = (gradient[: len(some)] != 0).flatten(1, 2).any(dim=1).cpu()
+                        found[name][first : first + len(some)] |= hit
+            if all(bool(of.any(dim=0).all()) for of in found.values()):
+                break  # every row was seen to reach something
+        return found
+
+
+def rows_of_experts(module: nn.Module, bounds: Sequence[Range]) -> list[Rows]:
+    """Return which rows of an expert's input projection reach which units of its output projection.
+
+    Args:
+        module: The experts module.
+        bounds: The channels of each unit.
+    """
+    layout = experts_layout(module)
+    assert layout is not None
+    found = torch.zeros(len(bounds), layout.rows, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_DRAWS):
+        with torch.enable_grad():
+            projected = torch.randn(len(bounds), _TOKENS, layout.rows, generator=generator)
+            projected.requires_grad_()
+            gated = gate(module, projected)
+            total = torch.stack(
+                [gated[unit, :, slice(*each)].sum() for unit, each in enumerate(bounds)]
+            )
+            [gradient] = torch.autograd.grad(total.sum(), projected)
+        found |= (gradient != 0).any(dim=1)
+    nowhere = ~found.any(dim=0)
+    found[:, nowhere] = True
+    return _runs(found, (found.sum(dim=0) == 1) & ~nowhere)
+
+
+def _runs(reached: torch.Tensor, separable: torch.Tensor) -> list[Rows]:
+    """Return runs of rows that reach the same units, from bool `[units, rows]` and `[rows]`."""
+    codes = torch.cat([reached.T, separable.unsqueeze(1)], dim=1)
+    changes = (codes[1:] != codes[:-1]).any(dim=1).nonzero().flatten() + 1
+    starts = [0, *changes.tolist(), len(codes)]
+    return [
+        Rows(
+            start,
+            stop,
+            tuple(reached[:, start].nonzero().flatten().tolist()),
+            bool(separable[start]),
+        )
+        for start, stop in itertools.pairwise(starts)
+    ]
+
+
+class _Run:
+    """One run of a layer in which projections return random leaves of the graph.
+
+    Attributes:
+        inputs: What each projection received, call by call.
+        leaves: What it returned.
+        routing: Weights of experts.
+        left_for_later: What the layer left for later ones.
+        output: Hidden states that the layer returned.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        projections: Mapping[str, Projection],
+        call: LayerCall,
+        seed: int,
+    ) -> None:
+        self.inputs: dict[str, list[torch.Tensor]] = {}
+        self.leaves: dict[str, list[torch.Tensor]] = {}
+        self.routing: list[torch.Tensor] = []
+        self._generator = torch.Generator().manual_seed(seed)
+        self._returned: dict[str, list[torch.Tensor]] = {}
+        self._layer = layer
+        self.batch, self.tokens = _BATCH, _TOKENS
+        args, kwargs = _copied(call.args), _copied(call.kwargs)
+        given = list(_tensors([each for each in (*args, *kwargs.values()) if _is_state(each)]))
+        self.shared = [each for each in given if each.is_floating_point()]
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for name, projection in projections.items():
+                module = layer.get_submodule(name)
+                stack.enter_context(replaced_forward(module, self._leaf(projection)))
+            around = {_parent(name) for name in projections} - {""} - set(projections)
+            for name in around:
+                handle = layer.get_submodule(name).register_forward_hook(self._record(name))
+                stack.callback(handle.remove)
+            self.output = hidden_states_of(layer(call.hidden.clone(), *args, **kwargs))
+        if not self.output.isfinite().all():
+            raise RuntimeError("it returned values that are not finite")
+        given_ids = set(map(id, given))
+        self.left_for_later = [
+            tensor
+            for tensor in _tensors((args, kwargs))
+            if tensor.requires_grad and id(tensor) not in given_ids
+        ]
+
+    def _leaf(self, projection: Projection) -> Callable[..., torch.Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            hidden, *others = (*args, *kwargs.values())
+            self.inputs.setdefault(projection.name, []).append(hidden)
+            if projection.experts is not None:
+                self.routing += [each for each in others if each.is_floating_point()]
+            values = torch.randn(*hidden.shape[:-1], projection.rows, generator=self._generator)
+            leaf = values.to(hidden).requires_grad_()
+            self.leaves.setdefault(projection.name, []).append(leaf)
+            return leaf.clone()  # models change outputs of projections in place
+
+        return forward
+
+    def _record(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            hidden = hidden_states_of(output)
+            if isinstance(hidden, torch.Tensor):
+                self._returned.setdefault(name, []).append(hidden)
+
+        return hook
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        """Return random values of a shape."""
+        return torch.randn(like.shape, generator=self._generator).to(like)
+
+    def gradients(
+        self, outputs: torch.Tensor, names: Iterable[str] | None = None
+    ) -> dict[str, list[torch.Tensor]]:
+        """Return the gradients of a random combination of outputs at what projections returned."""
+        names = list(self.leaves if names is None else names)
+        leaves = [leaf for name in names for leaf in self.leaves[name]]
+        found: dict[str, list[torch.Tensor]] = {}
+        if not outputs.requires_grad or not leaves:
+            return found
+        total = (outputs.float() * self.noise(outputs).float()).sum()
+        gradients = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
+        for name in names:
+            for _ in self.leaves[name]:
+                if (gradient := next(gradients)) is not None:
+                    if not gradient.isfinite().all():
+                        raise RuntimeError(f"the gradient at {name} is not finite")
+                    found.setdefault(name, []).append(gradient)
+        return found
+
+    def sources(self, outputs: Iterable[torch.Tensor]) -> set[str]:
+        """Return the projections that outputs depend on."""
+        return {
+            name
+            for each in outputs
+            for name, gradients in self.gradients(each).items()
+            if any(bool((gradient != 0).any()) for gradient in gradients)
+        }
+
+    def split_tokens(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Return hidden states as `[batch, tokens, streams, width]`; `None` if they are others.
+
+        Some modules see all tokens of a batch as one list. Some models have several hidden states
+        for each token, before (Gemma 3n) or after (DeepSeek V4) the batch and the tokens.
+        """
+        batch, tokens = self.batch, self.tokens
+        if hidden.ndim == 2 and len(hidden) == batch * tokens:
+            return hidden.view(batch, tokens, 1, -1)
+        if hidden.ndim == 3 and hidden.shape[:2] == (tokens, batch):  # XLNet
+            return hidden.transpose(0, 1).unsqueeze(2)
+        if hidden.ndim >= 3 and hidden.shape[:2] == (batch, tokens):
+            return hidden.reshape(batch, tokens, -1, hidden.shape[-1])
+        if hidden.ndim == 4 and hidden.shape[1:3] == (batch, tokens):
+            return hidden.permute(1, 2, 0, 3)
+        if hidden.ndim >= 3 and len(hidden) == batch:  # with more tokens (CPM-Ant)
+            return hidden.reshape(batch, -1, 1, hidden.shape[-1])
+        return None
+
+    def by_batch(self, name: str) -> torch.Tensor | None:
+        """Return the input of a projection, `[batch, tokens, streams, width]`.
+
+        `None` if it was called several times, or for some tokens only.
+        """
+        [*others, hidden] = map(self.split_tokens, self.inputs[name])
+        return None if others else hidden
+
+    def depends_on_shared(self, outputs: torch.Tensor) -> bool:
+        """Return whether outputs depend on what earlier layers have left."""
+        if not outputs.requires_grad or not self.shared:
+            return False
+        total = (outputs * self.noise(outputs)).sum()
+        gradients = torch.autograd.grad(total, self.shared, retain_graph=True, allow_unused=True)
+        return any(each is not None and bool((each != 0).any()) for each in gradients)
+
+    def output_module(self, name: str) -> str:
+        """Return the module around a projection that returns its output, or the projection."""
+        parent = _parent(name)
+        returned = self._returned.get(parent, [])
+        leaves = self.leaves[name]
+        if not (len(returned) == len(leaves) == 1):
+            return name
+        flat = returned[0].reshape(-1), leaves[0].reshape(-1)
+        return parent if flat[0].shape == flat[1].shape and torch.equal(*flat) else name
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether an argument of a layer holds what layers leave for each other."""
+    return isinstance(value, UserDict)
+
+
+def _copied(value: Any) -> Any:
+    """Copy containers, so that a layer can leave something in them without a trace.
+
+    What earlier layers have left becomes leaves of the graph.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
+    if _is_state(value):
+        return type(value)({key: _as_leaves(each) for key, each in value.items()})
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return value
+
+
+def _as_leaves(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_leaves, value))
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+_STATISTICS = (
+    *("mean", "var", "std", "var_mean", "norm", "vector_norm"),
+    *("rsqrt", "sqrt"),  # of sums of squares
+)
+
+
+class _ConstantStatistics(TorchFunctionMode):
+    """Treats the statistics of norms as constants, so that they pass each channel on by itself."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _STATISTICS:
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        if name in ("layer_norm", "rms_norm", "group_norm", "normalize"):
+            return _with_constant_statistics(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _with_constant_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the output of a norm, whose gradient passes each channel on by itself."""
+    hidden, *rest = args if args else (kwargs.pop("input"),)
+    with torch.no_grad():
+        output = func(hidden, *rest, **kwargs)
+    if not isinstance(hidden, torch.Tensor) or not hidden.requires_grad:
+        return output
+    return output + (hidden - hidden.detach())
+
+
+def recorded_layer_calls(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], device: torch.device
+) -> dict[str, LayerCall]:
+    """Run a model without products, and return the calls of some of its layers.
+
+    Args:
+        model: A causal language model.
+        layers: The layers, by name.
+        device: The device of its inputs.
+
+    Raises:
+        RuntimeError: The model did not call a layer.
+    """
+    calls: dict[str, LayerCall] = {}
+    generator = torch.Generator().manual_seed(0)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    dtype = model.dtype if model.dtype.is_floating_point else torch.float32
+
+    def random(hidden: torch.Tensor, width: int) -> torch.Tensor:
+        return torch.randn(*hidden.shape[:-1], width, generator=generator).to(hidden)
+
+    def product(rows: int) -> Callable[..., torch.Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return random((*args, *kwargs.values())[0], rows)
+
+        return forward
+
+    def embedded(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        shape = *input_ids.shape, embeddings.weight.shape[-1]
+        return torch.randn(shape, generator=generator).to(input_ids.device, dtype)
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, args, kwargs = split_hidden(args, kwargs)
+            calls.setdefault(name, LayerCall(hidden, _copied(args), _copied(kwargs)))
+            if len(calls) == len(layers):
+                raise StopForwardError  # the layers after it show nothing new
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for name, projection in projections_in(model).items():
+            module = model.get_submodule(name)
+            rows = 1 if module is head else projection.rows  # nobody reads the logits
+            stack.enter_context(replaced_forward(module, product(rows)))
+        stack.enter_context(replaced_forward(embeddings, embedded))
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(record(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        ids = torch.randint(
+            embeddings.weight.shape[0], (_BATCH, _TOKENS), generator=generator, device="cpu"
+        )
+        stack.enter_context(suppress(StopForwardError))
+        model(input_ids=ids.to(device), use_cache=False)
+    if missing := [name for name in layers if name not in calls]:
+        raise RuntimeError(f"it does not call {', '.join(missing)}")
+    return calls
+
+
+@contextmanager
+def with_values(model: nn.Module) -> Iterator[None]:
+    """Give parameters and buffers on the meta device values that take no memory.
+
+    Those of modules whose weights are offloaded stay as they are: accelerate loads them.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if offloading_hook(module) is not None:
+                continue
+            for store in own_tensors(module):
+                for name, value in store.items():
+                    if value is not None and value.device.type == "meta":
+                        stack.callback(store.__setitem__, name, value)
+                        store[name] = _constant(value)
+        yield
+
+
+def _constant(value: torch.Tensor) -> torch.Tensor:
+    one = 0.5 if value.is_floating_point() else value.dtype == torch.bool
+    constant = torch.tensor(one, dtype=value.dtype).expand(value.shape)
+    return nn.Parameter(constant, False) if isinstance(value, nn.Parameter) else constant
+
+
+def head_counts(*sources: Any) -> set[int]:
+    """Return numbers in configs and modules that may be numbers of heads or of their channels."""
+    found: set[int] = set()
+    for source in sources:
+        values = source.to_dict() if hasattr(source, "to_dict") else vars(source)
+        for name, value in values.items():
+            if "head" in name and isinstance(value, int) and not isinstance(value, bool):
+                found.add(value)
+    return found
