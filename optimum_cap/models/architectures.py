@@ -343,7 +343,7 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
     """
     config = model.config.get_text_config(decoder=True)
     # Attention that is not fused keeps its probabilities and a float32 copy of them.
-    attention = 8 * config.num_attention_heads * longest
+    attention = 8 * (getattr(config, "num_attention_heads", None) or 0) * longest
     widths = 7 * config.hidden_size + layer_input_width(model) + 4 * mlp_width(model)
     return int(4 * widths + attention)
 

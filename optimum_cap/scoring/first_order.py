@@ -261,7 +261,7 @@ def examples_per_pass(
     widths = 15 * config.hidden_size + layer_input_width(model) + 6 * mlp_width(model)
     per_layer = 4 * widths
     # Attention that is not fused keeps its probabilities and a float32 copy of them.
-    per_layer += 8 * config.num_attention_heads * longest
+    per_layer += 8 * (getattr(config, "num_attention_heads", None) or 0) * longest
     per_token = config.num_hidden_layers * per_layer + 12 * config.vocab_size
     most = _TOKENS_PER_BACKWARD.get(device_of(model).type, 512) // longest
     return max(1, min(most, budget // (longest * per_token), len(examples)))
