@@ -273,6 +273,8 @@ class CAPConfig(QuantizationConfigMixin):
             and the LM head, which are never pruned: names or consecutive parts of them (such as
             `"layers.0"` or `"o_proj"`), or `"re:"` and a regular expression that matches the
             beginning of a module's name (such as `"re:.*down_proj"`).
+        strict: Refuse a model if CAP cannot prune some linear weights of its decoder. By default
+            they stay dense, which the log, the record and `cap inspect` say.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
             `"dense"` (zeros stored; loads without this plugin).
         tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
@@ -325,6 +327,7 @@ class CAPConfig(QuantizationConfigMixin):
     torch_compile: bool = False
     resume_dir: str | os.PathLike[str] | None = None
     modules_to_leave_dense: list[str] = field(default_factory=list)
+    strict: bool = False
     checkpoint_format: str = "packed"
     tokenizer: Any = None
     config_version: int = CONFIG_VERSION

@@ -27,6 +27,7 @@ from optimum_cap.models import (
     Matrix,
     ModelView,
     check_configs_can_be_saved,
+    check_experts,
     longest_sequence,
     number_of_embeddings,
     plain_model,
@@ -120,8 +121,10 @@ class CAPPruner:
             )
         view = ModelView.of(plain, config.mlp_unit_size)
         matrices = matrices_to_prune(view, config)
+        report_unsupported(view, matrices, config.strict)
         _check_not_shared(view, matrices)
         zeros_before = _check_weights(view, matrices)
+        check_experts(view)
         if config.pattern == WHOLE_HEADS:
             number_of_heads_to_remove(removable_heads(view, matrices), config.sparsity)
         zeros = _number_of_zeros(view, matrices, config.sparsity)
@@ -139,7 +142,6 @@ class CAPPruner:
         )
         examples = calibration.examples if calibration else []
         run = PruningRun(view, config, matrices, examples, process_group)
-        report_unsupported(view, matrices)
         run.check_model(losses)
 
         if needs_scores:
@@ -188,6 +190,7 @@ class CAPPruner:
         plain = plain_model(model)
         view = ModelView.of(plain, self.config.mlp_unit_size)
         _check_weights(view, view.matrices)
+        check_experts(view)
         process_group = ProcessGroup.current()
         check_prompts = functools.partial(check_first_batch, view, layer_by_layer=False)
         calibration = _calibration(plain, self.config, tokenizer, process_group, check_prompts)

@@ -264,6 +264,13 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "packed (bit mask and kept values), or dense, which loads without this plugin "
         "(default: packed)",
     ),
+    (
+        "--strict",
+        "strict",
+        None,
+        "refuse a model if some linear weights of its decoder cannot be pruned (default: leave "
+        "them dense and say so)",
+    ),
 )
 
 

@@ -49,6 +49,7 @@ from optimum_cap.models.internals import (
     has_adapters,
     implementations,
 )
+from optimum_cap.models.layouts import register_layout
 from optimum_cap.models.left_dense import DenseProjection, projections_left_dense
 from optimum_cap.models.losses import (
     Targets,
@@ -83,7 +84,7 @@ from optimum_cap.models.sites import (
     prunable_matrices,
     stages_by_layer,
 )
-from optimum_cap.models.view import ModelView, longest_sequence, number_of_embeddings
+from optimum_cap.models.view import ModelView, check_experts, longest_sequence, number_of_embeddings
 
 __all__ = [
     "OUTPUT",
@@ -109,6 +110,7 @@ __all__ = [
     "call_layer",
     "check_compilable",
     "check_configs_can_be_saved",
+    "check_experts",
     "check_in_memory",
     "compiling",
     "decoder_layer_names",
@@ -144,6 +146,7 @@ __all__ = [
     "projections_left_dense",
     "prunable_matrices",
     "recorded_calls",
+    "register_layout",
     "repack_output",
     "replaced_forward",
     "routed",

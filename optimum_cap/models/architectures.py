@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.models.experts import OUTPUT, ExpertsLayout
+from optimum_cap.models.layouts import layout_of
 from optimum_cap.models.observation import (
     LayerObserver,
     Projection,
@@ -75,7 +77,7 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
         with torch.inference_mode(False), torch.enable_grad(), with_values(model):
             found = _observed(model, {name: layers[name] for name in first.values()})
             units = _Units(model, found, mlp_unit_size, shared)
-            return [
+            sites = [
                 site
                 for index, name in enumerate(names)
                 for site in sorted(
@@ -84,12 +86,21 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
                 )
             ]
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            raise  # memory ran out
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{type(model).__name__} cannot be pruned: its decoder layers do not run without the "
-            f"products of their projections, so their layout is unknown ({type(error).__name__}: "
-            f"{reason})"
+            f"{type(model).__name__} cannot be pruned by any recipe: its decoder layers do not run "
+            "on random values in place of what their projections return, so what feeds what is "
+            f"unknown ({type(error).__name__}: {reason})"
         ) from error
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} cannot be pruned by any recipe: no linear weight of its "
+            "decoder layers was seen to write to the hidden states (classes of its own that "
+            "compute products can be named with optimum_cap.register_layout)"
+        )
+    return sites
 
 
 def _observed(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> dict[str, _Found]:
@@ -216,7 +227,9 @@ class _Units:
         projection = seen.projections[name]
         experts = projection.experts
         width = projection.columns if experts is None else experts.width
-        size = observer.find_heads(name) if name in seen.mixing else None
+        layout = layout_of(self._model.config.get_text_config(decoder=True).model_type)
+        known = layout.heads.get(name)
+        size = observer.find_heads(name, known) if known or name in seen.mixing else None
         kind = "attention" if size else "mixer" if name in seen.mixing else "mlp"
         size = size or self._unit_size or width
         bounds = [(start, min(start + size, width)) for start in range(0, width, size)]
@@ -318,7 +331,10 @@ def decoder_layer_names(model: PreTrainedModel) -> list[str]:
         ValueError: `model` is not a decoder-only causal language model, or it has no such layers.
     """
     decoder_name, decoder = decoder_of(model)
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    config = model.config.get_text_config(decoder=True)
+    if (path := layout_of(config.model_type).layers) is not None:
+        return _registered_layers(model, path)
+    count = getattr(config, "num_hidden_layers", None)
     lists = {
         name: module
         for name, module in decoder.named_modules()
@@ -327,11 +343,25 @@ def decoder_layer_names(model: PreTrainedModel) -> list[str]:
     fitting = {name: module for name, module in lists.items() if len(module) == count} or lists
     if not fitting:
         raise ValueError(
-            f"{type(model).__name__} cannot be pruned: its decoder has no list of layers"
+            f"{type(model).__name__} cannot be pruned: its decoder has no list of layers (name "
+            "one with optimum_cap.register_layout if there is one elsewhere)"
         )
     name = max(fitting, key=lambda each: sum(p.numel() for p in fitting[each].parameters()))
     path = ".".join(filter(None, (decoder_name, name)))
     return [f"{path}.{index}" for index in range(len(fitting[name]))]
+
+
+def _registered_layers(model: PreTrainedModel, path: str) -> list[str]:
+    try:
+        layers = model.get_submodule(path)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ValueError(
+            f"register_layout names {path!r} as the list of decoder layers, but "
+            f"{type(model).__name__} has no list of modules of that name"
+        )
+    return [f"{path}.{index}" for index in range(len(layers))]
 
 
 def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.models.architectures import decoder_layer_names, find_sites
+from optimum_cap.models.experts import computes_experts, experts_layout
 from optimum_cap.models.hooks import recorded_calls
-from optimum_cap.models.offload import device_of, weights, writable_weights
+from optimum_cap.models.offload import device_of, onloaded, weights, writable_weights
 from optimum_cap.models.sites import (
     Matrix,
     Site,
@@ -35,6 +36,33 @@ def number_of_embeddings(model: PreTrainedModel) -> int:
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Return the most tokens that `model` has positions for; `None` if its config says nothing."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def check_experts(view: "ModelView") -> None:
+    """Check, with their own weights, that experts compute what CAP takes them to compute.
+
+    One expert of each kind of experts module runs on a few tokens, in the module and by itself.
+
+    Raises:
+        ValueError: It gives something else.
+    """
+    seen = set()
+    for site in view.sites:
+        if site.expert != 0:
+            continue
+        module = view.model.get_submodule(site.block)
+        key = type(module), experts_layout(module)
+        if key in seen:
+            continue
+        seen.add(key)
+        with onloaded(module):
+            if not computes_experts(module):
+                raise ValueError(
+                    f"the experts of {type(view.model).__name__} ({type(module).__name__}) compute "
+                    "something else than a gate between two products, so what reaches their "
+                    f"matrices is unknown: leave them dense (modules_to_leave_dense=["
+                    f"{site.block.rpartition('.')[2]!r}])"
+                )
 
 
 @dataclass(frozen=True, eq=False)
