@@ -125,22 +125,25 @@ def _sites_of(observer: LayerObserver) -> Iterator[_FoundSite]:
         for name in seen.writers - experts - routers
         if seen.projections[name].rows == observer.width
     }
-    depths = _depths(seen.feeders, order, experts)
-    levels = _levels(seen.feeders, order, writers | experts)
+    found: dict[str, tuple[str, ...]] = {}  # the input projections of each site
     taken: set[str] = set()
     for name in order:
-        if name in writers | experts:
-            # What reaches the output of the layer by itself without being a writer scales it: a
-            # gate, or a router.
-            inputs = _ancestors(name, seen.feeders, seen.writers | experts | routers) - taken
-            if name in experts:
-                # A projection of all tokens before experts (Nemotron-H) is a site of its own.
-                for other in sorted(inputs, key=order.index):
-                    yield _FoundSite(other, (), levels[name], depths)
-                taken |= inputs
-                inputs = set()
-            taken |= inputs
-            yield _FoundSite(name, tuple(sorted(inputs, key=order.index)), levels[name], depths)
+        if name not in writers | experts:
+            continue
+        # What reaches the output of the layer by itself without being a writer scales it: a gate,
+        # or a router.
+        barriers = seen.writers | experts | routers
+        new = _ancestors(name, seen.feeders, barriers) - taken
+        taken |= new
+        inputs = tuple(sorted(new, key=order.index))
+        if name in experts:  # what all tokens pass before them (Nemotron-H) are sites too
+            found |= dict.fromkeys(inputs, ())
+            inputs = ()
+        found[name] = inputs
+    depths = _depths(seen.feeders, order, experts)
+    levels = _levels(seen.feeders, order, set(found))
+    for name, inputs in found.items():
+        yield _FoundSite(name, inputs, levels[name], depths)
 
 
 def _ancestors(name: str, feeders: Mapping[str, set[str]], barriers: set[str]) -> set[str]:

@@ -220,6 +220,10 @@ class LayerObserver:
         inputs = self._run.by_batch(name)
         if inputs is None:
             return False
+        for of_projection in self._run.gradients(inputs[:, 0]).values():
+            for gradient in map(self._run.split_tokens, of_projection):
+                if gradient is not None and (gradient[:, 1:] != 0).any():
+                    raise RuntimeError("a token depends on later ones, so it is no causal model")
         for of_projection in self._run.gradients(inputs[:, -1]).values():
             for gradient in map(self._run.split_tokens, of_projection):
                 if gradient is not None and (gradient[:, :-1] != 0).any():
@@ -298,7 +302,10 @@ class LayerObserver:
             nowhere = ~of_rows.any(dim=0)
             of_rows[:, nowhere] = True  # rows that were not seen to reach a unit belong to all
             others = (of_rows | with_statistics[name]).sum(dim=0) > 1
-            separable = ~others & ~nowhere & torch.tensor(name not in self.observed.kept)
+            # Other projections spread what they get, as that of B and C in a state space does.
+            fed = [other for other, of in self.observed.feeders.items() if name in of]
+            alone = name not in self.observed.kept and fed == [site]
+            separable = ~others & ~nowhere & torch.tensor(alone)
             found[name] = _runs(of_rows, separable)
         return found
 

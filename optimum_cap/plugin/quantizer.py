@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 import transformers
 from packaging.version import Version
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -118,13 +118,18 @@ class CAPQuantizer(HfQuantizer):
         transformers adds the unpacking to converters that match `...weight`. A converter that
         matches a module, such as `query_key_value` (the fused projection of sarvam_moe), stands for
         its weight and its bias, so a copy of it that matches the weight only is inserted before it.
+        A renaming of a weight to a parameter with another name (the experts of Granite) becomes a
+        converter, because only these unpack.
         """
         if not self.pre_quantized:
             return super().update_weight_conversions(weight_conversions, model)
         twins = [
             each
             for conversion in weight_conversions
-            for each in (*_converter_of_weights(conversion), conversion)
+            for each in (
+                *_converter_of_weights(conversion),
+                _unpacking_renaming(conversion, self) or conversion,
+            )
         ]
         try:
             return super().update_weight_conversions(twins, model)
@@ -211,6 +216,17 @@ def _converter_of_weights(conversion: Any) -> list[Any]:
     ]
 
 
+def _unpacking_renaming(conversion: Any, quantizer: CAPQuantizer) -> Any:
+    """Return a converter that unpacks what a renaming of weights renames; `None` for others."""
+    if not isinstance(conversion, WeightRenaming):
+        return None
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    if len(sources) != 1 or not sources[0].endswith(".weight") or targets[0].endswith("weight"):
+        return None
+    names = [sources[0], f"{sources[0]}_mask", f"{sources[0]}_shape"]
+    return WeightConverter(names, targets[0], operations=[UnpackRenamed(quantizer)])
+
+
 class Unpack(ConversionOps):
     """Loading step that unpacks weights, before experts are merged."""
 
@@ -281,12 +297,29 @@ class Unpack(ConversionOps):
             return values.new_full(shape.tolist(), torch.nan)
 
 
+class UnpackRenamed(Unpack):
+    """Loading step that unpacks a weight whose parameter has another name."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UnpackRenamed":
+        return UnpackRenamed(self.hf_quantizer)
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "weight", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Unpack the weight of the only source pattern."""
+        [weights] = super().convert(input_dict, full_layer_name, **kwargs).values()
+        return {full_layer_name: weights}
+
+
 def _without_unpacking(conversions: list[Any]) -> list[Any]:
     """Remove the unpacking from the conversions that saving reverts, as it saves dense tensors."""
     remaining = []
     for conversion in conversions:
         operations = getattr(conversion, "operations", None)
-        if operations and isinstance(operations[0], Unpack):
+        if operations and isinstance(operations[0], UnpackRenamed):
+            source, *_ = conversion._original_source_patterns
+            conversion = WeightRenaming(source, conversion._original_target_patterns[0])
+        elif operations and isinstance(operations[0], Unpack):
             if len(operations) == 1:
                 continue
             sources = [

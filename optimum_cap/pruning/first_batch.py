@@ -6,8 +6,8 @@ than knowing for which architectures that holds, every run compares the two.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -62,23 +62,43 @@ def check_first_batch(
     chosen = [examples[position] for position in batches(examples, size)[0].positions]
     [batch] = batches(chosen, size)
     with evaluation_mode(view.model), float32_on_cpu(view.model):
-        layerwise = None
-        if layer_by_layer:
-            layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
-        short = None
-        if differentiate:
-            short = LayerwisePass(view, [_beginning(chosen[0])])
+        layerwise = short = None
+        with _explaining_layers(view):
+            if layer_by_layer:
+                layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
+            if differentiate:
+                short = LayerwisePass(view, [_beginning(chosen[0])])
         shares = _run_beside(view, batch, chosen, layerwise, short)
     routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
     allowed = _MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
     if shares and shares[-1] > allowed:
         first = next(index for index, share in enumerate(shares) if share > allowed)
-        raise ValueError(
-            f"{type(view.model).__name__} computes something else when its decoder layers run one "
-            f"at a time: the hidden states of {shares[-1]:.2%} of the tokens differ, from layer "
-            f"{first} on, so it cannot be calibrated layer by layer: use recipe 'paper' with "
-            "estimator 'plain', or criterion 'magnitude'"
+        raise _not_layer_by_layer(
+            view,
+            "computes something else when its decoder layers run one at a time (the hidden states "
+            f"of {shares[-1]:.2%} of the tokens differ, from layer {first} on)",
         )
+
+
+@contextmanager
+def _explaining_layers(view: ModelView) -> Iterator[None]:
+    """Say what to choose instead if a layer does not run by itself."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise _not_layer_by_layer(
+            view, f"has decoder layers that do not run one at a time ({reason})"
+        ) from error
+
+
+def _not_layer_by_layer(view: ModelView, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(view.model).__name__} {reason}, so it cannot be calibrated layer by layer: use "
+        "recipe 'paper' with estimator 'plain', or criterion 'magnitude'"
+    )
 
 
 def _run_beside(
@@ -104,6 +124,7 @@ def _run_beside(
         ValueError: Hidden states or logits are not finite, or a layer cannot be differentiated.
     """
     shares: list[float] = []
+    calls = [0] * len(view.layers)
 
     def beside(index: int, layer: nn.Module) -> Callable[..., Any]:
         original_forward, is_second = layer.forward, False
@@ -112,15 +133,21 @@ def _run_beside(
             nonlocal is_second
             if is_second:
                 return original_forward(*args, **kwargs)
+            calls[index] += 1
             with onloaded(layer):
                 output = original_forward(*args, **kwargs)
                 expected = hidden_states_of(output)
+                if layerwise is not None and expected.shape[-3:-1] != batch.input_ids.shape:
+                    raise _not_layer_by_layer(
+                        view, f"gives hidden states of shape {list(expected.shape)}"
+                    )
                 check_finite(expected, batch, examples, f"layer {index}")
                 if layerwise is not None:
                     [of_pass] = layerwise.batches
                     is_second = True
                     try:
-                        of_pass.hidden = layerwise.run(index, of_pass, of_pass.hidden)
+                        with _explaining_layers(view):
+                            of_pass.hidden = layerwise.run(index, of_pass, of_pass.hidden)
                     finally:
                         is_second = False
                     real = batch.real.to(expected.device)
@@ -151,6 +178,9 @@ def _run_beside(
         stack.callback(head.register_forward_pre_hook(select).remove)
         input_ids = batch.input_ids.to(view.device)
         logits = view.model(input_ids=input_ids, use_cache=False).logits
+    if layerwise is not None and calls != [1] * len(calls):
+        index = next(index for index, count in enumerate(calls) if count != 1)
+        raise _not_layer_by_layer(view, f"runs layer {index} {calls[index]} times")
     if not logits.isfinite().all():
         raise ValueError(
             f"the LM head of {type(view.model).__name__} gives logits that are NaN or infinite: "

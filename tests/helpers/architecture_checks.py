@@ -28,10 +28,11 @@ from optimum_cap.models.modes import evaluation_mode
 from optimum_cap.models.sites import Site, Unit, WeightSlice
 from optimum_cap.models.view import ModelView
 from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.scoring.exact import exact_losses, why_not_by_layers
 from optimum_cap.scoring.plain import plain_losses
 
-RECIPES = ("magnitude", "wanda", "sparsegpt", "causal")
+RECIPES = ("wanda", "sparsegpt", "causal")
 SECONDS = 300  # that the checks of a class may take
 
 
@@ -46,6 +47,7 @@ class Support:
         heads: Number of heads.
         dense: The share of the linear weights of the decoder that stays dense, and their names.
         scoring: `"layers"` if masked streams start in the middle of the model, else `"passes"`.
+        part: Why only recipes work that do not go layer by layer; empty if all do.
         problem: The first check that failed; empty if none did.
         refused: Why nothing can be pruned; empty if something can.
         not_built: Why there is no small model of it.
@@ -57,6 +59,7 @@ class Support:
     heads: int = 0
     dense: tuple[float, list[str]] = (0.0, [])
     scoring: str = ""
+    part: str = ""
     problem: str = ""
     refused: str = ""
     not_built: str = ""
@@ -88,15 +91,21 @@ def support_of(kind: str) -> Support:
     found.dense = weights / (total + weights), [each.name for each in left]
     heads_only = view.with_sites(set())
     found.scoring = "passes" if why_not_by_layers(heads_only) else "layers"
+    try:
+        check_first_batch(view, examples(), layer_by_layer=True)
+    except ValueError as error:
+        found.part = str(error)
     checks: list[Callable[[], None]] = [
         lambda: _everything_is_named(view, left),
         lambda: _masks_equal_zeroed_columns(view),
         lambda: _regions_move_their_units(view),
-        lambda: _a_walk_is_the_model(view),
         lambda: _exact_is_plain(view),
-        *(lambda recipe=recipe: _prunes(model, recipe=recipe) for recipe in RECIPES),
+        lambda: _prunes(model, recipe="magnitude"),
         lambda: _prunes(model, recipe="paper"),
     ]
+    if not found.part:
+        checks.append(lambda: _a_walk_is_the_model(view))
+        checks += [lambda recipe=recipe: _prunes(model, recipe=recipe) for recipe in RECIPES]
     if found.heads:
         checks.append(lambda: _prunes(model, recipe="magnitude", pattern="heads", sparsity=0.3))
     for check in checks:
@@ -120,7 +129,7 @@ def _everything_is_named(view: ModelView, left: list[DenseProjection]) -> None:
         weight = f"{name}.{path}.weight".lstrip(".")
         if isinstance(module, nn.Linear | Conv1D) and weight not in prunable:
             plain = re.sub(r"\.\d+(?=\.|$)", "", path)
-            is_router = re.search(r"(^|\.)(\w*gate|\w*router)$", path)
+            is_router = re.search(r"(^|\.)(\w*gate|\w*router)(\.|$)", path)
             assert is_router or any(plain.endswith(each) for each in known), f"{path} is not named"
 
 

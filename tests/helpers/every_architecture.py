@@ -44,10 +44,11 @@ _NAMES: tuple[tuple[int, str], ...] = (
     (
         HEADS,
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads attention_heads "
-        "decoder_attention_heads linear_num_value_heads num_hidden_layers n_layer n_layers "
-        "num_layers decoder_layers encoder_layers num_experts num_local_experts n_routed_experts "
+        "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
+        "linear_num_value_heads num_hidden_layers n_layer n_layers num_layers decoder_layers "
+        "encoder_layers num_decoder_layers num_experts num_local_experts n_routed_experts "
         "moe_num_experts num_routed_experts time_step_rank mamba_dt_rank laurel_rank conv_kernel "
-        "index_n_heads num_decoder_layers",
+        "index_n_heads",
     ),
     (
         2,
@@ -90,15 +91,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {
-        "linear_attn_config": {
-            "num_heads": 4,
-            "head_dim": 8,
-            "short_conv_kernel_size": 4,
-            "kda_layers": [1, 2, 3],
-            "full_attn_layers": [4],
-        }
-    },
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
@@ -112,7 +105,9 @@ _OWN: dict[str, dict[str, Any]] = {
 
 def small_config(kind: str) -> PretrainedConfig:
     """Return a small config of the text model of a class, by its `model_type`."""
-    text = CONFIG_MAPPING[kind]().get_text_config(decoder=True)
+    whole = CONFIG_MAPPING[kind]()
+    # The decoder of an encoder-decoder is built from the config of both.
+    text = whole if whole.is_encoder_decoder else whole.get_text_config(decoder=True)
     fields = text.to_dict()
     known = {*inspect.signature(type(text).__init__).parameters, *fields}
     changes = {
@@ -120,6 +115,8 @@ def small_config(kind: str) -> PretrainedConfig:
         for name, size in _SIZES.items()
         if fields.get(name) is not None and not isinstance(fields[name], list | dict)
     }
+    if "is_decoder" in fields:  # BERT and its relatives are encoders by default
+        changes["is_decoder"] = True
     if "kv_lora_rank" in changes:  # latent attention has keys and values for every head
         changes["num_key_value_heads"] = HEADS
     changes |= {name: value for name, value in _OWN.get(kind, {}).items() if name in known}
