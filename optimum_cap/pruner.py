@@ -122,6 +122,8 @@ class CAPPruner:
         view = ModelView.of(plain, config.mlp_unit_size)
         matrices = matrices_to_prune(view, config)
         report_unsupported(view, matrices, config.strict)
+        if needs_scores and losses is None:
+            _check_scorable(view, config)
         _check_not_shared(view, matrices)
         zeros_before = _check_weights(view, matrices)
         check_experts(view)
@@ -189,6 +191,7 @@ class CAPPruner:
         """
         plain = plain_model(model)
         view = ModelView.of(plain, self.config.mlp_unit_size)
+        _check_scorable(view, self.config)
         _check_weights(view, view.matrices)
         check_experts(view)
         process_group = ProcessGroup.current()
@@ -224,6 +227,16 @@ def _calibration(
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(describe_example(examples[0], tokenizer))
     return calibration
+
+
+def _check_scorable(view: ModelView, config: CAPConfig) -> None:
+    """Check that the model has units of the kind to score."""
+    if not view.units(config.scored_units):
+        raise ValueError(
+            f"{type(view.model).__name__} has no attention or other mixer of tokens that CAP "
+            "knows, so there are no heads to score: choose scored_units 'all', or a recipe without "
+            "causal scores, such as 'causal'"
+        )
 
 
 def _number_of_zeros(view: ModelView, matrices: list[Matrix], sparsity: float) -> int:

@@ -193,7 +193,7 @@ def _product(
 def computes_experts(module: nn.Module) -> bool:
     """Return whether an experts module gives what `gated` and `expert_output` give.
 
-    One of its experts runs on a few tokens, and nothing else.
+    One of its experts runs on a few tokens.
     """
     layout = experts_layout(module)
     assert layout is not None
@@ -201,10 +201,11 @@ def computes_experts(module: nn.Module) -> bool:
     count = layout.count * _TRIED_TOKENS if layout.all_tokens else _TRIED_TOKENS
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, layout.hidden, generator=generator).to(weight)
-    chosen = torch.zeros(count, 1, dtype=torch.long, device=weight.device)
-    ones = torch.ones(count, 1, dtype=weight.dtype, device=weight.device)
+    # The others that are chosen have no weight.
+    chosen = torch.arange(min(2, layout.count), device=weight.device).expand(count, -1)
+    weights = (chosen == 0).to(weight.dtype)
     with torch.no_grad():
-        found = module(hidden) if layout.all_tokens else module(hidden, chosen, ones)
+        found = module(hidden) if layout.all_tokens else module(hidden, chosen, weights)
         hidden = hidden[:_TRIED_TOKENS]  # of the first expert
         expected = expert_output(module, 0, gated(module, 0, hidden))
     difference = float((found[:_TRIED_TOKENS] - expected).abs().max())

@@ -35,7 +35,8 @@ def number_of_embeddings(model: PreTrainedModel) -> int:
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Return the most tokens that `model` has positions for; `None` if its config says nothing."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if longest is not None and longest > 0 else None  # -1 in XLNet
 
 
 def check_experts(view: "ModelView") -> None:
