@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_cap.models.experts import ExpertsLayout, experts_layout, gate
 from optimum_cap.models.hooks import (
     StopForwardError,
+    call_model,
     hidden_states_of,
     replaced_forward,
     split_hidden,
@@ -636,7 +637,7 @@ def recorded_layer_calls(
             embeddings.weight.shape[0], (_BATCH, _TOKENS), generator=generator, device="cpu"
         )
         stack.enter_context(suppress(StopForwardError))
-        model(input_ids=ids.to(device), use_cache=False)
+        call_model(model, ids.to(device))
     if missing := [name for name in layers if name not in calls]:
         raise RuntimeError(f"it does not call {', '.join(missing)}")
     return calls
