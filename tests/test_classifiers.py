@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedModel,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -186,6 +188,15 @@ def test_a_classifier_that_looks_ahead_is_refused() -> None:
     with pytest.raises(ValueError, match=message):
         pruned(model, recipe="wanda")
     assert same_tensors(model, before)
+    assert pruned(model, recipe="magnitude").pruning_record.zeros > 0
+
+
+def test_xlnet_looks_ahead() -> None:
+    """Its layers take tokens before rows, and its config says -1 where there is no limit."""
+    config = XLNetConfig(vocab_size=64, d_model=24, n_layer=2, n_head=4, d_inner=20, num_labels=3)
+    model = XLNetForSequenceClassification(config)
+    with pytest.raises(ValueError, match="the tokens of XLNetForSequenceClassification depend on"):
+        pruned(model, recipe="wanda")
     assert pruned(model, recipe="magnitude").pruning_record.zeros > 0
 
 

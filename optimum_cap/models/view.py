@@ -34,7 +34,8 @@ def number_of_embeddings(model: PreTrainedModel) -> int:
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Return the most tokens that `model` has positions for; `None` if its config says nothing."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if limit != -1 else None  # XLNet has no limit
 
 
 @dataclass(frozen=True, eq=False)

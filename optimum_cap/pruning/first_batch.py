@@ -64,6 +64,8 @@ def check_first_batch(
     chosen = [examples[position] for position in batches(examples, size)[0].positions]
     [batch] = batches(chosen, size)
     with evaluation_mode(view.model), float32_on_cpu(view.model):
+        if not view.has_lm_head:
+            _check_does_not_look_ahead(view, chosen[0])
         layerwise = None
         if layer_by_layer:
             layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
@@ -71,8 +73,6 @@ def check_first_batch(
         if differentiate:
             short = LayerwisePass(view, [_beginning(chosen[0])])
         shares = _run_beside(view, batch, chosen, layerwise, short)
-        if not view.has_lm_head:
-            _check_does_not_look_ahead(view, chosen[0])
     routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
     allowed = _MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
     if shares and shares[-1] > allowed:
@@ -181,7 +181,8 @@ def _check_does_not_look_ahead(view: ModelView, example: CalibrationExample) -> 
     changed[-1] = (ids[-1] + 1) % number_of_embeddings(view.model)
     output = call_model(view.model, torch.stack([ids, changed]).to(view.device))
     hidden, other = output.last_hidden_state[:, :-1]
-    if share_that_differs(hidden, other):
+    # Values that are not finite are reported with the layer that they come from.
+    if hidden.isfinite().all() and share_that_differs(other, hidden):
         raise ValueError(
             f"the tokens of {type(view.model).__name__} depend on later ones, but CAP measures the "
             "inputs of matrices under causal attention: use recipe 'magnitude', which needs no data"
