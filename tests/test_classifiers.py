@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload
 from helpers.tiny_models import tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
@@ -254,3 +255,34 @@ def test_from_pretrained_saves_and_loads(
     assert f"model = {auto_class.__name__}.from_pretrained" in card
     assert "AutoModelForCausalLM" not in card
     assert "routers, classification head |" in card
+
+
+def test_from_pretrained_refuses_before_weights_are_loaded(tmp_path: Path) -> None:
+    tiny_classifier("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    for fields in ({}, {"recipe": "paper"}, {"recipe": "wanda", "answers": "model"}):
+        config = settings(**fields)
+        with pytest.raises(ValueError, match=r"^LlamaForSequenceClassification has no LM head, so"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path, pruning_config=config)
+        message = (
+            "is a LlamaForSequenceClassification, so LlamaForCausalLM has an LM head of random "
+            "weights, .*: load it with AutoModelForSequenceClassification$"
+        )
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path, pruning_config=config)
+
+
+def test_a_decoder_may_get_another_head(tmp_path: Path) -> None:
+    """What needs no predictions prunes the decoder, whatever head it is loaded with."""
+    tiny_classifier("llama").save_pretrained(tmp_path / "classifier")
+    tiny_model("llama").save_pretrained(tmp_path / "language_model")
+    pairs = [
+        (AutoModelForCausalLM, "classifier"),
+        (AutoModelForSequenceClassification, "language_model"),
+    ]
+    expected = pruned(tiny_model("llama"), recipe="magnitude_global")
+    for auto_class, name in pairs:
+        config = settings(recipe="magnitude_global")
+        model = auto_class.from_pretrained(tmp_path / name, pruning_config=config)
+        assert same_tensors(model.base_model, expected.base_model)
