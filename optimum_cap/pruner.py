@@ -28,6 +28,7 @@ from optimum_cap.models import (
     ModelView,
     check_configs_can_be_saved,
     check_experts,
+    has_lm_head,
     longest_sequence,
     number_of_embeddings,
     plain_model,
@@ -48,7 +49,7 @@ logger = logging.get_logger(__name__)
 
 
 class CAPPruner:
-    """Prunes a causal language model in memory.
+    """Prunes a causal language model, or a classifier made of one, in memory.
 
     Args:
         config: What to prune and how.
@@ -90,7 +91,9 @@ class CAPPruner:
         written to copies in the offload folder, never to the files that the model was loaded from.
 
         Args:
-            model: A decoder-only causal language model in any float dtype.
+            model: A decoder-only causal language model in any float dtype, or a classifier or
+                reward model made of one. The latter have no LM head, so criteria and allocations
+                that measure predictions of tokens cannot prune them (`docs/models.md`).
             tokenizer: Its tokenizer or processor, or the name of a tokenizer; `None` takes the
                 config's, then the one that is saved with the model.
             dataset: Calibration data that replaces the config's.
@@ -120,6 +123,8 @@ class CAPPruner:
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
         view = ModelView.of(plain, config.mlp_unit_size)
+        if not view.has_lm_head:
+            config.check_without_lm_head(type(plain).__name__)
         matrices = matrices_to_prune(view, config)
         report_unsupported(view, matrices, config.strict)
         if needs_scores and losses is None:
@@ -191,6 +196,11 @@ class CAPPruner:
         """
         plain = plain_model(model)
         view = ModelView.of(plain, self.config.mlp_unit_size)
+        if not view.has_lm_head:
+            raise ValueError(
+                f"{type(plain).__name__} has no LM head, so its units have no losses on tokens to "
+                "measure: load a causal language model with AutoModelForCausalLM"
+            )
         _check_scorable(view, self.config)
         _check_weights(view, view.matrices)
         check_experts(view)
@@ -220,7 +230,12 @@ def _calibration(
             model, tokenizer, config, process_group, check_prompts
         )
     else:
-        calibration = build_calibration_set(config, tokenizer, max_length=longest_sequence(model))
+        calibration = build_calibration_set(
+            config,
+            tokenizer,
+            max_length=longest_sequence(model),
+            unscored=not has_lm_head(model),
+        )
     examples = calibration.examples
     ids = [example.input_ids for example in examples]
     check_token_ids(tokenizer, ids, number_of_embeddings(model))

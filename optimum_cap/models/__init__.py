@@ -31,6 +31,8 @@ from optimum_cap.models.hooks import (
     StopForwardError,
     bypass_layers,
     cache_argument,
+    call_model,
+    has_lm_head,
     hidden_states_of,
     masked_unit,
     recorded_calls,
@@ -84,6 +86,7 @@ from optimum_cap.models.sites import (
     prunable_matrices,
     stages_by_layer,
 )
+from optimum_cap.models.tasks import check_saved_with_lm_head, classifier_class, model_task
 from optimum_cap.models.view import ModelView, check_experts, longest_sequence, number_of_embeddings
 
 __all__ = [
@@ -108,10 +111,13 @@ __all__ = [
     "cache_argument",
     "call_compiled",
     "call_layer",
+    "call_model",
     "check_compilable",
     "check_configs_can_be_saved",
     "check_experts",
     "check_in_memory",
+    "check_saved_with_lm_head",
+    "classifier_class",
     "compiling",
     "decoder_layer_names",
     "device_of",
@@ -124,6 +130,7 @@ __all__ = [
     "forward_hooks",
     "gated",
     "has_adapters",
+    "has_lm_head",
     "has_peft_layers",
     "have_own_tokens",
     "heads",
@@ -138,6 +145,7 @@ __all__ = [
     "matrices_by_layer",
     "mixer_units",
     "mlp_width",
+    "model_task",
     "number_of_embeddings",
     "onloaded",
     "oriented",

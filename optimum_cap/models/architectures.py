@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from optimum_cap.models.experts import OUTPUT, ExpertsLayout
+from optimum_cap.models.hooks import has_lm_head
 from optimum_cap.models.layouts import layout_of
 from optimum_cap.models.observation import (
     LayerObserver,
@@ -61,12 +67,14 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
     Of those that run side by side, the ones that mix tokens come first.
 
     Args:
-        model: A causal language model. It is left unchanged; its weights are not read.
+        model: A decoder-only model with a head: a causal language model, a classifier or a reward
+            model. It is left unchanged; its weights are not read.
         mlp_unit_size: Channels per unit of sites without heads (the last unit may have fewer);
             `None` makes each of these sites one unit.
 
     Raises:
-        ValueError: `model` is not a decoder-only language model, or its layers cannot be observed.
+        ValueError: `model` is not a decoder-only model with a head, or its layers cannot be
+            observed.
     """
     names = decoder_layer_names(model)
     layers = {name: model.get_submodule(name) for name in names}
@@ -289,6 +297,7 @@ class _Units:
                 units=tuple(units),
                 expert=expert,
                 level=site.level,
+                looks_ahead=site.output_proj in seen.looking_ahead,
                 depths=depths,
             )
 
@@ -331,7 +340,7 @@ def decoder_layer_names(model: PreTrainedModel) -> list[str]:
     """Return the paths of the decoder layers of a model, in order.
 
     Raises:
-        ValueError: `model` is not a decoder-only causal language model, or it has no such layers.
+        ValueError: `model` is not a decoder-only model with a head, or it has no such layers.
     """
     decoder_name, decoder = decoder_of(model)
     config = model.config.get_text_config(decoder=True)
@@ -404,15 +413,29 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """Return the path of the decoder in `model`, and the decoder.
 
     Raises:
-        ValueError: `model` is not a decoder-only causal language model.
+        ValueError: `model` is not decoder-only, or it has no head.
     """
-    if model.config.is_encoder_decoder or not model.can_generate():
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder or not (has_lm_head(model) or _is_decoder(model.config)):
         raise ValueError(
-            f"{type(model).__name__} is not a decoder-only causal language model, so it has no "
-            "loss on answers that CAP could measure: load the model with AutoModelForCausalLM"
+            f"{kind} is not a decoder-only causal language model, nor a classifier made of one, so "
+            "CAP cannot prune it: choose a decoder-only model, such as Llama or Qwen"
+        )
+    if not has_lm_head(model) and model.base_model is model:
+        raise ValueError(
+            f"{kind} has no head, so CAP cannot prune it: load the model with "
+            "AutoModelForCausalLM, or a classifier with AutoModelForSequenceClassification"
         )
     decoder = model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model.base_model  # ModernBERT's decoder calls its output head "decoder"
     name = next(name for name, module in model.named_modules() if module is decoder)
     return name, decoder
+
+
+def _is_decoder(config: PretrainedConfig) -> bool:
+    """Return whether a config is of a decoder alone; `True` if its code is not in transformers."""
+    if not type(config).__module__.startswith("transformers."):
+        return True
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_encoder

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_cap.models.experts import ExpertsLayout, experts_layout, gate
 from optimum_cap.models.hooks import (
     StopForwardError,
+    call_model,
     hidden_states_of,
     replaced_forward,
     split_hidden,
@@ -97,6 +98,7 @@ class ObservedLayer:
         writers: Those whose outputs reach the output of the layer in this way.
         routing: Those whose outputs reach the choice of experts in this way.
         mixing: Those whose input at a token depends on projections of other tokens.
+        looking_ahead: Those whose input at a token depends on projections of later tokens.
         kept: Those whose outputs the layer leaves for later layers (shared keys and values).
         output_modules: For each, the path of the module around it that returns its output
             unchanged; its own path if there is none.
@@ -108,6 +110,7 @@ class ObservedLayer:
     writers: set[str] = field(default_factory=set)
     routing: set[str] = field(default_factory=set)
     mixing: set[str] = field(default_factory=set)
+    looking_ahead: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
     output_modules: dict[str, str] = field(default_factory=dict)
     head_sizes: dict[str, int] = field(default_factory=dict)
@@ -223,7 +226,7 @@ class LayerObserver:
         for of_projection in self._run.gradients(inputs[:, 0]).values():
             for gradient in map(self._run.split_tokens, of_projection):
                 if gradient is not None and (gradient[:, 1:] != 0).any():
-                    raise RuntimeError("a token depends on later ones, so it is no causal model")
+                    self.observed.looking_ahead.add(name)
         for of_projection in self._run.gradients(inputs[:, -1]).values():
             for gradient in map(self._run.split_tokens, of_projection):
                 if gradient is not None and (gradient[:, :-1] != 0).any():
@@ -669,7 +672,7 @@ def recorded_layer_calls(
             embeddings.weight.shape[0], (_BATCH, _TOKENS), generator=generator, device="cpu"
         )
         stack.enter_context(suppress(StopForwardError))
-        model(input_ids=ids.to(device), use_cache=False)
+        call_model(model, ids.to(device))
     if missing := [name for name in layers if name not in calls]:
         raise RuntimeError(f"it does not call {', '.join(missing)}")
     return calls

@@ -104,6 +104,8 @@ class CAPQuantizer(HfQuantizer):
             if checkpoint_files:
                 files = [Path(file) for file in checkpoint_files]
                 check_before_loading(model.name_or_path, files, self.saved)
+        else:
+            _check_head(model, self.quantization_config)
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -193,6 +195,31 @@ class CAPQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_head(model: "PreTrainedModel", config: CAPConfig) -> None:
+    """Check before weights are loaded that the model can predict tokens if the config needs it.
+
+    Raises:
+        ValueError: It has no LM head, or one of random weights because a classifier was saved; or
+            it is not decoder-only.
+    """
+    from optimum_cap.models import classifier_class, decoder_layer_names, has_lm_head, model_task
+
+    decoder_layer_names(model)
+    kind = type(model).__name__
+    if not has_lm_head(model):
+        config.check_without_lm_head(kind)
+        return
+    class_name = classifier_class(model.config)
+    needs_lm_head = config.method.needs_lm_head or config.answers == "model"
+    if class_name is not None and needs_lm_head:
+        task = model_task(class_name)
+        assert task is not None
+        raise ValueError(
+            f"{model.name_or_path} is a {class_name}, so {kind} has an LM head of random weights, "
+            f"whose predictions say nothing about the model: load it with {task.auto_class}"
+        )
 
 
 def _converter_of_weights(conversion: Any) -> list[Any]:

@@ -18,9 +18,11 @@ from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.models import (
     ModelView,
     Targets,
+    call_model,
     evaluation_mode,
     float32_on_cpu,
     hidden_states_of,
+    number_of_embeddings,
     onloaded,
     positions_per_chunk,
     replaced_forward,
@@ -55,13 +57,17 @@ def check_first_batch(
         differentiate: Whether the run needs gradients of the layers.
 
     Raises:
-        ValueError: Hidden states or logits are not finite, or they differ; or a layer cannot be
-            differentiated.
+        ValueError: Hidden states or logits are not finite, or they differ; a layer cannot be
+            differentiated; or a model without an LM head looks ahead.
     """
+    if any(site.looks_ahead for site in view.sites):
+        raise _looks_ahead(view)
     size = examples_per_batch(view.model, examples, memory_budget) if layer_by_layer else 1
     chosen = [examples[position] for position in batches(examples, size)[0].positions]
     [batch] = batches(chosen, size)
     with evaluation_mode(view.model), float32_on_cpu(view.model):
+        if not view.has_lm_head:
+            _check_does_not_look_ahead(view, chosen[0])
         layerwise = short = None
         with _explaining_layers(view):
             if layer_by_layer:
@@ -97,7 +103,8 @@ def _explaining_layers(view: ModelView) -> Iterator[None]:
 def _not_layer_by_layer(view: ModelView, reason: str) -> ValueError:
     return ValueError(
         f"{type(view.model).__name__} {reason}, so it cannot be calibrated layer by layer: use "
-        "recipe 'paper' with estimator 'plain', or criterion 'magnitude'"
+        + ("recipe 'paper' with estimator 'plain', or " if view.has_lm_head else "")
+        + "criterion 'magnitude'"
     )
 
 
@@ -174,19 +181,48 @@ def _run_beside(
     with ExitStack() as stack:
         for index, layer in enumerate(view.layers):
             stack.enter_context(replaced_forward(layer, beside(index, layer)))
-        head = view.model.get_output_embeddings()
-        stack.callback(head.register_forward_pre_hook(select).remove)
-        input_ids = batch.input_ids.to(view.device)
-        logits = view.model(input_ids=input_ids, use_cache=False).logits
+        if view.has_lm_head:
+            head = view.model.get_output_embeddings()
+            stack.callback(head.register_forward_pre_hook(select).remove)
+        output = call_model(view.model, batch.input_ids.to(view.device))
     if layerwise is not None and calls != [1] * len(calls):
         index = next(index for index, count in enumerate(calls) if count != 1)
         raise _not_layer_by_layer(view, f"runs layer {index} {calls[index]} times")
-    if not logits.isfinite().all():
+    if not view.has_lm_head:
+        check_finite(output.last_hidden_state, batch, examples, "the last norm")
+    elif not output.logits.isfinite().all():
         raise ValueError(
             f"the LM head of {type(view.model).__name__} gives logits that are NaN or infinite: "
             "check its weights and the dtype of the model"
         )
     return shares
+
+
+def _check_does_not_look_ahead(view: ModelView, example: CalibrationExample) -> None:
+    """Check that the hidden states of tokens do not change with a later token.
+
+    Classifiers may be made from encoders, or from decoders with attention in both directions.
+
+    Raises:
+        ValueError: They change, so they also depend on the padding of a batch.
+    """
+    ids = _beginning(example).input_ids
+    if len(ids) < 2:
+        return  # the longest example of its batch, which has no padding
+    changed = ids.clone()
+    changed[-1] = (ids[-1] + 1) % number_of_embeddings(view.model)
+    output = call_model(view.model, torch.stack([ids, changed]).to(view.device))
+    hidden, other = output.last_hidden_state[:, :-1]
+    # Values that are not finite are reported with the layer that they come from.
+    if hidden.isfinite().all() and share_that_differs(other, hidden):
+        raise _looks_ahead(view)
+
+
+def _looks_ahead(view: ModelView) -> ValueError:
+    return ValueError(
+        f"the tokens of {type(view.model).__name__} depend on later ones, but CAP measures the "
+        "inputs of matrices under causal attention: use recipe 'magnitude', which needs no data"
+    )
 
 
 def _beginning(example: CalibrationExample) -> CalibrationExample:
@@ -215,6 +251,7 @@ def _differentiate(view: ModelView, index: int, short: LayerwisePass) -> None:
         raise ValueError(
             f"layer {index} of {type(view.model).__name__} cannot be differentiated ({reason}), as "
             "allocation 'fisher' and refinement need: choose a recipe without them, such as "
-            "'sparsegpt', or allocation 'interventional' and refine 0"
+            "'sparsegpt', or refine 0"
+            + (" and allocation 'interventional'" if view.has_lm_head else "")
         ) from error
     batch.hidden = short.run(index, batch, batch.hidden)

@@ -51,7 +51,7 @@ from optimum_cap.evaluation import (
     wilson_interval,
 )
 from optimum_cap.methods import CRITERIA
-from optimum_cap.models import ModelView
+from optimum_cap.models import ModelView, check_saved_with_lm_head
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import (
     JsonFiles,
@@ -412,6 +412,7 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
         model = AutoModelForCausalLM.from_pretrained(
             cell.model, dtype=study.dtype, device_map=study.device_map
         )
+        check_saved_with_lm_head(model.config, cell.model)
         tokenizer = load_tokenizer(cell.model)
         if (config := cell.config()) is not None:
             usage = _pruned_and_stored(cell, config, model, tokenizer, study, file)

@@ -99,10 +99,10 @@ def support_of(kind: str) -> Support:
         lambda: _everything_is_named(view, left),
         lambda: _masks_equal_zeroed_columns(view),
         lambda: _regions_move_their_units(view),
-        lambda: _exact_is_plain(view),
         lambda: _prunes(model, recipe="magnitude"),
-        lambda: _prunes_by_scores(view),
     ]
+    if not any(site.looks_ahead for site in view.sites):
+        checks += [lambda: _exact_is_plain(view), lambda: _prunes_by_scores(view)]
     if not found.part:
         checks.append(lambda: _a_walk_is_the_model(view))
         checks += [lambda recipe=recipe: _prunes(model, recipe=recipe) for recipe in RECIPES]
