@@ -65,7 +65,7 @@ def _same(view: ModelView, examples: list[CalibrationExample], prefix: int, coun
     wavefront = Wavefront(view, batch)
     expected = torch.cat([_loss_of_model(view, chosen[position]) for position in batch.positions])
     found = [wavefront.intact_losses()]
-    found += [wavefront.masked_losses([unit])[0] for unit in _units_of_nothing(view)]
+    found += wavefront.masked_losses(_units_of_nothing(view))
     tolerated = _tolerated(view.model.dtype)
     for losses in found:
         if not torch.allclose(losses, expected, rtol=tolerated, atol=tolerated, equal_nan=True):
