@@ -169,7 +169,8 @@ def test_weights_come_in_once_per_layer_and_pass_when_pruning_by_inputs(
 ) -> None:
     model = on_disk(saved(tmp_path / "model"), tmp_path / "offload")
     CAPPruner(config(recipe="wanda", memory_budget=1)).prune(model)  # one example after the other
-    norms = [name for name in model.state_dict() if "layernorm" in name]
+    # Besides those of the first layer, which is observed: only projections stay out of memory then.
+    norms = [n for n in model.state_dict() if "layernorm" in n and ".layers.0." not in n]
     # The check that they are finite, a pass that sees how layers return, one that checks that they
     # can run one at a time, one for the statistics, one with the pruned weights.
     assert {loads[name] for name in norms} == {5}

@@ -268,8 +268,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--strict",
         "strict",
         None,
-        "refuse a model if some linear weights of its decoder cannot be pruned (default: leave "
-        "them dense and say so)",
+        "refuse a model if some linear weights of its decoder would stay dense (default: False)",
     ),
 )
 

@@ -35,6 +35,7 @@ from optimum_cap.models.sites import Range
 
 _BATCH, _TOKENS = 4, 8
 _DRAWS = 3  # random inputs that rows are observed with: a rectifier stops half of the values
+_FEW_VALUES = 1 << 16
 _LINEAR = (nn.Linear, Conv1D)
 
 
@@ -680,7 +681,7 @@ def recorded_layer_calls(
 
 @contextmanager
 def with_values(model: nn.Module) -> Iterator[None]:
-    """Give parameters and buffers on the meta device values that take no memory.
+    """Give parameters and buffers on the meta device values, which take hardly any memory.
 
     Those of modules whose weights are offloaded stay as they are: accelerate loads them.
     """
@@ -699,6 +700,8 @@ def with_values(model: nn.Module) -> Iterator[None]:
 def _constant(value: torch.Tensor) -> torch.Tensor:
     one = 0.5 if value.is_floating_point() else value.dtype == torch.bool
     constant = torch.tensor(one, dtype=value.dtype).expand(value.shape)
+    if value.numel() <= _FEW_VALUES:  # Gemma 3n clamps some of its weights in place
+        constant = constant.clone()
     return nn.Parameter(constant, False) if isinstance(value, nn.Parameter) else constant
 
 
