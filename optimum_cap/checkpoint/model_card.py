@@ -20,6 +20,7 @@ from optimum_cap.checkpoint.record import (
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
+from optimum_cap.models import sees_images
 from optimum_cap.text import printable
 from optimum_cap.version import install_command
 
@@ -73,7 +74,7 @@ def model_card(
 
     Args:
         record: The pruning record.
-        class_name: Class of the model, which determines the pipeline tag.
+        class_name: Class of the model, which determines the pipeline tag and the Auto class.
         token: Token for reading the card of the base model from the Hub.
         tags: Additional tags.
         base_folder: Folder that the model was loaded from, whose card names the license; the record
@@ -83,7 +84,8 @@ def model_card(
     method = CAPConfig.from_dict(config).method
     base = record.base_model
     base_repo = base if base and _is_repo_id(base) else None
-    pipelines = [task for ending, task in _PIPELINES.items() if class_name.endswith(ending)]
+    pipelines = ["image-text-to-text"] if sees_images(class_name) else []
+    pipelines += [task for ending, task in _PIPELINES.items() if class_name.endswith(ending)]
     data = ModelCardData(
         license=_license(base_folder, base_repo, token),
         library_name="transformers",
@@ -138,7 +140,7 @@ def model_card(
         "",
         "## How to load it",
         "",
-        *_loading(needs_plugin),
+        *_loading(needs_plugin, class_name),
         "",
         "## Zeros per projection",
         "",
@@ -213,14 +215,18 @@ def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
     return sums
 
 
-def _loading(needs_plugin: bool) -> list[str]:
+def _loading(needs_plugin: bool, class_name: str) -> list[str]:
+    loader = "AutoModelForImageTextToText" if sees_images(class_name) else "AutoModelForCausalLM"
+    load = [
+        f"from transformers import {loader}",
+        f'model = {loader}.from_pretrained("this/repository")',
+    ]
     if not needs_plugin:
         return [
             "The zeros are stored like other weights, so transformers loads it without a plugin:",
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM",
-            'model = AutoModelForCausalLM.from_pretrained("this/repository")',
+            *load,
             "```",
         ]
     return [
@@ -232,8 +238,7 @@ def _loading(needs_plugin: bool) -> list[str]:
         "",
         "```python",
         "import optimum_cap",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("this/repository")',
+        *load,
         "```",
         "",
         "The result is an ordinary model. Without optimum-cap, loading fails with an error; "

@@ -383,14 +383,13 @@ class PruneCommand(CAPSubcommand):
             if not prepared.process_group.rank:
                 print(prepared.shown)
             return
-        from transformers import AutoModelForCausalLM
-
         from optimum_cap.checkpoint import inspect_checkpoint
         from optimum_cap.config import parse_size
+        from optimum_cap.models import load_model, sees_images
 
         args = self.args
         start = time.monotonic()
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_model(
             args.model,
             **loading_options(args, prepared.process_group),
             pruning_config=prepared.config,
@@ -415,7 +414,11 @@ class PruneCommand(CAPSubcommand):
             ]
             url = _upload(args.output, written, args.push_to_hub, args.private, args.token)
             print(f"uploaded      {url}")
-        _print_how_to_load(args.push_to_hub or str(args.output), prepared.config.checkpoint_format)
+        _print_how_to_load(
+            args.push_to_hub or str(args.output),
+            prepared.config.checkpoint_format,
+            sees_images(type(model).__name__),
+        )
 
 
 def _config(args: Namespace) -> "CAPConfig":
@@ -689,15 +692,18 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str
         raise OSError(f"the model is saved in {folder}, but the upload failed: {error}") from error
 
 
-def _print_how_to_load(name: str, checkpoint_format: str) -> None:
+def _print_how_to_load(name: str, checkpoint_format: str, with_images: bool) -> None:
     from optimum_cap.formats import FORMATS
 
+    model, reader, variable = "AutoModelForCausalLM", "AutoTokenizer", "tokenizer"
+    if with_images:
+        model, reader, variable = "AutoModelForImageTextToText", "AutoProcessor", "processor"
     plugin = ""
     if FORMATS[checkpoint_format].needs_plugin:
         plugin = f"import optimum_cap  # reads the {checkpoint_format} format\n"
     print(
         f"\nLoad it with\n\n{plugin}"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})"
+        f"from transformers import {model}, {reader}\n\n"
+        f"model = {model}.from_pretrained({name!r})\n"
+        f"{variable} = {reader}.from_pretrained({name!r})"
     )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.data import load_tokenizer, usable_tokenizer
@@ -44,6 +44,7 @@ from optimum_cap.models import (
     device_of,
     evaluation_mode,
     float32_on_cpu,
+    load_model,
     longest_sequence,
     number_of_embeddings,
 )
@@ -238,7 +239,7 @@ def _loaded(
     model: PreTrainedModel | str | Path, tokenizer: Any, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, str | Path):
-        loaded = AutoModelForCausalLM.from_pretrained(model, **options)
+        loaded = load_model(model, **options)
     elif options:
         raise ValueError(
             f"{', '.join(options)} need the name of a model to load, got a loaded "
