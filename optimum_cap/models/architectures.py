@@ -376,7 +376,8 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(
             f"{type(model).__name__} is not a decoder-only causal language model, so it has no "
-            "loss on answers that CAP could measure: load the model with AutoModelForCausalLM"
+            "loss on answers that CAP could measure: load the model with AutoModelForCausalLM, or "
+            "with AutoModelForImageTextToText if it also sees images"
         )
     decoder = model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
