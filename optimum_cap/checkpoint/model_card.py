@@ -116,6 +116,7 @@ def model_card(
         "Left dense": ", ".join(
             [
                 *("embeddings", "norms", "routers", "LM head"),
+                *(["vision part"] if sees_images(class_name) else []),
                 *map(_cell, config["modules_to_leave_dense"]),
             ]
         ),
