@@ -14,9 +14,10 @@ from optimum_cap.version import __version__
 if TYPE_CHECKING:
     from optimum_cap import evaluation as evaluation
     from optimum_cap.config import CAPConfig
+    from optimum_cap.models import register_layout
     from optimum_cap.pruner import CAPPruner
 
-__all__ = ["CAPConfig", "CAPPruner", "__version__"]
+__all__ = ["CAPConfig", "CAPPruner", "__version__", "register_layout"]
 
 register_with_transformers()
 
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from optimum_cap.pruner import CAPPruner
 
         return CAPPruner
+    if name == "register_layout":
+        from optimum_cap.models import register_layout
+
+        return register_layout
     if name == "evaluation":
         return importlib.import_module("optimum_cap.evaluation")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

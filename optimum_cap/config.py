@@ -1,5 +1,6 @@
 """`CAPConfig`: what to prune and how. Validated, versioned, and serialised as JSON."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -55,6 +56,11 @@ class Method:
     def by_sensitivity(self) -> bool:
         """Whether the sensitivities of the sites decide the number of zeros of each matrix."""
         return ALLOCATIONS[self.allocation].by_sensitivity
+
+    @property
+    def needs_lm_head(self) -> bool:
+        """Whether the method measures losses or predictions of tokens."""
+        return CRITERIA[self.criterion].needs_scores or self.by_sensitivity
 
 
 RECIPES = {
@@ -273,6 +279,8 @@ class CAPConfig(QuantizationConfigMixin):
             and the LM head, which are never pruned: names or consecutive parts of them (such as
             `"layers.0"` or `"o_proj"`), or `"re:"` and a regular expression that matches the
             beginning of a module's name (such as `"re:.*down_proj"`).
+        strict: Refuse a model if CAP cannot prune some linear weights of its decoder. By default
+            they stay dense, which the log, the record and `cap inspect` say.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
             `"dense"` (zeros stored; loads without this plugin).
         tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
@@ -325,6 +333,7 @@ class CAPConfig(QuantizationConfigMixin):
     torch_compile: bool = False
     resume_dir: str | os.PathLike[str] | None = None
     modules_to_leave_dense: list[str] = field(default_factory=list)
+    strict: bool = False
     checkpoint_format: str = "packed"
     tokenizer: Any = None
     config_version: int = CONFIG_VERSION
@@ -573,6 +582,49 @@ class CAPConfig(QuantizationConfigMixin):
         overrides = {name: getattr(self, name) for name in _OVERRIDES}
         return dataclasses.replace(
             recipe, **{name: value for name, value in overrides.items() if value is not None}
+        )
+
+    def check_without_lm_head(self, class_name: str) -> None:
+        """Check that a model that predicts no tokens, such as a classifier, can be pruned.
+
+        Args:
+            class_name: Class of the model, for the error.
+
+        Raises:
+            ValueError: The method measures predictions of tokens, or the model is to answer
+                prompts.
+        """
+        if self.answers == "model":
+            raise ValueError(
+                f"{class_name} has no LM head, so it cannot answer prompts: use answers 'dataset'"
+            )
+        method = self.method
+        if not method.needs_lm_head:
+            return
+        part = "criterion" if CRITERIA[method.criterion].needs_scores else "allocation"
+        chosen = {part: getattr(method, part)}
+        if getattr(self, part) is None:  # the recipe implies it
+            chosen = {"recipe": self.recipe, **chosen}
+        settings = " with ".join(f"{name} {value!r}" for name, value in chosen.items())
+        raise ValueError(
+            f"{class_name} has no LM head, so it predicts no tokens, but {settings} measures "
+            f"predictions of tokens: choose {self._choices_without_lm_head()}"
+        )
+
+    def _choices_without_lm_head(self) -> str:
+        """Return which recipes with this pattern measure no predictions, for an error."""
+        recipes = []
+        for name in RECIPES:
+            with contextlib.suppress(ValueError):  # the pattern does not fit the recipe
+                config = CAPConfig(self.sparsity, recipe=name, pattern=self.pattern)
+                if not config.method.needs_lm_head:
+                    recipes.append(repr(name))
+        default, choices = RECIPES["causal"], f"recipe {enumeration(recipes, 'or')}"
+        if self.pattern == WHOLE_HEADS or "'causal'" in recipes:
+            return choices
+        return (
+            f"criterion {default.criterion!r} with refine {default.refine}, the nearest to recipe "
+            f"'causal', or {choices}"
         )
 
     @property

@@ -27,6 +27,8 @@ from optimum_cap.models import (
     Matrix,
     ModelView,
     check_configs_can_be_saved,
+    check_experts,
+    has_lm_head,
     longest_sequence,
     number_of_embeddings,
     plain_model,
@@ -47,7 +49,7 @@ logger = logging.get_logger(__name__)
 
 
 class CAPPruner:
-    """Prunes a causal language model in memory.
+    """Prunes a causal language model, or a classifier made of one, in memory.
 
     Args:
         config: What to prune and how.
@@ -89,7 +91,9 @@ class CAPPruner:
         written to copies in the offload folder, never to the files that the model was loaded from.
 
         Args:
-            model: A decoder-only causal language model in any float dtype.
+            model: A decoder-only causal language model in any float dtype, or a classifier or
+                reward model made of one. The latter have no LM head, so criteria and allocations
+                that measure predictions of tokens cannot prune them (`docs/models.md`).
             tokenizer: Its tokenizer or processor, or the name of a tokenizer; `None` takes the
                 config's, then the one that is saved with the model.
             dataset: Calibration data that replaces the config's.
@@ -119,9 +123,15 @@ class CAPPruner:
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
         view = ModelView.of(plain, config.mlp_unit_size)
+        if not view.has_lm_head:
+            config.check_without_lm_head(type(plain).__name__)
         matrices = matrices_to_prune(view, config)
+        report_unsupported(view, matrices, config.strict)
+        if needs_scores and losses is None:
+            _check_scorable(view, config)
         _check_not_shared(view, matrices)
         zeros_before = _check_weights(view, matrices)
+        check_experts(view)
         if config.pattern == WHOLE_HEADS:
             number_of_heads_to_remove(removable_heads(view, matrices), config.sparsity)
         zeros = _number_of_zeros(view, matrices, config.sparsity)
@@ -139,7 +149,6 @@ class CAPPruner:
         )
         examples = calibration.examples if calibration else []
         run = PruningRun(view, config, matrices, examples, process_group)
-        report_unsupported(view, matrices)
         run.check_model(losses)
 
         if needs_scores:
@@ -187,7 +196,14 @@ class CAPPruner:
         """
         plain = plain_model(model)
         view = ModelView.of(plain, self.config.mlp_unit_size)
+        if not view.has_lm_head:
+            raise ValueError(
+                f"{type(plain).__name__} has no LM head, so its units have no losses on tokens to "
+                "measure: load a causal language model with AutoModelForCausalLM"
+            )
+        _check_scorable(view, self.config)
         _check_weights(view, view.matrices)
+        check_experts(view)
         process_group = ProcessGroup.current()
         check_prompts = functools.partial(check_first_batch, view, layer_by_layer=False)
         calibration = _calibration(plain, self.config, tokenizer, process_group, check_prompts)
@@ -214,13 +230,28 @@ def _calibration(
             model, tokenizer, config, process_group, check_prompts
         )
     else:
-        calibration = build_calibration_set(config, tokenizer, max_length=longest_sequence(model))
+        calibration = build_calibration_set(
+            config,
+            tokenizer,
+            max_length=longest_sequence(model),
+            unscored=not has_lm_head(model),
+        )
     examples = calibration.examples
     ids = [example.input_ids for example in examples]
     check_token_ids(tokenizer, ids, number_of_embeddings(model))
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(describe_example(examples[0], tokenizer))
     return calibration
+
+
+def _check_scorable(view: ModelView, config: CAPConfig) -> None:
+    """Check that the model has units of the kind to score."""
+    if not view.units(config.scored_units):
+        raise ValueError(
+            f"{type(view.model).__name__} has no attention or other mixer of tokens that CAP "
+            "knows, so there are no heads to score: choose scored_units 'all', or a recipe without "
+            "causal scores, such as 'causal'"
+        )
 
 
 def _number_of_zeros(view: ModelView, matrices: list[Matrix], sparsity: float) -> int:

@@ -20,7 +20,7 @@ from optimum_cap.checkpoint.record import (
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
-from optimum_cap.models import sees_images
+from optimum_cap.models import model_task, sees_images
 from optimum_cap.text import printable
 from optimum_cap.version import install_command
 
@@ -31,7 +31,6 @@ _TAGS = ["optimum-cap", "pruning", "sparse"]
 _REFINED = (
     "; the kept weights of each layer were then fitted to the hidden states of the dense model."
 )
-_PIPELINES = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation"}
 
 
 def write_model_card(
@@ -74,7 +73,7 @@ def model_card(
 
     Args:
         record: The pruning record.
-        class_name: Class of the model, which determines the pipeline tag and the Auto class.
+        class_name: Class of the model, which determines the pipeline tag and how to load it.
         token: Token for reading the card of the base model from the Hub.
         tags: Additional tags.
         base_folder: Folder that the model was loaded from, whose card names the license; the record
@@ -84,12 +83,11 @@ def model_card(
     method = CAPConfig.from_dict(config).method
     base = record.base_model
     base_repo = base if base and _is_repo_id(base) else None
-    pipelines = ["image-text-to-text"] if sees_images(class_name) else []
-    pipelines += [task for ending, task in _PIPELINES.items() if class_name.endswith(ending)]
+    task = model_task(class_name)
     data = ModelCardData(
         license=_license(base_folder, base_repo, token),
         library_name="transformers",
-        pipeline_tag=pipelines[0] if pipelines else None,
+        pipeline_tag=task.pipeline if task else None,
         base_model=base_repo,
         # The Hub has no relation "pruned"; "quantized" is the one for compressed versions.
         base_model_relation="quantized" if base_repo else None,
@@ -115,7 +113,7 @@ def model_card(
         **_evidence(record, sources),
         "Left dense": ", ".join(
             [
-                *("embeddings", "norms", "routers", "LM head"),
+                *("embeddings", "norms", "routers", task.head if task else "LM head"),
                 *(["vision part"] if sees_images(class_name) else []),
                 *map(_cell, config["modules_to_leave_dense"]),
             ]
@@ -141,7 +139,7 @@ def model_card(
         "",
         "## How to load it",
         "",
-        *_loading(needs_plugin, class_name),
+        *_loading(needs_plugin, task.auto_class if task else "AutoModelForCausalLM"),
         "",
         "## Zeros per projection",
         "",
@@ -216,18 +214,14 @@ def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
     return sums
 
 
-def _loading(needs_plugin: bool, class_name: str) -> list[str]:
-    loader = "AutoModelForImageTextToText" if sees_images(class_name) else "AutoModelForCausalLM"
-    load = [
-        f"from transformers import {loader}",
-        f'model = {loader}.from_pretrained("this/repository")',
-    ]
+def _loading(needs_plugin: bool, auto_class: str) -> list[str]:
     if not needs_plugin:
         return [
             "The zeros are stored like other weights, so transformers loads it without a plugin:",
             "",
             "```python",
-            *load,
+            f"from transformers import {auto_class}",
+            f'model = {auto_class}.from_pretrained("this/repository")',
             "```",
         ]
     return [
@@ -239,7 +233,8 @@ def _loading(needs_plugin: bool, class_name: str) -> list[str]:
         "",
         "```python",
         "import optimum_cap",
-        *load,
+        f"from transformers import {auto_class}",
+        f'model = {auto_class}.from_pretrained("this/repository")',
         "```",
         "",
         "The result is an ordinary model. Without optimum-cap, loading fails with an error; "

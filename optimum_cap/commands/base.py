@@ -295,6 +295,22 @@ def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> N
         )
 
 
+def check_has_lm_head(name: str, args: Namespace) -> None:
+    """Check by its configuration that a model predicts tokens, as classifiers do not.
+
+    Args:
+        name: Hub id or folder.
+        args: The arguments of the command.
+
+    Raises:
+        ValueError: As `check_model`; or the model is a classifier.
+        OSError: As `check_model`.
+    """
+    from optimum_cap.models import check_saved_with_lm_head
+
+    check_saved_with_lm_head(check_model(name, args), name)
+
+
 def _check_local_model(name: str) -> None:
     path = Path(name)
     if path.is_file():

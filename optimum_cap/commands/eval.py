@@ -8,8 +8,8 @@ from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
     add_loading_flags,
+    check_has_lm_head,
     check_loading_flags,
-    check_model,
     check_output_file,
     check_resume_folder,
     loading_options,
@@ -53,7 +53,7 @@ class EvalCommand(CAPSubcommand):
         check_evaluation_flags(args)
         data = read_task_data(args.tasks, args)
         check_loading_flags(args)
-        check_model(args.model, args)
+        check_has_lm_head(args.model, args)
         return data
 
     def execute(self, prepared: "TaskData") -> None:

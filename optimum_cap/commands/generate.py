@@ -9,6 +9,7 @@ from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
     add_loading_flags,
+    check_has_lm_head,
     check_loading_flags,
     check_output_file,
     check_prunable,
@@ -86,6 +87,7 @@ class GenerateCommand(CAPSubcommand):
         config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
         check_resume_folder(fields.get("resume_dir"))
         check_prunable(args.model, args, may_be_pruned=True)
+        check_has_lm_head(args.model, args)
         tokenizer = load_tokenizer(args)
         _check_sources(config.dataset)
         calibration_examples(config, tokenizer, args)

@@ -264,6 +264,13 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "packed (bit mask and kept values), or dense, which loads without this plugin "
         "(default: packed)",
     ),
+    (
+        "--strict",
+        "strict",
+        None,
+        "refuse a model if some linear weights of its decoder cannot be pruned (default: leave "
+        "them dense and say so)",
+    ),
 )
 
 
@@ -286,6 +293,7 @@ class Prepared:
         process_group: The processes launched together.
         processor_files: Files of the model's image, audio or video processor, to copy.
         shown: An example to print instead of pruning.
+        auto_class: The class of transformers that loads the model.
     """
 
     config: "CAPConfig"
@@ -293,6 +301,7 @@ class Prepared:
     process_group: "ProcessGroup"
     processor_files: tuple[Path, ...] = ()
     shown: str | None = None
+    auto_class: str = "AutoModelForCausalLM"
 
 
 class PruneCommand(CAPSubcommand):
@@ -303,7 +312,9 @@ class PruneCommand(CAPSubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags."""
-        parser.description = "Prune a causal language model and save it."
+        parser.description = (
+            "Prune a causal language model, or a classifier made of one, and save it."
+        )
         add = parser.add_argument
         add("-m", "--model", required=True, help="Hub id or folder of the model to prune")
         add("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write")
@@ -370,12 +381,14 @@ class PruneCommand(CAPSubcommand):
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
         check_prunable(args.model, args)
+        auto_class = _auto_class(config, args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
             config.tokenizer = tokenizer
             calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
-        return Prepared(config, tokenizer, process_group, _processor_files(args))
+        files = _processor_files(args)
+        return Prepared(config, tokenizer, process_group, files, auto_class=auto_class)
 
     def execute(self, prepared: Prepared) -> None:
         """Prune, save, print a summary and upload; or print an example."""
@@ -383,13 +396,14 @@ class PruneCommand(CAPSubcommand):
             if not prepared.process_group.rank:
                 print(prepared.shown)
             return
+        import transformers
+
         from optimum_cap.checkpoint import inspect_checkpoint
         from optimum_cap.config import parse_size
-        from optimum_cap.models import load_model, sees_images
 
         args = self.args
         start = time.monotonic()
-        model = load_model(
+        model = getattr(transformers, prepared.auto_class).from_pretrained(
             args.model,
             **loading_options(args, prepared.process_group),
             pruning_config=prepared.config,
@@ -414,11 +428,8 @@ class PruneCommand(CAPSubcommand):
             ]
             url = _upload(args.output, written, args.push_to_hub, args.private, args.token)
             print(f"uploaded      {url}")
-        _print_how_to_load(
-            args.push_to_hub or str(args.output),
-            prepared.config.checkpoint_format,
-            sees_images(type(model).__name__),
-        )
+        name = args.push_to_hub or str(args.output)
+        _print_how_to_load(name, prepared.config.checkpoint_format, prepared.auto_class)
 
 
 def _config(args: Namespace) -> "CAPConfig":
@@ -454,6 +465,25 @@ def _config(args: Namespace) -> "CAPConfig":
     config = CAPConfig(**values)
     check_resume_folder(flags.get("resume_dir"))
     return config
+
+
+def _auto_class(config: "CAPConfig", args: Namespace) -> str:
+    """Return the class of transformers that loads the model with the head that it was saved with.
+
+    Raises:
+        ValueError: It is a classifier, and the config measures predictions of tokens.
+    """
+    from optimum_cap.models import auto_class, classifier_class, model_task
+
+    of_model = check_model(args.model, args)
+    class_name = classifier_class(of_model)
+    if class_name is None:
+        name: str = auto_class(of_model, args.trust_remote_code).__name__
+        return name
+    config.check_without_lm_head(class_name)
+    task = model_task(class_name)
+    assert task is not None
+    return task.auto_class
 
 
 def _prepared_example(
@@ -544,8 +574,10 @@ def calibration_examples(
         ValueError: The data cannot be used, or the tokenizer is not that of the model.
     """
     from optimum_cap.data import build_calibration_set, check_token_ids
+    from optimum_cap.models import classifier_class
 
-    text_config = check_model(args.model, args).get_text_config(decoder=True)
+    model_config = check_model(args.model, args)
+    text_config = model_config.get_text_config(decoder=True)
     embeddings = getattr(text_config, "vocab_size", None)
     if config.answers == "model":
         from optimum_cap.generation import first_prompts
@@ -553,7 +585,8 @@ def calibration_examples(
         longest = getattr(text_config, "max_position_embeddings", None)
         first_prompts(config, tokenizer, embeddings, longest)
         return []
-    examples = build_calibration_set(config, tokenizer).examples
+    is_classifier = classifier_class(model_config) is not None
+    examples = build_calibration_set(config, tokenizer, unscored=is_classifier).examples
     if embeddings is not None:
         check_token_ids(tokenizer, [example.input_ids for example in examples], embeddings)
     return examples
@@ -692,18 +725,18 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str
         raise OSError(f"the model is saved in {folder}, but the upload failed: {error}") from error
 
 
-def _print_how_to_load(name: str, checkpoint_format: str, with_images: bool) -> None:
+def _print_how_to_load(name: str, checkpoint_format: str, auto_class: str) -> None:
     from optimum_cap.formats import FORMATS
 
-    model, reader, variable = "AutoModelForCausalLM", "AutoTokenizer", "tokenizer"
-    if with_images:
-        model, reader, variable = "AutoModelForImageTextToText", "AutoProcessor", "processor"
+    reader, variable = "AutoTokenizer", "tokenizer"
+    if auto_class == "AutoModelForImageTextToText":
+        reader, variable = "AutoProcessor", "processor"
     plugin = ""
     if FORMATS[checkpoint_format].needs_plugin:
         plugin = f"import optimum_cap  # reads the {checkpoint_format} format\n"
     print(
         f"\nLoad it with\n\n{plugin}"
-        f"from transformers import {model}, {reader}\n\n"
-        f"model = {model}.from_pretrained({name!r})\n"
+        f"from transformers import {auto_class}, {reader}\n\n"
+        f"model = {auto_class}.from_pretrained({name!r})\n"
         f"{variable} = {reader}.from_pretrained({name!r})"
     )

@@ -9,6 +9,7 @@ from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
     add_loading_flags,
+    check_has_lm_head,
     check_loading_flags,
     check_output_file,
     check_prunable,
@@ -91,6 +92,7 @@ class ScoreCommand(CAPSubcommand):
         config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
         check_resume_folder(fields.get("resume_dir"))
         check_prunable(args.model, args, may_be_pruned=True)
+        check_has_lm_head(args.model, args)
         tokenizer = load_tokenizer(args)
         calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may write before all have checked the output

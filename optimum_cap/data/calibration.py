@@ -55,7 +55,12 @@ class CalibrationSet:
 
 
 def build_calibration_set(
-    config: CAPConfig, tokenizer: Any, *, max_length: int | None = None, dataset: Any = None
+    config: CAPConfig,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    dataset: Any = None,
+    unscored: bool = False,
 ) -> CalibrationSet:
     """Select and tokenize `config.num_samples` examples and mark their scored tokens.
 
@@ -65,6 +70,8 @@ def build_calibration_set(
             it needs no padding token.
         max_length: Maximum number of tokens of the model.
         dataset: Data that replaces `config.dataset`.
+        unscored: Whether to use rows without a token to score too, such as prompts without an
+            answer, as models without an LM head do.
 
     Raises:
         ValueError: `tokenizer` is `None` or has no vocabulary, the data set is unknown, a file has
@@ -84,7 +91,7 @@ def build_calibration_set(
     parts = []
     with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
         for share in shares_of_sources(config, config.dataset if dataset is None else dataset):
-            parts.append(take_examples(share, tokenizer, limit, config, progress))
+            parts.append(take_examples(share, tokenizer, limit, config, progress, unscored))
     return mixed_set(parts, config, limit)
 
 
@@ -197,7 +204,12 @@ def describe_example(example: CalibrationExample, tokenizer: Any) -> str:
 
 
 def take_examples(
-    share: Share, tokenizer: Any, limit: int, config: CAPConfig, progress: Any = None
+    share: Share,
+    tokenizer: Any,
+    limit: int,
+    config: CAPConfig,
+    progress: Any = None,
+    unscored: bool = False,
 ) -> Part:
     """Tokenize rows in their order until enough are usable.
 
@@ -207,6 +219,7 @@ def take_examples(
         limit: Longest example, in tokens.
         config: The settings.
         progress: A progress bar to update once per example.
+        unscored: As for `build_calibration_set`.
 
     Returns:
         The examples, with the number of rows skipped because they are too long, and the number of
@@ -217,14 +230,14 @@ def take_examples(
     """
     source, order, count = share.source, share.order, share.count
     examples: list[CalibrationExample] = []
-    too_long = unscored = 0
+    too_long = unusable = 0
     check = RenderingCheck(source.name, tokenizer)
     for index in order:
         if len(examples) == count:
             break
         conversation = source.read(source.rows[index])
         if conversation.is_empty:
-            unscored += 1
+            unusable += 1
             continue
         encoded = encode(conversation, tokenizer, limit)
         input_ids, scored = encoded.input_ids, encoded.scored
@@ -235,8 +248,8 @@ def take_examples(
         if config.scored_tokens == "all":
             scored[:] = True
         scored[:1] = False
-        if not scored.any():
-            unscored += 1
+        if not len(input_ids) if unscored else not scored.any():
+            unusable += 1
             continue
         examples.append(
             CalibrationExample(input_ids, scored, source.name, index, conversation.digest)
@@ -246,7 +259,8 @@ def take_examples(
     check.report()
     if len(examples) < count:
         reasons = [f"{too_long} are longer than {limit} tokens"] if too_long else []
-        reasons += [f"{unscored} have no token to score"] if unscored else []
+        lack = "are empty" if unscored else "have no token to score"
+        reasons += [f"{unusable} {lack}"] if unusable else []
         reason = f" ({', '.join(reasons)})" if reasons else ""
         raise ValueError(
             f"data set {source.name!r} has {len(examples)} usable rows of {len(source.rows)}"

@@ -41,9 +41,11 @@ from optimum_cap.evaluation.tasks import (
     resolve_tasks,
 )
 from optimum_cap.models import (
+    check_saved_with_lm_head,
     device_of,
     evaluation_mode,
     float32_on_cpu,
+    has_lm_head,
     load_model,
     longest_sequence,
     number_of_embeddings,
@@ -240,6 +242,7 @@ def _loaded(
 ) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, str | Path):
         loaded = load_model(model, **options)
+        check_saved_with_lm_head(loaded.config, str(model))
     elif options:
         raise ValueError(
             f"{', '.join(options)} need the name of a model to load, got a loaded "
@@ -247,6 +250,11 @@ def _loaded(
         )
     else:
         loaded = model
+        if not has_lm_head(model):
+            raise ValueError(
+                f"{type(model).__name__} has no LM head, so it predicts no tokens to evaluate: "
+                "choose a causal language model"
+            )
     if tokenizer is None:
         shared = ("revision", "token", "trust_remote_code")
         tokenizer_options = {name: options[name] for name in shared if name in options}

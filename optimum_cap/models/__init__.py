@@ -31,6 +31,8 @@ from optimum_cap.models.hooks import (
     StopForwardError,
     bypass_layers,
     cache_argument,
+    call_model,
+    has_lm_head,
     hidden_states_of,
     masked_unit,
     recorded_calls,
@@ -49,6 +51,7 @@ from optimum_cap.models.internals import (
     has_adapters,
     implementations,
 )
+from optimum_cap.models.layouts import register_layout
 from optimum_cap.models.left_dense import DenseProjection, projections_left_dense
 from optimum_cap.models.loading import auto_class, is_language_model, load_model, sees_images
 from optimum_cap.models.losses import (
@@ -84,7 +87,8 @@ from optimum_cap.models.sites import (
     prunable_matrices,
     stages_by_layer,
 )
-from optimum_cap.models.view import ModelView, longest_sequence, number_of_embeddings
+from optimum_cap.models.tasks import check_saved_with_lm_head, classifier_class, model_task
+from optimum_cap.models.view import ModelView, check_experts, longest_sequence, number_of_embeddings
 
 __all__ = [
     "OUTPUT",
@@ -109,9 +113,13 @@ __all__ = [
     "cache_argument",
     "call_compiled",
     "call_layer",
+    "call_model",
     "check_compilable",
     "check_configs_can_be_saved",
+    "check_experts",
     "check_in_memory",
+    "check_saved_with_lm_head",
+    "classifier_class",
     "compiling",
     "decoder_layer_names",
     "device_of",
@@ -124,6 +132,7 @@ __all__ = [
     "forward_hooks",
     "gated",
     "has_adapters",
+    "has_lm_head",
     "has_peft_layers",
     "have_own_tokens",
     "heads",
@@ -140,6 +149,7 @@ __all__ = [
     "matrices_by_layer",
     "mixer_units",
     "mlp_width",
+    "model_task",
     "number_of_embeddings",
     "onloaded",
     "oriented",
@@ -148,6 +158,7 @@ __all__ = [
     "projections_left_dense",
     "prunable_matrices",
     "recorded_calls",
+    "register_layout",
     "repack_output",
     "replaced_forward",
     "routed",

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from optimum_cap.models.experts import OUTPUT, ExpertsLayout
+from optimum_cap.models.hooks import has_lm_head
+from optimum_cap.models.layouts import layout_of
 from optimum_cap.models.observation import (
     LayerObserver,
     Projection,
@@ -59,12 +67,14 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
     Of those that run side by side, the ones that mix tokens come first.
 
     Args:
-        model: A causal language model. It is left unchanged; its weights are not read.
+        model: A decoder-only model with a head: a causal language model, a classifier or a reward
+            model. It is left unchanged; its weights are not read.
         mlp_unit_size: Channels per unit of sites without heads (the last unit may have fewer);
             `None` makes each of these sites one unit.
 
     Raises:
-        ValueError: `model` is not a decoder-only language model, or its layers cannot be observed.
+        ValueError: `model` is not a decoder-only model with a head, or its layers cannot be
+            observed.
     """
     names = decoder_layer_names(model)
     layers = {name: model.get_submodule(name) for name in names}
@@ -75,7 +85,7 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
         with torch.inference_mode(False), torch.enable_grad(), with_values(model):
             found = _observed(model, {name: layers[name] for name in first.values()})
             units = _Units(model, found, mlp_unit_size, shared)
-            return [
+            sites = [
                 site
                 for index, name in enumerate(names)
                 for site in sorted(
@@ -84,12 +94,21 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
                 )
             ]
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            raise  # memory ran out
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{type(model).__name__} cannot be pruned: its decoder layers do not run without the "
-            f"products of their projections, so their layout is unknown ({type(error).__name__}: "
-            f"{reason})"
+            f"{type(model).__name__} cannot be pruned by any recipe: its decoder layers do not run "
+            "on random values in place of what their projections return, so what feeds what is "
+            f"unknown ({type(error).__name__}: {reason})"
         ) from error
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} cannot be pruned by any recipe: no linear weight of its "
+            "decoder layers was seen to write to the hidden states (classes of its own that "
+            "compute products can be named with optimum_cap.register_layout)"
+        )
+    return sites
 
 
 def _observed(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> dict[str, _Found]:
@@ -114,22 +133,25 @@ def _sites_of(observer: LayerObserver) -> Iterator[_FoundSite]:
         for name in seen.writers - experts - routers
         if seen.projections[name].rows == observer.width
     }
-    depths = _depths(seen.feeders, order, experts)
-    levels = _levels(seen.feeders, order, writers | experts)
+    found: dict[str, tuple[str, ...]] = {}  # the input projections of each site
     taken: set[str] = set()
     for name in order:
-        if name in writers | experts:
-            # What reaches the output of the layer by itself without being a writer scales it: a
-            # gate, or a router.
-            inputs = _ancestors(name, seen.feeders, seen.writers | experts | routers) - taken
-            if name in experts:
-                # A projection of all tokens before experts (Nemotron-H) is a site of its own.
-                for other in sorted(inputs, key=order.index):
-                    yield _FoundSite(other, (), levels[name], depths)
-                taken |= inputs
-                inputs = set()
-            taken |= inputs
-            yield _FoundSite(name, tuple(sorted(inputs, key=order.index)), levels[name], depths)
+        if name not in writers | experts:
+            continue
+        # What reaches the output of the layer by itself without being a writer scales it: a gate,
+        # or a router.
+        barriers = seen.writers | experts | routers
+        new = _ancestors(name, seen.feeders, barriers) - taken
+        taken |= new
+        inputs = tuple(sorted(new, key=order.index))
+        if name in experts:  # what all tokens pass before them (Nemotron-H) are sites too
+            found |= dict.fromkeys(inputs, ())
+            inputs = ()
+        found[name] = inputs
+    depths = _depths(seen.feeders, order, experts)
+    levels = _levels(seen.feeders, order, set(found))
+    for name, inputs in found.items():
+        yield _FoundSite(name, inputs, levels[name], depths)
 
 
 def _ancestors(name: str, feeders: Mapping[str, set[str]], barriers: set[str]) -> set[str]:
@@ -216,7 +238,9 @@ class _Units:
         projection = seen.projections[name]
         experts = projection.experts
         width = projection.columns if experts is None else experts.width
-        size = observer.find_heads(name) if name in seen.mixing else None
+        layout = layout_of(self._model.config.get_text_config(decoder=True).model_type)
+        known = layout.heads.get(name)
+        size = observer.find_heads(name, known) if known or name in seen.mixing else None
         kind = "attention" if size else "mixer" if name in seen.mixing else "mlp"
         size = size or self._unit_size or width
         bounds = [(start, min(start + size, width)) for start in range(0, width, size)]
@@ -273,6 +297,7 @@ class _Units:
                 units=tuple(units),
                 expert=expert,
                 level=site.level,
+                looks_ahead=site.output_proj in seen.looking_ahead,
                 depths=depths,
             )
 
@@ -315,10 +340,13 @@ def decoder_layer_names(model: PreTrainedModel) -> list[str]:
     """Return the paths of the decoder layers of a model, in order.
 
     Raises:
-        ValueError: `model` is not a decoder-only causal language model, or it has no such layers.
+        ValueError: `model` is not a decoder-only model with a head, or it has no such layers.
     """
     decoder_name, decoder = decoder_of(model)
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    config = model.config.get_text_config(decoder=True)
+    if (path := layout_of(config.model_type).layers) is not None:
+        return _registered_layers(model, path)
+    count = getattr(config, "num_hidden_layers", None)
     lists = {
         name: module
         for name, module in decoder.named_modules()
@@ -327,11 +355,25 @@ def decoder_layer_names(model: PreTrainedModel) -> list[str]:
     fitting = {name: module for name, module in lists.items() if len(module) == count} or lists
     if not fitting:
         raise ValueError(
-            f"{type(model).__name__} cannot be pruned: its decoder has no list of layers"
+            f"{type(model).__name__} cannot be pruned: its decoder has no list of layers (name "
+            "one with optimum_cap.register_layout if there is one elsewhere)"
         )
     name = max(fitting, key=lambda each: sum(p.numel() for p in fitting[each].parameters()))
     path = ".".join(filter(None, (decoder_name, name)))
     return [f"{path}.{index}" for index in range(len(fitting[name]))]
+
+
+def _registered_layers(model: PreTrainedModel, path: str) -> list[str]:
+    try:
+        layers = model.get_submodule(path)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ValueError(
+            f"register_layout names {path!r} as the list of decoder layers, but "
+            f"{type(model).__name__} has no list of modules of that name"
+        )
+    return [f"{path}.{index}" for index in range(len(layers))]
 
 
 def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
@@ -371,16 +413,30 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """Return the path of the decoder in `model`, and the decoder.
 
     Raises:
-        ValueError: `model` is not a decoder-only causal language model.
+        ValueError: `model` is not decoder-only, or it has no head.
     """
-    if model.config.is_encoder_decoder or not model.can_generate():
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder or not (has_lm_head(model) or _is_decoder(model.config)):
         raise ValueError(
-            f"{type(model).__name__} is not a decoder-only causal language model, so it has no "
-            "loss on answers that CAP could measure: load the model with AutoModelForCausalLM, or "
-            "with AutoModelForImageTextToText if it also sees images"
+            f"{kind} is not a decoder-only causal language model, nor a classifier made of one, so "
+            "CAP cannot prune it: choose a decoder-only model, such as Llama or Qwen"
+        )
+    if not has_lm_head(model) and model.base_model is model:
+        raise ValueError(
+            f"{kind} has no head, so CAP cannot prune it: load the model with "
+            "AutoModelForCausalLM, one that sees images with AutoModelForImageTextToText, or a "
+            "classifier with AutoModelForSequenceClassification"
         )
     decoder = model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model.base_model  # ModernBERT's decoder calls its output head "decoder"
     name = next(name for name, module in model.named_modules() if module is decoder)
     return name, decoder
+
+
+def _is_decoder(config: PretrainedConfig) -> bool:
+    """Return whether a config is of a decoder alone; `True` if its code is not in transformers."""
+    if not type(config).__module__.startswith("transformers."):
+        return True
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_encoder

@@ -18,6 +18,7 @@ OUTPUT = "down_proj"
 """Name of the output projections of experts."""
 
 _INPUTS = ("gate_up_proj", "up_proj")
+_TRIED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,29 @@ def _product(
     return nn.functional.linear(
         hidden, weight.T if transposed else weight, None if bias is None else bias[expert]
     )
+
+
+def computes_experts(module: nn.Module) -> bool:
+    """Return whether an experts module gives what `gated` and `expert_output` give.
+
+    One of its experts runs on a few tokens.
+    """
+    layout = experts_layout(module)
+    assert layout is not None
+    weight = getattr(module, OUTPUT)
+    count = layout.count * _TRIED_TOKENS if layout.all_tokens else _TRIED_TOKENS
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, layout.hidden, generator=generator).to(weight)
+    # The others that are chosen have no weight.
+    chosen = torch.arange(min(2, layout.count), device=weight.device).expand(count, -1)
+    weights = (chosen == 0).to(weight.dtype)
+    with torch.no_grad():
+        found = module(hidden) if layout.all_tokens else module(hidden, chosen, weights)
+        hidden = hidden[:_TRIED_TOKENS]  # of the first expert
+        expected = expert_output(module, 0, gated(module, 0, hidden))
+    difference = float((found[:_TRIED_TOKENS] - expected).abs().max())
+    scale = float(expected.abs().max())
+    return difference <= 8 * torch.finfo(weight.dtype).eps ** 0.5 * scale
 
 
 def have_own_tokens(module: nn.Module) -> bool:

@@ -153,13 +153,38 @@ def repack_output(output: Any, hidden: torch.Tensor) -> Any:
     return type(output)([hidden, *[None] * (len(output) - 1)])
 
 
+def has_lm_head(model: PreTrainedModel) -> bool:
+    """Return whether `model` predicts tokens, as classifiers and reward models do not."""
+    return bool(model.can_generate())
+
+
+def call_model(model: PreTrainedModel, input_ids: torch.Tensor) -> Any:
+    """Run `model` on tokens, without a cache.
+
+    Of a model without an LM head, only the base model runs: classifiers refuse batches if they
+    have no padding token, and return nothing for each token.
+
+    Args:
+        model: The model.
+        input_ids: int64 `[rows, tokens]`.
+
+    Returns:
+        The output of the model, or that of its base model.
+    """
+    module = model if has_lm_head(model) else model.base_model
+    return module(input_ids=input_ids, use_cache=False)
+
+
 @contextmanager
 def without_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Make the head of the model return its input, so that no logits are computed.
+    """Make the LM head of the model return its input, so that no logits are computed.
 
     Unlike the argument `logits_to_keep`, this leaves the arguments of the layers alone: Gemma 4
     runs the layers without keys and values of their own on the kept positions only.
     """
+    if not has_lm_head(model):
+        yield  # `call_model` does not run its head
+        return
     with replaced_forward(model.get_output_embeddings(), lambda hidden: hidden):
         yield
 

@@ -25,11 +25,13 @@ from transformers.pytorch_utils import Conv1D
 from optimum_cap.models.experts import ExpertsLayout, experts_layout, gate
 from optimum_cap.models.hooks import (
     StopForwardError,
+    call_model,
     hidden_states_of,
     replaced_forward,
     split_hidden,
 )
 from optimum_cap.models.internals import offloading_hook, own_tensors
+from optimum_cap.models.layouts import registered_linear
 from optimum_cap.models.sites import Range
 
 _BATCH, _TOKENS = 4, 8
@@ -97,6 +99,7 @@ class ObservedLayer:
         writers: Those whose outputs reach the output of the layer in this way.
         routing: Those whose outputs reach the choice of experts in this way.
         mixing: Those whose input at a token depends on projections of other tokens.
+        looking_ahead: Those whose input at a token depends on projections of later tokens.
         kept: Those whose outputs the layer leaves for later layers (shared keys and values).
         output_modules: For each, the path of the module around it that returns its output
             unchanged; its own path if there is none.
@@ -108,6 +111,7 @@ class ObservedLayer:
     writers: set[str] = field(default_factory=set)
     routing: set[str] = field(default_factory=set)
     mixing: set[str] = field(default_factory=set)
+    looking_ahead: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
     output_modules: dict[str, str] = field(default_factory=dict)
     head_sizes: dict[str, int] = field(default_factory=dict)
@@ -119,26 +123,31 @@ def is_projection(module: nn.Module) -> bool:
     A subclass of `nn.Linear` with a forward of its own is tried on a small weight: that of Falcon
     does, that of BitNet quantizes its weight first.
     """
-    if not isinstance(module, _LINEAR):
-        return False
-    own = [linear.forward for linear in _LINEAR]
     kind: Any = type(module)
-    return kind.forward in own or _computes_a_product(kind)
+    if not isinstance(module, (*_LINEAR, *registered_linear())):
+        return False
+    return kind.forward in [linear.forward for linear in _LINEAR] or _computes_a_product(kind)
 
 
 @functools.cache
 def _computes_a_product(kind: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
-    weight, bias, hidden = (torch.randn(n, 3, generator=generator) for n in (4, 1, 6))
-    stand_in = kind.__new__(kind)
-    nn.Linear.__init__(stand_in, 3, 4)
-    stand_in.weight.data, stand_in.bias.data = weight, bias[0].repeat(2)[:4]
+    weight, hidden = (torch.randn(rows, 3, generator=generator) for rows in (4, 6))
+    bias = torch.randn(4, generator=generator)
     try:
+        stand_in = kind.__new__(kind) if issubclass(kind, nn.Linear) else kind(3, 4)
+        if issubclass(kind, nn.Linear):
+            nn.Linear.__init__(stand_in, 3, 4)
+        stand_in.weight.data = weight
+        if getattr(stand_in, "bias", None) is not None:
+            stand_in.bias.data = bias
         with torch.no_grad():
             found = stand_in(hidden)
+            expected = nn.functional.linear(
+                hidden, stand_in.weight, getattr(stand_in, "bias", None)
+            )
     except Exception:  # it needs more than a weight and a bias, so it is no mere product
         return False
-    expected = nn.functional.linear(hidden, stand_in.weight, stand_in.bias)
     return isinstance(found, torch.Tensor) and bool(
         found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
     )
@@ -215,22 +224,42 @@ class LayerObserver:
         inputs = self._run.by_batch(name)
         if inputs is None:
             return False
+        for of_projection in self._run.gradients(inputs[:, 0]).values():
+            for gradient in map(self._run.split_tokens, of_projection):
+                if gradient is not None and (gradient[:, 1:] != 0).any():
+                    self.observed.looking_ahead.add(name)
         for of_projection in self._run.gradients(inputs[:, -1]).values():
             for gradient in map(self._run.split_tokens, of_projection):
                 if gradient is not None and (gradient[:, :-1] != 0).any():
                     return True
         return self._run.depends_on_shared(inputs)
 
-    def find_heads(self, site: str) -> int | None:
+    def find_heads(self, site: str, known: int | None = None) -> int | None:
         """Return the number of channels per head of the input of a mixing projection.
 
         A number of heads is accepted if, for every head, there are rows of feeders that reach its
         first and its last channel and no other head: queries, or the time steps of a state space.
 
+        Args:
+            site: Name of the projection.
+            known: The number of heads that a user has registered.
+
         Returns:
             The number; `None` if there are no heads, or none that were found.
+
+        Raises:
+            ValueError: There are not as many heads as `known`.
         """
         width = self._projections[site].columns
+        if known is not None:
+            if width % known or not self._are_heads(site, known):
+                raise ValueError(
+                    f"{known} heads are registered for {site!r}, which has {width} channels, but "
+                    "they are not what its channels depend on: no rows of its input projections "
+                    "reach all channels of one such head and no other. Correct the number given to "
+                    "register_layout, or leave it out"
+                )
+            return width // known
         counts = {count for count in self._counts if 1 < count < width and width % count == 0}
         counts |= {width // size for size in self._counts if size > 1 and width % size == 0}
         for count in sorted(counts - {1}, reverse=True):
@@ -243,12 +272,16 @@ class LayerObserver:
         if size == 1:
             return False
         # The first two heads show whether this is their size. Most numbers fail here.
-        starts = [head * size + end for end in (0, size - 1) for head in (0, 1)]
-        ends = [(start, start + 1) for start in starts]
+        probes = [0, size, size - 1, 2 * size - 1, 1]
+        reached = self._reached(site, [(start, start + 1) for start in probes], statistics=False)
         if not any(
-            bool(((of[:2] & of[2:]) & (of.sum(dim=0) == 2)).any(dim=1).all())
-            for of in self._reached(site, ends, statistics=False).values()
+            bool(((of[:2] & of[2:4]) & (of[:4].sum(dim=0) == 2)).any(dim=1).all())
+            for of in reached.values()
         ):
+            return False
+        # Rows that reach some channels of a head but not all show that it is several heads; keys
+        # that a group of heads shares reach all of the group.
+        if size > 2 and any(bool((of[0] & of[4] & ~of[2]).any()) for of in reached.values()):
             return False
         bounds = [(head * size, (head + 1) * size) for head in range(count)]
         return any(
@@ -273,7 +306,10 @@ class LayerObserver:
             nowhere = ~of_rows.any(dim=0)
             of_rows[:, nowhere] = True  # rows that were not seen to reach a unit belong to all
             others = (of_rows | with_statistics[name]).sum(dim=0) > 1
-            separable = ~others & ~nowhere & torch.tensor(name not in self.observed.kept)
+            # Other projections spread what they get, as that of B and C in a state space does.
+            fed = [other for other, of in self.observed.feeders.items() if name in of]
+            alone = name not in self.observed.kept and fed == [site]
+            separable = ~others & ~nowhere & torch.tensor(alone)
             found[name] = _runs(of_rows, separable)
         return found
 
@@ -643,7 +679,7 @@ def recorded_layer_calls(
             embeddings.weight.shape[0], (_BATCH, _TOKENS), generator=generator, device="cpu"
         )
         stack.enter_context(suppress(StopForwardError))
-        model(input_ids=ids.to(device), use_cache=False)
+        call_model(model, ids.to(device))
     if missing := [name for name in layers if name not in calls]:
         raise ValueError(
             f"{type(model).__name__} cannot be pruned: on text alone, it does not run "

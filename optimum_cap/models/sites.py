@@ -81,6 +81,7 @@ class Site:
         output_module: Path of the module that returns the output of the projection unchanged, or
             the sum over experts.
         level: Number of sites of the layer, one after the other, whose outputs it depends on.
+        looks_ahead: Whether its output at a token depends on later tokens.
         depths: For each matrix by name of the parameter, the number of prunable matrices of the
             layer, one after the other, that its input depends on.
     """
@@ -95,6 +96,7 @@ class Site:
     expert: int | None = None
     output_module: str = ""
     level: int = 0
+    looks_ahead: bool = False
     depths: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.models.architectures import decoder_layer_names, find_sites
-from optimum_cap.models.hooks import recorded_calls
-from optimum_cap.models.offload import device_of, weights, writable_weights
+from optimum_cap.models.experts import computes_experts, experts_layout
+from optimum_cap.models.hooks import call_model, has_lm_head, recorded_calls
+from optimum_cap.models.offload import device_of, onloaded, weights, writable_weights
 from optimum_cap.models.sites import (
     Matrix,
     Site,
@@ -27,19 +28,47 @@ from optimum_cap.models.sites import (
 
 
 def number_of_embeddings(model: PreTrainedModel) -> int:
-    """Return the number of tokens that `model` has an embedding and a logit for."""
+    """Return the number of tokens that `model` has an embedding and, if it has any, a logit for."""
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     return min(int(module.weight.shape[0]) for module in embeddings if module is not None)
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Return the most tokens that `model` has positions for; `None` if its config says nothing."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if longest is not None and longest > 0 else None  # -1 in XLNet
+
+
+def check_experts(view: "ModelView") -> None:
+    """Check, with their own weights, that experts compute what CAP takes them to compute.
+
+    One expert of each kind of experts module runs on a few tokens, in the module and by itself.
+
+    Raises:
+        ValueError: It gives something else.
+    """
+    seen = set()
+    for site in view.sites:
+        if site.expert != 0:
+            continue
+        module = view.model.get_submodule(site.block)
+        key = type(module), experts_layout(module)
+        if key in seen:
+            continue
+        seen.add(key)
+        with onloaded(module):
+            if not computes_experts(module):
+                raise ValueError(
+                    f"the experts of {type(view.model).__name__} ({type(module).__name__}) compute "
+                    "something else than a gate between two products, so what reaches their "
+                    f"matrices is unknown: leave them dense (modules_to_leave_dense=["
+                    f"{site.block.rpartition('.')[2]!r}])"
+                )
 
 
 @dataclass(frozen=True, eq=False)
 class ModelView:
-    """A causal language model with its sites, units and matrices.
+    """A decoder-only model with its sites, units and matrices.
 
     Attributes:
         model: The model.
@@ -54,7 +83,7 @@ class ModelView:
         """Return a view of all sites of `model`.
 
         Args:
-            model: A decoder-only causal language model.
+            model: A decoder-only model.
             mlp_unit_size: Channels per unit of an MLP or expert; `None` makes each one unit.
 
         Raises:
@@ -67,6 +96,11 @@ class ModelView:
         chosen = [site for site in self.sites if site.mixes_tokens or site.name in names]
         return replace(self, sites=chosen)
 
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the model predicts tokens, as classifiers and reward models do not."""
+        return has_lm_head(self.model)
+
     @cached_property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
@@ -78,7 +112,7 @@ class ModelView:
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)  # one token is enough
         with recorded_calls(named) as calls:
-            self.model(input_ids=token, use_cache=False)
+            call_model(self.model, token)
         return [calls[name].output for name in named]
 
     @cached_property

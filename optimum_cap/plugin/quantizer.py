@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 import transformers
 from packaging.version import Version
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -104,6 +104,8 @@ class CAPQuantizer(HfQuantizer):
             if checkpoint_files:
                 files = [Path(file) for file in checkpoint_files]
                 check_before_loading(model.name_or_path, files, self.saved)
+        else:
+            _check_head(model, self.quantization_config)
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -118,13 +120,18 @@ class CAPQuantizer(HfQuantizer):
         transformers adds the unpacking to converters that match `...weight`. A converter that
         matches a module, such as `query_key_value` (the fused projection of sarvam_moe), stands for
         its weight and its bias, so a copy of it that matches the weight only is inserted before it.
+        A renaming of a weight to a parameter with another name (the experts of Granite) becomes a
+        converter, because only these unpack.
         """
         if not self.pre_quantized:
             return super().update_weight_conversions(weight_conversions, model)
         twins = [
             each
             for conversion in weight_conversions
-            for each in (*_converter_of_weights(conversion), conversion)
+            for each in (
+                *_converter_of_weights(conversion),
+                _unpacking_renaming(conversion, self) or conversion,
+            )
         ]
         try:
             return super().update_weight_conversions(twins, model)
@@ -190,6 +197,31 @@ class CAPQuantizer(HfQuantizer):
         return True
 
 
+def _check_head(model: "PreTrainedModel", config: CAPConfig) -> None:
+    """Check before weights are loaded that the model can predict tokens if the config needs it.
+
+    Raises:
+        ValueError: It has no LM head, or one of random weights because a classifier was saved; or
+            it is not decoder-only.
+    """
+    from optimum_cap.models import classifier_class, decoder_layer_names, has_lm_head, model_task
+
+    decoder_layer_names(model)
+    kind = type(model).__name__
+    if not has_lm_head(model):
+        config.check_without_lm_head(kind)
+        return
+    class_name = classifier_class(model.config)
+    needs_lm_head = config.method.needs_lm_head or config.answers == "model"
+    if class_name is not None and needs_lm_head:
+        task = model_task(class_name)
+        assert task is not None
+        raise ValueError(
+            f"{model.name_or_path} is a {class_name}, so {kind} has an LM head of random weights, "
+            f"whose predictions say nothing about the model: load it with {task.auto_class}"
+        )
+
+
 def _converter_of_weights(conversion: Any) -> list[Any]:
     """Return a copy that matches weights only of a converter that matches modules, else nothing."""
     if not isinstance(conversion, WeightConverter):
@@ -209,6 +241,17 @@ def _converter_of_weights(conversion: Any) -> list[Any]:
             operations=list(conversion.operations),
         )
     ]
+
+
+def _unpacking_renaming(conversion: Any, quantizer: CAPQuantizer) -> Any:
+    """Return a converter that unpacks what a renaming of weights renames; `None` for others."""
+    if not isinstance(conversion, WeightRenaming):
+        return None
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    if len(sources) != 1 or not sources[0].endswith(".weight") or targets[0].endswith("weight"):
+        return None
+    names = [sources[0], f"{sources[0]}_mask", f"{sources[0]}_shape"]
+    return WeightConverter(names, targets[0], operations=[UnpackRenamed(quantizer)])
 
 
 class Unpack(ConversionOps):
@@ -281,12 +324,29 @@ class Unpack(ConversionOps):
             return values.new_full(shape.tolist(), torch.nan)
 
 
+class UnpackRenamed(Unpack):
+    """Loading step that unpacks a weight whose parameter has another name."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UnpackRenamed":
+        return UnpackRenamed(self.hf_quantizer)
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "weight", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Unpack the weight of the only source pattern."""
+        [weights] = super().convert(input_dict, full_layer_name, **kwargs).values()
+        return {full_layer_name: weights}
+
+
 def _without_unpacking(conversions: list[Any]) -> list[Any]:
     """Remove the unpacking from the conversions that saving reverts, as it saves dense tensors."""
     remaining = []
     for conversion in conversions:
         operations = getattr(conversion, "operations", None)
-        if operations and isinstance(operations[0], Unpack):
+        if operations and isinstance(operations[0], UnpackRenamed):
+            source, *_ = conversion._original_source_patterns
+            conversion = WeightRenaming(source, conversion._original_target_patterns[0])
+        elif operations and isinstance(operations[0], Unpack):
             if len(operations) == 1:
                 continue
             sources = [

@@ -22,6 +22,7 @@ from optimum_cap.models import (
     ModelView,
     SharedStates,
     activation_bytes_per_token,
+    call_model,
     device_of,
     hidden_states_of,
     onloaded,
@@ -77,7 +78,8 @@ class LayerwisePass:
         self.output_templates = view.output_templates
         self.process_group = process_group
         self.planned = batches(examples, size)
-        with onloaded(view.model, besides=[*self.layers, view.model.get_output_embeddings()]):
+        head = [view.model.get_output_embeddings()] if view.has_lm_head else []
+        with onloaded(view.model, besides=[*self.layers, *head]):
             self.batches = [
                 LayerBatch(
                     number,
@@ -310,5 +312,5 @@ def _first_input(
     with without_logits(model), ExitStack() as stack:
         for layer, output_template in zip(layers, output_templates, strict=True):
             stack.enter_context(replaced_forward(layer, skip(output_template)))
-        model(input_ids=input_ids.to(device_of(model)), use_cache=False)
+        call_model(model, input_ids.to(device_of(model)))
     return inputs[0], arguments, shared_states(*arguments[0])

@@ -6,8 +6,8 @@ than knowing for which architectures that holds, every run compares the two.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,11 @@ from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.models import (
     ModelView,
     Targets,
+    call_model,
     evaluation_mode,
     float32_on_cpu,
     hidden_states_of,
+    number_of_embeddings,
     onloaded,
     positions_per_chunk,
     replaced_forward,
@@ -55,30 +57,55 @@ def check_first_batch(
         differentiate: Whether the run needs gradients of the layers.
 
     Raises:
-        ValueError: Hidden states or logits are not finite, or they differ; or a layer cannot be
-            differentiated.
+        ValueError: Hidden states or logits are not finite, or they differ; a layer cannot be
+            differentiated; or a model without an LM head looks ahead.
     """
+    if any(site.looks_ahead for site in view.sites):
+        raise _looks_ahead(view)
     size = examples_per_batch(view.model, examples, memory_budget) if layer_by_layer else 1
     chosen = [examples[position] for position in batches(examples, size)[0].positions]
     [batch] = batches(chosen, size)
     with evaluation_mode(view.model), float32_on_cpu(view.model):
-        layerwise = None
-        if layer_by_layer:
-            layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
-        short = None
-        if differentiate:
-            short = LayerwisePass(view, [_beginning(chosen[0])])
+        if not view.has_lm_head:
+            _check_does_not_look_ahead(view, chosen[0])
+        layerwise = short = None
+        with _explaining_layers(view):
+            if layer_by_layer:
+                layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
+            if differentiate:
+                short = LayerwisePass(view, [_beginning(chosen[0])])
         shares = _run_beside(view, batch, chosen, layerwise, short)
     routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
     allowed = _MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
     if shares and shares[-1] > allowed:
         first = next(index for index, share in enumerate(shares) if share > allowed)
-        raise ValueError(
-            f"{type(view.model).__name__} computes something else when its decoder layers run one "
-            f"at a time: the hidden states of {shares[-1]:.2%} of the tokens differ, from layer "
-            f"{first} on, so it cannot be calibrated layer by layer: use recipe 'paper' with "
-            "estimator 'plain', or criterion 'magnitude'"
+        raise _not_layer_by_layer(
+            view,
+            "computes something else when its decoder layers run one at a time (the hidden states "
+            f"of {shares[-1]:.2%} of the tokens differ, from layer {first} on)",
         )
+
+
+@contextmanager
+def _explaining_layers(view: ModelView) -> Iterator[None]:
+    """Say what to choose instead if a layer does not run by itself."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise _not_layer_by_layer(
+            view, f"has decoder layers that do not run one at a time ({reason})"
+        ) from error
+
+
+def _not_layer_by_layer(view: ModelView, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(view.model).__name__} {reason}, so it cannot be calibrated layer by layer: use "
+        + ("recipe 'paper' with estimator 'plain', or " if view.has_lm_head else "")
+        + "criterion 'magnitude'"
+    )
 
 
 def _run_beside(
@@ -104,6 +131,7 @@ def _run_beside(
         ValueError: Hidden states or logits are not finite, or a layer cannot be differentiated.
     """
     shares: list[float] = []
+    calls = [0] * len(view.layers)
 
     def beside(index: int, layer: nn.Module) -> Callable[..., Any]:
         original_forward, is_second = layer.forward, False
@@ -112,15 +140,21 @@ def _run_beside(
             nonlocal is_second
             if is_second:
                 return original_forward(*args, **kwargs)
+            calls[index] += 1
             with onloaded(layer):
                 output = original_forward(*args, **kwargs)
                 expected = hidden_states_of(output)
+                if layerwise is not None and expected.shape[-3:-1] != batch.input_ids.shape:
+                    raise _not_layer_by_layer(
+                        view, f"gives hidden states of shape {list(expected.shape)}"
+                    )
                 check_finite(expected, batch, examples, f"layer {index}")
                 if layerwise is not None:
                     [of_pass] = layerwise.batches
                     is_second = True
                     try:
-                        of_pass.hidden = layerwise.run(index, of_pass, of_pass.hidden)
+                        with _explaining_layers(view):
+                            of_pass.hidden = layerwise.run(index, of_pass, of_pass.hidden)
                     finally:
                         is_second = False
                     real = batch.real.to(expected.device)
@@ -147,16 +181,48 @@ def _run_beside(
     with ExitStack() as stack:
         for index, layer in enumerate(view.layers):
             stack.enter_context(replaced_forward(layer, beside(index, layer)))
-        head = view.model.get_output_embeddings()
-        stack.callback(head.register_forward_pre_hook(select).remove)
-        input_ids = batch.input_ids.to(view.device)
-        logits = view.model(input_ids=input_ids, use_cache=False).logits
-    if not logits.isfinite().all():
+        if view.has_lm_head:
+            head = view.model.get_output_embeddings()
+            stack.callback(head.register_forward_pre_hook(select).remove)
+        output = call_model(view.model, batch.input_ids.to(view.device))
+    if layerwise is not None and calls != [1] * len(calls):
+        index = next(index for index, count in enumerate(calls) if count != 1)
+        raise _not_layer_by_layer(view, f"runs layer {index} {calls[index]} times")
+    if not view.has_lm_head:
+        check_finite(output.last_hidden_state, batch, examples, "the last norm")
+    elif not output.logits.isfinite().all():
         raise ValueError(
             f"the LM head of {type(view.model).__name__} gives logits that are NaN or infinite: "
             "check its weights and the dtype of the model"
         )
     return shares
+
+
+def _check_does_not_look_ahead(view: ModelView, example: CalibrationExample) -> None:
+    """Check that the hidden states of tokens do not change with a later token.
+
+    Classifiers may be made from encoders, or from decoders with attention in both directions.
+
+    Raises:
+        ValueError: They change, so they also depend on the padding of a batch.
+    """
+    ids = _beginning(example).input_ids
+    if len(ids) < 2:
+        return  # the longest example of its batch, which has no padding
+    changed = ids.clone()
+    changed[-1] = (ids[-1] + 1) % number_of_embeddings(view.model)
+    output = call_model(view.model, torch.stack([ids, changed]).to(view.device))
+    hidden, other = output.last_hidden_state[:, :-1]
+    # Values that are not finite are reported with the layer that they come from.
+    if hidden.isfinite().all() and share_that_differs(other, hidden):
+        raise _looks_ahead(view)
+
+
+def _looks_ahead(view: ModelView) -> ValueError:
+    return ValueError(
+        f"the tokens of {type(view.model).__name__} depend on later ones, but CAP measures the "
+        "inputs of matrices under causal attention: use recipe 'magnitude', which needs no data"
+    )
 
 
 def _beginning(example: CalibrationExample) -> CalibrationExample:
@@ -185,6 +251,7 @@ def _differentiate(view: ModelView, index: int, short: LayerwisePass) -> None:
         raise ValueError(
             f"layer {index} of {type(view.model).__name__} cannot be differentiated ({reason}), as "
             "allocation 'fisher' and refinement need: choose a recipe without them, such as "
-            "'sparsegpt', or allocation 'interventional' and refine 0"
+            "'sparsegpt', or refine 0"
+            + (" and allocation 'interventional'" if view.has_lm_head else "")
         ) from error
     batch.hidden = short.run(index, batch, batch.hidden)

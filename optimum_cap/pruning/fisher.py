@@ -467,7 +467,9 @@ def _offsets(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, to
             hidden = hidden_states_of(output)
             offsets[path] = torch.zeros_like(hidden, requires_grad=True)
             shifted = hidden + offsets[path]
-            return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
+            if isinstance(output, tuple | list):
+                return type(output)([shifted, *output[1:]])
+            return shifted
 
         return hook
 

@@ -61,9 +61,10 @@ def unit_importances(
         return means[min(means, key=lambda other: (other > layer, abs(other - layer)))]
 
     return {
-        (site.name, unit.index): scored.get((site.name, unit.index), nearest(site.layer))
+        key: scored[key] if key in scored else nearest(site.layer)
         for site in sites
         for unit in site.units
+        for key in [(site.name, unit.index)]
     }
 
 

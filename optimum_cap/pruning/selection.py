@@ -31,6 +31,11 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
         slices = (piece for _, head in view.heads for piece in head.separable)
         of_heads = {Matrix(piece.parameter) for piece in slices}
         matrices = [matrix for matrix in matrices if matrix in of_heads]
+        if not matrices:
+            raise ValueError(
+                f"pattern 'heads' removes heads, but {type(view.model).__name__} has none that CAP "
+                "knows: choose pattern 'unstructured' or '2:4'"
+            )
     _check_entries(view, leave_dense)
     chosen = [
         matrix
@@ -91,12 +96,16 @@ def _near(entry: str, names: set[str]) -> str:
     return did_you_mean(literal, parts, _SUGGESTED)
 
 
-def report_unsupported(view: ModelView, matrices: list[Matrix]) -> None:
+def report_unsupported(view: ModelView, matrices: list[Matrix], strict: bool = False) -> None:
     """Log which linear weights of the decoder CAP cannot prune: as a warning if they are many.
 
     Args:
         view: The model.
         matrices: The matrices to prune.
+        strict: Whether to refuse the model instead.
+
+    Raises:
+        ValueError: There are such weights, and `strict` is set.
     """
     left_dense = projections_left_dense(view, matrices)
     unsupported = [projection for projection in left_dense if not projection.prunable]
@@ -106,6 +115,11 @@ def report_unsupported(view: ModelView, matrices: list[Matrix]) -> None:
     total = sum(view.oriented(matrix).numel() for matrix in matrices)
     total += sum(projection.weights for projection in left_dense)
     names = ", ".join(f"{each.name} ({each.weights:,} weights)" for each in unsupported)
+    if strict:
+        raise ValueError(
+            f"{type(view.model).__name__} has linear weights in its decoder that CAP cannot prune, "
+            f"{weights / total:.1%} of all: {names}; leave out strict to prune the others"
+        )
     log = logger.warning if weights / total >= _NOTABLE_SHARE else logger.info
     log(
         f"{weights / total:.1%} of the linear weights of the decoder stay dense, because CAP "

@@ -67,10 +67,10 @@ def exact_losses(
     if settings.torch_compile:
         check_compilable(view.model)
     units = view.units() if units is None else units
-    _check_order(units)
     whole, view = view, view.with_sites({site.name for site, _ in units})
     if reason := why_not_by_layers(view):
         return _by_whole_passes(whole, examples, units, settings, reason)
+    _check_order(units)
     check_same_inputs(
         settings.process_group, view.model, examples, unit_names(units), settings.memory_budget
     )

@@ -36,6 +36,7 @@ from optimum_cap.scoring.prefix import (
     Segment,
     Streams,
     append_tokens,
+    repeat_rows,
 )
 
 logger = logging.get_logger(__name__)
@@ -152,7 +153,11 @@ class LastAttention:
     ) -> "LastAttention | None":
         """Return the cut attention, or `None` if its output differs on the intact pass."""
         calls = [segment.calls[self._name] for segment in segments]
-        intact_inputs = [Streams(call.hidden, copy.copy(call.shared)) for call in calls]
+        # Two streams, because arguments have to fit any number of them.
+        copies = 1 if any(call.shared is not None for call in calls) else 2
+        intact_inputs = [
+            Streams(repeat_rows(call.hidden, copies), copy.copy(call.shared)) for call in calls
+        ]
         before = sum(call.hidden.shape[-2] for call in calls[:-1])
         parts = (input_ids[:, :first], before), (input_ids[:, first:], before + first)
         output_template = self.tail.calls[self._name].output
@@ -168,6 +173,7 @@ class LastAttention:
         expected = hidden_states_of(self.tail.calls[f"attention {self.site.layer}"].output)[
             :, first:
         ]
+        expected = repeat_rows(expected, copies)
         change = (cut._after(keys, intact_inputs[-1]) - expected).float().norm()
         return cut if change <= tolerance(expected.dtype) * expected.float().norm() else None
 

@@ -28,8 +28,8 @@ def check_streams(view: ModelView, examples: list[CalibrationExample], prefix: i
 
     A stream starts in the middle of the model, with recorded arguments, and its logits are computed
     position by position. For this to be the model, its layers must depend on nothing else, which
-    every run checks: for streams that start in the first and in the last layer, one in each kind of
-    site, on two examples, one of them padded.
+    every run checks: for streams that start in the first and in the last layer, one in each block,
+    on two examples, one of them padded.
 
     Args:
         view: The model, in evaluation mode.
@@ -65,7 +65,7 @@ def _same(view: ModelView, examples: list[CalibrationExample], prefix: int, coun
     wavefront = Wavefront(view, batch)
     expected = torch.cat([_loss_of_model(view, chosen[position]) for position in batch.positions])
     found = [wavefront.intact_losses()]
-    found += [wavefront.masked_losses([unit])[0] for unit in _units_of_nothing(view)]
+    found += wavefront.masked_losses(_units_of_nothing(view))
     tolerated = _tolerated(view.model.dtype)
     for losses in found:
         if not torch.allclose(losses, expected, rtol=tolerated, atol=tolerated, equal_nan=True):
@@ -80,9 +80,9 @@ def _same(view: ModelView, examples: list[CalibrationExample], prefix: int, coun
 
 
 def _units_of_nothing(view: ModelView) -> list[SiteUnit]:
-    """Return units without channels, of the first site of each kind in the first and last layer."""
+    """Return units without channels, one of each output module in the first and last layer."""
     ends = {view.sites[0].layer, view.sites[-1].layer}
-    sites = {(site.layer, site.kind): site for site in reversed(view.sites) if site.layer in ends}
+    sites = {site.output_module: site for site in reversed(view.sites) if site.layer in ends}
     nothing = Unit(index=0, channels=(0, 0), region=())
     return [SiteUnit(site, nothing) for site in reversed(sites.values())]
 

@@ -51,7 +51,7 @@ from optimum_cap.evaluation import (
     wilson_interval,
 )
 from optimum_cap.methods import CRITERIA
-from optimum_cap.models import ModelView, load_model
+from optimum_cap.models import ModelView, check_saved_with_lm_head, load_model
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import (
     JsonFiles,
@@ -410,6 +410,7 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
     gc.collect()  # what the cell before has left in reference cycles
     try:
         model = load_model(cell.model, dtype=study.dtype, device_map=study.device_map)
+        check_saved_with_lm_head(model.config, cell.model)
         tokenizer = load_tokenizer(cell.model)
         if (config := cell.config()) is not None:
             usage = _pruned_and_stored(cell, config, model, tokenizer, study, file)

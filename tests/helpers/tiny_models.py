@@ -163,20 +163,37 @@ def tiny_model(
     architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
 ) -> PreTrainedModel:
     """Build a random causal language model of `architecture`; `changes` override its config."""
+    head = "LMHeadModel" if architecture == "gpt2" else "ForCausalLM"
+    return _tiny(architecture, head, seed, **changes).to(dtype).eval()
+
+
+def tiny_classifier(
+    architecture: str, head: str = "ForSequenceClassification", **changes: object
+) -> PreTrainedModel:
+    """Build a random classifier whose decoder is that of `tiny_model`."""
+    model = _tiny(architecture, head, num_labels=3, **changes).eval()
+    language_model = tiny_model(architecture, **changes)
+    model.base_model.load_state_dict(language_model.base_model.state_dict())
+    return model
+
+
+def _tiny(architecture: str, head: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     name, settings = {**CONFIGS, **SHARED_EXPERTS}[architecture]
     # Gemma models that also see images have a config for the text alone.
     of_text = f"{name}TextConfig"
     config_class = getattr(transformers, of_text, None) or getattr(transformers, f"{name}Config")
     settings = {key: value for key, value in {**settings, **changes}.items() if value is not None}
+    classes = (getattr(transformers, f"{name}{text}{head}", None) for text in ("", "Text"))
     torch.manual_seed(seed)
-    head = "LMHeadModel" if architecture == "gpt2" else "ForCausalLM"
-    model: PreTrainedModel = getattr(transformers, name + head)(config_class(**settings))
+    model: PreTrainedModel = next(
+        each for each in classes if each is not None and issubclass(config_class, each.config_class)
+    )(config_class(**settings))
     # Biases start at zero, norms at one: random ones let no code get away with ignoring them.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return model
 
 
 def spread_out(model: PreTrainedModel) -> PreTrainedModel:

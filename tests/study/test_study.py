@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers.paths import EXAMPLES
-from helpers.tiny_models import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_classifier, tiny_model, tiny_tokenizer
 
 from optimum_cap.estimation import study_hours
 from optimum_cap.evaluation import evaluate
@@ -632,3 +632,14 @@ def test_settings_without_an_effect_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load(values | changes, tmp_path)
+
+
+def test_a_classifier_is_not_measured_with_a_new_head(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_classifier("llama").save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(study, "_evaluated", lambda *a, **k: pytest.fail("evaluated"))
+    rows = run_study(load({**values, "recipes": ["wanda"]}, tmp_path), tmp_path / "out")
+    errors = {row["error"] for row in rows if row["error"]}
+    assert len(errors) == 1
+    assert "is a LlamaForSequenceClassification, which has no LM head" in errors.pop()

@@ -1,0 +1,76 @@
+"""What users know about models that cannot be observed (`register_layout`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a user has said about the decoder layers of one type of model.
+
+    Attributes:
+        layers: Path of the list of decoder layers in the model.
+        heads: Number of heads by the path of an output projection in its layer.
+        linear: Classes of modules that compute `x @ weight.T`, plus a `bias` if they have one.
+    """
+
+    layers: str | None = None
+    heads: Mapping[str, int] = field(default_factory=dict)
+    linear: tuple[type[nn.Module], ...] = ()
+
+
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(
+    model_type: str,
+    *,
+    layers: str | None = None,
+    heads: Mapping[str, int] | None = None,
+    linear: tuple[type[nn.Module], ...] = (),
+) -> None:
+    """Tell CAP about the decoder layers of a type of model, where it cannot see something itself.
+
+    Nothing is taken on trust: when a model of this type is pruned, each class of `linear` must
+    compute a product on a small weight, and each number of heads must fit what is observed.
+
+    Args:
+        model_type: The `model_type` of the (text) config. A second call replaces the first.
+        layers: Path of the list of decoder layers in the model, such as `"transformer.blocks"`.
+        heads: Number of heads by the path of an output projection in its layer, such as
+            `{"mixer.out": 16}`.
+        linear: Classes of modules that are no `nn.Linear`, but have a `weight` `[out, in]` and
+            compute `x @ weight.T`, plus a `bias` `[out]` if they have one. They are built like
+            `nn.Linear`, from `in_features` and `out_features`.
+
+    Raises:
+        ValueError: An argument is not what it should be.
+
+    Example:
+        ```python
+        optimum_cap.register_layout("my_model", heads={"mixer.out": 16})
+        ```
+    """
+    heads = dict(heads or {})
+    for name, count in heads.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+            raise ValueError(
+                f"heads[{name!r}] must be a number of heads from 2, got {count!r}: leave it out if "
+                "the projection has no heads"
+            )
+    for kind in linear:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ValueError(f"linear must hold classes of torch modules, got {kind!r}")
+    _LAYOUTS[model_type] = Layout(layers, heads, tuple(linear))
+
+
+def layout_of(model_type: str) -> Layout:
+    """Return what is registered for a `model_type`; an empty layout if nothing is."""
+    return _LAYOUTS.get(model_type, Layout())
+
+
+def registered_linear() -> tuple[type[nn.Module], ...]:
+    """Return all classes that are registered as computing products."""
+    return tuple(kind for layout in _LAYOUTS.values() for kind in layout.linear)

@@ -1,0 +1,73 @@
+"""What a model is for, by the name of its class: how to load it, and what its head is called."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from optimum_cap.models.loading import sees_images
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """What models are for whose class names have one ending.
+
+    Attributes:
+        auto_class: The class of transformers that loads them.
+        pipeline: Their pipeline tag on the Hub.
+        head: What their head is called.
+    """
+
+    auto_class: str
+    pipeline: str
+    head: str
+
+
+_LANGUAGE = ModelTask("AutoModelForCausalLM", "text-generation", "LM head")
+_IMAGES = ModelTask("AutoModelForImageTextToText", "image-text-to-text", "LM head")
+MODEL_TASKS = {
+    "ForCausalLM": _LANGUAGE,
+    "LMHeadModel": _LANGUAGE,
+    "ForSequenceClassification": ModelTask(
+        "AutoModelForSequenceClassification", "text-classification", "classification head"
+    ),
+    "ForTokenClassification": ModelTask(
+        "AutoModelForTokenClassification", "token-classification", "classification head"
+    ),
+}
+"""Ending of the name of a model class -> what its models are for."""
+
+
+def model_task(class_name: str) -> ModelTask | None:
+    """Return what a model is for by the name of its class; `None` if that does not say it."""
+    if sees_images(class_name):
+        return _IMAGES
+    tasks = (task for ending, task in MODEL_TASKS.items() if class_name.endswith(ending))
+    return next(tasks, None)
+
+
+def classifier_class(config: Any) -> str | None:
+    """Return the class that the config of a saved model names, if it is a classifier.
+
+    Any other Auto class loads the weights of its decoder with a new head of random weights.
+    """
+    names = getattr(config, "architectures", None) or []
+    tasks = {name: model_task(name) for name in names}
+    return next(
+        (name for name, task in tasks.items() if task not in (None, _LANGUAGE, _IMAGES)), None
+    )
+
+
+def check_saved_with_lm_head(config: Any, name: str) -> None:
+    """Check by its config that a saved model predicts tokens, as classifiers do not.
+
+    Args:
+        config: The config.
+        name: Name of the model, for the error.
+
+    Raises:
+        ValueError: The config names a classifier.
+    """
+    if (class_name := classifier_class(config)) is not None:
+        raise ValueError(
+            f"the model {name} is a {class_name}, which has no LM head and predicts no tokens: "
+            "choose a causal language model"
+        )

@@ -1,0 +1,33 @@
+"""Every decoder-only class of the installed transformers, on a small model, each in a process."""
+
+import pytest
+from helpers.architecture_checks import support_in_process
+from helpers.every_architecture import all_kinds
+
+# One of each family, by its model type; all that CAP does must work for them.
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "olmo2", "stablelm", "nemotron", "cohere2"),
+    *("falcon", "bloom", "mpt", "gptj", "gpt_bigcode", "gpt_neo", "gpt2", "gpt_neox", "opt"),
+    *("mixtral", "qwen3_moe", "phimoe", "granitemoe", "glm4_moe", "gpt_oss", "llama4_text"),
+    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h"),
+    *("lfm2", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "kimi_linear"),
+    *("mamba", "mamba2", "rwkv", "recurrent_gemma", "hunyuan_v1_dense", "hunyuan_v1_moe"),
+)
+IN_DEFAULT_RUN = ("falcon", "gpt_oss", "deepseek_v3", "qwen3_5_text", "mamba", "nemotron_h")
+
+
+def cases() -> list[object]:
+    return [
+        kind if kind in IN_DEFAULT_RUN else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in all_kinds()
+    ]
+
+
+@pytest.mark.parametrize("kind", cases())
+def test_a_class_is_supported_or_refused_in_a_sentence(kind: str) -> None:
+    found = support_in_process(kind)
+    assert not found.problem, found.problem
+    if kind in FAMILIES:
+        assert (found.refused, found.part, found.not_built) == ("", "", "")
+        assert found.dense[0] < 0.05, found.dense
