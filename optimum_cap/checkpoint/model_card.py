@@ -20,7 +20,7 @@ from optimum_cap.checkpoint.record import (
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
-from optimum_cap.models import model_task
+from optimum_cap.models import model_task, sees_images
 from optimum_cap.text import printable
 from optimum_cap.version import install_command
 
@@ -114,6 +114,7 @@ def model_card(
         "Left dense": ", ".join(
             [
                 *("embeddings", "norms", "routers", task.head if task else "LM head"),
+                *(["vision part"] if sees_images(class_name) else []),
                 *map(_cell, config["modules_to_leave_dense"]),
             ]
         ),

@@ -264,7 +264,9 @@ def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> N
             language model.
         OSError: As `check_model`.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    from optimum_cap.models import is_language_model
 
     config = check_model(name, args)
     is_pruned = getattr(config, "pruning_config", None) is not None
@@ -280,11 +282,12 @@ def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> N
             f"the model {name} is quantized ({values.get('quant_method', 'unknown method')}), but "
             "only float weights can be pruned: prune the model that it was made from"
         )
-    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    auto_map = getattr(config, "auto_map", None) or {}
+    custom = not auto_map.keys().isdisjoint(("AutoModelForCausalLM", "AutoModelForImageTextToText"))
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
         config, "is_decoder", False
     )
-    supported = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_encoder
+    supported = is_language_model(config) and not is_encoder
     if getattr(config, "is_encoder_decoder", False) or not (supported or custom):
         raise ValueError(
             f"the model {name} is of type {config.model_type!r}, which is no decoder-only language "

@@ -96,16 +96,15 @@ class GenerateCommand(CAPSubcommand):
 
     def execute(self, prepared: Prepared) -> None:
         """Generate the answers, and save them."""
-        from transformers import AutoModelForCausalLM
-
         from optimum_cap.checkpoint import describe_answers
         from optimum_cap.generation import answer_prompts, trace_rows
+        from optimum_cap.models import load_model
         from optimum_cap.runtime import write_atomically
 
         args = self.args
         start = time.monotonic()
         options = loading_options(args, prepared.process_group)
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+        model = load_model(args.model, **options)
         answered = answer_prompts(
             model, prepared.tokenizer, prepared.config, prepared.process_group
         )

@@ -472,11 +472,13 @@ def _auto_class(config: "CAPConfig", args: Namespace) -> str:
     Raises:
         ValueError: It is a classifier, and the config measures predictions of tokens.
     """
-    from optimum_cap.models import classifier_class, model_task
+    from optimum_cap.models import auto_class, classifier_class, model_task
 
-    class_name = classifier_class(check_model(args.model, args))
+    of_model = check_model(args.model, args)
+    class_name = classifier_class(of_model)
     if class_name is None:
-        return Prepared.auto_class
+        name: str = auto_class(of_model, args.trust_remote_code).__name__
+        return name
     config.check_without_lm_head(class_name)
     task = model_task(class_name)
     assert task is not None
@@ -725,12 +727,15 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str
 def _print_how_to_load(name: str, checkpoint_format: str, auto_class: str) -> None:
     from optimum_cap.formats import FORMATS
 
+    reader, variable = "AutoTokenizer", "tokenizer"
+    if auto_class == "AutoModelForImageTextToText":
+        reader, variable = "AutoProcessor", "processor"
     plugin = ""
     if FORMATS[checkpoint_format].needs_plugin:
         plugin = f"import optimum_cap  # reads the {checkpoint_format} format\n"
     print(
         f"\nLoad it with\n\n{plugin}"
-        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"from transformers import {auto_class}, {reader}\n\n"
         f"model = {auto_class}.from_pretrained({name!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})"
+        f"{variable} = {reader}.from_pretrained({name!r})"
     )

@@ -100,15 +100,14 @@ class ScoreCommand(CAPSubcommand):
 
     def execute(self, prepared: Prepared) -> None:
         """Measure and save the scores, and print them."""
-        from transformers import AutoModelForCausalLM
-
+        from optimum_cap.models import load_model
         from optimum_cap.pruner import CAPPruner
         from optimum_cap.scoring import causal_scores
 
         args, config = self.args, prepared.config
         start = time.monotonic()
         options = loading_options(args, prepared.process_group)
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+        model = load_model(args.model, **options)
         # Every process has all losses; rank 0 saves them.
         target = None if prepared.process_group.rank else args.output
         losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=target)

@@ -444,7 +444,7 @@ def _reader(
             f"rows of data set {name!r} must be texts, pairs, chats or mappings, got "
             f"{type(first).__name__}"
         )
-    read = _column_reader(name, list(first), options)
+    read = _text_only_reader(_column_reader(name, list(first), options))
     if ROW_DIGEST in first:
         read = _trace_reader(read)
     if not hasattr(rows, "column_names"):
@@ -495,6 +495,22 @@ def _column_reader(
         '{"path": ..., "prompt_column": ..., "answer_column": ...} or {"path": ..., '
         '"text_column": ...}, or with --prompt-column and --answer-column or --text-column'
     )
+
+
+def _text_only_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
+    """Return a function that refuses rows with images, videos or sounds, which would be ignored."""
+
+    def read_text(row: Any) -> Conversation:
+        for column in _MEDIA_COLUMNS:
+            value = row.get(column)
+            if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
+                raise ValueError(
+                    f"has a column {column!r}, but calibration examples are text alone: choose "
+                    "rows that can be answered without it, and remove the column"
+                )
+        return read(row)
+
+    return read_text
 
 
 def _trace_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
@@ -632,7 +648,8 @@ def _as_text(value: Any) -> Any:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind not in _TEXT_PARTS:
             raise ValueError(
-                f"has content of type {kind!r}, but only text can be rendered: take such rows out"
+                f"has content of type {kind!r}, but calibration examples are text alone: take such "
+                "rows out"
             )
     texts = [part if isinstance(part, str) else part.get("text") or "" for part in value]
     return "".join(texts)
@@ -757,6 +774,7 @@ _RESERVED = {
     "continue_final_message",
     "tokenize",
 }
+_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OPTIONS = {"path", "preset", "name", "split", "revision"} | {
     f"{kind}_column" for kind in ("prompt", "answer", "text", "messages")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.data import build_calibration_set, shared_prefix
@@ -20,7 +20,7 @@ from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import DEFAULT_TASKS, HARNESS_PREFIX, check_counts, resolve_tasks
 from optimum_cap.methods import CRITERIA
-from optimum_cap.models import find_sites
+from optimum_cap.models import auto_class, find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
 from optimum_cap.text import aligned, format_duration, format_size
@@ -222,7 +222,7 @@ def work_of(
 ) -> ModelWork:
     """Count the work of a model, which is built from its configuration on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     return count_work(model, find_sites(model, mlp_unit_size), scored_units)
 
 

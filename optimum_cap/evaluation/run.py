@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.data import load_tokenizer, usable_tokenizer
@@ -46,6 +46,7 @@ from optimum_cap.models import (
     evaluation_mode,
     float32_on_cpu,
     has_lm_head,
+    load_model,
     longest_sequence,
     number_of_embeddings,
 )
@@ -240,7 +241,7 @@ def _loaded(
     model: PreTrainedModel | str | Path, tokenizer: Any, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, str | Path):
-        loaded = AutoModelForCausalLM.from_pretrained(model, **options)
+        loaded = load_model(model, **options)
         check_saved_with_lm_head(loaded.config, str(model))
     elif options:
         raise ValueError(

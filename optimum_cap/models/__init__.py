@@ -53,6 +53,7 @@ from optimum_cap.models.internals import (
 )
 from optimum_cap.models.layouts import register_layout
 from optimum_cap.models.left_dense import DenseProjection, projections_left_dense
+from optimum_cap.models.loading import auto_class, is_language_model, load_model, sees_images
 from optimum_cap.models.losses import (
     Targets,
     logits_of,
@@ -107,6 +108,7 @@ __all__ = [
     "accelerate_hook",
     "activation_bytes_per_token",
     "all_units",
+    "auto_class",
     "bypass_layers",
     "cache_argument",
     "call_compiled",
@@ -136,9 +138,11 @@ __all__ = [
     "heads",
     "hidden_states_of",
     "implementations",
+    "is_language_model",
     "is_offloaded",
     "is_transposed",
     "layer_input_width",
+    "load_model",
     "logits_of",
     "longest_sequence",
     "masked_unit",
@@ -161,6 +165,7 @@ __all__ = [
     "rows_not_finite",
     "run_until",
     "scored_logits",
+    "sees_images",
     "share_that_differs",
     "shared_states",
     "split_hidden",

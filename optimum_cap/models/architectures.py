@@ -424,7 +424,8 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     if not has_lm_head(model) and model.base_model is model:
         raise ValueError(
             f"{kind} has no head, so CAP cannot prune it: load the model with "
-            "AutoModelForCausalLM, or a classifier with AutoModelForSequenceClassification"
+            "AutoModelForCausalLM, one that sees images with AutoModelForImageTextToText, or a "
+            "classifier with AutoModelForSequenceClassification"
         )
     decoder = model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):

@@ -44,9 +44,12 @@ def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[De
     chosen = {matrix.parameter for matrix in pruned}
     layer_names = {site.layer_name for site in view.sites}
     decoder_name, decoder = decoder_of(view.model)
+    head = view.model.get_output_embeddings()
     weights: dict[tuple[str, bool], int] = {}
     counted: set[int] = set()  # some models use a parameter in several layers
     for path, module in decoder.named_modules():
+        if module is head:  # Llama 4 with images has it in its decoder
+            continue
         full_path = ".".join(filter(None, (decoder_name, path)))
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{full_path}.{name}"

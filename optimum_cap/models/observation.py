@@ -8,6 +8,7 @@ or on the meta device.
 """
 
 import functools
+import inspect
 import itertools
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -630,8 +631,14 @@ def recorded_layer_calls(
         device: The device of its inputs.
 
     Raises:
-        RuntimeError: The model did not call a layer.
+        ValueError: The model, or one of the layers, does not run on text alone.
     """
+    if needed := _needed_besides_tokens(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot be pruned: it does not run without "
+            f"{', '.join(needed)}, and calibration examples are text: choose a model that also "
+            "takes text alone"
+        )
     calls: dict[str, LayerCall] = {}
     generator = torch.Generator().manual_seed(0)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -675,8 +682,23 @@ def recorded_layer_calls(
         stack.enter_context(suppress(StopForwardError))
         call_model(model, ids.to(device))
     if missing := [name for name in layers if name not in calls]:
-        raise RuntimeError(f"it does not call {', '.join(missing)}")
+        raise ValueError(
+            f"{type(model).__name__} cannot be pruned: on text alone, it does not run "
+            f"{', '.join(missing)} (attention to images, for example), and calibration examples "
+            "are text: choose a model that runs all its layers on text"
+        )
     return calls
+
+
+def _needed_besides_tokens(model: PreTrainedModel) -> list[str]:
+    """Return the arguments, besides the token ids, without which a model does not run."""
+    return [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name != "input_ids"
+    ]
 
 
 @contextmanager

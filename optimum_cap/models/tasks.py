@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from optimum_cap.models.loading import sees_images
+
 
 @dataclass(frozen=True)
 class ModelTask:
@@ -20,6 +22,7 @@ class ModelTask:
 
 
 _LANGUAGE = ModelTask("AutoModelForCausalLM", "text-generation", "LM head")
+_IMAGES = ModelTask("AutoModelForImageTextToText", "image-text-to-text", "LM head")
 MODEL_TASKS = {
     "ForCausalLM": _LANGUAGE,
     "LMHeadModel": _LANGUAGE,
@@ -35,6 +38,8 @@ MODEL_TASKS = {
 
 def model_task(class_name: str) -> ModelTask | None:
     """Return what a model is for by the name of its class; `None` if that does not say it."""
+    if sees_images(class_name):
+        return _IMAGES
     tasks = (task for ending, task in MODEL_TASKS.items() if class_name.endswith(ending))
     return next(tasks, None)
 
@@ -46,7 +51,9 @@ def classifier_class(config: Any) -> str | None:
     """
     names = getattr(config, "architectures", None) or []
     tasks = {name: model_task(name) for name in names}
-    return next((name for name, task in tasks.items() if task not in (None, _LANGUAGE)), None)
+    return next(
+        (name for name, task in tasks.items() if task not in (None, _LANGUAGE, _IMAGES)), None
+    )
 
 
 def check_saved_with_lm_head(config: Any, name: str) -> None:

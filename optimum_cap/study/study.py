@@ -29,7 +29,7 @@ import yaml
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.config import RECIPES, CAPConfig, effective
@@ -51,7 +51,7 @@ from optimum_cap.evaluation import (
     wilson_interval,
 )
 from optimum_cap.methods import CRITERIA
-from optimum_cap.models import ModelView, check_saved_with_lm_head
+from optimum_cap.models import ModelView, check_saved_with_lm_head, load_model
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import (
     JsonFiles,
@@ -409,9 +409,7 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
     error = None
     gc.collect()  # what the cell before has left in reference cycles
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            cell.model, dtype=study.dtype, device_map=study.device_map
-        )
+        model = load_model(cell.model, dtype=study.dtype, device_map=study.device_map)
         check_saved_with_lm_head(model.config, cell.model)
         tokenizer = load_tokenizer(cell.model)
         if (config := cell.config()) is not None:

@@ -586,3 +586,16 @@ def test_preset_reads_the_files_as_published(
         )
         digests = {source.read(row).digest for row in published}
         assert set(calibration.record["digests"]) <= digests
+
+
+@pytest.mark.parametrize("column", ["image", "images", "video", "audio"])
+@pytest.mark.parametrize("kind", ["pairs", "chats", "texts"])
+def test_rows_with_more_than_text_are_refused(column: str, kind: str) -> None:
+    row = {"pairs": QUESTIONS[0], "chats": {"messages": CHAT}, "texts": {"text": "a cat"}}[kind]
+    # Where all rows have the column, those without a picture are text.
+    without = [{**row, column: empty} for empty in (None, "", [])]
+    assert len(build([row, *without], num_samples=4).examples) == 4
+    message = f"row of data set 'in-memory' has a column '{column}', but calibration examples are"
+    for value in ("a.png", [{"bytes": b""}], object()):
+        with pytest.raises(ValueError, match=message):
+            build([*without, {**row, column: value}], num_samples=4)

@@ -138,7 +138,7 @@ def test_several_parts_are_one_text() -> None:
 
 def test_parts_that_are_no_text_are_refused() -> None:
     image = [{"type": "image", "url": "a.png"}, *parts("what is it?")]
-    with pytest.raises(ValueError, match="in-memory' has content of type 'image', but only text"):
+    with pytest.raises(ValueError, match="in-memory' has content of type 'image', but calibr"):
         shown([chat(image, "a dog")], PLAIN)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import transformers
+from helpers.tiny_image_models import IMAGE_MODELS, tiny_image_model
 from helpers.tiny_models import MOE, tiny_model
 
 from optimum_cap.models.architectures import find_sites
@@ -17,6 +18,12 @@ def of_all(model: transformers.PreTrainedModel) -> list[DenseProjection]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen3_moe", "glm4_moe", "qwen2_moe"])
 def test_nothing_but_routers_is_left(name: str) -> None:
     assert of_all(tiny_model(name)) == []
+
+
+@pytest.mark.parametrize("name", sorted(set(IMAGE_MODELS) - {"mllama"}))
+def test_parts_outside_the_decoder_do_not_count(name: str) -> None:
+    """The vision part, its projector, and the LM head, which Llama 4 has in its decoder."""
+    assert of_all(tiny_image_model(name)) == []
 
 
 def test_experts_of_another_orientation_are_pruned_too() -> None:
