@@ -35,7 +35,6 @@ CHECK_PASSES = 12  # per prunable weight: checked, masked, stored, and zeros cou
 ADAM_PASSES = 12  # in a step of the refinement: gradients masked, states and weights updated
 SAVED = 3  # times the activations of a layer that it keeps for its backward pass
 MASK_PASSES = 8  # to apply a known threshold: importance, comparison, new weights
-STAGES = 4  # per layer; the inputs are measured before each of them (`stages_by_layer`)
 BLOCK = 4096  # block size of the file system in bytes
 HEADER = 200  # bytes of a chunk's file besides its losses
 CACHE_PASSES = 3  # times that generation moves keys and values: read, and copied to grow
@@ -185,7 +184,7 @@ class CostModel:
         by_projection = method.order == "projection"
         held = self.layer_activations(shape)
         if method.target == "local":
-            counted = work.layerwise_pass(shape, STAGES if by_projection else 1)
+            counted = work.layerwise_pass(shape, None if by_projection else 1)
             compared = 0.0
         else:
             counted, compared = (

@@ -16,7 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.methods import ALPS_INVERSES, ALPS_STEPS, FITTING_STEPS
 from optimum_cap.methods import BLOCK as SPARSEGPT_BLOCK
-from optimum_cap.models import Site, decoder_layer_names, mixer_units, prunable_matrices
+from optimum_cap.models import (
+    Site,
+    decoder_layer_names,
+    mixer_units,
+    prunable_matrices,
+    stages_by_layer,
+)
 from optimum_cap.scoring import WORTHWHILE_SHARE
 
 # Elements read or written per channel of the hidden state and per output of a projection. Derived
@@ -28,6 +34,9 @@ _PER_LOGIT = 2
 _PER_LOSS = 10  # per logit of a scored token: cast, exponentiated, summed
 
 _STREAMS = 4  # per chunk, for a batch of the size that `batch_sizes.py` prefers
+
+
+SEQUENTIAL_STAGES = 4  # inputs and output of the attention, then inputs and output of the MLP
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class LayerWork:
         masking: Work per token to compute the outputs of MLP and experts with each of these masked.
         queries: The projection of queries; `None` if it is fused with that of keys.
         window: Tokens that a token attends to, including itself; `None` is all before it.
+        stages: Number of `stages_by_layer`, before each of which inputs are measured.
     """
 
     input_projs: tuple[Product, ...]
@@ -131,6 +141,7 @@ class LayerWork:
     masking: OperationCount = OperationCount()
     queries: Product | None = None
     window: int | None = None
+    stages: int = SEQUENTIAL_STAGES
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -327,8 +338,8 @@ class ModelWork:
             work += layer.starting(shape.rows)
             streams += layer.heads + layer.others
         last = self.layers[-1]
-        # One more stream, and the tokens up to the first layer, to verify the last attention.
-        work += (streams + 1) * last.last_attention(shape)
+        # Two more streams, and the tokens up to the first layer, to verify the last attention.
+        work += (streams + 2) * last.last_attention(shape)
         entering = tuple(p for p in self.stem if p.outputs == last.hidden)
         work += (shape.rows - shape.prefix) * _per_token(entering)
         work += last.heads * shape.targets * last.output_proj.per_token
@@ -353,9 +364,18 @@ class ModelWork:
                 work += whole.rows * _per_token(tuple(p for p in layer.rest if p.copies > 1))
         return work + backward
 
-    def layerwise_pass(self, shape: Workload, stages: int = 1) -> OperationCount:
-        """Return the work of layer-by-layer passes: a run before each stage, and a final one."""
-        return (1 + stages) * self._layers(shape) + self._experts_again(shape)
+    def layerwise_pass(self, shape: Workload, stages: int | None = 1) -> OperationCount:
+        """Return the work of layer-by-layer passes: a run before each stage, and a final one.
+
+        Args:
+            shape: The calibration set.
+            stages: Stages of each layer; `None` takes those of `stages_by_layer`.
+        """
+        work = (1 + (stages or 0)) * self._layers(shape) + self._experts_again(shape)
+        if stages is None:
+            for layer in self.layers:
+                work += layer.stages * layer.forward(*_apart(shape))
+        return work
 
     def refinement(self, shape: Workload, passes: int, left_out: float) -> OperationCount:
         """Return the work of refining all layers, without the steps of the optimizer.
@@ -381,7 +401,9 @@ class ModelWork:
         work = 3 * self._layers(shape) + self._experts_again(shape)
         for layer in self.layers:
             work += -rows * _per_token(layer.closing)
-            if by_projection:
+            if by_projection and layer.stages < SEQUENTIAL_STAGES:  # attention and MLP side by side
+                work += 2 * layer.attention(rows, pairs)
+            elif by_projection:
                 work += 4 * layer.attention(rows, pairs) + -2 * rows * layer.output_proj.per_token
                 # A run ends at the last of the matrices whose inputs it measures.
                 entering = (p for p in layer.rest if p.pruned and p not in layer.closing)
@@ -526,6 +548,7 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
         sites: All sites of the model (`find_sites`).
         scored_units: Units to score: `"heads"` or `"all"`.
     """
+    stages = stages_by_layer(sites)
     mixers = {site.layer_name: site for site in reversed(sites) if site.mixes_tokens}
     config = model.config.get_text_config(decoder=True)
     pruned = {matrix.parameter for matrix in prunable_matrices(sites)}
@@ -560,6 +583,7 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
                 experts=sum(other.kind == "expert" for other in others),
                 queries=layer_products.get(queries),
                 window=windows.get(index),
+                stages=len(stages.get(index, [])),
                 **(_masking(layer_products, others) if scored_units == "all" else {}),
             )
         )

@@ -22,7 +22,7 @@ from optimum_cap.config import RECIPES, CAPConfig, Method
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.estimation import run as estimation
-from optimum_cap.estimation.costs import AMOUNTS, ESTIMATOR_COSTS, PRUNING_COSTS, STAGES, CostModel
+from optimum_cap.estimation.costs import AMOUNTS, ESTIMATOR_COSTS, PRUNING_COSTS, CostModel
 from optimum_cap.estimation.hardware import (
     DATA_SHEETS,
     LAYERWISE_ROWS,
@@ -206,7 +206,7 @@ def test_layerwise_passes_take_the_operations_that_pytorch_counts(
     work = count_work(model, find_sites(model))
     compared = SHAPE.examples * TOKENS * work.compared
     expected = {
-        LayerwisePass: work.layerwise_pass(SHAPE, STAGES if by_projection else 1).operations,
+        LayerwisePass: work.layerwise_pass(SHAPE, None if by_projection else 1).operations,
         DenseReferencePass: work.dense_reference_pass(SHAPE, by_projection).operations + compared,
     }
     for kind, operations in expected.items():
