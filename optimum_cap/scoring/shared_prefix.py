@@ -18,7 +18,8 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
 
     That is the length of their shared prefix if sharing it saves time and does not change the
     losses of the longest examples, otherwise 0. The losses of some models change: those that change
-    their position encoding for long sequences, or ignore cached keys and values.
+    their position encoding for long sequences, ignore cached keys and values, or keep recurrent
+    states.
     """
     prefix = shared_prefix(examples)
     longest = max(len(example.input_ids) for example in examples)
@@ -26,11 +27,13 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
         return 0
     try:
         same = _gives_the_same_losses(view, examples, prefix)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        # Cleared after the handler: until it ends, the error keeps the recorded tensors in memory.
-        same = None
+    except Exception as error:
+        if is_out_of_memory(error):
+            # Cleared after the handler: until it ends, the error keeps recorded tensors in memory.
+            same = None
+        else:  # caches of recurrent states may not continue after a prefix
+            logger.debug(f"{type(view.model).__name__} does not continue: {error!r}")
+            same = False
     if same is None:
         clear_device_cache(garbage_collection=True)
         logger.warning_once(
@@ -39,8 +42,8 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
         )
     elif not same:
         logger.warning_once(
-            f"{type(view.model).__name__} gives other losses if the shared prefix of {prefix} "
-            "tokens is computed once: it is computed again for each example"
+            f"{type(view.model).__name__} gives other losses, or none, if the shared prefix of "
+            f"{prefix} tokens is computed once: it is computed again for each example"
         )
     return prefix if same else 0
 

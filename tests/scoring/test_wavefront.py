@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.every_architecture import small_model
 from helpers.score_runs import assert_exact
 from helpers.shared_prefix import example, examples
 from helpers.tiny_models import SHARED_EXPERTS, spread_out, tiny_model
@@ -272,3 +273,10 @@ def test_an_mlp_that_changes_what_its_projection_returns_is_refused(
     llama.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(ValueError, match=r"changes what model\.layers\.1\.mlp\.down_proj returns"):
         exact_losses(ModelView.of(llama), examples())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "lfm2"])
+def test_a_shared_prefix_of_recurrent_layers_is_exact(kind: str) -> None:
+    view = ModelView.of(small_model(kind))
+    found, expected = (method(view, examples()) for method in (exact_losses, plain_losses))
+    torch.testing.assert_close(found.masked, expected.masked, rtol=1e-3, atol=1e-4)
