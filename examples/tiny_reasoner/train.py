@@ -34,8 +34,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPLITS = {"calibration": 128, "validation": 200, "test": 300}
-# One set of problems serves all. The second and the third are nearer to their capacity, so that
-# what pruning takes from them shows.
+# One set of problems serves all. All but the first are nearer to their capacity, so that what
+# pruning takes from them shows.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6},
     "mistral": {
@@ -51,6 +51,46 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "router_aux_loss_coef": 0.01,
+    },
+    # A hybrid: linear attention in four of six layers.
+    "qwen3_5_text": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_attention_heads": 4,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+    # Latent attention, and experts beside a shared one.
+    "deepseek_v3": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "moe_intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    # Attention sinks, and experts that are stored transposed, with biases.
+    "gpt_oss": {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.01,
+        "sliding_window": 48,
     },
 }
 STEPS = 1400
@@ -102,11 +142,9 @@ def build_model(
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         architecture,
-        **ARCHITECTURES[architecture],
+        **{"num_key_value_heads": 2, "head_dim": 32, **ARCHITECTURES[architecture]},
         vocab_size=len(tokenizer),
         num_hidden_layers=6,
-        num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
