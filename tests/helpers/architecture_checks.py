@@ -127,6 +127,8 @@ def _everything_is_named(view: ModelView, left: list[DenseProjection]) -> None:
     known = [re.sub(r"\.weight$", "", each.name) for each in left]
     for path, module in decoder.named_modules():
         weight = f"{name}.{path}.weight".lstrip(".")
+        if module is view.model.get_output_embeddings():
+            continue
         if isinstance(module, nn.Linear | Conv1D) and weight not in prunable:
             plain = re.sub(r"\.\d+(?=\.|$)", "", path)
             is_router = re.search(r"(^|\.)(\w*gate|\w*router)(\.|$)", path)
@@ -198,9 +200,13 @@ def _regions_move_their_units(view: ModelView) -> None:
 
 
 def _inputs(view: ModelView, site: Site) -> torch.Tensor:
-    with torch.no_grad(), recorded_calls({"": view.model.get_submodule(site.projection)}) as calls:
-        view.model(input_ids=IDS, use_cache=False)
-    return calls[""].hidden.clone()
+    """Return what the output projection receives when it runs first: some models loop."""
+    received: list[torch.Tensor] = []
+    projection = view.model.get_submodule(site.projection)
+    handle = projection.register_forward_pre_hook(lambda _, args: received.append(args[0].clone()))
+    _logits(view.model)
+    handle.remove()
+    return received[0]
 
 
 def _a_walk_is_the_model(view: ModelView) -> None:
