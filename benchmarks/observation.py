@@ -38,7 +38,8 @@ def main() -> None:
     observing, pruning = [], []
     for _ in range(arguments.runs):
         start = time.monotonic()
-        check_experts(ModelView.of(model))
+        view = ModelView.of(model)
+        check_experts(view, view.matrices)
         observing.append(time.monotonic() - start)
         copied = copy.deepcopy(model)
         start = time.monotonic()

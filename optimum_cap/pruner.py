@@ -131,7 +131,8 @@ class CAPPruner:
             _check_scorable(view, config)
         _check_not_shared(view, matrices)
         zeros_before = _check_weights(view, matrices)
-        check_experts(view)
+        if config.method.needs_data:
+            check_experts(view, matrices)
         if config.pattern == WHOLE_HEADS:
             number_of_heads_to_remove(removable_heads(view, matrices), config.sparsity)
         zeros = _number_of_zeros(view, matrices, config.sparsity)
@@ -203,7 +204,8 @@ class CAPPruner:
             )
         _check_scorable(view, self.config)
         _check_weights(view, view.matrices)
-        check_experts(view)
+        if self.config.scored_units == "all":
+            check_experts(view, view.matrices)
         process_group = ProcessGroup.current()
         check_prompts = functools.partial(check_first_batch, view, layer_by_layer=False)
         calibration = _calibration(plain, self.config, tokenizer, process_group, check_prompts)
@@ -249,8 +251,8 @@ def _check_scorable(view: ModelView, config: CAPConfig) -> None:
     if not view.units(config.scored_units):
         raise ValueError(
             f"{type(view.model).__name__} has no attention or other mixer of tokens that CAP "
-            "knows, so there are no heads to score: choose scored_units 'all', or a recipe without "
-            "causal scores, such as 'causal'"
+            "knows, so there are no heads to score: score all units (scored_units='all'), or "
+            "choose a recipe without causal scores, such as 'causal'"
         )
 
 

@@ -5,7 +5,8 @@ projection of a site, and so is that of every expert. The projections that feed 
 through others, are its input projections.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,12 @@ from transformers import (
 
 from optimum_cap.models.experts import OUTPUT, ExpertsLayout
 from optimum_cap.models.hooks import has_lm_head
+from optimum_cap.models.internals import implementations
 from optimum_cap.models.layouts import layout_of
+from optimum_cap.models.modes import evaluation_mode
 from optimum_cap.models.observation import (
     LayerObserver,
+    LayoutError,
     Projection,
     Rows,
     head_counts,
@@ -80,9 +84,14 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
     layers = {name: model.get_submodule(name) for name in names}
     kinds = {name: _kind_of(layer) for name, layer in layers.items()}
     first = {kind: name for name, kind in reversed(kinds.items())}
-    shared = _in_several_layers(layers.values())
+    shared = _in_several_layers(layers)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), with_values(model):
+        with (
+            evaluation_mode(model),  # no dropout, no gradient checkpointing
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            with_values(model),
+        ):
             found = _observed(model, {name: layers[name] for name in first.values()})
             units = _Units(model, found, mlp_unit_size, shared)
             sites = [
@@ -93,14 +102,20 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
                     key=lambda site: (site.level, not site.mixes_tokens),
                 )
             ]
-    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
-            raise  # memory ran out
+    except LayoutError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            raise
         reason = " ".join(str(error).split())
+        attention = implementations(model)["attention"]
+        remedy = ""
+        if attention not in (None, "sdpa", "eager"):
+            remedy = f"; load it with attn_implementation 'sdpa' instead of {attention!r}"
         raise ValueError(
             f"{type(model).__name__} cannot be pruned by any recipe: its decoder layers do not run "
             "on random values in place of what their projections return, so what feeds what is "
-            f"unknown ({type(error).__name__}: {reason})"
+            f"unknown ({type(error).__name__}: {reason}){remedy}"
         ) from error
     if not sites:
         raise ValueError(
@@ -205,7 +220,7 @@ class _Units:
         model: The model.
         found: What was observed, by the name of the layer.
         mlp_unit_size: As for `find_sites`.
-        shared: Parameters that several layers use; they belong to no site.
+        shared: Names of parameters that several layers use; they belong to no site.
     """
 
     def __init__(
@@ -213,7 +228,7 @@ class _Units:
         model: PreTrainedModel,
         found: Mapping[str, _Found],
         mlp_unit_size: int | None,
-        shared: set[int],
+        shared: set[str],
     ) -> None:
         self._model = model
         self._found = found
@@ -248,8 +263,8 @@ class _Units:
             module = self._model.get_submodule(f"{observed}.{name}")
             rows = {name: rows_of_experts(module, bounds)} if len(bounds) > 1 else {}
             return "expert", bounds, rows
-        if len(bounds) == 1:
-            return kind, bounds, {}
+        if len(bounds) == 1 or not observer.sees_all_tokens(name):
+            return kind, [(0, width)], {}
         return kind, bounds, observer.rows(name, bounds)
 
     def _made(self, layer: int, name: str, observed: str, site: _FoundSite) -> Iterator[Site]:
@@ -268,24 +283,31 @@ class _Units:
             depths |= dict.fromkeys(inputs, site.depths[site.output_proj])
         if self._is_shared(output):
             return
-        inputs = {name: each for name, each in inputs.items() if not self._is_shared(name)}
+        dim = 1 - self._transposed(output, layout)
+        # Of each unit: parameter, dimension and rows of each part of its region.
+        pieces: list[list[tuple[str, int, Rows]]] = [
+            [(output, dim, Rows(*channels, (index,), True))]
+            for index, channels in enumerate(bounds)
+        ]
+        for parameter, each in inputs.items():
+            if self._is_shared(parameter):
+                continue
+            dim = int(self._transposed(parameter, layout))
+            whole = self._all_rows(seen.projections[each], layout, len(bounds))
+            for run in rows.get(each) or [whole]:
+                for unit in run.units:
+                    pieces[unit].append((parameter, dim, run))
         for expert in range(layout.count) if layout else [None]:
             units = []
-            for index, channels in enumerate(bounds):
-                region = [
-                    WeightSlice(output, 1 - self._transposed(output, layout), *channels, expert)
+            for index, of_unit in enumerate(pieces):
+                slices = [
+                    WeightSlice(parameter, dim, run.start, run.stop, expert)
+                    for parameter, dim, run in of_unit
                 ]
-                separable = list(region)
-                for parameter, each in inputs.items():
-                    dim = int(self._transposed(parameter, layout))
-                    for run in rows.get(each) or [
-                        self._all_rows(seen.projections[each], layout, len(bounds))
-                    ]:
-                        if index in run.units:
-                            piece = WeightSlice(parameter, dim, run.start, run.stop, expert)
-                            region.append(piece)
-                            separable += [piece] if run.separable else []
-                units.append(Unit(index, channels, tuple(region), tuple(separable)))
+                separable = [
+                    piece for piece, (*_, run) in zip(slices, of_unit, strict=True) if run.separable
+                ]
+                units.append(Unit(index, bounds[index], tuple(slices), tuple(separable)))
             yield Site(
                 name=projection if expert is None else f"{projection}[{expert}]",
                 kind=kind,
@@ -307,7 +329,7 @@ class _Units:
         return Rows(0, count, tuple(range(units)), separable=units == 1)
 
     def _is_shared(self, parameter: str) -> bool:
-        return id(self._model.get_parameter(parameter)) in self._shared
+        return parameter in self._shared
 
     def _transposed(self, parameter: str, layout: ExpertsLayout | None) -> bool:
         return layout.transposed if layout else is_transposed(self._model, Matrix(parameter))
@@ -320,20 +342,22 @@ def _kind_of(layer: nn.Module) -> Any:
         plain = {
             key: value
             for key, value in vars(module).items()
-            if isinstance(value, int | float | str | None) and key not in ("layer_idx", "training")
+            if isinstance(value, int | float | str | None)
+            and key != "training"
+            and (isinstance(value, bool) or not re.search("layer|idx|index", key))
         }
         shapes = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
         parts.append((name, type(module), tuple(sorted(plain.items())), tuple(shapes)))
     return tuple(parts)
 
 
-def _in_several_layers(layers: Iterable[nn.Module]) -> set[int]:
-    """Return the identities of parameters that several layers use (Zamba)."""
-    counts: dict[int, int] = {}
-    for layer in layers:
-        for parameter in layer.parameters():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return {identity for identity, count in counts.items() if count > 1}
+def _in_several_layers(layers: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of parameters that several layers use (Zamba)."""
+    names: dict[int, list[str]] = {}
+    for layer, module in layers.items():
+        for name, parameter in module.named_parameters():
+            names.setdefault(id(parameter), []).append(f"{layer}.{name}")
+    return {name for group in names.values() if len(group) > 1 for name in group}
 
 
 def decoder_layer_names(model: PreTrainedModel) -> list[str]:

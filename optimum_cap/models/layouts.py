@@ -41,9 +41,9 @@ def register_layout(
         layers: Path of the list of decoder layers in the model, such as `"transformer.blocks"`.
         heads: Number of heads by the path of an output projection in its layer, such as
             `{"mixer.out": 16}`.
-        linear: Classes of modules that are no `nn.Linear`, but have a `weight` `[out, in]` and
-            compute `x @ weight.T`, plus a `bias` `[out]` if they have one. They are built like
-            `nn.Linear`, from `in_features` and `out_features`.
+        linear: Classes of modules that are not subclasses of `nn.Linear`, but have a `weight`
+            `[out, in]` and compute `x @ weight.T`, plus a `bias` `[out]` if they have one. They are
+            built like `nn.Linear`, from `in_features` and `out_features`. They count in all models.
 
     Raises:
         ValueError: An argument is not what it should be.

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.models.architectures import decoder_of
+from optimum_cap.models.layouts import registered_linear
 from optimum_cap.models.sites import Matrix
 from optimum_cap.models.view import ModelView
 
@@ -46,6 +47,7 @@ def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[De
     decoder_name, decoder = decoder_of(view.model)
     head = view.model.get_output_embeddings()
     weights: dict[tuple[str, bool], int] = {}
+    linear = (nn.Linear, Conv1D, *registered_linear())
     counted: set[int] = set()  # some models use a parameter in several layers
     for path, module in decoder.named_modules():
         if module is head:  # Llama 4 with images has it in its decoder
@@ -53,7 +55,7 @@ def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[De
         full_path = ".".join(filter(None, (decoder_name, path)))
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{full_path}.{name}"
-            is_linear = isinstance(module, nn.Linear | Conv1D) and parameter.ndim == 2
+            is_linear = isinstance(module, linear) and parameter.ndim == 2
             of_experts = parameter.ndim == 3 and not isinstance(module, _CONVOLUTIONS)
             if not (is_linear or of_experts) or full_name in chosen or _ROUTERS.search(path):
                 continue

@@ -34,10 +34,15 @@ from optimum_cap.models.internals import offloading_hook, own_tensors
 from optimum_cap.models.layouts import registered_linear
 from optimum_cap.models.sites import Range
 
-_BATCH, _TOKENS = 4, 8
+_BATCH, _TOKENS = 3, 11  # no numbers of heads
 _DRAWS = 3  # random inputs that rows are observed with: a rectifier stops half of the values
 _FEW_VALUES = 1 << 16
+_UNITS = 64  # of experts, observed at a time
 _LINEAR = (nn.Linear, Conv1D)
+
+
+class LayoutError(ValueError):
+    """What a user asked for does not fit the layers of the model; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Rows:
         stop: One past the last row.
         units: The units, in order.
         separable: Whether the rows reach one unit and nothing else, not even through the statistics
-            of a norm, or in later layers.
+            of a norm, nor in later layers.
     """
 
     start: int
@@ -104,7 +109,6 @@ class ObservedLayer:
         kept: Those whose outputs the layer leaves for later layers (shared keys and values).
         output_modules: For each, the path of the module around it that returns its output
             unchanged; its own path if there is none.
-        head_sizes: Channels per head of the input of a mixing projection, if it has heads.
     """
 
     projections: dict[str, Projection] = field(default_factory=dict)
@@ -115,7 +119,6 @@ class ObservedLayer:
     looking_ahead: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
     output_modules: dict[str, str] = field(default_factory=dict)
-    head_sizes: dict[str, int] = field(default_factory=dict)
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -127,7 +130,15 @@ def is_projection(module: nn.Module) -> bool:
     kind: Any = type(module)
     if not isinstance(module, (*_LINEAR, *registered_linear())):
         return False
-    return kind.forward in [linear.forward for linear in _LINEAR] or _computes_a_product(kind)
+    if kind.forward in [linear.forward for linear in _LINEAR] or _computes_a_product(kind):
+        return True
+    if isinstance(module, registered_linear()):
+        raise LayoutError(
+            f"{kind.__name__} was given to register_layout, but does not compute x @ weight.T plus "
+            "its bias on a small weight: leave it out, or let it be built from in_features and "
+            "out_features"
+        )
+    return False
 
 
 @functools.cache
@@ -219,6 +230,35 @@ class LayerObserver:
             if self._mixes(name):
                 seen.mixing.add(name)
             seen.output_modules[name] = run.output_module(name)
+        self._add_siblings()
+
+    def _add_siblings(self) -> None:
+        """Treat modules of a list alike if one was called: experts that no token reached."""
+        seen = self.observed
+        for name, projection in self._projections.items():
+            if name in seen.projections:
+                continue
+            for called in list(seen.projections):
+                prefixes = _differing_index(called, name)
+                like = self._projections[called]
+                if prefixes and (like.rows, like.columns) == (projection.rows, projection.columns):
+                    self._copy_observations(called, name, *prefixes)
+                    break
+
+    def _copy_observations(self, called: str, name: str, old: str, new: str) -> None:
+        def renamed(each: str) -> str:
+            return f"{new}{each.removeprefix(old)}" if f"{each}.".startswith(f"{old}.") else each
+
+        seen = self.observed
+        seen.projections[name] = self._projections[name]
+        seen.feeders[name] = {renamed(each) for each in seen.feeders[called]}
+        seen.output_modules[name] = renamed(seen.output_modules[called])
+        for names in (seen.writers, seen.routing, seen.mixing, seen.kept):
+            if called in names:
+                names.add(name)
+        for other, feeders in seen.feeders.items():
+            if called in feeders and not other.startswith(f"{old}."):
+                feeders.add(name)
 
     def _mixes(self, name: str) -> bool:
         """Return whether the input of a projection at the last token depends on earlier tokens."""
@@ -234,6 +274,10 @@ class LayerObserver:
                 if gradient is not None and (gradient[:, :-1] != 0).any():
                     return True
         return self._run.depends_on_shared(inputs)
+
+    def sees_all_tokens(self, name: str) -> bool:
+        """Return whether a projection runs once, on all tokens: its rows can be observed."""
+        return self._run.by_batch(name) is not None
 
     def find_heads(self, site: str, known: int | None = None) -> int | None:
         """Return the number of channels per head of the input of a mixing projection.
@@ -254,7 +298,7 @@ class LayerObserver:
         width = self._projections[site].columns
         if known is not None:
             if width % known or not self._are_heads(site, known):
-                raise ValueError(
+                raise LayoutError(
                     f"{known} heads are registered for {site!r}, which has {width} channels, but "
                     "they are not what its channels depend on: no rows of its input projections "
                     "reach all channels of one such head and no other. Correct the number given to "
@@ -370,16 +414,15 @@ def rows_of_experts(module: nn.Module, bounds: Sequence[Range]) -> list[Rows]:
     assert layout is not None
     found = torch.zeros(len(bounds), layout.rows, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_DRAWS):
-        with torch.enable_grad():
-            projected = torch.randn(len(bounds), _TOKENS, layout.rows, generator=generator)
+    for first in range(0, len(bounds), _UNITS):
+        some = bounds[first : first + _UNITS]
+        for _ in range(_DRAWS):
+            projected = torch.randn(len(some), _TOKENS, layout.rows, generator=generator)
             projected.requires_grad_()
             gated = gate(module, projected)
-            total = torch.stack(
-                [gated[unit, :, slice(*each)].sum() for unit, each in enumerate(bounds)]
-            )
-            [gradient] = torch.autograd.grad(total.sum(), projected)
-        found |= (gradient != 0).any(dim=1)
+            parts = [gated[unit, :, slice(*each)].sum() for unit, each in enumerate(some)]
+            [gradient] = torch.autograd.grad(torch.stack(parts).sum(), projected)
+            found[first : first + _UNITS] |= (gradient != 0).any(dim=1)
     nowhere = ~found.any(dim=0)
     found[:, nowhere] = True
     return _runs(found, (found.sum(dim=0) == 1) & ~nowhere)
@@ -525,8 +568,8 @@ class _Run:
 
         `None` if it was called several times, or for some tokens only.
         """
-        [*others, hidden] = map(self.split_tokens, self.inputs[name])
-        return None if others else hidden
+        called = [self.split_tokens(hidden) for hidden in self.inputs.get(name, [])]
+        return called[0] if len(called) == 1 else None
 
     def depends_on_shared(self, outputs: torch.Tensor) -> bool:
         """Return whether outputs depend on what earlier layers have left."""
@@ -540,11 +583,23 @@ class _Run:
         """Return the module around a projection that returns its output, or the projection."""
         parent = _parent(name)
         returned = self._returned.get(parent, [])
-        leaves = self.leaves[name]
+        leaves = self.leaves.get(name, [])
         if not (len(returned) == len(leaves) == 1):
             return name
         flat = returned[0].reshape(-1), leaves[0].reshape(-1)
         return parent if flat[0].shape == flat[1].shape and torch.equal(*flat) else name
+
+
+def _differing_index(first: str, second: str) -> tuple[str, str] | None:
+    """Return the beginnings of two names up to the one index in which they differ, if they do."""
+    parts, others = first.split("."), second.split(".")
+    differing = [i for i, pair in enumerate(zip(parts, others, strict=False)) if len(set(pair)) > 1]
+    if len(parts) != len(others) or len(differing) != 1:
+        return None
+    [place] = differing
+    if not (parts[place].isdigit() and others[place].isdigit()):
+        return None
+    return ".".join(parts[: place + 1]), ".".join(others[: place + 1])
 
 
 def _parent(name: str) -> str:
@@ -634,7 +689,7 @@ def recorded_layer_calls(
         ValueError: The model, or one of the layers, does not run on text alone.
     """
     if needed := _needed_besides_tokens(model):
-        raise ValueError(
+        raise LayoutError(
             f"{type(model).__name__} cannot be pruned: it does not run without "
             f"{', '.join(needed)}, and calibration examples are text: choose a model that also "
             "takes text alone"
@@ -682,7 +737,7 @@ def recorded_layer_calls(
         stack.enter_context(suppress(StopForwardError))
         call_model(model, ids.to(device))
     if missing := [name for name in layers if name not in calls]:
-        raise ValueError(
+        raise LayoutError(
             f"{type(model).__name__} cannot be pruned: on text alone, it does not run "
             f"{', '.join(missing)} (attention to images, for example), and calibration examples "
             "are text: choose a model that runs all its layers on text"

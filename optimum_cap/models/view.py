@@ -1,5 +1,6 @@
 """`ModelView`: a model and its sites, the input of scoring and pruning."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from optimum_cap.models.architectures import decoder_layer_names, find_sites
 from optimum_cap.models.experts import computes_experts, experts_layout
 from optimum_cap.models.hooks import call_model, has_lm_head, recorded_calls
+from optimum_cap.models.modes import float32_on_cpu
 from optimum_cap.models.offload import device_of, onloaded, weights, writable_weights
 from optimum_cap.models.sites import (
     Matrix,
@@ -39,24 +41,28 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return longest if longest is not None and longest > 0 else None  # -1 in XLNet
 
 
-def check_experts(view: "ModelView") -> None:
+def check_experts(view: "ModelView", matrices: Iterable[Matrix]) -> None:
     """Check, with their own weights, that experts compute what CAP takes them to compute.
 
     One expert of each kind of experts module runs on a few tokens, in the module and by itself.
 
+    Args:
+        view: The model.
+        matrices: The matrices whose inputs matter.
+
     Raises:
         ValueError: It gives something else.
     """
-    seen = set()
+    seen, modules = set(), {matrix.module for matrix in matrices}
     for site in view.sites:
-        if site.expert != 0:
+        if site.expert != 0 or site.block not in modules:
             continue
         module = view.model.get_submodule(site.block)
         key = type(module), experts_layout(module)
         if key in seen:
             continue
         seen.add(key)
-        with onloaded(module):
+        with onloaded(module), float32_on_cpu(module):
             if not computes_experts(module):
                 raise ValueError(
                     f"the experts of {type(view.model).__name__} ({type(module).__name__}) compute "
@@ -72,7 +78,7 @@ class ModelView:
 
     Attributes:
         model: The model.
-        sites: Its sites, layer by layer, attention before MLP.
+        sites: Its sites, layer by layer, in the order in which they depend on each other.
     """
 
     model: PreTrainedModel
@@ -84,7 +90,7 @@ class ModelView:
 
         Args:
             model: A decoder-only model.
-            mlp_unit_size: Channels per unit of an MLP or expert; `None` makes each one unit.
+            mlp_unit_size: Channels per unit of a site without heads; `None` makes each one unit.
 
         Raises:
             ValueError: The architecture is not supported.

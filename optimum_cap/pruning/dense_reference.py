@@ -111,8 +111,8 @@ class DenseReferencePass(LayerwisePass):
         matrices = list(matrices)
         collector = InputCollector(self.model, matrices)
         sites = (self._site_of_output_proj.get(matrix) for matrix in matrices)
-        # After the output projection of an MLP, little of the layer is left to compute: the dense
-        # model finishes it here.
+        # After the last output projections (of an MLP, mostly), little of the layer is left to
+        # compute: the dense model finishes it here.
         last = max(site.level for site in self._sites[index])
         to_the_end = any(site is not None and site.level == last for site in sites)
         statistics: dict[Matrix, InputStatistics] = {}

@@ -91,6 +91,8 @@ def _explaining_layers(view: ModelView) -> Iterator[None]:
     """Say what to choose instead if a layer does not run by itself."""
     try:
         yield
+    except OSError:  # of weights that are offloaded
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -25,6 +25,7 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
     longest = max(len(example.input_ids) for example in examples)
     if len(examples) == 1 or prefix < WORTHWHILE_SHARE * longest:
         return 0
+    reason = ""
     try:
         same = _gives_the_same_losses(view, examples, prefix)
     except Exception as error:
@@ -32,8 +33,7 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
             # Cleared after the handler: until it ends, the error keeps recorded tensors in memory.
             same = None
         else:  # caches of recurrent states may not continue after a prefix
-            logger.debug(f"{type(view.model).__name__} does not continue: {error!r}")
-            same = False
+            same, reason = False, f" ({error!r})"
     if same is None:
         clear_device_cache(garbage_collection=True)
         logger.warning_once(
@@ -43,7 +43,7 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
     elif not same:
         logger.warning_once(
             f"{type(view.model).__name__} gives other losses, or none, if the shared prefix of "
-            f"{prefix} tokens is computed once: it is computed again for each example"
+            f"{prefix} tokens is computed once{reason}: it is computed again for each example"
         )
     return prefix if same else 0
 

@@ -20,6 +20,7 @@ from helpers.paths import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
 START, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+LARGE_SHARE = 0.1  # of the linear weights of a decoder
 _SITES = {"attention": "heads", "mixer": "mixers", "mlp": "MLPs", "expert": "experts"}
 
 
@@ -31,7 +32,14 @@ def status_of(found: Support) -> str:
         return "wrong"
     if found.refused:
         return "refused"
-    return "in part" if found.part else "supported"
+    return "in part" if found.part or found.dense[0] > LARGE_SHARE else "supported"
+
+
+def reason_of(found: Support) -> str:
+    """Return why a class is not supported, or not wholly."""
+    share, names = found.dense
+    dense = f"{share:.0%} of the linear weights stay dense ({', '.join(f'`{n}`' for n in names)})"
+    return found.not_built or found.problem or found.refused or found.part or dense
 
 
 def lines_of(found: Support) -> str:
@@ -62,14 +70,14 @@ def table(results: list[Support]) -> str:
     ]
     parts[-1] += "".join(f"\n{lines_of(found)}" for found in by_status.get("supported", []))
     sections = {
-        "in part": ("### In part: no recipe that calibrates layer by layer", "part"),
-        "refused": ("### Refused, with this sentence", "refused"),
-        "wrong": ("### Failing", "problem"),
-        "not tried": ("### Not tried: no small model of the class could be built", "not_built"),
+        "in part": "### In part",
+        "refused": "### Refused, with this sentence",
+        "wrong": "### Failing",
+        "not tried": "### Not tried: no small model of the class could be built",
     }
-    for status, (title, attribute) in sections.items():
+    for status, title in sections.items():
         if group := by_status.get(status):
-            rows = "\n".join(f"- `{each.kind}`: {getattr(each, attribute)}" for each in group)
+            rows = "\n".join(f"- `{each.kind}`: {reason_of(each)}" for each in group)
             parts += [title, rows]
     return "\n\n".join(parts) + "\n"
 
@@ -89,8 +97,9 @@ def main() -> None:
     arguments = parser.parse_args()
     results = []
     for found in tried(arguments.kinds or all_kinds()):
-        reason = found.problem or found.part or found.refused or found.not_built
-        print(f"{status_of(found):10} {found.kind}: {reason or found.sites}", flush=True)
+        status = status_of(found)
+        shown = found.sites if status == "supported" else reason_of(found)
+        print(f"{status:10} {found.kind}: {shown}", flush=True)
         results.append(found)
     if not arguments.kinds:
         before, _, rest = PAGE.read_text().partition(START)

@@ -1,5 +1,6 @@
 """What is observed in decoder layers, and what users add to it."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 import transformers
 from helpers.tiny_models import MOE, tiny_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import optimum_cap
-from optimum_cap.models import layouts
+from optimum_cap.models import ModelView, check_experts, layouts
 from optimum_cap.models.architectures import decoder_layer_names, find_sites
 from optimum_cap.models.observation import is_projection
 from optimum_cap.models.sites import Site, stages_by_layer
@@ -219,3 +221,78 @@ def test_a_layer_that_cannot_be_observed_is_refused(llama: PreTrainedModel) -> N
     llama.model.layers[0].mlp.forward = forward
     with pytest.raises(ValueError, match=r"cannot be pruned by any recipe: .*only on a GPU"):
         find_sites(llama)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_is_being_trained_is_observed_as_it_will_run(
+    llama: PreTrainedModel, reentrant: bool
+) -> None:
+    expected = find_sites(llama)
+    llama.train()
+    for layer in llama.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)
+    state = torch.random.get_rng_state()
+    assert find_sites(llama) == expected
+    assert llama.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_dropout_changes_nothing() -> None:
+    model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5)
+    expected = find_sites(model)
+    assert find_sites(model.train()) == expected
+
+
+class Mixture(nn.Module):
+    """Experts in a list, of which a token reaches one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(24, 16, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(24, 10), nn.GELU(), nn.Linear(10, 24)) for _ in range(16)
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.flatten(0, -2)
+        weights, chosen = self.gate(tokens).softmax(dim=-1).max(dim=-1)
+        output = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            if (here := chosen == index).any():
+                output[here] = expert(tokens[here]) * weights[here, None]
+        return output.view_as(hidden)
+
+
+def test_experts_that_no_token_reached_are_sites_like_the_others(llama: PreTrainedModel) -> None:
+    for layer in llama.model.layers:
+        layer.mlp = Mixture()
+    sites = of_layer(find_sites(llama.eval(), mlp_unit_size=5))
+    found = [sites[f"mlp.experts.{index}.2"] for index in range(16)]
+    assert {site.kind for site in found} == {"mlp"}
+    for site in found:
+        assert [len(unit.region) for unit in site.units] == [2]
+        assert site.output_module == site.block
+
+
+def test_a_registered_class_that_is_no_product_is_refused(llama: PreTrainedModel) -> None:
+    class Squaring(Custom):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden) ** 2
+
+    optimum_cap.register_layout("llama", linear=(Squaring,))
+    llama.model.layers[0].mlp.up_proj = Squaring(24, 20)
+    with pytest.raises(ValueError, match="Squaring was given to register_layout, but does not"):
+        find_sites(llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_compute_something_else_are_refused(dtype: torch.dtype) -> None:
+    view = ModelView.of(tiny_model("mixtral", dtype=dtype))
+    check_experts(view, view.matrices)
+    experts = view.model.model.layers[0].mlp.experts
+    own = experts.forward
+    experts.forward = lambda *args: 1.1 * own(*args)
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM \(MixtralExperts\) compute"):
+        check_experts(view, view.matrices)
+    check_experts(view, [m for m in view.matrices if "experts" not in m.parameter])
