@@ -206,6 +206,7 @@ class LayerObserver:
         self._call = call
         self._projections = projections_in(layer)
         self._counts = sorted(set(head_counts), reverse=True)
+        self._runs: dict[int, _Run] = {}
         self._reached_before: dict[Any, dict[str, torch.Tensor]] = {}
         self.observed = ObservedLayer()
         self._run = self._forward(seed=0)
@@ -217,6 +218,11 @@ class LayerObserver:
             if not statistics:
                 mode.enter_context(_ConstantStatistics())
             return _Run(self._layer, self._projections, self._call, seed)
+
+    def _without_statistics(self, seed: int) -> "_Run":
+        if seed not in self._runs:
+            self._runs[seed] = self._forward(seed, statistics=False)
+        return self._runs[seed]
 
     def _observe(self) -> None:
         run, seen = self._run, self.observed
@@ -318,7 +324,8 @@ class LayerObserver:
             return False
         # The first two heads show whether this is their size. Most numbers fail here.
         probes = [0, size, size - 1, 2 * size - 1, 1]
-        reached = self._reached(site, [(start, start + 1) for start in probes], statistics=False)
+        channels = [(probe, probe + 1) for probe in probes]
+        reached = self._reached(site, channels, statistics=False, draws=1)
         if not any(
             bool(((of[:2] & of[2:4]) & (of[:4].sum(dim=0) == 2)).any(dim=1).all())
             for of in reached.values()
@@ -359,7 +366,7 @@ class LayerObserver:
         return found
 
     def _reached(
-        self, site: str, bounds: Sequence[Range], statistics: bool
+        self, site: str, bounds: Sequence[Range], statistics: bool, draws: int = _DRAWS
     ) -> dict[str, torch.Tensor]:
         """Return which rows of each feeder reach which channels, bool `[ranges, rows]`.
 
@@ -367,6 +374,7 @@ class LayerObserver:
             site: Name of the projection that receives the channels.
             bounds: Ranges of channels.
             statistics: Whether to follow what passes through the statistics of norms.
+            draws: Most random inputs to try until every row was seen to reach something.
         """
         key = site, tuple(bounds), statistics
         if key in self._reached_before:
@@ -376,8 +384,8 @@ class LayerObserver:
             name: torch.zeros(len(bounds), self._projections[name].rows, dtype=torch.bool)
             for name in feeders
         }
-        for draw in range(1 if statistics else _DRAWS):
-            run = self._run if statistics else self._forward(seed=draw, statistics=False)
+        for draw in range(1 if statistics else draws):
+            run = self._run if statistics else self._without_statistics(draw)
             inputs = run.by_batch(site)
             if inputs is None:
                 raise RuntimeError(f"{site} runs on some of the tokens only")
