@@ -116,7 +116,8 @@ def experts_call(
     """
     layout = experts_layout(module)
     signature = inspect.signature(type(module).forward)
-    hidden, *others = list(signature.bind(module, *args, **kwargs).arguments.values())[1:]
+    arguments = signature.bind_partial(module, *args, **kwargs).arguments
+    hidden, *others = list(arguments.values())[1:]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if layout is not None and layout.all_tokens and not others:
         hidden = hidden.view(layout.count, -1, hidden.shape[-1])
