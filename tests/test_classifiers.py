@@ -27,6 +27,8 @@ from optimum_cap.evaluation import evaluate
 from optimum_cap.models.architectures import find_sites
 from optimum_cap.pruning import run as pruning_run
 
+pytestmark = pytest.mark.slow  # whole prunings of many architectures
+
 TEXTS = [f"{a}+{b} is {a + b}" for a in range(9) for b in range(9)]
 TOKENS = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(1))
 SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"

@@ -32,6 +32,8 @@ from optimum_cap.models import ModelView
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 
+pytestmark = pytest.mark.slow  # whole prunings of many architectures
+
 # Each with a part of the name of what is no language part.
 MODELS = {
     "llava": r"vision_tower",

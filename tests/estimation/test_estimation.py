@@ -359,6 +359,7 @@ def costs(model: str, hardware: str = "h100", **options: Any) -> dict[str, Any]:
     return {cost.name: cost for cost in found.costs}
 
 
+@pytest.mark.slow
 def test_units_and_weights_are_those_of_the_published_models() -> None:
     billions = {"llama-3-8b": 8.03, "llama-3-70b": 70.6, "llama-3.1-405b": 406}
     billions |= {"mixtral-8x7b": 46.7, "mistral-7b-instruct-v0.2": 7.24}
