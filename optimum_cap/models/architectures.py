@@ -6,7 +6,7 @@ through others, are its input projections.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,8 +163,9 @@ def _sites_of(observer: LayerObserver) -> Iterator[_FoundSite]:
             found |= dict.fromkeys(inputs, ())
             inputs = ()
         found[name] = inputs
-    depths = _depths(seen.feeders, order, experts)
-    levels = _levels(seen.feeders, order, set(found))
+    # Experts are two projections, one after the other.
+    depths = _longest_chains(seen.feeders, order, lambda name: 1 + (name in experts))
+    levels = _longest_chains(seen.feeders, order, lambda name: int(name in found))
     for name, inputs in found.items():
         yield _FoundSite(name, inputs, levels[name], depths)
 
@@ -179,38 +180,25 @@ def _ancestors(name: str, feeders: Mapping[str, set[str]], barriers: set[str]) -
     return found
 
 
-def _depths(
-    feeders: Mapping[str, set[str]], order: Sequence[str], experts: set[str]
+def _longest_chains(
+    feeders: Mapping[str, set[str]], order: Sequence[str], links: Callable[[str], int]
 ) -> dict[str, int]:
-    """Return how many projections, one after the other, each projection depends on."""
-    depths: dict[str, int] = {}
+    """Return the length of the longest chain of projections that each projection depends on.
 
-    def depth(name: str) -> int:
-        if name not in depths:
-            depths[name] = 0  # of a projection that is called twice and feeds itself
-            depths[name] = max(
-                (depth(other) + 1 + (other in experts) for other in feeders[name]), default=0
-            )
-        return depths[name]
+    Args:
+        feeders: What feeds each projection.
+        order: The projections.
+        links: How much a projection adds to a chain.
+    """
+    lengths: dict[str, int] = {}
 
-    return {name: depth(name) for name in order}
+    def length(name: str) -> int:
+        if name not in lengths:
+            lengths[name] = 0  # of a projection that is called twice and feeds itself
+            lengths[name] = max((length(each) + links(each) for each in feeders[name]), default=0)
+        return lengths[name]
 
-
-def _levels(
-    feeders: Mapping[str, set[str]], order: Sequence[str], outputs: set[str]
-) -> dict[str, int]:
-    """Return how many output projections, one after the other, each projection depends on."""
-    levels: dict[str, int] = {}
-
-    def level(name: str) -> int:
-        if name not in levels:
-            levels[name] = 0
-            levels[name] = max(
-                (level(other) + (other in outputs) for other in feeders[name]), default=0
-            )
-        return levels[name]
-
-    return {name: level(name) for name in order}
+    return {name: length(name) for name in order}
 
 
 class _Units:
@@ -281,7 +269,7 @@ class _Units:
         if layout:
             inputs = {f"{path}.{layout.input_proj}": site.output_proj}
             depths |= dict.fromkeys(inputs, site.depths[site.output_proj])
-        if self._is_shared(output):
+        if output in self._shared:
             return
         dim = 1 - self._transposed(output, layout)
         # Of each unit: parameter, dimension and rows of each part of its region.
@@ -290,7 +278,7 @@ class _Units:
             for index, channels in enumerate(bounds)
         ]
         for parameter, each in inputs.items():
-            if self._is_shared(parameter):
+            if parameter in self._shared:
                 continue
             dim = int(self._transposed(parameter, layout))
             whole = self._all_rows(seen.projections[each], layout, len(bounds))
@@ -327,9 +315,6 @@ class _Units:
         """Return all rows of a projection, as rows of all units."""
         count = projection.rows if layout is None else layout.rows
         return Rows(0, count, tuple(range(units)), separable=units == 1)
-
-    def _is_shared(self, parameter: str) -> bool:
-        return parameter in self._shared
 
     def _transposed(self, parameter: str, layout: ExpertsLayout | None) -> bool:
         return layout.transposed if layout else is_transposed(self._model, Matrix(parameter))

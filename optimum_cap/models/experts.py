@@ -7,6 +7,7 @@ sum of the outputs of these experts. That of Llama 4 takes the tokens of all exp
 other, `[experts * tokens, hidden]`, zero where a token is not routed to the expert.
 """
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,11 @@ class ExpertsLayout:
     all_tokens: bool
 
 
+@functools.cache
+def _signature(kind: Any) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
 def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     """Return how an experts module stores its experts; `None` if it is no such module."""
     output = getattr(module, OUTPUT, None)
@@ -65,8 +71,9 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
         for transposed in (False, True)
     ]
     transposed = fits[1] if sum(fits) == 1 else bool(getattr(module, "is_transposed", False))
-    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
-    if not any(fits) or len(arguments) not in (1, 3):
+    kind: Any = type(module)
+    arguments = len(_signature(kind).parameters) - 1
+    if not any(fits) or arguments not in (1, 3):
         return None
     return ExpertsLayout(
         input_proj,
@@ -75,7 +82,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
         output.shape[1 if transposed else 2],
         weight.shape[2 if transposed else 1],
         transposed,
-        all_tokens=len(arguments) == 1,
+        all_tokens=arguments == 1,
     )
 
 
@@ -115,8 +122,8 @@ def experts_call(
         ValueError: The arguments are not those of an experts module.
     """
     layout = experts_layout(module)
-    signature = inspect.signature(type(module).forward)
-    arguments = signature.bind_partial(module, *args, **kwargs).arguments
+    kind: Any = type(module)
+    arguments = _signature(kind).bind_partial(module, *args, **kwargs).arguments
     hidden, *others = list(arguments.values())[1:]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if layout is not None and layout.all_tokens and not others:

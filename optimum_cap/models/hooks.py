@@ -128,6 +128,11 @@ def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Recorded
             handle.remove()
 
 
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the first argument of a call, whatever its name: what a projection multiplies."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def split_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -12,7 +12,7 @@ import inspect
 import itertools
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_cap.models.experts import ExpertsLayout, experts_layout, gate
 from optimum_cap.models.hooks import (
+    RecordedCall,
     StopForwardError,
     call_model,
+    first_argument,
     hidden_states_of,
     replaced_forward,
     split_hidden,
@@ -60,21 +62,6 @@ class Projection:
     rows: int
     columns: int
     experts: ExpertsLayout | None = None
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a decoder layer.
-
-    Attributes:
-        hidden: The hidden states.
-        args: The other positional arguments.
-        kwargs: The keyword arguments, without the hidden states.
-    """
-
-    hidden: torch.Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -198,7 +185,7 @@ class LayerObserver:
     def __init__(
         self,
         layer: nn.Module,
-        call: LayerCall,
+        call: RecordedCall,
         head_counts: Iterable[int] = (),
     ) -> None:
         self.width = call.hidden.shape[-1]
@@ -213,10 +200,7 @@ class LayerObserver:
         self._observe()
 
     def _forward(self, seed: int, statistics: bool = True) -> "_Run":
-        mode = ExitStack()
-        with mode:
-            if not statistics:
-                mode.enter_context(_ConstantStatistics())
+        with nullcontext() if statistics else _ConstantStatistics():
             return _Run(self._layer, self._projections, self._call, seed)
 
     def _without_statistics(self, seed: int) -> "_Run":
@@ -271,15 +255,16 @@ class LayerObserver:
         inputs = self._run.by_batch(name)
         if inputs is None:
             return False
-        for of_projection in self._run.gradients(inputs[:, 0]).values():
-            for gradient in map(self._run.split_tokens, of_projection):
-                if gradient is not None and (gradient[:, 1:] != 0).any():
-                    self.observed.looking_ahead.add(name)
-        for of_projection in self._run.gradients(inputs[:, -1]).values():
-            for gradient in map(self._run.split_tokens, of_projection):
-                if gradient is not None and (gradient[:, :-1] != 0).any():
-                    return True
-        return self._run.depends_on_shared(inputs)
+        if self._reach(slice(1, None), inputs[:, 0]):
+            self.observed.looking_ahead.add(name)
+        earlier = slice(None, -1)
+        return self._reach(earlier, inputs[:, -1]) or self._run.depends_on_shared(inputs)
+
+    def _reach(self, tokens: slice, outputs: torch.Tensor) -> bool:
+        """Return whether what projections return at some tokens reaches outputs."""
+        gradients = itertools.chain.from_iterable(self._run.gradients(outputs).values())
+        by_token = (self._run.split_tokens(gradient) for gradient in gradients)
+        return any(each is not None and bool((each[:, tokens] != 0).any()) for each in by_token)
 
     def sees_all_tokens(self, name: str) -> bool:
         """Return whether a projection runs once, on all tokens: its rows can be observed."""
@@ -467,7 +452,7 @@ class _Run:
         self,
         layer: nn.Module,
         projections: Mapping[str, Projection],
-        call: LayerCall,
+        call: RecordedCall,
         seed: int,
     ) -> None:
         self.inputs: dict[str, list[torch.Tensor]] = {}
@@ -475,13 +460,10 @@ class _Run:
         self.routing: list[torch.Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
         self._returned: dict[str, list[torch.Tensor]] = {}
-        self._layer = layer
-        self.batch, self.tokens = _BATCH, _TOKENS
         args, kwargs = _copied(call.args), _copied(call.kwargs)
         given = list(_tensors([each for each in (*args, *kwargs.values()) if _is_state(each)]))
         self.shared = [each for each in given if each.is_floating_point()]
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
             for name, projection in projections.items():
                 module = layer.get_submodule(name)
                 stack.enter_context(replaced_forward(module, self._leaf(projection)))
@@ -531,17 +513,22 @@ class _Run:
         names = list(self.leaves if names is None else names)
         leaves = [leaf for name in names for leaf in self.leaves[name]]
         found: dict[str, list[torch.Tensor]] = {}
-        if not outputs.requires_grad or not leaves:
-            return found
-        total = (outputs.float() * self.noise(outputs).float()).sum()
-        gradients = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
+        gradients = iter(self._gradients_at(leaves, outputs))
         for name in names:
             for _ in self.leaves[name]:
-                if (gradient := next(gradients)) is not None:
+                if (gradient := next(gradients, None)) is not None:
                     if not gradient.isfinite().all():
                         raise RuntimeError(f"the gradient at {name} is not finite")
                     found.setdefault(name, []).append(gradient)
         return found
+
+    def _gradients_at(
+        self, leaves: list[torch.Tensor], outputs: torch.Tensor
+    ) -> Sequence[torch.Tensor | None]:
+        if not outputs.requires_grad or not leaves:
+            return []
+        total = (outputs.float() * self.noise(outputs).float()).sum()
+        return torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
 
     def sources(self, outputs: Iterable[torch.Tensor]) -> set[str]:
         """Return the projections that outputs depend on."""
@@ -558,7 +545,7 @@ class _Run:
         Some modules see all tokens of a batch as one list. Some models have several hidden states
         for each token, before (Gemma 3n) or after (DeepSeek V4) the batch and the tokens.
         """
-        batch, tokens = self.batch, self.tokens
+        batch, tokens = _BATCH, _TOKENS
         if hidden.ndim == 2 and len(hidden) == batch * tokens:
             return hidden.view(batch, tokens, 1, -1)
         if hidden.ndim == 3 and hidden.shape[:2] == (tokens, batch):  # XLNet
@@ -581,10 +568,7 @@ class _Run:
 
     def depends_on_shared(self, outputs: torch.Tensor) -> bool:
         """Return whether outputs depend on what earlier layers have left."""
-        if not outputs.requires_grad or not self.shared:
-            return False
-        total = (outputs * self.noise(outputs)).sum()
-        gradients = torch.autograd.grad(total, self.shared, retain_graph=True, allow_unused=True)
+        gradients = self._gradients_at(self.shared, outputs)
         return any(each is not None and bool((each != 0).any()) for each in gradients)
 
     def output_module(self, name: str) -> str:
@@ -685,7 +669,7 @@ def _with_constant_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 def recorded_layer_calls(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], device: torch.device
-) -> dict[str, LayerCall]:
+) -> dict[str, RecordedCall]:
     """Run a model without products, and return the calls of some of its layers.
 
     Args:
@@ -702,17 +686,15 @@ def recorded_layer_calls(
             f"{', '.join(needed)}, and calibration examples are text: choose a model that also "
             "takes text alone"
         )
-    calls: dict[str, LayerCall] = {}
+    calls: dict[str, RecordedCall] = {}
     generator = torch.Generator().manual_seed(0)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     dtype = model.dtype if model.dtype.is_floating_point else torch.float32
 
-    def random(hidden: torch.Tensor, width: int) -> torch.Tensor:
-        return torch.randn(*hidden.shape[:-1], width, generator=generator).to(hidden)
-
     def product(rows: int) -> Callable[..., torch.Tensor]:
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            return random((*args, *kwargs.values())[0], rows)
+            hidden = first_argument(args, kwargs)
+            return torch.randn(*hidden.shape[:-1], rows, generator=generator).to(hidden)
 
         return forward
 
@@ -723,7 +705,7 @@ def recorded_layer_calls(
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, args, kwargs = split_hidden(args, kwargs)
-            calls.setdefault(name, LayerCall(hidden, _copied(args), _copied(kwargs)))
+            calls.setdefault(name, RecordedCall(hidden, _copied(args), _copied(kwargs)))
             if len(calls) == len(layers):
                 raise StopForwardError  # the layers after it show nothing new
 

@@ -8,7 +8,7 @@ from optimum_cap.models.loading import sees_images
 
 @dataclass(frozen=True)
 class ModelTask:
-    """What models are for whose class names have one ending.
+    """What models whose class names share an ending are for.
 
     Attributes:
         auto_class: The class of transformers that loads them.

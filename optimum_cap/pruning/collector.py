@@ -17,6 +17,7 @@ from optimum_cap.models import (
     SharedStates,
     StopForwardError,
     experts_call,
+    first_argument,
     gated,
     routed,
 )
@@ -215,7 +216,7 @@ class InputCollector:
                 if is_expert:
                     receive_experts(matrices, module, path, args, kwargs)
                 else:
-                    receive_projection(matrices, (*args, *kwargs.values())[0])
+                    receive_projection(matrices, first_argument(args, kwargs))
                 missing.discard(path)
                 if stop_early and not missing:
                     raise StopForwardError

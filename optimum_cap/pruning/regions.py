@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from optimum_cap.methods import HIGHEST, LOWEST
-from optimum_cap.models import Matrix, Site, mixer_units
+from optimum_cap.models import Matrix, Site, all_units, mixer_units
 
 UnitKey = tuple[str, int]
 """`(name of the site, index of the unit)`."""
@@ -60,12 +60,11 @@ def unit_importances(
     def nearest(layer: int) -> float:
         return means[min(means, key=lambda other: (other > layer, abs(other - layer)))]
 
-    return {
-        key: scored[key] if key in scored else nearest(site.layer)
-        for site in sites
-        for unit in site.units
-        for key in [(site.name, unit.index)]
-    }
+    importances = {}
+    for site, unit in all_units(sites):
+        key = site.name, unit.index
+        importances[key] = scored[key] if key in scored else nearest(site.layer)
+    return importances
 
 
 def region_importances(
