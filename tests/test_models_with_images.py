@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import pytest
 import torch
 from helpers.calibration import ROWS, examples
 from helpers.checkpoints import contents, same_weights
+from helpers.command_line import run_cap
 from helpers.evaluation import write_task_files
 from helpers.shared_prefix import examples as examples_with_a_prefix
 from helpers.tiny_image_models import IMAGE_TOKEN, tiny_image_model, tiny_processor
 from helpers.tiny_models import tiny_tokenizer
-from optimum.commands import optimum_cli
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -168,14 +167,8 @@ def cap(
 
     def run(command: str) -> str:
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", *command.split()])
-        capfd.readouterr()
-        try:
-            optimum_cli.main()
-        except SystemExit as stopped:
-            if stopped.code:
-                return capfd.readouterr().err.splitlines()[-1]
-        return capfd.readouterr().out
+        status, out, err = run_cap(monkeypatch, capfd, command.split())
+        return err.splitlines()[-1] if status else out
 
     return run
 

@@ -1,15 +1,14 @@
 """`optimum-cli cap` on classifiers: the class to load is the one that their config names."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.checkpoints import same_weights
+from helpers.command_line import run_cap
 from helpers.tiny_models import tiny_classifier, tiny_tokenizer
-from optimum.commands import optimum_cli
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_cap import CAPConfig
@@ -39,18 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cap(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cap:
     """Run `optimum-cli cap` in the folder: exit status, stdout, stderr."""
     monkeypatch.chdir(place)
-
-    def run(command: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", *command.split()])
-        capfd.readouterr()
-        status: int | str | None = 0
-        try:
-            optimum_cli.main()
-        except SystemExit as done:
-            status = done.code
-        return int(status or 0), *capfd.readouterr()
-
-    return run
+    return lambda command: run_cap(monkeypatch, capfd, command.split())
 
 
 ON_TEXTS = "--dataset texts.jsonl --num-samples 6 --device-map cpu"

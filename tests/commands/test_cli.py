@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.command_line import run_cap
 from helpers.tiny_models import tiny_model, tiny_tokenizer
-from optimum.commands import optimum_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
@@ -96,15 +96,8 @@ def cap(
     """Run `optimum-cli cap` in this process: exit status, stdout, complaints on stderr."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", *map(str, arguments)])
-        capfd.readouterr()
-        status: int | str | None = 0
-        try:
-            optimum_cli.main()
-        except SystemExit as done:
-            status = done.code
-        out, err = capfd.readouterr()
-        return int(status or 0), out, "\n".join(complaints(err))
+        status, out, err = run_cap(monkeypatch, capfd, arguments)
+        return status, out, "\n".join(complaints(err))
 
     return run
 

@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.checkpoints import saved
-from optimum.commands import optimum_cli
+from helpers.command_line import run_cap
 from transformers import AutoModelForCausalLM
 
 Cap = Callable[..., tuple[int, str, str]]
@@ -34,15 +33,8 @@ def cap(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     """Run `optimum-cli cap` in this process: exit status, stdout, last line of stderr."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", *map(str, arguments)])
-        capfd.readouterr()
-        status: int | str | None = 0
-        try:
-            optimum_cli.main()
-        except SystemExit as done:
-            status = done.code
-        out, err = capfd.readouterr()
-        return int(status or 0), out, (err.splitlines() or [""])[-1]
+        status, out, err = run_cap(monkeypatch, capfd, arguments)
+        return status, out, (err.splitlines() or [""])[-1]
 
     return run
 

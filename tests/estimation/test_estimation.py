@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.command_line import run_cap
 from helpers.paths import EXAMPLES
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -616,21 +616,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Run `optimum-cli cap estimate` in this process: exit status, stdout, stderr."""
-    from optimum.commands import optimum_cli
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        command = ["optimum-cli", "cap", "estimate", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
-        capfd.readouterr()
-        status: Any = 0
-        try:
-            optimum_cli.main()
-        except SystemExit as done:
-            status = done.code
-        out, err = capfd.readouterr()
-        return int(status or 0), out, err
-
-    return call
+    return lambda *arguments: run_cap(monkeypatch, capfd, ["estimate", *arguments])
 
 
 def test_the_command_prints_a_table_that_stays_the_same(
