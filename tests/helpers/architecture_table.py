@@ -61,10 +61,10 @@ def table(results: list[Support]) -> str:
     today = datetime.datetime.now(datetime.UTC).date()
     parts = [
         f"Tried on {today} with transformers {transformers.__version__} and torch "
-        f"{torch.__version__.partition('+')[0]}: {counts.get('supported', 0)} classes are "
-        f"supported, {counts.get('in part', 0)} in part, {counts.get('refused', 0)} are refused, "
-        f"{counts.get('wrong', 0)} fail, and of {counts.get('not tried', 0)} there is no small "
-        "model.",
+        f"{torch.__version__.partition('+')[0]}, by number of classes: "
+        f"{counts.get('supported', 0)} supported, {counts.get('in part', 0)} in part, "
+        f"{counts.get('refused', 0)} refused, {counts.get('wrong', 0)} failing, and "
+        f"{counts.get('not tried', 0)} of which no small model could be built.",
         "### Supported",
         "| model type | class | sites | causal scores by | left dense |\n|---|---|---|---|---|",
     ]
