@@ -183,7 +183,11 @@ def test_weights_come_in_once_per_layer_and_pass_when_pruning_by_inputs(
     "changes", RECIPES, ids=lambda changes: "-".join(map(str, changes.values()))
 )
 @pytest.mark.parametrize(
-    ("checkpoint_format", "dtype"), [("packed", torch.float32), ("dense", torch.bfloat16)]
+    ("checkpoint_format", "dtype"),
+    [
+        ("packed", torch.float32),
+        pytest.param("dense", torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_same_bytes_as_in_memory(
     changes: dict[str, Any], checkpoint_format: str, dtype: torch.dtype, tmp_path: Path
@@ -370,6 +374,7 @@ FULL_DISK = (
 )
 
 
+@pytest.mark.slow
 def test_a_full_disk_when_pruning(tmp_path: Path) -> None:
     before = digests(saved(tmp_path / "model"))
     result = run(tmp_path, before_pruning=FULL_DISK.format(1000))

@@ -724,6 +724,7 @@ def run(code: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a disk that is really full."""
     code = SAVE_IN_A_PROCESS.format(

@@ -157,6 +157,7 @@ AutoTokenizer.from_pretrained("user/tiny-cap")("1+1=")
     )
 
 
+@pytest.mark.slow
 def test_private_repository_needs_the_right_token(published: LoopbackHub, run: Run) -> None:
     run(
         *(sys.executable, "-c"),

@@ -198,6 +198,7 @@ def test_the_default_recipe_with_its_options_and_its_table(
     assert all(0.44 < float(row.split()[-1]) < 0.56 for row in rows)
 
 
+@pytest.mark.slow
 def test_convert_to_dense_and_back_keeps_every_bit(
     cap: Callable[..., tuple[int, str, str]], pruned: Path, tmp_path: Path
 ) -> None:

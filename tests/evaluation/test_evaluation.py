@@ -102,7 +102,7 @@ def test_items_are_graded_as_the_example_grades_them() -> None:
     assert {item.digest: item.correct for item in items} == expected
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("template", [None, pytest.param(TEMPLATE, marks=pytest.mark.slow)])
 def test_the_loss_is_that_on_the_worked_answer(template: str | None, data_dir: Path) -> None:
     model, tokenizer = with_room(template)
     found = evaluate(model, tokenizer, tasks="gsm8k", data_dir=data_dir).tasks["gsm8k"]

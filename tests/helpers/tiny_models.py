@@ -42,7 +42,7 @@ _PER_LAYER = {
     "num_hidden_layers": 4,
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "hidden_size_per_layer_input": 6,
+    "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCABULARY,
     "num_kv_shared_layers": 2,
 }
@@ -114,13 +114,12 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 ARCHITECTURES = sorted(CONFIGS)
 
 # What the default run takes of them: one for each property that code has to treat in its own way.
-# The others repeat these properties, and run with `-m slow`: mistral (windows of mixtral), qwen2
-# (biases of gpt2), qwen3 and olmoe (norms of queries and keys of qwen3_moe).
+# The others run with `-m slow`. They repeat these properties: gemma2 (norms and windows of gemma3),
+# mistral (windows of mixtral), qwen2 (biases of gpt2), qwen3 and olmoe (norms of queries and keys
+# of qwen3_moe); or take long: gemma3n (several hidden states per token).
 SAMPLE = (
     "llama",  # queries in groups, a head size of its own, a gated MLP
-    "gemma2",  # norms behind blocks, windows in some layers, capped logits
-    "gemma3",  # a rotation of its own for layers with windows
-    "gemma3n",  # several hidden states per token, inputs per layer, keys and values shared
+    "gemma3",  # norms behind blocks, windows in some layers, with a rotation of their own
     "gemma4",  # inputs per layer, keys and values shared by layers, head sizes by layer
     "gpt2",  # transposed weights (Conv1D), queries, keys and values fused, biases, no gate
     "gpt_neox",  # attention and MLP side by side, queries, keys and values fused head by head

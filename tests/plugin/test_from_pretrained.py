@@ -381,7 +381,7 @@ print(AutoModelForCausalLM.from_pretrained({str(packed)!r}).pruning_record.spars
     assert result.stdout.strip() == "True", result.stderr
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_method_is_known_before_models_are(order: int, packed: Path) -> None:
     """Programs read the method from config.json and hand it back, as lm-eval does."""
     imports = [
@@ -449,6 +449,7 @@ def run(code: str, *, autoload: bool = False) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_without_the_plugin_packed_checkpoints_stop_with_an_error(tmp_path: Path) -> None:
     """All architectures: merged experts fail in another way than plain matrices."""
     from optimum_cap import CAPPruner

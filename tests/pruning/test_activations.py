@@ -38,9 +38,11 @@ def test_statistics_are_those_of_the_inputs(model: PreTrainedModel, advance: boo
     for matrix, inputs in expected.items():
         statistics = found[matrix]
         assert statistics.tokens == len(inputs), matrix
-        options = {"rtol": 1e-4, "atol": 1e-4}
-        torch.testing.assert_close(statistics.gram.double(), inputs.T @ inputs, **options)
-        torch.testing.assert_close(statistics.squares.double(), inputs.square().sum(0), **options)
+        gram, squares = inputs.T @ inputs, inputs.square().sum(0)
+        # Sums of products of either sign round as the largest products do.
+        options = {"rtol": 1e-4, "atol": 1e-5 * squares.max().item()}
+        torch.testing.assert_close(statistics.gram.double(), gram, **options)
+        torch.testing.assert_close(statistics.squares.double(), squares, **options)
     assert sum(len(inputs) for inputs in expected.values()) > 0
 
 

@@ -83,7 +83,7 @@ def test_what_is_computed_of_the_last_attention(llama: PreTrainedModel, prefix: 
 
 
 @pytest.mark.parametrize("suffix", [8, 13, 15, 16, 17, 18, 20, 40])
-@pytest.mark.parametrize("prefix", [0, 6])
+@pytest.mark.parametrize("prefix", [0, pytest.param(6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_sliding_windows_about_the_cut(name: str, prefix: int, suffix: int) -> None:
     model, rows = tiny_model(name, sliding_window=8), examples(prefix, (suffix,) * 3)

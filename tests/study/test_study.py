@@ -159,7 +159,7 @@ def test_tasks_have_limits_of_their_own(values: dict[str, Any], tmp_path: Path) 
     assert 0 < hours["tiny"]["evaluation"] < more["tiny"]["evaluation"]
 
 
-@pytest.mark.parametrize("step", ["pruning", "evaluation"])
+@pytest.mark.parametrize("step", ["pruning", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_an_interrupted_cell_resumes_where_it_was(
     step: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,10 +372,9 @@ def test_a_stopped_study_resumes_where_it_was(
     "changed",
     [
         "model",
-        "calibration",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("evaluation", "limit", "num_fewshot", "max_new_tokens")
+            for name in ("calibration", "evaluation", "limit", "num_fewshot", "max_new_tokens")
         ),
     ],
 )
