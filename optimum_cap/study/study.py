@@ -616,8 +616,9 @@ def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
     values, dataset = {}, None
     if config is not None:
         values = {**config.to_dict(), "dataset": None, "memory_budget": None}
-        # Like the memory budget, it changes only rounding; cells from before this field stay valid.
-        del values["torch_compile"]
+        # Fields that change nothing or only rounding; cells from before these fields stay valid.
+        for name in ("torch_compile", "strict"):
+            del values[name]
         if config.method.needs_data:
             dataset = _fingerprint(cell.dataset)
         elif config.method.criterion != "random":

@@ -338,6 +338,8 @@ def test_a_second_run_measures_only_what_is_new(
     first = run_study(load(values, tmp_path), tmp_path / "out")
     names = counted(monkeypatch)
     assert run_study(load(values, tmp_path), tmp_path / "out") == first
+    values["settings"] |= {"strict": True, "memory_budget": "1GB"}  # change no result
+    run_study(load(values, tmp_path), tmp_path / "out")
     assert names == []
 
     values["sparsities"].append(0.3)
