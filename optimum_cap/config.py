@@ -284,7 +284,7 @@ class CAPConfig(QuantizationConfigMixin):
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
             `"dense"` (zeros stored; loads without this plugin).
         tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
-            the model's tokenizer. Not saved.
+            the model's tokenizer, or its processor if the calibration data has images. Not saved.
         config_version: Version of these fields.
 
     Raises:

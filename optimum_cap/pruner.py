@@ -18,7 +18,7 @@ from optimum_cap.data import (
     build_calibration_set,
     check_token_ids,
     describe_example,
-    load_tokenizer,
+    load_tokenizer_for,
     usable_tokenizer,
 )
 from optimum_cap.generation import answered_calibration_set
@@ -32,6 +32,7 @@ from optimum_cap.models import (
     longest_sequence,
     number_of_embeddings,
     plain_model,
+    sees_images,
     stored_parameter,
 )
 from optimum_cap.pruning import (
@@ -226,7 +227,10 @@ def _calibration(
     check_prompts: Callable[[list[CalibrationExample]], None],
 ) -> CalibrationSet:
     """Return the calibration set; the prompts are checked before the model answers them."""
-    tokenizer = _tokenizer(model, config.tokenizer if tokenizer is None else tokenizer)
+    processor = _processor(
+        model, config.tokenizer if tokenizer is None else tokenizer, config.dataset
+    )
+    tokenizer = usable_tokenizer(processor)
     if config.answers == "model":
         calibration = answered_calibration_set(
             model, tokenizer, config, process_group, check_prompts
@@ -234,11 +238,16 @@ def _calibration(
     else:
         calibration = build_calibration_set(
             config,
-            tokenizer,
+            processor,
             max_length=longest_sequence(model),
             unscored=not has_lm_head(model),
         )
     examples = calibration.examples
+    if any(example.inputs for example in examples) and not sees_images(type(model).__name__):
+        raise ValueError(
+            f"the calibration examples have images, which {type(model).__name__} does not see: "
+            "load the model with AutoModelForImageTextToText, or choose data without images"
+        )
     ids = [example.input_ids for example in examples]
     check_token_ids(tokenizer, ids, number_of_embeddings(model))
     if logger.isEnabledFor(logging.DEBUG):
@@ -375,13 +384,13 @@ def _check_other_parameters(view: ModelView, matrices: list[Matrix]) -> None:
             )
 
 
-def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
-    """Return a tokenizer: as given, by name, or the one saved with the model.
+def _processor(model: PreTrainedModel, tokenizer: Any, dataset: Any) -> Any:
+    """Return a tokenizer or processor: as given, by name, or the one saved with the model.
 
     A model that was pruned and saved has the name of its checkpoint, which may have no tokenizer.
     """
     if tokenizer is not None and not isinstance(tokenizer, str):
-        return usable_tokenizer(tokenizer)
+        return tokenizer
     names = [tokenizer] if tokenizer else names_loaded_from(model)
     if not names:
         raise ValueError(
@@ -390,5 +399,5 @@ def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
         )
     for name in names[:-1]:
         with suppress(ValueError):
-            return load_tokenizer(name)
-    return load_tokenizer(names[-1])
+            return load_tokenizer_for(dataset, name)
+    return load_tokenizer_for(dataset, names[-1])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ from helpers.calibration import ROWS, examples
 from helpers.checkpoints import contents, same_weights
 from helpers.command_line import run_cap
 from helpers.evaluation import write_task_files
+from helpers.observed_inputs import observed_inputs
 from helpers.shared_prefix import examples as examples_with_a_prefix
-from helpers.tiny_image_models import IMAGE_TOKEN, tiny_image_model, tiny_processor
+from helpers.tiny_image_models import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    image_examples,
+    tiny_image_model,
+    tiny_processor,
+)
 from helpers.tiny_models import tiny_tokenizer
 from PIL import Image
 from transformers import (
@@ -24,10 +32,15 @@ from transformers import (
 )
 
 import optimum_cap.checkpoint
-from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap import CAPConfig, CAPPruner, pruner
 from optimum_cap.checkpoint import convert_checkpoint
 from optimum_cap.commands import prune as prune_command
+from optimum_cap.data.calibration import CalibrationSet
+from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models import ModelView
+from optimum_cap.models.sites import Matrix, matrices_by_layer
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.scoring.exact import exact_losses
 from optimum_cap.scoring.plain import plain_losses
 
@@ -44,6 +57,9 @@ MODELS = {
 }
 ROTATED_IN_THREE_DIMENSIONS = ("qwen2_5_vl", "qwen3_vl")
 TOKENS = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+RED = Image.new("RGB", (8, 8), "red")
 
 
 def settings(**changes: Any) -> CAPConfig:
@@ -101,6 +117,48 @@ def test_exact_scores_equal_one_hooked_pass_per_unit(name: str) -> None:
     assert (plain.masked - plain.intact).abs().max() > 1e-2
 
 
+def test_statistics_with_images_are_those_of_the_inputs(name: str) -> None:
+    """Qwen3-VL adds features of the images to the hidden states between its layers."""
+    rows = [*image_examples(name, 4), *examples()[:3]]
+    model = tiny_image_model(name)
+    expected = observed_inputs(model, rows)
+    view = ModelView.of(model)
+    check_first_batch(view, rows, layer_by_layer=True, differentiate=True)
+    found: dict[Matrix, InputStatistics] = {}
+    with torch.no_grad():
+        layerwise = LayerwisePass(view, rows)
+        for layer, matrices in matrices_by_layer(view.sites).items():
+            found |= layerwise.statistics(layer, matrices, gram=True, advance=True)
+    for matrix, statistics in found.items():
+        inputs = expected[matrix]
+        assert statistics.tokens == len(inputs)
+        gram = inputs.T @ inputs
+        tolerance = 1e-5 * gram.diagonal().max().item()
+        torch.testing.assert_close(statistics.gram.double(), gram, rtol=1e-4, atol=tolerance)
+
+
+def test_scores_with_images_are_those_of_whole_passes(name: str) -> None:
+    view, rows = ModelView.of(tiny_image_model(name)), image_examples(name, 3)
+    exact, plain = exact_losses(view, rows), plain_losses(view, rows)
+    assert torch.equal(exact.masked, plain.masked)
+    blank = [
+        replace(row, inputs={**row.inputs, "pixel_values": 0 * row.inputs["pixel_values"]})
+        for row in rows
+    ]
+    assert (plain_losses(view, blank).intact - plain.intact).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("recipe", ["causal", "causal_fast", "paper", "sparsegpt", "wanda"])
+def test_recipes_with_images(name: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = image_examples(name, 6)
+    monkeypatch.setattr(
+        pruner, "build_calibration_set", lambda *args, **kwargs: CalibrationSet(rows, {})
+    )
+    model = tiny_image_model(name)
+    CAPPruner(settings(recipe=recipe)).prune(model, tiny_tokenizer())
+    assert model.pruning_record.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
 @pytest.mark.parametrize("rotated", ROTATED_IN_THREE_DIMENSIONS)
 def test_positions_of_earlier_images_do_not_shift_those_of_calibration(rotated: str) -> None:
     """Models keep the offset that the last images gave to the positions of the text after them."""
@@ -153,6 +211,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "model"
     )
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS]
+    RED.save(folder / "a.png")
     for file, more in (("sums", {}), ("photos", {"image": "a.png"}), ("albums", {"images": []})):
         text = "".join(json.dumps({**row, **more}) + "\n" for row in rows)
         (folder / f"{file}.jsonl").write_text(text)
@@ -265,11 +324,38 @@ def test_eval_measures_the_model(place: Path, pruned: Path, cap: Cap) -> None:
     assert "wikitext2" in cap(f"eval model {flags}")
 
 
-def test_rows_with_images_are_refused(place: Path, cap: Cap) -> None:
+def test_rows_with_images_calibrate(place: Path, cap: Cap) -> None:
+    processor = tiny_processor(CHAT_TEMPLATE)
+    processor.save_pretrained(place / "sees")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile(place / "model" / file, place / "sees" / file)
+    flags = f"{PRUNE.replace('-m model', '-m sees')} photos.jsonl"
+    assert "<image><image><image><image>" in cap(f"{flags} -o shown --show-example")
+    assert "saved" in cap(f"{flags} -o with_images")
+    found = AutoModelForImageTextToText.from_pretrained(place / "with_images")
+    rows = [{"prompt": a, "completion": b, "image": RED} for a, b in ROWS]
+    expected = AutoModelForImageTextToText.from_pretrained(place / "model")
+    CAPPruner(settings(dataset=rows)).prune(expected, processor)
+    assert same_weights(found, expected)
+    assert found.pruning_record.calibration == {
+        **expected.pruning_record.calibration,
+        "sources": found.pruning_record.calibration["sources"],
+    }
+    # While loading, and by name.
+    config = settings(dataset=str(place / "photos.jsonl"))
+    loaded = AutoModelForImageTextToText.from_pretrained(place / "sees", pruning_config=config)
+    assert same_weights(loaded, expected)
+    scored = "score -m sees -o image_scores --num-samples 4 --dataset photos.jsonl --device-map cpu"
+    assert "intact loss" in cap(scored)
+
+
+def test_images_without_a_template_are_refused(place: Path, cap: Cap) -> None:
     assert cap(f"{PRUNE} photos.jsonl -o none").endswith(
-        "error: a row of data set 'photos.jsonl' has a column 'image', but calibration examples "
-        "are text alone: choose rows that can be answered without it, and remove the column"
+        "the chat template prints the parts of messages themselves, so it takes no images: set "
+        "processor.chat_template to one that does"
     )
     assert not (place / "none").exists()
+    answers = "generate -m model -o of_photos.jsonl --num-samples 4 --dataset photos.jsonl"
+    assert "has images, which only calibration of a model that sees images uses" in cap(answers)
     assert "saved" in cap(f"{PRUNE} albums.jsonl -o empty_lists")
     shutil.rmtree(place / "empty_lists")

@@ -383,8 +383,8 @@ class PruneCommand(CAPSubcommand):
         auto_class = _auto_class(config, args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
-            config.tokenizer = tokenizer
-            calibration_examples(config, tokenizer, args)
+            config.tokenizer = load_processor(config, tokenizer, args)
+            calibration_examples(config, config.tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
         files = _processor_files(args)
         return Prepared(config, tokenizer, process_group, files, auto_class=auto_class)
@@ -506,7 +506,7 @@ def _prepared_example(
             "--answers, or write answers to a file with `cap generate`"
         )
     check_model(args.model, args)
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_processor(config, load_tokenizer(args), args)
     example = calibration_examples(config, tokenizer, args)[0]
     shown = describe_example(example, tokenizer)
     return Prepared(config, tokenizer, process_group, shown=shown)
@@ -550,17 +550,35 @@ def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
     """
     from optimum_cap.data import load_tokenizer
 
-    return load_tokenizer(
-        args.tokenizer or args.model,
+    return load_tokenizer(args.tokenizer or args.model, **_tokenizer_options(args))
+
+
+def load_processor(
+    config: "CAPConfig", tokenizer: "PreTrainedTokenizerBase", args: Namespace
+) -> Any:
+    """Return what tokenizes calibration data: the tokenizer, or for images the processor.
+
+    Raises:
+        ValueError: The data has images, and the processor cannot be loaded.
+    """
+    from optimum_cap.data import has_images, load_processor
+
+    if not has_images(config.dataset):
+        return tokenizer
+    return load_processor(args.tokenizer or args.model, **_tokenizer_options(args))
+
+
+def _tokenizer_options(args: Namespace) -> dict[str, Any]:
+    return {
         # --revision refers to the model's repository, not to that of another tokenizer.
-        revision=(None if args.tokenizer else args.revision) or "main",
-        trust_remote_code=args.trust_remote_code,
-        token=args.token,
-    )
+        "revision": (None if args.tokenizer else args.revision) or "main",
+        "trust_remote_code": args.trust_remote_code,
+        "token": args.token,
+    }
 
 
 def calibration_examples(
-    config: "CAPConfig", tokenizer: "PreTrainedTokenizerBase", args: Namespace
+    config: "CAPConfig", tokenizer: Any, args: Namespace
 ) -> "list[CalibrationExample]":
     """Build the calibration set before the model is loaded, to report what cannot be used.
 
@@ -572,7 +590,7 @@ def calibration_examples(
     Raises:
         ValueError: The data cannot be used, or the tokenizer is not that of the model.
     """
-    from optimum_cap.data import build_calibration_set, check_token_ids
+    from optimum_cap.data import build_calibration_set, check_token_ids, usable_tokenizer
     from optimum_cap.models import classifier_class
 
     model_config = check_model(args.model, args)
@@ -587,7 +605,8 @@ def calibration_examples(
     is_classifier = classifier_class(model_config) is not None
     examples = build_calibration_set(config, tokenizer, unscored=is_classifier).examples
     if embeddings is not None:
-        check_token_ids(tokenizer, [example.input_ids for example in examples], embeddings)
+        ids = [example.input_ids for example in examples]
+        check_token_ids(usable_tokenizer(tokenizer), ids, embeddings)
     return examples
 
 

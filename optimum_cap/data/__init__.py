@@ -9,6 +9,7 @@ from optimum_cap.data.calibration import (
     describe_example,
     mixed_set,
 )
+from optimum_cap.data.images import load_processor, load_tokenizer_for
 from optimum_cap.data.prompts import Prompt, PromptDraw, PromptSource, draw_prompts, has_prompts
 from optimum_cap.data.rendering import RenderingCheck, encode, render_prompt
 from optimum_cap.data.sources import (
@@ -19,6 +20,7 @@ from optimum_cap.data.sources import (
     check_folder,
     find_data_files,
     first_file,
+    has_images,
     load_sources,
     local_presets,
     multiple_choice_parts,
@@ -48,9 +50,12 @@ __all__ = [
     "encode",
     "find_data_files",
     "first_file",
+    "has_images",
     "has_prompts",
+    "load_processor",
     "load_sources",
     "load_tokenizer",
+    "load_tokenizer_for",
     "local_presets",
     "mixed_set",
     "multiple_choice_parts",

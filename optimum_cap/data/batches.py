@@ -1,6 +1,7 @@
 """Batches of calibration examples, grouped by length and padded, with an optional shared prefix."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +20,8 @@ class Batch:
         real: bool `[examples, tokens]`, False for padding.
         scored: bool `[examples, tokens]`, True if the token is a target of the loss.
         prefix: Number of tokens at the start that all examples share and that are computed once.
+        inputs: What the model is given besides the tokens, if it is given anything: a batch of one
+            example.
     """
 
     positions: list[int]
@@ -26,6 +29,7 @@ class Batch:
     real: torch.Tensor
     scored: torch.Tensor
     prefix: int = 0
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def split(self) -> tuple["Batch", "Batch"]:
@@ -49,7 +53,10 @@ def shared_prefix(examples: list[CalibrationExample]) -> int:
 
     A few-shot block, a system prompt or a first special token is such a prefix. It ends before the
     token that predicts the first scored one, so at least these two follow it in each example.
+    Examples with images share none: equal tokens may stand for other images.
     """
+    if any(example.inputs for example in examples):
+        return 0
     first = examples[0].input_ids
     length = min(int(example.scored[1:].int().argmax()) for example in examples)
     for example in examples:
@@ -63,6 +70,9 @@ def batches(
 ) -> list[Batch]:
     """Group examples by length, longest first, so that memory runs out at the start if at all.
 
+    Examples with images come first, each a batch of its own: models take the images of a batch in
+    many forms.
+
     Args:
         examples: The examples.
         size: Maximum number of examples per batch.
@@ -71,13 +81,16 @@ def batches(
         tokens: Maximum number of tokens per batch, including padding but not the prefix; a batch of
             one example may exceed it. `None` sets no limit.
     """
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    order = sorted(
+        range(len(examples)), key=lambda i: (not examples[i].inputs, -len(examples[i].input_ids))
+    )
     result, start = [], 0
     while start < len(order):
         longest = len(examples[order[start]].input_ids)
         count = size if tokens is None else min(size, max(1, tokens // (longest - prefix)))
-        positions = order[start : start + count]
-        start += count
+        inputs = examples[order[start]].inputs
+        positions = order[start : start + (1 if inputs else count)]
+        start += len(positions)
         input_ids = torch.zeros(len(positions), longest, dtype=torch.long)
         real = torch.zeros(len(positions), longest, dtype=torch.bool)
         scored = torch.zeros(len(positions), longest, dtype=torch.bool)
@@ -87,5 +100,5 @@ def batches(
             input_ids[row, :length] = example.input_ids
             real[row, :length] = True
             scored[row, :length] = example.scored
-        result.append(Batch(positions, input_ids, real, scored, prefix))
+        result.append(Batch(positions, input_ids, real, scored, prefix, inputs))
     return result

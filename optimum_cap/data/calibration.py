@@ -5,8 +5,8 @@ are recorded by index and by a hash of their content, so that an evaluation can 
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
+from optimum_cap.data.images import ImageEncoder
 from optimum_cap.data.rendering import RenderingCheck, encode
 from optimum_cap.data.sources import Source, load_sources
 from optimum_cap.data.tokenizers import usable_tokenizer
@@ -31,7 +32,9 @@ class CalibrationExample:
             first token, which no token predicts.
         source: Name of the data set.
         index: Row in that data set.
-        digest: `row_digest` of the row.
+        digest: `row_digest` of the row, with its images if it has any.
+        inputs: What the model is given besides the tokens, such as the `pixel_values` of images, as
+            the processor returns it for a batch of this example alone.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +42,7 @@ class CalibrationExample:
     source: str
     index: int
     digest: str
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def build_calibration_set(
     Args:
         config: The data set, the number of examples, the seed and the scored tokens.
         tokenizer: The model's tokenizer, or its processor. Its chat template is used if it has one;
-            it needs no padding token.
+            it needs no padding token. Rows with images need a processor.
         max_length: Maximum number of tokens of the model.
         dataset: Data that replaces `config.dataset`.
         unscored: Whether to use rows without a token to score too, such as prompts without an
@@ -86,12 +90,15 @@ def build_calibration_set(
             "answers 'model' are of the model, which is needed to build the calibration set: use "
             "CAPPruner, or optimum_cap.generation.answer_prompts"
         )
+    image_encoder = ImageEncoder.of(tokenizer)
     tokenizer = usable_tokenizer(tokenizer)
     limit = effective_length(config, tokenizer, max_length)
     parts = []
     with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
         for share in shares_of_sources(config, config.dataset if dataset is None else dataset):
-            parts.append(take_examples(share, tokenizer, limit, config, progress, unscored))
+            parts.append(
+                take_examples(share, tokenizer, limit, config, progress, unscored, image_encoder)
+            )
     return mixed_set(parts, config, limit)
 
 
@@ -210,6 +217,7 @@ def take_examples(
     config: CAPConfig,
     progress: Any = None,
     unscored: bool = False,
+    image_encoder: ImageEncoder | None = None,
 ) -> Part:
     """Tokenize rows in their order until enough are usable.
 
@@ -220,6 +228,7 @@ def take_examples(
         config: The settings.
         progress: A progress bar to update once per example.
         unscored: As for `build_calibration_set`.
+        image_encoder: Tokenizes rows with images; without it, they are refused.
 
     Returns:
         The examples, with the number of rows skipped because they are too long, and the number of
@@ -235,25 +244,28 @@ def take_examples(
     for index in order:
         if len(examples) == count:
             break
-        conversation = source.read(source.rows[index])
+        conversation = source.read(source.rows[index], images=image_encoder is not None)
         if conversation.is_empty:
             unusable += 1
             continue
-        encoded = encode(conversation, tokenizer, limit)
+        inputs: Mapping[str, torch.Tensor] = {}
+        every_token, digest = config.scored_tokens == "all", conversation.digest
+        if image_encoder is not None and conversation.images:
+            of_images = image_encoder.encode(conversation, source, every_token)
+            encoded, inputs, digest = of_images.encoded, of_images.inputs, of_images.digest
+        else:
+            encoded = encode(conversation, tokenizer, limit)
+            encoded.scored[:] |= every_token
         input_ids, scored = encoded.input_ids, encoded.scored
         if len(input_ids) > limit:
             too_long += 1
             continue
         check.add(encoded, index)
-        if config.scored_tokens == "all":
-            scored[:] = True
         scored[:1] = False
         if not len(input_ids) if unscored else not scored.any():
             unusable += 1
             continue
-        examples.append(
-            CalibrationExample(input_ids, scored, source.name, index, conversation.digest)
-        )
+        examples.append(CalibrationExample(input_ids, scored, source.name, index, digest, inputs))
         if progress is not None:
             progress.update()
     check.report()

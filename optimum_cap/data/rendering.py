@@ -47,6 +47,7 @@ class Encoded:
         cut: Number of answers of which text, tool calls or reasoning are left out.
         lost_messages: Number of other messages whose text is left out, by role.
         lost_variables: Which of `tools` and `documents` are left out.
+        text: What the chat template printed; empty without one.
     """
 
     input_ids: torch.Tensor
@@ -56,6 +57,7 @@ class Encoded:
     cut: int = 0
     lost_messages: Mapping[str, int] = field(default_factory=dict)
     lost_variables: tuple[str, ...] = ()
+    text: str = ""
 
 
 def encode(
@@ -79,9 +81,11 @@ def encode(
         return Encoded(torch.tensor(ids, dtype=torch.long), torch.ones(len(ids), dtype=torch.bool))
     lost_messages: Mapping[str, int] = {}
     lost_variables = [name for name in ("tools", "documents") if conversation.variables.get(name)]
+    text = ""
     if getattr(tokenizer, "chat_template", None):
         chat = _fitting_chat(conversation, tokenizer)
         ids, answers = _encode_chat(chat)
+        text = chat.text()
         lost_messages = chat.lost_messages()
         lost_variables = [name for name in lost_variables if not chat.depends_on_variable(name)]
     else:
@@ -102,6 +106,7 @@ def encode(
         sum(answer.cut for answer in answers),
         lost_messages,
         tuple(lost_variables),
+        text,
     )
 
 
@@ -458,9 +463,10 @@ def _fitting_chat(conversation: Conversation, tokenizer: Any) -> _Chat:
     Raises:
         ValueError: The chat template supports neither.
     """
-    wanted = _wants_parts(conversation, tokenizer)
+    # Images are parts, so a template that also takes texts must be given parts.
+    wanted = bool(conversation.images) or _wants_parts(conversation, tokenizer)
     errors = []
-    for typed in (wanted, not wanted):
+    for typed in (True,) if conversation.images else (wanted, not wanted):
         chat = _Chat(conversation, tokenizer, typed)
         try:
             if not chat.prints_parts():
@@ -468,6 +474,11 @@ def _fitting_chat(conversation: Conversation, tokenizer: Any) -> _Chat:
                 return chat
         except ChatTemplateError as error:
             errors.append(error)
+    if not errors:
+        raise ChatTemplateError(
+            "the chat template prints the parts of messages themselves, so it takes no images: "
+            "set processor.chat_template to one that does"
+        )
     raise errors[0]
 
 

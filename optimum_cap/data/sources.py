@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ class Conversation:
         finished: Whether the last turn is complete. The end of one that was cut off is not marked.
         replaced_digest: The digest of the row whose answer was replaced by the last turn, if one
             was.
+        images: Its images in the order of the parts `{"type": "image"}` of the messages: PIL
+            images, paths, URLs, or mappings with `bytes` or `path`.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -41,6 +44,7 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = True
     replaced_digest: str | None = None
+    images: tuple[Any, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -130,18 +134,39 @@ class Source:
     Attributes:
         name: Name of the data set, for the record and messages.
         rows: Rows to draw examples from.
-        read: Converts a row to a conversation.
+        convert: Converts a row to a conversation, which may have images.
         details: Further values for the record, such as Hub id and revision.
         published: The rows of a preset as published, before `Preset.prepare`; empty for other data.
         preset: Name of the preset, if it is one.
+        folder: Where relative paths of images start; `None` for the current folder.
     """
 
     name: str
     rows: Sequence[Any]
-    read: Callable[[Any], Conversation]
+    convert: Callable[[Any], Conversation]
     details: dict[str, Any]
     published: Sequence[Any] = ()
     preset: str | None = None
+    folder: Path | None = None
+
+    def read(self, row: Any, *, images: bool = False) -> Conversation:
+        """Convert a row to a conversation.
+
+        Args:
+            row: The row.
+            images: Whether the reader uses images.
+
+        Raises:
+            ValueError: The row cannot be read, or has images that would be ignored.
+        """
+        conversation = self.convert(row)
+        if conversation.images and not images:
+            raise ValueError(
+                f"a row of data set {self.name!r} has images, which only calibration of a model "
+                "that sees images uses, with its processor: choose rows that can be answered "
+                "without images, and remove the images"
+            )
+        return conversation
 
 
 def local_presets(dataset: Any, folder: Path) -> Any:
@@ -248,6 +273,33 @@ def load_sources(dataset: Any) -> list[Source]:
     return [Source("in-memory", rows, _reader("in-memory", rows, {}), {})]
 
 
+def has_images(dataset: Any) -> bool:
+    """Return whether the first row of a data set of `CAPConfig.dataset` has images.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, ImportError: As `load_sources`.
+    """
+    named = isinstance(dataset, str | Path | Mapping) or (
+        isinstance(dataset, list | tuple) and bool(dataset) and all(map(is_dataset_name, dataset))
+    )
+    if named:
+        entries = dataset if isinstance(dataset, list | tuple) else [dataset]
+        dataset = [entry for entry in entries if not _is_preset(entry)]  # all of text
+        if not dataset:
+            return False
+    return any(
+        bool(source.convert(row).images)
+        for source in load_sources(dataset)
+        for row in itertools.islice((row for row in source.rows if row is not None), 1)
+    )
+
+
+def _is_preset(entry: Any) -> bool:
+    if isinstance(entry, Mapping):
+        return "preset" in entry or entry.get("path") in PRESETS
+    return str(entry).partition("=")[0] in PRESETS
+
+
 def _plain(name: Any) -> Any:
     return str(name) if isinstance(name, Path) else name
 
@@ -290,7 +342,8 @@ def _named(entry: Any) -> Source:
             rows,
             options["preset"],
         )
-    return Source(name, rows, _reader(name, rows, options), details)
+    folder = Path(path).parent if is_file else None
+    return Source(name, rows, _reader(name, rows, options), details, folder=folder)
 
 
 def _split_preset(name: str) -> tuple[str | None, str]:
@@ -444,7 +497,7 @@ def _reader(
             f"rows of data set {name!r} must be texts, pairs, chats or mappings, got "
             f"{type(first).__name__}"
         )
-    read = _text_only_reader(_column_reader(name, list(first), options))
+    read = _media_reader(_column_reader(name, list(first), options))
     if ROW_DIGEST in first:
         read = _trace_reader(read)
     if not hasattr(rows, "column_names"):
@@ -497,20 +550,58 @@ def _column_reader(
     )
 
 
-def _text_only_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
-    """Return a function that refuses rows with images, videos or sounds, which would be ignored."""
+def _media_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
+    """Return a function that adds the images in columns, and refuses rows with videos or sounds."""
 
-    def read_text(row: Any) -> Conversation:
-        for column in _MEDIA_COLUMNS:
-            value = row.get(column)
-            if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
+    def read_media(row: Any) -> Conversation:
+        for column in _UNREAD_COLUMNS:
+            if _is_given(row.get(column)):
                 raise ValueError(
-                    f"has a column {column!r}, but calibration examples are text alone: choose "
-                    "rows that can be answered without it, and remove the column"
+                    f"has a column {column!r}, but calibration examples are text and images: "
+                    "choose rows that can be answered without it, and remove the column"
                 )
-        return read(row)
+        images: list[Any] = []
+        for column in filter(lambda name: _is_given(row.get(name)), _IMAGE_COLUMNS):
+            value = row[column]
+            images += value if isinstance(value, list | tuple) else [value]
+        return _with_images(read(row), images)
 
-    return read_text
+    return read_media
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _with_images(conversation: Conversation, images: list[Any]) -> Conversation:
+    """Give images to the parts of messages that lack one, or put them before the first prompt.
+
+    Raises:
+        ValueError: There are more or fewer images than such parts, or no prompt.
+    """
+    if not images:
+        return conversation
+    if not conversation.images:
+        roles = [role for role, _ in conversation.turns]
+        if "user" not in roles:
+            raise ValueError("has images but no prompt: images need a prompt and an answer")
+        messages = list(conversation.messages) or [
+            {"role": role, "content": text} for role, text in conversation.turns
+        ]
+        first = roles.index("user")
+        content = messages[first]["content"]
+        content = [content] if isinstance(content, str) else content
+        messages[first] = {**messages[first], "content": [*[_IMAGE_PART] * len(images), *content]}
+        return replace(conversation, messages=tuple(messages), images=tuple(images))
+    lacking = [index for index, image in enumerate(conversation.images) if image is None]
+    if len(lacking) != len(images):
+        raise ValueError(
+            f"has {len(images)} images in its columns, but its messages have {len(lacking)} parts "
+            "for them"
+        )
+    filled = dict(zip(lacking, images, strict=True))
+    every = (filled.get(index, image) for index, image in enumerate(conversation.images))
+    return replace(conversation, images=tuple(every))
 
 
 def _trace_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
@@ -547,6 +638,12 @@ def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], 
         if not conversation.turns:
             raise ValueError(
                 f"a row of data set {name!r} is a chat without messages: remove the row"
+            )
+        if any(image is None for image in conversation.images):
+            raise ValueError(
+                f"a row of data set {name!r} has a message with an image that is not there: name it"
+                ' in the part of the message ({"type": "image", "image": ...}), or in a column '
+                "'image' or 'images'"
             )
         if not all(isinstance(text, str) for _, text in conversation.turns):
             raise ValueError(f"a row of data set {name!r} has a value that is not text: {row!r}")
@@ -591,7 +688,7 @@ def _chat(
     """Read messages; one that only calls tools or only has reasoning needs no content."""
     if messages is None:
         return _text_row(None)
-    turns, whole = [], []
+    turns, whole, images = [], [], []
     for message in messages:
         if not isinstance(message, Mapping):
             raise ValueError(
@@ -608,8 +705,22 @@ def _chat(
         turns.append((message["role"], _as_text(content)))
         # Templates that join strings fail on None.
         content = "" if content is None else content
+        if isinstance(content, list | tuple):
+            images += [_image_of(part) for part in content if _is_image(part)]
+            content = [_IMAGE_PART if _is_image(part) else part for part in content]
         whole.append({"role": message["role"], "content": content, **others})
-    return Conversation(tuple(turns), tuple(whole), dict(variables or {}))
+    return Conversation(tuple(turns), tuple(whole), dict(variables or {}), images=tuple(images))
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _IMAGE_KEYS
+
+
+def _image_of(part: Mapping[str, Any]) -> Any:
+    """Return the image of a part of a message; `None` if the part only says where one belongs."""
+    keys = _IMAGE_KEYS[part["type"]]
+    image = next((part[key] for key in keys if part.get(key) is not None), None)
+    return image.get("url") if isinstance(image, Mapping) and "url" in image else image
 
 
 def _message_list(value: Any, column: str) -> Any:
@@ -635,10 +746,10 @@ def _message_list(value: Any, column: str) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """Return None as an empty text, and a list of text parts as their texts joined.
+    """Return None as an empty text, and a list of parts as their texts joined.
 
     Raises:
-        ValueError: A part is not a text.
+        ValueError: A part is neither a text nor an image.
     """
     if value is None:
         return ""
@@ -646,10 +757,10 @@ def _as_text(value: Any) -> Any:
         return value
     for part in value:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind not in _TEXT_PARTS:
+        if kind not in _TEXT_PARTS and kind not in _IMAGE_KEYS:
             raise ValueError(
-                f"has content of type {kind!r}, but calibration examples are text alone: take such "
-                "rows out"
+                f"has content of type {kind!r}, but calibration examples are text and images: take "
+                "such rows out"
             )
     texts = [part if isinstance(part, str) else part.get("text") or "" for part in value]
     return "".join(texts)
@@ -774,7 +885,15 @@ _RESERVED = {
     "continue_final_message",
     "tokenize",
 }
-_MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_IMAGE_COLUMNS = ("image", "images")
+_UNREAD_COLUMNS = ("video", "videos", "audio", "audios")
+_IMAGE_PART = {"type": "image"}
+# The keys under which a part of a message may hold its image, by its type.
+_IMAGE_KEYS = {
+    "image": ("image", "url", "path", "base64"),
+    "image_url": ("image_url",),
+    "input_image": ("image_url",),
+}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OPTIONS = {"path", "preset", "name", "split", "revision"} | {
     f"{kind}_column" for kind in ("prompt", "answer", "text", "messages")

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,7 +163,11 @@ def has_lm_head(model: PreTrainedModel) -> bool:
     return bool(model.can_generate())
 
 
-def call_model(model: PreTrainedModel, input_ids: torch.Tensor) -> Any:
+def call_model(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Any:
     """Run `model` on tokens, without a cache.
 
     Of a model without an LM head, only the base model runs: classifiers refuse batches if they
@@ -172,12 +176,17 @@ def call_model(model: PreTrainedModel, input_ids: torch.Tensor) -> Any:
     Args:
         model: The model.
         input_ids: int64 `[rows, tokens]`.
+        inputs: Its other inputs, such as `pixel_values`.
 
     Returns:
         The output of the model, or that of its base model.
     """
     module = model if has_lm_head(model) else model.base_model
-    return module(input_ids=input_ids, use_cache=False)
+    others = {
+        name: value.to(input_ids.device, model.dtype if value.is_floating_point() else None)
+        for name, value in (inputs or {}).items()
+    }
+    return module(input_ids=input_ids, use_cache=False, **others)
 
 
 @contextmanager

@@ -8,7 +8,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_cap.data import Batch
-from optimum_cap.models.hooks import bypass_layers, repack_output, replaced_forward, zero_embeddings
+from optimum_cap.models.hooks import (
+    bypass_layers,
+    call_model,
+    repack_output,
+    replaced_forward,
+    zero_embeddings,
+)
 from optimum_cap.models.offload import device_of
 
 # On a GPU, 0.7 GB with a float32 copy and its log-probabilities, whatever the memory budget is.
@@ -97,8 +103,8 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits: torch.Tensor = model(
-            input_ids=batch.input_ids.to(device_of(model)), use_cache=False
+        logits: torch.Tensor = call_model(
+            model, batch.input_ids.to(device_of(model)), batch.inputs
         ).logits[0]
     finally:
         handle.remove()

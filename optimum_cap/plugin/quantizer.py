@@ -180,7 +180,9 @@ class CAPQuantizer(HfQuantizer):
             config = self.quantization_config
             tokenizer = config.tokenizer or model.name_or_path
             if isinstance(tokenizer, str) and config.method.needs_data:
-                tokenizer = _load_tokenizer(tokenizer, of_model=not config.tokenizer)
+                tokenizer = _load_tokenizer(
+                    tokenizer, config.dataset, of_model=not config.tokenizer
+                )
             commit = getattr(hub_arguments.get({}).get("revision"), "resolved", None)
             CAPPruner(config).prune(model, tokenizer, base_revision=commit)
         return model
@@ -436,13 +438,13 @@ def attach_saved_record(model: "PreTrainedModel", saved: SavedRecord) -> None:
     attach(model, saved.record, checkpoint=model.name_or_path)
 
 
-def _load_tokenizer(name: str, of_model: bool) -> Any:
-    """Load the tokenizer of the model that is being loaded, or another one by its name."""
-    from optimum_cap.data import load_tokenizer
+def _load_tokenizer(name: str, dataset: Any, of_model: bool) -> Any:
+    """Load what `load_tokenizer_for` does of the model that is being loaded, or by another name."""
+    from optimum_cap.data import load_tokenizer_for
 
     hub = dict(hub_arguments.get({}))
     if not of_model:
         # They say where the model's files are.
         hub.pop("revision", None)
         hub.pop("subfolder", None)
-    return load_tokenizer(name, **hub)
+    return load_tokenizer_for(dataset, name, **hub)

@@ -6,6 +6,7 @@ SparseGPT do (https://github.com/locuslab/wanda, `lib/prune.py`). It keeps only 
 between two layers.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -85,7 +86,7 @@ class LayerwisePass:
                     number,
                     batch,
                     _token_weights(batch, answer_weight),
-                    *_first_input(view.model, self.layers, self.output_templates, batch.input_ids),
+                    *_first_input(view.model, self.layers, self.output_templates, batch),
                 )
                 for number, batch in enumerate(self.planned)
                 if process_group.owns_lane(lane_of(number))
@@ -200,6 +201,8 @@ class LayerwisePass:
         args, kwargs = with_shared_states(
             *batch.arguments[index], batch.shared if shared is None else shared
         )
+        if (added := batch.added.get(index)) is not None:
+            hidden = hidden + added
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
 
 
@@ -285,17 +288,24 @@ def _first_input(
     model: PreTrainedModel,
     layers: list[nn.Module],
     output_templates: list[Any],
-    input_ids: torch.Tensor,
-) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]], SharedStates | None]:
+    batch: Batch,
+) -> tuple[
+    torch.Tensor,
+    list[tuple[tuple[Any, ...], dict[str, Any]]],
+    SharedStates | None,
+    dict[int, torch.Tensor],
+]:
     """Return the input of the first layer and the other arguments of every layer; no layer runs.
 
-    The last value holds the keys and values that layers share, none of which is computed yet.
+    The third value holds the keys and values that layers share, none of which is computed yet. The
+    last one holds what the model adds to the hidden states before each layer to which it adds
+    anything: they are known because the layers before return what they receive.
 
     Args:
         model: The model.
         layers: Its decoder layers.
         output_templates: An output of each layer, which shows how it returns its hidden states.
-        input_ids: The tokens, int64 `[rows, tokens]`.
+        batch: The examples.
     """
     inputs: list[torch.Tensor] = []
     arguments = []
@@ -312,5 +322,10 @@ def _first_input(
     with without_logits(model), ExitStack() as stack:
         for layer, output_template in zip(layers, output_templates, strict=True):
             stack.enter_context(replaced_forward(layer, skip(output_template)))
-        call_model(model, input_ids.to(device_of(model)))
-    return inputs[0], arguments, shared_states(*arguments[0])
+        call_model(model, batch.input_ids.to(device_of(model)), batch.inputs)
+    added = {
+        index: after - before.to(after.device)
+        for index, (before, after) in enumerate(itertools.pairwise(inputs), start=1)
+        if batch.inputs and not torch.equal(before.to(after.device), after)
+    }
+    return inputs[0], arguments, shared_states(*arguments[0]), added

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class LayerBatch:
         arguments: The other arguments of every layer.
         shared: Keys and values that earlier layers have left for later ones; `None` if the layers
             of the model share none.
+        added: What the model adds to the hidden states before a layer, by the index of the layer,
+            as Qwen3-VL adds features of images.
     """
 
     number: int
@@ -47,6 +49,7 @@ class LayerBatch:
     hidden: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     shared: SharedStates | None = None
+    added: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def lane(self) -> int:

@@ -63,18 +63,30 @@ def check_first_batch(
     if any(site.looks_ahead for site in view.sites):
         raise _looks_ahead(view)
     size = examples_per_batch(view.model, examples, memory_budget) if layer_by_layer else 1
-    chosen = [examples[position] for position in batches(examples, size)[0].positions]
-    [batch] = batches(chosen, size)
-    with evaluation_mode(view.model), float32_on_cpu(view.model):
-        if not view.has_lm_head:
-            _check_does_not_look_ahead(view, chosen[0])
-        layerwise = short = None
-        with _explaining_layers(view):
-            if layer_by_layer:
-                layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
-            if differentiate:
-                short = LayerwisePass(view, [_beginning(chosen[0])])
-        shares = _run_beside(view, batch, chosen, layerwise, short)
+    planned = batches(examples, size)
+    # With images, the model computes something else: the first batch with and without are checked.
+    for first in {bool(batch.inputs): batch for batch in reversed(planned)}.values():
+        chosen = [examples[position] for position in first.positions]
+        with evaluation_mode(view.model), float32_on_cpu(view.model):
+            if not view.has_lm_head and not first.inputs:
+                _check_does_not_look_ahead(view, chosen[0])
+            layerwise = short = None
+            with _explaining_layers(view):
+                if layer_by_layer:
+                    layerwise = LayerwisePass(view, chosen, memory_budget=memory_budget)
+                if differentiate:
+                    short = LayerwisePass(view, [_beginning(chosen[0])])
+            [batch] = batches(chosen, size)
+            shares = _run_beside(view, batch, chosen, layerwise, short)
+        _check_shares(view, shares)
+
+
+def _check_shares(view: ModelView, shares: list[float]) -> None:
+    """Check that the hidden states of few tokens differ, from the shares of each layer.
+
+    Raises:
+        ValueError: More of them do.
+    """
     routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
     allowed = _MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
     if shares and shares[-1] > allowed:
@@ -186,7 +198,7 @@ def _run_beside(
         if view.has_lm_head:
             head = view.model.get_output_embeddings()
             stack.callback(head.register_forward_pre_hook(select).remove)
-        output = call_model(view.model, batch.input_ids.to(view.device))
+        output = call_model(view.model, batch.input_ids.to(view.device), batch.inputs)
     if layerwise is not None and calls != [1] * len(calls):
         index = next(index for index, count in enumerate(calls) if count != 1)
         raise _not_layer_by_layer(view, f"runs layer {index} {calls[index]} times")
@@ -228,7 +240,9 @@ def _looks_ahead(view: ModelView) -> ValueError:
 
 
 def _beginning(example: CalibrationExample) -> CalibrationExample:
-    """Return the first tokens of an example."""
+    """Return the first tokens of an example, or all if it has images."""
+    if example.inputs:
+        return example
     return replace(
         example, input_ids=example.input_ids[:_FEW_TOKENS], scored=example.scored[:_FEW_TOKENS]
     )

@@ -123,8 +123,13 @@ def _update(digest: Any, name: str, value: Any) -> None:
 
 
 def examples_digest(examples: list[CalibrationExample]) -> str:
-    """Return a digest of the tokens of examples and of which tokens are scored."""
-    return digest_of([[example.input_ids, example.scored] for example in examples])
+    """Return a digest of the tokens of examples, which are scored, and the other inputs."""
+    return digest_of(
+        [
+            [example.input_ids, example.scored, *([dict(example.inputs)] if example.inputs else [])]
+            for example in examples
+        ]
+    )
 
 
 def machine(model: PreTrainedModel) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def exact_losses(
         check_compilable(view.model)
     units = view.units() if units is None else units
     whole, view = view, view.with_sites({site.name for site, _ in units})
-    if reason := why_not_by_layers(view):
+    if reason := why_not_by_layers(view) or why_not_on(examples):
         return _by_whole_passes(whole, examples, units, settings, reason)
     _check_order(units)
     check_same_inputs(
@@ -115,6 +115,13 @@ def why_not_by_layers(view: ModelView) -> str | None:
         for site in sites:
             if site.expert is not None and have_own_tokens(view.model.get_submodule(site.block)):
                 return f"the experts of layer {index} receive tokens of their own"
+    return None
+
+
+def why_not_on(examples: list[CalibrationExample]) -> str | None:
+    """Return why masked streams cannot be measured on examples; `None` if they can."""
+    if any(example.inputs for example in examples):
+        return "the calibration examples have images"
     return None
 
 

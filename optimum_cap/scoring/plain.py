@@ -12,6 +12,7 @@ from optimum_cap.models import (
     ModelView,
     SiteUnit,
     Targets,
+    call_model,
     device_of,
     evaluation_mode,
     float32_on_cpu,
@@ -73,7 +74,7 @@ def example_losses(
 
 def _forward_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return the mean loss of each example in an ordinary forward pass, float64 `[examples]`."""
-    logits = model(input_ids=batch.input_ids.to(device_of(model)), use_cache=False).logits
+    logits = call_model(model, batch.input_ids.to(device_of(model)), batch.inputs).logits
     targets = Targets.of(batch)
     scored = logits[targets.rows.to(logits.device), targets.columns.to(logits.device)]
     return targets.example_means(token_losses(scored, targets.ids.to(logits.device)))

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.config import RECIPES, CAPConfig, effective
-from optimum_cap.data import load_tokenizer, local_presets
+from optimum_cap.data import has_images, load_processor, load_tokenizer, local_presets
 from optimum_cap.evaluation import (
     LAYOUT,
     AccuracyResult,
@@ -413,7 +413,8 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
         check_saved_with_lm_head(model.config, cell.model)
         tokenizer = load_tokenizer(cell.model)
         if (config := cell.config()) is not None:
-            usage = _pruned_and_stored(cell, config, model, tokenizer, study, file)
+            processor = load_processor(cell.model) if has_images(cell.dataset) else tokenizer
+            usage = _pruned_and_stored(cell, config, model, processor, study, file)
             record = model.pruning_record.to_dict()
         resume_dir = _resume_dir(file) if study.resume else None
         evaluation = _evaluated(model, tokenizer, study, data, resume_dir)

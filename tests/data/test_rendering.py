@@ -137,9 +137,9 @@ def test_several_parts_are_one_text() -> None:
 
 
 def test_parts_that_are_no_text_are_refused() -> None:
-    image = [{"type": "image", "url": "a.png"}, *parts("what is it?")]
-    with pytest.raises(ValueError, match="in-memory' has content of type 'image', but calibr"):
-        shown([chat(image, "a dog")], PLAIN)
+    audio = [{"type": "audio", "url": "a.wav"}, *parts("what is it?")]
+    with pytest.raises(ValueError, match="in-memory' has content of type 'audio', but calibr"):
+        shown([chat(audio, "a dog")], PLAIN)
 
 
 def test_a_template_that_renders_neither_form_is_refused() -> None:

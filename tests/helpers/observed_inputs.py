@@ -42,7 +42,7 @@ def observed_inputs(
     products = _Products(model)
     with torch.no_grad(), products:
         for example in examples:
-            model(example.input_ids[None], use_cache=False)
+            model(example.input_ids[None], use_cache=False, **example.inputs)
     widths = {matrix: model.get_parameter(matrix.parameter).shape[-1] for matrix in products.inputs}
     return {
         matrix: torch.cat(rows) if rows else torch.zeros(0, widths[matrix]).double()

@@ -7,7 +7,14 @@ import transformers
 from transformers import PreTrainedModel
 
 from helpers.tiny_models import _GEMMA, _GQA, tiny_tokenizer
+from optimum_cap.data.calibration import CalibrationExample
 
+# Prints parts, of which images become a placeholder.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}"
+    "{% endfor %}</s>{% endfor %}"
+)
 IMAGE_TOKEN = 63  # what `tiny_processor` adds to the vocabulary of `tiny_tokenizer`
 _TEXT = {**_GQA, "vocab_size": 68}
 _WIDE = {**_TEXT, "head_dim": 8}
@@ -56,7 +63,7 @@ IMAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 8},
             "image_token_id": IMAGE_TOKEN,
             "image_token_index": IMAGE_TOKEN,
-            "spatial_merge_size": 2,
+            "spatial_merge_size": 1,
         },
     ),
     "gemma3": (
@@ -162,9 +169,38 @@ def tiny_image_model(name: str, seed: int = 0) -> PreTrainedModel:
     model: PreTrainedModel = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def image_examples(name: str, count: int) -> list[CalibrationExample]:
+    """Calibration examples with an image of 8 by 8 pixels each, as processors make them."""
+    generator = torch.Generator().manual_seed(count)
+    return [
+        _image_example(name, index, torch.randint(4, 60, (8 + index,), generator=generator))
+        for index in range(count)
+    ]
+
+
+def _image_example(name: str, index: int, text: torch.Tensor) -> CalibrationExample:
+    generator = torch.Generator().manual_seed(index)
+    is_qwen = name.startswith("qwen")
+    ids = torch.cat([text[:3], torch.full((1 if is_qwen else 4,), IMAGE_TOKEN), text[3:]])
+    if is_qwen:  # patches of 4 by 4 pixels, two frames each
+        inputs = {
+            "pixel_values": torch.randn(4, 3 * 2 * 4 * 4, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 2, 2]]),
+            "mm_token_type_ids": (ids == IMAGE_TOKEN).long()[None],
+        }
+    else:
+        inputs = {"pixel_values": torch.randn(1, 3, 8, 8, generator=generator)}
+    if name == "gemma3":  # tokens of an image attend to each other in both directions
+        inputs["token_type_ids"] = (ids == IMAGE_TOKEN).long()[None]
+    if name == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[8, 8]])
+    scored = torch.arange(len(ids)) > len(ids) - 4
+    return CalibrationExample(ids, scored, "images", index, "", inputs)
 
 
 def tiny_processor(chat_template: str | None = None) -> Any:
