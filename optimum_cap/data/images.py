@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 from transformers.utils import is_vision_available
 
 from optimum_cap.data.rendering import Encoded, encode
-from optimum_cap.data.sources import Conversation, Source, has_images
+from optimum_cap.data.sources import IMAGE_PART, Conversation, Source, has_images
 from optimum_cap.data.tokenizers import load_tokenizer, usable_tokenizer
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ class ImageEncoder:
             )
         images = [_loaded(image, source) for image in conversation.images]
         plain = encode(conversation, self.tokenizer, limit=0)
+        if encode(_without_parts(conversation), self.tokenizer, limit=0).text == plain.text:
+            raise ValueError(
+                f"the chat template of {type(self.processor).__name__} leaves out the images of "
+                f"data set {source.name!r}: set processor.chat_template to one that prints a "
+                "placeholder for each, or choose data without images"
+            )
         inputs = self._process(plain.text, images, source)
         ids = inputs["input_ids"][0]
         if every_token:
@@ -118,8 +124,8 @@ class ImageEncoder:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{type(self.processor).__name__} does not take a row of data set {source.name!r} "
-                f"with {len(images)} images ({type(error).__name__}: {reason}): check that its "
-                "chat template prints a placeholder for each image"
+                f"with {len(images)} images ({type(error).__name__}: {reason}): check the row, and "
+                "that its chat template prints a placeholder for each image"
             ) from error
         return dict(inputs)
 
@@ -169,6 +175,17 @@ def load_processor(name: str, **options: Any) -> Any:
             f"from {name!r} ({type(error).__name__}: {reason}): name another folder (--tokenizer), "
             "pass a loaded one (CAPConfig(tokenizer=processor)), or choose data without images"
         ) from error
+
+
+def _without_parts(conversation: Conversation) -> Conversation:
+    """Return a conversation without the parts that stand for its images."""
+    messages = []
+    for message in conversation.messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            message = {**message, "content": [part for part in content if part != IMAGE_PART]}
+        messages.append(message)
+    return replace(conversation, messages=tuple(messages))
 
 
 def _found_again(plain: Encoded, ids: torch.Tensor, processor: str) -> torch.Tensor:

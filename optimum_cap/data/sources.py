@@ -591,7 +591,7 @@ def _with_images(conversation: Conversation, images: list[Any]) -> Conversation:
         first = roles.index("user")
         content = messages[first]["content"]
         content = [content] if isinstance(content, str) else content
-        messages[first] = {**messages[first], "content": [*[_IMAGE_PART] * len(images), *content]}
+        messages[first] = {**messages[first], "content": [*[IMAGE_PART] * len(images), *content]}
         return replace(conversation, messages=tuple(messages), images=tuple(images))
     lacking = [index for index, image in enumerate(conversation.images) if image is None]
     if len(lacking) != len(images):
@@ -707,7 +707,7 @@ def _chat(
         content = "" if content is None else content
         if isinstance(content, list | tuple):
             images += [_image_of(part) for part in content if _is_image(part)]
-            content = [_IMAGE_PART if _is_image(part) else part for part in content]
+            content = [IMAGE_PART if _is_image(part) else part for part in content]
         whole.append({"role": message["role"], "content": content, **others})
     return Conversation(tuple(turns), tuple(whole), dict(variables or {}), images=tuple(images))
 
@@ -887,7 +887,7 @@ _RESERVED = {
 }
 _IMAGE_COLUMNS = ("image", "images")
 _UNREAD_COLUMNS = ("video", "videos", "audio", "audios")
-_IMAGE_PART = {"type": "image"}
+IMAGE_PART = {"type": "image"}
 # The keys under which a part of a message may hold its image, by its type.
 _IMAGE_KEYS = {
     "image": ("image", "url", "path", "base64"),
