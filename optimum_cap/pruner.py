@@ -28,7 +28,9 @@ from optimum_cap.models import (
     ModelView,
     check_configs_can_be_saved,
     check_experts,
+    decoder_layer_names,
     has_lm_head,
+    is_offloaded,
     longest_sequence,
     number_of_embeddings,
     plain_model,
@@ -324,7 +326,17 @@ def _report_other_zeros(record: PruningRecord, zeros: int, config: CAPConfig) ->
 
 
 def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
-    """Check that no matrix shares memory with another parameter, which would be pruned with it."""
+    """Check that no matrix shares memory with another parameter, which would be pruned with it.
+
+    Decoder layers may share parameters, as those of Zamba do: sites know all layers that use them.
+    """
+    if (shared := [m for m in matrices if m in view.layers_of_shared]) and is_offloaded(view.model):
+        raise ValueError(
+            f"{shared[0].name} runs in several layers of {type(view.model).__name__}, and such "
+            "weights cannot be pruned while weights are offloaded: load the model into memory, or "
+            "leave them dense (modules_to_leave_dense)"
+        )
+    layers = tuple(f"{name}." for name in decoder_layer_names(view.model))
     parameters = dict(view.model.named_parameters(remove_duplicate=False))
     ranges = sorted(
         (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
@@ -334,7 +346,10 @@ def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
     to_prune = {matrix.parameter for matrix in matrices}
     last_end, name = 0, ""
     for start, end, other in ranges:
-        if start < last_end and not to_prune.isdisjoint((name, other)):
+        of_layers = parameters.get(name) is parameters[other] and (
+            name.startswith(layers) and other.startswith(layers)
+        )
+        if start < last_end and not of_layers and not to_prune.isdisjoint((name, other)):
             raise ValueError(
                 f"{name} and {other} share one tensor, which cannot be pruned for both: give each "
                 "a copy, or leave them dense (modules_to_leave_dense)"

@@ -82,9 +82,13 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
     """
     names = decoder_layer_names(model)
     layers = {name: model.get_submodule(name) for name in names}
-    kinds = {name: _kind_of(layer) for name, layer in layers.items()}
-    first = {kind: name for name, kind in reversed(kinds.items())}
     shared = _in_several_layers(layers)
+    # Layers that share parameters may run other parts of the modules that hold them.
+    kinds = {
+        name: (_kind_of(layer), name if any(each.startswith(f"{name}.") for each in shared) else "")
+        for name, layer in layers.items()
+    }
+    first = {kind: name for name, kind in reversed(kinds.items())}
     try:
         with (
             evaluation_mode(model),  # no dropout, no gradient checkpointing
@@ -208,7 +212,7 @@ class _Units:
         model: The model.
         found: What was observed, by the name of the layer.
         mlp_unit_size: As for `find_sites`.
-        shared: Names of parameters that several layers use; they belong to no site.
+        shared: The first name of parameters that several layers have, by each of their names.
     """
 
     def __init__(
@@ -216,7 +220,7 @@ class _Units:
         model: PreTrainedModel,
         found: Mapping[str, _Found],
         mlp_unit_size: int | None,
-        shared: set[str],
+        shared: Mapping[str, str],
     ) -> None:
         self._model = model
         self._found = found
@@ -263,14 +267,24 @@ class _Units:
         output_module = path if layout else f"{name}.{seen.output_modules[site.output_proj]}"
         projection = f"{path}.{OUTPUT}" if layout else path
         output = f"{projection}.weight" if layout is None else projection
-        inputs = {f"{name}.{each}.weight": each for each in site.inputs}
+        # Of what layers share, each may call another part, such as an adapter of its own.
+        skipped = {each for each in seen.uncalled if f"{name}.{each}.weight" in self._shared}
+        if site.output_proj in skipped:
+            return
+        called = [each for each in site.inputs if each not in skipped]
+        inputs = {f"{name}.{each}.weight": each for each in called}
         depths = {parameter: site.depths[each] for parameter, each in inputs.items()}
         depths[output] = site.depths[site.output_proj] + (layout is not None)
         if layout:
             inputs = {f"{path}.{layout.input_proj}": site.output_proj}
             depths |= dict.fromkeys(inputs, site.depths[site.output_proj])
-        if output in self._shared:
-            return
+        aliases = {
+            self._shared[each]: each
+            for each in (output, *inputs)
+            if self._shared.get(each, each) != each
+        }
+        depths = {self._shared.get(each, each): depth for each, depth in depths.items()}
+        output = self._shared.get(output, output)
         dim = 1 - self._transposed(output, layout)
         # Of each unit: parameter, dimension and rows of each part of its region.
         pieces: list[list[tuple[str, int, Rows]]] = [
@@ -278,8 +292,7 @@ class _Units:
             for index, channels in enumerate(bounds)
         ]
         for parameter, each in inputs.items():
-            if parameter in self._shared:
-                continue
+            parameter = self._shared.get(parameter, parameter)
             dim = int(self._transposed(parameter, layout))
             whole = self._all_rows(seen.projections[each], layout, len(bounds))
             for run in rows.get(each) or [whole]:
@@ -309,6 +322,7 @@ class _Units:
                 level=site.level,
                 looks_ahead=site.output_proj in seen.looking_ahead,
                 depths=depths,
+                aliases=aliases,
             )
 
     def _all_rows(self, projection: Projection, layout: ExpertsLayout | None, units: int) -> Rows:
@@ -336,13 +350,13 @@ def _kind_of(layer: nn.Module) -> Any:
     return tuple(parts)
 
 
-def _in_several_layers(layers: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of parameters that several layers use (Zamba)."""
+def _in_several_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the first name of parameters that several layers have (Zamba), by all their names."""
     names: dict[int, list[str]] = {}
     for layer, module in layers.items():
         for name, parameter in module.named_parameters():
             names.setdefault(id(parameter), []).append(f"{layer}.{name}")
-    return {name for group in names.values() if len(group) > 1 for name in group}
+    return {name: group[0] for group in names.values() if len(group) > 1 for name in group}
 
 
 def decoder_layer_names(model: PreTrainedModel) -> list[str]:

@@ -48,13 +48,15 @@ def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[De
     head = view.model.get_output_embeddings()
     weights: dict[tuple[str, bool], int] = {}
     linear = (nn.Linear, Conv1D, *registered_linear())
-    counted: set[int] = set()  # some models use a parameter in several layers
+    # Some models have a parameter in several layers, which is named by the first of them.
+    names = {id(parameter): name for name, parameter in view.model.named_parameters()}
+    counted: set[int] = set()
     for path, module in decoder.named_modules():
         if module is head:  # Llama 4 with images has it in its decoder
             continue
         full_path = ".".join(filter(None, (decoder_name, path)))
         for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{full_path}.{name}"
+            full_name = names.get(id(parameter), f"{full_path}.{name}")
             is_linear = isinstance(module, linear) and parameter.ndim == 2
             of_experts = parameter.ndim == 3 and not isinstance(module, _CONVOLUTIONS)
             if not (is_linear or of_experts) or full_name in chosen or _ROUTERS.search(path):

@@ -88,6 +88,7 @@ class ObservedLayer:
 
     Attributes:
         projections: The projections that it calls, by name, in the order of the first call.
+        uncalled: Those that were not called, but stand in a list beside one that was.
         feeders: For each, those whose outputs reach its input without passing another projection.
         writers: Those whose outputs reach the output of the layer in this way.
         routing: Those whose outputs reach the choice of experts in this way.
@@ -99,6 +100,7 @@ class ObservedLayer:
     """
 
     projections: dict[str, Projection] = field(default_factory=dict)
+    uncalled: set[str] = field(default_factory=set)
     feeders: dict[str, set[str]] = field(default_factory=dict)
     writers: set[str] = field(default_factory=set)
     routing: set[str] = field(default_factory=set)
@@ -241,6 +243,7 @@ class LayerObserver:
 
         seen = self.observed
         seen.projections[name] = self._projections[name]
+        seen.uncalled.add(name)
         seen.feeders[name] = {renamed(each) for each in seen.feeders[called]}
         seen.output_modules[name] = renamed(seen.output_modules[called])
         for names in (seen.writers, seen.routing, seen.mixing, seen.kept):

@@ -84,6 +84,8 @@ class Site:
         looks_ahead: Whether its output at a token depends on later tokens.
         depths: For each matrix by name of the parameter, the number of prunable matrices of the
             layer, one after the other, that its input depends on.
+        aliases: Names in this layer of parameters that an earlier layer has too and that are called
+            by their name there (the transformer blocks of Zamba).
     """
 
     name: str
@@ -98,6 +100,7 @@ class Site:
     level: int = 0
     looks_ahead: bool = False
     depths: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    aliases: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def projection(self) -> str:
@@ -117,7 +120,8 @@ class Site:
     @property
     def runs_alone(self) -> bool:
         """Whether its output module contains all of its matrices."""
-        return all(name.startswith(f"{self.output_module}.") for name in self.depths)
+        names = (self.aliases.get(name, name) for name in self.depths)
+        return all(name.startswith(f"{self.output_module}.") for name in names)
 
 
 class SiteUnit(NamedTuple):
@@ -171,12 +175,35 @@ def all_units(sites: Iterable[Site]) -> list[SiteUnit]:
 
 
 def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
-    """Return the prunable matrices of each decoder layer."""
+    """Return the prunable matrices of each decoder layer; one of several layers is of the first."""
     sites = list(sites)
-    layers = sorted({site.layer for site in sites})
-    return {
-        layer: prunable_matrices(site for site in sites if site.layer == layer) for layer in layers
-    }
+    layers: dict[int, list[Matrix]] = {layer: [] for layer in sorted({s.layer for s in sites})}
+    seen: set[Matrix] = set()
+    for layer, own in layers.items():
+        of_layer = prunable_matrices(site for site in sites if site.layer == layer)
+        own += [matrix for matrix in of_layer if matrix not in seen]
+        seen.update(own)
+    return layers
+
+
+def names_in_layers(sites: Iterable[Site]) -> dict[int, dict[str, str]]:
+    """Return, for each layer, the names there of parameters that an earlier layer has too."""
+    names: dict[int, dict[str, str]] = {}
+    for site in sites:
+        if site.aliases:
+            names.setdefault(site.layer, {}).update(site.aliases)
+    return names
+
+
+def layers_of_shared(sites: Iterable[Site]) -> dict[Matrix, list[int]]:
+    """Return the layers of each matrix that runs in several of them, in order."""
+    layers: dict[Matrix, list[int]] = {}
+    for site in sites:
+        for matrix in prunable_matrices([site]):
+            of_matrix = layers.setdefault(matrix, [])
+            if site.layer not in of_matrix:
+                of_matrix.append(site.layer)
+    return {matrix: of_matrix for matrix, of_matrix in layers.items() if len(of_matrix) > 1}
 
 
 def stages_by_layer(sites: Iterable[Site]) -> dict[int, list[list[Matrix]]]:

@@ -21,8 +21,10 @@ from optimum_cap.models.sites import (
     all_units,
     heads,
     is_transposed,
+    layers_of_shared,
     matrices_by_layer,
     mixer_units,
+    names_in_layers,
     oriented,
     prunable_matrices,
     stages_by_layer,
@@ -130,6 +132,16 @@ class ModelView:
     def matrices_by_layer(self) -> dict[int, list[Matrix]]:
         """The prunable matrices of each decoder layer."""
         return matrices_by_layer(self.sites)
+
+    @cached_property
+    def names_in_layers(self) -> dict[int, dict[str, str]]:
+        """For each layer, the names there of parameters that an earlier layer has too."""
+        return names_in_layers(self.sites)
+
+    @cached_property
+    def layers_of_shared(self) -> dict[Matrix, list[int]]:
+        """The layers of each matrix that runs in several of them, in order."""
+        return layers_of_shared(self.sites)
 
     @property
     def stages_by_layer(self) -> dict[int, list[list[Matrix]]]:

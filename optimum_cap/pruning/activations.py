@@ -6,6 +6,7 @@ SparseGPT do (https://github.com/locuslab/wanda, `lib/prune.py`). It keeps only 
 between two layers.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -71,6 +72,7 @@ class LayerwisePass:
         most_examples: int | None = None,
         process_group: ProcessGroup = ALONE,
     ) -> None:
+        self.view = view
         self.model = view.model
         self.layers = view.layers
         self.examples = examples
@@ -113,7 +115,7 @@ class LayerwisePass:
             ValueError: The inputs of a matrix cannot be collected, or are not finite.
         """
         matrices = list(matrices)
-        collector = InputCollector(self.model, matrices)
+        collector = self.collector(index, matrices)
         of_lanes: list[dict[Matrix, InputStatistics]] = [{} for _ in range(LANES)]
 
         def add(matrix: Matrix, inputs: torch.Tensor, route: Route) -> None:
@@ -131,6 +133,10 @@ class LayerwisePass:
         of_matrices = {matrix: of_leaders[leaders[matrix]] for matrix in matrices}
         check_statistics(of_matrices)
         return of_matrices
+
+    def collector(self, index: int, matrices: Iterable[Matrix]) -> InputCollector:
+        """Return what collects the inputs of matrices while layer `index` runs."""
+        return InputCollector(self.model, matrices, self.view.names_in_layers.get(index))
 
     def _merged(
         self,
@@ -204,6 +210,40 @@ class LayerwisePass:
         if (added := batch.added.get(index)) is not None:
             hidden = hidden + added
         return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
+
+
+def shared_statistics(
+    layerwise: LayerwisePass, matrices: Iterable[Matrix], gram: bool
+) -> dict[Matrix, InputStatistics]:
+    """Return the statistics of matrices that several layers share, over all of these layers.
+
+    Args:
+        layerwise: A pass over the model that has not begun; it ends behind the last of the layers.
+        matrices: The matrices.
+        gram: As for `LayerwisePass.statistics`.
+    """
+    chosen = set(matrices)
+    layers = {m: own for m, own in layerwise.view.layers_of_shared.items() if m in chosen}
+    last = max((own[-1] for own in layers.values()), default=-1)
+    found: dict[Matrix, list[InputStatistics]] = {matrix: [] for matrix in layers}
+    for index in range(last + 1):
+        here = [matrix for matrix, own in layers.items() if index in own]
+        if here:
+            of_layer = layerwise.statistics(index, here, gram, advance=True)
+            for matrix, of_matrix in of_layer.items():
+                found[matrix].append(of_matrix)
+        else:
+            layerwise.advance(index)
+    totals: dict[tuple[int, ...], InputStatistics] = {}
+    merged = {}
+    for matrix, parts in found.items():
+        key = tuple(map(id, parts))  # matrices with the same inputs have the same statistics
+        if key not in totals:
+            totals[key] = copy.deepcopy(parts[0])
+            for part in parts[1:]:
+                totals[key].merge_(part)
+        merged[matrix] = totals[key]
+    return merged
 
 
 def add_inputs_(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,17 +141,24 @@ class InputCollector:
     Args:
         model: The model.
         matrices: Prunable matrices of one decoder layer.
+        names: Names in this layer of parameters that an earlier layer has too.
 
     Attributes:
         leaders: For each matrix that has run, the first matrix with the same input.
     """
 
-    def __init__(self, model: PreTrainedModel, matrices: Iterable[Matrix]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        matrices: Iterable[Matrix],
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         self.leaders: dict[Matrix, Matrix] = {}
         self._model = model
         self._by_module: dict[str, list[Matrix]] = {}
         for matrix in matrices:
-            self._by_module.setdefault(matrix.module, []).append(matrix)
+            here = replace(matrix, parameter=(names or {}).get(matrix.parameter, matrix.parameter))
+            self._by_module.setdefault(here.module, []).append(matrix)
 
     @contextmanager
     def collecting(

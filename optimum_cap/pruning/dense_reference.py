@@ -61,7 +61,6 @@ class DenseReferencePass(LayerwisePass):
         most_examples: int | None = None,
     ) -> None:
         super().__init__(view, examples, answer_weight, memory_budget, most_examples)
-        self.view = view
         self._dense_hidden = [batch.hidden for batch in self.batches]
         self._dense_shared = [copy.copy(batch.shared) for batch in self.batches]
         self._dense_outputs: list[torch.Tensor] = []  # of the current layer, once computed
@@ -70,7 +69,7 @@ class DenseReferencePass(LayerwisePass):
         self._site_of_output_proj: dict[Matrix, Site] = {}
         for site in view.sites:
             self._sites.setdefault(site.layer, []).append(site)
-            self._site_of_output_proj[site.output_proj] = site
+            self._site_of_output_proj.setdefault(site.output_proj, site)
         self._joining: dict[tuple[str, ...], set[str]] = {}
 
     def begin(self, index: int) -> None:
@@ -109,7 +108,7 @@ class DenseReferencePass(LayerwisePass):
         Args and raises: as `LayerwisePass.statistics`.
         """
         matrices = list(matrices)
-        collector = InputCollector(self.model, matrices)
+        collector = self.collector(index, matrices)
         sites = (self._site_of_output_proj.get(matrix) for matrix in matrices)
         # After the last output projections (of an MLP, mostly), little of the layer is left to
         # compute: the dense model finishes it here.

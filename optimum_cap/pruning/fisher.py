@@ -195,19 +195,28 @@ def _estimate(
             approximation.fit(layerwise.statistics(layer, matrices, advance=True))
             progress.update()
         backward.begin()
+        products: dict[tuple[str, int], torch.Tensor] = {}  # of sites of earlier layers
         for layer in reversed(range(count)):
             groups = by_layer.get(layer, [])
+            again = _uses_of_earlier(view, by_layer, layer)
             with onloaded(view.layers[layer]):
                 pruned = {
                     matrix: approximation.pruned(matrix)
-                    for _, matrices in groups
+                    for _, matrices in (*groups, *(group for _, group in again))
                     for matrix in matrices
                 }
                 for position, batch in enumerate(layerwise.batches):
-                    backward.run(layer, position, groups, weights_by_lane[batch.lane])
+                    here = [*groups, *((site, matrices) for site, (_, matrices) in again)]
+                    backward.run(layer, position, here, weights_by_lane[batch.lane])
+                    for site, (first, matrices) in again:
+                        of_site = {matrix: pruned[matrix] for matrix in matrices}
+                        product = backward.product_with_change(site, of_site, position)
+                        key = first.name, position
+                        products[key] = products[key] + product if key in products else product
                     for site, matrices in groups:
                         of_site = {matrix: pruned[matrix] for matrix in matrices}
                         product = backward.product_with_change(site, of_site, position)
+                        product = product + products.get((site.name, position), 0)
                         divergences[rows[site.name], batch.batch.positions] = product.square() / 2
             progress.update()
     weights = torch.zeros(sum(sizes.values()))
@@ -218,6 +227,23 @@ def _estimate(
     process_group.sum_(divergences)
     process_group.sum_(weights)
     return divergences, weights
+
+
+def _uses_of_earlier(
+    view: ModelView, by_layer: Mapping[int, list[Group]], layer: int
+) -> list[tuple[Site, Group]]:
+    """Return the sites of a layer whose output projection is that of a site of an earlier one.
+
+    Each comes with that site and its matrices to prune.
+    """
+    by_output = {
+        site.output_proj: (site, matrices)
+        for index, groups in by_layer.items()
+        if index < layer
+        for site, matrices in groups
+    }
+    sites = [site for site in view.sites if site.layer == layer and site.aliases]
+    return [(site, by_output[site.output_proj]) for site in sites if site.output_proj in by_output]
 
 
 def _positions_of(by_layer: Mapping[int, list[Group]]) -> dict[str, int]:
@@ -497,10 +523,11 @@ def _sum_squares(
 
         return hook
 
-    for _, matrices in groups:
+    for site, matrices in groups:
         for matrix in matrices:
             if matrix.expert is None:
-                module = view.model.get_submodule(matrix.module)
+                name = site.aliases.get(matrix.parameter, matrix.parameter)
+                module = view.model.get_submodule(name.rpartition(".")[0])
                 stack.callback(module.register_forward_hook(hook_of(matrix)).remove)
 
 

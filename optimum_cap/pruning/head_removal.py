@@ -10,13 +10,14 @@ from optimum_cap.pruning.regions import UnitKey, region_importances
 
 
 def removable_heads(view: ModelView, matrices: list[Matrix]) -> list[SiteUnit]:
-    """Return the heads all of whose weights may be pruned."""
+    """Return the heads all of whose weights may be pruned; those of several layers only once."""
     chosen = {matrix.name for matrix in matrices}
-    return [
-        head
-        for head in view.heads
+    removable = {
+        head.unit.separable: head
+        for head in reversed(view.heads)
         if all(piece.parameter in chosen for piece in head.unit.separable)
-    ]
+    }
+    return list(reversed(removable.values()))
 
 
 def number_of_heads_to_remove(candidates: list[SiteUnit], sparsity: float) -> int:
@@ -59,12 +60,18 @@ def remove_heads_(
     candidates = removable_heads(view, matrices)
     count = number_of_heads_to_remove(candidates, sparsity)
     if scored:
-        ranks = [scored[site.name, unit.index] for site, unit in candidates]
+        of_regions: dict[tuple[WeightSlice, ...], list[float]] = {}
+        for site, unit in view.heads:
+            of_regions.setdefault(unit.separable, []).append(scored[site.name, unit.index])
+        of_candidates = [of_regions[unit.separable] for _, unit in candidates]
+        ranks = [sum(scores) / len(scores) for scores in of_candidates]
     else:
         ranks = _mean_importances(view, matrices, pruner, candidates)
     order = sorted(range(len(candidates)), key=ranks.__getitem__)
-    removed = {candidates[index] for index in order[:count]}
-    is_kept = {(head.site.name, head.unit.index): float(head not in removed) for head in view.heads}
+    removed = {candidates[index].unit.separable for index in order[:count]}
+    is_kept = {
+        (site.name, unit.index): float(unit.separable not in removed) for site, unit in view.heads
+    }
     attention = [site for site in view.sites if site.kind == "attention"]
     # A key/value head is removed only together with all query heads that share it.
     regions = region_importances(attention, is_kept, "max")

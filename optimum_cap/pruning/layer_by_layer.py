@@ -1,6 +1,7 @@
 """Pruning layer by layer: each layer is calibrated on the outputs of the already pruned ones."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from transformers.utils import logging
@@ -9,14 +10,29 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import Matrix, ModelView, evaluation_mode, float32_on_cpu
-from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.activations import LayerwisePass, shared_statistics
 from optimum_cap.pruning.cache import ExpectedWeights, LayerStore, StoredLayer
 from optimum_cap.pruning.dense_reference import DenseReferencePass
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LayerRefiner, Refinement
+from optimum_cap.pruning.sensitivity import temporary_weights
 from optimum_cap.runtime import ALONE, ProcessGroup
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _SharedMatrices:
+    """Matrices that several layers share. They are pruned in the first of them.
+
+    Attributes:
+        dense: Their dense weights, `[out, in]`, which later layers need for what the dense model
+            computes.
+        statistics: The statistics of their inputs in all of these layers of the dense model.
+    """
+
+    dense: Mapping[Matrix, torch.Tensor]
+    statistics: Mapping[Matrix, InputStatistics]
 
 
 class LayerByLayerPruning:
@@ -73,17 +89,19 @@ class LayerByLayerPruning:
             float32_on_cpu(view.model) as stored_dtypes,
             logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
         ):
+            shared = self._shared()
             layerwise = self._pass()
             refiner = self._refiner(layerwise)
             for index in range(count):
                 whole_layer = [self.layers[index]]
                 steps = stages[index] if method.order == "projection" else whole_layer
                 try:
-                    layerwise.begin(index)
-                    if refiner:
-                        refiner.begin(index)
+                    with temporary_weights(view.model, shared.dense):
+                        layerwise.begin(index)
+                        if refiner:
+                            refiner.begin(index)
                     if not self._restore_layer_(index, stored_dtypes):
-                        self._prune_layer_(layerwise, index, steps, stored_dtypes)
+                        self._prune_layer_(layerwise, index, steps, stored_dtypes, shared)
                         if refiner and self.layers[index]:
                             self._refine_layer_(refiner, index, stored_dtypes)
                         self._store_layer(index, stored_dtypes)
@@ -101,6 +119,26 @@ class LayerByLayerPruning:
         self._report_refinement()
         return self.tokens
 
+    def _shared(self) -> "_SharedMatrices":
+        """Return what pruning matrices that several layers share needs; the model is dense."""
+        chosen = {matrix for matrices in self.layers.values() for matrix in matrices}
+        shared = [matrix for matrix in self.view.layers_of_shared if matrix in chosen]
+        if not shared:
+            return _SharedMatrices({}, {})
+        method, budget = self.config.method, self.config.memory_budget
+        layerwise = LayerwisePass(
+            self.view,
+            self.examples,
+            method.answer_weight,
+            budget,
+            process_group=self.process_group if method.target != "dense" else ALONE,
+        )
+        gram = self.pruner.criterion.updates_weights
+        return _SharedMatrices(
+            {matrix: self.view.oriented(matrix).clone() for matrix in shared},
+            shared_statistics(layerwise, shared, gram),
+        )
+
     def _pass(self) -> LayerwisePass:
         method, budget = self.config.method, self.config.memory_budget
         most = EXAMPLES_PER_STEP if method.refine else None
@@ -115,13 +153,16 @@ class LayerByLayerPruning:
         index: int,
         steps: list[list[Matrix]],
         stored_dtypes: Mapping[str, torch.dtype],
+        shared: "_SharedMatrices",
     ) -> None:
         layer_matrices = self.layers[index]
         for step in steps:
             chosen = [matrix for matrix in step if matrix in layer_matrices]
             if chosen:  # some modules may stay dense
                 gram = self.pruner.criterion.updates_weights
-                statistics = layerwise.statistics(index, chosen, gram=gram)
+                own = [matrix for matrix in chosen if matrix not in shared.statistics]
+                statistics = layerwise.statistics(index, own, gram=gram) if own else {}
+                statistics = {**shared.statistics, **statistics}
                 owners = self._owners(chosen)
                 for matrix in chosen:
                     self.tokens[matrix] = statistics[matrix].tokens
@@ -168,8 +209,12 @@ class LayerByLayerPruning:
         self, refiner: LayerRefiner, index: int, stored_dtypes: Mapping[str, torch.dtype]
     ) -> None:
         """Refine a pruned layer, and round its weights to their stored dtype."""
-        self.refinements[index] = refiner.refine_(index, self.layers[index])
-        for matrix in self.layers[index]:
+        # What later layers share with this one is not fitted to this layer alone.
+        own = [m for m in self.layers[index] if m not in self.view.layers_of_shared]
+        if not own:
+            return
+        self.refinements[index] = refiner.refine_(index, own)
+        for matrix in own:
             weight = self.view.writable_weights(matrix)
             weight.copy_(weight.to(stored_dtypes.get(matrix.parameter, weight.dtype)))
 

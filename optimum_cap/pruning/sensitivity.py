@@ -295,8 +295,17 @@ class DivergenceEvaluator:
             self.next_layer += 1
         besides = [*self.layerwise.layers, self.model.get_input_embeddings()]
         sets = iter(pruned)
-        while outputs := list(self._layer_outputs(layer, islice(sets, self.sets_at_a_time))):
-            finals = self._to_the_end(layer + 1, outputs)
+        while chosen := list(islice(sets, self.sets_at_a_time)):
+            outputs = list(self._layer_outputs(layer, chosen))
+            # Weights that later layers share are pruned there, too; one set at a time has any.
+            shared = {
+                matrix: weight
+                for weights in chosen
+                for matrix, weight in weights.items()
+                if matrix in self.layerwise.view.layers_of_shared
+            }
+            with temporary_weights(self.model, shared):
+                finals = self._to_the_end(layer + 1, outputs)
             with onloaded(self.model, besides=besides):
                 divergences = [self._divergence(final) for final in finals]
             yield from divergences

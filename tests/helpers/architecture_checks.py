@@ -121,14 +121,14 @@ def support_of(kind: str) -> Support:
 
 def _everything_is_named(view: ModelView, left: list[DenseProjection]) -> None:
     """Every linear weight of the decoder is prunable, named as dense, or a router."""
-    name, decoder = decoder_of(view.model)
-    prunable = {matrix.parameter for matrix in view.matrices}
+    _, decoder = decoder_of(view.model)
+    # By identity: layers may share parameters.
+    prunable = {id(view.model.get_parameter(matrix.parameter)) for matrix in view.matrices}
     known = [re.sub(r"\.weight$", "", each.name) for each in left]
     for path, module in decoder.named_modules():
-        weight = f"{name}.{path}.weight".lstrip(".")
         if module is view.model.get_output_embeddings():
             continue
-        if isinstance(module, nn.Linear | Conv1D) and weight not in prunable:
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in prunable:
             plain = re.sub(r"\.\d+(?=\.|$)", "", path)
             is_router = re.search(r"(^|\.)(\w*gate|\w*router)(\.|$)", path)
             assert is_router or any(plain.endswith(each) for each in known), f"{path} is not named"
@@ -262,7 +262,12 @@ def _prunes(model: PreTrainedModel, **settings: Any) -> None:
         if settings.get("pattern") is None:
             assert abs(record.sparsity - 0.5) < 0.01, f"{settings}: sparsity {record.sparsity}"
         assert _logits(copied).isfinite().all(), f"{settings}: logits are not finite"
-        changed = {n for n, value in copied.state_dict().items() if not value.equal(before[n])}
+        first = {id(each): name for name, each in copied.named_parameters()}
+        changed = {
+            first.get(id(value), name)
+            for name, value in copied.state_dict(keep_vars=True).items()
+            if not value.detach().equal(before[name])
+        }
         names = {matrix.parameter for matrix in ModelView.of(copied).matrices}
         assert changed <= names, f"{settings} changed {sorted(changed - names)}"
         copied.save_pretrained(folder)

@@ -97,8 +97,22 @@ _OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "zamba": {"attention_head_dim": 16, "attention_hidden_size": 64, "num_key_value_heads": 4},
-    "zamba2": {"attention_head_dim": 16, "attention_hidden_size": 64, "num_key_value_heads": 4},
+    # Blocks of attention are shared by two layers.
+    "zamba": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 2,
+    },
+    "zamba2": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "adapter_rank": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
