@@ -416,10 +416,11 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
 def layer_input_width(model: PreTrainedModel) -> int:
     """Return how many values a decoder layer receives for each token.
 
-    Gemma 3n has several hidden states for each token, and Gemma 3n and 4 have inputs per layer.
+    Gemma 3n and DeepSeek V4 have several hidden states for each token, and Gemma 3n and 4 have
+    inputs per layer.
     """
     config = model.config.get_text_config(decoder=True)
-    hidden_states = getattr(config, "altup_num_inputs", 1)
+    hidden_states = getattr(config, "altup_num_inputs", None) or getattr(config, "hc_mult", 1)
     per_layer = getattr(config, "hidden_size_per_layer_input", None) or 0
     return int(hidden_states * config.hidden_size + per_layer)
 

@@ -158,6 +158,31 @@ def repack_output(output: Any, hidden: torch.Tensor) -> Any:
     return type(output)([hidden, *[None] * (len(output) - 1)])
 
 
+def streams_first(hidden: torch.Tensor, template: Any) -> torch.Tensor:
+    """Return hidden states with their streams, if there are several per token, in front.
+
+    Args:
+        hidden: As the layers of the model take and return them: `[rows, tokens, hidden]`,
+            `[streams, rows, tokens, hidden]` (Gemma 3n) or `[rows, tokens, streams, hidden]`
+            (DeepSeek V4).
+        template: An output of a layer for a single token, which shows which of these it is.
+
+    Returns:
+        `[..., rows, tokens, hidden]`.
+    """
+    return hidden.movedim(-2, 0) if _has_streams_last(template) else hidden
+
+
+def as_layers_take(hidden: torch.Tensor, template: Any) -> torch.Tensor:
+    """Undo `streams_first`."""
+    return hidden.movedim(0, -2) if _has_streams_last(template) else hidden
+
+
+def _has_streams_last(template: Any) -> bool:
+    shape = hidden_states_of(template).shape  # of one row of one token
+    return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] > 1
+
+
 def has_lm_head(model: PreTrainedModel) -> bool:
     """Return whether `model` predicts tokens, as classifiers and reward models do not."""
     return bool(model.can_generate())

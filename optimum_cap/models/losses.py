@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from optimum_cap.data import Batch
 from optimum_cap.models.hooks import (
+    as_layers_take,
     bypass_layers,
     call_model,
     repack_output,
@@ -83,7 +84,7 @@ def logits_of(
     tokens = torch.zeros(hidden.shape[-3], 1, dtype=torch.long, device=device_of(model))
 
     def return_hidden(*args: Any, **kwargs: Any) -> Any:
-        return repack_output(output_template, hidden)
+        return repack_output(output_template, as_layers_take(hidden, output_template))
 
     with (
         zero_embeddings(model, hidden.dtype),

@@ -24,6 +24,7 @@ from optimum_cap.models import (
     ModelView,
     SharedStates,
     activation_bytes_per_token,
+    as_layers_take,
     call_model,
     device_of,
     hidden_states_of,
@@ -34,6 +35,7 @@ from optimum_cap.models import (
     rows_not_finite,
     shared_states,
     split_hidden,
+    streams_first,
     with_shared_states,
     without_logits,
 )
@@ -209,7 +211,9 @@ class LayerwisePass:
         )
         if (added := batch.added.get(index)) is not None:
             hidden = hidden + added
-        return hidden_states_of(self.layers[index](hidden, *args, **kwargs))
+        template = self.output_templates[index]
+        output = self.layers[index](as_layers_take(hidden, template), *args, **kwargs)
+        return streams_first(hidden_states_of(output), template)
 
 
 def shared_statistics(
@@ -353,7 +357,7 @@ def _first_input(
     def skip(output_template: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest, keywords = split_hidden(args, kwargs)
-            inputs.append(hidden)
+            inputs.append(streams_first(hidden, output_template))
             arguments.append((rest, keywords))
             return repack_output(output_template, hidden)
 

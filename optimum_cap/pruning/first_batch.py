@@ -27,6 +27,7 @@ from optimum_cap.models import (
     positions_per_chunk,
     replaced_forward,
     share_that_differs,
+    streams_first,
 )
 from optimum_cap.pruning.activations import LayerwisePass, check_finite, examples_per_batch
 from optimum_cap.runtime import is_out_of_memory
@@ -146,6 +147,7 @@ def _run_beside(
     """
     shares: list[float] = []
     calls = [0] * len(view.layers)
+    templates = view.output_templates  # found by running the model, so before layers are replaced
 
     def beside(index: int, layer: nn.Module) -> Callable[..., Any]:
         original_forward, is_second = layer.forward, False
@@ -157,7 +159,7 @@ def _run_beside(
             calls[index] += 1
             with onloaded(layer):
                 output = original_forward(*args, **kwargs)
-                expected = hidden_states_of(output)
+                expected = streams_first(hidden_states_of(output), templates[index])
                 if layerwise is not None and expected.shape[-3:-1] != batch.input_ids.shape:
                     raise _not_layer_by_layer(
                         view, f"gives hidden states of shape {list(expected.shape)}"
