@@ -18,7 +18,7 @@ from optimum_cap.data import (
     build_calibration_set,
     check_token_ids,
     describe_example,
-    load_tokenizer_for,
+    load_tokenizer_of,
     usable_tokenizer,
 )
 from optimum_cap.generation import answered_calibration_set
@@ -229,9 +229,7 @@ def _calibration(
     check_prompts: Callable[[list[CalibrationExample]], None],
 ) -> CalibrationSet:
     """Return the calibration set; the prompts are checked before the model answers them."""
-    processor = _processor(
-        model, config.tokenizer if tokenizer is None else tokenizer, config.dataset
-    )
+    processor = _processor(model, config.tokenizer if tokenizer is None else tokenizer)
     tokenizer = usable_tokenizer(processor)
     if config.answers == "model":
         calibration = answered_calibration_set(
@@ -336,26 +334,36 @@ def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
             "weights cannot be pruned while weights are offloaded: load the model into memory, or "
             "leave them dense (modules_to_leave_dense)"
         )
-    layers = tuple(f"{name}." for name in decoder_layer_names(view.model))
     parameters = dict(view.model.named_parameters(remove_duplicate=False))
+    layers = decoder_layer_names(view.model)
     ranges = sorted(
         (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
         for name, parameter in parameters.items()
         if parameter.data_ptr() and parameter.is_contiguous()
     )
     to_prune = {matrix.parameter for matrix in matrices}
-    last_end, name = 0, ""
-    for start, end, other in ranges:
-        of_layers = parameters.get(name) is parameters[other] and (
-            name.startswith(layers) and other.startswith(layers)
-        )
-        if start < last_end and not of_layers and not to_prune.isdisjoint((name, other)):
-            raise ValueError(
-                f"{name} and {other} share one tensor, which cannot be pruned for both: give each "
-                "a copy, or leave them dense (modules_to_leave_dense)"
-            )
-        if end > last_end:
-            last_end, name = end, other
+    overlapping: list[str] = []  # names of the tensors that overlap the one before
+    last_end = 0
+    for start, end, name in ranges:
+        if start >= last_end:
+            overlapping = []
+        last_end = max(last_end, end)
+        overlapping.append(name)
+        for other in overlapping[:-1]:
+            if parameters[name] is parameters[other]:
+                of_layers = [_layer_of(each, layers) for each in (name, other)]
+                if None not in of_layers and of_layers[0] != of_layers[1]:
+                    continue
+            if not to_prune.isdisjoint(overlapping):
+                raise ValueError(
+                    f"{other} and {name} share one tensor, which cannot be pruned for both: give "
+                    "each a copy, or leave them dense (modules_to_leave_dense)"
+                )
+
+
+def _layer_of(parameter: str, layers: list[str]) -> str | None:
+    """Return the decoder layer that a parameter is in, if any."""
+    return next((layer for layer in layers if parameter.startswith(f"{layer}.")), None)
 
 
 def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
@@ -399,7 +407,7 @@ def _check_other_parameters(view: ModelView, matrices: list[Matrix]) -> None:
             )
 
 
-def _processor(model: PreTrainedModel, tokenizer: Any, dataset: Any) -> Any:
+def _processor(model: PreTrainedModel, tokenizer: Any) -> Any:
     """Return a tokenizer or processor: as given, by name, or the one saved with the model.
 
     A model that was pruned and saved has the name of its checkpoint, which may have no tokenizer.
@@ -414,5 +422,5 @@ def _processor(model: PreTrainedModel, tokenizer: Any, dataset: Any) -> Any:
         )
     for name in names[:-1]:
         with suppress(ValueError):
-            return load_tokenizer_for(dataset, name)
-    return load_tokenizer_for(dataset, names[-1])
+            return load_tokenizer_of(type(model).__name__, name)
+    return load_tokenizer_of(type(model).__name__, names[-1])

@@ -140,7 +140,9 @@ def test_exact_scores_mask_each_use_by_itself() -> None:
     assert len(view.heads) == 12
 
 
-@pytest.mark.parametrize("recipe", ["causal", "causal_fast", "paper", "sparsegpt", "wanda"])
+@pytest.mark.parametrize(
+    "recipe", ["causal", "causal_fast", "paper", "sparsegpt", "wanda", "owl_wanda"]
+)
 def test_recipes_reach_the_sparsity(recipe: str, model: PreTrainedModel, tmp_path: Path) -> None:
     settings = CAPConfig(
         sparsity=0.5, dataset=ROWS, num_samples=6, seed=3, recipe=recipe, resume_dir=tmp_path
@@ -177,6 +179,36 @@ def test_a_stopped_run_resumes_with_the_same_bytes(
             CAPPruner(other).prune(tied_llama(), tiny_tokenizer())
     found = CAPPruner(other).prune(tied_llama(), tiny_tokenizer())
     assert same_weights(found, expected)
+
+
+@pytest.mark.parametrize("entry", ["layers.2.mlp", "layers.0.mlp", "re:.*layers.2.mlp"])
+def test_any_of_their_names_leaves_them_dense(entry: str) -> None:
+    model = tied_llama()
+    before = copy.deepcopy(model.state_dict())
+    config = CAPConfig(sparsity=0.5, recipe="magnitude", modules_to_leave_dense=[entry])
+    CAPPruner(config).prune(model)
+    for name, value in model.state_dict().items():
+        is_dense = "mlp" in name and ".1." not in name
+        assert torch.equal(value, before[name]) == (is_dense or "proj" not in name), name
+
+
+@pytest.mark.parametrize("pair", [("gate_proj", "up_proj"), ("up_proj", "gate_proj")])
+def test_weights_shared_within_a_layer_are_refused(pair: tuple[str, str]) -> None:
+    model = tied_llama()
+    for index in (0, 2):
+        mlp = model.model.layers[index].mlp
+        mlp.get_submodule(pair[0]).weight = mlp.get_submodule(pair[1]).weight
+    with pytest.raises(ValueError, match="share one tensor, which cannot be pruned for both"):
+        CAPPruner(CAPConfig(sparsity=0.5, recipe="magnitude")).prune(model)
+
+
+def test_modules_shared_by_layers_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp and model\.layers\.2\.mlp are one module"
+    ):
+        CAPPruner(CAPConfig(sparsity=0.5, recipe="magnitude")).prune(model)
 
 
 @pytest.mark.parametrize("criterion", ["causal_score", "magnitude"])

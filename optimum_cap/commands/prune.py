@@ -383,8 +383,8 @@ class PruneCommand(CAPSubcommand):
         auto_class = _auto_class(config, args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
-            config.tokenizer = load_processor(config, tokenizer, args)
-            calibration_examples(config, config.tokenizer, args)
+            config.tokenizer = tokenizer
+            calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
         files = _processor_files(args)
         return Prepared(config, tokenizer, process_group, files, auto_class=auto_class)
@@ -506,7 +506,7 @@ def _prepared_example(
             "--answers, or write answers to a file with `cap generate`"
         )
     check_model(args.model, args)
-    tokenizer = load_processor(config, load_tokenizer(args), args)
+    tokenizer = load_tokenizer(args)
     example = calibration_examples(config, tokenizer, args)[0]
     shown = describe_example(example, tokenizer)
     return Prepared(config, tokenizer, process_group, shown=shown)
@@ -542,30 +542,17 @@ def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
     )
 
 
-def load_tokenizer(args: Namespace) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer named by `--tokenizer`, or the model's.
+def load_tokenizer(args: Namespace) -> Any:
+    """Load the tokenizer named by `--tokenizer`, or the model's, as `load_tokenizer_of` does.
 
     Raises:
         ValueError: There is none, or it has no vocabulary.
     """
-    from optimum_cap.data import load_tokenizer
+    from optimum_cap.data import load_tokenizer_of
 
-    return load_tokenizer(args.tokenizer or args.model, **_tokenizer_options(args))
-
-
-def load_processor(
-    config: "CAPConfig", tokenizer: "PreTrainedTokenizerBase", args: Namespace
-) -> Any:
-    """Return what tokenizes calibration data: the tokenizer, or for images the processor.
-
-    Raises:
-        ValueError: The data has images, and the processor cannot be loaded.
-    """
-    from optimum_cap.data import has_images, load_processor
-
-    if not has_images(config.dataset):
-        return tokenizer
-    return load_processor(args.tokenizer or args.model, **_tokenizer_options(args))
+    name = args.tokenizer or args.model
+    [class_name, *_] = check_model(args.model, args).architectures or [""]
+    return load_tokenizer_of(class_name, name, **_tokenizer_options(args))
 
 
 def _tokenizer_options(args: Namespace) -> dict[str, Any]:
@@ -600,7 +587,7 @@ def calibration_examples(
         from optimum_cap.generation import first_prompts
 
         longest = getattr(text_config, "max_position_embeddings", None)
-        first_prompts(config, tokenizer, embeddings, longest)
+        first_prompts(config, usable_tokenizer(tokenizer), embeddings, longest)
         return []
     is_classifier = classifier_class(model_config) is not None
     examples = build_calibration_set(config, tokenizer, unscored=is_classifier).examples
@@ -660,8 +647,10 @@ def _processor_files(args: Namespace) -> tuple[Path, ...]:
 
 def _save_companions(folder: Path, prepared: Prepared) -> None:
     """Save the tokenizer and the files of the processor next to the weights."""
+    from optimum_cap.data import usable_tokenizer
+
     try:
-        prepared.tokenizer.save_pretrained(folder)
+        usable_tokenizer(prepared.tokenizer).save_pretrained(folder)
         for file in prepared.processor_files:
             shutil.copyfile(file, folder / file.name)
     except Exception as error:

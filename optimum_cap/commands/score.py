@@ -21,7 +21,6 @@ from optimum_cap.commands.prune import (
     add_config_flags,
     calibration_examples,
     config_values,
-    load_processor,
     load_tokenizer,
 )
 from optimum_cap.commands.summary import scored_line
@@ -94,7 +93,7 @@ class ScoreCommand(CAPSubcommand):
         check_resume_folder(fields.get("resume_dir"))
         check_prunable(args.model, args, may_be_pruned=True)
         check_has_lm_head(args.model, args)
-        tokenizer = load_processor(config, load_tokenizer(args), args)
+        tokenizer = load_tokenizer(args)
         calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may write before all have checked the output
         return Prepared(config, tokenizer, process_group)

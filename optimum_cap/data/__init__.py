@@ -9,7 +9,7 @@ from optimum_cap.data.calibration import (
     describe_example,
     mixed_set,
 )
-from optimum_cap.data.images import load_processor, load_tokenizer_for
+from optimum_cap.data.images import load_tokenizer_of
 from optimum_cap.data.prompts import Prompt, PromptDraw, PromptSource, draw_prompts, has_prompts
 from optimum_cap.data.rendering import RenderingCheck, encode, render_prompt
 from optimum_cap.data.sources import (
@@ -20,7 +20,6 @@ from optimum_cap.data.sources import (
     check_folder,
     find_data_files,
     first_file,
-    has_images,
     load_sources,
     local_presets,
     multiple_choice_parts,
@@ -50,12 +49,10 @@ __all__ = [
     "encode",
     "find_data_files",
     "first_file",
-    "has_images",
     "has_prompts",
-    "load_processor",
     "load_sources",
     "load_tokenizer",
-    "load_tokenizer_for",
+    "load_tokenizer_of",
     "local_presets",
     "mixed_set",
     "multiple_choice_parts",

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
-from optimum_cap.data.images import ImageEncoder
+from optimum_cap.data.images import ImageEncoder, ImagesFoundError, TokenizerWithProcessor
 from optimum_cap.data.rendering import RenderingCheck, encode
 from optimum_cap.data.sources import Source, load_sources
 from optimum_cap.data.tokenizers import usable_tokenizer
@@ -71,7 +71,8 @@ def build_calibration_set(
     Args:
         config: The data set, the number of examples, the seed and the scored tokens.
         tokenizer: The model's tokenizer, or its processor. Its chat template is used if it has one;
-            it needs no padding token. Rows with images need a processor.
+            it needs no padding token. Rows with images need a processor, or what loads it
+            (`load_tokenizer_of`).
         max_length: Maximum number of tokens of the model.
         dataset: Data that replaces `config.dataset`.
         unscored: Whether to use rows without a token to score too, such as prompts without an
@@ -90,16 +91,25 @@ def build_calibration_set(
             "answers 'model' are of the model, which is needed to build the calibration set: use "
             "CAPPruner, or optimum_cap.generation.answer_prompts"
         )
-    image_encoder = ImageEncoder.of(tokenizer)
-    tokenizer = usable_tokenizer(tokenizer)
-    limit = effective_length(config, tokenizer, max_length)
-    parts = []
-    with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
-        for share in shares_of_sources(config, config.dataset if dataset is None else dataset):
-            parts.append(
-                take_examples(share, tokenizer, limit, config, progress, unscored, image_encoder)
-            )
-    return mixed_set(parts, config, limit)
+    limit = effective_length(config, usable_tokenizer(tokenizer), max_length)
+    shares = shares_of_sources(config, config.dataset if dataset is None else dataset)
+
+    def parts() -> list[Part]:
+        encoder = ImageEncoder.of(tokenizer)
+        text = usable_tokenizer(tokenizer) if encoder is None else encoder.tokenizer
+        may_load = isinstance(tokenizer, TokenizerWithProcessor)
+        with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
+            return [
+                take_examples(share, text, limit, config, progress, unscored, encoder, may_load)
+                for share in shares
+            ]
+
+    try:
+        found = parts()
+    except ImagesFoundError:
+        tokenizer = tokenizer.load()
+        found = parts()
+    return mixed_set(found, config, limit)
 
 
 @dataclass(frozen=True)
@@ -218,6 +228,7 @@ def take_examples(
     progress: Any = None,
     unscored: bool = False,
     image_encoder: ImageEncoder | None = None,
+    may_load: bool = False,
 ) -> Part:
     """Tokenize rows in their order until enough are usable.
 
@@ -229,6 +240,7 @@ def take_examples(
         progress: A progress bar to update once per example.
         unscored: As for `build_calibration_set`.
         image_encoder: Tokenizes rows with images; without it, they are refused.
+        may_load: Whether it can be loaded once it is needed.
 
     Returns:
         The examples, with the number of rows skipped because they are too long, and the number of
@@ -236,6 +248,7 @@ def take_examples(
 
     Raises:
         ValueError: There are fewer usable rows.
+        ImagesFoundError: A row has images, and what tokenizes them is to be loaded.
     """
     source, order, count = share.source, share.order, share.count
     examples: list[CalibrationExample] = []
@@ -244,7 +257,10 @@ def take_examples(
     for index in order:
         if len(examples) == count:
             break
-        conversation = source.read(source.rows[index], images=image_encoder is not None)
+        takes_images = may_load or image_encoder is not None
+        conversation = source.read(source.rows[index], images=takes_images)
+        if conversation.images and image_encoder is None:
+            raise ImagesFoundError
         if conversation.is_empty:
             unusable += 1
             continue

@@ -7,17 +7,20 @@ Answers are found in the text before that, and then in the tokens after it.
 import copy
 import hashlib
 import io
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_vision_available
 
 from optimum_cap.data.rendering import Encoded, encode
-from optimum_cap.data.sources import IMAGE_PART, Conversation, Source, has_images
+from optimum_cap.data.sources import IMAGE_PART, Conversation, Source
 from optimum_cap.data.tokenizers import load_tokenizer, usable_tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +44,53 @@ class EncodedImages:
     encoded: Encoded
     inputs: dict[str, torch.Tensor]
     digest: str
+
+
+class ImagesFoundError(Exception):
+    """A row has images, but only the tokenizer has been loaded."""
+
+
+@dataclass
+class TokenizerWithProcessor:
+    """The tokenizer of a model that sees images; its processor is loaded once a row has images.
+
+    Image processors need packages that text does not need.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        name: Hub id or folder of the processor.
+        options: Keywords of `AutoProcessor.from_pretrained`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    options: dict[str, Any]
+
+    def load(self) -> "ProcessorMixin":
+        """Return the processor.
+
+        Raises:
+            ValueError: It cannot be loaded, or it is a tokenizer alone.
+        """
+        try:
+            processor = AutoProcessor.from_pretrained(self.name, **self.options)
+        # As for tokenizers; image processors also miss packages.
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise ValueError(
+                "the calibration data has images, which need the model's processor, but none could "
+                f"be loaded from {self.name!r} ({type(error).__name__}: {reason}): name another "
+                "folder (--tokenizer), pass a loaded one (CAPConfig(tokenizer=processor)), or "
+                "choose data without images"
+            ) from error
+        if getattr(processor, "image_processor", None) is None:
+            raise ValueError(
+                "the calibration data has images, which need the model's processor, but "
+                f"{self.name!r} has a {type(processor).__name__} alone: name another folder "
+                "(--tokenizer), pass a loaded one (CAPConfig(tokenizer=processor)), or choose data "
+                "without images"
+            )
+        return processor
 
 
 @dataclass(frozen=True)
@@ -92,6 +142,19 @@ class ImageEncoder:
                 f"data set {source.name!r} has images and an answer that is not finished: leave "
                 "out rows that are not finished"
             )
+        place = getattr(self.processor, "image_token", None)
+        if place and any(place in text for _, text in conversation.turns):
+            raise ValueError(
+                f"a row of data set {source.name!r} has images, and {place!r} in its text, which "
+                "the chat template prints for each image: write a part of the message "
+                '({"type": "image"}) in its place'
+            )
+        if not every_token and _has_images_in_answers(conversation):
+            raise ValueError(
+                f"a row of data set {source.name!r} has an image in an answer, and tokens of "
+                "images are not scored: score all other tokens (scored_tokens='all'), or leave "
+                "such rows out"
+            )
         images = [_loaded(image, source) for image in conversation.images]
         plain = encode(conversation, self.tokenizer, limit=0)
         if encode(_without_parts(conversation), self.tokenizer, limit=0).text == plain.text:
@@ -103,8 +166,7 @@ class ImageEncoder:
         inputs = self._process(plain.text, images, source)
         ids = inputs["input_ids"][0]
         if every_token:
-            scored = torch.ones(len(ids), dtype=torch.bool)
-            scored[ids == self._image_token()] = False
+            scored = ~torch.isin(ids, self._image_tokens(plain.input_ids, ids))
         else:
             scored = _found_again(plain, ids, type(self.processor).__name__)
         digest = hashlib.sha256(conversation.digest.encode())
@@ -129,52 +191,48 @@ class ImageEncoder:
             ) from error
         return dict(inputs)
 
-    def _image_token(self) -> int:
-        token = getattr(self.processor, "image_token_id", None)
-        if token is None:
-            raise ValueError(
-                f"{type(self.processor).__name__} does not say which tokens are those of images, "
-                "so scored_tokens 'all' would score them: choose scored_tokens 'answer'"
-            )
-        return int(token)
+    def _image_tokens(self, plain: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that stand for images or come with them, int64 `[tokens]`.
+
+        Args:
+            plain: The tokens with a placeholder for each image.
+            ids: Those that the processor has made of them.
+        """
+        counts = Counter(ids.tolist())
+        counts.subtract(Counter(plain.tolist()))
+        tokens = {token for token, added in counts.items() if added}
+        tokens.update(getattr(self.processor, "image_token_ids", None) or ())
+        tokens.add(getattr(self.processor, "image_token_id", None))
+        return torch.tensor(sorted(tokens - {None}), dtype=torch.long)
 
 
-def load_tokenizer_for(dataset: Any, name: str, **options: Any) -> Any:
-    """Load the tokenizer of a model, or its processor if calibration data has images.
+def load_tokenizer_of(class_name: str, name: str, **options: Any) -> Any:
+    """Load the tokenizer of a model; its processor follows once calibration data has images.
 
     Args:
-        dataset: The calibration data.
+        class_name: Name of the class of the model.
         name: Hub id or folder.
         **options: Keywords of `from_pretrained`.
 
-    Raises:
-        ValueError: It cannot be loaded, or the data cannot be read.
-        TypeError, FileNotFoundError, ImportError: The data cannot be read.
-    """
-    load = load_processor if has_images(dataset) else load_tokenizer
-    return load(name, **options)
-
-
-def load_processor(name: str, **options: Any) -> Any:
-    """Load the processor of a model that sees images, with its tokenizer.
-
-    Args:
-        name: Hub id or folder.
-        **options: Keywords of `AutoProcessor.from_pretrained`.
+    Returns:
+        The tokenizer, or a `TokenizerWithProcessor` of a model that sees images.
 
     Raises:
-        ValueError: It cannot be loaded.
+        ValueError: There is no tokenizer, or it has no vocabulary.
     """
-    try:
-        return AutoProcessor.from_pretrained(name, **options)
-    # As for tokenizers; image processors also miss packages.
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise ValueError(
-            f"calibration data with images needs the model's processor, but none could be loaded "
-            f"from {name!r} ({type(error).__name__}: {reason}): name another folder (--tokenizer), "
-            "pass a loaded one (CAPConfig(tokenizer=processor)), or choose data without images"
-        ) from error
+    tokenizer = load_tokenizer(name, **options)
+    if class_name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        return tokenizer
+    return TokenizerWithProcessor(tokenizer, name, options)
+
+
+def _has_images_in_answers(conversation: Conversation) -> bool:
+    return any(
+        message.get("role") == "assistant"
+        and isinstance(message.get("content"), list)
+        and IMAGE_PART in message["content"]
+        for message in conversation.messages
+    )
 
 
 def _without_parts(conversation: Conversation) -> Conversation:
@@ -240,19 +298,25 @@ def _loaded(image: Any, source: Source) -> "Image":
     from PIL import Image
     from transformers.image_utils import load_image
 
+    tried = ""
     try:
         if isinstance(image, Mapping):  # an image of the package datasets that is not decoded
-            data, image = image.get("bytes"), image.get("path")
-            image = image if data is None else Image.open(io.BytesIO(data))
+            data, path = image.get("bytes"), image.get("path") or image.get("url")
+            image = path if data is None else Image.open(io.BytesIO(data))
         if isinstance(image, str | Path):
-            beside = (source.folder or Path()) / image
-            image = str(beside if beside.is_file() else image)
+            name = str(image).removeprefix("file://")
+            places = [os.path.join(folder, name) for folder in (source.folder or "", "")]
+            found = next(filter(os.path.isfile, places), None)
+            if found is None and not name.startswith(("http:", "https:", "data:")):
+                folders = dict.fromkeys(os.path.dirname(os.path.abspath(p)) for p in places)
+                tried = f", no file in {' or '.join(folders)}"
+            image = found or str(image)
         return load_image(image).convert("RGB")
     # Image readers raise anything.
     except Exception as error:
         shown = image if isinstance(image, str) else type(image).__name__
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
-            f"an image of data set {source.name!r} cannot be read ({shown:.80}: "
+            f"an image of data set {source.name!r} cannot be read ({shown:.80}{tried}: "
             f"{type(error).__name__}: {reason:.200}): correct or remove its row"
         ) from error

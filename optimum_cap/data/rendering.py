@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging
 
 from optimum_cap.data.sources import (
+    IMAGE_PART,
     Conversation,
     leaf_values,
     reasoning,
@@ -283,11 +284,13 @@ class _Chat:
         tokenizer: The tokenizer.
         typed: Whether contents are lists of typed parts, as templates of multimodal models expect,
             instead of texts.
+        sparse: Whether only contents with images are.
     """
 
     conversation: Conversation
     tokenizer: Any
     typed: bool
+    sparse: bool = False
     _texts: dict[Any, str] = field(default_factory=dict)
     _places: dict[int, tuple[int, int] | None] = field(default_factory=dict)
 
@@ -341,14 +344,17 @@ class _Chat:
         messages = []
         for turn, ((role, text), message) in enumerate(_messages(self.conversation)):
             content: Any = text
+            parts = message.get("content")
+            parts = parts if isinstance(parts, list | tuple) else []
+            typed = self.typed and (not self.sparse or IMAGE_PART in parts)
             if replaced is not None and replaced[0] == turn:
                 content = replaced[1]
-            elif self.typed and isinstance(message.get("content"), list | tuple):
+            elif typed and parts:
                 content = [
                     {"type": "text", "text": part} if isinstance(part, str) else part
-                    for part in message["content"]
+                    for part in parts
                 ]
-            if self.typed and isinstance(content, str):
+            if typed and isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             messages.append({**message, "role": role, "content": content})
         return messages
@@ -464,10 +470,14 @@ def _fitting_chat(conversation: Conversation, tokenizer: Any) -> _Chat:
         ValueError: The chat template supports neither.
     """
     # Images are parts, so a template that also takes texts must be given parts.
-    wanted = bool(conversation.images) or _wants_parts(conversation, tokenizer)
+    if conversation.images:
+        forms = [(True, False), (True, True)]
+    else:
+        wanted = _wants_parts(conversation, tokenizer)
+        forms = [(wanted, False), (not wanted, False)]
     errors = []
-    for typed in (True,) if conversation.images else (wanted, not wanted):
-        chat = _Chat(conversation, tokenizer, typed)
+    for typed, sparse in forms:
+        chat = _Chat(conversation, tokenizer, typed, sparse)
         try:
             if not chat.prints_parts():
                 chat.text()

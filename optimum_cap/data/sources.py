@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -163,8 +162,9 @@ class Source:
         if conversation.images and not images:
             raise ValueError(
                 f"a row of data set {self.name!r} has images, which only calibration of a model "
-                "that sees images uses, with its processor: choose rows that can be answered "
-                "without images, and remove the images"
+                "that sees images uses: pass the model's processor (CAPPruner.prune(model, "
+                "processor)) if it is such a model, or remove the images from rows that can be "
+                "answered without them"
             )
         return conversation
 
@@ -271,33 +271,6 @@ def load_sources(dataset: Any) -> list[Source]:
     if len(rows) == 0:
         raise ValueError("dataset is empty: pass at least one row")
     return [Source("in-memory", rows, _reader("in-memory", rows, {}), {})]
-
-
-def has_images(dataset: Any) -> bool:
-    """Return whether the first row of a data set of `CAPConfig.dataset` has images.
-
-    Raises:
-        ValueError, TypeError, FileNotFoundError, ImportError: As `load_sources`.
-    """
-    named = isinstance(dataset, str | Path | Mapping) or (
-        isinstance(dataset, list | tuple) and bool(dataset) and all(map(is_dataset_name, dataset))
-    )
-    if named:
-        entries = dataset if isinstance(dataset, list | tuple) else [dataset]
-        dataset = [entry for entry in entries if not _is_preset(entry)]  # all of text
-        if not dataset:
-            return False
-    return any(
-        bool(source.convert(row).images)
-        for source in load_sources(dataset)
-        for row in itertools.islice((row for row in source.rows if row is not None), 1)
-    )
-
-
-def _is_preset(entry: Any) -> bool:
-    if isinstance(entry, Mapping):
-        return "preset" in entry or entry.get("path") in PRESETS
-    return str(entry).partition("=")[0] in PRESETS
 
 
 def _plain(name: Any) -> Any:
@@ -562,11 +535,21 @@ def _media_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conver
                 )
         images: list[Any] = []
         for column in filter(lambda name: _is_given(row.get(name)), _IMAGE_COLUMNS):
-            value = row[column]
+            value = _decoded_list(row[column])
             images += value if isinstance(value, list | tuple) else [value]
         return _with_images(read(row), images)
 
     return read_media
+
+
+def _decoded_list(value: Any) -> Any:
+    """Return a list that a column holds as JSON text, or the value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _is_given(value: Any) -> bool:
@@ -593,15 +576,35 @@ def _with_images(conversation: Conversation, images: list[Any]) -> Conversation:
         content = [content] if isinstance(content, str) else content
         messages[first] = {**messages[first], "content": [*[IMAGE_PART] * len(images), *content]}
         return replace(conversation, messages=tuple(messages), images=tuple(images))
-    lacking = [index for index, image in enumerate(conversation.images) if image is None]
-    if len(lacking) != len(images):
+    order = iter(images)
+    numbered = [image.number for image in conversation.images if isinstance(image, _Missing)]
+    if all(number is None for number in numbered):
+        if len(numbered) != len(images):
+            raise ValueError(
+                f"has images in its columns ({len(images)}) and parts for images in its messages "
+                f"({len(numbered)}), but not as many"
+            )
+    elif not all(isinstance(number, int) and 0 <= number < len(images) for number in numbered):
         raise ValueError(
-            f"has {len(images)} images in its columns, but its messages have {len(lacking)} parts "
-            "for them"
+            f"has parts for the images {numbered} in its messages, but {len(images)} images in its "
+            "columns: number all parts by index, from 0 on, or none"
         )
-    filled = dict(zip(lacking, images, strict=True))
-    every = (filled.get(index, image) for index, image in enumerate(conversation.images))
+    every = [
+        image
+        if not isinstance(image, _Missing)
+        else next(order)
+        if image.number is None
+        else images[image.number]
+        for image in conversation.images
+    ]
     return replace(conversation, images=tuple(every))
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """An image that a column of the row holds: that of a number, or else the next one."""
+
+    number: Any
 
 
 def _trace_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
@@ -639,7 +642,7 @@ def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], 
             raise ValueError(
                 f"a row of data set {name!r} is a chat without messages: remove the row"
             )
-        if any(image is None for image in conversation.images):
+        if any(isinstance(image, _Missing) for image in conversation.images):
             raise ValueError(
                 f"a row of data set {name!r} has a message with an image that is not there: name it"
                 ' in the part of the message ({"type": "image", "image": ...}), or in a column '
@@ -717,9 +720,10 @@ def _is_image(part: Any) -> bool:
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
-    """Return the image of a part of a message; `None` if the part only says where one belongs."""
+    """Return the image of a part of a message, or `_Missing` if it only says where one belongs."""
     keys = _IMAGE_KEYS[part["type"]]
-    image = next((part[key] for key in keys if part.get(key) is not None), None)
+    missing = _Missing(part.get("index"))
+    image = next((part[key] for key in keys if part.get(key) is not None), missing)
     return image.get("url") if isinstance(image, Mapping) and "url" in image else image
 
 

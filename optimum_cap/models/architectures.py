@@ -82,6 +82,7 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
     """
     names = decoder_layer_names(model)
     layers = {name: model.get_submodule(name) for name in names}
+    _check_modules_of_their_own(model, layers)
     shared = _in_several_layers(layers)
     # Layers that share parameters may run other parts of the modules that hold them.
     kinds = {
@@ -348,6 +349,24 @@ def _kind_of(layer: nn.Module) -> Any:
         shapes = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
         parts.append((name, type(module), tuple(sorted(plain.items())), tuple(shapes)))
     return tuple(parts)
+
+
+def _check_modules_of_their_own(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
+    """Check that no module with parameters is in two layers: a hook on it would see both.
+
+    Raises:
+        ValueError: One is.
+    """
+    owners: dict[int, str] = {}
+    for layer, module in layers.items():
+        for name, inner in module.named_modules():
+            path = f"{layer}.{name}".rstrip(".")
+            if owners.setdefault(id(inner), path) != path and any(True for _ in inner.parameters()):
+                raise ValueError(
+                    f"{type(model).__name__} cannot be pruned by any recipe: {owners[id(inner)]} "
+                    f"and {path} are one module; give each layer modules of its own (they may "
+                    "share their parameters)"
+                )
 
 
 def _in_several_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -181,7 +181,7 @@ class CAPQuantizer(HfQuantizer):
             tokenizer = config.tokenizer or model.name_or_path
             if isinstance(tokenizer, str) and config.method.needs_data:
                 tokenizer = _load_tokenizer(
-                    tokenizer, config.dataset, of_model=not config.tokenizer
+                    tokenizer, type(model).__name__, of_model=not config.tokenizer
                 )
             commit = getattr(hub_arguments.get({}).get("revision"), "resolved", None)
             CAPPruner(config).prune(model, tokenizer, base_revision=commit)
@@ -438,13 +438,13 @@ def attach_saved_record(model: "PreTrainedModel", saved: SavedRecord) -> None:
     attach(model, saved.record, checkpoint=model.name_or_path)
 
 
-def _load_tokenizer(name: str, dataset: Any, of_model: bool) -> Any:
-    """Load what `load_tokenizer_for` does of the model that is being loaded, or by another name."""
-    from optimum_cap.data import load_tokenizer_for
+def _load_tokenizer(name: str, class_name: str, of_model: bool) -> Any:
+    """Load the tokenizer of the model that is being loaded, or another one by its name."""
+    from optimum_cap.data import load_tokenizer_of
 
     hub = dict(hub_arguments.get({}))
     if not of_model:
         # They say where the model's files are.
         hub.pop("revision", None)
         hub.pop("subfolder", None)
-    return load_tokenizer_for(dataset, name, **hub)
+    return load_tokenizer_of(class_name, name, **hub)

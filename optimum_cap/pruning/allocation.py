@@ -65,6 +65,7 @@ def owl(
 
     Args and returns: as for `uniform`.
     """
+    layers = {index: own for index, own in layers.items() if own}  # the others stay dense
     outliers = _outlier_shares(view, layers, examples, config)
     sizes = torch.tensor(
         [

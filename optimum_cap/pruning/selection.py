@@ -37,10 +37,15 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
                 "knows: choose pattern 'unstructured' or '2:4'"
             )
     _check_entries(view, leave_dense)
+    aliases = _all_names(view)
     chosen = [
         matrix
         for matrix in matrices
-        if not any(_names(entry, matrix.parameter) for entry in leave_dense)
+        if not any(
+            _names(entry, name)
+            for entry in leave_dense
+            for name in aliases.get(matrix.parameter, [matrix.parameter])
+        )
     ]
     if not chosen:
         raise ValueError(
@@ -48,6 +53,15 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
             "dense"
         )
     return chosen
+
+
+def _all_names(view: ModelView) -> dict[str, list[str]]:
+    """Return all names of parameters that several layers have, by the first of them."""
+    names: dict[str, list[str]] = {}
+    for of_layer in view.names_in_layers.values():
+        for first, name in of_layer.items():
+            names.setdefault(first, [first]).append(name)
+    return names
 
 
 def _names(entry: str, parameter: str) -> bool:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.config import RECIPES, CAPConfig, effective
-from optimum_cap.data import has_images, load_processor, load_tokenizer, local_presets
+from optimum_cap.data import load_tokenizer_of, local_presets, usable_tokenizer
 from optimum_cap.evaluation import (
     LAYOUT,
     AccuracyResult,
@@ -411,13 +411,12 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
     try:
         model = load_model(cell.model, dtype=study.dtype, device_map=study.device_map)
         check_saved_with_lm_head(model.config, cell.model)
-        tokenizer = load_tokenizer(cell.model)
+        tokenizer = load_tokenizer_of(type(model).__name__, cell.model)
         if (config := cell.config()) is not None:
-            processor = load_processor(cell.model) if has_images(cell.dataset) else tokenizer
-            usage = _pruned_and_stored(cell, config, model, processor, study, file)
+            usage = _pruned_and_stored(cell, config, model, tokenizer, study, file)
             record = model.pruning_record.to_dict()
         resume_dir = _resume_dir(file) if study.resume else None
-        evaluation = _evaluated(model, tokenizer, study, data, resume_dir)
+        evaluation = _evaluated(model, usable_tokenizer(tokenizer), study, data, resume_dir)
     except Exception as failure:
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         logger.warning(f"{cell}: {error}")

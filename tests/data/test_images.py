@@ -12,9 +12,10 @@ import torch
 from helpers.tiny_image_models import CHAT_TEMPLATE, IMAGE_TOKEN, tiny_image_model, tiny_processor
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from PIL import Image
+from transformers import Gemma3ImageProcessorPil, Gemma3Processor
 
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.data import build_calibration_set, describe_example, has_images
+from optimum_cap.data import build_calibration_set, describe_example, load_tokenizer_of
 from optimum_cap.data.calibration import CalibrationExample
 
 RED, BLUE = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
@@ -66,6 +67,11 @@ FORMS = {
         "image": RED,
     },
     "part": {"messages": asked({"type": "image", "image": RED}, text("what?"))},
+    "numbered": {
+        "messages": asked({"type": "image", "index": 1}, text("what?")),
+        "images": [BLUE, RED],
+    },
+    "mapping": {"prompt": "what?", "completion": "red", "image": {"url": data_url(RED)}},
     "url": {"messages": asked({"type": "image", "url": data_url(RED)}, text("what?"))},
     "openai": {
         "messages": asked({"type": "image_url", "image_url": {"url": data_url(RED)}}, text("what?"))
@@ -88,7 +94,6 @@ def test_every_form_gives_what_the_processor_gives(form: str, processor: Any) ->
     assert set(example.inputs) == {"pixel_values"}
     assert torch.equal(example.inputs["pixel_values"], expected["pixel_values"])
     assert describe_example(example, processor).endswith("what?</s>⟦red</s>⟧")
-    assert has_images([FORMS[form]])
 
 
 def test_a_chat_that_is_no_mapping_may_have_images_too(processor: Any) -> None:
@@ -147,7 +152,24 @@ def test_rows_with_and_without_images_are_mixed(processor: Any) -> None:
     [
         (
             {"messages": asked({"type": "image"}, text("a?")), "images": [RED, BLUE]},
-            "has 2 images in its columns, but its messages have 1 parts for them",
+            r"has images in its columns \(2\) and parts for images in its messages \(1\), but not",
+        ),
+        (
+            {"messages": asked({"type": "image", "index": 1}, text("a?")), "images": [RED]},
+            r"has parts for the images \[1\] in its messages, but 1 images in its columns",
+        ),
+        (
+            {"prompt": "<image> what?", "completion": "red", "image": RED},
+            "has images, and '<image>' in its text, which the chat template prints",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "draw"},
+                    {"role": "assistant", "content": [{"type": "image", "image": RED}, text("ok")]},
+                ]
+            },
+            "has an image in an answer, and tokens of images are not scored",
         ),
         (
             {"messages": asked({"type": "image"}, text("a?"))},
@@ -156,7 +178,7 @@ def test_rows_with_and_without_images_are_mixed(processor: Any) -> None:
         ({"text": "a photo", "image": RED}, "has images but no prompt"),
         (
             {"prompt": "a?", "completion": "b", "image": "nowhere.png"},
-            r"an image of data set 'in-memory' cannot be read \(nowhere.png: ",
+            r"an image of data set 'in-memory' cannot be read \(nowhere.png, no file in /",
         ),
         (
             {"prompt": "a?", "completion": "b", "image": {"bytes": b"no image", "path": None}},
@@ -186,9 +208,73 @@ def test_images_need_a_processor(tmp_path: Path) -> None:
     tiny_image_model("llava").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model = type(tiny_image_model("llava")).from_pretrained(tmp_path)
-    message = f"images needs the model's processor, but none could be loaded from '{tmp_path}'"
+    message = f"need the model's processor, but none could be loaded from '{tmp_path}'"
     with pytest.raises(ValueError, match=re.escape(message)):
         CAPPruner(config(dataset=[FORMS["pair"]])).prune(model)
+
+
+def test_the_processor_is_loaded_once_a_row_has_images(processor: Any, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    of_model = load_tokenizer_of("LlavaForConditionalGeneration", str(tmp_path))
+    words = {"prompt": "1+1=", "completion": "2"}
+    for rows in ([words, FORMS["pair"]], [FORMS["pair"], words]):
+        found, expected = (
+            build_calibration_set(config(num_samples=2), each, dataset=rows).examples
+            for each in (of_model, processor)
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.input_ids, other.input_ids)
+            assert torch.equal(one.scored, other.scored)
+    damaged = tmp_path / "processor_config.json"
+    damaged.write_text("{")
+    assert len(only_example([words], of_model).inputs) == 0
+    with pytest.raises(ValueError, match="need the model's processor, but none could be loaded"):
+        only_example([FORMS["pair"]], of_model)
+    assert load_tokenizer_of("LlamaForCausalLM", str(tmp_path)).chat_template == CHAT_TEMPLATE
+
+
+def test_data_urls_of_any_length_are_read(processor: Any) -> None:
+    noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.numpy().astype("uint8"))
+    for form in (data_url(image), data_url(image).partition(",")[2]):
+        example = only_example([{"prompt": "a?", "completion": "b", "image": form}], processor)
+        same = only_example([{"prompt": "a?", "completion": "b", "image": image}], processor)
+        assert torch.equal(example.inputs["pixel_values"], same.inputs["pixel_values"])
+
+
+def test_parts_may_be_for_prompts_alone(processor: Any) -> None:
+    """The template of Pixtral joins answers as texts."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}"
+        "{% endif %}{% endfor %}{% else %}{{ '!' + m.content }}{% endif %}</s>{% endfor %}"
+    )
+    example = only_example([FORMS["pair"]], tiny_processor(template))
+    assert describe_example(example, processor).endswith("what?</s>⟦!red</s>⟧")
+
+
+def test_tokens_around_images_are_not_scored() -> None:
+    """Those of Gemma 3 say that an image begins and ends, and that it is one."""
+    tokenizer = tiny_tokenizer()
+    names = {"boi_token": "<boi>", "image_token": "<soft>", "eoi_token": "<eoi>"}
+    tokenizer.add_tokens(list(names.values()), special_tokens=True)
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    gemma = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 8, "width": 8}),
+        tokenizer,
+        chat_template=CHAT_TEMPLATE.replace("<image>", "<boi>"),
+        image_seq_length=4,
+    )
+    for scored_tokens in ("all", "answer"):
+        example = only_example([FORMS["pair"]], gemma, scored_tokens=scored_tokens)
+        special = torch.isin(
+            example.input_ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(names.values())))
+        )
+        assert special.sum() == 6
+        assert not (example.scored & special).any()
+        assert describe_example(example, gemma).endswith("⟦red</s>⟧") == (scored_tokens == "answer")
 
 
 def test_images_need_a_model_that_sees_them(processor: Any) -> None:
