@@ -186,8 +186,8 @@ class ImageEncoder:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{type(self.processor).__name__} does not take a row of data set {source.name!r} "
-                f"with {len(images)} images ({type(error).__name__}: {reason}): check the row, and "
-                "that its chat template prints a placeholder for each image"
+                f"with its images, {len(images)} in all ({type(error).__name__}: {reason}): check "
+                "the row, and that the chat template prints a placeholder for each image"
             ) from error
         return dict(inputs)
 

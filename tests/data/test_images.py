@@ -298,7 +298,7 @@ def test_answers_of_the_model_are_to_texts(processor: Any) -> None:
         ),
         (
             CHAT_TEMPLATE.replace("<image>", "<image><image>"),
-            r"LlavaProcessor does not take a row of data set 'in-memory' with 1 images \(",
+            r"LlavaProcessor does not take a row of data set 'in-memory' with its images, 1 in ",
         ),
         (
             "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
