@@ -73,9 +73,10 @@ def run_executable(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def complaints(stderr: str) -> list[str]:
-    """Return the lines of `stderr` that are no progress bars."""
+    """Return what `stderr` has besides progress bars, which a line may follow in their line."""
     lines = re.split(r"[\r\n]+", stderr)
-    return [line for line in lines if line.strip() and not PROGRESS_BAR.search(line)]
+    rest = [line.rpartition("]")[2] if PROGRESS_BAR.search(line) else line for line in lines]
+    return [line for line in rest if line.strip()]
 
 
 @pytest.fixture(scope="module")
