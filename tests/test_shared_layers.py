@@ -141,7 +141,15 @@ def test_exact_scores_mask_each_use_by_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["causal", "causal_fast", "paper", "sparsegpt", "wanda", "owl_wanda"]
+    "recipe",
+    [
+        "causal",
+        "paper",
+        *(
+            pytest.param(recipe, marks=pytest.mark.slow)
+            for recipe in ("causal_fast", "sparsegpt", "wanda", "owl_wanda")
+        ),
+    ],
 )
 def test_recipes_reach_the_sparsity(recipe: str, model: PreTrainedModel, tmp_path: Path) -> None:
     settings = CAPConfig(
