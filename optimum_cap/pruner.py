@@ -424,5 +424,5 @@ def _processor(model: PreTrainedModel, tokenizer: Any) -> Any:
         )
     for name in names[:-1]:
         with suppress(ValueError):
-            return load_tokenizer_of(type(model).__name__, name)
-    return load_tokenizer_of(type(model).__name__, names[-1])
+            return load_tokenizer_of(name, sees_images(type(model).__name__))
+    return load_tokenizer_of(names[-1], sees_images(type(model).__name__))

@@ -549,19 +549,17 @@ def load_tokenizer(args: Namespace) -> Any:
         ValueError: There is none, or it has no vocabulary.
     """
     from optimum_cap.data import load_tokenizer_of
+    from optimum_cap.models import sees_images
 
-    name = args.tokenizer or args.model
     [class_name, *_] = check_model(args.model, args).architectures or [""]
-    return load_tokenizer_of(class_name, name, **_tokenizer_options(args))
-
-
-def _tokenizer_options(args: Namespace) -> dict[str, Any]:
-    return {
+    return load_tokenizer_of(
+        args.tokenizer or args.model,
+        sees_images(class_name),
         # --revision refers to the model's repository, not to that of another tokenizer.
-        "revision": (None if args.tokenizer else args.revision) or "main",
-        "trust_remote_code": args.trust_remote_code,
-        "token": args.token,
-    }
+        revision=(None if args.tokenizer else args.revision) or "main",
+        trust_remote_code=args.trust_remote_code,
+        token=args.token,
+    )
 
 
 def calibration_examples(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoProcessor, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_vision_available
 
 from optimum_cap.data.rendering import Encoded, encode
@@ -77,20 +76,19 @@ class TokenizerWithProcessor:
         # As for tokenizers; image processors also miss packages.
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "")
-            raise ValueError(
-                "the calibration data has images, which need the model's processor, but none could "
-                f"be loaded from {self.name!r} ({type(error).__name__}: {reason}): name another "
-                "folder (--tokenizer), pass a loaded one (CAPConfig(tokenizer=processor)), or "
-                "choose data without images"
+            raise self._no_processor(
+                f"none could be loaded from {self.name!r} ({type(error).__name__}: {reason})"
             ) from error
         if getattr(processor, "image_processor", None) is None:
-            raise ValueError(
-                "the calibration data has images, which need the model's processor, but "
-                f"{self.name!r} has a {type(processor).__name__} alone: name another folder "
-                "(--tokenizer), pass a loaded one (CAPConfig(tokenizer=processor)), or choose data "
-                "without images"
-            )
+            raise self._no_processor(f"{self.name!r} has a {type(processor).__name__} alone")
         return processor
+
+    def _no_processor(self, reason: str) -> ValueError:
+        return ValueError(
+            f"the calibration data has images, which need the model's processor, but {reason}: "
+            "name another folder (--tokenizer), pass a loaded one "
+            "(CAPConfig(tokenizer=processor)), or choose data without images"
+        )
 
 
 @dataclass(frozen=True)
@@ -206,12 +204,12 @@ class ImageEncoder:
         return torch.tensor(sorted(tokens - {None}), dtype=torch.long)
 
 
-def load_tokenizer_of(class_name: str, name: str, **options: Any) -> Any:
+def load_tokenizer_of(name: str, sees_images: bool, **options: Any) -> Any:
     """Load the tokenizer of a model; its processor follows once calibration data has images.
 
     Args:
-        class_name: Name of the class of the model.
         name: Hub id or folder.
+        sees_images: Whether the model sees images.
         **options: Keywords of `from_pretrained`.
 
     Returns:
@@ -221,9 +219,7 @@ def load_tokenizer_of(class_name: str, name: str, **options: Any) -> Any:
         ValueError: There is no tokenizer, or it has no vocabulary.
     """
     tokenizer = load_tokenizer(name, **options)
-    if class_name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
-        return tokenizer
-    return TokenizerWithProcessor(tokenizer, name, options)
+    return TokenizerWithProcessor(tokenizer, name, options) if sees_images else tokenizer
 
 
 def _has_images_in_answers(conversation: Conversation) -> bool:

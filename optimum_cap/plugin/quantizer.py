@@ -441,10 +441,11 @@ def attach_saved_record(model: "PreTrainedModel", saved: SavedRecord) -> None:
 def _load_tokenizer(name: str, class_name: str, of_model: bool) -> Any:
     """Load the tokenizer of the model that is being loaded, or another one by its name."""
     from optimum_cap.data import load_tokenizer_of
+    from optimum_cap.models import sees_images
 
     hub = dict(hub_arguments.get({}))
     if not of_model:
         # They say where the model's files are.
         hub.pop("revision", None)
         hub.pop("subfolder", None)
-    return load_tokenizer_of(class_name, name, **hub)
+    return load_tokenizer_of(name, sees_images(class_name), **hub)

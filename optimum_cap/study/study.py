@@ -51,7 +51,7 @@ from optimum_cap.evaluation import (
     wilson_interval,
 )
 from optimum_cap.methods import CRITERIA
-from optimum_cap.models import ModelView, check_saved_with_lm_head, load_model
+from optimum_cap.models import ModelView, check_saved_with_lm_head, load_model, sees_images
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import (
     JsonFiles,
@@ -411,7 +411,7 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
     try:
         model = load_model(cell.model, dtype=study.dtype, device_map=study.device_map)
         check_saved_with_lm_head(model.config, cell.model)
-        tokenizer = load_tokenizer_of(type(model).__name__, cell.model)
+        tokenizer = load_tokenizer_of(cell.model, sees_images(type(model).__name__))
         if (config := cell.config()) is not None:
             usage = _pruned_and_stored(cell, config, model, tokenizer, study, file)
             record = model.pruning_record.to_dict()
