@@ -52,6 +52,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "router_aux_loss_coef": 0.01,
     },
+    # More and smaller experts.
+    "qwen3_moe": {
+        "hidden_size": 128,
+        "moe_intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+    },
     # A hybrid: linear attention in four of six layers.
     "qwen3_5_text": {
         "hidden_size": 128,
