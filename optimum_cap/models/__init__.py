@@ -75,6 +75,7 @@ from optimum_cap.models.offload import (
     writable_weights,
 )
 from optimum_cap.models.plain import check_configs_can_be_saved, has_peft_layers, plain_model
+from optimum_cap.models.routing import Router
 from optimum_cap.models.sites import (
     Matrix,
     Site,
@@ -90,17 +91,28 @@ from optimum_cap.models.sites import (
     prunable_matrices,
     stages_by_layer,
 )
+from optimum_cap.models.smaller import (
+    CannotRemoveError,
+    KeptParts,
+    name_before,
+    replace_by_smaller,
+    smaller_config,
+    smaller_model,
+)
 from optimum_cap.models.tasks import check_saved_with_lm_head, classifier_class, model_task
 from optimum_cap.models.view import ModelView, check_experts, longest_sequence, number_of_embeddings
 
 __all__ = [
     "OUTPUT",
+    "CannotRemoveError",
     "DenseProjection",
     "ExpertsCall",
+    "KeptParts",
     "LayerCall",
     "Matrix",
     "ModelView",
     "RecordedCall",
+    "Router",
     "SharedStates",
     "Site",
     "SiteUnit",
@@ -155,6 +167,7 @@ __all__ = [
     "mixer_units",
     "mlp_width",
     "model_task",
+    "name_before",
     "number_of_embeddings",
     "onloaded",
     "oriented",
@@ -165,6 +178,7 @@ __all__ = [
     "recorded_calls",
     "register_layout",
     "repack_output",
+    "replace_by_smaller",
     "replaced_forward",
     "routed",
     "rows_not_finite",
@@ -173,6 +187,8 @@ __all__ = [
     "sees_images",
     "share_that_differs",
     "shared_states",
+    "smaller_config",
+    "smaller_model",
     "split_hidden",
     "stages_by_layer",
     "stored_parameter",

@@ -4,7 +4,7 @@ Each function says which public API is missing. Other modules that may do the sa
 `compilation` here, `plugin/quantizer.py`, `plugin/registration.py` and `evaluation/harness.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,6 +33,22 @@ def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     torch lists them publicly, but replaces none that has another device or type.
     """
     return module._parameters, module._buffers
+
+
+def replace_content(module: nn.Module, other: nn.Module, keep: Iterable[str]) -> None:
+    """Give a module the parameters, buffers, submodules and public attributes of another one.
+
+    torch changes them publicly one by one, but not all of them, and not those of the module itself.
+
+    Args:
+        module: The module, which is changed.
+        other: A module of the same class.
+        keep: Attributes of `module` that stay.
+    """
+    inner = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+    for name, value in vars(other).items():
+        if name in inner or not (name.startswith("_") or name in keep or name == "training"):
+            vars(module)[name] = value
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
