@@ -236,6 +236,24 @@ def correct_toward_dense(
     return weight.float() + _CORRECTION * change
 
 
+def factor_hessian(
+    inputs: InputStatistics, columns: int, name: str, damping: float
+) -> torch.Tensor:
+    """Return the lower Cholesky factor of the damped Hessian of the inputs, float32 `[in, in]`.
+
+    Args:
+        inputs: Statistics of the inputs of a matrix, with `gram`; without any tokens, the Hessian
+            is the identity.
+        columns: Number of inputs.
+        name: Name of the matrix, for messages.
+        damping: Fraction of the mean of the diagonal that is added to it.
+
+    Raises:
+        ValueError: `inputs` has no `gram`, or the Hessian cannot be inverted.
+    """
+    return _damped(inputs, columns, name, torch.linalg.cholesky_ex, damping)[1]
+
+
 def _damped(
     inputs: InputStatistics,
     columns: int,
