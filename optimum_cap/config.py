@@ -16,7 +16,13 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_cap.formats import FORMATS, check_format_version
-from optimum_cap.methods import ALLOCATIONS, CRITERIA, WHOLE_HEADS, parse_pattern
+from optimum_cap.methods import (
+    ALLOCATIONS,
+    CRITERIA,
+    REMOVED_PARTS,
+    Criterion,
+    parse_pattern,
+)
 from optimum_cap.text import did_you_mean, enumeration
 
 CONFIG_VERSION = 1
@@ -49,8 +55,9 @@ class Method:
     def needs_data(self) -> bool:
         """Whether the method measures anything on calibration data."""
         criterion = CRITERIA[self.criterion]
+        by_criterion = criterion.needs_scores or criterion.needs_inputs or criterion.needs_examples
         by_data = ALLOCATIONS[self.allocation].needs_data
-        return criterion.needs_scores or criterion.needs_inputs or by_data
+        return by_criterion or by_data or self.refine > 0
 
     @property
     def by_sensitivity(self) -> bool:
@@ -60,7 +67,8 @@ class Method:
     @property
     def needs_lm_head(self) -> bool:
         """Whether the method measures losses or predictions of tokens."""
-        return CRITERIA[self.criterion].needs_scores or self.by_sensitivity
+        criterion = CRITERIA[self.criterion]
+        return criterion.needs_scores or criterion.needs_predictions or self.by_sensitivity
 
 
 RECIPES = {
@@ -75,6 +83,14 @@ RECIPES = {
     "owl_wanda": Method("wanda", "owl"),
     "owl_sparsegpt": Method("sparsegpt", "owl"),
 }
+PART_CRITERIA = {
+    "experts": {"causal": "divergence", "causal_fast": "routed_error"},
+    "heads": {"causal": "least_squares", "causal_fast": "least_squares"},
+    "channels": {"causal": "least_squares", "causal_fast": "least_squares"},
+    "layers": {"causal": "divergence", "causal_fast": "divergence"},
+}
+"""The criteria of recipes where a pattern removes parts; the others have their own criterion."""
+_BY_ALLOCATION = ("magnitude_global", "owl_wanda", "owl_sparsegpt")
 AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
 SCORED_TOKENS = ("answer", "all")
@@ -123,6 +139,8 @@ _SCORE_FIELDS = ("subsets", "aggregation", "scored_units", "estimator", "scores"
 _INPUT_FIELDS = ("order", "answer_weight", "refine")
 _REFINEMENT_FIELDS = ("refine_learning_rate",)
 _UPDATE_FIELDS = ("target",)
+_PART_FIELDS = ("memory_budget", "resume_dir")
+_NOT_FOR_PARTS = ("allocation", "modules_to_leave_dense", "strict")  # parts go from every layer
 _RUNTIME_FIELDS = ("memory_budget", "torch_compile", "resume_dir")  # how, not what, is measured
 # Fields that decide whether others have an effect, with their choices, in the order in which errors
 # suggest them.
@@ -191,8 +209,11 @@ class CAPConfig(QuantizationConfigMixin):
             `"owl_sparsegpt"` (`docs/baselines.md`).
         criterion: How weights are ranked, instead of the recipe's choice: `"causal_score"`,
             `"magnitude"`, `"random"` or `"wanda"`; `"sparsegpt"` and `"alps"` also update the
-            weights they keep. Setting `criterion` resets the recipe's other fields unless you set
-            them.
+            weights they keep. Where parts are removed: `"divergence"`, `"routed_error"`, `"reap"`,
+            `"frequency"` or `"routing_weight"` for experts, `"divergence"` or `"block_influence"`
+            for layers, `"least_squares"`, `"wanda"` or `"magnitude"` for heads and channels,
+            `"causal_score"` for heads, and `"random"`. Setting `criterion` resets the recipe's
+            other fields unless you set them.
         allocation: How many zeros each matrix gets, instead of the recipe's choice: `"global"`
             (one threshold over all weights), `"uniform"` (the same sparsity everywhere), `"owl"`
             (less in layers with more outliers), `"interventional"` (less in sites whose pruning
@@ -217,10 +238,10 @@ class CAPConfig(QuantizationConfigMixin):
         refine_learning_rate: Learning rate of `refine`, relative to the root mean square of the
             kept weights of a parameter.
         pattern: `"unstructured"`; `"N:M"`, which keeps N weights of every M consecutive inputs (as
-            in `"2:4"`; the sparsity is then 1 - N/M); or `"heads"`, which removes whole attention
-            heads and leaves MLPs dense (the sparsity is then the fraction of heads). Heads are
-            ranked by their causal scores, or by the mean importance of their weights under another
-            criterion.
+            in `"2:4"`; the sparsity is then 1 - N/M). `"experts"`, `"heads"` (key/value heads with
+            their query heads), `"channels"` (of MLPs, or of experts where there are any) and
+            `"layers"` remove parts, so that the model becomes smaller; the sparsity is then the
+            fraction of these parts, the same in every layer (`docs/smaller_models.md`).
         owl_outlier_ratio: An outlier of OWL is this many times the mean importance of its layer.
         owl_bound: OWL lets the sparsities of two layers differ by at most twice this.
         dataset: Calibration data: a preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
@@ -282,7 +303,8 @@ class CAPConfig(QuantizationConfigMixin):
         strict: Refuse a model if CAP cannot prune some linear weights of its decoder. By default
             they stay dense, which the log, the record and `cap inspect` say.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
-            `"dense"` (zeros stored; loads without this plugin).
+            `"dense"` (zeros stored; loads without this plugin). Models that have lost parts are
+            always `"dense"`.
         tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
             the model's tokenizer, or its processor if the calibration data has images. Not saved.
         config_version: Version of these fields.
@@ -358,6 +380,8 @@ class CAPConfig(QuantizationConfigMixin):
         _check_integer("num_samples", self.num_samples, at_least=1)
         _check_integer("subsets", self.subsets, at_least=1)
         _check_integer("seed", self.seed, at_least=0)
+        if self.pattern in REMOVED_PARTS:
+            self.checkpoint_format = "dense"  # there are no zeros to leave out
         self._check_estimator()
         if self.max_length is not None:
             _check_integer("max_length", self.max_length, at_least=2)
@@ -516,6 +540,30 @@ class CAPConfig(QuantizationConfigMixin):
         if not isinstance(self.torch_compile, bool):
             raise ValueError(f"torch_compile must be True or False, got {self.torch_compile!r}")
 
+    def _check_criterion_fits(self, method: Method) -> None:
+        """Check that the criterion chooses what the pattern removes."""
+        criterion = CRITERIA[method.criterion]
+        removes_parts = self.pattern in REMOVED_PARTS
+        if removes_parts and self.criterion is None and self.recipe in _BY_ALLOCATION:
+            raise ValueError(
+                f"recipe {self.recipe!r} gives matrices different sparsities, but pattern "
+                f"{self.pattern!r} removes as much from every layer: choose recipe 'causal' or "
+                "'causal_fast', or set criterion"
+            )
+        if criterion.ranks_weights if not removes_parts else self.pattern in criterion.parts:
+            return
+        fitting = [
+            repr(name)
+            for name, other in CRITERIA.items()
+            if (self.pattern in other.parts if removes_parts else other.ranks_weights)
+        ]
+        set_by = "" if self.criterion is not None else f" (of recipe {self.recipe!r})"
+        raise ValueError(
+            f"pattern {self.pattern!r} does not take criterion {method.criterion!r}{set_by}: "
+            f"choose criterion {enumeration(fitting, 'or')}"
+            + ("" if self.criterion is not None else ", or recipe 'causal' or 'causal_fast'")
+        )
+
     def _check_method(self) -> None:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) is not None:
@@ -531,15 +579,9 @@ class CAPConfig(QuantizationConfigMixin):
             _check_integer("refine", self.refine, at_least=0)
         _check_positive("refine_learning_rate", self.refine_learning_rate)
         method, pattern = self.method, parse_pattern(self.pattern)
-        if self.pattern == WHOLE_HEADS and (
-            not CRITERIA[method.criterion].ranks_heads or self.allocation is not None
-        ):
-            ranking = [repr(name) for name, criterion in CRITERIA.items() if criterion.ranks_heads]
-            raise ValueError(
-                "pattern 'heads' ranks all heads of the model against each other: choose criterion "
-                f"{', '.join(ranking[:-1])} or {ranking[-1]} and no allocation, got "
-                f"{method.criterion!r} with allocation {self.allocation!r}"
-            )
+        self._check_criterion_fits(method)
+        if self.pattern in REMOVED_PARTS:
+            return
         if method.layer_by_layer and not ALLOCATIONS[method.allocation].per_matrix:
             supported = [name for name, allocation in ALLOCATIONS.items() if allocation.per_matrix]
             raise ValueError(
@@ -566,22 +608,34 @@ class CAPConfig(QuantizationConfigMixin):
         """The pruning method: fields that are set override those of the recipe.
 
         Setting `criterion` without `allocation` implies `"uniform"`, and so does a pattern N:M with
-        a recipe that uses sensitivities or a global threshold. Pattern `"heads"` ranks all heads of
-        the model together, by causal score unless the recipe or `criterion` chooses another one.
+        a recipe that uses sensitivities or a global threshold.
+        Patterns that remove parts have criteria of their own.
         """
         recipe = RECIPES[self.recipe]
+        if self.pattern in REMOVED_PARTS:
+            return self._method_for_parts(recipe)
         if self.criterion is not None:
             recipe = Method(self.criterion, "uniform")
-        if self.pattern == WHOLE_HEADS:
-            by_default = self.criterion is None and recipe.by_sensitivity
-            recipe = Method("causal_score" if by_default else recipe.criterion, "global")
-        elif self.pattern != "unstructured" and (
+        if self.pattern != "unstructured" and (
             recipe.by_sensitivity or recipe.allocation == "global"
         ):
             recipe = dataclasses.replace(recipe, allocation="uniform")
         overrides = {name: getattr(self, name) for name in _OVERRIDES}
         return dataclasses.replace(
             recipe, **{name: value for name, value in overrides.items() if value is not None}
+        )
+
+    def _method_for_parts(self, recipe: Method) -> Method:
+        """Return the method where parts are removed."""
+        if self.criterion is not None:
+            method = Method(self.criterion, "uniform")
+        else:
+            criterion = PART_CRITERIA[self.pattern].get(self.recipe, recipe.criterion)
+            weight = recipe.answer_weight if CRITERIA[criterion].needs_inputs else 0.0
+            method = Method(criterion, "uniform", answer_weight=weight, refine=recipe.refine)
+        overrides = {name: getattr(self, name) for name in ("answer_weight", "refine")}
+        return dataclasses.replace(
+            method, **{name: value for name, value in overrides.items() if value is not None}
         )
 
     def check_without_lm_head(self, class_name: str) -> None:
@@ -620,7 +674,7 @@ class CAPConfig(QuantizationConfigMixin):
                 if not config.method.needs_lm_head:
                     recipes.append(repr(name))
         default, choices = RECIPES["causal"], f"recipe {enumeration(recipes, 'or')}"
-        if self.pattern == WHOLE_HEADS or "'causal'" in recipes:
+        if self.pattern in REMOVED_PARTS or "'causal'" in recipes:
             return choices
         return (
             f"criterion {default.criterion!r} with refine {default.refine}, the nearest to recipe "
@@ -704,10 +758,13 @@ def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
     try:
         criterion = CRITERIA[config.method.criterion]
         allocation = ALLOCATIONS[config.method.allocation]
-        by_estimator = ESTIMATOR_FIELDS[config.estimator]
+        ESTIMATOR_FIELDS[config.estimator]
     except (KeyError, TypeError):
         return frozenset(fields)
     used = {*criterion.fields, *allocation.fields}
+    if config.pattern in REMOVED_PARTS:
+        always = set(fields).difference(_CONDITIONAL_FIELDS, _NOT_FOR_PARTS)
+        return frozenset(_fields_used_for_parts(config, criterion) | always)
     if config.method.needs_data:
         used.update(_DATA_FIELDS)
         if config.answers == "model":
@@ -725,15 +782,38 @@ def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
     if config.criterion is None:
         used.add("recipe")
     if criterion.needs_scores:
-        used.update(_SCORE_FIELDS)
-        used.update(name for name in by_estimator if name not in _RUNTIME_FIELDS)
-        if config.scores is None:  # otherwise nothing is measured
-            used.update(("memory_budget", *by_estimator))
-        if config.pattern != WHOLE_HEADS:
-            used.add("kv_combination")
-        if config.scored_units == "all":
-            used.add("mlp_unit_size")
+        used.update(_fields_used_for_scores(config))
+        used.add("kv_combination")
     return frozenset(used | set(fields).difference(_CONDITIONAL_FIELDS))
+
+
+def _fields_used_for_parts(config: "CAPConfig", criterion: Criterion) -> set[str]:
+    """Return the fields that need something to have an effect, and have one where parts go."""
+    used = {*criterion.fields, "refine"}
+    if config.criterion is None:
+        used.add("recipe")
+    if config.method.needs_data:
+        used.update((*_DATA_FIELDS, *_PART_FIELDS))
+        if config.answers == "model":
+            used.update(ANSWER_FIELDS)
+    if criterion.needs_inputs:
+        used.add("answer_weight")
+    if config.method.refine:
+        used.update(_REFINEMENT_FIELDS)
+    if criterion.needs_scores:
+        used.update(_fields_used_for_scores(config))
+    return used
+
+
+def _fields_used_for_scores(config: "CAPConfig") -> set[str]:
+    """Return the fields that have an effect on causal scores."""
+    by_estimator = ESTIMATOR_FIELDS[config.estimator]
+    used = {*_SCORE_FIELDS, *(name for name in by_estimator if name not in _RUNTIME_FIELDS)}
+    if config.scores is None:  # otherwise nothing is measured
+        used.update(("memory_budget", *by_estimator))
+    if config.scored_units == "all":
+        used.add("mlp_unit_size")
+    return used
 
 
 def effective(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from optimum_cap.data import (
     usable_tokenizer,
 )
 from optimum_cap.generation import answered_calibration_set
-from optimum_cap.methods import CRITERIA, WHOLE_HEADS, parse_pattern
+from optimum_cap.methods import CRITERIA, REMOVED_PARTS, parse_pattern
 from optimum_cap.models import (
     Matrix,
     ModelView,
@@ -34,15 +34,16 @@ from optimum_cap.models import (
     longest_sequence,
     number_of_embeddings,
     plain_model,
+    replace_by_smaller,
     sees_images,
     stored_parameter,
 )
 from optimum_cap.pruning import (
+    LayerStore,
+    PartRemoval,
     PruningRun,
     check_first_batch,
     matrices_to_prune,
-    number_of_heads_to_remove,
-    removable_heads,
     report_unsupported,
 )
 from optimum_cap.runtime import ProcessGroup
@@ -125,6 +126,11 @@ class CAPPruner:
                 "losses are for criterion 'causal_score', which computes its scores from them, got "
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
+        if config.pattern in REMOVED_PARTS:
+            record, layer_store = _remove_parts_(plain, config, tokenizer, losses)
+            record = dataclasses.replace(record, base_revision=base_revision)
+            attach(plain, record, layer_store.clear if layer_store else None)
+            return model
         view = ModelView.of(plain, config.mlp_unit_size)
         if not view.has_lm_head:
             config.check_without_lm_head(type(plain).__name__)
@@ -136,8 +142,6 @@ class CAPPruner:
         zeros_before = _check_weights(view, matrices)
         if config.method.needs_data:
             check_experts(view, matrices)
-        if config.pattern == WHOLE_HEADS:
-            number_of_heads_to_remove(removable_heads(view, matrices), config.sparsity)
         zeros = _number_of_zeros(view, matrices, config.sparsity)
         _check_pattern(view, matrices, config.pattern)
         _check_zeros(zeros_before, zeros, config, getattr(plain, "pruning_record", None))
@@ -157,9 +161,7 @@ class CAPPruner:
 
         if needs_scores:
             run.score_units(losses)
-        if config.pattern == WHOLE_HEADS:
-            run.remove_heads_()
-        elif config.method.allocation == "global":
+        if config.method.allocation == "global":
             run.prune_below_global_threshold_(zeros)
         else:
             zeros_per_matrix = run.allocate(zeros)
@@ -219,6 +221,45 @@ class CAPPruner:
         if save_to is not None:
             save_scores(save_to, losses, plain, examples, self.config)
         return losses
+
+
+def _remove_parts_(
+    model: PreTrainedModel, config: CAPConfig, tokenizer: Any, losses: UnitLosses | None
+) -> tuple[PruningRecord, LayerStore | None]:
+    """Remove parts of a model, in place; return the record and what stores finished layers."""
+    if is_offloaded(model):
+        raise ValueError(
+            f"pattern {config.pattern!r} builds a smaller model in memory, but weights of this one "
+            "are offloaded: load it without offloading"
+        )
+    if not has_lm_head(model):
+        config.check_without_lm_head(type(model).__name__)
+    process_group = ProcessGroup.current()
+    removal = PartRemoval(model, config, process_group)
+    view = removal.view
+    if CRITERIA[config.method.criterion].needs_scores and losses is None:
+        _check_scorable(view, config)
+    zeros_before = _check_weights(view, view.matrices)
+    if config.method.needs_data and any(site.expert is not None for site in view.sites):
+        check_experts(view, view.matrices)
+
+    def check(examples: list[CalibrationExample]) -> None:
+        if config.method.needs_data:
+            refines = config.method.refine > 0
+            check_first_batch(view, examples, True, config.memory_budget, refines)
+        removal.check(examples)
+
+    calibration = (
+        _calibration(model, config, tokenizer, process_group, check)
+        if config.method.needs_data
+        else None
+    )
+    examples = calibration.examples if calibration else []
+    check(examples)
+    removed = removal.run(examples, losses)
+    record = removal.record(removed, calibration, zeros_before)
+    replace_by_smaller(model, removed.model)
+    return record, removed.layer_store
 
 
 def _calibration(
@@ -309,7 +350,7 @@ def _check_zeros(
 
 def _report_other_zeros(record: PruningRecord, zeros: int, config: CAPConfig) -> None:
     """Say by how much the number of zeros differs from the number asked for."""
-    if config.pattern == WHOLE_HEADS or record.zeros == zeros:
+    if record.zeros == zeros:
         return
     difference = record.zeros - zeros
     reason = (

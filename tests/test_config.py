@@ -47,7 +47,7 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
         ("memory_budget", "much", 'memory_budget must be a number of bytes or text such as "4GB"'),
         ("memory_budget", 0, "memory_budget must be a number of bytes"),
         ("torch_compile", "yes", "torch_compile must be True or False, got 'yes'"),
-        ("pattern", "rows", 'pattern must be "unstructured", "heads", or "N:M"'),
+        ("pattern", "rows", 'pattern must be "unstructured", "experts", "heads"'),
         ("answers", "mine", "answers must be one of dataset, model, got 'mine'"),
         ("temperature", 0, "temperature must be a positive number, got 0"),
         ("top_p", 1.5, "top_p must be at most 1, got 1.5"),
@@ -209,8 +209,17 @@ NO_EFFECT = [
         "'wanda', 'sparsegpt' or 'alps' to use it",
     ),
     (
-        {"pattern": "heads", "refine": 2},
-        "refine 2 has no effect with recipe 'causal' and pattern 'heads': leave it out",
+        {"pattern": "experts", "strict": True},
+        "strict True has no effect with recipe 'causal' and pattern 'experts': leave it out",
+    ),
+    (
+        {"pattern": "layers", "modules_to_leave_dense": ["layers.0"]},
+        "modules_to_leave_dense list has no effect with recipe 'causal' and pattern 'layers': "
+        "leave it out",
+    ),
+    (
+        {"pattern": "experts", "criterion": "reap", "subsets": 5},
+        "subsets 5 has no effect with criterion 'reap' and pattern 'experts': leave it out",
     ),
     (
         {"recipe": "causal_fast", "refine_learning_rate": 0.01},
@@ -462,10 +471,35 @@ def test_parse_size(size: Any, expected: int) -> None:
     assert parse_size(size) == expected
 
 
-@pytest.mark.parametrize("changes", [{"recipe": "wanda"}, {"allocation": "uniform"}])
-def test_whole_heads_need_a_ranking_of_all_heads(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="pattern 'heads' ranks all heads"):
-        CAPConfig(sparsity=0.2, pattern="heads", **changes)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"pattern": "heads", "recipe": "sparsegpt"},
+            "pattern 'heads' does not take criterion 'sparsegpt' (of recipe 'sparsegpt'): choose "
+            "criterion 'causal_score', 'magnitude', 'random', 'wanda' or 'least_squares', or "
+            "recipe 'causal' or 'causal_fast'",
+        ),
+        (
+            {"criterion": "reap"},
+            "pattern 'unstructured' does not take criterion 'reap': choose criterion "
+            "'causal_score', 'magnitude', 'random', 'wanda', 'sparsegpt' or 'alps'",
+        ),
+        (
+            {"pattern": "channels", "recipe": "owl_wanda"},
+            "recipe 'owl_wanda' gives matrices different sparsities, but pattern 'channels' "
+            "removes as much from every layer: choose recipe 'causal' or 'causal_fast', or set "
+            "criterion",
+        ),
+    ],
+)
+def test_criteria_choose_what_the_pattern_removes(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CAPConfig(sparsity=0.2, **changes)
+
+
+def test_models_that_lose_parts_are_saved_dense() -> None:
+    assert CAPConfig(sparsity=0.2, pattern="layers").checkpoint_format == "dense"
 
 
 @pytest.mark.parametrize(
@@ -517,9 +551,18 @@ def test_choices_that_do_not_go_together(changes: dict[str, Any], message: str) 
             {"recipe": "causal_fast", "target": "dense"},
             Method("alps", "fisher", "dense", "layer", 3.0),
         ),
-        ({"recipe": "causal_fast", "pattern": "heads"}, Method("causal_score", "global")),
-        ({"pattern": "heads"}, Method("causal_score", "global")),
-        ({"pattern": "heads", "criterion": "random"}, Method("random", "global")),
+        (
+            {"recipe": "causal_fast", "pattern": "heads"},
+            Method("least_squares", "uniform", answer_weight=3.0),
+        ),
+        ({"recipe": "paper", "pattern": "heads"}, Method("causal_score", "uniform")),
+        ({"pattern": "experts"}, Method("divergence", "uniform", refine=PASSES)),
+        ({"recipe": "causal_fast", "pattern": "experts"}, Method("routed_error", "uniform")),
+        ({"pattern": "layers", "criterion": "random"}, Method("random", "uniform")),
+        (
+            {"pattern": "experts", "criterion": "reap", "refine": 2},
+            Method("reap", "uniform", refine=2),
+        ),
     ],
 )
 def test_what_the_default_recipe_comes_to(changes: dict[str, Any], expected: Method) -> None:

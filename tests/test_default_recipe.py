@@ -15,10 +15,9 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.config import RECIPES
 from optimum_cap.models.architectures import find_sites
-from optimum_cap.models.sites import heads, matrices_by_layer, oriented
+from optimum_cap.models.sites import matrices_by_layer, oriented
 from optimum_cap.pruning.sensitivity import DivergenceEvaluator
 from optimum_cap.scoring.estimators import ESTIMATORS
-from optimum_cap.scoring.scores import causal_scores
 
 
 def config(**changes: Any) -> CAPConfig:
@@ -127,19 +126,6 @@ def test_a_pattern_takes_the_rest_of_the_recipe(llama: PreTrainedModel) -> None:
         assert ((weight.reshape(len(weight), -1, 4) != 0).sum(-1) == 2).all()
     assert new.pruning_record.sensitivities == []
     assert not same(new, pruned(llama, pattern="2:4", criterion="alps"))
-
-
-def test_whole_heads_go_by_their_causal_scores(llama: PreTrainedModel) -> None:
-    settings = config(pattern="heads", sparsity=0.25)
-    losses = CAPPruner(settings).measure(llama, tiny_tokenizer())
-    scores = causal_scores(losses).scores.tolist()
-    new = CAPPruner(settings).prune(copy.deepcopy(llama), tiny_tokenizer())
-    removed = [
-        not unit.region[0].of(new.get_parameter(unit.region[0].parameter)).any()
-        for _, unit in heads(find_sites(new))
-    ]
-    least = sorted(range(len(scores)), key=scores.__getitem__)[:3]
-    assert [index for index, gone in enumerate(removed) if gone] == sorted(least)
 
 
 def test_sensitivities_can_be_measured(llama: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 import copy
 import logging
 import re
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data.calibration import build_calibration_set
 from optimum_cap.models.architectures import find_sites
-from optimum_cap.models.hooks import masked_unit
-from optimum_cap.models.sites import heads as attention_heads
 from optimum_cap.models.sites import prunable_matrices
 from optimum_cap.models.view import ModelView
 from optimum_cap.scoring.estimators import ESTIMATORS, Estimator
@@ -113,62 +110,6 @@ def test_zeros_are_exactly_the_rounded_target(
             assert not changed.any(), f"{name} is not prunable"
     assert zeros == record.zeros == round(0.3 * total)
     assert total == record.total
-
-
-@pytest.mark.parametrize("criterion", ["causal_score", "magnitude", "random"])
-def test_removed_heads_are_masked_heads(criterion: str, model: PreTrainedModel) -> None:
-    """Zeroing all weights of a head does what masking it does, also where keys are shared."""
-    settings = config(pattern="heads", sparsity=0.5, criterion=criterion)
-    pruned = CAPPruner(settings).prune(copy.deepcopy(model), tiny_tokenizer())
-    output_proj = {
-        site.name: f"{site.name}.weight" for site, _ in attention_heads(find_sites(model))
-    }
-    removed = []
-    for site, unit in attention_heads(find_sites(pruned)):
-        columns = unit.region[0].of(pruned.get_parameter(output_proj[site.name]))
-        if not columns.any():
-            removed.append((site, unit))
-    assert len(removed) == len(attention_heads(find_sites(model))) // 2
-    tokens = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-    with ExitStack() as stack, torch.no_grad():
-        for site, unit in removed:
-            stack.enter_context(masked_unit(model, site, unit))
-        expected = model(input_ids=tokens).logits
-    with torch.no_grad():
-        torch.testing.assert_close(pruned(input_ids=tokens).logits, expected)
-    named = {matrix.name for matrix in pruned.pruning_record.matrices}
-    assert set(output_proj.values()) <= named
-    assert not any("mlp" in name or "fc" in name for name in named), "MLPs are not touched"
-
-
-def test_heads_go_in_the_order_of_their_scores(llama: PreTrainedModel) -> None:
-    tokenizer = tiny_tokenizer()
-    settings = config(pattern="heads", sparsity=0.25)
-    losses = CAPPruner(settings).measure(llama, tokenizer)
-    scores = causal_scores(losses).scores
-    pruned = CAPPruner(settings).prune(llama, tokenizer, losses=losses)
-    for rank, index in enumerate(scores.argsort().tolist()):
-        _, unit = losses.units[index]
-        output, query, key, _ = (
-            block.of(pruned.get_parameter(block.parameter)) for block in unit.region
-        )
-        assert bool(output.any()) == bool(query.any()) == (rank >= 3)
-        if rank >= 3:
-            assert key.any(), "a head that stays keeps the keys that it shares"
-
-
-def test_a_sparsity_that_removes_no_head_is_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"0\.01 of 12 heads is 0 heads"):
-        CAPPruner(config(pattern="heads", sparsity=0.01)).prune(llama, tiny_tokenizer())
-
-
-def test_heads_with_a_dense_matrix_stay(llama: PreTrainedModel) -> None:
-    settings = config(pattern="heads", sparsity=0.5, modules_to_leave_dense=["layers.0"])
-    pruned = CAPPruner(settings).prune(llama, tiny_tokenizer())
-    assert all(
-        not matrix.name.startswith("model.layers.0") for matrix in pruned.pruning_record.matrices
-    )
-    assert pruned.model.layers[0].self_attn.o_proj.weight.all()
 
 
 def paper_zeros(model: PreTrainedModel, tokenizer: Any, settings: CAPConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.methods.statistics import InputStatistics
-from optimum_cap.models import ModelView
+from optimum_cap.models import CannotRemoveError, ModelView
 from optimum_cap.models.hooks import recorded_calls
 from optimum_cap.models.sites import Matrix
 from optimum_cap.pruning.activations import LayerwisePass, shared_statistics
@@ -219,17 +219,11 @@ def test_modules_shared_by_layers_are_refused() -> None:
         CAPPruner(CAPConfig(sparsity=0.5, recipe="magnitude")).prune(model)
 
 
-@pytest.mark.parametrize("criterion", ["causal_score", "magnitude"])
-def test_a_head_is_removed_from_all_layers(criterion: str) -> None:
-    model = tied_llama()
-    options = {"num_samples": 6, "dataset": ROWS} if criterion == "causal_score" else {}
-    settings = CAPConfig(sparsity=0.25, criterion=criterion, pattern="heads", **options)
-    CAPPruner(settings).prune(model, tiny_tokenizer())
-    removed = 0
-    for layer in (0, 1):
-        weight = model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight")
-        removed += int((weight.reshape(len(weight), 4, -1) == 0).all(0).all(-1).sum())
-    assert removed == 2  # a quarter of the 8 heads that there are
+@pytest.mark.parametrize("pattern", ["heads", "channels"])
+def test_parts_of_shared_weights_are_not_removed(pattern: str) -> None:
+    settings = CAPConfig(sparsity=0.5, recipe="random", pattern=pattern)
+    with pytest.raises(CannotRemoveError, match="runs in several layers"):
+        CAPPruner(settings).prune(tied_llama())
 
 
 def test_targets_of_later_layers_are_those_of_the_dense_model(

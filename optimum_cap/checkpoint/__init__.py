@@ -25,6 +25,7 @@ from optimum_cap.checkpoint.record import (
     count_units,
     describe_answers,
     describe_refinement,
+    describe_removal,
     unit_label,
 )
 from optimum_cap.checkpoint.saving import attach, name_base_of_adapters, names_loaded_from
@@ -46,6 +47,7 @@ __all__ = [
     "count_units",
     "describe_answers",
     "describe_refinement",
+    "describe_removal",
     "inspect_checkpoint",
     "name_base_of_adapters",
     "names_loaded_from",

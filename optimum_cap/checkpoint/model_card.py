@@ -16,6 +16,7 @@ from optimum_cap.checkpoint.record import (
     count_units,
     describe_answers,
     describe_refinement,
+    describe_removal,
 )
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
@@ -93,7 +94,7 @@ def model_card(
         base_model_relation="quantized" if base_repo else None,
         datasets=_hub_datasets(record) or None,
         tags=[
-            *(_TAGS[:2] if record.lost_zeros else _TAGS),
+            *(_TAGS[:2] if record.lost_zeros or record.removed else _TAGS),
             *(["causal-attribution-pruning"] if CRITERIA[method.criterion].needs_scores else []),
             *(tags or []),
         ],
@@ -106,19 +107,18 @@ def model_card(
     sources = ", ".join(_cell(source["name"]) for source in record.calibration.get("sources", []))
     rows = {
         "Base model": base_line,
-        "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero"
-        + _other_zeros(record),
+        **(
+            {"Removed": describe_removal(record)}
+            if record.removed
+            else {
+                "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero"
+                + _other_zeros(record)
+            }
+        ),
         "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),
-        "Left dense": ", ".join(
-            [
-                *("embeddings", "norms", "routers", task.head if task else "LM head"),
-                *(["vision part"] if sees_images(class_name) else []),
-                *map(_cell, config["modules_to_leave_dense"]),
-            ]
-        ),
-        **_unsupported(record),
+        **({} if record.removed else _left_dense(record, class_name)),
         "Created with": ", ".join(
             f"{_cell(name)} {_cell(version)}" for name, version in record.versions.items()
         ),
@@ -141,6 +141,29 @@ def model_card(
         "",
         *_loading(needs_plugin, task.auto_class if task else "AutoModelForCausalLM"),
         "",
+        *([] if record.removed else _zeros_per_projection(record)),
+        "`pruning_record.json` has the details: "
+        + ("what is kept of the base model" if record.removed else "zeros per matrix")
+        + " and, depending on the method, causal scores, sensitivities of sites and calibration "
+        "examples.",
+        "",
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _left_dense(record: PruningRecord, class_name: str) -> dict[str, str]:
+    """Return the table rows about weights that were not pruned."""
+    task = model_task(class_name)
+    parts = [
+        *("embeddings", "norms", "routers", task.head if task else "LM head"),
+        *(["vision part"] if sees_images(class_name) else []),
+        *map(_cell, record.config["modules_to_leave_dense"]),
+    ]
+    return {"Left dense": ", ".join(parts), **_unsupported(record)}
+
+
+def _zeros_per_projection(record: PruningRecord) -> list[str]:
+    return [
         "## Zeros per projection",
         "",
         "| projection | weights | zeros |",
@@ -150,11 +173,7 @@ def model_card(
             for name, (zeros, total) in by_projection(record.matrices).items()
         ),
         "",
-        "`pruning_record.json` has the details: zeros per matrix and, depending on the method, "
-        "causal scores, sensitivities of sites and calibration examples.",
-        "",
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
 
 
 def _other_zeros(record: PruningRecord) -> str:

@@ -143,6 +143,10 @@ class PruningRecord:
         zeros_after: Number of prunable weights that were zero right after pruning. The matrices
             count the zeros of the saved weights, which may have been trained since.
         dense: Linear weights of the decoder that stayed dense.
+        removed: What was removed, if parts were: the number of them in each layer (or of layers)
+            `before` and `after`, the indices of what is `kept` by the name of what it is a part of
+            in the dense model, and the number of parameters, `parameters_before` and
+            `parameters_after`.
     """
 
     config: dict[str, Any]
@@ -158,6 +162,7 @@ class PruningRecord:
     zeros_before: int = 0
     zeros_after: int | None = None
     dense: list[DenseWeights] = field(default_factory=list)
+    removed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sensitivities_are(self) -> str:
@@ -214,6 +219,7 @@ class PruningRecord:
         }
         record = _checked(cls, "", {**values, **entries})
         _check_calibration(record.calibration)
+        _check_removed(record.removed)
         # Also fills in fields that configs did not have when the record was written.
         return dataclasses.replace(record, config=CAPConfig.from_dict(record.config).to_dict())
 
@@ -319,6 +325,35 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
         raise ValueError("calibration.digests must be a list of texts")
     if (answers := calibration.get("answers")) is not None:
         _check_answers(answers)
+
+
+_REMOVED_COUNTS = ("before", "after", "parameters_before", "parameters_after")
+
+
+def _check_removed(removed: dict[str, Any]) -> None:
+    """Check what a record says of removed parts."""
+    if not removed:
+        return
+    for name in _REMOVED_COUNTS:
+        if not is_count(removed.get(name)):
+            raise ValueError(f"removed.{name} must be a count, got {removed.get(name)!r:.80}")
+    kept = removed.get("kept")
+    if not isinstance(kept, dict) or not all(
+        isinstance(indices, list) and all(map(is_count, indices)) for indices in kept.values()
+    ):
+        raise ValueError(f"removed.kept must be an object of lists of counts, got {kept!r:.80}")
+
+
+def describe_removal(record: PruningRecord) -> str:
+    """Return what was removed from a model, such as `32 of 64 experts in each layer`."""
+    removed, pattern = record.removed, record.config["pattern"]
+    gone = removed["before"] - removed["after"]
+    where = "" if pattern == "layers" else " in each layer"
+    share = removed["parameters_after"] / removed["parameters_before"]
+    return (
+        f"{gone:,} of {removed['before']:,} {pattern}{where}; {removed['parameters_after']:,} of "
+        f"{removed['parameters_before']:,} parameters are left ({share:.1%})"
+    )
 
 
 _ANSWER_COUNTS = ("used", "right", "wrong", "unchecked", "truncated", "max_new_tokens")

@@ -54,7 +54,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--sparsity",
         "sparsity",
         float,
-        "fraction of the prunable weights to set to zero, between 0 and 1; pattern N:M implies it",
+        "fraction of the prunable weights to set to zero, or of the parts to remove, between 0 and "
+        "1; pattern N:M implies it",
     ),
     (
         "--recipe",
@@ -67,7 +68,9 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--criterion",
         "criterion",
         str,
-        "causal_score, magnitude, random, wanda, sparsegpt or alps (default: the recipe's)",
+        "causal_score, magnitude, random, wanda, sparsegpt or alps; where parts are removed, also "
+        "divergence, routed_error, reap, frequency, routing_weight, block_influence or "
+        "least_squares (default: the recipe's)",
     ),
     (
         "--allocation",
@@ -125,8 +128,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--pattern",
         "pattern",
         str,
-        "unstructured; N:M, which keeps N of every M weights, e.g. 2:4; or heads, which removes "
-        "whole heads (default: unstructured)",
+        "unstructured; N:M, which keeps N of every M weights, e.g. 2:4; or what to remove: "
+        "experts, heads, channels or layers (default: unstructured)",
     ),
     (
         "--answers",

@@ -16,8 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 def print_summary(summary: "CheckpointSummary") -> None:
     """Print one line per fact: units, weights, sparsity, threshold, size."""
-    from optimum_cap.checkpoint import describe_answers, describe_refinement
-    from optimum_cap.methods import WHOLE_HEADS
+    from optimum_cap.checkpoint import describe_answers, describe_refinement, describe_removal
 
     record = summary.record
     if record.scores:
@@ -28,6 +27,10 @@ def print_summary(summary: "CheckpointSummary") -> None:
         print(f"answers       {describe_answers(answers)}")
     if record.refine:
         print(f"refined       {describe_refinement(record.refine)} for each layer")
+    if record.removed:
+        print(f"removed       {describe_removal(record)}")
+        print(f"size          {format_size(summary.weight_bytes)}")
+        return
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
     for label, dense in (
         ("unsupported", record.unsupported),
@@ -36,10 +39,7 @@ def print_summary(summary: "CheckpointSummary") -> None:
         if dense:
             names = ", ".join(f"{each.name} ({each.weights:,})" for each in dense)
             print(f"{label:13} {record.share_of(dense):.1%} of the linear weights: {names}")
-    requested = f"{record.config.get('sparsity')}"
-    if record.config.get("pattern") == WHOLE_HEADS:
-        requested += " of the heads"
-    print(f"sparsity      {record.sparsity:.6f} ({requested} requested)")
+    print(f"sparsity      {record.sparsity:.6f} ({record.config.get('sparsity')} requested)")
     if record.threshold is not None:
         print(f"threshold     {record.threshold:.6g} (importance)")
     share = summary.weight_bytes / summary.dense_bytes

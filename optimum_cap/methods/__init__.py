@@ -1,6 +1,7 @@
 """Pruning methods as functions of single matrices: masks, criteria, solvers that update weights."""
 
 from optimum_cap.methods.allocations import ALLOCATIONS
+from optimum_cap.methods.columns import remove_columns
 from optimum_cap.methods.criteria import (
     CRITERIA,
     HIGHEST,
@@ -10,8 +11,8 @@ from optimum_cap.methods.criteria import (
     wanda,
 )
 from optimum_cap.methods.masks import (
+    REMOVED_PARTS,
     SELECTIONS,
-    WHOLE_HEADS,
     apply_mask_,
     keep_masks,
     kth_smallest,
@@ -37,8 +38,8 @@ __all__ = [
     "FITTING_STEPS",
     "HIGHEST",
     "LOWEST",
+    "REMOVED_PARTS",
     "SELECTIONS",
-    "WHOLE_HEADS",
     "Criterion",
     "CriterionInputs",
     "InputStatistics",
@@ -48,6 +49,7 @@ __all__ = [
     "kth_smallest",
     "n_of_m_mask",
     "parse_pattern",
+    "remove_columns",
     "split_proportionally",
     "wanda",
 ]

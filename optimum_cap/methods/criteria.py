@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optimum_cap.methods.masks import REMOVED_PARTS
 from optimum_cap.methods.reconstruction import Reconstruction, alps, sparsegpt
 from optimum_cap.methods.statistics import InputStatistics
 
@@ -50,7 +51,10 @@ class Criterion:
         needs_scores: Whether it needs the causal scores of the units.
         needs_inputs: Whether it needs statistics of the inputs of a matrix, so that each layer is
             pruned before the inputs of the next one are measured.
-        ranks_heads: Whether it can rank whole heads (`pattern="heads"`).
+        needs_examples: Whether it measures parts of the dense model on calibration examples.
+        needs_predictions: Whether it measures predictions of tokens on them.
+        removes_columns: Whether it removes channels by `remove_columns`, which fits the others.
+        parts: The patterns of `REMOVED_PARTS` for which it can choose parts.
         cost: Its cost model in `cap estimate`: `"threshold"`, `"rows"`, `"sparsegpt"` or `"alps"`
             (`PRUNING_COSTS` in `optimum_cap/estimation/costs.py`).
         fields: The fields of `CAPConfig` that it uses, besides those that `needs_scores`,
@@ -63,12 +67,16 @@ class Criterion:
     compared: str = "matrix"
     needs_scores: bool = False
     needs_inputs: bool = False
-    ranks_heads: bool = False
+    needs_examples: bool = False
+    needs_predictions: bool = False
+    removes_columns: bool = False
+    parts: tuple[str, ...] = ()
     cost: str = "threshold"
     fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.importance is None) == (self.solve is None):
+        ways = (self.importance, self.solve)
+        if ways.count(None) == 0 or (ways.count(None) == 2 and not self.parts):
             raise ValueError(f"{self.title}: set importance or solve, and only one of them")
         if self.solve is not None and not self.needs_inputs:
             raise ValueError(f"{self.title}: solve needs the inputs: set needs_inputs=True")
@@ -78,7 +86,12 @@ class Criterion:
     @property
     def updates_weights(self) -> bool:
         """Whether it also changes the weights that it keeps."""
-        return self.solve is not None
+        return self.solve is not None or self.removes_columns
+
+    @property
+    def ranks_weights(self) -> bool:
+        """Whether it chooses single weights, and not only parts."""
+        return self.importance is not None or self.solve is not None
 
 
 def magnitude_times_importance(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
@@ -119,19 +132,52 @@ CRITERIA: dict[str, Criterion] = {
         "Causal Attribution Pruning (arXiv 2606.19350)",
         importance=magnitude_times_importance,
         needs_scores=True,
-        ranks_heads=True,
+        parts=("heads",),
     ),
-    "magnitude": Criterion("magnitude pruning", importance=magnitude, ranks_heads=True),
-    "random": Criterion("random pruning", importance=random, ranks_heads=True, fields=("seed",)),
+    "magnitude": Criterion("magnitude pruning", importance=magnitude, parts=("heads", "channels")),
+    "random": Criterion(
+        "random pruning",
+        importance=random,
+        parts=REMOVED_PARTS,
+        fields=("seed",),
+    ),
     "wanda": Criterion(
         "Wanda (arXiv 2306.11695)",
         importance=wanda,
         compared="row",
         needs_inputs=True,
+        parts=("heads", "channels"),
         cost="rows",
     ),
     "sparsegpt": Criterion(
         "SparseGPT (arXiv 2301.00774)", solve=sparsegpt, needs_inputs=True, cost="sparsegpt"
     ),
     "alps": Criterion("ALPS (arXiv 2406.07831)", solve=alps, needs_inputs=True, cost="alps"),
+    "divergence": Criterion(
+        "the measured effect of each part on the predictions",
+        needs_examples=True,
+        needs_predictions=True,
+        parts=("experts", "layers"),
+    ),
+    "routed_error": Criterion(
+        "the effect of each expert on the output of its layer",
+        needs_examples=True,
+        parts=("experts",),
+    ),
+    "reap": Criterion("REAP (arXiv 2510.13999)", needs_examples=True, parts=("experts",)),
+    "frequency": Criterion(
+        "the number of tokens of each expert", needs_examples=True, parts=("experts",)
+    ),
+    "routing_weight": Criterion(
+        "the routing weights of each expert", needs_examples=True, parts=("experts",)
+    ),
+    "block_influence": Criterion(
+        "block influence (ShortGPT, arXiv 2403.03853)", needs_examples=True, parts=("layers",)
+    ),
+    "least_squares": Criterion(
+        "least squares fits without each channel or head (ZipLM, arXiv 2302.04089)",
+        needs_inputs=True,
+        removes_columns=True,
+        parts=("heads", "channels"),
+    ),
 }

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-WHOLE_HEADS = "heads"
-"""The pattern that removes whole heads instead of single weights."""
+REMOVED_PARTS = ("experts", "heads", "channels", "layers")
+"""The patterns that make the model smaller: an equal number of parts of every layer is removed."""
 
 _CHUNK = 1 << 22  # weights per step, which bounds the extra memory to a few times 16 MB
 _BINS = 1 << 16
@@ -140,16 +140,16 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     """Return `(N, M)` of a pattern "N:M", which keeps N of every M weights; `None` for the others.
 
     Raises:
-        ValueError: `pattern` is neither `"unstructured"`, nor `"heads"`, nor N:M.
+        ValueError: `pattern` is no pattern.
     """
-    if pattern in ("unstructured", WHOLE_HEADS):
+    if pattern in ("unstructured", *REMOVED_PARTS):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if match and 0 < int(match[1]) < int(match[2]):
         return int(match[1]), int(match[2])
     raise ValueError(
-        'pattern must be "unstructured", "heads", or "N:M", which keeps N of every M weights (such '
-        f'as "2:4"), got {pattern!r}'
+        'pattern must be "unstructured", "experts", "heads", "channels", "layers", or "N:M", which '
+        f'keeps N of every M weights (such as "2:4"), got {pattern!r}'
     )
 
 

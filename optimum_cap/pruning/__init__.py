@@ -1,10 +1,11 @@
 """Pruning: sensitivities, allocation, and the steps that change weights."""
 
 from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.cache import LayerStore
 from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.pruning.fisher import examples_to_estimate
-from optimum_cap.pruning.head_removal import number_of_heads_to_remove, removable_heads
 from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LEFT_OUT
+from optimum_cap.pruning.removal import PartRemoval
 from optimum_cap.pruning.run import PruningRun
 from optimum_cap.pruning.selection import matrices_to_prune, report_unsupported
 from optimum_cap.pruning.sensitivity import examples_to_measure
@@ -12,13 +13,13 @@ from optimum_cap.pruning.sensitivity import examples_to_measure
 __all__ = [
     "EXAMPLES_PER_STEP",
     "LEFT_OUT",
+    "LayerStore",
     "LayerwisePass",
+    "PartRemoval",
     "PruningRun",
     "check_first_batch",
     "examples_to_estimate",
     "examples_to_measure",
     "matrices_to_prune",
-    "number_of_heads_to_remove",
-    "removable_heads",
     "report_unsupported",
 ]

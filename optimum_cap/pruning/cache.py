@@ -59,6 +59,34 @@ class PruningCache:
         """Return the store for sensitivities of sites pruned with these settings."""
         return SensitivityStore(self._files, f"{self._subject}/{_name(dict(settings))}")
 
+    def choice(
+        self, settings: Mapping[str, Any], shape: tuple[int, ...], parts: int
+    ) -> torch.Tensor | None:
+        """Return which parts a run with these settings chose to remove, if that is stored.
+
+        Args:
+            settings: The settings.
+            shape: Shape of the choice.
+            parts: Number of parts, whose indices the choice holds.
+
+        Returns:
+            Indices of parts, int64 of this shape, or `None`.
+        """
+
+        def problem(choice: torch.Tensor) -> str | None:
+            valid = bool(((choice >= 0) & (choice < parts)).all())
+            return None if valid else f"it holds an index that is not one of {parts} parts"
+
+        return self._files.read(self._choice_key(settings), shape, torch.int64, problem)
+
+    def put_choice(self, settings: Mapping[str, Any], choice: torch.Tensor) -> None:
+        """Store which parts a run with these settings chose to remove, int64."""
+        if self._is_first:
+            self._files.write(self._choice_key(settings), choice)
+
+    def _choice_key(self, settings: Mapping[str, Any]) -> str:
+        return f"{self._subject}/choices/{_name(dict(settings))}"
+
     def layers(self, settings: Mapping[str, Any], size: int) -> "LayerStore":
         """Return the store for layers pruned with these settings, `size` bytes in all."""
         prefix = f"{self._subject}/layers/{_name(dict(settings))}"

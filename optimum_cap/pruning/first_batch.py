@@ -34,7 +34,7 @@ from optimum_cap.runtime import is_out_of_memory
 
 # On a GPU, the experts of a mixture may add up their outputs in another order in each run. The
 # rounding can send tokens that are torn between two experts to another one.
-_MOST_TOKENS_ROUTED_OTHERWISE = 0.01
+MOST_TOKENS_ROUTED_OTHERWISE = 0.01
 _FEW_TOKENS = 8  # on which layers are differentiated
 
 
@@ -89,7 +89,7 @@ def _check_shares(view: ModelView, shares: list[float]) -> None:
         ValueError: More of them do.
     """
     routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
-    allowed = _MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
+    allowed = MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
     if shares and shares[-1] > allowed:
         first = next(index for index, share in enumerate(shares) if share > allowed)
         raise _not_layer_by_layer(

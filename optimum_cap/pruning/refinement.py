@@ -115,6 +115,16 @@ class LayerRefiner:
                 for number, batch in self._batches.items()
             }
 
+    def take_target(self, hidden: Mapping[int, torch.Tensor]) -> None:
+        """Take the hidden states that the next layer to be refined is fitted to.
+
+        In the place of `begin`, where the dense model is another one.
+
+        Args:
+            hidden: `[..., examples, tokens, hidden]`, by the number of the batch.
+        """
+        self._dense_hidden = {number: hidden[number] for number in self._batches}
+
     def refine_(self, index: int, matrices: Iterable[Matrix]) -> Refinement:
         """Refine the weights of layer `index` that are not zero, in place.
 

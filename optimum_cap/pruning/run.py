@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,7 +24,6 @@ from optimum_cap.pruning.allocation import ALLOCATORS, interventional, uniform
 from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.pruning.fisher import estimate_sensitivities
-from optimum_cap.pruning.head_removal import remove_heads_
 from optimum_cap.pruning.layer_by_layer import LayerByLayerPruning
 from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.pruning.regions import (
@@ -35,13 +33,12 @@ from optimum_cap.pruning.regions import (
     unit_importances,
 )
 from optimum_cap.pruning.sensitivity import Sensitivity, measure_sensitivities
+from optimum_cap.pruning.versions import versions
 from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import ESTIMATORS, CausalScores, UnitLosses, causal_scores, read_scores
 from optimum_cap.text import public_name
 
 logger = logging.get_logger(__name__)
-
-_VERSIONED = ("optimum-cap", "safetensors", "tokenizers", "torch", "transformers")
 
 
 class PruningRun:
@@ -125,6 +122,16 @@ class PruningRun:
         of_units = unit_importances(self.view.sites, self.importances)
         self.pruner.regions = region_importances(self.view.sites, of_units, config.kv_combination)
 
+    @property
+    def unit_scores(self) -> list[UnitScore]:
+        """The causal scores, for the record; none if there are none."""
+        return _unit_scores(self.scores, self.importances) if self.scores else []
+
+    @property
+    def intact_loss(self) -> float | None:
+        """The loss of the dense model on the calibration set, if causal scores were measured."""
+        return self.scores.intact_loss if self.scores else None
+
     def prune_below_global_threshold_(self, zeros: int) -> None:
         """Zero the least important weights of the whole model."""
 
@@ -135,11 +142,6 @@ class PruningRun:
         for matrix, keep in zip(self.matrices, keep_masks(importances(), threshold), strict=True):
             apply_mask_(self.view.writable_weights(matrix), keep)
         self.threshold = threshold.value
-
-    def remove_heads_(self) -> None:
-        """Zero all weights of the least important heads."""
-        sparsity = self.config.sparsity
-        remove_heads_(self.view, self.matrices, sparsity, self.pruner, self.importances)
 
     def allocate(self, zeros: int) -> dict[Matrix, int]:
         """Return how many zeros each matrix gets."""
@@ -248,11 +250,11 @@ class PruningRun:
                 )
                 for matrix in self.matrices
             ],
-            scores=_unit_scores(self.scores, self.importances) if self.scores else [],
+            scores=self.unit_scores,
             calibration=calibration.record if calibration else {},
-            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            versions=versions(),
             threshold=self.threshold,
-            intact_loss=self.scores.intact_loss if self.scores else None,
+            intact_loss=self.intact_loss,
             sensitivities=[
                 SiteSensitivity(
                     site=sensitivity.site.name,

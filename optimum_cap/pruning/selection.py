@@ -5,7 +5,6 @@ import re
 from transformers.utils import logging
 
 from optimum_cap.config import PATTERN_PREFIX, CAPConfig
-from optimum_cap.methods import WHOLE_HEADS
 from optimum_cap.models import Matrix, ModelView, projections_left_dense
 from optimum_cap.text import did_you_mean
 
@@ -27,15 +26,6 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
     """
     leave_dense = config.modules_to_leave_dense
     matrices = view.matrices
-    if config.pattern == WHOLE_HEADS:
-        slices = (piece for _, head in view.heads for piece in head.separable)
-        of_heads = {Matrix(piece.parameter) for piece in slices}
-        matrices = [matrix for matrix in matrices if matrix in of_heads]
-        if not matrices:
-            raise ValueError(
-                f"pattern 'heads' removes heads, but {type(view.model).__name__} has none that CAP "
-                "knows: choose pattern 'unstructured' or '2:4'"
-            )
     _check_entries(view, leave_dense)
     aliases = _all_names(view)
     chosen = [

@@ -5,7 +5,7 @@ Causal scores come from masking a unit; sensitivities from pruning a site.
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import nan, sqrt
@@ -279,7 +279,33 @@ class DivergenceEvaluator:
         self.targets = [Targets.of(batch.batch) for batch in self.layerwise.batches]
         self.next_layer = 0
         self.sets_at_a_time = _SETS_AT_A_TIME if is_offloaded(view.model) else 1
+        self._first_inputs = self._inputs()
         self.dense_final = self._to_the_end(0, [self._inputs()])[0]
+
+    def restart(self) -> None:
+        """Go back to the first layer."""
+        for batch, first in zip(self.layerwise.batches, self._first_inputs, strict=True):
+            batch.hidden, batch.shared = first.hidden, copy.copy(first.shared)
+        self.next_layer = 0
+
+    def advance(self) -> None:
+        """Run the next layer as it is now; its outputs become the inputs of the one after it."""
+        self.layerwise.advance(self.next_layer)
+        self.next_layer += 1
+
+    def divergences_in(
+        self, contexts: Iterable[AbstractContextManager[None]]
+    ) -> Iterator[torch.Tensor]:
+        """Yield the divergences, `[examples]`, with the next layer run in each context in turn.
+
+        All other layers run as they are now.
+        """
+        for context in contexts:
+            outputs = self._inputs()
+            with context:
+                self._run(self.next_layer, outputs)
+            [final] = self._to_the_end(self.next_layer + 1, [outputs])
+            yield self._divergence(final)
 
     def divergences(
         self, layer: int, pruned: Iterable[dict[Matrix, torch.Tensor]]
@@ -291,8 +317,7 @@ class DivergenceEvaluator:
             pruned: Sets of pruned matrices of this layer, `[out, in]`.
         """
         while self.next_layer < layer:
-            self.layerwise.advance(self.next_layer)
-            self.next_layer += 1
+            self.advance()
         besides = [*self.layerwise.layers, self.model.get_input_embeddings()]
         sets = iter(pruned)
         while chosen := list(islice(sets, self.sets_at_a_time)):

@@ -1,0 +1,642 @@
+"""Removes parts of a model: experts, heads, channels or decoder layers.
+
+The dense model decides what is removed, a smaller model takes over what is kept, and its layers are
+fitted to the hidden states of the dense one. The model that was passed in changes in the last step.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import gcd
+from operator import attrgetter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.checkpoint import MatrixSparsity, PruningRecord
+from optimum_cap.config import CAPConfig
+from optimum_cap.data import CalibrationExample, CalibrationSet
+from optimum_cap.methods import (
+    CRITERIA,
+    Criterion,
+    CriterionInputs,
+    InputStatistics,
+    remove_columns,
+)
+from optimum_cap.models import (
+    CannotRemoveError,
+    KeptParts,
+    Matrix,
+    ModelView,
+    Router,
+    Site,
+    WeightSlice,
+    evaluation_mode,
+    float32_on_cpu,
+    name_before,
+    number_of_embeddings,
+    share_that_differs,
+    smaller_config,
+    smaller_model,
+)
+from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.cache import ExpectedWeights, LayerStore, PruningCache
+from optimum_cap.pruning.first_batch import MOST_TOKENS_ROUTED_OTHERWISE
+from optimum_cap.pruning.part_ranking import experts_to_remove, layers_to_remove
+from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LayerRefiner
+from optimum_cap.pruning.regions import UnitKey
+from optimum_cap.pruning.run import PruningRun
+from optimum_cap.pruning.sensitivity import temporary_weights
+from optimum_cap.pruning.versions import versions
+from optimum_cap.runtime import ProcessGroup
+from optimum_cap.scoring import UnitLosses
+from optimum_cap.text import public_name
+
+logger = logging.get_logger(__name__)
+
+_CHANNELS = 8  # kernels want a number of channels that is a multiple of this, if the model has one
+_TRIED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What remains of a model.
+
+    Attributes:
+        model: The smaller model.
+        kept: Indices of the parts that are kept, by the name of what they are parts of.
+        layer_store: Stores refined layers, if there is a resume folder.
+        scoring: Has the causal scores, if the criterion needs them.
+    """
+
+    model: PreTrainedModel
+    kept: dict[str, list[int]]
+    layer_store: LayerStore | None
+    scoring: PruningRun
+
+
+class PartRemoval:
+    """Removes experts, heads, channels or layers, an equal number in every layer.
+
+    Args:
+        model: The dense model; it is left unchanged.
+        config: What to remove and how.
+        process_group: The processes that share the refinement.
+
+    Attributes:
+        view: The model, with at least two units in every MLP and expert.
+        before: Number of parts of each layer, or of layers.
+        count: How many of them are removed.
+
+    Raises:
+        CannotRemoveError: The model has no such parts, or not as many in every layer; or the
+            sparsity rounds to none or all of them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: CAPConfig, process_group: ProcessGroup
+    ) -> None:
+        widths = [site.width for site in ModelView.of(model).sites if not site.mixes_tokens]
+        self.view = ModelView.of(model, max(1, min(widths, default=2) // 2))
+        self._config = config
+        self._process_group = process_group
+        self._kind = type(model).__name__
+        self._routers: dict[int, Router] = {}
+        self._columns: dict[Site, torch.Tensor] = {}  # of each part, `[parts, columns]`
+        self.before = self._parts()
+        step = gcd(self.before, _CHANNELS) if config.pattern == "channels" else 1
+        self.count = self.before - step * round((1 - config.sparsity) * self.before / step)
+        if not 0 < self.count < self.before:
+            raise CannotRemoveError(
+                f"sparsity {config.sparsity} of {self.before} {config.pattern} is {self.count} "
+                f"{config.pattern}: choose a sparsity that removes some and keeps some"
+            )
+
+    def _parts(self) -> int:
+        """Find the parts, and return their number in each layer, or that of layers."""
+        pattern, sites = self._config.pattern, self.view.sites
+        if pattern == "layers":
+            return len(self.view.layers)
+        if pattern == "experts":
+            blocks = {site.block: site.layer for site in sites if site.expert is not None}
+            self._routers = {
+                layer: Router(self.view.model, block) for block, layer in blocks.items()
+            }
+            counts = {router.count for router in self._routers.values()}
+            if not counts:
+                raise CannotRemoveError(
+                    f"{self._kind} has no experts that CAP knows, so none can be removed: choose "
+                    "pattern 'channels' or 'layers'"
+                )
+            if len(counts) > 1 or len(self._routers) < len(blocks):
+                raise CannotRemoveError(
+                    f"the layers of {self._kind} have different numbers of experts "
+                    f"({', '.join(map(str, sorted(counts)))}), but its config has one number: "
+                    "choose another pattern"
+                )
+            return counts.pop()
+        if pattern == "heads":
+            return self._groups_of_heads()
+        groups: dict[tuple[str, int], list[Site]] = {}
+        for site in sites:
+            if not site.mixes_tokens:
+                groups.setdefault((site.kind, site.width), []).append(site)
+        if not groups:
+            raise CannotRemoveError(
+                f"{self._kind} has no MLP that CAP knows, so no channel can be removed: choose "
+                "pattern 'layers'"
+            )
+        # One number of the config: that of the widest part of the model.
+        (_, width), sites = max(groups.items(), key=lambda item: item[0][1] * len(item[1]))
+        self._columns = {site: torch.arange(width).unsqueeze(1) for site in sites}
+        self._check_not_shared()
+        return width
+
+    def _groups_of_heads(self) -> int:
+        """Find the query heads of each key/value head; return the number of key/value heads."""
+        for site in self.view.sites:
+            if site.kind == "attention":
+                if not _can_lose_heads(site):
+                    raise CannotRemoveError(
+                        f"{self._kind} computes something of all heads of {site.block} together, "
+                        "so none of them can be removed: choose another pattern"
+                    )
+                units = _groups_that_share(site)
+                columns = [range(*site.units[unit].channels) for of in units for unit in of]
+                size = sum(map(len, columns)) // len(units)
+                flat = torch.tensor([column for channels in columns for column in channels])
+                self._columns[site] = flat.view(len(units), size)
+        counts = {len(groups) for groups in self._columns.values()}
+        if not counts:
+            raise CannotRemoveError(
+                f"{self._kind} has no heads that CAP knows, so none can be removed: choose pattern "
+                "'channels' or 'layers'"
+            )
+        if len(counts) > 1:
+            raise CannotRemoveError(
+                f"the layers of {self._kind} have different numbers of key/value heads "
+                f"({', '.join(map(str, sorted(counts)))}), but its config has one number: choose "
+                "another pattern"
+            )
+        self._check_not_shared()
+        return counts.pop()
+
+    def _check_not_shared(self) -> None:
+        """Check that no layers share the matrices that become smaller."""
+        for site in self._columns:
+            if site.output_proj in self.view.layers_of_shared:
+                raise CannotRemoveError(
+                    f"{site.name} runs in several layers of {self._kind}, and what it loses would "
+                    "have to be the same in all of them: choose another pattern"
+                )
+
+    def check(self, examples: list[CalibrationExample]) -> None:
+        """Check on one example that a smaller model computes what the model does without parts.
+
+        The parts removed here are arbitrary.
+
+        Args:
+            examples: The calibration examples; without any, some tokens are made up.
+
+        Raises:
+            CannotRemoveError: It does not, or there is no smaller model of this architecture.
+        """
+        first = [min(examples or [self._made_up()], key=lambda each: len(each.input_ids))]
+        with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
+            kept = self._kept(self._first_parts())
+            smaller = self._smaller(kept, {})
+            try:
+                differing = self._share_that_differs(kept, ModelView.of(smaller), first)
+            except (RuntimeError, IndexError, TypeError, KeyError) as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise CannotRemoveError(
+                    f"{self._kind} does not run with {self._config.pattern} removed ({reason}): "
+                    "choose another pattern"
+                ) from error
+        if differing > MOST_TOKENS_ROUTED_OTHERWISE * bool(self._routers):
+            raise CannotRemoveError(
+                f"{self._kind} with {self._config.pattern} removed computes something else than "
+                f"without them ({differing:.1%} of the hidden states differ): choose another "
+                "pattern"
+            )
+
+    def _made_up(self) -> CalibrationExample:
+        ids = torch.arange(1, _TRIED_TOKENS + 1) % number_of_embeddings(self.view.model)
+        scored = torch.arange(_TRIED_TOKENS) > 0
+        return CalibrationExample(ids, scored, source="made up", index=0, digest="")
+
+    def _first_parts(self) -> Any:
+        if self._config.pattern == "layers":
+            return list(range(1, self.count + 1))
+        if self._config.pattern == "experts":
+            groups = self._groups
+            size = self.before // groups
+            of_groups = range(self.count // groups)
+            gone = [group * size + index for group in range(groups) for index in of_groups]
+            return dict.fromkeys(self._routers, gone)
+        kept = torch.arange(self.before) >= self.count
+        return {site: _mask(columns, kept) for site, columns in self._columns.items()}
+
+    @property
+    def _groups(self) -> int:
+        """Number of groups of experts, of one size each, that the router knows."""
+        text = self.view.model.config.get_text_config(decoder=True)
+        groups = getattr(text, "n_group", None) or 1
+        per_token = getattr(text, "num_experts_per_tok", None) or 1
+        after = self.before - self.count
+        if self.count % groups:
+            raise CannotRemoveError(
+                f"the router of {self._kind} has {groups} groups of experts of one size, but "
+                f"sparsity {self._config.sparsity} removes {self.count} of {self.before} experts: "
+                f"choose a sparsity that removes a multiple of {groups}"
+            )
+        if after < per_token:
+            raise CannotRemoveError(
+                f"sparsity {self._config.sparsity} leaves {after} of {self.before} experts, fewer "
+                f"than the {per_token} that each token is routed to: choose a lower sparsity"
+            )
+        return int(groups)
+
+    def _kept(self, removed: Any) -> KeptParts:
+        """Return what is kept.
+
+        Args:
+            removed: The removed layers; the removed experts by layer; or the kept channels by site.
+        """
+        if self._config.pattern == "layers":
+            layers = range(len(self.view.layers))
+            return KeptParts(layers=[layer for layer in layers if layer not in removed])
+        if self._config.pattern == "experts":
+            return KeptParts(
+                experts={
+                    router.block: [e for e in range(router.count) if e not in removed[layer]]
+                    for layer, router in self._routers.items()
+                }
+            )
+        return KeptParts(channels=removed)
+
+    def _smaller(self, kept: KeptParts, fitted: Mapping[Matrix, torch.Tensor]) -> PreTrainedModel:
+        """Return the smaller model.
+
+        Args:
+            kept: What is kept.
+            fitted: New weights of matrices of the dense model, `[out, in]`.
+        """
+        model, sites = self.view.model, self.view.sites
+        config = smaller_config(model, sites, kept)
+        with temporary_weights(model, fitted):
+            return smaller_model(model, sites, kept, config)
+
+    def _share_that_differs(
+        self, kept: KeptParts, smaller: ModelView, examples: list[CalibrationExample]
+    ) -> float:
+        """Return the share of hidden states that differ after any layer."""
+        dense, pruned = LayerwisePass(self.view, examples), LayerwisePass(smaller, examples)
+        [batch], [smaller_batch] = dense.batches, pruned.batches
+        if self._config.pattern == "heads" and batch.shared is not None:
+            raise CannotRemoveError(
+                f"layers of {self._kind} share keys and values, so they would have to lose the "
+                "same heads: choose another pattern"
+            )
+        share, hidden = 0.0, batch.hidden
+        for new, old in enumerate(self._layers(kept)):
+            with self._without_parts(old, kept):
+                expected = dense.run(old, batch, hidden)
+            found = pruned.run(new, smaller_batch, hidden)
+            share = max(share, share_that_differs(found, expected))
+            hidden = expected
+        return share
+
+    def _layers(self, kept: KeptParts) -> list[int]:
+        return list(range(len(self.view.layers)) if kept.layers is None else kept.layers)
+
+    def _without_parts(self, layer: int, kept: KeptParts) -> AbstractContextManager[Any]:
+        """Let a layer of the dense model compute without the parts that are not kept."""
+        if self._config.pattern == "experts" and layer in self._routers:
+            router = self._routers[layer]
+            experts = set(range(router.count)) - set(kept.experts[router.block])
+            return router.without(torch.tensor(sorted(experts)))
+        zeroed = {
+            site.output_proj: self.view.weights(site.output_proj) * mask
+            for site, mask in kept.channels.items()
+            if site.layer == layer
+        }
+        return temporary_weights(self.view.model, zeroed) if zeroed else nullcontext()
+
+    def run(self, examples: list[CalibrationExample], losses: UnitLosses | None = None) -> Removal:
+        """Remove the parts.
+
+        Args:
+            examples: The calibration examples; none if the config needs no data.
+            losses: Losses of the units, if the criterion needs causal scores and they are measured
+                already.
+        """
+        model, config = self.view.model, self._config
+        cache = None
+        if config.resume_dir is not None and examples:
+            cache = PruningCache(config.resume_dir, model, examples, self._process_group)
+        scoring = PruningRun(self.view, config, self.view.matrices, examples, self._process_group)
+        if self._criterion.needs_scores:
+            scoring.score_units(losses)
+        with evaluation_mode(model), float32_on_cpu(model) as stored_dtypes:
+            removed, fitted = self._choose(examples, scoring.importances, cache)
+            kept = self._kept(removed)
+            smaller = self._smaller(kept, fitted)
+            dtypes = {
+                name: stored_dtypes.get(name_before(model, name, kept.layers), tensor.dtype)
+                for name, tensor in (*smaller.named_parameters(), *smaller.named_buffers())
+            }
+            store = None
+            if config.method.refine:
+                view = ModelView.of(smaller)
+                store = self._layer_store(view, kept, cache)
+                self._refine_(view, kept, examples, dtypes, store)
+        for name, dtype in dtypes.items():
+            tensor = attrgetter(name)(smaller)
+            tensor.data = tensor.data.to(dtype)
+        return Removal(smaller, self._description(kept), store, scoring)
+
+    def record(
+        self, removal: Removal, calibration: CalibrationSet | None, zeros_before: int
+    ) -> PruningRecord:
+        """Return the record of the run."""
+        config, view = self._config, ModelView.of(removal.model)
+        matrices = [
+            MatrixSparsity(
+                matrix.name,
+                int((view.weights(matrix) == 0).sum()),
+                view.oriented(matrix).numel(),
+            )
+            for matrix in view.matrices
+        ]
+        return PruningRecord(
+            config=config.to_dict(),
+            base_model=public_name(self.view.model.name_or_path),
+            base_revision=None,
+            matrices=matrices,
+            scores=removal.scoring.unit_scores,
+            intact_loss=removal.scoring.intact_loss,
+            calibration=calibration.record if calibration else {},
+            versions=versions(),
+            zeros_before=zeros_before,
+            zeros_after=sum(matrix.zeros for matrix in matrices),
+            removed={
+                "before": self.before,
+                "after": self.before - self.count,
+                "kept": removal.kept,
+                "parameters_before": self.view.model.num_parameters(),
+                "parameters_after": removal.model.num_parameters(),
+            },
+        )
+
+    def _choose(
+        self,
+        examples: list[CalibrationExample],
+        importances: Mapping[UnitKey, float],
+        cache: PruningCache | None,
+    ) -> tuple[Any, dict[Matrix, torch.Tensor]]:
+        """Return what is removed, as `_kept` takes it, and new weights of the dense matrices."""
+        config = self._config
+        if self._columns:
+            return self._choose_columns(examples, importances)
+        settings = {
+            "pattern": config.pattern,
+            "criterion": config.method.criterion,
+            "count": self.count,
+            "seed": config.seed,
+        }
+        layers = list(self._routers)
+        shape = (len(layers), self.count) if layers else (self.count,)
+        stored = cache.choice(settings, shape, self.before) if cache else None
+        if stored is None:
+            if layers:
+                by_layer = experts_to_remove(
+                    self.view, self._routers, examples, self.count, self._groups, config
+                )
+                stored = torch.tensor([by_layer[layer] for layer in layers])
+            else:
+                stored = torch.tensor(layers_to_remove(self.view, examples, self.count, config))
+            if cache:
+                cache.put_choice(settings, stored)
+        if not layers:
+            return stored.tolist(), {}
+        return dict(zip(layers, stored.tolist(), strict=True)), {}
+
+    def _choose_columns(
+        self, examples: list[CalibrationExample], importances: Mapping[UnitKey, float]
+    ) -> tuple[dict[Site, torch.Tensor], dict[Matrix, torch.Tensor]]:
+        """Choose heads or channels; each layer receives what the thinned ones before it return."""
+        model, config, criterion = self.view.model, self._config, self._criterion
+        kept: dict[Site, torch.Tensor] = {}
+        fitted: dict[Matrix, torch.Tensor] = {}
+        layerwise = None
+        if criterion.needs_inputs:
+            weight, budget = config.method.answer_weight, config.memory_budget
+            layerwise = LayerwisePass(self.view, examples, weight, budget)
+        for layer in logging.tqdm(range(len(self.view.layers)), desc="Choosing", unit="layer"):
+            sites = [site for site in self._columns if site.layer == layer]
+            statistics: Mapping[Matrix, InputStatistics] = {}
+            if layerwise and sites:
+                matrices = [site.output_proj for site in sites]
+                statistics = layerwise.statistics(layer, matrices, criterion.updates_weights)
+            of_layer = {}
+            for site in sites:
+                of_site = statistics.get(site.output_proj)
+                kept[site], of_layer[site.output_proj] = self._thinned(site, of_site, importances)
+            if layerwise:
+                with temporary_weights(model, of_layer):
+                    layerwise.advance(layer)
+            fitted |= of_layer
+        return kept, fitted
+
+    def _thinned(
+        self,
+        site: Site,
+        statistics: InputStatistics | None,
+        importances: Mapping[UnitKey, float],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which inputs of an output projection are kept, and its new weights.
+
+        Args:
+            site: The site.
+            statistics: Statistics of these inputs, if the criterion needs them.
+            importances: Importances of units, if the criterion needs causal scores.
+
+        Returns:
+            bool `[in]` and `[out, in]`.
+        """
+        matrix, columns, criterion = site.output_proj, self._columns[site], self._criterion
+        weight = self.view.weights(matrix)
+        if criterion.removes_columns:
+            assert statistics is not None
+            kept, new = remove_columns(weight, statistics, columns, self.count, matrix.name)
+            return kept.cpu(), new
+        if criterion.needs_scores:
+            of_channels = torch.zeros(site.width, dtype=torch.float64)
+            for unit in site.units:
+                of_channels[slice(*unit.channels)] = importances[site.name, unit.index]
+        else:
+            assert criterion.importance is not None
+            inputs = CriterionInputs(matrix.name, self._config.seed, None, statistics)
+            of_channels = criterion.importance(weight, inputs).double().sum(dim=0).cpu()
+        order = of_channels[columns].mean(dim=1).argsort(stable=True)
+        parts = torch.ones(len(columns), dtype=torch.bool)
+        parts[order[: self.count]] = False
+        kept = _mask(columns, parts)
+        return kept, weight * kept.to(weight.device)
+
+    @property
+    def _criterion(self) -> Criterion:
+        return CRITERIA[self._config.method.criterion]
+
+    def _layer_store(
+        self, view: ModelView, kept: KeptParts, cache: PruningCache | None
+    ) -> LayerStore | None:
+        """Return the store for refined layers of the smaller model."""
+        if cache is None:
+            return None
+        config = self._config
+        settings = {
+            "method": dataclasses.asdict(config.method),
+            "refine_learning_rate": config.refine_learning_rate,
+            "seed": config.seed,
+            "pattern": config.pattern,
+            "kept": self._description(kept),
+        }
+        return cache.layers(settings, sum(view.oriented(m).nbytes for m in view.matrices))
+
+    def _refine_(
+        self,
+        view: ModelView,
+        kept: KeptParts,
+        examples: list[CalibrationExample],
+        dtypes: Mapping[str, torch.dtype],
+        store: LayerStore | None,
+    ) -> None:
+        """Fit each layer of the smaller model to the hidden states of the dense one.
+
+        Where layers are removed, the layer before them is fitted to what they return.
+        """
+        config, process_group = self._config, self._process_group
+        dense, pruned = (
+            LayerwisePass(
+                each,
+                examples,
+                memory_budget=config.memory_budget,
+                most_examples=EXAMPLES_PER_STEP,
+                process_group=process_group,
+            )
+            for each in (self.view, view)
+        )
+        refiner = LayerRefiner(
+            view,
+            pruned,
+            config.method.refine,
+            config.refine_learning_rate,
+            config.seed,
+            process_group,
+        )
+        layers = [*self._layers(kept), len(self.view.layers)]
+        done = 0
+        for new in logging.tqdm(range(len(view.layers)), desc="Refining", unit="layer"):
+            while done < layers[new + 1]:
+                dense.advance(done)
+                done += 1
+            refiner.take_target({batch.number: batch.hidden for batch in dense.batches})
+            # What several layers share is not fitted to one of them.
+            matrices = [
+                matrix
+                for matrix in view.matrices_by_layer.get(new, [])
+                if matrix not in view.layers_of_shared
+            ]
+            if matrices and not _restored_(store, view, new, matrices, dtypes, process_group):
+                refiner.refine_(new, matrices)
+                for matrix in matrices:
+                    weight = view.writable_weights(matrix)
+                    weight.copy_(weight.to(dtypes[matrix.parameter]))
+                _store(store, view, new, matrices, dtypes)
+            pruned.advance(new)
+
+    def _description(self, kept: KeptParts) -> dict[str, list[int]]:
+        """Return the indices of what is kept, for the record."""
+        if kept.layers is not None:
+            return {"layers": list(kept.layers)}
+        if kept.experts:
+            return {block: list(experts) for block, experts in kept.experts.items()}
+        return {site.name: mask.nonzero()[:, 0].tolist() for site, mask in kept.channels.items()}
+
+
+def _can_lose_heads(site: Site) -> bool:
+    """Whether the rows of a projection that are of one head affect no other head.
+
+    They do if the queries of all heads are normalised together (OLMoE).
+    """
+    users = Counter(piece for unit in site.units for piece in unit.region)
+    return all(
+        piece in unit.separable for unit in site.units for piece in unit.region if users[piece] == 1
+    )
+
+
+def _groups_that_share(site: Site) -> list[list[int]]:
+    """Return the units of an attention by the rows of keys and values that they share.
+
+    Rows that all units share, as with a single key/value head, stay.
+    """
+    users: dict[WeightSlice, list[int]] = {}
+    for unit in site.units:
+        for piece in unit.region[1:]:
+            users.setdefault(piece, []).append(unit.index)
+    groups: set[tuple[int, ...]] = {(unit.index,) for unit in site.units}
+    for units in users.values():
+        if 1 < len(units) < len(site.units):
+            groups = {group for group in groups if not set(group) & set(units)} | {tuple(units)}
+    return [list(group) for group in sorted(groups)]
+
+
+def _mask(columns: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Return which columns are kept, bool `[in]`, by the columns of each part, `[parts, size]`."""
+    mask = torch.zeros(columns.numel(), dtype=torch.bool)
+    mask[columns[parts].flatten()] = True
+    return mask
+
+
+def _restored_(
+    store: LayerStore | None,
+    view: ModelView,
+    layer: int,
+    matrices: list[Matrix],
+    dtypes: Mapping[str, torch.dtype],
+    process_group: ProcessGroup,
+) -> bool:
+    """Load the weights of a layer that an interrupted run has stored; return whether it has any."""
+    expected = {
+        matrix: ExpectedWeights(tuple(view.oriented(matrix).shape), dtypes[matrix.parameter], 0)
+        for matrix in matrices
+    }
+    stored = store.get(layer, expected) if store else None
+    if not process_group.broadcast(stored is not None):
+        return False
+    for matrix in matrices:
+        weight = view.writable_weights(matrix)
+        if stored is not None:
+            weight.copy_(stored.weights[matrix])
+        process_group.broadcast_(weight, 0)
+    return True
+
+
+def _store(
+    store: LayerStore | None,
+    view: ModelView,
+    layer: int,
+    matrices: list[Matrix],
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
+    if store is None:
+        return
+    for matrix in matrices:
+        store.put(matrix, view.weights(matrix).to(dtypes[matrix.parameter]))
+    store.commit(layer, dict.fromkeys(matrices, 0))

@@ -1,0 +1,211 @@
+"""Removal of experts, channels and layers by `CAPPruner`: what is left, saved and loaded."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.calibration import ROWS
+from helpers.tiny_models import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.checkpoint import PruningRecord
+from optimum_cap.models import ModelView, masked_unit
+from optimum_cap.scoring import causal_scores
+
+DATA = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS[:16]]
+TOKENS = torch.arange(3, 27).view(2, 12)
+
+
+def removed_from(model: PreTrainedModel, pattern: str, sparsity: float, **fields: Any) -> None:
+    if fields.get("recipe") != "random" and fields.get("criterion") not in ("random", "magnitude"):
+        fields = {"dataset": DATA, "num_samples": 12, **fields}
+    config = CAPConfig(sparsity, pattern=pattern, **fields)
+    CAPPruner(config).prune(model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pattern", "sparsity", "number", "left"),
+    [
+        ("mixtral", "experts", 0.5, "num_local_experts", 2),
+        ("llama", "channels", 0.4, "intermediate_size", 12),
+        pytest.param("llama", "layers", 0.3, "num_hidden_layers", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_stock_model_is_left(
+    architecture: str, pattern: str, sparsity: float, number: str, left: int, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture)
+    before = model.num_parameters()
+    removed_from(model, pattern, sparsity)
+    assert getattr(model.config, number) == left
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config[number] == left
+    assert "quantization_config" not in config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    removed = loaded.pruning_record.removed
+    assert removed["parameters_before"] == before
+    assert removed["parameters_after"] == loaded.num_parameters() < before
+    assert removed["before"] - removed["after"] > 0
+    card = (tmp_path / "README.md").read_text()
+    assert f"of {removed['before']} {pattern}" in card
+    assert "Zeros per projection" not in card
+
+
+@pytest.mark.parametrize("criterion", ["causal_score", "magnitude"])
+def test_removed_heads_are_masked_heads(criterion: str) -> None:
+    dense, model = tiny_model("qwen3_moe").eval(), tiny_model("qwen3_moe")
+    removed_from(model, "heads", 0.5, criterion=criterion)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)
+    kept = model.pruning_record.removed["kept"]
+    with ExitStack() as stack, torch.no_grad():
+        for site, unit in ModelView.of(dense).heads:
+            if unit.channels[0] not in kept[site.name]:
+                stack.enter_context(masked_unit(dense, site, unit))
+        expected = dense(TOKENS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-4)
+    assert bool(model.pruning_record.scores) == (criterion == "causal_score")
+
+
+def test_heads_with_the_lowest_scores_go() -> None:
+    model = tiny_model("llama")
+    pruner = CAPPruner(
+        CAPConfig(0.5, pattern="heads", recipe="paper", dataset=DATA, num_samples=12)
+    )
+    losses = pruner.measure(model, tiny_tokenizer())
+    scores = causal_scores(losses).scores.view(3, 2, 2).mean(dim=2)  # layers, groups, heads
+    pruner.prune(model, tiny_tokenizer(), losses=losses)
+    for channels, of_layer in zip(
+        model.pruning_record.removed["kept"].values(), scores, strict=True
+    ):
+        assert channels[0] // 16 == int(of_layer.argmax())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pattern", "fields"),
+    [
+        ("mixtral", "experts", {"criterion": "reap"}),
+        ("qwen3_moe", "experts", {"recipe": "causal_fast"}),
+        ("qwen3_moe", "channels", {}),
+        ("gpt2", "channels", {}),
+        ("gpt2", "layers", {}),
+        ("llama", "heads", {}),
+        ("phi3", "heads", {"criterion": "wanda", "refine": 1}),
+        ("phi3", "channels", {"criterion": "wanda", "refine": 1}),
+        ("llama", "layers", {"criterion": "block_influence"}),
+        ("llama", "channels", {"criterion": "magnitude"}),
+        ("llama", "layers", {"recipe": "random"}),
+    ],
+)
+@pytest.mark.slow
+def test_every_criterion_runs(architecture: str, pattern: str, fields: dict[str, Any]) -> None:
+    model = tiny_model(architecture)
+    before = model.num_parameters()
+    removed_from(model, pattern, 0.4, **fields)
+    assert model.num_parameters() < before
+    with torch.no_grad():
+        assert model(TOKENS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.slow
+def test_dtype_stays_and_runs_repeat(dtype: torch.dtype) -> None:
+    models = [tiny_model("llama").to(dtype) for _ in range(2)]
+    for model in models:
+        removed_from(model, "channels", 0.4)
+    states = [model.state_dict() for model in models]
+    assert {tensor.dtype for tensor in states[0].values()} == {dtype}
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.slow
+def test_refinement_brings_hidden_states_closer() -> None:
+    def difference(refine: int) -> float:
+        dense, model = tiny_model("mixtral").eval(), tiny_model("mixtral")
+        removed_from(model, "experts", 0.5, criterion="routed_error", refine=refine)
+        inputs = torch.tensor(tiny_tokenizer()(ROWS[0][0] + ROWS[0][1])["input_ids"])[None]
+        with torch.no_grad():
+            return float((model(inputs).logits - dense(inputs).logits).square().mean())
+
+    assert difference(8) < difference(0)
+
+
+@pytest.mark.slow
+def test_interrupted_run_resumes_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimum_cap.pruning import removal
+
+    whole = tiny_model("mixtral")
+    removed_from(whole, "experts", 0.5)
+    calls = []
+
+    class Interrupted(removal.LayerRefiner):
+        def refine_(self, index, matrices):
+            calls.append(index)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return super().refine_(index, matrices)
+
+    model = tiny_model("mixtral")
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(removal, "LayerRefiner", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        removed_from(model, "experts", 0.5, resume_dir=tmp_path)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in dense.items())
+    monkeypatch.setattr(
+        removal, "experts_to_remove", lambda *args: pytest.fail("the choice was not stored")
+    )
+    removed_from(model, "experts", 0.5, resume_dir=tmp_path)
+    assert calls == [0, 1, 1, 2]
+    expected = whole.state_dict()
+    assert all(torch.equal(expected[name], each) for name, each in model.state_dict().items())
+    model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.rglob("layers/*/*"))
+
+
+def test_smaller_model_can_be_pruned_again() -> None:
+    model = tiny_model("llama")
+    removed_from(model, "channels", 0.4, criterion="magnitude")
+    CAPPruner(CAPConfig(0.5, recipe="magnitude")).prune(model)
+    assert model.pruning_record.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pattern", "sparsity", "message"),
+    [
+        ("llama", "experts", 0.5, "no experts that CAP knows"),
+        ("mixtral", "experts", 0.1, "0.1 of 4 experts is 0 experts"),
+        ("mixtral", "experts", 0.75, "leaves 1 of 4 experts, fewer than the 2"),
+        ("olmoe", "heads", 0.5, "computes something of all heads"),
+        ("gpt2", "heads", 0.5, "no config of GPT2LMHeadModel"),
+        ("gemma4", "layers", 0.25, "no config of Gemma4ForCausalLM"),
+    ],
+)
+def test_refused_before_anything_is_measured(
+    architecture: str, pattern: str, sparsity: float, message: str
+) -> None:
+    model = tiny_model(architecture)
+    config = CAPConfig(sparsity, pattern=pattern, recipe="random")
+    with pytest.raises(ValueError, match=message):
+        CAPPruner(config).prune(model)
+
+
+def test_damaged_record_of_removed_parts_is_refused() -> None:
+    model = tiny_model("mixtral")
+    removed_from(model, "experts", 0.5, recipe="random")
+    values = json.loads(json.dumps(model.pruning_record.to_dict()))
+    assert PruningRecord.from_dict(values).removed == model.pruning_record.removed
+    values["removed"]["kept"] = [1]
+    with pytest.raises(ValueError, match=r"removed\.kept must be an object"):
+        PruningRecord.from_dict(values)
+    values["removed"] = {"before": -1}
+    with pytest.raises(ValueError, match=r"removed\.before must be a count"):
+        PruningRecord.from_dict(values)
