@@ -126,11 +126,14 @@ def model_card(
     lines = [
         "# Pruned model",
         "",
-        "Pruned by [optimum-cap](https://github.com/optimum-cap/optimum-cap) with "
+        "Pruned by [optimum-cap](https://github.com/optimum-cap/optimum-cap) "
+        + (f"with {title}" if not record.removed else f"by removing {_part(record)}")
         + (
-            f"{title}. The weights have been changed since, which filled zeros."
+            ". The weights have been changed since, which filled zeros."
             if record.lost_zeros
-            else f"{title}{_REFINED if method.refine else ', without training.'}"
+            else _REFINED
+            if method.refine
+            else ", without training."
         ),
         "",
         "| | |",
@@ -139,7 +142,9 @@ def model_card(
         "",
         "## How to load it",
         "",
-        *_loading(needs_plugin, task.auto_class if task else "AutoModelForCausalLM"),
+        *_loading(
+            needs_plugin, task.auto_class if task else "AutoModelForCausalLM", bool(record.removed)
+        ),
         "",
         *([] if record.removed else _zeros_per_projection(record)),
         "`pruning_record.json` has the details: "
@@ -149,6 +154,12 @@ def model_card(
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _part(record: PruningRecord) -> str:
+    """Return what was removed, and by which criterion."""
+    criterion = CRITERIA[CAPConfig.from_dict(record.config).method.criterion]
+    return f"{_cell(record.removed['part'])}, chosen by {criterion.title}"
 
 
 def _left_dense(record: PruningRecord, class_name: str) -> dict[str, str]:
@@ -233,10 +244,13 @@ def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
     return sums
 
 
-def _loading(needs_plugin: bool, auto_class: str) -> list[str]:
+def _loading(needs_plugin: bool, auto_class: str, is_smaller: bool) -> list[str]:
     if not needs_plugin:
         return [
-            "The zeros are stored like other weights, so transformers loads it without a plugin:",
+            "It is an ordinary, smaller model, so transformers loads it without a plugin:"
+            if is_smaller
+            else "The zeros are stored like other weights, so transformers loads it without a "
+            "plugin:",
             "",
             "```python",
             f"from transformers import {auto_class}",

@@ -143,10 +143,10 @@ class PruningRecord:
         zeros_after: Number of prunable weights that were zero right after pruning. The matrices
             count the zeros of the saved weights, which may have been trained since.
         dense: Linear weights of the decoder that stayed dense.
-        removed: What was removed, if parts were: the number of them in each layer (or of layers)
-            `before` and `after`, the indices of what is `kept` by the name of what it is a part of
-            in the dense model, and the number of parameters, `parameters_before` and
-            `parameters_after`.
+        removed: What was removed, if parts were: the kind of `part` (a pattern), how many each
+            layer had `before` and `after` (or how many layers there were), the indices of what is
+            `kept` by the name of what it is a part of in the dense model, and the number of
+            parameters, `parameters_before` and `parameters_after`.
     """
 
     config: dict[str, Any]
@@ -337,6 +337,8 @@ def _check_removed(removed: dict[str, Any]) -> None:
     for name in _REMOVED_COUNTS:
         if not is_count(removed.get(name)):
             raise ValueError(f"removed.{name} must be a count, got {removed.get(name)!r:.80}")
+    if not _is_text(removed.get("part")):
+        raise ValueError(f"removed.part must be text, got {removed.get('part')!r:.80}")
     kept = removed.get("kept")
     if not isinstance(kept, dict) or not all(
         isinstance(indices, list) and all(map(is_count, indices)) for indices in kept.values()
@@ -346,12 +348,12 @@ def _check_removed(removed: dict[str, Any]) -> None:
 
 def describe_removal(record: PruningRecord) -> str:
     """Return what was removed from a model, such as `32 of 64 experts in each layer`."""
-    removed, pattern = record.removed, record.config["pattern"]
+    removed, part = record.removed, record.removed["part"]
     gone = removed["before"] - removed["after"]
-    where = "" if pattern == "layers" else " in each layer"
+    where = "" if part == "layers" else " in each layer"
     share = removed["parameters_after"] / removed["parameters_before"]
     return (
-        f"{gone:,} of {removed['before']:,} {pattern}{where}; {removed['parameters_after']:,} of "
+        f"{gone:,} of {removed['before']:,} {part}{where}; {removed['parameters_after']:,} of "
         f"{removed['parameters_before']:,} parameters are left ({share:.1%})"
     )
 

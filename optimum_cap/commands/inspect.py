@@ -67,4 +67,5 @@ class InspectCommand(CAPSubcommand):
         if record.sensitivities:
             print(f"\nsites, each pruned alone ({record.sensitivities_are})")
             print(sensitivity_table(record.sensitivities))
-        print(f"\n{sparsity_table(record.matrices)}")
+        if not record.removed:
+            print(f"\n{sparsity_table(record.matrices)}")

@@ -54,8 +54,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--sparsity",
         "sparsity",
         float,
-        "fraction of the prunable weights to set to zero, or of the parts to remove, between 0 and "
-        "1; pattern N:M implies it",
+        "fraction of the prunable weights to zero, or of the parts to remove, between 0 and 1; "
+        "pattern N:M implies it",
     ),
     (
         "--recipe",
@@ -68,9 +68,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--criterion",
         "criterion",
         str,
-        "causal_score, magnitude, random, wanda, sparsegpt or alps; where parts are removed, also "
-        "divergence, routed_error, reap, frequency, routing_weight, block_influence or "
-        "least_squares (default: the recipe's)",
+        "causal_score, magnitude, random, wanda, sparsegpt or alps; for parts, see "
+        "docs/smaller_models.md (default: the recipe's)",
     ),
     (
         "--allocation",
@@ -128,8 +127,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--pattern",
         "pattern",
         str,
-        "unstructured; N:M, which keeps N of every M weights, e.g. 2:4; or what to remove: "
-        "experts, heads, channels or layers (default: unstructured)",
+        "unstructured; N:M keeps N of every M weights, e.g. 2:4; experts, heads, channels, "
+        "layers are removed (default: unstructured)",
     ),
     (
         "--answers",

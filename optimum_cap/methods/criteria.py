@@ -154,7 +154,7 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "alps": Criterion("ALPS (arXiv 2406.07831)", solve=alps, needs_inputs=True, cost="alps"),
     "divergence": Criterion(
-        "the measured effect of each part on the predictions",
+        "the measured effect of each of them on the predictions",
         needs_examples=True,
         needs_predictions=True,
         parts=("experts", "layers"),
@@ -175,7 +175,7 @@ CRITERIA: dict[str, Criterion] = {
         "block influence (ShortGPT, arXiv 2403.03853)", needs_examples=True, parts=("layers",)
     ),
     "least_squares": Criterion(
-        "least squares fits without each channel or head (ZipLM, arXiv 2302.04089)",
+        "the least squares fit without each of them (ZipLM, arXiv 2302.04089)",
         needs_inputs=True,
         removes_columns=True,
         parts=("heads", "channels"),

@@ -385,6 +385,7 @@ class PartRemoval:
             zeros_before=zeros_before,
             zeros_after=sum(matrix.zeros for matrix in matrices),
             removed={
+                "part": config.pattern,
                 "before": self.before,
                 "after": self.before - self.count,
                 "kept": removal.kept,

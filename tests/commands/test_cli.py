@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command_line import run_cap
+from helpers.paths import ROOT
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -713,6 +714,14 @@ def test_every_flag_has_a_help_text(command: type[CAPSubcommand]) -> None:
         assert parser.get_default("tasks") == ",".join(DEFAULT_TASKS)
 
 
+def test_criteria_for_parts_are_documented() -> None:
+    from optimum_cap.methods import CRITERIA
+
+    page = (ROOT / "docs" / "smaller_models.md").read_text(encoding="utf-8")
+    for name, criterion in CRITERIA.items():
+        assert not criterion.parts or f"`{name}`" in page, name
+
+
 def test_choices_in_the_help_are_those_of_the_config() -> None:
     from optimum_cap import config
     from optimum_cap.formats import FORMATS
@@ -723,7 +732,7 @@ def test_choices_in_the_help_are_those_of_the_config() -> None:
     texts = {action.dest: action.help for action in parser._actions}
     for field, choices in {
         "recipe": config.RECIPES,
-        "criterion": CRITERIA,
+        "criterion": [name for name, criterion in CRITERIA.items() if criterion.ranks_weights],
         "allocation": ALLOCATIONS,
         "target": config.TARGETS,
         "order": config.ORDERS,
