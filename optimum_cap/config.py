@@ -302,9 +302,9 @@ class CAPConfig(QuantizationConfigMixin):
             beginning of a module's name (such as `"re:.*down_proj"`).
         strict: Refuse a model if CAP cannot prune some linear weights of its decoder. By default
             they stay dense, which the log, the record and `cap inspect` say.
-        checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values) or
-            `"dense"` (zeros stored; loads without this plugin). Models that have lost parts are
-            always `"dense"`.
+        checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values),
+            `"coded"` (the same, compressed; smaller, but loads more slowly) or `"dense"` (zeros
+            stored; loads without this plugin). Models that have lost parts are always `"dense"`.
         tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
             the model's tokenizer, or its processor if the calibration data has images. Not saved.
         config_version: Version of these fields.
@@ -706,7 +706,7 @@ class CAPConfig(QuantizationConfigMixin):
             ValueError: A field is unknown (perhaps from a newer version) or has a bad value.
         """
         values = dict(config_dict)
-        if "format_version" in values:  # in the config.json of a packed checkpoint
+        if "format_version" in values:  # in the config.json of a packed or coded checkpoint
             check_format_version(values.pop("format_version"), "the checkpoint")
         known = {f.name for f in dataclasses.fields(cls)}
         values.update({key: kwargs.pop(key) for key in list(kwargs) if key in known})

@@ -38,7 +38,11 @@ def test_sparsity_outside_of_zero_to_one(sparsity: Any) -> None:
         ("exact_examples", 1, "exact_examples must be an integer of at least 2, got 1"),
         ("precision", 0, "precision must be a positive number, got 0"),
         ("precision", "high", "precision must be a positive number, got 'high'"),
-        ("checkpoint_format", "zip", "checkpoint_format must be one of packed, dense, got 'zip'"),
+        (
+            "checkpoint_format",
+            "zip",
+            "checkpoint_format must be one of packed, coded, dense, got 'zip'",
+        ),
         ("num_samples", 0, "num_samples must be an integer of at least 1, got 0"),
         ("num_samples", 1.5, "num_samples must be an integer of at least 1, got 1.5"),
         ("subsets", 0, "subsets must be an integer of at least 1"),
@@ -409,12 +413,12 @@ def test_unknown_field_is_a_clear_error() -> None:
 
 
 def test_newer_version_is_a_clear_error() -> None:
-    with pytest.raises(ValueError, match="config_version 2, but this optimum-cap reads up to 1"):
+    with pytest.raises(ValueError, match="config_version 2, but this optimum-cap reads up to 2"):
         CAPConfig.from_dict({"sparsity": 0.2, "config_version": 2, "field_of_the_future": 1})
 
 
 def test_newer_checkpoint_format_is_a_clear_error() -> None:
-    with pytest.raises(ValueError, match="format version 99, but this optimum-cap reads up to 1"):
+    with pytest.raises(ValueError, match="format version 99, but this optimum-cap reads up to 2"):
         CAPConfig.from_dict({"sparsity": 0.2, "format_version": 99})
 
 

@@ -41,7 +41,7 @@ class CheckpointSummary:
 
     Attributes:
         record: The pruning record.
-        checkpoint_format: `"packed"` or `"dense"`.
+        checkpoint_format: `"packed"`, `"coded"` or `"dense"`.
         format_version: Version of the files.
         weight_bytes: Size of all weight files in bytes.
         dense_bytes: Size in bytes of the tensors when stored dense.
@@ -237,6 +237,7 @@ def _is_digest(value: Any) -> bool:
         and is_count(value.get("size"))
         and isinstance(value.get("sha256"), str)
         and isinstance(value.get("checksum", ""), str)
+        and isinstance(value.get("tensors", {}), dict)
     )
 
 
@@ -257,7 +258,7 @@ def convert_checkpoint(
     Args:
         source: Folder, or repository on the Hub.
         target: New folder.
-        checkpoint_format: `"packed"` or `"dense"`.
+        checkpoint_format: `"packed"`, `"coded"` or `"dense"`.
         revision: Branch, tag or commit of the repository.
         token: Token for the Hub.
         cache_dir: Cache for downloads.

@@ -2,8 +2,10 @@
 
 They are in the pruning record, under `files`. Every file has its size and SHA-256. A weight file
 also has a checksum that takes little time, for every load: XXH3-128 of the whole file if it is
-packed; if it is dense, which transformers only maps into memory, XXH3-128 of its header and of the
-first and the last bytes of each tensor.
+packed or coded; if it is dense, which transformers only maps into memory, XXH3-128 of its header
+and of the first and the last bytes of each tensor.
+
+The tensors of a coded file have checksums as well, so that an error names the one that is damaged.
 
 They protect against damage and mistakes. They do not protect against forgery, because whoever can
 write the weights can also write the record.
@@ -21,8 +23,15 @@ from typing import Any
 import xxhash
 from transformers.utils import logging
 
-from optimum_cap.checkpoint.reading import StoredTensor, read_header, validate_tensors
+from optimum_cap.checkpoint.reading import (
+    StoredTensor,
+    damaged_tensors,
+    read_header,
+    tensor_checksums,
+    validate_tensors,
+)
 from optimum_cap.formats import FORMATS
+from optimum_cap.text import printable
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +56,8 @@ def index_files(folder: Path) -> list[Path]:
 
 def digests_of(folder: Path, checkpoint_format: str) -> dict[str, dict[str, Any]]:
     """Return size and digests of the weight files, their index and the settings in `folder`."""
-    whole = FORMATS[checkpoint_format].needs_plugin
+    form = FORMATS[checkpoint_format]
+    whole = form.needs_plugin
     weights = weight_files(folder)
     sums = dict(
         zip(weights, _in_parallel(lambda file: checksum(file, whole), weights), strict=True)
@@ -59,6 +69,8 @@ def digests_of(folder: Path, checkpoint_format: str) -> dict[str, dict[str, Any]
         digests[file.name] = {"size": file.stat().st_size, "sha256": sha256}
         if file in sums:
             digests[file.name]["checksum"] = sums[file]
+            if form.checks_tensors:
+                digests[file.name]["tensors"] = tensor_checksums(file)
     return digests
 
 
@@ -104,7 +116,7 @@ def check_loaded(files: Iterable[Path], digests: Mapping[str, Any], checkpoint_f
             validate_tensors(file, header)
     for file, is_changed in zip(files, _in_parallel(changed, files), strict=True):
         if is_changed:
-            raise ValueError(f"{file} {_CHANGED}; {_ADVICE}")
+            raise ValueError(f"{_changed_file(file, digests[file.name])}; {_ADVICE}")
 
 
 def check_loaded_folder(
@@ -186,7 +198,7 @@ def check_all_files(folder: Path, digests: Mapping[str, Any], settings: bool = T
     problems = [f"{folder / name} is missing" for name in missing]
     for file, sha256 in zip(present, _in_parallel(_sha256, present), strict=True):
         if sha256 != digests[file.name]["sha256"]:
-            problems.append(f"{file} {_CHANGED}")
+            problems.append(_changed_file(file, digests[file.name]))
     problems += [
         f"{file} {_UNLISTED}"
         for file in (*weight_files(folder), *index_files(folder))
@@ -245,6 +257,17 @@ _ADVICE = (
 
 _CHANGED = "has changed since the model was saved (its digest differs)"
 _UNLISTED = f"is not part of the checkpoint that {RECORD_NAME} describes"
+
+
+def _changed_file(file: Path, digest: Mapping[str, Any]) -> str:
+    """Return that a file has changed, and which part of it, if `digest` has its tensors."""
+    if "tensors" not in digest:
+        return f"{file} {_CHANGED}"
+    try:
+        names = printable(", ".join(damaged_tensors(file, digest["tensors"])))
+    except ValueError:
+        names = ""
+    return f"{file} {_CHANGED}, in {names or 'its header'}"
 
 
 def _check_listed(file: Path, names: Iterable[str]) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
-from optimum_cap.formats import check_parts
+from optimum_cap.formats import check_parts, coded, is_coded_weight
 from optimum_cap.text import printable
 
 _AGAIN = "download or copy it again"
@@ -146,7 +147,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
     """Open a safetensors file, as `safe_open` does.
 
     Raises:
-        ValueError: The file is damaged, or a packed weight in it is; the message names the file.
+        ValueError: The file is damaged, or a weight in it is; the message names the file.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -157,20 +158,25 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def validate_shards(files: list[Path]) -> None:
-    """Check that the size of every file matches its header and its packed weights are complete.
+    """Check that every file matches its header, and coded weights their checksums.
 
     Raises:
         ValueError: A file is truncated, damaged or not a safetensors file; the message names it.
     """
     for file in files:
         validate_tensors(file, read_header(file))
+        if damaged := damaged_tensors(file, {}):
+            raise ValueError(
+                f"{file}: {printable(', '.join(damaged))} is damaged (its checksums differ); "
+                f"{_AGAIN}"
+            )
 
 
 def validate_tensors(file: Path, header: Mapping[str, StoredTensor]) -> None:
-    """Check the packed weights of a file, without reading their values.
+    """Check the packed and coded weights of a file, without reading their values.
 
     Raises:
-        ValueError: The file or a packed weight is damaged; the message names the file.
+        ValueError: The file or a weight is damaged; the message names the file.
     """
     with open_tensors(file) as tensors:
         try:
@@ -178,3 +184,45 @@ def validate_tensors(file: Path, header: Mapping[str, StoredTensor]) -> None:
         except ValueError as error:
             reason = printable(str(error))
             raise ValueError(f"{file}: {reason}; {_AGAIN}") from None
+
+
+def tensor_checksums(file: Path) -> dict[str, str]:
+    """Return the XXH3-64 of each tensor in a file by name, except for coded weights.
+
+    Coded weights hold checksums of their own, which `damaged_tensors` compares as well.
+    """
+    with open_tensors(file) as tensors:
+        stored = {name: tensors.get_tensor(name) for name in sorted(tensors.keys())}
+        return {
+            name: _checksum(tensor)
+            for name, tensor in stored.items()
+            if not is_coded_weight(name, tensor)
+        }
+
+
+def damaged_tensors(file: Path, checksums: Mapping[str, str]) -> list[str]:
+    """Return the names of the tensors in a file that are not as they were saved.
+
+    Args:
+        file: The file.
+        checksums: Return value of `tensor_checksums` when it was saved; tensors that are not in it
+            are compared only if they are coded.
+
+    Raises:
+        ValueError: The header of the file is damaged; the message names it.
+    """
+    damaged = []
+    with open_tensors(file) as tensors:
+        for name in sorted(tensors.keys()):
+            tensor = tensors.get_tensor(name)
+            if is_coded_weight(name, tensor):
+                intact = coded.is_intact(tensor)
+            else:
+                intact = name not in checksums or checksums[name] == _checksum(tensor)
+            damaged += [] if intact else [name]
+    return damaged
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return xxhash.xxh3_64_hexdigest(data.data)

@@ -153,8 +153,8 @@ class SavePruned(_Saving):
             is_main_process: Whether this is the main process, the only one that writes.
             state_dict: Weights to save instead of the model's.
             push_to_hub: Upload the folder afterwards, to `repo_id` or the name of the folder.
-            max_shard_size: Maximum size of a weight file before it is packed. One file at a time is
-                held in memory. `None` is 5GB, or 300MB if the model is offloaded.
+            max_shard_size: Maximum size of a weight file before it is encoded. One file at a time
+                is held in memory. `None` is 5GB, or 300MB if the model is offloaded.
             variant: Save the weights as `model.<variant>.safetensors`.
             token: Token for the Hub.
             **kwargs: As for transformers' `save_pretrained`; with `push_to_hub` also as for

@@ -19,12 +19,12 @@ from optimum_cap.checkpoint.digests import (
 )
 from optimum_cap.checkpoint.reading import open_tensors, read_json
 from optimum_cap.checkpoint.record import PruningRecord
-from optimum_cap.formats import FORMAT_VERSION, FORMATS, decode
+from optimum_cap.formats import FORMATS, decode
 
 
 def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str) -> None:
     """Convert all weights in `folder` to one format, and update its config and record."""
-    encode = FORMATS[checkpoint_format].encode
+    form = FORMATS[checkpoint_format]
     weight_map: dict[str, str] = {}
     dense_bytes = stored_bytes = 0
     for file in weight_files(folder):
@@ -32,7 +32,7 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
         with open_tensors(file) as tensors, _naming(file):
             for name, weight in decode(tensors.keys(), tensors.get_tensor):
                 dense_bytes += weight.nbytes
-                encoded.update(encode(name, weight))
+                encoded.update(form.encode(name, weight))
         stored_bytes += sum(tensor.nbytes for tensor in encoded.values())
         weight_map.update(dict.fromkeys(encoded, file.name))
         replacement = file.with_suffix(".new")
@@ -45,13 +45,13 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
     config = read_json(folder / CONFIG_NAME)
     config["pruning_config"] = record.config
     config.pop("quantization_config", None)
-    if FORMATS[checkpoint_format].needs_plugin:
+    if form.needs_plugin:
         # Makes transformers load the weights with the plugin, or warn if it is not installed.
-        config["quantization_config"] = {**record.config, "format_version": FORMAT_VERSION}
+        config["quantization_config"] = {**record.config, "format_version": form.version}
     _write_json(folder / CONFIG_NAME, config)
     files = {
         "checkpoint_format": checkpoint_format,
-        "format_version": FORMAT_VERSION,
+        "format_version": form.version,
         "dense_bytes": dense_bytes,
         "digests": digests_of(folder, checkpoint_format),
     }

@@ -8,7 +8,7 @@ from optimum_cap.text import format_size
 
 
 class ConvertCommand(CAPSubcommand):
-    """Converts packed to dense, for tools without this plugin, or back; values are unchanged."""
+    """Converts between the formats packed, coded (compressed) and dense; values are unchanged."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -19,7 +19,7 @@ class ConvertCommand(CAPSubcommand):
             "--format",
             required=True,
             metavar="FORMAT",
-            help="packed, or dense, which loads without this plugin (required)",
+            help="packed, coded, or dense, which loads without this plugin (required)",
         )
         parser.add_argument(
             "-o", "--output", required=True, type=Path, metavar="DIR", help="new folder to write"

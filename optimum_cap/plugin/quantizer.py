@@ -1,4 +1,4 @@
-"""The quantization method `"cap"`: prunes a dense model after loading, unpacks a packed one.
+"""The quantization method `"cap"`: prunes a dense model after loading, or decodes a pruned one.
 
 This module must not import `transformers.modeling_utils`, because it is imported while that module
 is being loaded.
@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file, logging
 
 from optimum_cap.config import CAPConfig
+from optimum_cap.formats import coded, is_coded, unpack
 from optimum_cap.version import NEWEST_TRANSFORMERS, __version__
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _explaining_newer_transformers() -> Iterator[None]:
 
 
 class CAPQuantizer(HfQuantizer):
-    """Prunes a dense model after loading it, or unpacks a packed checkpoint while loading it.
+    """Prunes a dense model after loading it, or decodes a checkpoint while loading it.
 
     In both cases it detaches itself at the end, because a pruned model is an ordinary float model.
     """
@@ -93,7 +94,7 @@ class CAPQuantizer(HfQuantizer):
             and torch.distributed.is_initialized()
             and torch.distributed.get_world_size() > 1
         ):
-            action = "load a packed checkpoint" if self.pre_quantized else "prune a model"
+            action = "load a packed or coded checkpoint" if self.pre_quantized else "prune a model"
             raise ValueError(
                 f"cannot {action} whose matrices are split over devices ({', '.join(parallel)}): "
                 "use one process, save with checkpoint_format='dense' (or `optimum-cli cap convert "
@@ -148,7 +149,13 @@ class CAPQuantizer(HfQuantizer):
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Return the dtype to cast a tensor to while reading; masks and shapes keep their dtype."""
+        """Return the dtype to cast a tensor to while reading.
+
+        Masks, shapes and coded weights keep their dtype: decoded weights are cast.
+        """
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Unpack):
+                operation.dtype = dtype
         name = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
         return dtype if name.startswith(("F", "BF", "torch.float", "torch.bfloat")) else None
 
@@ -257,13 +264,18 @@ def _unpacking_renaming(conversion: Any, quantizer: CAPQuantizer) -> Any:
 
 
 class Unpack(ConversionOps):
-    """Loading step that unpacks weights, before experts are merged."""
+    """Loading step that unpacks or decodes weights, before experts are merged.
+
+    Attributes:
+        dtype: Dtype of decoded weights; `None` is that in which they were stored.
+    """
 
     # One packed weight is three tensors, and the next step may split it into several weights.
     supports_many_to_many = True
 
     def __init__(self, hf_quantizer: CAPQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
+        self.dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Unpack":
         # transformers copies the step for every weight; all copies report to the same quantizer.
@@ -295,11 +307,11 @@ class Unpack(ConversionOps):
         shapes: list[torch.Tensor],
         name: str,
     ) -> list[torch.Tensor]:
-        """Return the weights with the packed ones, which have one dimension, unpacked."""
+        """Return the weights, those decoded that are coded, or packed (of one dimension)."""
+        weights = [self._decode(each, name) if is_coded(each) else each for each in weights]
         if not masks:
             return weights
         packed = [index for index, weight in enumerate(weights) if weight.ndim == 1]
-        weights = list(weights)
         if not len(packed) == len(masks) == len(shapes):
             self.hf_quantizer.errors.append(
                 f"{name} is damaged: {len(packed)} of its matrices have one dimension, as packed "
@@ -315,8 +327,6 @@ class Unpack(ConversionOps):
     def _unpack(
         self, values: torch.Tensor, mask: torch.Tensor, shape: torch.Tensor, name: str
     ) -> torch.Tensor:
-        from optimum_cap.formats import unpack
-
         try:
             return unpack(values, mask, shape, name)
         except ValueError as error:
@@ -324,6 +334,14 @@ class Unpack(ConversionOps):
             # loading continues with NaNs, and `postprocess_model` raises the error.
             self.hf_quantizer.errors.append(str(error))
             return values.new_full(shape.tolist(), torch.nan)
+
+    def _decode(self, stream: torch.Tensor, name: str) -> torch.Tensor:
+        try:
+            return coded.decode(stream, name).to(self.dtype)
+        except ValueError as error:  # as in `_unpack`; the head was checked before loading
+            self.hf_quantizer.errors.append(str(error))
+            head = coded.read_head(stream, name)
+            return torch.full(head.shape, torch.nan, dtype=self.dtype or head.dtype)
 
 
 class UnpackRenamed(Unpack):
@@ -407,7 +425,7 @@ def read_saved_record(name: str) -> SavedRecord | None:
 
 
 def check_before_loading(name: str, files: list[Path], saved: SavedRecord | None) -> None:
-    """Check the files of a packed checkpoint against its record.
+    """Check the files of a packed or coded checkpoint against its record.
 
     Args:
         name: Folder or repository of the checkpoint.
@@ -422,7 +440,7 @@ def check_before_loading(name: str, files: list[Path], saved: SavedRecord | None
     if saved is not None:
         check_loaded(files, saved.digests, saved.checkpoint_format)
         return
-    # A packed checkpoint is complete in itself.
+    # A packed or coded checkpoint is complete in itself.
     logger.warning(
         f"{name} has no {RECORD_NAME}, so the weights cannot be checked and the model has no "
         "pruning record: download or copy the checkpoint again, unless it was removed on purpose"

@@ -812,10 +812,10 @@ def test_a_part_that_is_missing(name: str, part: str, tmp_path: Path) -> None:
 def test_a_newer_format_version(tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
     sign(tmp_path)
-    with pytest.raises(ValueError, match="format version 2, but this optimum-cap reads up to 1"):
+    with pytest.raises(ValueError, match="format version 3, but this optimum-cap reads up to 2"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

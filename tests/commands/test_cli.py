@@ -252,7 +252,7 @@ BAD_ARGUMENTS = {
     "--num-samples 0": "num_samples must be an integer of at least 1, got 0",
     "--num-samples 2 --subsets 3": "subsets is 3, but num_samples is only 2",
     "--memory-budget plenty": 'memory_budget must be a number of bytes or text such as "4GB"',
-    "--format zip": "checkpoint_format must be one of packed, dense, got 'zip'",
+    "--format zip": "checkpoint_format must be one of packed, coded, dense, got 'zip'",
     "--dtype int8": "argument --dtype: invalid choice: 'int8'",
     "--max-shard-size 3XB": '--max-shard-size must be a number of bytes or text such as "4GB", got',
     "--private": "--private needs --push-to-hub",
@@ -442,7 +442,7 @@ def test_failures_exit_with_1_and_one_line(
 
     status, _, err = cap("convert", dense, "--format", "zip", "-o", output)
     assert status == 2
-    assert "--format must be one of packed, dense, got 'zip'" in err
+    assert "--format must be one of packed, coded, dense, got 'zip'" in err
     assert not output.exists()
 
 

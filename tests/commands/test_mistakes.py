@@ -100,7 +100,7 @@ MISTAKES = {
     HALF + "--criterion wanda --recipe paper": "recipe 'paper' has no effect with criterion 'wan",
     HALF + "--leave-dense re:[": r"has the pattern 're:\[', which is not a regular expression",
     HALF + "--dtype fp8": "argument --dtype: invalid choice: 'fp8': choose from auto, float32",
-    HALF + "--format zipped": "checkpoint_format must be one of packed, dense, got 'zipped'",
+    HALF + "--format zipped": "checkpoint_format must be one of packed, coded, dense, got 'zipped'",
     # Flags
     HALF + "--sparcity 0.3": r"unknown flag --sparcity \(did you mean '--sparsity'\?\): opt",
     HALF + "--num_samples 3": r"unknown flag --num_samples \(did you mean '--num-samples'\?\)",

@@ -3,24 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from helpers.tensors import same_bits, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_cap.formats import check_parts, encode_packed, pack, unpack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return a.numel() == 0 or torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
-
-
-def sparse(shape: tuple[int, ...], sparsity: float, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator)
-    return weight.masked_fill(torch.rand(shape, generator=generator) < sparsity, 0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,286 @@
+"""The coded form of a weight: exponents, masks and mantissas, each compressed where that pays.
+
+After pruning, sign and mantissa of the kept values are noise, but their exponents are not: few of
+them are frequent. The bits of each kept value are therefore rotated left by one, which moves the
+sign to the end, and split into bytes. The bytes of one significance are a stream, and so is the
+mask. Each stream is one Zstandard frame (RFC 8878, https://www.rfc-editor.org/rfc/rfc8878), or
+stored as it is if that is not larger. ZipNN (arXiv 2411.05239) separates exponents in the same way.
+
+All streams of a weight are one ordinary tensor of bytes, in chunks that can be decoded on their
+own. `docs/checkpoint_format.md` specifies it. Decoding restores any tensor bit for bit.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import xxhash
+
+from optimum_cap.formats.bits import CHUNK, Stored, as_bits, pool, scatter
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+T = TypeVar("T")
+
+_MAGIC = b"CAP2"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_START = np.dtype([("magic", "S4"), ("dimensions", "<u4"), ("dtype", "S16"), ("chunk", "<u8")])
+_SIZE = np.dtype("<u8")
+_CHECKSUM = np.dtype("<u8")
+_MAX_DIMENSIONS = 64
+
+# ZSTD_c_literalCompressionMode, for which the module has no name, set to ZSTD_ps_enable
+# (https://github.com/facebook/zstd/blob/v1.5.7/lib/zstd.h). With a step as long as a block, the
+# encoder looks for no repetitions, of which the streams have none, and only codes single bytes by
+# their frequency (Huffman coding). That is smaller and ten times as fast as any compression level.
+_LITERAL_COMPRESSION_MODE = 1002
+_HUFFMAN_ONLY = {
+    zstd.CompressionParameter.strategy: zstd.Strategy.fast,
+    zstd.CompressionParameter.target_length: 1 << 17,
+    zstd.CompressionParameter.window_log: 17,
+    zstd.CompressionParameter.hash_log: 6,
+    _LITERAL_COMPRESSION_MODE: 1,
+}
+
+
+def encode(weight: torch.Tensor) -> torch.Tensor:
+    """Code a weight.
+
+    The same weight gives the same bytes on any number of threads, but not with every version of
+    libzstd.
+
+    Args:
+        weight: Floating-point tensor of any shape.
+
+    Returns:
+        uint8 `[bytes]`, on the CPU.
+    """
+    bits = as_bits(weight)
+    bits = bits.view(f"<u{bits.itemsize}")
+    chunks = _map(_encode_chunk, [bits[i : i + CHUNK] for i in range(0, len(bits), CHUNK)])
+    table = np.zeros(len(chunks), _table_dtype(bits.itemsize))
+    for row, (kept, streams) in zip(table, chunks, strict=True):
+        row["checksum"] = xxhash.xxh3_64_intdigest(b"".join(streams))
+        row["kept"] = kept
+        row["mask"], *row["planes"] = map(len, streams)
+    start = np.array((_MAGIC, weight.ndim, _NAMES[weight.dtype].encode(), CHUNK), _START)
+    head = start.tobytes() + np.array(weight.shape, _SIZE).tobytes() + table.tobytes()
+    parts = [head, _checksum(head)]
+    parts += [stream for _, streams in chunks for stream in streams]
+    return torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+
+
+def decode(stream: torch.Tensor, name: str = "weight") -> torch.Tensor:
+    """Restore a coded weight.
+
+    Args:
+        stream: Return value of `encode`.
+        name: Name of the weight, for the error message.
+
+    Returns:
+        The weight, in its own dtype and on the device of `stream`.
+
+    Raises:
+        ValueError: The stream is damaged.
+    """
+    head = read_head(stream, name)
+    parts = head.split(stream)
+    weight = np.zeros(prod(head.shape), dtype=f"<u{head.dtype.itemsize}")
+
+    def fill(index: int) -> None:
+        row, part, start = head.table[index], parts[index], index * head.chunk
+        if not _is_intact(part, row):
+            raise ValueError(f"{name} is damaged: the checksum of its chunk {index} differs")
+        try:
+            _decode_chunk(part, row, weight[start : start + head.chunk])
+        except (ValueError, zstd.ZstdError) as error:
+            raise ValueError(f"{name} is damaged: its chunk {index} has {error}") from None
+
+    _map(fill, range(len(head.table)))
+    bits = torch.from_numpy(weight.view(f"u{weight.itemsize}"))
+    return bits.view(head.dtype).view(head.shape).to(stream.device)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the start of a coded weight says.
+
+    Attributes:
+        dtype: Dtype of the weight.
+        shape: Shape of the weight.
+        chunk: Number of weights in each chunk but the last.
+        table: For each chunk its `checksum`, how many weights are `kept`, and the bytes of its
+            `mask` and `planes`.
+        start: Position of the first chunk.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunk: int
+    table: np.ndarray
+    start: int
+
+    def split(self, stream: torch.Tensor) -> list[np.ndarray]:
+        """Return the bytes of each chunk."""
+        stops = np.cumsum(_chunk_bytes(self.table))
+        return np.split(stream.cpu().numpy()[self.start :], stops[:-1]) if len(stops) else []
+
+
+def read_head(stream: torch.Tensor, name: str = "weight") -> Head:
+    """Read the start of a coded weight, after checking it.
+
+    Args:
+        stream: uint8 `[bytes]`; only its start is read.
+        name: Name of the weight, for the error message.
+
+    Raises:
+        ValueError: It is damaged, or it is no coded weight.
+    """
+    data = stream.cpu().numpy()
+    start = data[: _START.itemsize].tobytes()
+    if len(start) < _START.itemsize or not start.startswith(_MAGIC):
+        raise ValueError(f"{name} is damaged: it is not a coded weight, found {start[:4]!r}")
+    [first] = np.frombuffer(start, _START)
+    dtype = _DTYPES.get(first["dtype"].decode("latin1"))
+    dimensions, chunk = int(first["dimensions"]), int(first["chunk"])
+    if dtype is None or dimensions > _MAX_DIMENSIONS or not chunk or chunk % 8:
+        raise ValueError(
+            f"{name} is damaged: it has {dimensions} dimensions of {bytes(first['dtype'])!r} in "
+            f"chunks of {chunk} weights"
+        )
+    middle = len(start) + dimensions * _SIZE.itemsize
+    if middle > len(data):
+        raise ValueError(f"{name} is damaged: it ends after {len(data)} bytes, in its shape")
+    shape = tuple(data[len(start) : middle].view(_SIZE).tolist())
+    columns = _table_dtype(dtype.itemsize)
+    chunks = -(-prod(shape) // chunk)
+    stop = middle + chunks * columns.itemsize
+    if stop + _CHECKSUM.itemsize > len(data):
+        raise ValueError(
+            f"{name} is damaged: it ends after {len(data)} bytes, but shape {shape} needs {chunks} "
+            "chunks"
+        )
+    if _checksum(data[:stop].data) != data[stop : stop + _CHECKSUM.itemsize].tobytes():
+        raise ValueError(f"{name} is damaged: the checksum of its head differs")
+    table = data[middle:stop].view(columns)
+    head = Head(dtype, shape, chunk, table, stop + _CHECKSUM.itemsize)
+    if (size := head.start + int(_chunk_bytes(table).sum())) != len(data):
+        raise ValueError(f"{name} is damaged: its head describes {size} bytes, found {len(data)}")
+    return head
+
+
+def is_intact(stream: torch.Tensor) -> bool:
+    """Whether a coded weight agrees with its checksums, which takes less time than to decode it."""
+    try:
+        head = read_head(stream)
+    except ValueError:
+        return False
+    return all(map(_is_intact, head.split(stream), head.table))
+
+
+def is_coded(stored: Stored) -> bool:
+    """Whether what is stored under the name of a weight is a coded one."""
+    return stored.dtype == torch.uint8 and len(stored.shape) == 1
+
+
+def can_be_coded(dtype: torch.dtype) -> bool:
+    """Whether weights of a dtype have a coded form."""
+    return dtype in _NAMES
+
+
+def _table_dtype(planes: int) -> np.dtype:
+    """Return the row of a chunk in the head of a weight of `planes` bytes."""
+    sizes = [("kept", "<u4"), ("mask", "<u4"), ("planes", "<u4", (planes,))]
+    return np.dtype([("checksum", "<u8"), *sizes])
+
+
+def _chunk_bytes(table: np.ndarray) -> np.ndarray:
+    """Return the bytes of each chunk of a table, or of a row of it."""
+    return table["mask"] + table["planes"].sum(axis=-1, dtype=np.int64)
+
+
+def _is_intact(chunk: np.ndarray, row: np.void) -> bool:
+    return xxhash.xxh3_64_intdigest(chunk.data) == row["checksum"]
+
+
+def _encode_chunk(bits: np.ndarray) -> tuple[int, list[bytes]]:
+    """Return the number of kept weights, and the streams of a chunk: mask, then planes."""
+    keep = bits != 0
+    positions = np.flatnonzero(keep)
+    if len(positions) == len(bits):
+        mask, values = b"", bits
+    else:
+        mask, values = _compress(np.packbits(keep, bitorder="little")), bits[positions]
+    rotated = (values << 1) | (values >> (8 * bits.itemsize - 1))
+    planes = [(rotated >> (8 * plane)).astype(np.uint8) for plane in range(bits.itemsize)]
+    return len(values), [mask, *map(_compress, planes)]
+
+
+def _decode_chunk(data: np.ndarray, row: np.ndarray, weights: np.ndarray) -> None:
+    """Write a chunk of `data`, described by `row` of the table, to `weights`, which are zero."""
+    kept = int(row["kept"])
+    lengths = [int(row["mask"]), *map(int, row["planes"])]
+    coded_mask, *planes = np.split(data, np.cumsum(lengths)[:-1])
+    *lower, highest = (_decompress(plane, kept) for plane in planes)
+    values = highest.astype(weights.dtype)
+    for plane in reversed(lower):
+        values <<= 8
+        values |= plane
+    sign = values << (8 * weights.itemsize - 1)
+    values >>= 1
+    values |= sign
+    if kept == len(weights):
+        weights[:] = values
+        return
+    mask = _decompress(coded_mask, -(-len(weights) // 8))
+    count = int(np.bitwise_count(mask).sum(dtype=np.int64))
+    if count != kept or (len(weights) % 8 and mask[-1] >> (len(weights) % 8)):
+        raise ValueError(f"a mask that keeps {count} of {len(weights)} weights, not {kept}")
+    scatter(weights, mask, values)
+
+
+def _compress(values: np.ndarray) -> bytes:
+    """Return a stream of bytes as a Zstandard frame, or as it is if that is not larger."""
+    compressor = zstd.ZstdCompressor(options=_HUFFMAN_ONLY)
+    frame = compressor.compress(values.data, zstd.ZstdCompressor.FLUSH_FRAME)
+    return frame if len(frame) < len(values) else values.tobytes()
+
+
+def _decompress(stream: np.ndarray, size: int) -> np.ndarray:
+    """Return a stream of `size` bytes as it was before `_compress`."""
+    if len(stream) == size:
+        return stream
+    decompressor = zstd.ZstdDecompressor()
+    data = decompressor.decompress(stream.data, max_length=size + 1)
+    if len(data) != size or not decompressor.eof or decompressor.unused_data:
+        raise ValueError(f"a stream of {len(data)} bytes, not {size}")
+    return np.frombuffer(data, np.uint8)
+
+
+def _checksum(data: bytes | memoryview) -> bytes:
+    return np.array(xxhash.xxh3_64_intdigest(data), _CHECKSUM).tobytes()
+
+
+def _map(function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+    """Apply a function to the chunks of a weight; numpy and Zstandard release the GIL."""
+    threads = min(torch.get_num_threads(), len(items) // 4)
+    if threads < 2:
+        return [function(item) for item in items]
+    return list(pool(threads).map(function, items))
