@@ -1,12 +1,14 @@
-"""Packing, unpacking and loading of sparse checkpoints: speed and size.
+"""Packed and coded checkpoints: speed of encoding, decoding and loading, and size.
 
-Packing and unpacking run on one thread, against boolean indexing in torch. Loading compares
-`from_pretrained` of a packed and of a dense checkpoint of the same model, in turns: with the file
-on the disk, and with the file in the page cache. A dense file that is in the page cache is only
-mapped, nothing is moved at all, whereas packed weights are made anew in memory. So dense weights
-are measured twice: mapped, and copied to memory of their own, as a cast to another dtype does.
+Encoding and decoding run on one thread, against boolean indexing in torch. The matrices are random,
+or those of a pruned checkpoint. Loading compares `from_pretrained` of a packed, a coded and a dense
+checkpoint of the same model, in turns: with the file on the disk, and with the file in the page
+cache. A dense file that is in the page cache is only mapped, nothing is moved at all, whereas other
+weights are made anew in memory. So dense weights are measured twice: mapped, and copied to memory
+of their own, as a cast to another dtype does.
 
     python benchmarks/packing.py --megabytes 512
+    python benchmarks/packing.py --checkpoint DIR
 """
 
 import argparse
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +35,7 @@ from optimum_cap.checkpoint import (
     convert_checkpoint,
     inspect_checkpoint,
 )
-from optimum_cap.formats import pack, unpack
+from optimum_cap.formats import coded, pack, unpack
 
 
 def sparse_matrices(megabytes: int, sparsity: float) -> list[torch.Tensor]:
@@ -56,9 +59,17 @@ def naive_unpack(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def run_all(function: Callable[..., object], arguments: list[tuple[torch.Tensor, ...]]) -> None:
-    for each in arguments:
-        function(*each)
+def pruned_matrices(folder: Path) -> list[torch.Tensor]:
+    """Return the pruned matrices of a checkpoint, experts one by one."""
+    record = inspect_checkpoint(folder).record
+    pruned = {matrix.name.partition("[")[0] for matrix in record.matrices}
+    parameters = AutoModelForCausalLM.from_pretrained(folder).named_parameters()
+    return [
+        matrix
+        for name, parameter in parameters
+        if name in pruned
+        for matrix in parameter.detach().view(-1, *parameter.shape[-2:])
+    ]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -74,35 +85,39 @@ def spread(values: list[float], digits: int = 0) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def measure_packing(megabytes: int, runs: int) -> None:
+def measure_encoding(matrices: list[torch.Tensor], runs: int) -> None:
     torch.set_num_threads(1)
-    print(
-        f"{megabytes} MB of bfloat16, one thread; MB of dense weights per second, median (range)\n"
-    )
-    print("| sparsity | pack | naive | unpack | naive | size over the bound |")
-    print("|---|---|---|---|---|---|")
-    for sparsity in (0.2, 0.5):
-        matrices = sparse_matrices(megabytes, sparsity)
-        size = sum(matrix.nbytes for matrix in matrices) / 1e6
-        packed = [pack(matrix) for matrix in matrices]
-        alone = [(matrix,) for matrix in matrices]
-        naive = [naive_pack(matrix) for matrix in matrices]
-        rounds: dict[str, tuple[Callable[..., object], list[tuple[torch.Tensor, ...]]]] = {
-            "pack": (pack, alone),
-            "naive pack": (naive_pack, alone),
-            "unpack": (unpack, [tuple(parts.values()) for parts in packed]),
-            "naive unpack": (naive_unpack, naive),
-        }
-        speeds: dict[str, list[float]] = {name: [] for name in rounds}
-        for _ in range(runs):
-            for name, (function, arguments) in rounds.items():
-                speeds[name].append(size / seconds(partial(run_all, function, arguments)))
-        stored = sum(part.nbytes for parts in packed for part in parts.values())
-        weights = sum(matrix.numel() for matrix in matrices)
-        zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
-        bound = 2 * (weights - zeros) + weights / 8
-        columns = (spread(values) for values in speeds.values())
-        print(f"| {sparsity:.0%} | {' | '.join(columns)} | {stored / bound - 1:+.4%} |")
+    ways: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "packed": (pack, lambda parts: unpack(*parts.values())),
+        "coded": (coded.encode, coded.decode),
+        "boolean index": (naive_pack, lambda parts: naive_unpack(*parts)),
+    }
+    size = sum(matrix.nbytes for matrix in matrices)
+    encoded = {name: list(map(encode, matrices)) for name, (encode, _) in ways.items()}
+    taken: dict[tuple[str, str], list[float]] = {}
+    for _ in range(runs):
+        for name, (encode, decode) in ways.items():
+            for step, function, inputs in (
+                ("encode", encode, matrices),
+                ("decode", decode, encoded[name]),
+            ):
+                speed = size / 1e6 / seconds(partial(run_all, function, inputs))
+                taken.setdefault((name, step), []).append(speed)
+    zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
+    weights = sum(matrix.numel() for matrix in matrices)
+    stored = {
+        "packed": sum(part.nbytes for parts in encoded["packed"] for part in parts.values()),
+        "coded": sum(stream.nbytes for stream in encoded["coded"]),
+    }
+    for name in ways:
+        share = f"{stored[name] / size:.4f}" if name in stored else ""
+        columns = (spread(taken[name, step]) for step in ("encode", "decode"))
+        print(f"| {zeros / weights:.0%} | {name} | {share} | {' | '.join(columns)} |")
+
+
+def run_all(function: Callable[[Any], object], inputs: list[Any]) -> None:
+    for each in inputs:
+        function(each)
 
 
 def half_zero_model(megabytes: int) -> LlamaForCausalLM:
@@ -132,11 +147,14 @@ def measure_loading(megabytes: int, runs: int) -> None:
     torch.set_num_threads(2)
     model = half_zero_model(megabytes)
     with tempfile.TemporaryDirectory() as folder:
-        packed, dense = Path(folder) / "packed", Path(folder) / "dense"
+        packed, *others = (Path(folder) / name for name in ("packed", "coded", "dense"))
         model.save_pretrained(packed)
-        convert_checkpoint(packed, dense, "dense")
+        for other in others:
+            convert_checkpoint(packed, other, other.name)
+        coded_folder, dense = others
         ways = {
             "packed": (packed, touch),
+            "coded": (coded_folder, touch),
             "dense, mapped": (dense, touch),
             "dense, copied": (dense, torch.clone),
         }
@@ -150,17 +168,21 @@ def measure_loading(megabytes: int, runs: int) -> None:
                     taken = seconds(partial(load, path, use))
                     if run:  # the first one fills the page cache
                         times.setdefault((cache, name), []).append(taken)
-        summary = inspect_checkpoint(packed)
+        sizes = [inspect_checkpoint(path) for path in (packed, coded_folder)]
+    dense_bytes = sizes[0].dense_bytes
+    shares = [f"{summary.weight_bytes / dense_bytes:.1%}" for summary in sizes]
     print(
-        f"\nfrom_pretrained, {summary.dense_bytes / 1e6:.0f} MB of bfloat16 at 50 %, two threads; "
-        f"the packed file is {summary.weight_bytes / summary.dense_bytes:.1%} of the dense one\n"
+        f"\nfrom_pretrained, {dense_bytes / 1e6:.0f} MB of bfloat16 at 50 %, two threads; the "
+        f"packed file is {shares[0]} of the dense one, the coded file {shares[1]}\n"
     )
-    print("| file in | weights | seconds, median (range) | packed takes, median (range) |")
-    print("|---|---|---|---|")
+    print("| file in | weights | seconds | over dense, mapped | over dense, copied |")
+    print("|---|---|---|---|---|")
     for (cache, name), taken in times.items():
-        ratios = [a / b for a, b in zip(times[cache, "packed"], taken, strict=True)]
-        ratio = "" if name == "packed" else f"{spread(ratios, 2)} times as long"
-        print(f"| {cache} | {name} | {spread(taken, 2)} | {ratio} |")
+        columns = [
+            spread([a / b for a, b in zip(taken, times[cache, base], strict=True)], 2)
+            for base in ("dense, mapped", "dense, copied")
+        ]
+        print(f"| {cache} | {name} | {spread(taken, 2)} | {' | '.join(columns)} |")
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -187,10 +209,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=512, help="dense size, MB")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--checkpoint", type=Path, help="pruned checkpoint: encode its matrices")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    measure_packing(arguments.megabytes, arguments.runs)
+    print("One thread; MB of dense weights per second, median (range)\n")
+    print("| sparsity | weights | share of dense | encode | decode |")
+    print("|---|---|---|---|---|")
+    if arguments.checkpoint is not None:
+        measure_encoding(pruned_matrices(arguments.checkpoint), arguments.runs)
+        return
+    for sparsity in (0.2, 0.5):
+        measure_encoding(sparse_matrices(arguments.megabytes, sparsity), arguments.runs)
     measure_loading(arguments.megabytes, arguments.runs)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import xxhash
 
-from optimum_cap.formats.bits import CHUNK, Stored, as_bits, pool, scatter
+from optimum_cap.formats.bits import Stored, as_bits, pool, scatter
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -45,6 +45,8 @@ _START = np.dtype([("magic", "S4"), ("dimensions", "<u4"), ("dtype", "S16"), ("c
 _SIZE = np.dtype("<u8")
 _CHECKSUM = np.dtype("<u8")
 _MAX_DIMENSIONS = 64
+_CHUNK = 1 << 16  # weights, so that a chunk fits in the CPU cache; a multiple of 8
+_SAMPLE = 4096  # bytes
 
 # ZSTD_c_literalCompressionMode, for which the module has no name, set to ZSTD_ps_enable
 # (https://github.com/facebook/zstd/blob/v1.5.7/lib/zstd.h). With a step as long as a block, the
@@ -74,13 +76,13 @@ def encode(weight: torch.Tensor) -> torch.Tensor:
     """
     bits = as_bits(weight)
     bits = bits.view(f"<u{bits.itemsize}")
-    chunks = _map(_encode_chunk, [bits[i : i + CHUNK] for i in range(0, len(bits), CHUNK)])
+    chunks = _map(_encode_chunk, [bits[i : i + _CHUNK] for i in range(0, len(bits), _CHUNK)])
     table = np.zeros(len(chunks), _table_dtype(bits.itemsize))
     for row, (kept, streams) in zip(table, chunks, strict=True):
         row["checksum"] = xxhash.xxh3_64_intdigest(b"".join(streams))
         row["kept"] = kept
         row["mask"], *row["planes"] = map(len, streams)
-    start = np.array((_MAGIC, weight.ndim, _NAMES[weight.dtype].encode(), CHUNK), _START)
+    start = np.array((_MAGIC, weight.ndim, _NAMES[weight.dtype].encode(), _CHUNK), _START)
     head = start.tobytes() + np.array(weight.shape, _SIZE).tobytes() + table.tobytes()
     parts = [head, _checksum(head)]
     parts += [stream for _, streams in chunks for stream in streams]
@@ -257,10 +259,16 @@ def _decode_chunk(data: np.ndarray, row: np.ndarray, weights: np.ndarray) -> Non
 
 
 def _compress(values: np.ndarray) -> bytes:
-    """Return a stream of bytes as a Zstandard frame, or as it is if that is not larger."""
-    compressor = zstd.ZstdCompressor(options=_HUFFMAN_ONLY)
-    frame = compressor.compress(values.data, zstd.ZstdCompressor.FLUSH_FRAME)
-    return frame if len(frame) < len(values) else values.tobytes()
+    """Return a stream of bytes as a Zstandard frame, or as it is if that is not larger.
+
+    The start of a long stream is tried first, because most streams of mantissas are noise.
+    """
+    for part in (values[:_SAMPLE], values) if len(values) > 4 * _SAMPLE else (values,):
+        compressor = zstd.ZstdCompressor(options=_HUFFMAN_ONLY)
+        frame = compressor.compress(part.data, zstd.ZstdCompressor.FLUSH_FRAME)
+        if len(frame) >= len(part):
+            return values.tobytes()
+    return frame
 
 
 def _decompress(stream: np.ndarray, size: int) -> np.ndarray:
