@@ -9,7 +9,7 @@ from helpers.mutations import CHECKPOINTS, MUTATIONS, Campaign
 @pytest.mark.parametrize(
     ("checkpoints", "mutants"),
     [
-        (["packed", "dense", "experts"], 4 * len(MUTATIONS)),
+        (["packed", "coded", "dense", "experts"], 4 * len(MUTATIONS)),
         pytest.param(list(CHECKPOINTS), 60 * len(MUTATIONS), marks=pytest.mark.slow),
     ],
 )

@@ -53,6 +53,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sharded": ("llama", {}, {"max_shard_size": "15KB"}),
     "dense sharded": ("llama", {"checkpoint_format": "dense"}, {"max_shard_size": "15KB"}),
     "experts": ("mixtral", {}, {}),
+    "coded": ("llama", {"checkpoint_format": "coded"}, {}),
+    "coded experts": ("mixtral", {"checkpoint_format": "coded"}, {}),
     "bfloat16": ("llama", {"dtype": torch.bfloat16}, {}),
     "tied": ("llama", {"tie_word_embeddings": True}, {}),
     "2:4": ("llama", {}, {}),

@@ -342,18 +342,22 @@ def test_compile(packed: Path) -> None:
         torch.testing.assert_close(torch.compile(model)(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checkpoint_format", ["packed", "coded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reader_in_the_documentation(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_reader_in_the_documentation(
+    dtype: torch.dtype, checkpoint_format: str, tmp_path: Path
+) -> None:
     from optimum_cap import CAPPruner
 
-    packed = tmp_path / "packed"
-    model = CAPPruner(config()).prune(tiny_model("llama", dtype=dtype), tiny_tokenizer())
-    model.save_pretrained(packed)
+    settings = config(checkpoint_format=checkpoint_format)
+    CAPPruner(settings).prune(tiny_model("llama", dtype=dtype), tiny_tokenizer()).save_pretrained(
+        tmp_path
+    )
     page = ROOT / "docs" / "checkpoint_format.md"
     scope: dict[str, Any] = {}
     exec(page.read_text().split("```python\n")[1].split("```")[0], scope)
-    weights = scope["read"](packed / "model.safetensors")
-    expected = AutoModelForCausalLM.from_pretrained(packed).state_dict()
+    weights = scope["read"](tmp_path / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert expected[name].dtype == dtype
@@ -450,14 +454,16 @@ def run(code: str, *, autoload: bool = False) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
-def test_without_the_plugin_packed_checkpoints_stop_with_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint_format", ["packed", "coded"])
+def test_without_the_plugin_checkpoints_that_need_it_stop_with_an_error(
+    checkpoint_format: str, tmp_path: Path
+) -> None:
     """All architectures: merged experts fail in another way than plain matrices."""
     from optimum_cap import CAPPruner
 
+    settings = config(recipe="magnitude", checkpoint_format=checkpoint_format)
     for name in ARCHITECTURES:
-        CAPPruner(config(recipe="magnitude")).prune(tiny_model(name)).save_pretrained(
-            tmp_path / name
-        )
+        CAPPruner(settings).prune(tiny_model(name)).save_pretrained(tmp_path / name)
     result = run(
         f"""
 import sys
