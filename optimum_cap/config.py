@@ -303,7 +303,7 @@ class CAPConfig(QuantizationConfigMixin):
         strict: Refuse a model if CAP cannot prune some linear weights of its decoder. By default
             they stay dense, which the log, the record and `cap inspect` say.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values),
-            `"coded"` (the same, compressed; smaller, but loads more slowly) or `"dense"` (zeros
+            `"coded"` (the same, compressed; smaller, but slower to decode) or `"dense"` (zeros
             stored; loads without this plugin). Models that have lost parts are always `"dense"`.
         tokenizer: A tokenizer, a processor that has one, or the name of a tokenizer; `None` loads
             the model's tokenizer, or its processor if the calibration data has images. Not saved.

@@ -413,7 +413,7 @@ def test_unknown_field_is_a_clear_error() -> None:
 
 
 def test_newer_version_is_a_clear_error() -> None:
-    with pytest.raises(ValueError, match="config_version 2, but this optimum-cap reads up to 2"):
+    with pytest.raises(ValueError, match="config_version 2, but this optimum-cap reads up to 1"):
         CAPConfig.from_dict({"sparsity": 0.2, "config_version": 2, "field_of_the_future": 1})
 
 

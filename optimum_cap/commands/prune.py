@@ -263,7 +263,7 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--format",
         "checkpoint_format",
         str,
-        "packed (bit mask and kept values), coded (the same, compressed; loads more slowly), or "
+        "packed (bit mask and kept values), coded (the same, compressed; slower to decode), or "
         "dense, which loads without this plugin (default: packed)",
     ),
     (
