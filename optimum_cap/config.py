@@ -655,7 +655,9 @@ class CAPConfig(QuantizationConfigMixin):
         method = self.method
         if not method.needs_lm_head:
             return
-        part = "criterion" if CRITERIA[method.criterion].needs_scores else "allocation"
+        criterion = CRITERIA[method.criterion]
+        by_criterion = criterion.needs_scores or criterion.needs_predictions
+        part = "criterion" if by_criterion else "allocation"
         chosen = {part: getattr(method, part)}
         if getattr(self, part) is None:  # the recipe implies it
             chosen = {"recipe": self.recipe, **chosen}
@@ -666,7 +668,15 @@ class CAPConfig(QuantizationConfigMixin):
         )
 
     def _choices_without_lm_head(self) -> str:
-        """Return which recipes with this pattern measure no predictions, for an error."""
+        """Return which recipes or criteria measure no predictions, for an error."""
+        if self.pattern in REMOVED_PARTS:
+            names = [
+                repr(name)
+                for name, criterion in CRITERIA.items()
+                if self.pattern in criterion.parts
+                and not (criterion.needs_scores or criterion.needs_predictions)
+            ]
+            return f"criterion {enumeration(names, 'or')}"
         recipes = []
         for name in RECIPES:
             with contextlib.suppress(ValueError):  # the pattern does not fit the recipe
@@ -674,7 +684,7 @@ class CAPConfig(QuantizationConfigMixin):
                 if not config.method.needs_lm_head:
                     recipes.append(repr(name))
         default, choices = RECIPES["causal"], f"recipe {enumeration(recipes, 'or')}"
-        if self.pattern in REMOVED_PARTS or "'causal'" in recipes:
+        if "'causal'" in recipes:
             return choices
         return (
             f"criterion {default.criterion!r} with refine {default.refine}, the nearest to recipe "

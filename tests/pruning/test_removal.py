@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.calibration import ROWS
-from helpers.tiny_models import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
@@ -196,6 +196,18 @@ def test_refused_before_anything_is_measured(
     config = CAPConfig(sparsity, pattern=pattern, recipe="random")
     with pytest.raises(ValueError, match=message):
         CAPPruner(config).prune(model)
+
+
+def test_classifiers_lose_what_needs_no_predictions() -> None:
+    model = tiny_classifier("llama")
+    removed_from(model, "channels", 0.4, refine=0)
+    assert model.config.intermediate_size == 12
+    with pytest.raises(
+        ValueError,
+        match="criterion 'divergence' measures predictions of tokens: choose criterion 'random' or "
+        "'block_influence'",
+    ):
+        removed_from(model, "layers", 0.4)
 
 
 def test_damaged_record_of_removed_parts_is_refused() -> None:
