@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.tiny_models import SAMPLED, tiny_model
+from helpers.tiny_models import ARCHITECTURES, tiny_model
 from transformers import PreTrainedModel
 
 from optimum_cap.models import (
@@ -20,6 +20,11 @@ from optimum_cap.models import (
     smaller_model,
 )
 
+# Transposed and fused weights, biases, gates in one matrix, and experts beside MLPs.
+SAMPLE = ("llama", "gpt2", "phi3", "qwen3_moe")
+SAMPLED = [
+    name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
+]
 TOKENS = torch.arange(3, 27).view(2, 12)
 NO_FEWER_LAYERS = ("gemma3n", "gemma4")  # numbers of shared layers, and an embedding for each
 

@@ -58,7 +58,9 @@ def test_stock_model_is_left(
     assert "Zeros per projection" not in card
 
 
-@pytest.mark.parametrize("criterion", ["causal_score", "magnitude"])
+@pytest.mark.parametrize(
+    "criterion", ["causal_score", pytest.param("magnitude", marks=pytest.mark.slow)]
+)
 def test_removed_heads_are_masked_heads(criterion: str) -> None:
     dense, model = tiny_model("qwen3_moe").eval(), tiny_model("qwen3_moe")
     removed_from(model, "heads", 0.5, criterion=criterion)
