@@ -1,6 +1,9 @@
 """Removal of experts, channels and layers by `CAPPruner`: what is left, saved and loaded."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,34 @@ def test_stock_model_is_left(
     card = (tmp_path / "README.md").read_text()
     assert f"of {removed['before']} {pattern}" in card
     assert "Zeros per projection" not in card
+
+
+WITHOUT_PLUGIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert not any(name.startswith("optimum_cap") for name in sys.modules)
+torch.save(model(torch.arange(3, 27).view(2, 12)).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "pattern"),
+    [("mixtral", "experts"), ("llama", "heads"), ("gpt2", "channels"), ("qwen3_moe", "layers")],
+)
+def test_transformers_loads_it_without_the_plugin(
+    architecture: str, pattern: str, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture).eval()
+    removed_from(model, pattern, 0.4, recipe="random")
+    model.save_pretrained(tmp_path)
+    logits = tmp_path / "logits.pt"
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", WITHOUT_PLUGIN, str(tmp_path), str(logits)]
+    subprocess.run(command, check=True, env=environment)
+    with torch.no_grad():
+        assert torch.equal(torch.load(logits), model(TOKENS).logits)
 
 
 @pytest.mark.parametrize(
