@@ -11,7 +11,7 @@ part was observed in the layers. A tensor that becomes smaller in any other way 
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -72,6 +72,8 @@ def smaller_config(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -
         if kept.layers is not None:
             _keep_layers(config.get_text_config(decoder=True), kept.layers)
         shapes = _shapes(model, config)
+        if kept.layers is not None and _layers_among(model, shapes) != len(kept.layers):
+            continue  # this config has another field for their number
         renamed = {name: name_before(model, name, kept.layers) for name in shapes}
         if {renamed[n]: shapes[n] for n in shapes if renamed[n] in expected} == expected:
             return config
@@ -199,6 +201,15 @@ def _shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:
     except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError):
         return {}  # the field means something else, or the numbers do not fit each other
     return {name: tensor.shape for name, tensor in empty.state_dict().items()}
+
+
+def _layers_among(model: PreTrainedModel, names: Iterable[str]) -> int:
+    """Return the number of decoder layers that tensors of these names belong to."""
+    prefix = decoder_layer_names(model)[0].removesuffix("0")
+    layers = {
+        name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)
+    }
+    return len(layers)
 
 
 def name_before(model: PreTrainedModel, name: str, layers: Sequence[int] | None) -> str:

@@ -7,7 +7,7 @@ import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,9 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from helpers.every_architecture import small_model
 from helpers.pruning_runs import pruned
 from helpers.score_runs import examples
-from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.methods import REMOVED_PARTS
-from optimum_cap.models import CannotRemoveError, projections_left_dense
+from optimum_cap.models import projections_left_dense
 from optimum_cap.models.architectures import decoder_of
 from optimum_cap.models.hooks import (
     hidden_states_of,
@@ -112,7 +110,6 @@ def support_of(kind: str) -> Support:
     if not found.part:
         checks.append(lambda: _a_walk_is_the_model(view))
         checks += [lambda recipe=recipe: _prunes(model, recipe=recipe) for recipe in RECIPES]
-    checks += [lambda pattern=pattern: _removes(model, pattern) for pattern in REMOVED_PARTS]
     for check in checks:
         try:
             check()
@@ -123,15 +120,6 @@ def support_of(kind: str) -> Support:
             found.problem = f"{type(error).__name__}: {text[:300]} {where}"
             break
     return found
-
-
-def _removes(model: PreTrainedModel, pattern: str) -> None:
-    """A part of a model can be removed, which is checked, or it is refused in a sentence."""
-    smaller = copy.deepcopy(model)
-    with suppress(CannotRemoveError):
-        CAPPruner(CAPConfig(sparsity=0.4, recipe="random", pattern=pattern)).prune(smaller)
-        assert smaller.num_parameters() < model.num_parameters(), pattern
-        assert _logits(smaller).isfinite().all(), pattern
 
 
 def _everything_is_named(view: ModelView, left: list[DenseProjection]) -> None:

@@ -4,19 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.calibration import ROWS
+from helpers.every_architecture import small_model
 from helpers.tiny_models import tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint import PruningRecord
-from optimum_cap.models import ModelView, masked_unit
+from optimum_cap.methods import REMOVED_PARTS
+from optimum_cap.models import CannotRemoveError, ModelView, call_model, masked_unit
 from optimum_cap.scoring import causal_scores
 
 DATA = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS[:16]]
@@ -59,6 +61,31 @@ def test_stock_model_is_left(
     card = (tmp_path / "README.md").read_text()
     assert f"of {removed['before']} {pattern}" in card
     assert "Zeros per projection" not in card
+
+
+# Latent attention, hybrids, state spaces, groups of experts, biases and sinks, shared weights.
+OTHERS = (
+    "deepseek_v3",
+    "qwen3_next",
+    "gpt_oss",
+    "falcon_h1",
+    "llama4_text",
+    "zamba2",
+    "gemma3_text",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", REMOVED_PARTS)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_lose_parts_or_are_refused(kind: str, pattern: str) -> None:
+    model = small_model(kind)
+    before = model.num_parameters()
+    with suppress(CannotRemoveError):
+        removed_from(model, pattern, 0.4, recipe="random")
+        assert model.num_parameters() < before
+        with torch.no_grad():
+            assert call_model(model, TOKENS % 20).logits.isfinite().all()
 
 
 WITHOUT_PLUGIN = """
