@@ -65,6 +65,12 @@ class Router:
         Args:
             removed: The removed experts, int64.
         """
+        original_forward = self._router.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _WithoutLogits(self._shape, removed):
+                return original_forward(*args, **kwargs)
+
         buffers = own_tensors(self._router)[1]
         biases = {
             name: bias
@@ -74,7 +80,7 @@ class Router:
         try:
             for name, bias in biases.items():  # added to the scores that experts are chosen by
                 buffers[name] = bias.index_fill(0, removed.to(bias.device), -torch.inf)
-            with _WithoutLogits(self._shape, removed):
+            with replaced_forward(self._router, forward):
                 yield
         finally:
             buffers.update(biases)

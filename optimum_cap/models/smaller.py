@@ -68,10 +68,13 @@ def smaller_config(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -
     """
     expected = _expected_shapes(model, sites, kept)
     for numbers in _candidates(model, sites, kept):
-        config = _with_numbers(model.config, numbers)
-        if kept.layers is not None:
-            _keep_layers(config.get_text_config(decoder=True), kept.layers)
-        shapes = _shapes(model, config)
+        try:
+            config = _with_numbers(model.config, numbers)
+            if kept.layers is not None:
+                _keep_layers(config.get_text_config(decoder=True), kept.layers)
+            shapes = _shapes(model, config)
+        except Exception:  # a field means something else, or the numbers do not fit each other
+            continue
         if kept.layers is not None and _layers_among(model, shapes) != len(kept.layers):
             continue  # this config has another field for their number
         renamed = {name: name_before(model, name, kept.layers) for name in shapes}
@@ -176,6 +179,8 @@ def _keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Change the fields of a text config that say something of each layer."""
     count = config.num_hidden_layers
     for name, value in config.to_dict().items():
+        if name.endswith(("token_id", "token_ids")):
+            continue
         if isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[layer] for layer in layers])
         elif name == "mlp_only_layers" and value:
@@ -195,12 +200,8 @@ def empty_model(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedM
 
 
 def _shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:
-    """Return the shapes of all tensors of a model with this config; none if there is no such."""
-    try:
-        empty = empty_model(model, config)
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError):
-        return {}  # the field means something else, or the numbers do not fit each other
-    return {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    """Return the shapes of all tensors of a model with this config."""
+    return {name: each.shape for name, each in empty_model(model, config).state_dict().items()}
 
 
 def _layers_among(model: PreTrainedModel, names: Iterable[str]) -> int:
@@ -249,6 +250,7 @@ def smaller_model(
                 "now: choose another pattern"
             )
         tensors[name] = select(source, old[source].detach(), target.shape)
+    _check_all_used(model, old, {name_before(model, name, kept.layers) for name in tensors}, kept)
     empty.load_state_dict(tensors, assign=True)
     empty.tie_weights()
     buffers = dict(model.named_buffers())
@@ -268,6 +270,27 @@ def smaller_model(
         source = name_before(model, name, kept.layers)
         parameter.requires_grad_(old[source].requires_grad)
     return empty
+
+
+def _check_all_used(
+    model: PreTrainedModel, old: Iterable[str], used: set[str], kept: KeptParts
+) -> None:
+    """Check that the smaller model has every tensor, but for those of removed layers.
+
+    Raises:
+        CannotRemoveError: It lacks one: a layer has it only in its old place.
+    """
+    names = decoder_layer_names(model)
+    removed = set(range(len(names))).difference(
+        range(len(names)) if kept.layers is None else kept.layers
+    )
+    prefixes = tuple(f"{names[layer]}." for layer in removed)
+    unused = [name for name in old if name not in used and not name.startswith(prefixes)]
+    if unused:
+        raise CannotRemoveError(
+            f"{type(model).__name__} with parts removed would lack {unused[0]}, which is not part "
+            "of them: choose another pattern"
+        )
 
 
 class _Selection:
@@ -380,3 +403,4 @@ def _is_part_of(name: str, block: str) -> bool:
 def replace_by_smaller(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
     """Make `model` the smaller one, in place; modules of it that others hold stay as they were."""
     replace_content(model, smaller, keep=("generation_config", "name_or_path"))
+    model.train(model.training)

@@ -60,6 +60,13 @@ logger = logging.get_logger(__name__)
 
 _CHANNELS = 8  # kernels want a number of channels that is a multiple of this, if the model has one
 _TRIED_TOKENS = 16
+_PERIODS = (  # config fields that say which layers are of another kind
+    "decoder_sparse_step",
+    "attn_layer_period",
+    "expert_layer_period",
+    "moe_layer_interval",
+    "interleave_moe_layer_step",
+)
 
 
 @dataclass(frozen=True)
@@ -205,18 +212,40 @@ class PartRemoval:
         Raises:
             CannotRemoveError: It does not, or there is no smaller model of this architecture.
         """
-        first = [min(examples or [self._made_up()], key=lambda each: len(each.input_ids))]
+        if self._config.pattern == "layers":
+            self._check_not_periodic()
         with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
             kept = self._kept(self._first_parts())
-            smaller = self._smaller(kept, {})
-            try:
-                differing = self._share_that_differs(kept, ModelView.of(smaller), first)
-            except (RuntimeError, IndexError, TypeError, KeyError) as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self._check_agrees(kept, self._smaller(kept, {}), examples)
+
+    def _check_not_periodic(self) -> None:
+        """Check that the config does not describe layers by their distance."""
+        config = self.view.model.config.get_text_config(decoder=True)
+        for name in _PERIODS:
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 1:
                 raise CannotRemoveError(
-                    f"{self._kind} does not run with {self._config.pattern} removed ({reason}): "
-                    "choose another pattern"
-                ) from error
+                    f"the config of {self._kind} says by {name} {value} which layers are of "
+                    "another kind, so single layers cannot be removed: choose another pattern"
+                )
+
+    def _check_agrees(
+        self, kept: KeptParts, smaller: PreTrainedModel, examples: list[CalibrationExample]
+    ) -> None:
+        """Check on one example that a smaller model computes what the model does without parts.
+
+        Raises:
+            CannotRemoveError: It does not.
+        """
+        first = [min(examples or [self._made_up()], key=lambda each: len(each.input_ids))]
+        try:
+            differing = self._share_that_differs(kept, ModelView.of(smaller), first)
+        except (RuntimeError, IndexError, TypeError, KeyError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CannotRemoveError(
+                f"{self._kind} does not run with {self._config.pattern} removed ({reason}): "
+                "choose another pattern"
+            ) from error
         if differing > MOST_TOKENS_ROUTED_OTHERWISE * bool(self._routers):
             raise CannotRemoveError(
                 f"{self._kind} with {self._config.pattern} removed computes something else than "
@@ -346,6 +375,8 @@ class PartRemoval:
             removed, fitted = self._choose(examples, scoring.importances, cache)
             kept = self._kept(removed)
             smaller = self._smaller(kept, fitted)
+            if not self._columns:  # the weights of columns were fitted
+                self._check_agrees(kept, smaller, examples)
             dtypes = {
                 name: stored_dtypes.get(name_before(model, name, kept.layers), tensor.dtype)
                 for name, tensor in (*smaller.named_parameters(), *smaller.named_buffers())
