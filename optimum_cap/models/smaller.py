@@ -98,8 +98,8 @@ def _expected_shapes(model: PreTrainedModel, sites: list[Site], kept: KeptParts)
         if site.block in kept.experts and site.expert is not None:
             shape[0] = len(kept.experts[site.block])
         if (mask := kept.channels.get(site)) is not None:
-            slice_ = site.units[0].region[0]
-            shape[slice_.dim + len(shape) - 2] = int(mask.sum())
+            inputs = site.units[0].region[0].dim  # of the matrix, without the dimension of experts
+            shape[inputs + len(shape) - 2] = int(mask.sum())
         expected[name] = torch.Size(shape)
     return expected
 
@@ -357,25 +357,32 @@ class _Selection:
         if rows is not None and None in rows:
             return self._selected(name, tensor, *rows[None], shape)
         if rows is not None:
-            of_experts = [
-                self._selected(name, tensor[expert], *rows[expert], shape[1:])
-                for expert in range(len(tensor))
-            ]
-            return torch.stack(of_experts)
+            return self._of_experts(name, tensor, rows, shape)
         weight, _, attribute = name.rpartition(".")
         rows = self._rows.get(f"{weight}.weight")
         if attribute == "bias" and rows is not None and None in rows:
             return self._selected(name, tensor, 0, rows[None][1], shape)
         if attribute.endswith("_bias") and (rows := self._rows.get(name.removesuffix("_bias"))):
-            of_experts = [
-                self._selected(name, tensor[expert], 0, rows[expert][1], shape[1:])
-                for expert in range(len(tensor))
-            ]
-            return torch.stack(of_experts)
+            biases = {expert: (0, kept) for expert, (_, kept) in rows.items()}
+            return self._of_experts(name, tensor, biases, shape)
         for layer, heads in self._heads.items():
             if name.startswith(f"{layer}.") and tensor.shape[0] == len(heads):
                 return self._selected(name, tensor, 0, heads, shape)
         raise self._unknown(name, tensor.shape, shape)
+
+    def _of_experts(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        rows: Mapping[int | None, tuple[int, torch.Tensor]],
+        shape: torch.Size,
+    ) -> torch.Tensor:
+        """Return what is kept of a tensor of all experts, of each by its own rows or columns."""
+        selected = [
+            self._selected(name, of_expert, *rows[expert], shape[1:])
+            for expert, of_expert in enumerate(tensor)
+        ]
+        return torch.stack(selected)
 
     def _selected(
         self, name: str, tensor: torch.Tensor, dim: int, rows: torch.Tensor, shape: torch.Size

@@ -158,6 +158,7 @@ def test_a_flipped_bit_is_found_with_file_and_tensor(
     for name, bits in places.items():
         for position in bits:
             flip(folder / WEIGHTS, position // 8, position % 8)
+            # Both are named, in either order, so that one pattern does not say it.
             with pytest.raises(ValueError) as caught:  # noqa: PT011
                 AutoModelForCausalLM.from_pretrained(folder)
             assert WEIGHTS in str(caught.value)

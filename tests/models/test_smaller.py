@@ -64,13 +64,15 @@ def with_zeroed_channels(view: ModelView, masks: dict[Site, torch.Tensor]) -> Pr
     return model
 
 
-@pytest.mark.parametrize("architecture", SAMPLED)
+# Gemma 3n keeps the largest channels, by the mean and deviation of all: see test_removal.
+@pytest.mark.parametrize(
+    "architecture",
+    [each for each in SAMPLED if getattr(each, "values", (each,))[0] != "gemma3n"],
+)
 def test_channels(architecture: str) -> None:
     model = tiny_model(architecture).eval()
     view = view_of(model)
     masks = thinned(view)
-    if architecture == "gemma3n":  # it keeps the largest channels, by their mean and deviation
-        pytest.skip("channels of Gemma 3n depend on each other, which pruning finds and refuses")
     smaller = without(view, KeptParts(channels=masks))
     assert smaller.num_parameters() < model.num_parameters()
     with torch.no_grad():

@@ -246,6 +246,7 @@ def test_smaller_model_can_be_pruned_again() -> None:
         ("mixtral", "experts", 0.75, "leaves 1 of 4 experts, fewer than the 2"),
         ("olmoe", "heads", 0.5, "computes something of all heads"),
         ("gpt2", "heads", 0.5, "no config of GPT2LMHeadModel"),
+        ("gemma3n", "channels", 0.4, "computes something else than without them"),
         ("gemma4", "layers", 0.25, "no config of Gemma4ForCausalLM"),
     ],
 )
