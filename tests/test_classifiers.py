@@ -120,7 +120,11 @@ OF_THE_DEFAULT = (
         ({"recipe": "paper"}, r"but recipe 'paper' with criterion 'causal_score' measures pred"),
         ({"criterion": "causal_score"}, "but criterion 'causal_score' measures predictions"),
         ({"recipe": "wanda", "allocation": "interventional"}, "but allocation 'interventional' m"),
-        ({"pattern": "heads"}, "choose recipe 'magnitude', 'magnitude_global' or 'random'$"),
+        (
+            {"recipe": "paper", "pattern": "heads"},
+            "choose criterion 'magnitude', 'random', 'wanda' or 'least_squares'$",
+        ),
+        ({"pattern": "layers"}, "choose criterion 'random' or 'block_influence'$"),
         ({"recipe": "wanda", "answers": "model"}, "cannot answer prompts: use answers 'dataset'"),
     ],
     ids=str,
@@ -140,7 +144,11 @@ def test_what_measures_predictions_is_refused_before_work_begins(
 ADVISED = {
     "unstructured": "magnitude magnitude_global random wanda sparsegpt owl_wanda owl_sparsegpt",
     "2:4": "causal causal_fast magnitude magnitude_global random wanda sparsegpt",
-    "heads": "magnitude magnitude_global random",
+}
+# Where parts are removed, criteria are advised.
+ADVISED_CRITERIA = {
+    "heads": ("paper", "magnitude random wanda least_squares"),
+    "layers": ("causal", "random block_influence"),
 }
 
 
@@ -157,6 +165,22 @@ def test_what_the_refusal_advises_works(pattern: str) -> None:
         config = CAPConfig(0.5, pattern=pattern, recipe=recipe, **data)
         model = CAPPruner(config).prune(tiny_classifier("llama"), tiny_tokenizer())
         assert model.pruning_record.zeros > 0
+
+
+@pytest.mark.parametrize("pattern", ADVISED_CRITERIA)
+def test_criteria_that_the_refusal_advises_work(pattern: str) -> None:
+    recipe, expected = ADVISED_CRITERIA[pattern]
+    with pytest.raises(ValueError, match="has no LM head") as refused:
+        pruned(tiny_classifier("llama"), recipe=recipe, pattern=pattern)
+    criteria = re.findall("'([^']+)'", str(refused.value).rpartition("choose criterion ")[2])
+    assert criteria == expected.split()
+    for criterion in criteria:
+        data = {} if criterion in ("magnitude", "random") else {"dataset": TEXTS, "num_samples": 4}
+        config = CAPConfig(0.5, pattern=pattern, criterion=criterion, **data)
+        model = tiny_classifier("llama")
+        before = model.num_parameters()
+        CAPPruner(config).prune(model, tiny_tokenizer())
+        assert model.num_parameters() < before
 
 
 def test_no_losses_and_no_accuracy() -> None:

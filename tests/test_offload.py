@@ -25,6 +25,7 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.data.calibration import build_calibration_set
+from optimum_cap.methods.masks import REMOVED_PARTS
 from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.hooks import masked_unit
 from optimum_cap.models.modes import float32_on_cpu
@@ -57,8 +58,6 @@ RECIPES: list[dict[str, Any]] = [
     {"recipe": "owl_sparsegpt"},
     {"recipe": "wanda", "pattern": "2:4", "sparsity": 0.5},
     {"recipe": "sparsegpt", "pattern": "2:4", "sparsity": 0.5},
-    {"recipe": "paper", "pattern": "heads", "sparsity": 0.5},
-    {"criterion": "magnitude", "pattern": "heads", "sparsity": 0.5},
 ]
 
 
@@ -197,6 +196,15 @@ def test_same_bytes_as_in_memory(
     expected = pruned(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "a", settings)
     model = half_on_disk(folder, tmp_path / "offload")
     assert pruned(model, tmp_path / "b", settings) == expected
+
+
+@pytest.mark.parametrize("pattern", REMOVED_PARTS)
+def test_parts_of_offloaded_models_are_not_removed(pattern: str, tmp_path: Path) -> None:
+    model = half_on_disk(saved(tmp_path / "model"), tmp_path / "offload")
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="weights of this one are offloaded: load it without"):
+        CAPPruner(CAPConfig(0.5, recipe="random", pattern=pattern)).prune(model)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
 
 
 @pytest.mark.slow
