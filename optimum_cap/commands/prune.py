@@ -263,8 +263,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--format",
         "checkpoint_format",
         str,
-        "packed (bit mask and kept values), coded (the same, compressed; slower to decode), or "
-        "dense, which loads without this plugin (default: packed)",
+        "packed (bit mask and values), coded (the same, compressed) or dense, which loads without "
+        "this plugin (default: packed)",
     ),
     (
         "--strict",
