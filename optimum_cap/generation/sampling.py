@@ -165,12 +165,15 @@ class _SampledTokens(LogitsProcessor):
         cumulative = sorted_probabilities.double().cumsum(-1)
         # A token belongs to the nucleus if those before it do not reach its probability.
         inside = cumulative - sorted_probabilities < self._top_p
-        mass = (sorted_probabilities.double() * inside).sum(-1)
+        # In the order of the vocabulary: tokens that are equally probable up to rounding would
+        # change places in the order of their probabilities, and with it the token that is drawn.
+        tokens, order = tokens.sort(-1)
+        cumulative = (sorted_probabilities.double() * inside).gather(1, order).cumsum(-1)
         draws = torch.stack(
             [torch.rand((), generator=each, dtype=torch.float64) for each in self._generators]
-        ).to(mass.device)
-        places = (cumulative < (draws * mass)[:, None]).sum(-1)
-        places = torch.minimum(places, inside.sum(-1) - 1)
+        ).to(cumulative.device)
+        # The first token whose cumulative probability exceeds the draw, so one of the nucleus.
+        places = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
         chosen = tokens.gather(1, places[:, None])
         self._drawn += 1
         self._on_token(self._drawn)
