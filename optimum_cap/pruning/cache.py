@@ -26,7 +26,7 @@ from optimum_cap.runtime import (
 
 logger = logging.get_logger(__name__)
 
-_LAYOUT = 3  # of files and keys, and of how sensitivities and weights are computed
+_LAYOUT = 4  # of files and keys, and of how sensitivities and weights are computed
 
 
 class PruningCache:

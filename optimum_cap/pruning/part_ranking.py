@@ -31,10 +31,11 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.collector import LayerBatch
 from optimum_cap.pruning.sensitivity import FEWEST_EXAMPLES, DivergenceEvaluator
 
-_EXAMPLES = 2 * FEWEST_EXAMPLES  # on which divergences are measured
+_EXAMPLES = 2 * FEWEST_EXAMPLES  # on which divergences without experts are measured
+_EXAMPLES_FOR_LAYERS = FEWEST_EXAMPLES  # each trial runs half of the model
 _TOKENS = 4096  # on which errors of experts are compared: as many batches as it takes, at most
 _BYTES = 1 << 29  # of what all experts return for them, about
-_CANDIDATES = 8  # experts that are measured for each one that is removed
+_CANDIDATES = 8  # experts or layers that are measured for each one that is removed
 _ROUNDS = 16  # in which the experts of a layer are removed, at most
 
 
@@ -130,7 +131,7 @@ def experts_to_remove(
         config: Gives criterion, memory budget and seed.
 
     Returns:
-        The experts to remove from each layer, in order.
+        The experts to remove from each layer, those first that are missed the least.
 
     Raises:
         ValueError: The criterion does not work on these experts.
@@ -140,7 +141,7 @@ def experts_to_remove(
     if criterion == "random":
         generator = torch.Generator().manual_seed(config.seed)
         return {
-            layer: sorted(quota.take(_permutation(quota.experts, generator), [], count))
+            layer: quota.take(_permutation(quota.experts, generator), [], count)
             for layer, quota in quotas.items()
         }
     with evaluation_mode(view.model), float32_on_cpu(view.model):
@@ -152,11 +153,11 @@ def experts_to_remove(
             if layer in routers:
                 router, quota = routers[layer], quotas[layer]
                 if criterion == "routed_error":
-                    gone = _by_error(_routed_tokens(layerwise, layer, router), quota)
+                    removed[layer] = _by_error(_routed_tokens(layerwise, layer, router), quota)
                 else:
                     scores = EXPERT_SCORES[criterion](layerwise, layer, router)
-                    gone = quota.take(scores.argsort(stable=True).tolist(), [], count)
-                removed[layer] = sorted(gone)
+                    ranked = scores.argsort(stable=True).tolist()
+                    removed[layer] = quota.take(ranked, [], count)
             layerwise.advance(layer)
         return removed
 
@@ -286,8 +287,20 @@ def _by_divergence(
                 progress.update(len(taken))
             with router.without(torch.tensor(gone)):
                 evaluator.advance()
-            removed[layer] = sorted(gone)
+            removed[layer] = gone
     return removed
+
+
+def first_experts(ranked: list[int], experts: int, count: int, groups: int) -> list[int]:
+    """Return the first `count` of the experts that `experts_to_remove` returned for a layer.
+
+    Args:
+        ranked: These experts.
+        experts: Number of experts of the layer.
+        count: How many of them to remove.
+        groups: As for `experts_to_remove`.
+    """
+    return _Quota(experts, count, groups).take(ranked, [], count)
 
 
 def _shortlist(
@@ -368,12 +381,12 @@ def layers_to_remove(
         config: Gives criterion, memory budget and seed.
 
     Returns:
-        Their indices, in order.
+        Their indices, those first that are missed the least.
     """
     criterion, layers = config.method.criterion, len(view.layers)
     if criterion == "random":
         generator = torch.Generator().manual_seed(config.seed)
-        return sorted(_permutation(layers, generator)[:count])
+        return _permutation(layers, generator)[:count]
     with evaluation_mode(view.model), float32_on_cpu(view.model):
         if criterion == "divergence":
             return _layers_by_divergence(view, examples, count, config)
@@ -382,7 +395,7 @@ def layers_to_remove(
             _block_influence(layerwise, layer)
             for layer in logging.tqdm(range(layers), desc="Ranking layers", unit="layer")
         ]
-    return sorted(sorted(range(layers), key=influence.__getitem__)[:count])
+    return sorted(range(layers), key=influence.__getitem__)[:count]
 
 
 def _block_influence(layerwise: LayerwisePass, layer: int) -> float:
@@ -408,25 +421,30 @@ def _layers_by_divergence(
 ) -> list[int]:
     """Remove layers one after the other, each time the one whose absence changes least.
 
-    What changes is what the model predicts, and all candidates are measured again after each
-    removal.
+    What changes is what the model predicts. After each removal, the layers that changed it the
+    least when they were last measured are measured again.
     """
-    evaluator = DivergenceEvaluator(view, examples[:_EXAMPLES], config.memory_budget)
+    evaluator = DivergenceEvaluator(view, examples[:_EXAMPLES_FOR_LAYERS], config.memory_budget)
     layers, gone = view.layers, list[int]()
-    with logging.tqdm(total=count * len(layers), desc="Measuring layers", unit="layer") as progress:
-        while len(gone) < count:
+    divergences: dict[int, float] = {}  # with each layer missing, when it was last measured
+    candidates = set(range(len(layers)))
+    trials = len(layers) + sum(min(_CANDIDATES, len(layers) - n) for n in range(1, count))
+    with logging.tqdm(total=trials, desc="Measuring layers", unit="layer") as progress:
+        while True:
             evaluator.restart()
-            divergences: dict[int, float] = {}
             with ExitStack() as stack:
                 for layer in gone:
                     template = view.output_templates[layer]
                     stack.enter_context(bypass_layers([layers[layer]], template))
                 for layer in range(len(layers)):
-                    if layer not in gone:
+                    if layer in candidates:
                         context = bypass_layers([layers[layer]], view.output_templates[layer])
                         [divergence] = evaluator.divergences_in([context])
                         divergences[layer] = float(divergence.mean())
+                        progress.update()
                     evaluator.advance()
-                    progress.update()
-            gone.append(min(divergences, key=divergences.__getitem__))
-    return sorted(gone)
+            gone.append(min(candidates, key=divergences.__getitem__))
+            del divergences[gone[-1]]
+            if len(gone) == count:
+                return gone
+            candidates = set(sorted(divergences, key=divergences.__getitem__)[:_CANDIDATES])

@@ -4,13 +4,11 @@ The dense model decides what is removed, a smaller model takes over what is kept
 fitted to the hidden states of the dense one. The model that was passed in changes in the last step.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import gcd
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -37,20 +35,19 @@ from optimum_cap.models import (
     WeightSlice,
     evaluation_mode,
     float32_on_cpu,
-    name_before,
     number_of_embeddings,
     share_that_differs,
     smaller_config,
     smaller_model,
 )
 from optimum_cap.pruning.activations import LayerwisePass
-from optimum_cap.pruning.cache import ExpectedWeights, LayerStore, PruningCache
+from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.first_batch import MOST_TOKENS_ROUTED_OTHERWISE
-from optimum_cap.pruning.part_ranking import experts_to_remove, layers_to_remove
-from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LayerRefiner
+from optimum_cap.pruning.part_ranking import experts_to_remove, first_experts, layers_to_remove
 from optimum_cap.pruning.regions import UnitKey
 from optimum_cap.pruning.run import PruningRun
 from optimum_cap.pruning.sensitivity import temporary_weights
+from optimum_cap.pruning.smaller_refinement import SmallerModelRefinement
 from optimum_cap.pruning.versions import versions
 from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import UnitLosses
@@ -93,10 +90,13 @@ class PartRemoval:
         model: The dense model; it is left unchanged.
         config: What to remove and how.
         process_group: The processes that share the refinement.
+        count: How many parts of each layer, or how many layers, to remove, instead of the config's
+            sparsity.
 
     Attributes:
         view: The model, with at least two units in every MLP and expert.
         before: Number of parts of each layer, or of layers.
+        step: The number of removed parts is a multiple of this.
         count: How many of them are removed.
 
     Raises:
@@ -105,7 +105,11 @@ class PartRemoval:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: CAPConfig, process_group: ProcessGroup
+        self,
+        model: PreTrainedModel,
+        config: CAPConfig,
+        process_group: ProcessGroup,
+        count: int | None = None,
     ) -> None:
         widths = [site.width for site in ModelView.of(model).sites if not site.mixes_tokens]
         self.view = ModelView.of(model, max(1, min(widths, default=2) // 2))
@@ -115,8 +119,11 @@ class PartRemoval:
         self._routers: dict[int, Router] = {}
         self._columns: dict[Site, torch.Tensor] = {}  # of each part, `[parts, columns]`
         self.before = self._parts()
-        step = gcd(self.before, _CHANNELS) if config.pattern == "channels" else 1
-        self.count = self.before - step * round((1 - config.sparsity) * self.before / step)
+        self.step = gcd(self.before, _CHANNELS) if config.pattern == "channels" else 1
+        if count is None:
+            left = self.step * round((1 - config.sparsity) * self.before / self.step)
+            count = self.before - left
+        self.count = count
         if not 0 < self.count < self.before:
             raise CannotRemoveError(
                 f"sparsity {config.sparsity} of {self.before} {config.pattern} is {self.count} "
@@ -215,8 +222,8 @@ class PartRemoval:
         if self._config.pattern == "layers":
             self._check_not_periodic()
         with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
-            kept = self._kept(self._first_parts())
-            self._check_agrees(kept, self._smaller(kept, {}), examples)
+            removed = self._first_parts()
+            self._check_agrees(self._kept(removed), self.without(removed, {}), examples)
 
     def _check_not_periodic(self) -> None:
         """Check that the config does not describe layers by their distance."""
@@ -308,14 +315,17 @@ class PartRemoval:
             )
         return KeptParts(channels=removed)
 
-    def _smaller(self, kept: KeptParts, fitted: Mapping[Matrix, torch.Tensor]) -> PreTrainedModel:
-        """Return the smaller model.
+    def without(self, removed: Any, fitted: Mapping[Matrix, torch.Tensor]) -> PreTrainedModel:
+        """Return a model without these parts.
 
         Args:
-            kept: What is kept.
+            removed: What is removed, as `choose` returns it.
             fitted: New weights of matrices of the dense model, `[out, in]`.
+
+        Raises:
+            CannotRemoveError: There is no such model.
         """
-        model, sites = self.view.model, self.view.sites
+        model, sites, kept = self.view.model, self.view.sites, self._kept(removed)
         config = smaller_config(model, sites, kept)
         with temporary_weights(model, fitted):
             return smaller_model(model, sites, kept, config)
@@ -372,24 +382,17 @@ class PartRemoval:
         if self._criterion.needs_scores:
             scoring.score_units(losses)
         with evaluation_mode(model), float32_on_cpu(model) as stored_dtypes:
-            removed, fitted = self._choose(examples, scoring.importances, cache)
+            removed, fitted = self.choose(examples, scoring.importances, cache)
             kept = self._kept(removed)
-            smaller = self._smaller(kept, fitted)
+            smaller = self.without(removed, fitted)
             if not self._columns:  # the weights of columns were fitted
                 self._check_agrees(kept, smaller, examples)
-            dtypes = {
-                name: stored_dtypes.get(name_before(model, name, kept.layers), tensor.dtype)
-                for name, tensor in (*smaller.named_parameters(), *smaller.named_buffers())
-            }
-            store = None
-            if config.method.refine:
-                view = ModelView.of(smaller)
-                store = self._layer_store(view, kept, cache)
-                self._refine_(view, kept, examples, dtypes, store)
-        for name, dtype in dtypes.items():
-            tensor = attrgetter(name)(smaller)
-            tensor.data = tensor.data.to(dtype)
-        return Removal(smaller, self._description(kept), store, scoring)
+            description = self.description(removed)
+            refinement = SmallerModelRefinement(
+                self.view, smaller, self._layers(kept), config, self._process_group
+            )
+            store = refinement.run_(examples, description, stored_dtypes, cache)
+        return Removal(smaller, description, store, scoring)
 
     def record(
         self, removal: Removal, calibration: CalibrationSet | None, zeros_before: int
@@ -425,13 +428,24 @@ class PartRemoval:
             },
         )
 
-    def _choose(
+    def choose(
         self,
         examples: list[CalibrationExample],
         importances: Mapping[UnitKey, float],
         cache: PruningCache | None,
     ) -> tuple[Any, dict[Matrix, torch.Tensor]]:
-        """Return what is removed, as `_kept` takes it, and new weights of the dense matrices."""
+        """Choose what is removed.
+
+        Args:
+            examples: The calibration examples.
+            importances: Importances of units, if the criterion needs causal scores.
+            cache: Stores chosen experts and layers.
+
+        Returns:
+            The removed layers, or the removed experts of each layer, those first that are missed
+            the least; or which channels of each site are kept, bool `[width]`. And new weights of
+            matrices of the dense model, `[out, in]`.
+        """
         config = self._config
         if self._columns:
             return self._choose_columns(examples, importances)
@@ -457,6 +471,19 @@ class PartRemoval:
         if not layers:
             return stored.tolist(), {}
         return dict(zip(layers, stored.tolist(), strict=True)), {}
+
+    def first(self, removed: Any) -> Any:
+        """Return as many experts or layers as this removal takes, of those chosen for a larger one.
+
+        Args:
+            removed: What `choose` of the larger removal returned.
+        """
+        if self._config.pattern == "layers":
+            return removed[: self.count]
+        return {
+            layer: first_experts(experts, self.before, self.count, self._groups)
+            for layer, experts in removed.items()
+        }
 
     def _choose_columns(
         self, examples: list[CalibrationExample], importances: Mapping[UnitKey, float]
@@ -525,76 +552,13 @@ class PartRemoval:
     def _criterion(self) -> Criterion:
         return CRITERIA[self._config.method.criterion]
 
-    def _layer_store(
-        self, view: ModelView, kept: KeptParts, cache: PruningCache | None
-    ) -> LayerStore | None:
-        """Return the store for refined layers of the smaller model."""
-        if cache is None:
-            return None
-        config = self._config
-        settings = {
-            "method": dataclasses.asdict(config.method),
-            "refine_learning_rate": config.refine_learning_rate,
-            "seed": config.seed,
-            "pattern": config.pattern,
-            "kept": self._description(kept),
-        }
-        return cache.layers(settings, sum(view.oriented(m).nbytes for m in view.matrices))
+    def description(self, removed: Any) -> dict[str, list[int]]:
+        """Return the indices of what is kept, for the record.
 
-    def _refine_(
-        self,
-        view: ModelView,
-        kept: KeptParts,
-        examples: list[CalibrationExample],
-        dtypes: Mapping[str, torch.dtype],
-        store: LayerStore | None,
-    ) -> None:
-        """Fit each layer of the smaller model to the hidden states of the dense one.
-
-        Where layers are removed, the layer before them is fitted to what they return.
+        Args:
+            removed: What is removed, as `choose` returns it.
         """
-        config, process_group = self._config, self._process_group
-        dense, pruned = (
-            LayerwisePass(
-                each,
-                examples,
-                memory_budget=config.memory_budget,
-                most_examples=EXAMPLES_PER_STEP,
-                process_group=process_group,
-            )
-            for each in (self.view, view)
-        )
-        refiner = LayerRefiner(
-            view,
-            pruned,
-            config.method.refine,
-            config.refine_learning_rate,
-            config.seed,
-            process_group,
-        )
-        layers = [*self._layers(kept), len(self.view.layers)]
-        done = 0
-        for new in logging.tqdm(range(len(view.layers)), desc="Refining", unit="layer"):
-            while done < layers[new + 1]:
-                dense.advance(done)
-                done += 1
-            refiner.take_target({batch.number: batch.hidden for batch in dense.batches})
-            # What several layers share is not fitted to one of them.
-            matrices = [
-                matrix
-                for matrix in view.matrices_by_layer.get(new, [])
-                if matrix not in view.layers_of_shared
-            ]
-            if matrices and not _restored_(store, view, new, matrices, dtypes, process_group):
-                refiner.refine_(new, matrices)
-                for matrix in matrices:
-                    weight = view.writable_weights(matrix)
-                    weight.copy_(weight.to(dtypes[matrix.parameter]))
-                _store(store, view, new, matrices, dtypes)
-            pruned.advance(new)
-
-    def _description(self, kept: KeptParts) -> dict[str, list[int]]:
-        """Return the indices of what is kept, for the record."""
+        kept = self._kept(removed)
         if kept.layers is not None:
             return {"layers": list(kept.layers)}
         if kept.experts:
@@ -634,41 +598,3 @@ def _mask(columns: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     mask = torch.zeros(columns.numel(), dtype=torch.bool)
     mask[columns[parts].flatten()] = True
     return mask
-
-
-def _restored_(
-    store: LayerStore | None,
-    view: ModelView,
-    layer: int,
-    matrices: list[Matrix],
-    dtypes: Mapping[str, torch.dtype],
-    process_group: ProcessGroup,
-) -> bool:
-    """Load the weights of a layer that an interrupted run has stored; return whether it has any."""
-    expected = {
-        matrix: ExpectedWeights(tuple(view.oriented(matrix).shape), dtypes[matrix.parameter], 0)
-        for matrix in matrices
-    }
-    stored = store.get(layer, expected) if store else None
-    if not process_group.broadcast(stored is not None):
-        return False
-    for matrix in matrices:
-        weight = view.writable_weights(matrix)
-        if stored is not None:
-            weight.copy_(stored.weights[matrix])
-        process_group.broadcast_(weight, 0)
-    return True
-
-
-def _store(
-    store: LayerStore | None,
-    view: ModelView,
-    layer: int,
-    matrices: list[Matrix],
-    dtypes: Mapping[str, torch.dtype],
-) -> None:
-    if store is None:
-        return
-    for matrix in matrices:
-        store.put(matrix, view.weights(matrix).to(dtypes[matrix.parameter]))
-    store.commit(layer, dict.fromkeys(matrices, 0))

@@ -18,8 +18,10 @@ from optimum_cap.models import (
     gated,
     recorded_calls,
 )
+from optimum_cap.pruning import part_ranking
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.part_ranking import EXPERT_SCORES, experts_to_remove, layers_to_remove
+from optimum_cap.pruning.sensitivity import DivergenceEvaluator
 
 ROWS = examples(6)
 
@@ -120,7 +122,7 @@ def test_layers_go_by_the_divergence_without_them() -> None:
                 with bypass_layers(bypassed, view.output_templates[0]):
                     measured[layer] = divergence(model, dense)
             gone.append(min(measured, key=measured.__getitem__))
-    assert layers_to_remove(view, ROWS, 2, config) == sorted(gone)
+    assert layers_to_remove(view, ROWS, 2, config) == gone
 
 
 def test_block_influence_is_one_minus_the_cosine() -> None:
@@ -139,3 +141,31 @@ def test_block_influence_is_one_minus_the_cosine() -> None:
             tokens += len(row.input_ids)
     config = CAPConfig(0.3, pattern="layers", criterion="block_influence")
     assert layers_to_remove(view, ROWS, 1, config) == [int(influence.argmin())]
+
+
+def test_layers_measured_again_are_those_that_were_missed_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(part_ranking, "_CANDIDATES", 2)
+    model = tiny_model("llama", num_hidden_layers=5).eval()
+    view = ModelView.of(model)
+    trials: list[list[int]] = []
+    restart, divergences_in = DivergenceEvaluator.restart, DivergenceEvaluator.divergences_in
+
+    def restarted(self: DivergenceEvaluator) -> None:
+        trials.append([])
+        restart(self)
+
+    def recorded(self: DivergenceEvaluator, contexts):
+        trials[-1].append(self.next_layer)
+        return divergences_in(self, contexts)
+
+    monkeypatch.setattr(DivergenceEvaluator, "restart", restarted)
+    monkeypatch.setattr(DivergenceEvaluator, "divergences_in", recorded)
+    gone = layers_to_remove(view, ROWS, 3, CAPConfig(0.5, pattern="layers"))
+    assert trials[0] == [0, 1, 2, 3, 4]
+    assert [len(measured) for measured in trials[1:]] == [2, 2]
+    for removed_before, measured in zip([gone[:1], gone[:2]], trials[1:], strict=True):
+        assert not set(removed_before) & set(measured)
+    assert gone[1] in trials[1]
+    assert gone[2] in trials[2]
