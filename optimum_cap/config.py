@@ -19,7 +19,7 @@ from optimum_cap.formats import FORMATS, check_format_version
 from optimum_cap.methods import (
     ALLOCATIONS,
     CRITERIA,
-    REMOVED_PARTS,
+    SMALLER_PATTERNS,
     Criterion,
     parse_pattern,
 )
@@ -88,6 +88,7 @@ PART_CRITERIA = {
     "heads": {"causal": "least_squares", "causal_fast": "least_squares"},
     "channels": {"causal": "least_squares", "causal_fast": "least_squares"},
     "layers": {"causal": "divergence", "causal_fast": "divergence"},
+    "structured": {"causal": "divergence", "causal_fast": "divergence"},
 }
 """The criteria of recipes where a pattern removes parts; the others have their own criterion."""
 _BY_ALLOCATION = ("magnitude_global", "owl_wanda", "owl_sparsegpt")
@@ -241,7 +242,9 @@ class CAPConfig(QuantizationConfigMixin):
             in `"2:4"`; the sparsity is then 1 - N/M). `"experts"`, `"heads"` (key/value heads with
             their query heads), `"channels"` (of MLPs, or of experts where there are any) and
             `"layers"` remove parts, so that the model becomes smaller; the sparsity is then the
-            fraction of these parts, the same in every layer (`docs/smaller_models.md`).
+            fraction of these parts, the same in every layer. `"structured"` removes parts of all
+            of these kinds; the sparsity is then the fraction of all parameters of the model, and
+            measured divergences decide how many of each kind go (`docs/smaller_models.md`).
         owl_outlier_ratio: An outlier of OWL is this many times the mean importance of its layer.
         owl_bound: OWL lets the sparsities of two layers differ by at most twice this.
         dataset: Calibration data: a preset (`gsm8k`, `strategyqa`, `arc_challenge`, `wikitext2`), a
@@ -380,7 +383,7 @@ class CAPConfig(QuantizationConfigMixin):
         _check_integer("num_samples", self.num_samples, at_least=1)
         _check_integer("subsets", self.subsets, at_least=1)
         _check_integer("seed", self.seed, at_least=0)
-        if self.pattern in REMOVED_PARTS:
+        if self.pattern in SMALLER_PATTERNS:
             self.checkpoint_format = "dense"  # there are no zeros to leave out
         self._check_estimator()
         if self.max_length is not None:
@@ -543,7 +546,7 @@ class CAPConfig(QuantizationConfigMixin):
     def _check_criterion_fits(self, method: Method) -> None:
         """Check that the criterion chooses what the pattern removes."""
         criterion = CRITERIA[method.criterion]
-        removes_parts = self.pattern in REMOVED_PARTS
+        removes_parts = self.pattern in SMALLER_PATTERNS
         if removes_parts and self.criterion is None and self.recipe in _BY_ALLOCATION:
             raise ValueError(
                 f"recipe {self.recipe!r} gives matrices different sparsities, but pattern "
@@ -580,7 +583,7 @@ class CAPConfig(QuantizationConfigMixin):
         _check_positive("refine_learning_rate", self.refine_learning_rate)
         method, pattern = self.method, parse_pattern(self.pattern)
         self._check_criterion_fits(method)
-        if self.pattern in REMOVED_PARTS:
+        if self.pattern in SMALLER_PATTERNS:
             return
         if method.layer_by_layer and not ALLOCATIONS[method.allocation].per_matrix:
             supported = [name for name, allocation in ALLOCATIONS.items() if allocation.per_matrix]
@@ -612,7 +615,7 @@ class CAPConfig(QuantizationConfigMixin):
         Patterns that remove parts have criteria of their own.
         """
         recipe = RECIPES[self.recipe]
-        if self.pattern in REMOVED_PARTS:
+        if self.pattern in SMALLER_PATTERNS:
             return self._method_for_parts(recipe)
         if self.criterion is not None:
             recipe = Method(self.criterion, "uniform")
@@ -631,7 +634,8 @@ class CAPConfig(QuantizationConfigMixin):
             method = Method(self.criterion, "uniform")
         else:
             criterion = PART_CRITERIA[self.pattern].get(self.recipe, recipe.criterion)
-            weight = recipe.answer_weight if CRITERIA[criterion].needs_inputs else 0.0
+            fits = CRITERIA[criterion].needs_inputs or self.pattern == "structured"
+            weight = recipe.answer_weight if fits else 0.0
             method = Method(criterion, "uniform", answer_weight=weight, refine=recipe.refine)
         overrides = {name: getattr(self, name) for name in ("answer_weight", "refine")}
         return dataclasses.replace(
@@ -669,7 +673,7 @@ class CAPConfig(QuantizationConfigMixin):
 
     def _choices_without_lm_head(self) -> str:
         """Return which recipes or criteria measure no predictions, for an error."""
-        if self.pattern in REMOVED_PARTS:
+        if self.pattern in SMALLER_PATTERNS:
             names = [
                 repr(name)
                 for name, criterion in CRITERIA.items()
@@ -772,7 +776,7 @@ def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
     except (KeyError, TypeError):
         return frozenset(fields)
     used = {*criterion.fields, *allocation.fields}
-    if config.pattern in REMOVED_PARTS:
+    if config.pattern in SMALLER_PATTERNS:
         always = set(fields).difference(_CONDITIONAL_FIELDS, _NOT_FOR_PARTS)
         return frozenset(_fields_used_for_parts(config, criterion) | always)
     if config.method.needs_data:
@@ -806,7 +810,7 @@ def _fields_used_for_parts(config: "CAPConfig", criterion: Criterion) -> set[str
         used.update((*_DATA_FIELDS, *_PART_FIELDS))
         if config.answers == "model":
             used.update(ANSWER_FIELDS)
-    if criterion.needs_inputs:
+    if criterion.needs_inputs or config.pattern == "structured":
         used.add("answer_weight")
     if config.method.refine:
         used.update(_REFINEMENT_FIELDS)

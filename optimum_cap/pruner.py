@@ -22,7 +22,7 @@ from optimum_cap.data import (
     usable_tokenizer,
 )
 from optimum_cap.generation import answered_calibration_set
-from optimum_cap.methods import CRITERIA, REMOVED_PARTS, parse_pattern
+from optimum_cap.methods import CRITERIA, SMALLER_PATTERNS, parse_pattern
 from optimum_cap.models import (
     Matrix,
     ModelView,
@@ -42,8 +42,10 @@ from optimum_cap.pruning import (
     LayerStore,
     PartRemoval,
     PruningRun,
+    StructuredRemoval,
     check_first_batch,
     matrices_to_prune,
+    removal_record,
     report_unsupported,
 )
 from optimum_cap.runtime import ProcessGroup
@@ -126,7 +128,7 @@ class CAPPruner:
                 "losses are for criterion 'causal_score', which computes its scores from them, got "
                 f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
             )
-        if config.pattern in REMOVED_PARTS:
+        if config.pattern in SMALLER_PATTERNS:
             record, layer_store = _remove_parts_(plain, config, tokenizer, losses)
             record = dataclasses.replace(record, base_revision=base_revision)
             attach(plain, record, layer_store.clear if layer_store else None)
@@ -235,7 +237,11 @@ def _remove_parts_(
     if not has_lm_head(model):
         config.check_without_lm_head(type(model).__name__)
     process_group = ProcessGroup.current()
-    removal = PartRemoval(model, config, process_group)
+    removal: PartRemoval | StructuredRemoval
+    if config.pattern == "structured":
+        removal = StructuredRemoval(model, config, process_group)
+    else:
+        removal = PartRemoval(model, config, process_group)
     view = removal.view
     if CRITERIA[config.method.criterion].needs_scores and losses is None:
         _check_scorable(view, config)
@@ -256,8 +262,11 @@ def _remove_parts_(
     )
     examples = calibration.examples if calibration else []
     check(examples)
-    removed = removal.run(examples, losses)
-    record = removal.record(removed, calibration, zeros_before)
+    if isinstance(removal, StructuredRemoval):
+        removed = removal.run(examples)
+    else:
+        removed = removal.run(examples, losses)
+    record = removal_record(model, removed, config, calibration, zeros_before)
     replace_by_smaller(model, removed.model)
     return record, removed.layer_store
 

@@ -22,7 +22,7 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
 from optimum_cap.models import model_task, sees_images
-from optimum_cap.text import printable
+from optimum_cap.text import enumeration, printable
 from optimum_cap.version import install_command
 
 logger = logging.get_logger(__name__)
@@ -159,7 +159,8 @@ def model_card(
 def _part(record: PruningRecord) -> str:
     """Return what was removed, and by which criterion."""
     criterion = CRITERIA[CAPConfig.from_dict(record.config).method.criterion]
-    return f"{_cell(record.removed['part'])}, chosen by {criterion.title}"
+    parts = enumeration([_cell(each["part"]) for each in record.removed["parts"]])
+    return f"{parts}, chosen by {criterion.title}"
 
 
 def _left_dense(record: PruningRecord, class_name: str) -> dict[str, str]:

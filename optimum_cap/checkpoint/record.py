@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_cap.config import CAPConfig
+from optimum_cap.text import enumeration
 
 KINDS = {
     "attention": "attention heads",
@@ -143,10 +144,11 @@ class PruningRecord:
         zeros_after: Number of prunable weights that were zero right after pruning. The matrices
             count the zeros of the saved weights, which may have been trained since.
         dense: Linear weights of the decoder that stayed dense.
-        removed: What was removed, if parts were: the kind of `part` (a pattern), how many each
-            layer had `before` and `after` (or how many layers there were), the indices of what is
-            `kept` by the name of what it is a part of in the dense model, and the number of
-            parameters, `parameters_before` and `parameters_after`.
+        removed: What was removed, if parts were: `parts`, for each kind of `part` (a pattern) how
+            many each layer had `before` and `after` (or how many layers there were); the indices
+            of what is `kept` by the name of what it is a part of in the dense model; the number of
+            parameters, `parameters_before` and `parameters_after`; and, of pattern `structured`,
+            the `measured` divergences with some parts of one kind removed.
     """
 
     config: dict[str, Any]
@@ -327,7 +329,7 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
         _check_answers(answers)
 
 
-_REMOVED_COUNTS = ("before", "after", "parameters_before", "parameters_after")
+_REMOVED_COUNTS = ("parameters_before", "parameters_after")
 
 
 def _check_removed(removed: dict[str, Any]) -> None:
@@ -337,8 +339,12 @@ def _check_removed(removed: dict[str, Any]) -> None:
     for name in _REMOVED_COUNTS:
         if not is_count(removed.get(name)):
             raise ValueError(f"removed.{name} must be a count, got {removed.get(name)!r:.80}")
-    if not _is_text(removed.get("part")):
-        raise ValueError(f"removed.part must be text, got {removed.get('part')!r:.80}")
+    parts = removed.get("parts")
+    if not isinstance(parts, list) or not parts or not all(map(_is_removed_part, parts)):
+        raise ValueError(
+            "removed.parts must be a list of objects with the text part and the counts before and "
+            f"after, got {parts!r:.80}"
+        )
     kept = removed.get("kept")
     if not isinstance(kept, dict) or not all(
         isinstance(indices, list) and all(map(is_count, indices)) for indices in kept.values()
@@ -346,14 +352,26 @@ def _check_removed(removed: dict[str, Any]) -> None:
         raise ValueError(f"removed.kept must be an object of lists of counts, got {kept!r:.80}")
 
 
+def _is_removed_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and _is_text(part.get("part"))
+        and is_count(part.get("before"))
+        and is_count(part.get("after"))
+    )
+
+
 def describe_removal(record: PruningRecord) -> str:
     """Return what was removed from a model, such as `32 of 64 experts in each layer`."""
-    removed, part = record.removed, record.removed["part"]
-    gone = removed["before"] - removed["after"]
-    where = "" if part == "layers" else " in each layer"
+    removed = record.removed
+    parts = [
+        f"{each['before'] - each['after']:,} of {each['before']:,} {each['part']}"
+        + ("" if each["part"] == "layers" else " in each layer")
+        for each in removed["parts"]
+    ]
     share = removed["parameters_after"] / removed["parameters_before"]
     return (
-        f"{gone:,} of {removed['before']:,} {part}{where}; {removed['parameters_after']:,} of "
+        f"{enumeration(parts)}; {removed['parameters_after']:,} of "
         f"{removed['parameters_before']:,} parameters are left ({share:.1%})"
     )
 

@@ -127,8 +127,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--pattern",
         "pattern",
         str,
-        "unstructured; N:M keeps N of every M weights, e.g. 2:4; experts, heads, channels, "
-        "layers are removed (default: unstructured)",
+        "unstructured; N:M (2:4) keeps N of M weights; experts, heads, channels, layers or "
+        "structured removes parts (default: unstructured)",
     ),
     (
         "--answers",

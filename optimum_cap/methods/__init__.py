@@ -13,6 +13,7 @@ from optimum_cap.methods.criteria import (
 from optimum_cap.methods.masks import (
     REMOVED_PARTS,
     SELECTIONS,
+    SMALLER_PATTERNS,
     apply_mask_,
     keep_masks,
     kth_smallest,
@@ -40,6 +41,7 @@ __all__ = [
     "LOWEST",
     "REMOVED_PARTS",
     "SELECTIONS",
+    "SMALLER_PATTERNS",
     "Criterion",
     "CriterionInputs",
     "InputStatistics",

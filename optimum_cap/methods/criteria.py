@@ -54,7 +54,7 @@ class Criterion:
         needs_examples: Whether it measures parts of the dense model on calibration examples.
         needs_predictions: Whether it measures predictions of tokens on them.
         removes_columns: Whether it removes channels by `remove_columns`, which fits the others.
-        parts: The patterns of `REMOVED_PARTS` for which it can choose parts.
+        parts: The patterns of `SMALLER_PATTERNS` for which it can choose parts.
         cost: Its cost model in `cap estimate`: `"threshold"`, `"rows"`, `"sparsegpt"` or `"alps"`
             (`PRUNING_COSTS` in `optimum_cap/estimation/costs.py`).
         fields: The fields of `CAPConfig` that it uses, besides those that `needs_scores`,
@@ -157,7 +157,7 @@ CRITERIA: dict[str, Criterion] = {
         "the measured effect of each of them on the predictions",
         needs_examples=True,
         needs_predictions=True,
-        parts=("experts", "layers"),
+        parts=("experts", "layers", "structured"),
     ),
     "routed_error": Criterion(
         "the effect of each expert on the output of its layer",

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 
 REMOVED_PARTS = ("experts", "heads", "channels", "layers")
-"""The patterns that make the model smaller: an equal number of parts of every layer is removed."""
+"""The patterns that remove parts of one kind, an equal number of every layer."""
+
+SMALLER_PATTERNS = (*REMOVED_PARTS, "structured")
+"""The patterns that make the model smaller."""
 
 _CHUNK = 1 << 22  # weights per step, which bounds the extra memory to a few times 16 MB
 _BINS = 1 << 16
@@ -142,14 +145,14 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     Raises:
         ValueError: `pattern` is no pattern.
     """
-    if pattern in ("unstructured", *REMOVED_PARTS):
+    if pattern in ("unstructured", *SMALLER_PATTERNS):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if match and 0 < int(match[1]) < int(match[2]):
         return int(match[1]), int(match[2])
     raise ValueError(
-        'pattern must be "unstructured", "experts", "heads", "channels", "layers", or "N:M", which '
-        f'keeps N of every M weights (such as "2:4"), got {pattern!r}'
+        'pattern must be "unstructured", "experts", "heads", "channels", "layers", "structured", '
+        f'or "N:M", which keeps N of every M weights (such as "2:4"), got {pattern!r}'
     )
 
 

@@ -94,6 +94,7 @@ from optimum_cap.models.sites import (
 from optimum_cap.models.smaller import (
     CannotRemoveError,
     KeptParts,
+    empty_model,
     name_before,
     replace_by_smaller,
     smaller_config,
@@ -139,6 +140,7 @@ __all__ = [
     "compiling",
     "decoder_layer_names",
     "device_of",
+    "empty_model",
     "evaluation_mode",
     "expert_output",
     "experts_call",

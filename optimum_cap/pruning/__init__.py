@@ -5,10 +5,11 @@ from optimum_cap.pruning.cache import LayerStore
 from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.pruning.fisher import examples_to_estimate
 from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LEFT_OUT
-from optimum_cap.pruning.removal import PartRemoval
+from optimum_cap.pruning.removal import PartRemoval, removal_record
 from optimum_cap.pruning.run import PruningRun
 from optimum_cap.pruning.selection import matrices_to_prune, report_unsupported
 from optimum_cap.pruning.sensitivity import examples_to_measure
+from optimum_cap.pruning.structured import StructuredRemoval
 
 __all__ = [
     "EXAMPLES_PER_STEP",
@@ -17,9 +18,11 @@ __all__ = [
     "LayerwisePass",
     "PartRemoval",
     "PruningRun",
+    "StructuredRemoval",
     "check_first_batch",
     "examples_to_estimate",
     "examples_to_measure",
     "matrices_to_prune",
+    "removal_record",
     "report_unsupported",
 ]

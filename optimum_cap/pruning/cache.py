@@ -84,6 +84,20 @@ class PruningCache:
         if self._is_first:
             self._files.write(self._choice_key(settings), choice)
 
+    def divergence(self, settings: Mapping[str, Any]) -> float | None:
+        """Return the divergence of the model that a run with these settings left, if stored."""
+        stored = self._files.read(self._divergence_key(settings), (), torch.float64)
+        return None if stored is None else float(stored)
+
+    def put_divergence(self, settings: Mapping[str, Any], divergence: float) -> None:
+        """Store the divergence of the model that a run with these settings left."""
+        if self._is_first:
+            tensor = torch.tensor(divergence, dtype=torch.float64)
+            self._files.write(self._divergence_key(settings), tensor)
+
+    def _divergence_key(self, settings: Mapping[str, Any]) -> str:
+        return f"{self._subject}/divergences/{_name(dict(settings))}"
+
     def _choice_key(self, settings: Mapping[str, Any]) -> str:
         return f"{self._subject}/choices/{_name(dict(settings))}"
 

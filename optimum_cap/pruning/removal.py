@@ -4,10 +4,11 @@ The dense model decides what is removed, a smaller model takes over what is kept
 fitted to the hidden states of the dense one. The model that was passed in changes in the last step.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.checkpoint import MatrixSparsity, PruningRecord
+from optimum_cap.checkpoint import MatrixSparsity, PruningRecord, UnitScore
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample, CalibrationSet
 from optimum_cap.methods import (
@@ -33,6 +34,7 @@ from optimum_cap.models import (
     Router,
     Site,
     WeightSlice,
+    empty_model,
     evaluation_mode,
     float32_on_cpu,
     number_of_embeddings,
@@ -72,15 +74,22 @@ class Removal:
 
     Attributes:
         model: The smaller model.
+        parts: How many parts each layer, or the model, has `before` and `after`, by the kind of
+            `part`.
         kept: Indices of the parts that are kept, by the name of what they are parts of.
         layer_store: Stores refined layers, if there is a resume folder.
-        scoring: Has the causal scores, if the criterion needs them.
+        scores: Causal scores, if the criterion needs them, for the record.
+        intact_loss: Loss of the dense model, if the criterion needs causal scores.
+        measured: The divergences that decided how much of each kind is removed.
     """
 
     model: PreTrainedModel
+    parts: list[dict[str, Any]]
     kept: dict[str, list[int]]
     layer_store: LayerStore | None
-    scoring: PruningRun
+    scores: list[UnitScore] = field(default_factory=list)
+    intact_loss: float | None = None
+    measured: list[dict[str, Any]] = field(default_factory=list)
 
 
 class PartRemoval:
@@ -90,8 +99,8 @@ class PartRemoval:
         model: The dense model; it is left unchanged.
         config: What to remove and how.
         process_group: The processes that share the refinement.
-        count: How many parts of each layer, or how many layers, to remove, instead of the config's
-            sparsity.
+        fewest: Remove as few parts as can be removed, instead of the config's sparsity.
+        view: The result of `with_divided_mlps`, if it is known.
 
     Attributes:
         view: The model, with at least two units in every MLP and expert.
@@ -109,26 +118,63 @@ class PartRemoval:
         model: PreTrainedModel,
         config: CAPConfig,
         process_group: ProcessGroup,
-        count: int | None = None,
+        *,
+        fewest: bool = False,
+        view: ModelView | None = None,
     ) -> None:
-        widths = [site.width for site in ModelView.of(model).sites if not site.mixes_tokens]
-        self.view = ModelView.of(model, max(1, min(widths, default=2) // 2))
+        self.view = view or with_divided_mlps(model)
         self._config = config
         self._process_group = process_group
         self._kind = type(model).__name__
         self._routers: dict[int, Router] = {}
         self._columns: dict[Site, torch.Tensor] = {}  # of each part, `[parts, columns]`
         self.before = self._parts()
-        self.step = gcd(self.before, _CHANNELS) if config.pattern == "channels" else 1
-        if count is None:
-            left = self.step * round((1 - config.sparsity) * self.before / self.step)
-            count = self.before - left
-        self.count = count
+        self.step = 1
+        if config.pattern == "channels":
+            self.step = gcd(self.before, _CHANNELS)
+        elif fewest and config.pattern == "experts":
+            self.step = self._number_of_groups
+        left = self.step * round((1 - config.sparsity) * self.before / self.step)
+        self.count = self.step if fewest else self.before - left
         if not 0 < self.count < self.before:
             raise CannotRemoveError(
                 f"sparsity {config.sparsity} of {self.before} {config.pattern} is {self.count} "
                 f"{config.pattern}: choose a sparsity that removes some and keeps some"
             )
+
+    def with_count(self, count: int) -> "PartRemoval":
+        """Return a removal of another number of parts."""
+        other = copy.copy(self)
+        other.count = count
+        return other
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the choice of the parts depends on, beside the model and the data."""
+        return {
+            "pattern": self._config.pattern,
+            "criterion": self._config.method.criterion,
+            "answer_weight": self._config.method.answer_weight,
+            "count": self.count,
+            "seed": self._config.seed,
+        }
+
+    @property
+    def most(self) -> int:
+        """The most parts that can be removed."""
+        fewest_left = self._per_token if self._config.pattern == "experts" else 1
+        return (self.before - fewest_left) // self.step * self.step
+
+    @property
+    def removes_from_experts(self) -> bool:
+        """Whether experts, or their channels, are removed."""
+        return bool(self._routers) or any(site.expert is not None for site in self._columns)
+
+    def parameters(self) -> int:
+        """Return the number of parameters of the model without the parts."""
+        model, kept = self.view.model, self._kept(self._first_parts())
+        config = smaller_config(model, self.view.sites, kept)
+        return int(empty_model(model, config).num_parameters())
 
     def _parts(self) -> int:
         """Find the parts, and return their number in each layer, or that of layers."""
@@ -223,7 +269,7 @@ class PartRemoval:
             self._check_not_periodic()
         with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
             removed = self._first_parts()
-            self._check_agrees(self._kept(removed), self.without(removed, {}), examples)
+            self.check_agrees(removed, self.without(removed, {}), examples)
 
     def _check_not_periodic(self) -> None:
         """Check that the config does not describe layers by their distance."""
@@ -236,14 +282,20 @@ class PartRemoval:
                     "another kind, so single layers cannot be removed: choose another pattern"
                 )
 
-    def _check_agrees(
-        self, kept: KeptParts, smaller: PreTrainedModel, examples: list[CalibrationExample]
+    def check_agrees(
+        self, removed: Any, smaller: PreTrainedModel, examples: list[CalibrationExample]
     ) -> None:
         """Check on one example that a smaller model computes what the model does without parts.
+
+        Args:
+            removed: What is removed, as `choose` returns it.
+            smaller: The smaller model, with no weights fitted.
+            examples: The calibration examples; without any, some tokens are made up.
 
         Raises:
             CannotRemoveError: It does not.
         """
+        kept = self._kept(removed)
         first = [min(examples or [self._made_up()], key=lambda each: len(each.input_ids))]
         try:
             differing = self._share_that_differs(kept, ModelView.of(smaller), first)
@@ -278,11 +330,20 @@ class PartRemoval:
         return {site: _mask(columns, kept) for site, columns in self._columns.items()}
 
     @property
+    def _number_of_groups(self) -> int:
+        text = self.view.model.config.get_text_config(decoder=True)
+        return getattr(text, "n_group", None) or 1
+
+    @property
+    def _per_token(self) -> int:
+        """Number of experts that each token is routed to."""
+        text = self.view.model.config.get_text_config(decoder=True)
+        return getattr(text, "num_experts_per_tok", None) or 1
+
+    @property
     def _groups(self) -> int:
         """Number of groups of experts, of one size each, that the router knows."""
-        text = self.view.model.config.get_text_config(decoder=True)
-        groups = getattr(text, "n_group", None) or 1
-        per_token = getattr(text, "num_experts_per_tok", None) or 1
+        groups, per_token = self._number_of_groups, self._per_token
         after = self.before - self.count
         if self.count % groups:
             raise CannotRemoveError(
@@ -295,7 +356,7 @@ class PartRemoval:
                 f"sparsity {self._config.sparsity} leaves {after} of {self.before} experts, fewer "
                 f"than the {per_token} that each token is routed to: choose a lower sparsity"
             )
-        return int(groups)
+        return groups
 
     def _kept(self, removed: Any) -> KeptParts:
         """Return what is kept.
@@ -350,6 +411,10 @@ class PartRemoval:
             hidden = expected
         return share
 
+    def layers_after(self, removed: Any) -> list[int]:
+        """Return the indices of the layers that are kept."""
+        return self._layers(self._kept(removed))
+
     def _layers(self, kept: KeptParts) -> list[int]:
         return list(range(len(self.view.layers)) if kept.layers is None else kept.layers)
 
@@ -383,50 +448,30 @@ class PartRemoval:
             scoring.score_units(losses)
         with evaluation_mode(model), float32_on_cpu(model) as stored_dtypes:
             removed, fitted = self.choose(examples, scoring.importances, cache)
-            kept = self._kept(removed)
             smaller = self.without(removed, fitted)
             if not self._columns:  # the weights of columns were fitted
-                self._check_agrees(kept, smaller, examples)
+                self.check_agrees(removed, smaller, examples)
             description = self.description(removed)
             refinement = SmallerModelRefinement(
-                self.view, smaller, self._layers(kept), config, self._process_group
+                self.view, smaller, self.layers_after(removed), config, self._process_group
             )
             store = refinement.run_(examples, description, stored_dtypes, cache)
-        return Removal(smaller, description, store, scoring)
-
-    def record(
-        self, removal: Removal, calibration: CalibrationSet | None, zeros_before: int
-    ) -> PruningRecord:
-        """Return the record of the run."""
-        config, view = self._config, ModelView.of(removal.model)
-        matrices = [
-            MatrixSparsity(
-                matrix.name,
-                int((view.weights(matrix) == 0).sum()),
-                view.oriented(matrix).numel(),
-            )
-            for matrix in view.matrices
-        ]
-        return PruningRecord(
-            config=config.to_dict(),
-            base_model=public_name(self.view.model.name_or_path),
-            base_revision=None,
-            matrices=matrices,
-            scores=removal.scoring.unit_scores,
-            intact_loss=removal.scoring.intact_loss,
-            calibration=calibration.record if calibration else {},
-            versions=versions(),
-            zeros_before=zeros_before,
-            zeros_after=sum(matrix.zeros for matrix in matrices),
-            removed={
-                "part": config.pattern,
-                "before": self.before,
-                "after": self.before - self.count,
-                "kept": removal.kept,
-                "parameters_before": self.view.model.num_parameters(),
-                "parameters_after": removal.model.num_parameters(),
-            },
+        return Removal(
+            smaller,
+            [self.summary()],
+            description,
+            store,
+            scoring.unit_scores,
+            scoring.intact_loss,
         )
+
+    def summary(self) -> dict[str, Any]:
+        """Return how many parts there are before and after, for the record."""
+        return {
+            "part": self._config.pattern,
+            "before": self.before,
+            "after": self.before - self.count,
+        }
 
     def choose(
         self,
@@ -449,12 +494,7 @@ class PartRemoval:
         config = self._config
         if self._columns:
             return self._choose_columns(examples, importances)
-        settings = {
-            "pattern": config.pattern,
-            "criterion": config.method.criterion,
-            "count": self.count,
-            "seed": config.seed,
-        }
+        settings = self.settings
         layers = list(self._routers)
         shape = (len(layers), self.count) if layers else (self.count,)
         stored = cache.choice(settings, shape, self.before) if cache else None
@@ -564,6 +604,57 @@ class PartRemoval:
         if kept.experts:
             return {block: list(experts) for block, experts in kept.experts.items()}
         return {site.name: mask.nonzero()[:, 0].tolist() for site, mask in kept.channels.items()}
+
+
+def with_divided_mlps(model: PreTrainedModel) -> ModelView:
+    """Return a model with at least two units in every MLP and expert."""
+    view = ModelView.of(model)
+    widths = [site.width for site in view.sites if not site.mixes_tokens]
+    return ModelView.of(model, max(1, min(widths, default=2) // 2))
+
+
+def removal_record(
+    model: PreTrainedModel,
+    removal: Removal,
+    config: CAPConfig,
+    calibration: CalibrationSet | None,
+    zeros_before: int,
+) -> PruningRecord:
+    """Return the record of a run that has removed parts.
+
+    Args:
+        model: The dense model.
+        removal: What remains of it.
+        config: The config of the run.
+        calibration: The calibration set, if the config needs data.
+        zeros_before: Number of weights of the dense model that were zero.
+    """
+    view = ModelView.of(removal.model)
+    matrices = [
+        MatrixSparsity(
+            matrix.name, int((view.weights(matrix) == 0).sum()), view.oriented(matrix).numel()
+        )
+        for matrix in view.matrices
+    ]
+    return PruningRecord(
+        config=config.to_dict(),
+        base_model=public_name(model.name_or_path),
+        base_revision=None,
+        matrices=matrices,
+        scores=removal.scores,
+        intact_loss=removal.intact_loss,
+        calibration=calibration.record if calibration else {},
+        versions=versions(),
+        zeros_before=zeros_before,
+        zeros_after=sum(matrix.zeros for matrix in matrices),
+        removed={
+            "parts": removal.parts,
+            "kept": removal.kept,
+            "parameters_before": model.num_parameters(),
+            "parameters_after": removal.model.num_parameters(),
+            **({"measured": removal.measured} if removal.measured else {}),
+        },
+    )
 
 
 def _can_lose_heads(site: Site) -> bool:

@@ -275,6 +275,7 @@ class DivergenceEvaluator:
         memory_budget: int | str,
     ) -> None:
         self.model = view.model
+        self._memory_budget = memory_budget
         self.layerwise = LayerwisePass(view, examples, memory_budget=memory_budget)
         self.targets = [Targets.of(batch.batch) for batch in self.layerwise.batches]
         self.next_layer = 0
@@ -334,6 +335,27 @@ class DivergenceEvaluator:
             with onloaded(self.model, besides=besides):
                 divergences = [self._divergence(final) for final in finals]
             yield from divergences
+
+    def divergence_of(self, view: ModelView) -> torch.Tensor:
+        """Return the divergences, `[examples]`, of another model from the dense one.
+
+        Args:
+            view: A model with the embeddings, final norm and LM head of the dense one, and in all
+                that is not larger.
+        """
+        dense = self.layerwise
+        most = max(len(batch.batch.positions) for batch in dense.batches)
+        other = LayerwisePass(
+            view, dense.examples, memory_budget=self._memory_budget, most_examples=most
+        )
+        for layer in range(len(view.layers)):
+            other.advance(layer)
+        return self._divergence(
+            [
+                targets.select(batch.hidden).unsqueeze(-2)
+                for batch, targets in zip(other.batches, self.targets, strict=True)
+            ]
+        )
 
     def _inputs(self) -> list[_LayerInput]:
         """Return the inputs of the next layer for all batches, which may be overwritten."""

@@ -57,9 +57,10 @@ def test_stock_model_is_left(
     removed = loaded.pruning_record.removed
     assert removed["parameters_before"] == before
     assert removed["parameters_after"] == loaded.num_parameters() < before
-    assert removed["before"] - removed["after"] > 0
+    [part] = removed["parts"]
+    assert part["before"] - part["after"] > 0
     card = (tmp_path / "README.md").read_text()
-    assert f"of {removed['before']} {pattern}" in card
+    assert f"of {part['before']} {pattern}" in card
     assert "Zeros per projection" not in card
 
 
@@ -279,6 +280,9 @@ def test_damaged_record_of_removed_parts_is_refused() -> None:
     values["removed"]["kept"] = [1]
     with pytest.raises(ValueError, match=r"removed\.kept must be an object"):
         PruningRecord.from_dict(values)
-    values["removed"] = {"before": -1}
-    with pytest.raises(ValueError, match=r"removed\.before must be a count"):
+    values["removed"]["parts"] = [{"part": "experts", "before": -1, "after": 1}]
+    with pytest.raises(ValueError, match=r"removed\.parts must be a list of objects"):
+        PruningRecord.from_dict(values)
+    values["removed"] = {"parameters_before": -1}
+    with pytest.raises(ValueError, match=r"removed\.parameters_before must be a count"):
         PruningRecord.from_dict(values)

@@ -1,0 +1,340 @@
+"""Removes parts of several kinds (`pattern="structured"`): as many of each as costs the least.
+
+Each kind is first removed alone, in a few amounts, and what that does to the predictions is
+measured. The amounts that are expected to change them the least, for the number of parameters that
+go, are then removed one kind after the other.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+from math import ceil, inf
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from optimum_cap.config import CAPConfig, effective
+from optimum_cap.data import CalibrationExample
+from optimum_cap.models import (
+    CannotRemoveError,
+    Matrix,
+    ModelView,
+    evaluation_mode,
+    float32_on_cpu,
+    name_before,
+)
+from optimum_cap.pruning.cache import PruningCache
+from optimum_cap.pruning.removal import PartRemoval, Removal, with_divided_mlps
+from optimum_cap.pruning.sensitivity import FEWEST_EXAMPLES, DivergenceEvaluator
+from optimum_cap.pruning.smaller_refinement import SmallerModelRefinement
+from optimum_cap.runtime import ProcessGroup
+from optimum_cap.text import enumeration
+
+logger = logging.get_logger(__name__)
+
+_KINDS = ("layers", "experts", "heads", "channels")  # in the order in which they are removed
+_FILLER = "channels"  # the finest parts make up the number of parameters
+_SHARES = (1 / 3, 2 / 3, 1)  # of the amount that would do alone; they are measured
+_EXAMPLES = 2 * FEWEST_EXAMPLES
+
+Counts = dict[str, int]
+"""How many parts of each kind are removed: of each layer, or how many layers."""
+
+
+@dataclass
+class _Kind:
+    """A kind of parts.
+
+    Attributes:
+        removal: Removes as few of them as can be removed.
+        each: Number of parameters that go with each of them, in all layers.
+        divergences: The measured divergence, by how many are removed.
+    """
+
+    removal: PartRemoval
+    each: float
+    divergences: dict[int, float] = field(default_factory=dict)
+
+    def divergence(self, count: int) -> float:
+        """Return the divergence with this many removed, between two that were measured."""
+        points = sorted({0: 0.0, **self.divergences}.items())
+        for (below, low), (above, high) in pairwise(points):
+            if count <= above:
+                return low + (high - low) * (count - below) / (above - below)
+        return inf
+
+
+@dataclass
+class _Smaller:
+    """A model without parts of several kinds.
+
+    Attributes:
+        model: The model.
+        layers: Indices in the dense model of the layers that are kept.
+        parts: How many parts of each kind there were before and after.
+        kept: Indices of the parts that are kept, by the name in the dense model of what they are
+            parts of.
+    """
+
+    model: PreTrainedModel
+    layers: list[int]
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        gone = [f"{p['before'] - p['after']} of {p['before']} {p['part']}" for p in self.parts]
+        return f"without {enumeration(gone)}"
+
+
+class StructuredRemoval:
+    """Removes experts, heads, channels and layers until a fraction of the parameters is gone.
+
+    Args:
+        model: The dense model; it is left unchanged.
+        config: How much to remove, and how.
+        process_group: The processes that share the refinement.
+
+    Attributes:
+        view: The model, with at least two units in every MLP and expert.
+
+    Raises:
+        CannotRemoveError: The model has no parts of any kind, or not as many parameters in them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: CAPConfig, process_group: ProcessGroup
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._process_group = process_group
+        self._kinds: dict[str, _Kind] = {}
+        self._refused: dict[str, str] = {}  # why parts of a kind cannot be removed
+        self._before = model.num_parameters()
+        self._target = config.sparsity * self._before
+        self.view = with_divided_mlps(model)
+        for name in _KINDS:
+            try:
+                removal = self._removal(self.view, name)
+                self._kinds[name] = _Kind(removal, self._each(removal))
+            except ValueError as error:  # also from routers that are not known
+                self._refused[name] = str(error)
+        self._check_enough()
+
+    def _removal(self, view: ModelView, kind: str) -> PartRemoval:
+        """Return a removal of as few parts of a kind as can be removed."""
+        values = vars(self._config)
+        config = CAPConfig(**effective(values, {"pattern": kind, "criterion": None}))
+        return PartRemoval(view.model, config, self._process_group, fewest=True, view=view)
+
+    def _each(self, removal: PartRemoval) -> float:
+        return (removal.view.model.num_parameters() - removal.parameters()) / removal.count
+
+    def _check_enough(self) -> None:
+        """Check that what can be removed has as many parameters as are to go."""
+        if not self._kinds:
+            raise CannotRemoveError(next(iter(self._refused.values())))
+        most = {name: kind.removal.most for name, kind in self._kinds.items()}
+        if self._gone(most) < self._target:
+            names = ", ".join(self._kinds)
+            raise CannotRemoveError(
+                f"sparsity {self._config.sparsity} would remove {self._target:,.0f} of "
+                f"{self._before:,} parameters, but without all that can go ({names}) "
+                f"{type(self._model).__name__} loses only {self._gone(most):,.0f}: choose a lower "
+                "sparsity"
+            )
+
+    def check(self, examples: list[CalibrationExample]) -> None:
+        """Check on one example which kinds of parts can be removed.
+
+        Args:
+            examples: The calibration examples; without any, some tokens are made up.
+
+        Raises:
+            CannotRemoveError: None can, or those that can have too few parameters.
+        """
+        for name, kind in list(self._kinds.items()):
+            try:
+                kind.removal.check(examples)
+            except CannotRemoveError as error:
+                self._refused[name] = str(error)
+                del self._kinds[name]
+        self._check_enough()
+
+    def run(self, examples: list[CalibrationExample]) -> Removal:
+        """Remove the parts.
+
+        Args:
+            examples: The calibration examples.
+        """
+        config, model = self._config, self._model
+        for name, reason in self._refused.items():
+            logger.info(f"All {name} are kept: {reason}")
+        cache = None
+        if config.resume_dir is not None:
+            cache = PruningCache(config.resume_dir, model, examples, self._process_group)
+        with evaluation_mode(model), float32_on_cpu(model) as stored_dtypes:
+            evaluator = DivergenceEvaluator(self.view, examples[:_EXAMPLES], config.memory_budget)
+            chosen = self._measure(examples, evaluator, cache)
+            mixture = self._without(examples, chosen, self._cheapest())
+            divergence = float(evaluator.divergence_of(ModelView.of(mixture.model)).mean())
+            logger.info(f"Divergence {mixture}: {divergence:.4f}")
+            alone, least = self._best_alone()
+            if least < divergence:
+                mixture = self._without(examples, chosen, alone)
+                logger.info(f"Divergence {mixture}: {least:.4f}, which is less")
+            del evaluator
+            refinement = SmallerModelRefinement(
+                self.view, mixture.model, mixture.layers, config, self._process_group
+            )
+            store = refinement.run_(examples, mixture.kept, stored_dtypes, cache)
+        measured = [
+            {"part": name, "removed": count, "divergence": of_count}
+            for name, kind in self._kinds.items()
+            for count, of_count in sorted(kind.divergences.items())
+        ]
+        return Removal(mixture.model, mixture.parts, mixture.kept, store, measured=measured)
+
+    def _measure(
+        self,
+        examples: list[CalibrationExample],
+        evaluator: DivergenceEvaluator,
+        cache: PruningCache | None,
+    ) -> dict[str, Any]:
+        """Measure the divergences with some parts of one kind removed.
+
+        Returns:
+            The layers, or the experts of each layer, that are removed first.
+        """
+        chosen = {}
+        for name, kind in self._kinds.items():
+            counts = self._counts_to_measure(kind)
+            if name in ("layers", "experts"):
+                largest = kind.removal.with_count(counts[-1])
+                chosen[name], _ = largest.choose(examples, {}, cache)
+            for count in counts:
+                removal = kind.removal.with_count(count)
+                settings = {**removal.settings, "examples": _EXAMPLES}
+                stored = cache.divergence(settings) if cache else None
+                if stored is None:
+                    if name in chosen:
+                        model = removal.without(removal.first(chosen[name]), {})
+                    else:
+                        model = removal.without(*removal.choose(examples, {}, cache))
+                    stored = float(evaluator.divergence_of(ModelView.of(model)).mean())
+                    if cache:
+                        cache.put_divergence(settings, stored)
+                kind.divergences[count] = stored
+                logger.info(
+                    f"Divergence without {count} of {kind.removal.before} {name}: {stored:.4f}"
+                )
+        return chosen
+
+    def _counts_to_measure(self, kind: _Kind) -> list[int]:
+        """Return how many parts to remove, up to as many as would do alone, in order."""
+        step, most = kind.removal.step, kind.removal.most
+        enough = min(most, step * ceil(self._target / kind.each / step))
+        return sorted({step * max(1, round(enough * share / step)) for share in _SHARES})
+
+    def _cheapest(self) -> Counts:
+        """Return the counts with the lowest expected divergence."""
+
+        def cost(counts: Counts) -> tuple[float, float]:
+            divergence = sum(self._kinds[name].divergence(n) for name, n in counts.items())
+            return divergence, self._gone(counts)
+
+        return min(self._possible(), key=cost)
+
+    def _best_alone(self) -> tuple[Counts, float]:
+        """Return the best counts of a single kind, and the divergence."""
+        found = [
+            ({name: count}, divergence)
+            for name, kind in self._kinds.items()
+            for count, divergence in kind.divergences.items()
+            if self._gone({name: count}) >= self._target
+        ]
+        return min(found, key=lambda each: each[1], default=({}, inf))
+
+    def _possible(self) -> Iterator[Counts]:
+        """Yield all counts with which as many parameters go as are to."""
+        others = [name for name in self._kinds if name != _FILLER]
+        filler = self._kinds.get(_FILLER)
+        ranges = []
+        for name in others:
+            removal = self._kinds[name].removal
+            ranges.append(range(0, max(self._kinds[name].divergences) + 1, removal.step))
+        for numbers in product(*ranges):
+            counts = dict(zip(others, numbers, strict=True))
+            missing = self._target - self._gone(counts)
+            if missing <= 0:
+                yield counts
+            elif filler:
+                step = filler.removal.step
+                each = self._gone({**counts, _FILLER: step}) - self._gone(counts)
+                count = step * max(1, round(missing / each))
+                if count <= max(filler.divergences):
+                    yield {**counts, _FILLER: count}
+
+    def _gone(self, counts: Mapping[str, int]) -> float:
+        """Return about how many parameters go with these parts.
+
+        Parts of layers that are removed go with them, and so do channels of removed experts.
+        """
+
+        def left(name: str) -> float:
+            if name not in counts:
+                return 1.0
+            return 1 - counts[name] / self._kinds[name].removal.before
+
+        gone = {name: self._kinds[name].each * count for name, count in counts.items()}
+        if "channels" in gone and self._kinds["channels"].removal.removes_from_experts:
+            gone["channels"] *= left("experts")
+        return sum(n * (1.0 if name == "layers" else left("layers")) for name, n in gone.items())
+
+    def _without(
+        self, examples: list[CalibrationExample], chosen: Mapping[str, Any], counts: Counts
+    ) -> _Smaller:
+        """Remove parts of one kind after the other; channels make up the parameters.
+
+        Args:
+            examples: The calibration examples.
+            chosen: The layers, or the experts of each layer, that are removed first.
+            counts: How many parts of each kind to remove.
+        """
+        dense = self._model
+        smaller = _Smaller(dense, list(range(len(self.view.layers))))
+        for name in _KINDS:
+            if not counts.get(name):
+                continue
+            removal = self._kinds[name].removal
+            if smaller.model is not dense:
+                removal = self._removal(with_divided_mlps(smaller.model), name)
+            count = self._channels_to_remove(removal) if name == _FILLER else counts[name]
+            if not count:
+                continue
+            removal = removal.with_count(count)
+            fitted: dict[Matrix, torch.Tensor] = {}
+            if name == "layers":
+                removed = removal.first(chosen[name])
+            elif name == "experts":
+                of_layer, layers = chosen[name], enumerate(smaller.layers)
+                removed = removal.first({n: of_layer[old] for n, old in layers if old in of_layer})
+            else:
+                removed, fitted = removal.choose(examples, {}, None)
+            model = removal.without(removed, fitted)
+            if not fitted:
+                removal.check_agrees(removed, model, examples)
+            for path, indices in removal.description(removed).items():
+                smaller.kept[name_before(dense, path, smaller.layers)] = indices
+            if name == "layers":
+                smaller.layers = removal.layers_after(removed)
+            smaller.parts.append(removal.summary())
+            smaller.model = model
+        return smaller
+
+    def _channels_to_remove(self, removal: PartRemoval) -> int:
+        """Return how many channels of a smaller model to remove, given its parameters."""
+        missing = self._target - (self._before - removal.view.model.num_parameters())
+        count = removal.step * round(missing / self._each(removal) / removal.step)
+        return max(0, min(count, removal.most))
