@@ -127,8 +127,8 @@ _CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
         "--pattern",
         "pattern",
         str,
-        "unstructured; N:M (2:4) keeps N of M weights; experts, heads, channels, layers or "
-        "structured removes parts (default: unstructured)",
+        "unstructured; N:M, such as 2:4; experts, heads, channels, layers or structured remove "
+        "parts (default: unstructured)",
     ),
     (
         "--answers",
