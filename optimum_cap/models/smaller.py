@@ -192,6 +192,23 @@ def _keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
     config.num_hidden_layers = len(layers)
 
 
+def kinds_of_layers(config: PretrainedConfig) -> list[tuple[str, ...]]:
+    """Return of what kind each decoder layer is, by the texts that a config has for each of them.
+
+    Args:
+        config: The config of the decoder.
+    """
+    count = config.num_hidden_layers
+    lists = [
+        value
+        for value in config.to_dict().values()
+        if isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(each, str) for each in value)
+    ]
+    return list(zip(*lists, strict=True)) if lists else [()] * count
+
+
 def empty_model(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """Return a model of the class of `model` with another config, on the meta device."""
     with torch.device("meta"):

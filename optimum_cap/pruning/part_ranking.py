@@ -4,7 +4,7 @@ Every function takes the dense model and returns what to remove from it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from optimum_cap.models import (
     float32_on_cpu,
     gated,
     have_own_tokens,
+    kinds_of_layers,
     recorded_calls,
     routed,
 )
@@ -381,21 +382,44 @@ def layers_to_remove(
         config: Gives criterion, memory budget and seed.
 
     Returns:
-        Their indices, those first that are missed the least.
+        Their indices, those first that are missed the least. One layer of each kind stays: without
+        attention, a hybrid does not generate.
     """
     criterion, layers = config.method.criterion, len(view.layers)
+    kinds = kinds_of_layers(view.model.config.get_text_config(decoder=True))
     if criterion == "random":
         generator = torch.Generator().manual_seed(config.seed)
-        return _permutation(layers, generator)[:count]
+        return first_layers(_permutation(layers, generator), kinds, count)
     with evaluation_mode(view.model), float32_on_cpu(view.model):
         if criterion == "divergence":
-            return _layers_by_divergence(view, examples, count, config)
+            return _layers_by_divergence(view, examples, kinds, count, config)
         layerwise = LayerwisePass(view, examples, memory_budget=config.memory_budget)
         influence = [
             _block_influence(layerwise, layer)
             for layer in logging.tqdm(range(layers), desc="Ranking layers", unit="layer")
         ]
-    return sorted(range(layers), key=influence.__getitem__)[:count]
+    return first_layers(sorted(range(layers), key=influence.__getitem__), kinds, count)
+
+
+def first_layers(ranked: Iterable[int], kinds: Sequence[tuple[str, ...]], count: int) -> list[int]:
+    """Return the first layers of a ranking that may be removed.
+
+    Args:
+        ranked: Indices of all layers.
+        kinds: The kind of each layer; one layer of each kind stays.
+        count: How many to return, if as many may be removed.
+    """
+    taken: list[int] = []
+    for layer in ranked:
+        if len(taken) < count and layer in _removable_layers(kinds, taken):
+            taken.append(layer)
+    return taken
+
+
+def _removable_layers(kinds: Sequence[tuple[str, ...]], gone: list[int]) -> list[int]:
+    """Return the layers that may be removed after others: no kind loses its last layer."""
+    left = Counter(kind for layer, kind in enumerate(kinds) if layer not in gone)
+    return [layer for layer, kind in enumerate(kinds) if layer not in gone and left[kind] > 1]
 
 
 def _block_influence(layerwise: LayerwisePass, layer: int) -> float:
@@ -417,7 +441,11 @@ def _block_influence(layerwise: LayerwisePass, layer: int) -> float:
 
 
 def _layers_by_divergence(
-    view: ModelView, examples: list[CalibrationExample], count: int, config: CAPConfig
+    view: ModelView,
+    examples: list[CalibrationExample],
+    kinds: Sequence[tuple[str, ...]],
+    count: int,
+    config: CAPConfig,
 ) -> list[int]:
     """Remove layers one after the other, each time the one whose absence changes least.
 
@@ -427,7 +455,7 @@ def _layers_by_divergence(
     evaluator = DivergenceEvaluator(view, examples[:_EXAMPLES_FOR_LAYERS], config.memory_budget)
     layers, gone = view.layers, list[int]()
     divergences: dict[int, float] = {}  # with each layer missing, when it was last measured
-    candidates = set(range(len(layers)))
+    candidates = _removable_layers(kinds, gone)
     trials = len(layers) + sum(min(_CANDIDATES, len(layers) - n) for n in range(1, count))
     with logging.tqdm(total=trials, desc="Measuring layers", unit="layer") as progress:
         while True:
@@ -444,7 +472,7 @@ def _layers_by_divergence(
                         progress.update()
                     evaluator.advance()
             gone.append(min(candidates, key=divergences.__getitem__))
-            del divergences[gone[-1]]
             if len(gone) == count:
                 return gone
-            candidates = set(sorted(divergences, key=divergences.__getitem__)[:_CANDIDATES])
+            left = _removable_layers(kinds, gone)
+            candidates = sorted(left, key=divergences.__getitem__)[:_CANDIDATES]

@@ -37,6 +37,7 @@ from optimum_cap.models import (
     empty_model,
     evaluation_mode,
     float32_on_cpu,
+    kinds_of_layers,
     number_of_embeddings,
     share_that_differs,
     smaller_config,
@@ -45,7 +46,12 @@ from optimum_cap.models import (
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.first_batch import MOST_TOKENS_ROUTED_OTHERWISE
-from optimum_cap.pruning.part_ranking import experts_to_remove, first_experts, layers_to_remove
+from optimum_cap.pruning.part_ranking import (
+    experts_to_remove,
+    first_experts,
+    first_layers,
+    layers_to_remove,
+)
 from optimum_cap.pruning.regions import UnitKey
 from optimum_cap.pruning.run import PruningRun
 from optimum_cap.pruning.sensitivity import temporary_weights
@@ -142,6 +148,13 @@ class PartRemoval:
                 f"{config.pattern}: choose a sparsity that removes some and keeps some"
             )
 
+        if config.pattern == "layers" and self.count > self.most:
+            raise CannotRemoveError(
+                f"sparsity {config.sparsity} would remove {self.count} of {self.before} layers, "
+                f"but {self._kind} has {self.before - self.most} kinds of layers, and one of each "
+                "is kept: choose a lower sparsity"
+            )
+
     def with_count(self, count: int) -> "PartRemoval":
         """Return a removal of another number of parts."""
         other = copy.copy(self)
@@ -163,7 +176,13 @@ class PartRemoval:
     def most(self) -> int:
         """The most parts that can be removed."""
         fewest_left = self._per_token if self._config.pattern == "experts" else 1
+        if self._config.pattern == "layers":
+            fewest_left = len(set(self._kinds_of_layers))
         return (self.before - fewest_left) // self.step * self.step
+
+    @property
+    def _kinds_of_layers(self) -> list[tuple[str, ...]]:
+        return kinds_of_layers(self.view.model.config.get_text_config(decoder=True))
 
     @property
     def removes_from_experts(self) -> bool:
@@ -319,7 +338,8 @@ class PartRemoval:
 
     def _first_parts(self) -> Any:
         if self._config.pattern == "layers":
-            return list(range(1, self.count + 1))
+            order = [*range(1, self.before), 0]
+            return first_layers(order, self._kinds_of_layers, self.count)
         if self._config.pattern == "experts":
             groups = self._groups
             size = self.before // groups

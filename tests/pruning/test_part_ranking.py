@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from optimum_cap import CAPConfig
 from optimum_cap.data.calibration import CalibrationExample
 from optimum_cap.models import (
+    CannotRemoveError,
     ModelView,
     Router,
     bypass_layers,
@@ -18,10 +19,11 @@ from optimum_cap.models import (
     gated,
     recorded_calls,
 )
-from optimum_cap.pruning import part_ranking
+from optimum_cap.pruning import PartRemoval, part_ranking
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.part_ranking import EXPERT_SCORES, experts_to_remove, layers_to_remove
 from optimum_cap.pruning.sensitivity import DivergenceEvaluator
+from optimum_cap.runtime import ALONE
 
 ROWS = examples(6)
 
@@ -169,3 +171,21 @@ def test_layers_measured_again_are_those_that_were_missed_least(
         assert not set(removed_before) & set(measured)
     assert gone[1] in trials[1]
     assert gone[2] in trials[2]
+
+
+HYBRID = {"layer_types": ["full_attention", *["sliding_attention"] * 3], "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize("criterion", ["random", "block_influence", "divergence"])
+def test_one_layer_of_each_kind_stays(criterion: str) -> None:
+    model = tiny_model("gemma3", **HYBRID).eval()
+    config = CAPConfig(0.5, pattern="layers", criterion=criterion)
+    gone = layers_to_remove(ModelView.of(model), ROWS, 2, config)
+    assert len(set(gone)) == 2
+    assert 0 not in gone
+
+
+def test_more_layers_than_can_go_are_refused() -> None:
+    model = tiny_model("gemma3", **HYBRID)
+    with pytest.raises(CannotRemoveError, match=r"has 2 kinds of layers, and one of each is kept"):
+        PartRemoval(model, CAPConfig(0.75, pattern="layers", recipe="random"), ALONE)
