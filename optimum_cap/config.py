@@ -384,7 +384,12 @@ class CAPConfig(QuantizationConfigMixin):
         _check_integer("subsets", self.subsets, at_least=1)
         _check_integer("seed", self.seed, at_least=0)
         if self.pattern in SMALLER_PATTERNS:
-            self.checkpoint_format = "dense"  # there are no zeros to leave out
+            if self.checkpoint_format not in ("dense", CAPConfig.checkpoint_format):
+                raise ValueError(
+                    f"checkpoint_format {self.checkpoint_format!r} leaves out zeros, but pattern "
+                    f"{self.pattern!r} leaves none: leave checkpoint_format out"
+                )
+            self.checkpoint_format = "dense"
         self._check_estimator()
         if self.max_length is not None:
             _check_integer("max_length", self.max_length, at_least=2)

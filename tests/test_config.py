@@ -571,3 +571,9 @@ def test_choices_that_do_not_go_together(changes: dict[str, Any], message: str) 
 )
 def test_what_the_default_recipe_comes_to(changes: dict[str, Any], expected: Method) -> None:
     assert CAPConfig(sparsity=0.5, **changes).method == expected
+
+
+def test_a_format_for_zeros_is_refused_where_parts_are_removed() -> None:
+    assert CAPConfig(0.5, pattern="channels").checkpoint_format == "dense"
+    with pytest.raises(ValueError, match=r"'coded' leaves out zeros, but pattern 'channels'"):
+        CAPConfig(0.5, pattern="channels", checkpoint_format="coded")
