@@ -5,11 +5,9 @@ fitted to the hidden states of the dense one. The model that was passed in chang
 """
 
 import copy
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from math import gcd
 from typing import Any
 
 import torch
@@ -33,13 +31,10 @@ from optimum_cap.models import (
     ModelView,
     Router,
     Site,
-    WeightSlice,
     empty_model,
     evaluation_mode,
     float32_on_cpu,
     kinds_of_layers,
-    number_of_embeddings,
-    share_that_differs,
     smaller_config,
     smaller_model,
 )
@@ -52,6 +47,17 @@ from optimum_cap.pruning.part_ranking import (
     first_layers,
     layers_to_remove,
 )
+from optimum_cap.pruning.parts import (
+    check_not_periodic,
+    check_not_shared,
+    groups_of_heads,
+    made_up_example,
+    mask_of_columns,
+    mlps_by_width,
+    share_of_hidden_states_that_differ,
+    step_of_channels,
+    view_of_channels,
+)
 from optimum_cap.pruning.regions import UnitKey
 from optimum_cap.pruning.run import PruningRun
 from optimum_cap.pruning.sensitivity import temporary_weights
@@ -62,16 +68,6 @@ from optimum_cap.scoring import UnitLosses
 from optimum_cap.text import public_name
 
 logger = logging.get_logger(__name__)
-
-_CHANNELS = 8  # kernels want a number of channels that is a multiple of this, if the model has one
-_TRIED_TOKENS = 16
-_PERIODS = (  # config fields that say which layers are of another kind
-    "decoder_sparse_step",
-    "attn_layer_period",
-    "expert_layer_period",
-    "moe_layer_interval",
-    "interleave_moe_layer_step",
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class PartRemoval:
         config: What to remove and how.
         process_group: The processes that share the refinement.
         fewest: Remove as few parts as can be removed, instead of the config's sparsity.
-        view: The result of `with_divided_mlps`, if it is known.
+        view: The result of `view_of_channels`, if it is known.
 
     Attributes:
         view: The model, with at least two units in every MLP and expert.
@@ -128,7 +124,7 @@ class PartRemoval:
         fewest: bool = False,
         view: ModelView | None = None,
     ) -> None:
-        self.view = view or with_divided_mlps(model)
+        self.view = view or view_of_channels(model)
         self._config = config
         self._process_group = process_group
         self._kind = type(model).__name__
@@ -137,7 +133,7 @@ class PartRemoval:
         self.before = self._parts()
         self.step = 1
         if config.pattern == "channels":
-            self.step = gcd(self.before, _CHANNELS)
+            self.step = step_of_channels(self.before)
         elif fewest and config.pattern == "experts":
             self.step = self._number_of_groups
         left = self.step * round((1 - config.sparsity) * self.before / self.step)
@@ -219,11 +215,10 @@ class PartRemoval:
                 )
             return counts.pop()
         if pattern == "heads":
-            return self._groups_of_heads()
-        groups: dict[tuple[str, int], list[Site]] = {}
-        for site in sites:
-            if not site.mixes_tokens:
-                groups.setdefault((site.kind, site.width), []).append(site)
+            self._columns = groups_of_heads(self.view)
+            check_not_shared(self.view, self._columns)
+            return len(next(iter(self._columns.values())))
+        groups = mlps_by_width(sites)
         if not groups:
             raise CannotRemoveError(
                 f"{self._kind} has no MLP that CAP knows, so no channel can be removed: choose "
@@ -232,46 +227,8 @@ class PartRemoval:
         # One number of the config: that of the widest part of the model.
         (_, width), sites = max(groups.items(), key=lambda item: item[0][1] * len(item[1]))
         self._columns = {site: torch.arange(width).unsqueeze(1) for site in sites}
-        self._check_not_shared()
+        check_not_shared(self.view, sites)
         return width
-
-    def _groups_of_heads(self) -> int:
-        """Find the query heads of each key/value head; return the number of key/value heads."""
-        for site in self.view.sites:
-            if site.kind == "attention":
-                if not _can_lose_heads(site):
-                    raise CannotRemoveError(
-                        f"{self._kind} computes something of all heads of {site.block} together, "
-                        "so none of them can be removed: choose another pattern"
-                    )
-                units = _groups_that_share(site)
-                columns = [range(*site.units[unit].channels) for of in units for unit in of]
-                size = sum(map(len, columns)) // len(units)
-                flat = torch.tensor([column for channels in columns for column in channels])
-                self._columns[site] = flat.view(len(units), size)
-        counts = {len(groups) for groups in self._columns.values()}
-        if not counts:
-            raise CannotRemoveError(
-                f"{self._kind} has no heads that CAP knows, so none can be removed: choose pattern "
-                "'channels' or 'layers'"
-            )
-        if len(counts) > 1:
-            raise CannotRemoveError(
-                f"the layers of {self._kind} have different numbers of key/value heads "
-                f"({', '.join(map(str, sorted(counts)))}), but its config has one number: choose "
-                "another pattern"
-            )
-        self._check_not_shared()
-        return counts.pop()
-
-    def _check_not_shared(self) -> None:
-        """Check that no layers share the matrices that become smaller."""
-        for site in self._columns:
-            if site.output_proj in self.view.layers_of_shared:
-                raise CannotRemoveError(
-                    f"{site.name} runs in several layers of {self._kind}, and what it loses would "
-                    "have to be the same in all of them: choose another pattern"
-                )
 
     def check(self, examples: list[CalibrationExample]) -> None:
         """Check on one example that a smaller model computes what the model does without parts.
@@ -285,21 +242,10 @@ class PartRemoval:
             CannotRemoveError: It does not, or there is no smaller model of this architecture.
         """
         if self._config.pattern == "layers":
-            self._check_not_periodic()
+            check_not_periodic(self.view.model)
         with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
             removed = self._first_parts()
             self.check_agrees(removed, self.without(removed, {}), examples)
-
-    def _check_not_periodic(self) -> None:
-        """Check that the config does not describe layers by their distance."""
-        config = self.view.model.config.get_text_config(decoder=True)
-        for name in _PERIODS:
-            value = getattr(config, name, None)
-            if isinstance(value, int) and value > 1:
-                raise CannotRemoveError(
-                    f"the config of {self._kind} says by {name} {value} which layers are of "
-                    "another kind, so single layers cannot be removed: choose another pattern"
-                )
 
     def check_agrees(
         self, removed: Any, smaller: PreTrainedModel, examples: list[CalibrationExample]
@@ -315,9 +261,17 @@ class PartRemoval:
             CannotRemoveError: It does not.
         """
         kept = self._kept(removed)
-        first = [min(examples or [self._made_up()], key=lambda each: len(each.input_ids))]
+        first = min(
+            examples or [made_up_example(self.view.model)], key=lambda each: len(each.input_ids)
+        )
         try:
-            differing = self._share_that_differs(kept, ModelView.of(smaller), first)
+            differing = share_of_hidden_states_that_differ(
+                self.view,
+                ModelView.of(smaller),
+                kept,
+                first,
+                lambda layer: self._without_parts(layer, kept),
+            )
         except (RuntimeError, IndexError, TypeError, KeyError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise CannotRemoveError(
@@ -331,11 +285,6 @@ class PartRemoval:
                 "pattern"
             )
 
-    def _made_up(self) -> CalibrationExample:
-        ids = torch.arange(1, _TRIED_TOKENS + 1) % number_of_embeddings(self.view.model)
-        scored = torch.arange(_TRIED_TOKENS) > 0
-        return CalibrationExample(ids, scored, source="made up", index=0, digest="")
-
     def _first_parts(self) -> Any:
         if self._config.pattern == "layers":
             order = [*range(1, self.before), 0]
@@ -347,7 +296,7 @@ class PartRemoval:
             gone = [group * size + index for group in range(groups) for index in of_groups]
             return dict.fromkeys(self._routers, gone)
         kept = torch.arange(self.before) >= self.count
-        return {site: _mask(columns, kept) for site, columns in self._columns.items()}
+        return {site: mask_of_columns(columns, kept) for site, columns in self._columns.items()}
 
     @property
     def _number_of_groups(self) -> int:
@@ -410,26 +359,6 @@ class PartRemoval:
         config = smaller_config(model, sites, kept)
         with temporary_weights(model, fitted):
             return smaller_model(model, sites, kept, config)
-
-    def _share_that_differs(
-        self, kept: KeptParts, smaller: ModelView, examples: list[CalibrationExample]
-    ) -> float:
-        """Return the share of hidden states that differ after any layer."""
-        dense, pruned = LayerwisePass(self.view, examples), LayerwisePass(smaller, examples)
-        [batch], [smaller_batch] = dense.batches, pruned.batches
-        if self._config.pattern == "heads" and batch.shared is not None:
-            raise CannotRemoveError(
-                f"layers of {self._kind} share keys and values, so they would have to lose the "
-                "same heads: choose another pattern"
-            )
-        share, hidden = 0.0, batch.hidden
-        for new, old in enumerate(self._layers(kept)):
-            with self._without_parts(old, kept):
-                expected = dense.run(old, batch, hidden)
-            found = pruned.run(new, smaller_batch, hidden)
-            share = max(share, share_that_differs(found, expected))
-            hidden = expected
-        return share
 
     def layers_after(self, removed: Any) -> list[int]:
         """Return the indices of the layers that are kept."""
@@ -605,7 +534,7 @@ class PartRemoval:
         order = of_channels[columns].mean(dim=1).argsort(stable=True)
         parts = torch.ones(len(columns), dtype=torch.bool)
         parts[order[: self.count]] = False
-        kept = _mask(columns, parts)
+        kept = mask_of_columns(columns, parts)
         return kept, weight * kept.to(weight.device)
 
     @property
@@ -624,13 +553,6 @@ class PartRemoval:
         if kept.experts:
             return {block: list(experts) for block, experts in kept.experts.items()}
         return {site.name: mask.nonzero()[:, 0].tolist() for site, mask in kept.channels.items()}
-
-
-def with_divided_mlps(model: PreTrainedModel) -> ModelView:
-    """Return a model with at least two units in every MLP and expert."""
-    view = ModelView.of(model)
-    widths = [site.width for site in view.sites if not site.mixes_tokens]
-    return ModelView.of(model, max(1, min(widths, default=2) // 2))
 
 
 def removal_record(
@@ -675,37 +597,3 @@ def removal_record(
             **({"measured": removal.measured} if removal.measured else {}),
         },
     )
-
-
-def _can_lose_heads(site: Site) -> bool:
-    """Whether the rows of a projection that are of one head affect no other head.
-
-    They do if the queries of all heads are normalised together (OLMoE).
-    """
-    users = Counter(piece for unit in site.units for piece in unit.region)
-    return all(
-        piece in unit.separable for unit in site.units for piece in unit.region if users[piece] == 1
-    )
-
-
-def _groups_that_share(site: Site) -> list[list[int]]:
-    """Return the units of an attention by the rows of keys and values that they share.
-
-    Rows that all units share, as with a single key/value head, stay.
-    """
-    users: dict[WeightSlice, list[int]] = {}
-    for unit in site.units:
-        for piece in unit.region[1:]:
-            users.setdefault(piece, []).append(unit.index)
-    groups: set[tuple[int, ...]] = {(unit.index,) for unit in site.units}
-    for units in users.values():
-        if 1 < len(units) < len(site.units):
-            groups = {group for group in groups if not set(group) & set(units)} | {tuple(units)}
-    return [list(group) for group in sorted(groups)]
-
-
-def _mask(columns: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-    """Return which columns are kept, bool `[in]`, by the columns of each part, `[parts, size]`."""
-    mask = torch.zeros(columns.numel(), dtype=torch.bool)
-    mask[columns[parts].flatten()] = True
-    return mask
