@@ -108,13 +108,14 @@ def model_card(
     rows = {
         "Base model": base_line,
         **(
-            {"Removed": describe_removal(record)}
+            {"Removed": describe_removal(record.removed)}
             if record.removed
             else {
                 "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero"
                 + _other_zeros(record)
             }
         ),
+        **({"Compacted": describe_removal(*record.compacted)} if record.compacted else {}),
         "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),
@@ -143,7 +144,9 @@ def model_card(
         "## How to load it",
         "",
         *_loading(
-            needs_plugin, task.auto_class if task else "AutoModelForCausalLM", bool(record.removed)
+            needs_plugin,
+            task.auto_class if task else "AutoModelForCausalLM",
+            bool(record.removed or record.compacted),
         ),
         "",
         *([] if record.removed else _zeros_per_projection(record)),
@@ -191,7 +194,7 @@ def _zeros_per_projection(record: PruningRecord) -> list[str]:
 def _other_zeros(record: PruningRecord) -> str:
     """Return what else is known about zeros: those before pruning, and those that were filled."""
     text = ""
-    if record.zeros_before:
+    if record.zeros_before and not record.compacted:  # it is unknown how many of them are left
         text += f"; {record.zeros_before / record.total:.2%} were before pruning"
     if record.lost_zeros:
         text += f"; {(record.zeros_after or 0) / record.total:.2%} were right after pruning"

@@ -149,6 +149,10 @@ class PruningRecord:
             of what is `kept` by the name of what it is a part of in the dense model; the number of
             parameters, `parameters_before` and `parameters_after`; and, of pattern `structured`,
             the `measured` divergences with some parts of one kind removed.
+        compacted: What was removed later without changing a result, because it contributed exactly
+            nothing (`compact`), step by step, each in the form of `removed`. The names and indices
+            of a step are those of the model before it; scores, sensitivities and `dense` are of the
+            model before all of them.
     """
 
     config: dict[str, Any]
@@ -165,6 +169,7 @@ class PruningRecord:
     zeros_after: int | None = None
     dense: list[DenseWeights] = field(default_factory=list)
     removed: dict[str, Any] = field(default_factory=dict)
+    compacted: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def sensitivities_are(self) -> str:
@@ -221,7 +226,10 @@ class PruningRecord:
         }
         record = _checked(cls, "", {**values, **entries})
         _check_calibration(record.calibration)
-        _check_removed(record.removed)
+        if record.removed:
+            _check_removed("removed", record.removed)
+        for index, step in enumerate(record.compacted):
+            _check_removed(f"compacted[{index}]", step)
         # Also fills in fields that configs did not have when the record was written.
         return dataclasses.replace(record, config=CAPConfig.from_dict(record.config).to_dict())
 
@@ -259,6 +267,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_object, value))
+
+
 # Type of a field -> what its value must be.
 _CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: (_is_text, "text"),
@@ -270,6 +282,7 @@ _CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     float | None: (lambda value: value is None or _is_number(value), "a number or null"),
     dict[str, Any]: (_is_object, "an object"),
     dict[str, str]: (_is_versions, "an object of texts"),
+    list[dict[str, Any]]: (_is_list_of_objects, "a list of objects"),
     **{list[entry]: (_is_list, "a list") for entry in _ENTRIES.values()},  # type: ignore[valid-type]
 }
 
@@ -332,24 +345,22 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
 _REMOVED_COUNTS = ("parameters_before", "parameters_after")
 
 
-def _check_removed(removed: dict[str, Any]) -> None:
+def _check_removed(where: str, removed: dict[str, Any]) -> None:
     """Check what a record says of removed parts."""
-    if not removed:
-        return
     for name in _REMOVED_COUNTS:
         if not is_count(removed.get(name)):
-            raise ValueError(f"removed.{name} must be a count, got {removed.get(name)!r:.80}")
+            raise ValueError(f"{where}.{name} must be a count, got {removed.get(name)!r:.80}")
     parts = removed.get("parts")
     if not isinstance(parts, list) or not parts or not all(map(_is_removed_part, parts)):
         raise ValueError(
-            "removed.parts must be a list of objects with the text part and the counts before and "
+            f"{where}.parts must be a list of objects with the text part and the counts before and "
             f"after, got {parts!r:.80}"
         )
     kept = removed.get("kept")
     if not isinstance(kept, dict) or not all(
         isinstance(indices, list) and all(map(is_count, indices)) for indices in kept.values()
     ):
-        raise ValueError(f"removed.kept must be an object of lists of counts, got {kept!r:.80}")
+        raise ValueError(f"{where}.kept must be an object of lists of counts, got {kept!r:.80}")
 
 
 def _is_removed_part(part: Any) -> bool:
@@ -361,18 +372,21 @@ def _is_removed_part(part: Any) -> bool:
     )
 
 
-def describe_removal(record: PruningRecord) -> str:
-    """Return what was removed from a model, such as `32 of 64 experts in each layer`."""
-    removed = record.removed
+def describe_removal(*steps: Mapping[str, Any]) -> str:
+    """Return what was removed from a model, such as `32 of 64 experts in each layer`.
+
+    Args:
+        *steps: What was removed, one after the other, each in the form of `PruningRecord.removed`.
+    """
     parts = [
         f"{each['before'] - each['after']:,} of {each['before']:,} {each['part']}"
         + ("" if each["part"] == "layers" else " in each layer")
-        for each in removed["parts"]
+        for step in steps
+        for each in step["parts"]
     ]
-    share = removed["parameters_after"] / removed["parameters_before"]
+    before, after = steps[0]["parameters_before"], steps[-1]["parameters_after"]
     return (
-        f"{enumeration(parts)}; {removed['parameters_after']:,} of "
-        f"{removed['parameters_before']:,} parameters are left ({share:.1%})"
+        f"{enumeration(parts)}; {after:,} of {before:,} parameters are left ({after / before:.1%})"
     )
 
 

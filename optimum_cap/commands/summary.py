@@ -28,7 +28,10 @@ def print_summary(summary: "CheckpointSummary") -> None:
     if record.refine:
         print(f"refined       {describe_refinement(record.refine)} for each layer")
     if record.removed:
-        print(f"removed       {describe_removal(record)}")
+        print(f"removed       {describe_removal(record.removed)}")
+    if record.compacted:
+        print(f"compacted     {describe_removal(*record.compacted)}")
+    if record.removed:
         print(f"size          {format_size(summary.weight_bytes)}")
         return
     print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")

@@ -103,6 +103,7 @@ from optimum_cap.models.smaller import (
 )
 from optimum_cap.models.tasks import check_saved_with_lm_head, classifier_class, model_task
 from optimum_cap.models.view import ModelView, check_experts, longest_sequence, number_of_embeddings
+from optimum_cap.models.zeros import adds_nothing, dead_channels, zero_columns
 
 __all__ = [
     "OUTPUT",
@@ -124,6 +125,7 @@ __all__ = [
     "WeightSlice",
     "accelerate_hook",
     "activation_bytes_per_token",
+    "adds_nothing",
     "all_units",
     "as_layers_take",
     "auto_class",
@@ -139,6 +141,7 @@ __all__ = [
     "check_saved_with_lm_head",
     "classifier_class",
     "compiling",
+    "dead_channels",
     "decoder_layer_names",
     "device_of",
     "empty_model",
@@ -204,5 +207,6 @@ __all__ = [
     "without_logits",
     "without_parameter_grads",
     "writable_weights",
+    "zero_columns",
     "zero_embeddings",
 ]

@@ -15,12 +15,13 @@ from optimum_cap.models.internals import (
 )
 
 
-def plain_model(model: Any) -> PreTrainedModel:
+def plain_model(model: Any, taker: str = "CAPPruner") -> PreTrainedModel:
     """Return the transformers model whose own weights are pruned and saved.
 
     Args:
         model: A transformers model, or one that `torch.compile` has wrapped, which shares the
             weights of the model inside it.
+        taker: What takes the model, for the errors.
 
     Raises:
         TypeError: It is not a transformers model, but for example a name, a `PeftModel` or a
@@ -29,7 +30,7 @@ def plain_model(model: Any) -> PreTrainedModel:
     """
     if isinstance(model, str | os.PathLike):
         raise TypeError(
-            f"CAPPruner takes a loaded model, got the name {os.fspath(model)!r}: load it with "
+            f"{taker} takes a loaded model, got the name {os.fspath(model)!r}: load it with "
             "AutoModelForCausalLM.from_pretrained, or pass pruning_config=CAPConfig(...) to that"
         )
     model = module_before_compilation(model)
@@ -41,7 +42,7 @@ def plain_model(model: Any) -> PreTrainedModel:
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"CAPPruner takes a loaded model, got {kind}: load a PreTrainedModel with "
+            f"{taker} takes a loaded model, got {kind}: load a PreTrainedModel with "
             "from_pretrained, or pass the model inside the wrapper"
         )
     if has_adapters(model) or has_peft_layers(model):

@@ -38,6 +38,11 @@ Shapes = dict[str, torch.Size]
 class CannotRemoveError(ValueError):
     """A model cannot lose these parts; the message says why and what to do."""
 
+    @property
+    def reason(self) -> str:
+        """The message without what to do, which follows the last colon."""
+        return str(self).rpartition(": ")[0]
+
 
 @dataclass(frozen=True)
 class KeptParts:

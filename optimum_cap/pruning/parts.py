@@ -125,6 +125,15 @@ def mask_of_columns(columns: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+def kept_indices(kept: KeptParts) -> dict[str, list[int]]:
+    """Return the indices of what is kept by the name of what it is a part of, for the record."""
+    if kept.layers is not None:
+        return {"layers": list(kept.layers)}
+    if kept.experts:
+        return {block: list(experts) for block, experts in kept.experts.items()}
+    return {site.name: mask.nonzero()[:, 0].tolist() for site, mask in kept.channels.items()}
+
+
 def check_not_shared(view: ModelView, sites: Iterable[Site]) -> None:
     """Check that no layers share the matrices that become smaller.
 
@@ -162,7 +171,45 @@ def made_up_example(model: PreTrainedModel) -> CalibrationExample:
     return CalibrationExample(ids, scored, source="made up", index=0, digest="")
 
 
-def share_of_hidden_states_that_differ(
+def check_agrees(
+    dense: ModelView,
+    smaller: PreTrainedModel,
+    kept: KeptParts,
+    example: CalibrationExample,
+    part: str,
+    without_parts: Callable[[int], AbstractContextManager[Any]],
+    tolerated: float = 0.0,
+) -> None:
+    """Check that a smaller model computes what the dense model does without parts.
+
+    Args:
+        dense: The dense model, as the smaller one in evaluation mode.
+        smaller: The smaller model.
+        kept: What it keeps.
+        example: What both run on.
+        part: What is removed, for the error.
+        without_parts: Lets a layer of the dense model compute without what is removed.
+        tolerated: Share of hidden states that may differ.
+
+    Raises:
+        CannotRemoveError: It computes something else, or does not run.
+    """
+    kind = type(smaller).__name__
+    try:
+        differing = _share_that_differs(dense, ModelView.of(smaller), kept, example, without_parts)
+    except (RuntimeError, IndexError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CannotRemoveError(
+            f"{kind} does not run with {part} removed ({reason}): choose another pattern"
+        ) from error
+    if differing > tolerated:
+        raise CannotRemoveError(
+            f"{kind} with {part} removed computes something else than without them "
+            f"({differing:.1%} of the hidden states differ): choose another pattern"
+        )
+
+
+def _share_that_differs(
     dense: ModelView,
     smaller: ModelView,
     kept: KeptParts,
@@ -172,13 +219,6 @@ def share_of_hidden_states_that_differ(
     """Return the share of hidden states that differ after any layer of the smaller model.
 
     Each of its layers receives what the layers of the dense model before it return.
-
-    Args:
-        dense: The dense model, as are those of the smaller one in evaluation mode.
-        smaller: The smaller model.
-        kept: What it keeps.
-        example: What both run on.
-        without_parts: Lets a layer of the dense model compute without what is removed.
 
     Raises:
         CannotRemoveError: Heads are removed, and layers share keys and values.

@@ -48,13 +48,14 @@ from optimum_cap.pruning.part_ranking import (
     layers_to_remove,
 )
 from optimum_cap.pruning.parts import (
+    check_agrees,
     check_not_periodic,
     check_not_shared,
     groups_of_heads,
+    kept_indices,
     made_up_example,
     mask_of_columns,
     mlps_by_width,
-    share_of_hidden_states_that_differ,
     step_of_channels,
     view_of_channels,
 )
@@ -264,26 +265,15 @@ class PartRemoval:
         first = min(
             examples or [made_up_example(self.view.model)], key=lambda each: len(each.input_ids)
         )
-        try:
-            differing = share_of_hidden_states_that_differ(
-                self.view,
-                ModelView.of(smaller),
-                kept,
-                first,
-                lambda layer: self._without_parts(layer, kept),
-            )
-        except (RuntimeError, IndexError, TypeError, KeyError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise CannotRemoveError(
-                f"{self._kind} does not run with {self._config.pattern} removed ({reason}): "
-                "choose another pattern"
-            ) from error
-        if differing > MOST_TOKENS_ROUTED_OTHERWISE * bool(self._routers):
-            raise CannotRemoveError(
-                f"{self._kind} with {self._config.pattern} removed computes something else than "
-                f"without them ({differing:.1%} of the hidden states differ): choose another "
-                "pattern"
-            )
+        check_agrees(
+            self.view,
+            smaller,
+            kept,
+            first,
+            self._config.pattern,
+            lambda layer: self._without_parts(layer, kept),
+            MOST_TOKENS_ROUTED_OTHERWISE * bool(self._routers),
+        )
 
     def _first_parts(self) -> Any:
         if self._config.pattern == "layers":
@@ -547,12 +537,7 @@ class PartRemoval:
         Args:
             removed: What is removed, as `choose` returns it.
         """
-        kept = self._kept(removed)
-        if kept.layers is not None:
-            return {"layers": list(kept.layers)}
-        if kept.experts:
-            return {block: list(experts) for block, experts in kept.experts.items()}
-        return {site.name: mask.nonzero()[:, 0].tolist() for site, mask in kept.channels.items()}
+        return kept_indices(self._kept(removed))
 
 
 def removal_record(
