@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from optimum_cap.config import CAPConfig
     from optimum_cap.models import register_layout
     from optimum_cap.pruner import CAPPruner
+    from optimum_cap.pruning import compact
 
-__all__ = ["CAPConfig", "CAPPruner", "__version__", "register_layout"]
+__all__ = ["CAPConfig", "CAPPruner", "__version__", "compact", "register_layout"]
 
 register_with_transformers()
 
@@ -32,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from optimum_cap.pruner import CAPPruner
 
         return CAPPruner
+    if name == "compact":
+        from optimum_cap.pruning import compact
+
+        return compact
     if name == "register_layout":
         from optimum_cap.models import register_layout
 

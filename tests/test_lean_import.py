@@ -36,6 +36,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         "score",
         "inspect",
         "convert",
+        "compact",
         "eval",
         "compare",
         "estimate",

@@ -3,6 +3,7 @@
 from optimum_cap.checkpoint.conversion import (
     CheckpointSummary,
     convert_checkpoint,
+    folder_of_model,
     inspect_checkpoint,
     read_record,
 )
@@ -28,7 +29,12 @@ from optimum_cap.checkpoint.record import (
     describe_removal,
     unit_label,
 )
-from optimum_cap.checkpoint.saving import attach, name_base_of_adapters, names_loaded_from
+from optimum_cap.checkpoint.saving import (
+    attach,
+    name_base_of_adapters,
+    names_loaded_from,
+    save_smaller,
+)
 
 __all__ = [
     "RECORD_NAME",
@@ -48,10 +54,12 @@ __all__ = [
     "describe_answers",
     "describe_refinement",
     "describe_removal",
+    "folder_of_model",
     "inspect_checkpoint",
     "name_base_of_adapters",
     "names_loaded_from",
     "read_record",
+    "save_smaller",
     "unit_label",
     "upload",
     "validate_shards",

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from optimum_cap.checkpoint.transcoding import transcode_folder
 from optimum_cap.formats import FORMATS, check_format_version
 from optimum_cap.text import printable
 
+_OTHER_WEIGHTS = ("original/*", "onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pth")
 _MAX_DEPTH = 64  # of JSON values in a record, whose own have fewer than ten levels
 
 
@@ -118,8 +120,8 @@ class _Source:
     name: str
     revision: str | None
     token: str | bool | None
-    cache_dir: str | Path | None
-    subfolder: str
+    cache_dir: str | Path | None = None
+    subfolder: str = ""
 
     @property
     def is_local(self) -> bool:
@@ -130,13 +132,18 @@ class _Source:
         """Keywords that huggingface_hub's functions have in common."""
         return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
 
-    def folder(self) -> Path:
-        """Return the folder of the checkpoint, downloaded unless it is local or in the cache."""
+    def folder(self, ignored: Sequence[str] = ()) -> Path:
+        """Return the folder of the checkpoint, downloaded unless it is local or in the cache.
+
+        Args:
+            ignored: Patterns of files that are not downloaded.
+        """
         root = self.name
         if not self.is_local:
             _check_repo_id(root)
             options = self._download
             options["allow_patterns"] = f"{self.subfolder}/*" if self.subfolder else None
+            options["ignore_patterns"] = list(ignored) or None
             try:
                 root = snapshot_download(self.name, **options)
             except OfflineModeIsEnabled:
@@ -161,6 +168,22 @@ class _Source:
         except EntryNotFoundError:
             return Path(self.name) / RECORD_NAME
         return Path(file)
+
+
+def folder_of_model(
+    name: str, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """Return the folder of a model, downloaded unless it is local or in the cache.
+
+    Args:
+        name: Folder, or repository on the Hub.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the Hub.
+
+    Raises:
+        FileNotFoundError: It is neither a folder nor a valid name of a repository.
+    """
+    return _Source(name, revision, token).folder(ignored=_OTHER_WEIGHTS)
 
 
 def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:

@@ -22,6 +22,7 @@ from optimum_cap.runtime import sync, was_left_behind, write_atomically
 _SWAP_FILE = "swap.json"  # in the folder of a save, while it replaces the files of a mount point
 _LONGEST_SWAP = 60  # seconds; it only renames files
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _LONGEST = 64  # bytes of a name that temporary folders are named after
 
 
@@ -260,6 +261,11 @@ def is_weight_file(name: str) -> bool:
     return name.startswith(("model", "pytorch_model")) and (
         name.endswith((".safetensors", ".bin")) or (".index." in name and name.endswith(".json"))
     )
+
+
+def is_weights(name: str) -> bool:
+    """Return whether a file has weights, or names files that do, in the format of any library."""
+    return is_weight_file(name) or name.endswith((*_WEIGHTS, ".index.json"))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
-from transformers.utils import logging
+from transformers.utils import CHAT_TEMPLATE_DIR, logging
 
 from optimum_cap.checkpoint.digests import RECORD_NAME
-from optimum_cap.checkpoint.folders import atomic_folder
+from optimum_cap.checkpoint.folders import atomic_folder, is_weights
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import write_model_card
 from optimum_cap.checkpoint.record import PruningRecord
@@ -92,6 +93,38 @@ def name_base_of_adapters(
         if name in (None, state.dense_name) and name != state.checkpoint:
             adapter.base_model_name_or_path = state.checkpoint
             adapter.revision = None  # that of the dense model
+
+
+def save_smaller(
+    model: PreTrainedModel, target: str | os.PathLike[str], source: str | os.PathLike[str]
+) -> None:
+    """Save a model that was made from a checkpoint, with the other files of the checkpoint.
+
+    These are the tokenizer, the chat template, the processor and what else lies there, but no
+    weights. The card of a model without a record is copied too.
+
+    Args:
+        model: The model, with or without a record.
+        target: New folder.
+        source: Folder of the checkpoint.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    target = Path(target)
+    if getattr(model, "pruning_record", None) is not None:
+        model.save_pretrained(target)
+    else:
+        with atomic_folder(target) as folder:
+            model.save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
+    for entry in Path(source).iterdir():
+        copy = target / entry.name
+        if copy.exists() or entry.name == RECORD_NAME or is_weights(entry.name):
+            continue
+        if entry.is_file():
+            shutil.copyfile(entry, copy)
+        elif entry.name == CHAT_TEMPLATE_DIR:
+            shutil.copytree(entry, copy)
 
 
 @dataclasses.dataclass

@@ -295,6 +295,25 @@ def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> N
         )
 
 
+def auto_class_name(name: str, args: Namespace) -> str:
+    """Return the Auto class that loads a model with the head that it was saved with.
+
+    Args:
+        name: Hub id or folder.
+        args: The arguments of the command.
+
+    Raises:
+        ValueError: As `check_model`.
+        OSError: As `check_model`.
+    """
+    from optimum_cap.models import auto_class, classifier_class, model_task
+
+    config = check_model(name, args)
+    class_name = classifier_class(config)
+    task = model_task(class_name) if class_name else None
+    return task.auto_class if task else str(auto_class(config, args.trust_remote_code).__name__)
+
+
 def check_has_lm_head(name: str, args: Namespace) -> None:
     """Check by its configuration that a model predicts tokens, as classifiers do not.
 

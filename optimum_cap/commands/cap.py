@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_cap.commands.compact import CompactCommand
 from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.convert import ConvertCommand
 from optimum_cap.commands.estimate import EstimateCommand
@@ -28,6 +29,7 @@ class CAPCommand(BaseOptimumCLICommand):
         CommandInfo("score", "Measure the causal scores of a model.", ScoreCommand),
         CommandInfo("inspect", "Show what was pruned in a checkpoint and how.", InspectCommand),
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
+        CommandInfo("compact", "Remove what is zero from a model.", CompactCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),
         CommandInfo("compare", "Compare pruned models with a dense one.", CompareCommand),
         CommandInfo("estimate", "Estimate the cost of a model or a study.", EstimateCommand),

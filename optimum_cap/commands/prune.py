@@ -13,6 +13,7 @@ from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
     add_loading_flags,
+    auto_class_name,
     check_loading_flags,
     check_model,
     check_output_folder,
@@ -474,17 +475,12 @@ def _auto_class(config: "CAPConfig", args: Namespace) -> str:
     Raises:
         ValueError: It is a classifier, and the config measures predictions of tokens.
     """
-    from optimum_cap.models import auto_class, classifier_class, model_task
+    from optimum_cap.models import classifier_class
 
-    of_model = check_model(args.model, args)
-    class_name = classifier_class(of_model)
-    if class_name is None:
-        name: str = auto_class(of_model, args.trust_remote_code).__name__
-        return name
-    config.check_without_lm_head(class_name)
-    task = model_task(class_name)
-    assert task is not None
-    return task.auto_class
+    class_name = classifier_class(check_model(args.model, args))
+    if class_name is not None:
+        config.check_without_lm_head(class_name)
+    return auto_class_name(args.model, args)
 
 
 def _prepared_example(

@@ -2,6 +2,7 @@
 
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import LayerStore
+from optimum_cap.pruning.compaction import CompactedParts, Compaction, compact
 from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.pruning.fisher import examples_to_estimate
 from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LEFT_OUT
@@ -14,12 +15,15 @@ from optimum_cap.pruning.structured import StructuredRemoval
 __all__ = [
     "EXAMPLES_PER_STEP",
     "LEFT_OUT",
+    "CompactedParts",
+    "Compaction",
     "LayerStore",
     "LayerwisePass",
     "PartRemoval",
     "PruningRun",
     "StructuredRemoval",
     "check_first_batch",
+    "compact",
     "examples_to_estimate",
     "examples_to_measure",
     "matrices_to_prune",

@@ -29,7 +29,6 @@ from optimum_cap.models import (
     evaluation_mode,
     float32_on_cpu,
     has_lm_head,
-    hidden_states_of,
     is_offloaded,
     name_before,
     plain_model,
@@ -279,7 +278,7 @@ def _equal_numbers(
     reason = ""
     if least == before:
         reason = f"{step} of {before:,} {name}s have to stay"
-    elif removed < most:
+    elif removed < max(most, 1):
         multiple = f", a multiple of {step}" if step > 1 else ""
         reason = (
             f"every layer must lose the same number of {name}s{multiple}, and {where} has {number} "
@@ -336,7 +335,7 @@ def _silent_layers(view: ModelView) -> list[int]:
 
 
 def _difference_of_logits(model: PreTrainedModel, smaller: PreTrainedModel) -> float:
-    """Return the largest relative difference of the logits of a made-up token.
+    """Return the largest relative difference of the logits, or hidden states, of a made-up token.
 
     Raises:
         CannotRemoveError: It is more than rounding.
@@ -346,10 +345,10 @@ def _difference_of_logits(model: PreTrainedModel, smaller: PreTrainedModel) -> f
     for each in (model, smaller):
         with float32_on_cpu(each):
             output = call_model(each, ids.to(each.device))
-            logits = output.logits if has_lm_head(each) else hidden_states_of(output)
-            values.append(logits.float())
+            values.append(output.logits if has_lm_head(each) else output.last_hidden_state)
     expected, found = values
-    difference = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    scale = expected.norm(dim=-1).clamp_min(torch.finfo(expected.dtype).tiny)
+    difference = float(((found - expected).norm(dim=-1) / scale).max())
     if not difference <= _LARGEST_DIFFERENCE:  # not the other way round, so that NaN is refused
         raise CannotRemoveError(
             f"the {type(model).__name__} without what is zero would compute something else (a "

@@ -134,6 +134,13 @@ MISTAKES = {
     ON + "gptq": r"the model gptq is quantized \(gptq\), but only float weights can be pruned",
     "score -o s.safetensors -m t5": "the model t5 is of type 't5', which is no decoder-only",
     "eval ./modle --tasks gsm8k --data-dir .": r"gsm8k: no data file; looked for|does not exist",
+    "compact ./modle -o out": r"the model folder \./modle does not exist: check the path",
+    "compact nothing -o out": "the folder nothing holds no model, as it has no config.json",
+    "compact t5 -o out": "the model t5 is of type 't5', which is no decoder-only language model",
+    "compact gptq -o out": r"the model gptq is quantized \(gptq\), but only float weights can be",
+    "compact model": "the following arguments are required: -o/--output",
+    "compact model -o t5": r"the output folder t5 is not empty \(it holds config\.json\)",
+    "compact model -o model": "the output model is the folder of the model itself",
     # Data and outputs
     HALF.replace("sums", "no"): r"no\.jsonl.* does not exist",
     HALF.replace("sums", "empty"): r"empty\.jsonl is empty",
