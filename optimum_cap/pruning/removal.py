@@ -70,6 +70,8 @@ from optimum_cap.text import public_name
 
 logger = logging.get_logger(__name__)
 
+_LEAST_OF_GROUP = 2  # experts by which routers with groups (DeepSeek V3) compare the groups
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -112,8 +114,8 @@ class PartRemoval:
         count: How many of them are removed.
 
     Raises:
-        CannotRemoveError: The model has no such parts, or not as many in every layer; or the
-            sparsity rounds to none or all of them.
+        CannotRemoveError: The model has no such parts, or not as many in every layer; the sparsity
+            rounds to none or all of them; or it leaves fewer experts than the router takes.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class PartRemoval:
                 f"sparsity {config.sparsity} of {self.before} {config.pattern} is {self.count} "
                 f"{config.pattern}: choose a sparsity that removes some and keeps some"
             )
-
+        self._groups = self._groups_of_experts() if config.pattern == "experts" else 1
         if config.pattern == "layers" and self.count > self.most:
             raise CannotRemoveError(
                 f"sparsity {config.sparsity} would remove {self.count} of {self.before} layers, "
@@ -172,7 +174,7 @@ class PartRemoval:
     @property
     def most(self) -> int:
         """The most parts that can be removed."""
-        fewest_left = self._per_token if self._config.pattern == "experts" else 1
+        fewest_left = self._fewest_experts if self._config.pattern == "experts" else 1
         if self._config.pattern == "layers":
             fewest_left = len(set(self._kinds_of_layers))
         return (self.before - fewest_left) // self.step * self.step
@@ -300,20 +302,50 @@ class PartRemoval:
         return getattr(text, "num_experts_per_tok", None) or 1
 
     @property
-    def _groups(self) -> int:
-        """Number of groups of experts, of one size each, that the router knows."""
+    def _fewest_experts(self) -> int:
+        """The fewest experts that the router can choose from."""
+        text = self.view.model.config.get_text_config(decoder=True)
+        groups, known = self._number_of_groups, getattr(text, "n_group", None)
+        chosen = min(getattr(text, "topk_group", None) or groups, groups)
+        of_group = max(-(-self._per_token // chosen), _LEAST_OF_GROUP if known else 1)
+        return max(self._per_token, groups * of_group)
+
+    def _groups_of_experts(self) -> int:
+        """Return the number of groups of experts, of one size each, that the router knows.
+
+        Raises:
+            CannotRemoveError: They would not have as many experts as the router takes from them.
+        """
+        text = self.view.model.config.get_text_config(decoder=True)
+        known = getattr(text, "n_group", None)
         groups, per_token = self._number_of_groups, self._per_token
-        after = self.before - self.count
+        sparsity, after = self._config.sparsity, self.before - self.count
         if self.count % groups:
             raise CannotRemoveError(
                 f"the router of {self._kind} has {groups} groups of experts of one size, but "
-                f"sparsity {self._config.sparsity} removes {self.count} of {self.before} experts: "
-                f"choose a sparsity that removes a multiple of {groups}"
+                f"sparsity {sparsity} removes {self.count} of {self.before} experts: choose a "
+                f"sparsity that removes a multiple of {groups}"
             )
         if after < per_token:
             raise CannotRemoveError(
-                f"sparsity {self._config.sparsity} leaves {after} of {self.before} experts, fewer "
-                f"than the {per_token} that each token is routed to: choose a lower sparsity"
+                f"sparsity {sparsity} leaves {after} of {self.before} experts, fewer than the "
+                f"{per_token} that each token is routed to: choose a lower sparsity"
+            )
+        of_group, chosen = after // groups, min(getattr(text, "topk_group", None) or groups, groups)
+        left = (
+            f"sparsity {sparsity} leaves {of_group} of {self.before // groups} experts in each "
+            f"group (n_group {groups}) of the router of {self._kind}"
+        )
+        if known and of_group < _LEAST_OF_GROUP:
+            raise CannotRemoveError(
+                f"{left}, which compares groups by their best {_LEAST_OF_GROUP} experts: choose a "
+                "lower sparsity"
+            )
+        if chosen * of_group < per_token:
+            raise CannotRemoveError(
+                f"{left}, and those that it chooses for a token (topk_group {chosen}) have "
+                f"{chosen * of_group} together, fewer than the {per_token} experts that each token "
+                "is routed to: choose a lower sparsity"
             )
         return groups
 

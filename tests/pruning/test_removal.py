@@ -19,6 +19,8 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint import PruningRecord
 from optimum_cap.methods import REMOVED_PARTS
 from optimum_cap.models import CannotRemoveError, ModelView, call_model, masked_unit
+from optimum_cap.pruning import PartRemoval
+from optimum_cap.runtime import ALONE
 from optimum_cap.scoring import causal_scores
 
 DATA = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS[:16]]
@@ -258,6 +260,48 @@ def test_refused_before_anything_is_measured(
     config = CAPConfig(sparsity, pattern=pattern, recipe="random")
     with pytest.raises(ValueError, match=message):
         CAPPruner(config).prune(model)
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "chosen", "per_token", "sparsity", "message"),
+    [
+        (
+            16,
+            4,
+            2,
+            4,
+            0.75,
+            r"1 of 4 experts in each group \(n_group 4\) .*, which compares groups",
+        ),
+        (16, 4, 1, 3, 0.5, r"2 of 4 .* \(topk_group 1\) have 2 together, fewer than the 3 experts"),
+        (16, 4, 2, 6, 0.5, r"2 of 4 .* \(topk_group 2\) have 4 together, fewer than the 6 experts"),
+        (16, 4, 2, 4, 0.4, "has 4 groups of experts of one size, but sparsity 0.4 removes 6 of 16"),
+        (4, 1, 1, 1, 0.75, r"1 of 4 experts in each group \(n_group 1\) of the router of Glm4Moe"),
+    ],
+)
+def test_groups_of_experts_that_would_be_too_small(
+    experts: int, groups: int, chosen: int, per_token: int, sparsity: float, message: str
+) -> None:
+    model = tiny_model(
+        "glm4_moe",
+        n_routed_experts=experts,
+        n_group=groups,
+        topk_group=chosen,
+        num_experts_per_tok=per_token,
+    )
+    config = CAPConfig(sparsity, pattern="experts", recipe="random")
+    with pytest.raises(CannotRemoveError, match=message):
+        PartRemoval(model, config, ALONE)
+
+
+def test_groups_of_experts_become_as_small_as_the_router_allows() -> None:
+    model = tiny_model(
+        "glm4_moe", n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4
+    )
+    removed_from(model, "experts", 0.5, recipe="random")
+    assert model.config.n_routed_experts == 8
+    with torch.no_grad():
+        assert model(TOKENS).logits.isfinite().all()
 
 
 def test_classifiers_lose_what_needs_no_predictions() -> None:
