@@ -61,7 +61,7 @@ def zero_layer(model: PreTrainedModel, layer: int, biases: bool = True) -> None:
 
 
 def removed(parts: list[CompactedParts]) -> dict[str, int]:
-    return {f"{each.part} {each.of}".strip(): each.removed for each in parts}
+    return {each.part: each.removed for each in parts}
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,13 @@ def test_logits_stay(architecture: str) -> None:
     assert type(compaction.model) is type(model)
     assert compaction.model.num_parameters() < before == model.num_parameters()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
-    numbers = removed(compaction.parts)
-    assert numbers.pop("layers") == 0
-    # Numbers that the config derives from others, norms of all heads, keys and values of others.
-    if architecture not in ("gpt2", "gpt_neox", "opt", "olmoe", "gemma4"):
-        assert numbers.pop("heads attention") > 0
-    else:
-        assert numbers.pop("heads attention") == 0
-    assert all(number == 8 for number in numbers.values())
+    *channels, heads, layers = [each.removed for each in compaction.parts]
+    assert layers == 0
+    # Numbers that the config derives from others, norms of all heads, and other heads by layer.
+    assert (heads > 0) == (architecture not in ("gpt2", "gpt_neox", "opt", "olmoe", "gemma4"))
+    # Some MLPs have a number of channels that the config derives from others.
+    assert 8 in channels
+    assert {*channels} <= {0, 8}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -195,7 +194,7 @@ def test_one_layer_stays() -> None:
     for layer in range(3):
         zero_layer(model, layer)
     compaction = compact(model)
-    assert removed(compaction.parts) == {"channels MLPs": 16, "heads attention": 1, "layers": 2}
+    assert removed(compaction.parts) == {"channels": 16, "heads": 1, "layers": 2}
     assert compaction.parts[-1].reason == "one of the 3 layers has to stay"
     torch.testing.assert_close(logits(compaction.model), logits(model))
 
