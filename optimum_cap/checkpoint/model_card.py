@@ -108,14 +108,14 @@ def model_card(
     rows = {
         "Base model": base_line,
         **(
-            {"Removed": describe_removal(record.removed)}
+            {"Removed": _cell(describe_removal(record.removed))}
             if record.removed
             else {
                 "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero"
                 + _other_zeros(record)
             }
         ),
-        **({"Compacted": describe_removal(*record.compacted)} if record.compacted else {}),
+        **({"Compacted": _cell(describe_removal(*record.compacted))} if record.compacted else {}),
         "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),

@@ -385,9 +385,8 @@ def describe_removal(*steps: Mapping[str, Any]) -> str:
         for each in step["parts"]
     ]
     before, after = steps[0]["parameters_before"], steps[-1]["parameters_after"]
-    return (
-        f"{enumeration(parts)}; {after:,} of {before:,} parameters are left ({after / before:.1%})"
-    )
+    share = after / max(before, 1)
+    return f"{enumeration(parts)}; {after:,} of {before:,} parameters are left ({share:.1%})"
 
 
 _ANSWER_COUNTS = ("used", "right", "wrong", "unchecked", "truncated", "max_new_tokens")

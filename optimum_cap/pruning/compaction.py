@@ -8,7 +8,7 @@ Experts stay: one that returns zeros still takes tokens and routing weights from
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,8 @@ from optimum_cap.pruning.parts import (
 
 _LARGEST_DIFFERENCE = 1e-3  # of the logits of a token; rounding adds up over the layers
 _SCALES = (1.0, 30.0)  # of random hidden states
+_MLPS = {"expert": "experts", "mlp": "MLPs"}
+"""Kind of a site -> what its channels are called."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,8 @@ def compact(model: PreTrainedModel) -> Compaction:
         )
     with evaluation_mode(plain):
         view = view_of_channels(plain)
-        steps: list[tuple[str, str, Callable[[ModelView], _Found]]] = [
-            *_steps_of_channels(view),
-            ("heads", "attention", _find_heads),
-            ("layers", "", _find_layers),
-        ]
-        smaller, parts = plain, []
-        for part, of, find in steps:
+        smaller, parts = _without_channels(view)
+        for part, of, find in (("heads", "attention", _find_heads), ("layers", "", _find_layers)):
             smaller, found = _step(smaller, part, of, find)
             parts.append(found)
         if smaller is plain:
@@ -194,14 +191,26 @@ def compact(model: PreTrainedModel) -> Compaction:
     return Compaction(smaller, parts, silent, difference)
 
 
-def _steps_of_channels(
-    view: ModelView,
-) -> Iterator[tuple[str, str, Callable[[ModelView], _Found]]]:
-    """Yield a step for each kind of MLPs, those with the most channels first."""
+def _without_channels(view: ModelView) -> tuple[PreTrainedModel, list[CompactedParts]]:
+    """Return a model without dead channels, and what was found of each kind of MLPs.
+
+    Those with the most channels come first. Where the experts and the MLPs beside them have one
+    number in the config, they lose their channels together.
+    """
+    smaller, parts = view.model, []
     groups = mlps_by_width(view.sites)
-    for key in sorted(groups, key=lambda key: key[1] * len(groups[key]), reverse=True):
-        of = "experts" if key[0] == "expert" else "MLPs"
-        yield "channels", of, functools.partial(_find_channels, key)
+    for kind, width in sorted(groups, key=lambda key: key[1] * len(groups[key]), reverse=True):
+        find = functools.partial(_find_channels, (kind,), width)
+        smaller, found = _step(smaller, "channels", _MLPS[kind], find)
+        parts.append(found)
+    for width in (width for kind, width in groups if kind == "expert" and ("mlp", width) in groups):
+        alone = [each for each in parts if each.before == width]
+        if not any(each.removed for each in alone):
+            find = functools.partial(_find_channels, tuple(_MLPS), width)
+            smaller, found = _step(smaller, "channels", " and ".join(_MLPS.values()), find)
+            if found.removed:
+                parts = [*(each for each in parts if each not in alone), found]
+    return smaller, parts
 
 
 def _step(
@@ -235,12 +244,13 @@ def _step(
     )
 
 
-def _find_channels(key: tuple[str, int], view: ModelView) -> _Found:
-    sites = mlps_by_width(view.sites)[key]
+def _find_channels(kinds: Sequence[str], width: int, view: ModelView) -> _Found:
+    groups = mlps_by_width(view.sites)
+    sites = [site for kind in kinds for site in groups[kind, width]]
     check_not_shared(view, sites)
-    columns = torch.arange(key[1]).unsqueeze(1)
+    columns = torch.arange(width).unsqueeze(1)
     dead = dead_channels(view, sites)
-    return _equal_numbers("channel", dead, dict.fromkeys(sites, columns), step_of_channels(key[1]))
+    return _equal_numbers("channel", dead, dict.fromkeys(sites, columns), step_of_channels(width))
 
 
 def _find_heads(view: ModelView) -> _Found:

@@ -226,6 +226,16 @@ def test_refused_if_nothing_can_go() -> None:
         compact(model)
 
 
+def test_experts_and_mlps_with_one_number_lose_as_many() -> None:
+    model = tiny_model("glm4_moe", first_k_dense_replace=0)
+    zero_channels(model, 8)
+    compaction = compact(model)
+    channels = compaction.parts[0]
+    assert (channels.of, channels.before, channels.removed) == ("experts and MLPs", 12, 8)
+    assert compaction.model.config.moe_intermediate_size == 4
+    torch.testing.assert_close(logits(compaction.model), logits(model), atol=1e-5, rtol=1e-4)
+
+
 def test_experts_that_return_zeros_stay() -> None:
     model = tiny_model("mixtral")
     for layer in model.model.layers:
