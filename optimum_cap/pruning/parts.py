@@ -32,7 +32,7 @@ _PERIODS = (  # config fields that say which layers are of another kind
 )
 
 
-def view_of_channels(model: PreTrainedModel) -> ModelView:
+def with_divided_mlps(model: PreTrainedModel) -> ModelView:
     """Return a view of a model with at least two units in every MLP and expert.
 
     Only then are the rows that belong to a channel seen.

@@ -57,7 +57,7 @@ from optimum_cap.pruning.parts import (
     mask_of_columns,
     mlps_by_width,
     step_of_channels,
-    view_of_channels,
+    with_divided_mlps,
 )
 from optimum_cap.pruning.regions import UnitKey
 from optimum_cap.pruning.run import PruningRun
@@ -105,7 +105,7 @@ class PartRemoval:
         config: What to remove and how.
         process_group: The processes that share the refinement.
         fewest: Remove as few parts as can be removed, instead of the config's sparsity.
-        view: The result of `view_of_channels`, if it is known.
+        view: The result of `with_divided_mlps`, if it is known.
 
     Attributes:
         view: The model, with at least two units in every MLP and expert.
@@ -114,8 +114,8 @@ class PartRemoval:
         count: How many of them are removed.
 
     Raises:
-        CannotRemoveError: The model has no such parts, or not as many in every layer; the sparsity
-            rounds to none or all of them; or it leaves fewer experts than the router takes.
+        CannotRemoveError: The model has no such parts, or not as many in every layer; or the
+            sparsity rounds to none or all of them, or leaves fewer experts than the router takes.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class PartRemoval:
         fewest: bool = False,
         view: ModelView | None = None,
     ) -> None:
-        self.view = view or view_of_channels(model)
+        self.view = view or with_divided_mlps(model)
         self._config = config
         self._process_group = process_group
         self._kind = type(model).__name__
@@ -146,7 +146,8 @@ class PartRemoval:
                 f"sparsity {config.sparsity} of {self.before} {config.pattern} is {self.count} "
                 f"{config.pattern}: choose a sparsity that removes some and keeps some"
             )
-        self._groups = self._groups_of_experts() if config.pattern == "experts" else 1
+        if config.pattern == "experts":
+            self._check_groups()
         if config.pattern == "layers" and self.count > self.most:
             raise CannotRemoveError(
                 f"sparsity {config.sparsity} would remove {self.count} of {self.before} layers, "
@@ -282,7 +283,7 @@ class PartRemoval:
             order = [*range(1, self.before), 0]
             return first_layers(order, self._kinds_of_layers, self.count)
         if self._config.pattern == "experts":
-            groups = self._groups
+            groups = self._number_of_groups
             size = self.before // groups
             of_groups = range(self.count // groups)
             gone = [group * size + index for group in range(groups) for index in of_groups]
@@ -292,32 +293,38 @@ class PartRemoval:
 
     @property
     def _number_of_groups(self) -> int:
-        text = self.view.model.config.get_text_config(decoder=True)
-        return getattr(text, "n_group", None) or 1
+        """Number of groups of experts, of one size each, that the router knows."""
+        return self._router_field("n_group")
 
     @property
     def _per_token(self) -> int:
         """Number of experts that each token is routed to."""
+        return self._router_field("num_experts_per_tok")
+
+    @property
+    def _chosen_groups(self) -> int:
+        """Number of groups of experts that each token is routed to."""
+        groups = self._number_of_groups
+        return min(self._router_field("topk_group", groups), groups)
+
+    def _router_field(self, name: str, default: int = 1) -> int:
         text = self.view.model.config.get_text_config(decoder=True)
-        return getattr(text, "num_experts_per_tok", None) or 1
+        return getattr(text, name, None) or default
 
     @property
     def _fewest_experts(self) -> int:
-        """The fewest experts that the router can choose from."""
+        """The fewest experts of a layer that the router can choose from."""
         text = self.view.model.config.get_text_config(decoder=True)
-        groups, known = self._number_of_groups, getattr(text, "n_group", None)
-        chosen = min(getattr(text, "topk_group", None) or groups, groups)
-        of_group = max(-(-self._per_token // chosen), _LEAST_OF_GROUP if known else 1)
-        return max(self._per_token, groups * of_group)
+        least = _LEAST_OF_GROUP if getattr(text, "n_group", None) else 1
+        least = max(least, -(-self._per_token // self._chosen_groups))
+        return max(self._per_token, self._number_of_groups * least)
 
-    def _groups_of_experts(self) -> int:
-        """Return the number of groups of experts, of one size each, that the router knows.
+    def _check_groups(self) -> None:
+        """Check that the router has enough experts to choose from, in each of its groups.
 
         Raises:
-            CannotRemoveError: They would not have as many experts as the router takes from them.
+            CannotRemoveError: It has not.
         """
-        text = self.view.model.config.get_text_config(decoder=True)
-        known = getattr(text, "n_group", None)
         groups, per_token = self._number_of_groups, self._per_token
         sparsity, after = self._config.sparsity, self.before - self.count
         if self.count % groups:
@@ -331,23 +338,23 @@ class PartRemoval:
                 f"sparsity {sparsity} leaves {after} of {self.before} experts, fewer than the "
                 f"{per_token} that each token is routed to: choose a lower sparsity"
             )
-        of_group, chosen = after // groups, min(getattr(text, "topk_group", None) or groups, groups)
+        if after >= self._fewest_experts:
+            return
+        of_group, chosen = after // groups, self._chosen_groups
         left = (
             f"sparsity {sparsity} leaves {of_group} of {self.before // groups} experts in each "
             f"group (n_group {groups}) of the router of {self._kind}"
         )
-        if known and of_group < _LEAST_OF_GROUP:
+        if of_group < _LEAST_OF_GROUP:
             raise CannotRemoveError(
                 f"{left}, which compares groups by their best {_LEAST_OF_GROUP} experts: choose a "
                 "lower sparsity"
             )
-        if chosen * of_group < per_token:
-            raise CannotRemoveError(
-                f"{left}, and those that it chooses for a token (topk_group {chosen}) have "
-                f"{chosen * of_group} together, fewer than the {per_token} experts that each token "
-                "is routed to: choose a lower sparsity"
-            )
-        return groups
+        raise CannotRemoveError(
+            f"{left}, and those that it chooses for a token (topk_group {chosen}) have "
+            f"{chosen * of_group} together, fewer than the {per_token} experts that each token is "
+            "routed to: choose a lower sparsity"
+        )
 
     def _kept(self, removed: Any) -> KeptParts:
         """Return what is kept.
@@ -472,7 +479,7 @@ class PartRemoval:
         if stored is None:
             if layers:
                 by_layer = experts_to_remove(
-                    self.view, self._routers, examples, self.count, self._groups, config
+                    self.view, self._routers, examples, self.count, self._number_of_groups, config
                 )
                 stored = torch.tensor([by_layer[layer] for layer in layers])
             else:
@@ -492,7 +499,7 @@ class PartRemoval:
         if self._config.pattern == "layers":
             return removed[: self.count]
         return {
-            layer: first_experts(experts, self.before, self.count, self._groups)
+            layer: first_experts(experts, self.before, self.count, self._number_of_groups)
             for layer, experts in removed.items()
         }
 

@@ -26,7 +26,7 @@ from optimum_cap.models import (
     name_before,
 )
 from optimum_cap.pruning.cache import PruningCache
-from optimum_cap.pruning.parts import view_of_channels
+from optimum_cap.pruning.parts import with_divided_mlps
 from optimum_cap.pruning.removal import PartRemoval, Removal
 from optimum_cap.pruning.sensitivity import FEWEST_EXAMPLES, DivergenceEvaluator
 from optimum_cap.pruning.smaller_refinement import SmallerModelRefinement
@@ -114,7 +114,7 @@ class StructuredRemoval:
         self._refused: dict[str, str] = {}  # why parts of a kind cannot be removed
         self._before = model.num_parameters()
         self._target = config.sparsity * self._before
-        self.view = view_of_channels(model)
+        self.view = with_divided_mlps(model)
         for name in _KINDS:
             try:
                 removal = self._removal(self.view, name)
@@ -310,7 +310,7 @@ class StructuredRemoval:
                 continue
             removal = self._kinds[name].removal
             if smaller.model is not dense:
-                removal = self._removal(view_of_channels(smaller.model), name)
+                removal = self._removal(with_divided_mlps(smaller.model), name)
             count = self._channels_to_remove(removal) if name == _FILLER else counts[name]
             if not count:
                 continue
