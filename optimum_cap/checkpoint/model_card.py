@@ -115,7 +115,7 @@ def model_card(
                 + _other_zeros(record)
             }
         ),
-        **({"Compacted": _cell(describe_removal(*record.compacted))} if record.compacted else {}),
+        **({"Compacted": _compacted(record)} if record.compacted else {}),
         "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),
@@ -164,6 +164,11 @@ def _part(record: PruningRecord) -> str:
     criterion = CRITERIA[CAPConfig.from_dict(record.config).method.criterion]
     parts = enumeration([_cell(each["part"]) for each in record.removed["parts"]])
     return f"{parts}, chosen by {criterion.title}"
+
+
+def _compacted(record: PruningRecord) -> str:
+    """Return what was removed later, because it was zero."""
+    return "; then ".join(_cell(describe_removal(each)) for each in record.compacted)
 
 
 def _left_dense(record: PruningRecord, class_name: str) -> dict[str, str]:

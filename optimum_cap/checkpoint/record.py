@@ -150,9 +150,9 @@ class PruningRecord:
             parameters, `parameters_before` and `parameters_after`; and, of pattern `structured`,
             the `measured` divergences with some parts of one kind removed.
         compacted: What was removed later without changing a result, because it contributed exactly
-            nothing (`compact`), step by step, each in the form of `removed`. The names and indices
-            of a step are those of the model before it; scores, sensitivities and `dense` are of the
-            model before all of them.
+            nothing (`compact`): an entry of the form of `removed` for each time. Names and indices
+            are those of the model before; scores, sensitivities and `dense` are of the model before
+            all of them.
     """
 
     config: dict[str, Any]
@@ -372,21 +372,22 @@ def _is_removed_part(part: Any) -> bool:
     )
 
 
-def describe_removal(*steps: Mapping[str, Any]) -> str:
+def describe_removal(removed: Mapping[str, Any]) -> str:
     """Return what was removed from a model, such as `32 of 64 experts in each layer`.
 
     Args:
-        *steps: What was removed, one after the other, each in the form of `PruningRecord.removed`.
+        removed: `removed` of a record, or an entry of `compacted`.
     """
     parts = [
         f"{each['before'] - each['after']:,} of {each['before']:,} {each['part']}"
         + ("" if each["part"] == "layers" else " in each layer")
-        for step in steps
-        for each in step["parts"]
+        for each in removed["parts"]
     ]
-    before, after = steps[0]["parameters_before"], steps[-1]["parameters_after"]
-    share = after / max(before, 1)
-    return f"{enumeration(parts)}; {after:,} of {before:,} parameters are left ({share:.1%})"
+    share = removed["parameters_after"] / max(removed["parameters_before"], 1)
+    return (
+        f"{enumeration(parts)}; {removed['parameters_after']:,} of "
+        f"{removed['parameters_before']:,} parameters are left ({share:.1%})"
+    )
 
 
 _ANSWER_COUNTS = ("used", "right", "wrong", "unchecked", "truncated", "max_new_tokens")

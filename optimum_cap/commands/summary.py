@@ -29,8 +29,8 @@ def print_summary(summary: "CheckpointSummary") -> None:
         print(f"refined       {describe_refinement(record.refine)} for each layer")
     if record.removed:
         print(f"removed       {describe_removal(record.removed)}")
-    if record.compacted:
-        print(f"compacted     {describe_removal(*record.compacted)}")
+    for each in record.compacted:
+        print(f"compacted     {describe_removal(each)}")
     if record.removed:
         print(f"size          {format_size(summary.weight_bytes)}")
         return

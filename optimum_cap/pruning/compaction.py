@@ -30,6 +30,7 @@ from optimum_cap.models import (
     float32_on_cpu,
     has_lm_head,
     is_offloaded,
+    kinds_of_layers,
     name_before,
     plain_model,
     smaller_config,
@@ -37,6 +38,7 @@ from optimum_cap.models import (
     zero_columns,
 )
 from optimum_cap.pruning.activations import LayerwisePass
+from optimum_cap.pruning.part_ranking import first_layers
 from optimum_cap.pruning.parts import (
     check_agrees,
     check_not_periodic,
@@ -47,7 +49,7 @@ from optimum_cap.pruning.parts import (
     mask_of_columns,
     mlps_by_width,
     step_of_channels,
-    view_of_channels,
+    with_divided_mlps,
 )
 
 _LARGEST_DIFFERENCE = 1e-3  # of the logits of a token; rounding adds up over the layers
@@ -83,17 +85,6 @@ class CompactedParts:
     kept: dict[str, list[int]]
     parameters_before: int
     parameters_after: int
-
-    def to_record(self) -> dict[str, Any]:
-        """Return what the record says of it, in the form of `PruningRecord.removed`."""
-        return {
-            "parts": [
-                {"part": self.part, "before": self.before, "after": self.before - self.removed}
-            ],
-            "kept": self.kept,
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-        }
 
 
 @dataclass(frozen=True)
@@ -169,7 +160,7 @@ def compact(model: PreTrainedModel) -> Compaction:
             "without offloading"
         )
     with evaluation_mode(plain):
-        view = view_of_channels(plain)
+        view = with_divided_mlps(plain)
         smaller, parts = _without_channels(view)
         for part, of, find in (("heads", "attention", _find_heads), ("layers", "", _find_layers)):
             smaller, found = _step(smaller, part, of, find)
@@ -217,7 +208,7 @@ def _step(
     model: PreTrainedModel, part: str, of: str, find: Callable[[ModelView], _Found]
 ) -> tuple[PreTrainedModel, CompactedParts]:
     """Return a model without the parts of one kind that contribute nothing, if it loses any."""
-    view, before = view_of_channels(model), model.num_parameters()
+    view, before = with_divided_mlps(model), model.num_parameters()
     found, smaller, reason = _Found(0, (0, 0)), model, ""
     try:
         with float32_on_cpu(model):
@@ -306,12 +297,15 @@ def _equal_numbers(
 def _find_layers(view: ModelView) -> _Found:
     before = len(view.layers)
     silent = _silent_layers(view)
-    removed = silent[: before - 1]
+    kinds = kinds_of_layers(view.model.config.get_text_config(decoder=True))
+    removed = first_layers(silent, kinds, before)
     reason = ""
     if not silent:
         reason = f"none of the {before} layers adds nothing to the hidden states"
     elif len(removed) < len(silent):
         reason = f"one of the {before} layers has to stay"
+        if len(set(kinds)) > 1:
+            reason = f"one layer of each of the {len(set(kinds))} kinds has to stay"
     if not removed:
         return _Found(before, (len(silent),) * 2, reason=reason)
     check_not_periodic(view.model)
@@ -403,5 +397,23 @@ def _record_of_compacted(
         config={**record.config, "checkpoint_format": "dense"},
         matrices=matrices,
         zeros_after=None if record.zeros_after is None else max(0, record.zeros_after - gone),
-        compacted=[*record.compacted, *(each.to_record() for each in parts if each.removed)],
+        compacted=[*record.compacted, _recorded(parts)],
     )
+
+
+def _recorded(parts: list[CompactedParts]) -> dict[str, Any]:
+    """Return what a record says of removed parts.
+
+    No two steps remove something of one module, nor do indices of layers change before the last
+    step, so that all names and indices are those of the model before.
+    """
+    return {
+        "parts": [
+            {"part": each.part, "before": each.before, "after": each.before - each.removed}
+            for each in parts
+            if each.removed
+        ],
+        "kept": {name: indices for each in parts for name, indices in each.kept.items()},
+        "parameters_before": parts[0].parameters_before,
+        "parameters_after": parts[-1].parameters_after,
+    }

@@ -169,13 +169,20 @@ def test_bias_behind_the_channels_stays() -> None:
 )
 def test_layers_that_add_nothing(architecture: str) -> None:
     model = tiny_model(architecture)
-    zero_layer(model, 1)
+    zero_layer(model, 0)
     expected = logits(model)
     compaction = compact(model)
     assert removed(compaction.parts)["layers"] == 1
-    assert compaction.parts[-1].kept == {"layers": [0, 2]}
+    assert compaction.parts[-1].kept == {"layers": [1, 2]}
     assert compaction.model.config.num_hidden_layers == 2
     torch.testing.assert_close(logits(compaction.model), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_one_layer_of_each_kind_stays() -> None:
+    model = tiny_model("gemma3")
+    zero_layer(model, 1)  # the only one with full attention
+    with pytest.raises(CannotRemoveError, match="one layer of each of the 2 kinds has to stay"):
+        compact(model)
 
 
 def test_layers_with_biases_or_half_of_their_zeros_stay() -> None:
@@ -292,9 +299,11 @@ def test_record_says_what_was_removed(architecture: str, tmp_path: Path) -> None
     summary = inspect_checkpoint(tmp_path, verify=True)
     record = summary.record
     assert summary.checkpoint_format == "dense"
-    assert [step["part"] for step in record.compacted] == ["channels", "layers"]
-    assert record.compacted[1]["kept"] == {"layers": [1, 2]}
-    assert record.compacted[1]["parameters_after"] == smaller.num_parameters()
+    [compacted] = record.compacted
+    assert [each["part"] for each in compacted["parts"]] == ["channels", "layers"]
+    assert compacted["kept"]["layers"] == [1, 2]
+    assert compacted["parameters_before"] == model.num_parameters()
+    assert compacted["parameters_after"] == smaller.num_parameters()
     assert not record.removed
     assert {entry.name.split(".")[2] for entry in record.matrices} == {"0", "1"}
     assert record.matrices
@@ -304,13 +313,13 @@ def test_record_says_what_was_removed(architecture: str, tmp_path: Path) -> None
     )
     assert not record.lost_zeros
     card = (tmp_path / "README.md").read_text()
-    assert "| Compacted | 8 of 20 channels in each layer, 1 of 3 layers; " in card
+    assert "| Compacted | 8 of 20 channels in each layer and 1 of 3 layers; " in card
     assert "It is an ordinary, smaller model" in card
-    # Once more: steps add up.
+    # Once more: it is added.
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     zero_second_half_of_heads(loaded)
     again = compact(loaded).model.pruning_record
-    assert [step["part"] for step in again.compacted] == ["channels", "layers", "heads"]
+    assert [len(each["parts"]) for each in again.compacted] == [2, 1]
 
 
 def test_damaged_record_of_compacted_parts_is_refused() -> None:

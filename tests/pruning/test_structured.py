@@ -46,7 +46,7 @@ def test_ordinary_model_with_as_many_parameters_is_left(tmp_path: Path) -> None:
     step = 8 * 3 * 3 * model.config.hidden_size  # channels, matrices, layers
     assert abs(loaded.num_parameters() - 0.8 * before) <= step / 2
     assert {each["part"] for each in removed["measured"]} == {"layers", "heads", "channels"}
-    assert describe_removal(loaded.pruning_record) in (tmp_path / "README.md").read_text()
+    assert describe_removal(loaded.pruning_record.removed) in (tmp_path / "README.md").read_text()
 
 
 def test_divergences_between_two_that_were_measured_are_interpolated() -> None:
