@@ -194,6 +194,7 @@ def test_an_interrupted_command_says_to_run_it_again(
         "score": ["-m", "model", "-o", "out"],
         "generate": ["-m", "model", "-o", "out.jsonl"],
         "convert": ["model", "--format", "dense", "-o", "out"],
+        "compact": ["model", "-o", "out"],
         "compare": ["model", "other"],
     }
     name = info.name  # type: ignore[attr-defined]
