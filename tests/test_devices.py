@@ -11,9 +11,10 @@ from helpers.calibration import examples
 from helpers.checkpoints import contents, same_weights
 from helpers.pruning_runs import FIELDS, pruned
 from helpers.score_runs import ONE_STREAM_BUDGET, chunk_files, same_bytes, score
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.config import RECIPES
 from optimum_cap.models.architectures import find_sites
 from optimum_cap.models.sites import matrices_by_layer, oriented, prunable_matrices
@@ -215,3 +216,28 @@ def test_scores_outlive_a_full_cuda_device(caplog: pytest.LogCaptureFixture) -> 
     assert "memory ran out" in caplog.text
     torch.testing.assert_close(losses.intact, expected.intact, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses.masked, expected.masked, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="no CUDA device of capability 8.0, which computes with 2:4",
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
+def test_pattern_2_4_runs_on_sparse_kernels() -> None:
+    # Multiples of 64, as the sparse kernels want them.
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    model = tiny_model("llama", dtype=torch.float16, **sizes).to("cuda")
+    CAPPruner(CAPConfig(0.5, pattern="2:4", recipe="magnitude")).prune(model, tiny_tokenizer())
+    tokens = torch.arange(128, device="cuda").view(2, 64) % 60 + 3
+    with torch.no_grad():
+        expected = model(tokens).logits
+        pruned_matrices = [matrix.name for matrix in model.pruning_record.matrices]
+        for name in pruned_matrices:
+            weight = model.get_parameter(name)
+            module = model.get_submodule(name.removesuffix(".weight"))
+            sparse = torch.sparse.to_sparse_semi_structured(weight.detach())
+            assert torch.equal(sparse.to_dense(), weight)
+            module.weight = torch.nn.Parameter(sparse, requires_grad=False)
+        found = model(tokens).logits
+    assert len(pruned_matrices) == 7 * model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))

@@ -32,19 +32,27 @@ _NAMES = {
 }
 
 
-def gguf_model() -> PreTrainedModel:
-    """A Qwen2 whose rows have a multiple of 32 weights, as the format Q8_0 needs."""
+def gguf_model(architecture: str = "qwen2") -> PreTrainedModel:
+    """A Qwen2 or Llama whose rows have a multiple of 32 weights, as the format Q8_0 needs."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    return tiny_model("qwen2", vocab_size=256 + len(SPECIAL) + 1, **sizes)
+    return tiny_model(architecture, vocab_size=256 + len(SPECIAL) + 1, **sizes)
 
 
-def write_gguf(model: PreTrainedModel, file: Path, template: str | None = TEMPLATE) -> None:
-    """Write a model from `gguf_model` in Q8_0, with a byte-level tokenizer and a chat template."""
+def write_gguf(
+    model: PreTrainedModel,
+    file: Path,
+    template: str | None = TEMPLATE,
+    quantized: bool = True,
+) -> None:
+    """Write a model from `gguf_model`, with a byte-level tokenizer and a chat template.
+
+    Its matrices are in Q8_0 if `quantized`, in float32 otherwise.
+    """
     import gguf
     from gguf.quants import quantize
 
     config = model.config
-    writer = gguf.GGUFWriter(file, "qwen2")
+    writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_name("a name that the trainer chose")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -52,6 +60,11 @@ def write_gguf(model: PreTrainedModel, file: Path, template: str | None = TEMPLA
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    # Not hidden_size / heads, if some heads have been removed.
+    head_dim = model.model.layers[0].self_attn.head_dim
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
     tokens, merges = _vocabulary()
@@ -72,7 +85,11 @@ def write_gguf(model: PreTrainedModel, file: Path, template: str | None = TEMPLA
         for old, new in _NAMES.items():
             name = name.replace(old, new)
         values = tensor.float().numpy()
-        if values.ndim == 2:
+        if config.model_type == "llama" and ("attn_q" in name or "attn_k" in name):
+            # Pairs that are rotated together are neighbours there, and half a head apart here.
+            pairs = values.reshape(-1, 2, head_dim // 2, values.shape[1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        if values.ndim == 2 and quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
         else:
