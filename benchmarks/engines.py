@@ -116,7 +116,7 @@ def exported(folder: Path, arguments: argparse.Namespace, kind: str) -> Path:
 
     if kind == "onnx":
         exporter = exporters.OnnxExporter()
-        config = exporters.OnnxConfig(dynamic=True, ort_fusions="cpu")
+        config = exporters.OnnxConfig(dynamic=True)
     else:
         exporter, config = exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True)
     tokens = torch.arange(3, 11).view(1, 8)
