@@ -1,7 +1,7 @@
 """Pruning methods as functions of single matrices: masks, criteria, solvers that update weights."""
 
 from optimum_cap.methods.allocations import ALLOCATIONS
-from optimum_cap.methods.columns import remove_columns
+from optimum_cap.methods.columns import COLUMN_ROUNDS, remove_columns
 from optimum_cap.methods.criteria import (
     CRITERIA,
     HIGHEST,
@@ -35,6 +35,7 @@ __all__ = [
     "ALPS_INVERSES",
     "ALPS_STEPS",
     "BLOCK",
+    "COLUMN_ROUNDS",
     "CRITERIA",
     "FITTING_STEPS",
     "HIGHEST",

@@ -6,7 +6,7 @@ from optimum_cap.methods.reconstruction import factor_hessian
 from optimum_cap.methods.statistics import InputStatistics
 
 _DAMPING = 0.01  # fraction of the mean of the diagonal of the Hessian
-_ROUNDS = 128  # at most; in each, the errors of all groups are computed again
+COLUMN_ROUNDS = 128  # at most; in each, the errors of all groups are computed again
 
 
 def remove_columns(
@@ -46,7 +46,7 @@ def remove_columns(
     inverse = torch.cholesky_inverse(factor_hessian(inputs, new.shape[1], name, _DAMPING))
     groups = groups.to(new.device)
     left = torch.ones(len(groups), dtype=torch.bool, device=new.device)
-    at_once = -(-count // _ROUNDS)
+    at_once = -(-count // COLUMN_ROUNDS)
     removed = 0
     while removed < count:
         errors = _errors(new, inverse, groups).masked_fill(~left, torch.inf)

@@ -32,12 +32,12 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.collector import LayerBatch
 from optimum_cap.pruning.sensitivity import FEWEST_EXAMPLES, DivergenceEvaluator
 
-_EXAMPLES = 2 * FEWEST_EXAMPLES  # on which divergences without experts are measured
-_EXAMPLES_FOR_LAYERS = FEWEST_EXAMPLES  # each trial runs half of the model
-_TOKENS = 4096  # on which errors of experts are compared: as many batches as it takes, at most
-_BYTES = 1 << 29  # of what all experts return for them, about
-_CANDIDATES = 8  # experts or layers that are measured for each one that is removed
-_ROUNDS = 16  # in which the experts of a layer are removed, at most
+MEASURED_EXAMPLES = 2 * FEWEST_EXAMPLES  # on which divergences without experts are measured
+MEASURED_EXAMPLES_FOR_LAYERS = FEWEST_EXAMPLES  # each trial runs half of the model
+COMPARED_TOKENS = 4096  # on which errors of experts are compared: as many batches as it takes
+COMPARED_BYTES = 1 << 29  # of what all experts return for them, about
+CANDIDATES = 8  # experts or layers that are measured for each one that is removed
+MOST_ROUNDS = 16  # in which the experts of a layer are removed, at most
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Quota:
 
     def at_once(self, gone: list[int]) -> int:
         """Return how many experts to remove before the others are ranked again."""
-        return min(self.count - len(gone), -(-self.count // _ROUNDS))
+        return min(self.count - len(gone), -(-self.count // MOST_ROUNDS))
 
 
 def experts_to_remove(
@@ -203,7 +203,7 @@ def _routed_tokens(layerwise: LayerwisePass, layer: int, router: Router) -> _Rou
     order = torch.randperm(len(layerwise.batches), generator=generator).tolist()
     calls, batches, outputs, scales, tokens = [], [], [], [], 0
     width = layerwise.batches[0].hidden.shape[-1]
-    most = min(_TOKENS, _BYTES // (4 * width * router.count))
+    most = min(COMPARED_TOKENS, COMPARED_BYTES // (4 * width * router.count))
     for index in order:
         if tokens and tokens >= most:
             break
@@ -263,7 +263,7 @@ def _by_divergence(
     are those whose absence changes the output of the mixture the least; the one whose absence
     changes the predictions the least is removed.
     """
-    evaluator = DivergenceEvaluator(view, examples[:_EXAMPLES], config.memory_budget)
+    evaluator = DivergenceEvaluator(view, examples[:MEASURED_EXAMPLES], config.memory_budget)
     removed = {}
     total = sum(quota.count for quota in quotas.values())
     with logging.tqdm(total=total, desc="Removing experts", unit="expert") as progress:
@@ -308,14 +308,14 @@ def _shortlist(
     layerwise: LayerwisePass, layer: int, router: Router, quota: _Quota
 ) -> Callable[[list[int]], list[int]]:
     """Return a function from the experts that are gone to the candidates for the next ones."""
-    if router.count <= _CANDIDATES or have_own_tokens(router.experts):
+    if router.count <= CANDIDATES or have_own_tokens(router.experts):
         return quota.left
     tokens = _routed_tokens(layerwise, layer, router)
     intact = tokens.output([])
 
     def shortlist(gone: list[int]) -> list[int]:
         ranked = _ranked_by_error(tokens, gone, quota.left(gone), intact)
-        return quota.take(ranked, gone, _CANDIDATES + quota.at_once(gone) - 1)
+        return quota.take(ranked, gone, CANDIDATES + quota.at_once(gone) - 1)
 
     return shortlist
 
@@ -452,11 +452,13 @@ def _layers_by_divergence(
     What changes is what the model predicts. After each removal, the layers that changed it the
     least when they were last measured are measured again.
     """
-    evaluator = DivergenceEvaluator(view, examples[:_EXAMPLES_FOR_LAYERS], config.memory_budget)
+    evaluator = DivergenceEvaluator(
+        view, examples[:MEASURED_EXAMPLES_FOR_LAYERS], config.memory_budget
+    )
     layers, gone = view.layers, list[int]()
     divergences: dict[int, float] = {}  # with each layer missing, when it was last measured
     candidates = _removable_layers(kinds, gone)
-    trials = len(layers) + sum(min(_CANDIDATES, len(layers) - n) for n in range(1, count))
+    trials = len(layers) + sum(min(CANDIDATES, len(layers) - n) for n in range(1, count))
     with logging.tqdm(total=trials, desc="Measuring layers", unit="layer") as progress:
         while True:
             evaluator.restart()
@@ -475,4 +477,4 @@ def _layers_by_divergence(
             if len(gone) == count:
                 return gone
             left = _removable_layers(kinds, gone)
-            candidates = sorted(left, key=divergences.__getitem__)[:_CANDIDATES]
+            candidates = sorted(left, key=divergences.__getitem__)[:CANDIDATES]

@@ -245,11 +245,18 @@ class PartRemoval:
         Raises:
             CannotRemoveError: It does not, or there is no smaller model of this architecture.
         """
+        with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
+            self.check_agrees(self._first_parts(), self.sample(), examples)
+
+    def sample(self) -> PreTrainedModel:
+        """Return a smaller model without arbitrary parts, on the meta device if the dense one is.
+
+        Raises:
+            CannotRemoveError: There is no smaller model of this architecture.
+        """
         if self._config.pattern == "layers":
             check_not_periodic(self.view.model)
-        with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
-            removed = self._first_parts()
-            self.check_agrees(removed, self.without(removed, {}), examples)
+        return self.without(self._first_parts(), {})
 
     def check_agrees(
         self, removed: Any, smaller: PreTrainedModel, examples: list[CalibrationExample]

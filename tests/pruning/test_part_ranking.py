@@ -148,7 +148,7 @@ def test_block_influence_is_one_minus_the_cosine() -> None:
 def test_layers_measured_again_are_those_that_were_missed_least(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(part_ranking, "_CANDIDATES", 2)
+    monkeypatch.setattr(part_ranking, "CANDIDATES", 2)
     model = tiny_model("llama", num_hidden_layers=5).eval()
     view = ModelView.of(model)
     trials: list[list[int]] = []
