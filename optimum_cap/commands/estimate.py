@@ -20,6 +20,7 @@ _MODEL_FLAGS: dict[str, Any] = {
     "dataset": None,
     "tokenizer": None,
     "sparsity": 0.5,
+    "pattern": "unstructured",
     "units": "heads",
     "mlp_unit_size": None,
     "limit": None,
@@ -27,6 +28,8 @@ _MODEL_FLAGS: dict[str, Any] = {
     "num_fewshot": 0,
     "max_new_tokens": 512,
 }
+# Those that also apply where parts are removed.
+_PART_FLAGS = ("num_samples", "scored", "dataset", "tokenizer", "sparsity", "pattern")
 
 
 class EstimateCommand(CAPSubcommand):
@@ -71,7 +74,17 @@ class EstimateCommand(CAPSubcommand):
             "--prefix from its lengths (default: none)",
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)")
-        add("--sparsity", type=float, help="sparsity of the checkpoint (default: 0.5)")
+        add(
+            "--sparsity",
+            type=float,
+            help="sparsity of the checkpoint, or the fraction of the parts that --pattern removes "
+            "(default: 0.5)",
+        )
+        add(
+            "--pattern",
+            help="experts, heads, channels or layers: what removing these costs, and what is left; "
+            "or unstructured (default: unstructured)",
+        )
         add(
             "--units",
             help="units to score: heads, or all (heads, MLPs and experts) (default: heads)",
@@ -126,6 +139,13 @@ class EstimateCommand(CAPSubcommand):
             raise ValueError(
                 f"--models applies to a study, but {args.model} is not a STUDY.yaml: leave it out"
             )
+        if args.pattern not in (None, "unstructured"):
+            for name in _MODEL_FLAGS:
+                if name not in _PART_FLAGS and getattr(args, name) is not None:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} has no effect with --pattern "
+                        f"{args.pattern}: leave it out"
+                    )
         for name, default in _MODEL_FLAGS.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
@@ -140,6 +160,7 @@ class EstimateCommand(CAPSubcommand):
             mlp_unit_size=args.mlp_unit_size,
             num_fewshot=args.num_fewshot,
             max_new_tokens=args.max_new_tokens,
+            pattern=args.pattern,
             **self._lengths(),
             **options,
         )

@@ -8,7 +8,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from optimum_cap.config import COMPILING, RECIPES, CAPConfig, Method
+from optimum_cap.estimation.disk import SIZES
 from optimum_cap.estimation.hardware import LAYERWISE_ROWS, ROWS, Hardware
 from optimum_cap.estimation.work import AlpsWork, ModelWork, OperationCount, SparseGPTWork, Workload
 from optimum_cap.evaluation import TASKS
@@ -71,12 +74,16 @@ class CostModel:
         work: The work of the model.
         hardware: The rates.
         value: Bytes per weight and activation.
+        stored: Dtype of the weights on disk; `None` is the usual one of `value` bytes.
     """
 
-    def __init__(self, work: ModelWork, hardware: Hardware, value: int) -> None:
+    def __init__(
+        self, work: ModelWork, hardware: Hardware, value: int, stored: torch.dtype | None = None
+    ) -> None:
         self.work = work
         self.hardware = hardware
         self.value = value
+        self.stored = stored or (torch.bfloat16 if value == 2 else torch.float32)
         self.weights = float(work.parameters * value)
         self.rows = ROWS[hardware.kind]
 
@@ -96,14 +103,14 @@ class CostModel:
         alone, shared = ESTIMATOR_COSTS[name](self.work, shape, exact_examples)
         activations = ACTIVATIONS[name]
         # Chunks are reduced to the available memory, down to one stream of one example.
-        devices = self._devices(self.weights + activations(self, replace(shape, examples=1), 1))
+        devices = self.devices_for(self.weights + activations(self, replace(shape, examples=1), 1))
         wanted = self.weights + activations(self, shape, self.rows)
         half_of_free = (self.weights + devices * self.hardware.memory) / 2
         return Cost(
             step="score",
             name=name,
             operations=alone.operations + shared.operations,
-            seconds=self.seconds(alone) + self.seconds(shared) / self._processes(devices),
+            seconds=self.seconds(alone) + self.seconds(shared) / self.processes(devices),
             memory=min(wanted, half_of_free),
             disk=8.0 * (1 + self.work.scored) * shape.examples
             + self._chunks(name, shape, exact_examples),
@@ -143,38 +150,51 @@ class CostModel:
         """
         parts = [
             PRUNING_COSTS[CRITERIA[method.criterion].cost](self, method, shape),
-            self._checking(),
+            self.checking(),
         ]
         if method.layer_by_layer:
             parts.append(self._layerwise_passes(method, shape))
             if method.refine:
-                parts.append(self._refinement(method, shape))
+                parts.append(self.refinement(method, shape))
         if method.allocation == "owl":
             parts.append(self._outliers(shape))
         elif method.by_sensitivity:
             parts.append(self._sensitivities(method, shape, measured))
-        memory = self.weights + sum(part.memory for part in parts)
-        devices = self._devices(memory)
-        processes = self._processes(devices)
+        # Pruned layers are stored in resume_dir until the checkpoint is saved.
+        layers = self.stored.itemsize * self.work.prunable if method.layer_by_layer else 0
+        disk = SIZES["packed"](self.work, sparsity, self.stored) + layers
+        return self.cost("prune", name, parts, self.weights, disk)
+
+    def cost(self, step: str, name: str, parts: "list[Part]", weights: float, disk: float) -> Cost:
+        """Return the cost of a step that consists of parts.
+
+        Args:
+            step: Name of the step.
+            name: Name of the cost.
+            parts: The parts.
+            weights: Bytes of all weights in memory.
+            disk: Bytes written to disk.
+        """
+        memory = weights + sum(part.memory for part in parts)
+        devices = self.devices_for(memory)
+        processes = self.processes(devices)
         shared = sum(part.shared / processes for part in parts)
         in_lanes = sum(part.in_lanes / min(processes, LANES) for part in parts)
-        # Pruned layers are stored in resume_dir until the checkpoint is saved.
-        stored = self.value * self.work.prunable if method.layer_by_layer else 0
         return Cost(
-            step="prune",
+            step=step,
             name=name,
             operations=sum(part.operations for part in parts),
             seconds=sum(part.seconds for part in parts) + shared + in_lanes,
             memory=memory,
-            disk=self._checkpoint(sparsity) + stored,
+            disk=disk,
             devices=devices,
         )
 
-    def _processes(self, devices: int) -> int:
+    def processes(self, devices: int) -> int:
         """Return the number of processes that share work if a copy of the model needs `devices`."""
         return self.hardware.count if devices == 1 else 1
 
-    def _checking(self) -> "Part":
+    def checking(self) -> "Part":
         """Return the cost of checking all weights before and after pruning."""
         return Part(0.0, self.through_memory(CHECK_PASSES * self.work.prunable))
 
@@ -196,13 +216,13 @@ class CostModel:
             held += 2 * hidden + self.value * max(layer.prunable for layer in work.layers)
         rows = EXAMPLES_PER_STEP * shape.tokens if method.refine else self.rows
         seconds = self.seconds(counted, min(rows, self.rows))
-        seconds += compared / self.hardware.float32 + self._input_statistics(shape)
+        seconds += compared / self.hardware.float32 + self.input_statistics(shape)
         operations = counted.operations + compared
         if method.target == "dense":
             return Part(operations, seconds, held)
         return Part(operations, 0.0, held, in_lanes=seconds)
 
-    def _refinement(self, method: Method, shape: Workload) -> "Part":
+    def refinement(self, method: Method, shape: Workload) -> "Part":
         """Return the cost of refining every layer."""
         work = self.work
         counted = work.refinement(shape, method.refine, 1 / LEFT_OUT)
@@ -219,7 +239,7 @@ class CostModel:
         seconds = self.seconds(counted, rows) + updates
         return Part(counted.operations, 0.0, memory, in_lanes=seconds)
 
-    def _input_statistics(self, shape: Workload) -> float:
+    def input_statistics(self, shape: Workload) -> float:
         """Return the seconds for the statistics of all inputs, without the products x_i x_j."""
         products = (product for layer in self.work.layers for product in layer.distinct_inputs)
         inputs = sum(product.inputs * product.active for product in products)
@@ -230,7 +250,7 @@ class CostModel:
         counted = self.work.layerwise_pass(shape, stages=0)
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
         return Part(
-            counted.operations, self.seconds(counted) + self._input_statistics(shape) + ranking
+            counted.operations, self.seconds(counted) + self.input_statistics(shape) + ranking
         )
 
     def _sensitivities(self, method: Method, shape: Workload, measured: int | None) -> "Part":
@@ -241,7 +261,7 @@ class CostModel:
             few = replace(shape, examples=count)
             estimated = work.estimated_sensitivities(shape, count)
             ranking = self.through_memory((THRESHOLD_PASSES + MASK_PASSES) * work.prunable)
-            seconds = self.seconds(estimated) + self._input_statistics(few)
+            seconds = self.seconds(estimated) + self.input_statistics(few)
             memory = self._one_layer_backward(few)
             return Part(estimated.operations, ranking, memory, in_lanes=seconds)
         per_layer = [layer.sites for layer in work.layers]
@@ -256,7 +276,7 @@ class CostModel:
         shared = self.seconds(measured_alone) - self.seconds(shared_passes)
         return Part(
             measured_alone.operations + alone.operations,
-            self.seconds(shared_passes) + self._input_statistics(shape),
+            self.seconds(shared_passes) + self.input_statistics(shape),
             2 * hidden,
             shared=shared + alone.seconds + alone.in_lanes,
         )
@@ -301,12 +321,12 @@ class CostModel:
         batch = LARGEST_BATCH[self.hardware.kind]
         operations, seconds, cache = self._writing(shape.examples, prompt, longest, batch)
         memory = self.weights + cache + min(shape.examples, batch) * prompt * self.per_token
-        devices = self._devices(memory)
+        devices = self.devices_for(memory)
         return Cost(
             step="answer",
             name="own",
             operations=read.operations + operations,
-            seconds=(self.seconds(read) + seconds) / self._processes(devices),
+            seconds=(self.seconds(read) + seconds) / self.processes(devices),
             memory=memory,
             disk=0.0,
             devices=devices,
@@ -333,7 +353,7 @@ class CostModel:
             seconds=sum(seconds for _, seconds, _ in task_costs),
             memory=memory,
             disk=0.0,
-            devices=self._devices(memory),
+            devices=self.devices_for(memory),
         )
 
     def seconds(self, work: OperationCount, rows: int | None = None) -> float:
@@ -380,14 +400,9 @@ class CostModel:
         """Bytes of the logits of a token, including a copy in float32."""
         return float(self.work.head.outputs * (self.value + 4))
 
-    def _devices(self, memory: float) -> int:
+    def devices_for(self, memory: float) -> int:
+        """Return the least number of devices that have this many bytes."""
         return math.ceil(memory / (USABLE * self.hardware.memory))
-
-    def _checkpoint(self, sparsity: float) -> float:
-        """Return the bytes of a packed checkpoint: the values that remain, and the bit masks."""
-        prunable = self.work.prunable
-        remaining = self.work.parameters - sparsity * prunable
-        return remaining * self.value + prunable / 8
 
     def _task(
         self, name: str, limit: int | None, batch_size: int, num_fewshot: int

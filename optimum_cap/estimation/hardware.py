@@ -148,11 +148,15 @@ class Size:
     tokens: int
 
 
-def measure(size: Size) -> Hardware:
+def measure(size: Size, clock: Callable[[], float] = time.perf_counter) -> Hardware:
     """Measure the rates of this machine: its first CUDA device, else the CPU.
 
     They are measured in the dtype that models run in: bfloat16 on a GPU, and float32 on the CPU, to
     which weights in half precision are converted (`float32_on_cpu`, `optimum_cap/models/modes.py`).
+
+    Args:
+        size: Sizes to measure with.
+        clock: Returns the time in seconds.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -172,6 +176,9 @@ def measure(size: Size) -> Hardware:
     importance = random(max(1, rows // 8), hidden, dtype=torch.float32)
     small = random(8)
 
+    def seconds(work: Callable[[], object]) -> float:
+        return _seconds(work, device, clock)
+
     def products() -> None:
         nn.functional.linear(inputs, square)
         nn.functional.linear(inputs, up)
@@ -189,16 +196,15 @@ def measure(size: Size) -> Hardware:
 
     moved = 10 * inputs.numel() + 5 * wide_inputs.numel()
     with torch.no_grad():
-        products_time = _seconds(products, device)
-        attention_time = _seconds(
-            lambda: nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True),
-            device,
+        products_time = seconds(products)
+        attention_time = seconds(
+            lambda: nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         )
-        gram_time = _seconds(lambda: float32_inputs.T @ float32_inputs, device)
-        factor_time = _seconds(factor, device)
-        moved_time = _seconds(between_products, device)
-        ranked_time = _seconds(lambda: importance.argsort(dim=1, stable=True), device)
-        launch_time = _seconds(lambda: small + small, device)
+        gram_time = seconds(lambda: float32_inputs.T @ float32_inputs)
+        factor_time = seconds(factor)
+        moved_time = seconds(between_products)
+        ranked_time = seconds(lambda: importance.argsort(dim=1, stable=True))
+        launch_time = seconds(lambda: small + small)
     matmul = 2 * rows * (hidden**2 + 2 * hidden * wide) / products_time
     return Hardware(
         name=MEASURED,
@@ -221,15 +227,15 @@ def measure(size: Size) -> Hardware:
     )
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     """Return the median time of one call, after a warm-up call."""
 
     def run() -> float:
-        start = time.perf_counter()
+        start = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     run()
     times = [run()]

@@ -16,14 +16,16 @@ from transformers import AutoConfig, PretrainedConfig
 from optimum_cap.config import RECIPES, CAPConfig
 from optimum_cap.data import build_calibration_set, shared_prefix
 from optimum_cap.estimation.costs import ESTIMATOR_COSTS, Cost, CostModel
+from optimum_cap.estimation.disk import SIZES
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
+from optimum_cap.estimation.parts import RemovalCosts, RemovedParts, Smaller
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import DEFAULT_TASKS, HARNESS_PREFIX, check_counts, resolve_tasks
-from optimum_cap.methods import CRITERIA
+from optimum_cap.methods import CRITERIA, REMOVED_PARTS
 from optimum_cap.models import auto_class, find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
-from optimum_cap.text import aligned, format_duration, format_size
+from optimum_cap.text import aligned, enumeration, format_duration, format_size
 
 EXAMPLES = 128
 TOKENS = 256
@@ -49,7 +51,11 @@ class Estimate:
         weight_bytes: Bytes of the weights in the dtype of the computation.
         shape: Lengths of the calibration set.
         hardware: The rates.
-        costs: One entry per estimator, recipe and evaluation.
+        costs: One entry per estimator, recipe and evaluation; or per step of removing parts.
+        sparsity: Sparsity of the checkpoint, or the fraction of the parts that is asked for.
+        checkpoint: Bytes of the weights on disk in each format; what is left of a model that loses
+            parts is always dense.
+        smaller: What is left of a model that loses parts; `None` if it keeps them.
     """
 
     model: str
@@ -63,6 +69,9 @@ class Estimate:
     shape: Workload
     hardware: Hardware
     costs: tuple[Cost, ...]
+    sparsity: float
+    checkpoint: dict[str, float]
+    smaller: Smaller | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes as plain JSON values."""
@@ -71,13 +80,11 @@ class Estimate:
     def table(self) -> str:
         """Return the estimate as a table for the terminal."""
         shape, hardware = self.shape, self.hardware
-        units = {"heads": self.heads, "MLP units": self.mlp_groups, "experts": self.experts}
         shared = f", the first {shape.prefix} shared" if shape.prefix else ""
         facts = {
             "model": f"{self.model}, {self.parameters / 1e9:.3g} B parameters, "
             f"{self.prunable / 1e9:.3g} B prunable, {format_size(int(self.weight_bytes))}",
-            "units": ", ".join(f"{count:,} {name}" for name, count in units.items() if count)
-            + (f"; {self.scored:,} units scored" if self.scored != self.heads else ""),
+            **(self._units() if self.smaller is None else self._left(self.smaller)),
             "calibration": f"{shape.examples} examples of {shape.tokens} tokens{shared}, "
             f"{shape.scored} scored",
             "hardware": f"{hardware.name}, {hardware.count} x {format_size(int(hardware.memory))}",
@@ -98,7 +105,34 @@ class Estimate:
             for cost in self.costs
         ]
         table = aligned([header, *rows], left=2)
-        return "\n".join([*lines, "", table, "", _BOUNDS, *self._warnings()])
+        bounds = ["", _BOUNDS] if self.smaller is None else []
+        return "\n".join([*lines, "", table, *bounds, *self._warnings()])
+
+    def _units(self) -> dict[str, str]:
+        """Return what the table says of the units and of the checkpoint."""
+        units = {"heads": self.heads, "MLP units": self.mlp_groups, "experts": self.experts}
+        sizes = {name: format_size(int(size)) for name, size in self.checkpoint.items()}
+        return {
+            "units": ", ".join(f"{count:,} {name}" for name, count in units.items() if count)
+            + (f"; {self.scored:,} units scored" if self.scored != self.heads else ""),
+            "checkpoint": f"{self.sparsity:.0%} zeros: dense {sizes['dense']}, packed "
+            f"{sizes['packed']}, coded about {sizes['coded']}",
+        }
+
+    def _left(self, smaller: Smaller) -> dict[str, str]:
+        """Return what the table says of a model that loses parts."""
+        count = smaller.before - smaller.after
+        parts = "key/value heads" if smaller.pattern == "heads" else smaller.pattern
+        each = "" if smaller.pattern == "layers" else " of each layer"
+        which = "" if smaller.alike else f"; layers differ in size, without layers 1 to {count}"
+        return {
+            "removed": f"{count:,} of {smaller.before:,} {parts}{each}",
+            "left": f"{smaller.parameters / 1e9:.3g} B parameters, "
+            f"{smaller.parameters / self.parameters:.1%}, {format_size(smaller.disk)} on disk"
+            + which,
+            "promise": f"{1 / smaller.weights_left:.2f} times as fast, as "
+            f"{smaller.weights_left:.1%} of the weights that multiply a token are left",
+        }
 
     def _warnings(self) -> list[str]:
         hardware = self.hardware
@@ -130,9 +164,13 @@ def estimate(
     mlp_unit_size: int | None = None,
     num_fewshot: int = 0,
     max_new_tokens: int = CAPConfig.max_new_tokens,
+    pattern: str = "unstructured",
     **load_options: Any,
 ) -> Estimate:
     """Estimate the cost of scoring, pruning and evaluating a model, from its configuration alone.
+
+    With a pattern that removes parts, the estimate is of choosing and refining, and of what is
+    left. Options of scoring, evaluation and own answers then have no effect.
 
     Args:
         model: A folder, a Hub id, a configuration file, or a configuration.
@@ -141,32 +179,44 @@ def estimate(
         tokens: Tokens per example.
         scored: Scored tokens per example; `None` is half of the tokens after the prefix.
         prefix: Tokens at the start that all examples share and that exact scoring computes once.
-        sparsity: Sparsity of the pruned checkpoint, which determines its size on disk.
+        sparsity: Sparsity of the pruned checkpoint, which determines its size on disk; or the
+            fraction of the parts that are removed.
         limit: Questions or windows per evaluation task; `None` is all.
         batch_size: Questions per batch.
         scored_units: Units to score: `"heads"`, or `"all"` (heads, MLPs and experts).
         mlp_unit_size: Channels per MLP or expert unit; `None` is all of them.
         num_fewshot: Worked examples in the prompts of the evaluation.
         max_new_tokens: Longest answer of the model to a calibration prompt (`answers="model"`).
+        pattern: `"experts"`, `"heads"`, `"channels"` or `"layers"` to remove these; or
+            `"unstructured"`.
         **load_options: Passed to `AutoConfig.from_pretrained`: `revision`, `token`, ...
 
     Raises:
-        ValueError: A count, the hardware or the architecture cannot be used.
+        ValueError: A count, the hardware or the architecture cannot be used, or the model cannot
+            lose these parts.
         FileNotFoundError: The model does not exist.
     """
     shape = _workload(examples, tokens, scored, prefix)
     check_counts(limit, batch_size, num_fewshot, max_new_tokens)
-    CAPConfig(sparsity=sparsity, recipe="paper", scored_units=scored_units)  # checks both values
+    removes = _removes_parts(pattern)
+    # Checks the values.
+    CAPConfig(sparsity=sparsity, recipe="paper", scored_units=scored_units)
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
+    parts = RemovedParts.of(config, CAPConfig(sparsity, pattern=pattern)) if removes else None
     cost_model = _cost_model(work, config, hardware, tokens)
-    costs = [cost_model.scoring(name, shape) for name in ESTIMATOR_COSTS]
-    costs.append(cost_model.paper(shape, sparsity))
-    for name in ("causal", "causal_fast", "wanda", "sparsegpt"):
-        costs.append(cost_model.pruning(name, RECIPES[name], shape, sparsity))
-    costs.append(cost_model.answering(shape, max_new_tokens))
-    limits = dict.fromkeys(DEFAULT_TASKS, limit)
-    costs.append(cost_model.evaluation(limits, batch_size, num_fewshot))
+    if parts is None:
+        costs = [cost_model.scoring(name, shape) for name in ESTIMATOR_COSTS]
+        costs.append(cost_model.paper(shape, sparsity))
+        for name in ("causal", "causal_fast", "wanda", "sparsegpt"):
+            costs.append(cost_model.pruning(name, RECIPES[name], shape, sparsity))
+        costs.append(cost_model.answering(shape, max_new_tokens))
+        limits = dict.fromkeys(DEFAULT_TASKS, limit)
+        costs.append(cost_model.evaluation(limits, batch_size, num_fewshot))
+        checkpoint = {name: size(work, sparsity, cost_model.stored) for name, size in SIZES.items()}
+    else:
+        costs = RemovalCosts(parts, cost_model).all(shape)
+        checkpoint = {"dense": float(parts.stored_bytes)}
     return Estimate(
         model=str(model) if isinstance(model, str | Path) else config.model_type,
         parameters=work.parameters,
@@ -179,7 +229,24 @@ def estimate(
         shape=shape,
         hardware=cost_model.hardware,
         costs=tuple(costs),
+        sparsity=sparsity,
+        checkpoint=checkpoint,
+        smaller=None if parts is None else Smaller.of(parts),
     )
+
+
+def _removes_parts(pattern: str) -> bool:
+    """Return whether a pattern removes parts.
+
+    Raises:
+        ValueError: There is no estimate for it.
+    """
+    if pattern not in ("unstructured", *REMOVED_PARTS):
+        raise ValueError(
+            f"there is no estimate for pattern {pattern!r}: choose 'unstructured' with the same "
+            f"sparsity, or {enumeration([repr(part) for part in REMOVED_PARTS], 'or')}"
+        )
+    return pattern in REMOVED_PARTS
 
 
 def load_config(model: str | Path | PretrainedConfig, **load_options: Any) -> PretrainedConfig:
@@ -351,7 +418,7 @@ def study_hours(
             "cells": count,
             "loading": count * loading / 3600,
             "scoring": sum(_scoring(cost_model, config, pruned, tokens)) / 3600,
-            "pruning": sum(_pruning(cost_model, config, tokens) for config in pruned) / 3600,
+            "pruning": sum(_pruning(cost_model, config, each, tokens) for each in pruned) / 3600,
             "evaluation": count * _device_seconds(evaluation) / 3600,
         }
     return StudyHours(cost_model.hardware, rows)
@@ -388,7 +455,7 @@ def _scoring(
     for config in measured.values():
         if config.scored_units == "all":
             work = work_of(model, config.mlp_unit_size, "all")
-            all_units = CostModel(work, cost_model.hardware, cost_model.value)
+            all_units = CostModel(work, cost_model.hardware, cost_model.value, cost_model.stored)
         else:
             all_units = cost_model
         shape = _workload(config.num_samples, tokens)
@@ -397,18 +464,18 @@ def _scoring(
     return seconds
 
 
-def _pruning(cost_model: CostModel, config: CAPConfig, tokens: int) -> float:
+def _pruning(
+    cost_model: CostModel, model: PretrainedConfig, config: CAPConfig, tokens: int
+) -> float:
     """Return the device seconds of pruning, without scoring; with the model's own answers."""
     shape = _workload(config.num_samples, tokens)
-    costs = [
-        cost_model.pruning(
-            config.recipe,
-            config.method,
-            shape,
-            config.sparsity,
-            config.allocation_examples,
-        )
-    ]
+    name, method = config.recipe, config.method
+    if config.pattern in REMOVED_PARTS:
+        parts = RemovedParts.of(model, config)
+        costs = [RemovalCosts(parts, cost_model).pruning(name, method, shape)]
+    else:
+        measured = config.allocation_examples
+        costs = [cost_model.pruning(name, method, shape, config.sparsity, measured)]
     if config.method.needs_data and config.answers == "model":
         costs.append(cost_model.answering(shape, config.max_new_tokens))
     return sum(map(_device_seconds, costs))
@@ -426,9 +493,8 @@ def _cost_model(
 ) -> CostModel:
     if isinstance(hardware, str):
         hardware = find_hardware(hardware, size_of(work, tokens))
-    dtype = getattr(config, "dtype", None)
-    of_the_model = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
-    return CostModel(work, hardware, hardware.bytes_per_value or of_the_model)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return CostModel(work, hardware, hardware.bytes_per_value or stored.itemsize, stored)
 
 
 def _workload(examples: int, tokens: int, scored: int | None = None, prefix: int = 0) -> Workload:

@@ -288,6 +288,12 @@ class ModelWork:
         return sum(layer.prunable for layer in self.layers)
 
     @property
+    def multiplied(self) -> int:
+        """Number of weights that multiply a token; of experts, those that are active."""
+        products = (*self.stem, self.head, *(p for layer in self.layers for p in layer.products))
+        return sum(product.inputs * product.outputs * product.active for product in products)
+
+    @property
     def heads(self) -> int:
         """Number of attention heads."""
         return sum(layer.heads for layer in self.layers)
@@ -371,10 +377,10 @@ class ModelWork:
             shape: The calibration set.
             stages: Stages of each layer; `None` takes those of `stages_by_layer`.
         """
-        work = (1 + (stages or 0)) * self._layers(shape) + self._experts_again(shape)
+        work = (1 + (stages or 0)) * self.layer_passes(shape) + self.experts_again(shape)
         if stages is None:
             for layer in self.layers:
-                work += layer.stages * layer.forward(*_apart(shape))
+                work += layer.stages * layer.forward(*apart(shape))
         return work
 
     def refinement(self, shape: Workload, passes: int, left_out: float) -> OperationCount:
@@ -388,7 +394,7 @@ class ModelWork:
             passes: Passes over the examples that are fitted.
             left_out: Fraction of the examples that is left out, and measured before each pass.
         """
-        forward = self._layers(shape)
+        forward = self.layer_passes(shape)
         backward = OperationCount(
             2 * forward.products, 2 * forward.attention, 2 * forward.moved, forward.passed
         )
@@ -397,8 +403,8 @@ class ModelWork:
 
     def dense_reference_pass(self, shape: Workload, by_projection: bool) -> OperationCount:
         """Return the work of a `DenseReferencePass`: both models run, as far as needed."""
-        rows, pairs = _apart(shape)
-        work = 3 * self._layers(shape) + self._experts_again(shape)
+        rows, pairs = apart(shape)
+        work = 3 * self.layer_passes(shape) + self.experts_again(shape)
         for layer in self.layers:
             work += -rows * _per_token(layer.closing)
             if by_projection and layer.stages < SEQUENTIAL_STAGES:  # attention and MLP side by side
@@ -422,7 +428,7 @@ class ModelWork:
             measured: Number of examples that the predictions are compared on.
         """
         few = replace(shape, examples=measured)
-        rows, pairs = _apart(few)
+        rows, pairs = apart(few)
         work = self.sensitivity_passes(shape, measured)
         for index, layer in enumerate(self.layers):
             # All sites up to this layer, and the dense model, except in the last layer.
@@ -430,13 +436,17 @@ class ModelWork:
             dense = index + 1 < len(self.layers)
             work += (passing + dense) * layer.forward(rows, pairs)
         sites = sum(layer.sites for layer in self.layers)
-        scored = few.targets * _per_token(self.stem) + self.logits(few.targets) + self.losses(few)
-        return work + 2 * sites * scored
+        return work + sites * self.divergence(few)
+
+    def divergence(self, shape: Workload) -> OperationCount:
+        """Return the work of comparing the predictions of two models, from their last layers on."""
+        targets = shape.targets
+        return 2 * (targets * _per_token(self.stem) + self.logits(targets) + self.losses(shape))
 
     def sensitivity_passes(self, shape: Workload, measured: int) -> OperationCount:
         """Return the part of `measured_sensitivities` that does not grow with the sites."""
         few = replace(shape, examples=measured)
-        return self._layers(shape) + self._experts_again(shape) + self._layers(few)
+        return self.layer_passes(shape) + self.experts_again(shape) + self.layer_passes(few)
 
     def estimated_sensitivities(self, shape: Workload, measured: int) -> OperationCount:
         """Return the work of `estimate_sensitivities`, without the pruning.
@@ -449,18 +459,20 @@ class ModelWork:
             measured: Number of examples that sensitivities are estimated on.
         """
         few = replace(shape, examples=measured)
-        rows, pairs = _apart(few)
+        rows, pairs = apart(few)
         work = self.layerwise_pass(few, stages=0) + self.first_order(few)
         for layer in self.layers:
             work += layer.attention(rows, pairs) + min(layer.sites - 1, 2) * layer.remainder(rows)
         return work
 
-    def _layers(self, shape: Workload) -> OperationCount:
-        rows, pairs = _apart(shape)
+    def layer_passes(self, shape: Workload) -> OperationCount:
+        """Return the work of running all layers once, without a shared prefix."""
+        rows, pairs = apart(shape)
         return sum((layer.forward(rows, pairs) for layer in self.layers), OperationCount())
 
-    def _experts_again(self, shape: Workload) -> OperationCount:
-        rows, _ = _apart(shape)
+    def experts_again(self, shape: Workload) -> OperationCount:
+        """Return the work of computing the inputs of all experts' output projections again."""
+        rows, _ = apart(shape)
         return sum((rows * layer.experts_again for layer in self.layers), OperationCount())
 
     @property
@@ -470,7 +482,7 @@ class ModelWork:
         return sum(2 * product.per_token.products for product in pruned)
 
 
-def _apart(shape: Workload) -> tuple[float, float]:
+def apart(shape: Workload) -> tuple[float, float]:
     """Return the number of tokens and of pairs of query and key without a shared prefix."""
     rows = shape.examples * shape.tokens
     return rows, rows * shape.tokens
