@@ -1,8 +1,12 @@
 """What `optimum-cli cap estimate` predicts for this machine against what it then takes.
 
-Random Llamas of several sizes are scored and pruned; before each size the machine is measured anew.
+Random Llamas of several sizes, or a real model, are scored and pruned, or lose parts; before each
+size the machine is measured anew.
 
     python benchmarks/estimate.py --tokens 128 --runs 3
+    python benchmarks/estimate.py --tokens 128 --runs 3 --parts channels=0.25 heads=0.5 layers=0.25
+    python benchmarks/estimate.py --examples 4 --tokens 64 --model DIR --parts channels=0.2
+    python benchmarks/estimate.py --cpu-seconds --threads 1    # on a machine that does other work
 """
 
 import argparse
@@ -14,11 +18,13 @@ from collections.abc import Callable
 import torch
 from scoring import random_examples, random_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.estimation import estimate
+from optimum_cap.estimation.hardware import Hardware, measure
+from optimum_cap.estimation.run import size_of, work_of
 from optimum_cap.models import ModelView, find_sites
 from optimum_cap.scoring import ESTIMATORS
 
@@ -37,8 +43,55 @@ def number_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
+def part_steps(
+    model: PreTrainedModel, count: int, tokens: int, parts: dict[str, float], recipes: list[str]
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Pattern and recipe -> what makes ready and returns what is timed."""
+    examples = random_examples(count, tokens, model.config.vocab_size, 0.0)
+    tokenizer = number_tokenizer(model.config.vocab_size)
+    texts = [" ".join(map(str, example.input_ids.tolist())) for example in examples]
+
+    def pruning(pattern: str, name: str) -> Callable[[], Callable[[], object]]:
+        config = CAPConfig(
+            parts[pattern], recipe=name, pattern=pattern, dataset=texts, num_samples=count
+        )
+
+        def ready() -> Callable[[], object]:
+            fresh = copy.deepcopy(model)
+            return lambda: CAPPruner(config).prune(fresh, tokenizer)
+
+        return ready
+
+    return {f"{pattern}, {name}": pruning(pattern, name) for pattern in parts for name in recipes}
+
+
+def predictions(
+    model: PreTrainedModel,
+    hardware: Hardware,
+    count: int,
+    tokens: int,
+    parts: dict[str, float],
+) -> dict[str, float]:
+    """Step -> predicted seconds."""
+    lengths = {"examples": count, "tokens": tokens}
+    if not parts:
+        return {c.name: c.seconds for c in estimate(model.config, hardware, **lengths).costs}
+    seconds = {}
+    for pattern, sparsity in parts.items():
+        # All tokens of a text but the first are scored.
+        predicted = estimate(
+            model.config, hardware, **lengths, scored=tokens - 1, pattern=pattern, sparsity=sparsity
+        )
+        seconds |= {
+            f"{pattern}, {cost.name}": cost.seconds
+            for cost in predicted.costs
+            if cost.step == "prune"
+        }
+    return seconds
+
+
 def steps(
-    model: LlamaForCausalLM, count: int, tokens: int
+    model: PreTrainedModel, count: int, tokens: int
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name -> what makes ready and returns what is timed."""
     examples = random_examples(count, tokens, model.config.vocab_size, 0.0)
@@ -70,34 +123,59 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens per example")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--model", help="folder of a model; default: random Llamas of --sizes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread; not of a clock")
+    parser.add_argument(
+        "--parts", nargs="+", default=[], help="PATTERN=SPARSITY to remove, instead of weights"
+    )
+    parser.add_argument("--recipes", nargs="+", default=["causal", "causal_fast"])
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
+    if arguments.cpu_seconds and arguments.threads != 1:
+        parser.error("--cpu-seconds adds up the seconds of all threads: set --threads 1")
+    clock = time.process_time if arguments.cpu_seconds else time.perf_counter
+    pairs = (each.partition("=") for each in arguments.parts)
+    parts = {pattern: float(sparsity) for pattern, _, sparsity in pairs}
 
     print(f"{arguments.examples} examples of {arguments.tokens} tokens, ", end="")
     print(f"{torch.get_num_threads()} threads, median (min to max) of {arguments.runs} runs\n")
-    print("| Llama (layers, heads, hidden) | step | predicted s | measured s | ratio |")
+    print("| model (layers, heads, hidden) | step | predicted s | measured s | ratio |")
     print("|---|---|---|---|---|")
     ratios = []
-    for name in arguments.sizes:
-        model = random_llama(*SIZES[name])
-        prepared = steps(model, arguments.examples, arguments.tokens)
-        predicted = estimate(
-            model.config, "measured", examples=arguments.examples, tokens=arguments.tokens
+    models = [arguments.model] if arguments.model else arguments.sizes
+    for name in models:
+        if arguments.model:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        else:
+            model = random_llama(*SIZES[name])
+        lengths = arguments.examples, arguments.tokens
+        prepared = (
+            part_steps(model, *lengths, parts, arguments.recipes)
+            if parts
+            else steps(model, *lengths)
         )
-        seconds = {cost.name: cost.seconds for cost in predicted.costs}
+        hardware = measure(size_of(work_of(model.config), arguments.tokens), clock)
+        seconds = predictions(model, hardware, *lengths, parts)
+        sizes = (
+            model.config.num_hidden_layers,
+            model.config.num_attention_heads,
+            model.config.hidden_size,
+        )
         measured: dict[str, list[float]] = {step: [] for step in prepared}
         for _ in range(arguments.runs):
             for step, ready in prepared.items():
                 run = ready()
-                start = time.perf_counter()
+                start = clock()
                 run()
-                measured[step].append(time.perf_counter() - start)
+                measured[step].append(clock() - start)
         for step, times in measured.items():
             median, low, high = statistics.median(times), min(times), max(times)
             ratios.append(seconds[step] / median)
             print(
-                f"| {SIZES[name]} | {step} | {seconds[step]:.2f} | "
+                f"| {sizes} | {step} | {seconds[step]:.2f} | "
                 f"{median:.2f} ({low:.2f} to {high:.2f}) | {ratios[-1]:.2f} |",
                 flush=True,
             )

@@ -688,7 +688,7 @@ def test_the_page_shows_what_the_command_prints(
 
 
 def test_the_page_shows_all_models_and_the_study() -> None:
-    assert len(shown_runs()) == 6
+    assert len(shown_runs()) == 8
 
 
 def test_the_command_prints_json(run: Callable[..., tuple[int, str, str]]) -> None:
