@@ -31,6 +31,7 @@ from optimum_cap.pruning import (
     COMPARED_TOKENS,
     EXAMPLES_PER_STEP,
     MEASURED_EXAMPLES,
+    MEASURED_EXAMPLES_FOR_LAYERS,
     MOST_ROUNDS,
     PartRemoval,
 )
@@ -349,14 +350,15 @@ def _by_importance(costs: RemovalCosts, shape: Workload) -> Part:
 # Choices of layers and experts
 
 
-def _few(shape: Workload) -> Workload:
+def _few(shape: Workload, pattern: str) -> Workload:
     """Return the examples on which divergences are measured."""
-    return replace(shape, examples=min(MEASURED_EXAMPLES, shape.examples))
+    most = MEASURED_EXAMPLES_FOR_LAYERS if pattern == "layers" else MEASURED_EXAMPLES
+    return replace(shape, examples=min(most, shape.examples))
 
 
 def _by_divergence(costs: RemovalCosts, shape: Workload) -> Part:
     """Return the cost of trying what the model predicts without a part, again and again."""
-    few, dense = _few(shape), costs.dense
+    few, dense = _few(shape, costs.parts.pattern), costs.dense
     trials = _layer_trials if costs.parts.pattern == "layers" else _expert_trials
     counted, ranking = trials(costs.parts, few), Part(0.0, 0.0)
     if costs.parts.pattern == "experts" and _has_shortlist(costs.parts):

@@ -25,7 +25,7 @@ from optimum_cap.methods import CRITERIA, REMOVED_PARTS
 from optimum_cap.models import auto_class, find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
-from optimum_cap.text import aligned, enumeration, format_duration, format_size
+from optimum_cap.text import aligned, format_duration, format_size
 
 EXAMPLES = 128
 TOKENS = 256
@@ -243,8 +243,9 @@ def _removes_parts(pattern: str) -> bool:
     """
     if pattern not in ("unstructured", *REMOVED_PARTS):
         raise ValueError(
-            f"there is no estimate for pattern {pattern!r}: choose 'unstructured' with the same "
-            f"sparsity, or {enumeration([repr(part) for part in REMOVED_PARTS], 'or')}"
+            f"there is no estimate for pattern {pattern!r}: choose "
+            f"{', '.join(map(repr, REMOVED_PARTS))}, or 'unstructured', which costs "
+            "about as much as N:M with the same sparsity"
         )
     return pattern in REMOVED_PARTS
 

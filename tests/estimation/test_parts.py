@@ -73,7 +73,8 @@ def test_what_is_left_is_what_pruning_leaves(
     smaller, removed = found.smaller, model.pruning_record.removed
     assert smaller is not None
     assert smaller.parameters == model.num_parameters()
-    assert (smaller.before, smaller.after) == (removed["before"], removed["after"])
+    [part] = removed["parts"]
+    assert (smaller.before, smaller.after) == (part["before"], part["after"])
     assert found.parameters == removed["parameters_before"]
     model.save_pretrained(tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
@@ -107,7 +108,7 @@ def chosen(model: PreTrainedModel, pattern: str, criterion: str, sparsity: float
     removal = PartRemoval(model, config, ALONE)
     assert len(removal.view.output_templates) == 3  # found before, as no estimate counts them
     with evaluation_mode(model), FlopCounterMode(display=False) as counter:
-        removal._choose(examples(), {}, None)
+        removal.choose(examples(), {}, None)
     return counter.get_total_flops()
 
 
@@ -219,7 +220,7 @@ def test_heads_of_which_a_model_computes_something_together_are_refused() -> Non
 
 
 def test_other_patterns_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^there is no estimate for pattern '2:4': choose 'unstr"):
+    with pytest.raises(ValueError, match=r"^there is no estimate for pattern '2:4': choose 'exp"):
         estimate(CONFIGS / "llama-3-8b.json", "h100", pattern="2:4")
 
 
