@@ -1,7 +1,7 @@
 """What `optimum-cli cap estimate` predicts for this machine against what it then takes.
 
 Random Llamas of several sizes, or a real model, are scored and pruned, or lose parts; before each
-size the machine is measured anew.
+run the machine is measured anew.
 
     python benchmarks/estimate.py --tokens 128 --runs 3
     python benchmarks/estimate.py --tokens 128 --runs 3 --parts channels=0.25 heads=0.5 layers=0.25
@@ -157,25 +157,28 @@ def main() -> None:
             if parts
             else steps(model, *lengths)
         )
-        hardware = measure(size_of(work_of(model.config), arguments.tokens), clock)
-        seconds = predictions(model, hardware, *lengths, parts)
-        sizes = (
+        size = size_of(work_of(model.config), arguments.tokens)
+        shape = (
             model.config.num_hidden_layers,
             model.config.num_attention_heads,
             model.config.hidden_size,
         )
         measured: dict[str, list[float]] = {step: [] for step in prepared}
+        predicted: dict[str, list[float]] = {step: [] for step in prepared}
         for _ in range(arguments.runs):
+            seconds = predictions(model, measure(size, clock), *lengths, parts)
             for step, ready in prepared.items():
+                predicted[step].append(seconds[step])
                 run = ready()
                 start = clock()
                 run()
                 measured[step].append(clock() - start)
         for step, times in measured.items():
             median, low, high = statistics.median(times), min(times), max(times)
-            ratios.append(seconds[step] / median)
+            expected = statistics.median(predicted[step])
+            ratios.append(expected / median)
             print(
-                f"| {sizes} | {step} | {seconds[step]:.2f} | "
+                f"| {shape} | {step} | {expected:.2f} | "
                 f"{median:.2f} ({low:.2f} to {high:.2f}) | {ratios[-1]:.2f} |",
                 flush=True,
             )

@@ -38,9 +38,9 @@ from optimum_cap.pruning import (
 from optimum_cap.runtime import ALONE, LANES
 
 # Float32 numbers read or written in a round of `remove_columns`, per weight of the matrix and per
-# element of the inverse Hessian: errors, and both updates.
-WEIGHT_PASSES = 7
-INVERSE_PASSES = 4
+# element of the inverse Hessian: errors, and both updates; measured for 1024 to 4096 inputs.
+WEIGHT_PASSES = 5
+INVERSE_PASSES = 6
 FITTED_PASSES = 10  # per weight of a fitted matrix: copied, put in place, and taken back
 COPY_PASSES = 4  # per weight of the smaller model, which is built for a check and for the result
 SLOT_PASSES = 7  # of hidden states, to add up the outputs of an expert of each token
