@@ -348,7 +348,7 @@ class DivergenceEvaluator:
         other = LayerwisePass(
             view, dense.examples, memory_budget=self._memory_budget, most_examples=most
         )
-        for layer in range(len(view.layers)):
+        for layer in logging.tqdm(range(len(view.layers)), desc="Comparing", unit="layer"):
             other.advance(layer)
         return self._divergence(
             [

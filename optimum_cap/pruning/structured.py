@@ -136,14 +136,13 @@ class StructuredRemoval:
         """Check that what can be removed has as many parameters as are to go."""
         if not self._kinds:
             raise CannotRemoveError(next(iter(self._refused.values())))
-        most = {name: kind.removal.most for name, kind in self._kinds.items()}
-        if self._gone(most) < self._target:
+        if next(self._possible(), None) is None:
+            most = {name: kind.removal.most for name, kind in self._kinds.items()}
             names = ", ".join(self._kinds)
             raise CannotRemoveError(
                 f"sparsity {self._config.sparsity} would remove {self._target:,.0f} of "
-                f"{self._before:,} parameters, but without all that can go ({names}) "
-                f"{type(self._model).__name__} loses only {self._gone(most):,.0f}: choose a lower "
-                "sparsity"
+                f"{self._before:,} parameters, but {type(self._model).__name__} loses at most "
+                f"{self._gone(most):,.0f} with all that can go ({names}): choose a lower sparsity"
             )
 
     def check(self, examples: list[CalibrationExample]) -> None:
@@ -263,8 +262,8 @@ class StructuredRemoval:
         filler = self._kinds.get(_FILLER)
         ranges = []
         for name in others:
-            removal = self._kinds[name].removal
-            ranges.append(range(0, max(self._kinds[name].divergences) + 1, removal.step))
+            kind = self._kinds[name]
+            ranges.append(range(0, self._counts_to_measure(kind)[-1] + 1, kind.removal.step))
         for numbers in product(*ranges):
             counts = dict(zip(others, numbers, strict=True))
             missing = self._target - self._gone(counts)
@@ -274,7 +273,7 @@ class StructuredRemoval:
                 step = filler.removal.step
                 each = self._gone({**counts, _FILLER: step}) - self._gone(counts)
                 count = step * max(1, round(missing / each))
-                if count <= max(filler.divergences):
+                if count <= self._counts_to_measure(filler)[-1]:
                     yield {**counts, _FILLER: count}
 
     def _gone(self, counts: Mapping[str, int]) -> float:
