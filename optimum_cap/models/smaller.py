@@ -11,7 +11,7 @@ part was observed in the layers. A tensor that becomes smaller in any other way 
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -72,6 +72,7 @@ def smaller_config(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -
         CannotRemoveError: No config describes what is kept.
     """
     expected = _expected_shapes(model, sites, kept)
+    name_before = names_before(model, kept.layers)
     for numbers in _candidates(model, sites, kept):
         try:
             config = _with_numbers(model.config, numbers)
@@ -82,7 +83,7 @@ def smaller_config(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -
             continue
         if kept.layers is not None and _layers_among(model, shapes) != len(kept.layers):
             continue  # this config has another field for their number
-        renamed = {name: name_before(model, name, kept.layers) for name in shapes}
+        renamed = {name: name_before(name) for name in shapes}
         if {renamed[n]: shapes[n] for n in shapes if renamed[n] in expected} == expected:
             return config
     raise CannotRemoveError(
@@ -235,15 +236,22 @@ def _layers_among(model: PreTrainedModel, names: Iterable[str]) -> int:
     return len(layers)
 
 
-def name_before(model: PreTrainedModel, name: str, layers: Sequence[int] | None) -> str:
-    """Return the name in `model` of a tensor of the smaller model."""
-    if layers is None:
-        return name
+def names_before(model: PreTrainedModel, layers: Sequence[int] | None) -> Callable[[str], str]:
+    """Return a function from names of tensors of the smaller model to those in `model`.
+
+    Args:
+        model: The model.
+        layers: Indices of the layers that the smaller model has, in order; `None` for all.
+    """
     prefix = decoder_layer_names(model)[0].removesuffix("0")
-    if not name.startswith(prefix):
-        return name
-    index, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{layers[int(index)]}.{rest}"
+
+    def name_before(name: str) -> str:
+        if layers is None or not name.startswith(prefix):
+            return name
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{layers[int(index)]}.{rest}"
+
+    return name_before
 
 
 def smaller_model(
@@ -263,16 +271,17 @@ def smaller_model(
     empty = empty_model(model, config)
     old = model.state_dict(keep_vars=True)
     select = _Selection(model, sites, kept)
+    name_before = names_before(model, kept.layers)
     tensors = {}
     for name, target in empty.state_dict().items():
-        source = name_before(model, name, kept.layers)
+        source = name_before(name)
         if source not in old:
             raise CannotRemoveError(
                 f"{type(model).__name__} with parts removed would have {name}, which it has not "
                 "now: choose another pattern"
             )
         tensors[name] = select(source, old[source].detach(), target.shape)
-    _check_all_used(model, old, {name_before(model, name, kept.layers) for name in tensors}, kept)
+    _check_all_used(model, old, set(map(name_before, tensors)), kept)
     empty.load_state_dict(tensors, assign=True)
     empty.tie_weights()
     buffers = dict(model.named_buffers())
@@ -281,7 +290,7 @@ def smaller_model(
             full = ".".join(filter(None, (path, name)))
             if full in tensors:
                 continue
-            source = name_before(model, full, kept.layers)
+            source = name_before(full)
             if source not in buffers or buffers[source].shape != buffer.shape:
                 raise CannotRemoveError(
                     f"{type(model).__name__} computes {full} from its config, and it would change: "
@@ -289,7 +298,7 @@ def smaller_model(
                 )
             module.register_buffer(name, buffers[source].clone(), persistent=False)
     for name, parameter in empty.named_parameters():
-        source = name_before(model, name, kept.layers)
+        source = name_before(name)
         parameter.requires_grad_(old[source].requires_grad)
     return empty
 

@@ -31,7 +31,7 @@ from optimum_cap.models import (
     has_lm_head,
     is_offloaded,
     kinds_of_layers,
-    name_before,
+    names_before,
     plain_model,
     smaller_config,
     smaller_model,
@@ -376,6 +376,7 @@ def _record_of_compacted(
         parts: What was removed.
     """
     layers = next((each.kept["layers"] for each in parts if "layers" in each.kept), None)
+    name_before = names_before(dense.model, layers)
     before = {entry.name: entry for entry in record.matrices}
     zeros = sum(
         int((dense.weights(matrix) == 0).sum())
@@ -385,7 +386,7 @@ def _record_of_compacted(
     view = ModelView.of(smaller)
     matrices = []
     for matrix in view.matrices:
-        entry = before.get(name_before(dense.model, matrix.name, layers))
+        entry = before.get(name_before(matrix.name))
         if entry is not None:
             weight = view.weights(matrix)
             matrices.append(

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
-from optimum_cap.models import Matrix, ModelView, name_before
+from optimum_cap.models import Matrix, ModelView, names_before
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import ExpectedWeights, LayerStore, PruningCache
 from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LayerRefiner
@@ -61,10 +61,9 @@ class SmallerModelRefinement:
         Returns:
             What stores them.
         """
+        name_before = names_before(self._dense.model, self._layers)
         dtypes = {
-            name: stored_dtypes.get(
-                name_before(self._dense.model, name, self._layers), tensor.dtype
-            )
+            name: stored_dtypes.get(name_before(name), tensor.dtype)
             for name, tensor in (*self._smaller.named_parameters(), *self._smaller.named_buffers())
         }
         store = None

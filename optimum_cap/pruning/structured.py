@@ -23,7 +23,7 @@ from optimum_cap.models import (
     ModelView,
     evaluation_mode,
     float32_on_cpu,
-    name_before,
+    names_before,
 )
 from optimum_cap.pruning.cache import PruningCache
 from optimum_cap.pruning.parts import with_divided_mlps
@@ -325,8 +325,9 @@ class StructuredRemoval:
             model = removal.without(removed, fitted)
             if not fitted:
                 removal.check_agrees(removed, model, examples)
+            name_before = names_before(dense, smaller.layers)
             for path, indices in removal.description(removed).items():
-                smaller.kept[name_before(dense, path, smaller.layers)] = indices
+                smaller.kept[name_before(path)] = indices
             if name == "layers":
                 smaller.layers = removal.layers_after(removed)
             smaller.parts.append(removal.summary())
