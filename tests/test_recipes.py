@@ -17,7 +17,7 @@ from optimum_cap.config import RECIPES, effective
 from optimum_cap.data.calibration import CalibrationExample, build_calibration_set
 from optimum_cap.methods.allocations import ALLOCATIONS
 from optimum_cap.methods.criteria import CRITERIA
-from optimum_cap.methods.masks import REMOVED_PARTS, split_proportionally
+from optimum_cap.methods.masks import SMALLER_PATTERNS, split_proportionally
 from optimum_cap.methods.reconstruction import sparsegpt
 from optimum_cap.methods.statistics import InputStatistics
 from optimum_cap.models.architectures import find_sites
@@ -45,7 +45,7 @@ def test_the_names_of_the_config_are_those_of_the_tables() -> None:
             assert (criterion.importance is None) != (criterion.solve is None), name
         else:  # it chooses parts alone
             assert criterion.parts, name
-            assert set(criterion.parts) <= set(REMOVED_PARTS), name
+            assert set(criterion.parts) <= set(SMALLER_PATTERNS), name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
