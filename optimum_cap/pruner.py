@@ -350,7 +350,7 @@ def _check_zeros(
             f"{config.sparsity} is {zeros:,} zeros: choose a higher sparsity, or prune the dense "
             "model"
         )
-    if record is not None:
+    if record is not None and zeros_before:
         logger.warning(
             f"the model was pruned before, and {zeros_before:,} of the weights to prune are zero: "
             f"sparsity {config.sparsity} is a fraction of all of them, not of those that are left"

@@ -163,6 +163,8 @@ def _part(record: PruningRecord) -> str:
     """Return what was removed, and by which criterion."""
     criterion = CRITERIA[CAPConfig.from_dict(record.config).method.criterion]
     parts = enumeration([_cell(each["part"]) for each in record.removed["parts"]])
+    if record.config["pattern"] == "structured":
+        return f"{parts}, in amounts chosen by their measured effect on the predictions"
     return f"{parts}, chosen by {criterion.title}"
 
 

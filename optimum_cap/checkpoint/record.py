@@ -148,7 +148,7 @@ class PruningRecord:
             many each layer had `before` and `after` (or how many layers there were); the indices
             of what is `kept` by the name of what it is a part of in the dense model; the number of
             parameters, `parameters_before` and `parameters_after`; and, of pattern `structured`,
-            the `measured` divergences with some parts of one kind removed.
+            the `measured` divergences with some parts of one kind removed, and of the result.
         compacted: What was removed later without changing a result, because it contributed exactly
             nothing (`compact`): an entry of the form of `removed` for each time. Names and indices
             are those of the model before; scores, sensitivities and `dense` are of the model before

@@ -471,6 +471,8 @@ def _pruning(
     """Return the device seconds of pruning, without scoring; with the model's own answers."""
     shape = _workload(config.num_samples, tokens)
     name, method = config.recipe, config.method
+    if config.pattern == "structured":
+        _removes_parts(config.pattern)
     if config.pattern in REMOVED_PARTS:
         parts = RemovedParts.of(model, config)
         costs = [RemovalCosts(parts, cost_model).pruning(name, method, shape)]

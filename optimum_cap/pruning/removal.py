@@ -149,10 +149,12 @@ class PartRemoval:
         if config.pattern == "experts":
             self._check_groups()
         if config.pattern == "layers" and self.count > self.most:
+            would = f"sparsity {config.sparsity} would remove {self.count} of {self.before} layers"
+            if fewest:
+                would = f"one of {self.before} layers would go"
             raise CannotRemoveError(
-                f"sparsity {config.sparsity} would remove {self.count} of {self.before} layers, "
-                f"but {self._kind} has {self.before - self.most} kinds of layers, and one of each "
-                "is kept: choose a lower sparsity"
+                f"{would}, but {self._kind} has {self.before - self.most} kinds of layers, and one "
+                "of each is kept: choose " + ("another pattern" if fewest else "a lower sparsity")
             )
 
     def with_count(self, count: int) -> "PartRemoval":
@@ -398,10 +400,8 @@ class PartRemoval:
 
     def layers_after(self, removed: Any) -> list[int]:
         """Return the indices of the layers that are kept."""
-        return self._layers(self._kept(removed))
-
-    def _layers(self, kept: KeptParts) -> list[int]:
-        return list(range(len(self.view.layers)) if kept.layers is None else kept.layers)
+        layers = self._kept(removed).layers
+        return list(range(len(self.view.layers)) if layers is None else layers)
 
     def _without_parts(self, layer: int, kept: KeptParts) -> AbstractContextManager[Any]:
         """Let a layer of the dense model compute without the parts that are not kept."""

@@ -1,4 +1,4 @@
-"""Removes parts of several kinds (`pattern="structured"`): as many of each as costs the least.
+"""Removes parts of several kinds (`pattern="structured"`), in the amounts that cost the least.
 
 Each kind is first removed alone, in a few amounts, and what that does to the predictions is
 measured. The amounts that are expected to change them the least, for the number of parameters that
@@ -8,7 +8,8 @@ go, are then removed one kind after the other.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise, product
-from math import ceil, inf
+from math import inf
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ _KINDS = ("layers", "experts", "heads", "channels")  # in the order in which the
 _FILLER = "channels"  # the finest parts make up the number of parameters
 _SHARES = (1 / 3, 2 / 3, 1)  # of the amount that would do alone; they are measured
 _EXAMPLES = 2 * FEWEST_EXAMPLES
+_TOLERANCE = 0.1  # of the number of parameters that are to go
 
 Counts = dict[str, int]
 """How many parts of each kind are removed: of each layer, or how many layers."""
@@ -50,13 +52,29 @@ class _Kind:
 
     Attributes:
         removal: Removes as few of them as can be removed.
-        each: Number of parameters that go with each of them, in all layers.
+        sizes: Number of parameters that go with each of them, in all layers, in the order in which
+            they go.
         divergences: The measured divergence, by how many are removed.
     """
 
     removal: PartRemoval
-    each: float
+    sizes: list[float]
     divergences: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def most(self) -> int:
+        """The most of them that can be removed, in the order that is known."""
+        step = self.removal.step
+        return min(self.removal.most, len(self.sizes) // step * step)
+
+    def gone(self, count: int) -> float:
+        """Return the number of parameters that go with the first of them."""
+        return sum(self.sizes[:count])
+
+    def count_for(self, parameters: float) -> int:
+        """Return how many of them have this number of parameters, or the most."""
+        steps = range(self.removal.step, self.most, self.removal.step)
+        return next((count for count in steps if self.gone(count) >= parameters), self.most)
 
     def divergence(self, count: int) -> float:
         """Return the divergence with this many removed, between two that were measured."""
@@ -118,26 +136,46 @@ class StructuredRemoval:
         for name in _KINDS:
             try:
                 removal = self._removal(self.view, name)
-                self._kinds[name] = _Kind(removal, self._each(removal))
+                self._kinds[name] = _Kind(removal, self._sizes(name, removal))
             except ValueError as error:  # also from routers that are not known
                 self._refused[name] = str(error)
         self._check_enough()
 
     def _removal(self, view: ModelView, kind: str) -> PartRemoval:
         """Return a removal of as few parts of a kind as can be removed."""
-        values = vars(self._config)
+        values = {**vars(self._config), "answer_weight": self._config.method.answer_weight}
         config = CAPConfig(**effective(values, {"pattern": kind, "criterion": None}))
         return PartRemoval(view.model, config, self._process_group, fewest=True, view=view)
 
     def _each(self, removal: PartRemoval) -> float:
         return (removal.view.model.num_parameters() - removal.parameters()) / removal.count
 
+    def _sizes(self, kind: str, removal: PartRemoval) -> list[float]:
+        """Return the sizes of the parts; of layers, the median until it is known which go first."""
+        if kind == "layers":
+            return [median(map(self._size_of_layer, range(removal.before)))] * removal.before
+        return [self._each(removal)] * removal.before
+
+    def _size_of_layer(self, layer: int) -> int:
+        return sum(parameter.numel() for parameter in self.view.layers[layer].parameters())
+
     def _check_enough(self) -> None:
         """Check that what can be removed has as many parameters as are to go."""
         if not self._kinds:
-            raise CannotRemoveError(next(iter(self._refused.values())))
+            reasons = "; ".join(dict.fromkeys(self._refused.values()))
+            raise CannotRemoveError(
+                f"no parts of {type(self._model).__name__} can be removed, so pattern 'structured' "
+                f"cannot make it smaller: {reasons}"
+            )
+        smallest = min(kind.gone(kind.removal.step) for kind in self._kinds.values())
+        if self._target < smallest / 2:
+            raise CannotRemoveError(
+                f"sparsity {self._config.sparsity} would remove {self._target:,.0f} of "
+                f"{self._before:,} parameters, but the smallest parts that can be removed have "
+                f"{smallest:,.0f}: choose a higher sparsity"
+            )
         if next(self._possible(), None) is None:
-            most = {name: kind.removal.most for name, kind in self._kinds.items()}
+            most = {name: kind.most for name, kind in self._kinds.items()}
             names = ", ".join(self._kinds)
             raise CannotRemoveError(
                 f"sparsity {self._config.sparsity} would remove {self._target:,.0f} of "
@@ -182,9 +220,11 @@ class StructuredRemoval:
             logger.info(f"Divergence {mixture}: {divergence:.4f}")
             alone, least = self._best_alone()
             if least < divergence:
-                mixture = self._without(examples, chosen, alone)
+                mixture = self._without(examples, chosen, alone, fill=False)
+                divergence = least
                 logger.info(f"Divergence {mixture}: {least:.4f}, which is less")
             del evaluator
+            self._report_parameters(mixture)
             refinement = SmallerModelRefinement(
                 self.view, mixture.model, mixture.layers, config, self._process_group
             )
@@ -194,7 +234,17 @@ class StructuredRemoval:
             for name, kind in self._kinds.items()
             for count, of_count in sorted(kind.divergences.items())
         ]
+        measured.append({"part": "structured", "divergence": divergence})
         return Removal(mixture.model, mixture.parts, mixture.kept, store, measured=measured)
+
+    def _report_parameters(self, smaller: _Smaller) -> None:
+        """Warn if another number of parameters is gone than was asked for."""
+        gone = self._before - smaller.model.num_parameters()
+        if abs(gone - self._target) > _TOLERANCE * self._target:
+            logger.warning(
+                f"sparsity {self._config.sparsity} is {self._target:,.0f} of {self._before:,} "
+                f"parameters, but the parts that go have {gone:,} ({gone / self._before:.1%})"
+            )
 
     def _measure(
         self,
@@ -208,34 +258,49 @@ class StructuredRemoval:
             The layers, or the experts of each layer, that are removed first.
         """
         chosen = {}
-        for name, kind in self._kinds.items():
-            counts = self._counts_to_measure(kind)
-            if name in ("layers", "experts"):
-                largest = kind.removal.with_count(counts[-1])
-                chosen[name], _ = largest.choose(examples, {}, cache)
-            for count in counts:
-                removal = kind.removal.with_count(count)
-                settings = {**removal.settings, "examples": _EXAMPLES}
-                stored = cache.divergence(settings) if cache else None
-                if stored is None:
-                    if name in chosen:
-                        model = removal.without(removal.first(chosen[name]), {})
-                    else:
-                        model = removal.without(*removal.choose(examples, {}, cache))
-                    stored = float(evaluator.divergence_of(ModelView.of(model)).mean())
-                    if cache:
-                        cache.put_divergence(settings, stored)
-                kind.divergences[count] = stored
-                logger.info(
-                    f"Divergence without {count} of {kind.removal.before} {name}: {stored:.4f}"
-                )
+        for name, kind in list(self._kinds.items()):
+            try:
+                if name in ("layers", "experts"):
+                    largest = kind.removal.with_count(self._counts_to_measure(kind)[-1])
+                    chosen[name], _ = largest.choose(examples, {}, cache)
+                    if name == "layers":
+                        kind.sizes = [float(self._size_of_layer(layer)) for layer in chosen[name]]
+                self._measure_kind(name, kind, examples, evaluator, chosen.get(name), cache)
+            except CannotRemoveError as error:
+                logger.info(f"All {name} are kept: {error}")
+                del self._kinds[name]
+        self._check_enough()
         return chosen
+
+    def _measure_kind(
+        self,
+        name: str,
+        kind: _Kind,
+        examples: list[CalibrationExample],
+        evaluator: DivergenceEvaluator,
+        chosen: Any,
+        cache: PruningCache | None,
+    ) -> None:
+        """Measure the divergences with some parts of a kind removed."""
+        for count in self._counts_to_measure(kind):
+            removal = kind.removal.with_count(count)
+            settings = {**removal.settings, "examples": _EXAMPLES}
+            first = None if chosen is None else removal.first(chosen)
+            if first is not None:
+                settings["kept"] = removal.description(first)
+            stored = cache.divergence(settings) if cache else None
+            if stored is None:
+                removed, fitted = (first, {}) if first else removal.choose(examples, {}, cache)
+                view = ModelView.of(removal.without(removed, fitted))
+                stored = float(evaluator.divergence_of(view).mean())
+                if cache:
+                    cache.put_divergence(settings, stored)
+            kind.divergences[count] = stored
+            logger.info(f"Divergence without {count} of {kind.removal.before} {name}: {stored:.4f}")
 
     def _counts_to_measure(self, kind: _Kind) -> list[int]:
         """Return how many parts to remove, up to as many as would do alone, in order."""
-        step, most = kind.removal.step, kind.removal.most
-        enough = min(most, step * ceil(self._target / kind.each / step))
-        return sorted({step * max(1, round(enough * share / step)) for share in _SHARES})
+        return sorted({kind.count_for(share * self._target) for share in _SHARES})
 
     def _cheapest(self) -> Counts:
         """Return the counts with the lowest expected divergence."""
@@ -287,20 +352,25 @@ class StructuredRemoval:
                 return 1.0
             return 1 - counts[name] / self._kinds[name].removal.before
 
-        gone = {name: self._kinds[name].each * count for name, count in counts.items()}
+        gone = {name: self._kinds[name].gone(count) for name, count in counts.items()}
         if "channels" in gone and self._kinds["channels"].removal.removes_from_experts:
             gone["channels"] *= left("experts")
         return sum(n * (1.0 if name == "layers" else left("layers")) for name, n in gone.items())
 
     def _without(
-        self, examples: list[CalibrationExample], chosen: Mapping[str, Any], counts: Counts
+        self,
+        examples: list[CalibrationExample],
+        chosen: Mapping[str, Any],
+        counts: Counts,
+        fill: bool = True,
     ) -> _Smaller:
-        """Remove parts of one kind after the other; channels make up the parameters.
+        """Remove parts of one kind after the other.
 
         Args:
             examples: The calibration examples.
             chosen: The layers, or the experts of each layer, that are removed first.
             counts: How many parts of each kind to remove.
+            fill: Remove as many channels as parameters are still to go, not as many as given.
         """
         dense = self._model
         smaller = _Smaller(dense, list(range(len(self.view.layers))))
@@ -310,7 +380,9 @@ class StructuredRemoval:
             removal = self._kinds[name].removal
             if smaller.model is not dense:
                 removal = self._removal(with_divided_mlps(smaller.model), name)
-            count = self._channels_to_remove(removal) if name == _FILLER else counts[name]
+            count = counts[name]
+            if name == _FILLER and fill:
+                count = self._channels_to_remove(removal, 0 if smaller.parts else removal.step)
             if not count:
                 continue
             removal = removal.with_count(count)
@@ -334,8 +406,8 @@ class StructuredRemoval:
             smaller.model = model
         return smaller
 
-    def _channels_to_remove(self, removal: PartRemoval) -> int:
+    def _channels_to_remove(self, removal: PartRemoval, least: int) -> int:
         """Return how many channels of a smaller model to remove, given its parameters."""
         missing = self._target - (self._before - removal.view.model.num_parameters())
         count = removal.step * round(missing / self._each(removal) / removal.step)
-        return max(0, min(count, removal.most))
+        return max(least, min(count, removal.most))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.calibration import ROWS, examples
+from helpers.every_architecture import small_model
 from helpers.tiny_models import tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -45,12 +46,17 @@ def test_ordinary_model_with_as_many_parameters_is_left(tmp_path: Path) -> None:
     )
     step = 8 * 3 * 3 * model.config.hidden_size  # channels, matrices, layers
     assert abs(loaded.num_parameters() - 0.8 * before) <= step / 2
-    assert {each["part"] for each in removed["measured"]} == {"layers", "heads", "channels"}
+    assert {each["part"] for each in removed["measured"]} == {
+        "layers",
+        "heads",
+        "channels",
+        "structured",
+    }
     assert describe_removal(loaded.pruning_record.removed) in (tmp_path / "README.md").read_text()
 
 
 def test_divergences_between_two_that_were_measured_are_interpolated() -> None:
-    kind = _Kind(None, 1.0, {2: 1.0, 4: 5.0})
+    kind = _Kind(None, [1.0] * 6, {2: 1.0, 4: 5.0})
     assert [kind.divergence(count) for count in range(5)] == [0.0, 0.5, 1.0, 3.0, 5.0]
     assert kind.divergence(5) == float("inf")
 
@@ -134,7 +140,7 @@ def test_one_kind_is_removed_if_several_turn_out_worse(monkeypatch: pytest.Monke
     model = tiny_model("llama", intermediate_size=96, num_hidden_layers=4)
     pruned(model, 0.2, recipe="causal_fast")
     assert len(model.pruning_record.removed["parts"]) == 1
-    assert len(calls) == len(model.pruning_record.removed["measured"]) + 1
+    assert len(calls) == len(model.pruning_record.removed["measured"])
 
 
 @pytest.mark.slow
@@ -188,4 +194,37 @@ def test_a_kind_that_cannot_go_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch)
     assert {each["part"] for each in model.pruning_record.removed["measured"]} == {
         "layers",
         "channels",
+        "structured",
     }
+
+
+def test_less_than_the_smallest_part_is_refused_or_rounded_up() -> None:
+    with pytest.raises(CannotRemoveError, match=r"the smallest parts .* choose a higher sparsity"):
+        removal_of(tiny_model("llama"), 0.01)
+    model = tiny_model("llama")
+    pruned(model, 0.04, recipe="causal_fast")  # less than 4 of 20 channels
+    assert model.pruning_record.removed["parts"] == [
+        {"part": "channels", "before": 20, "after": 16}
+    ]
+
+
+def test_layers_of_several_sizes_count_as_many_parameters_as_they_have() -> None:
+    model = small_model("glm4_moe")
+    removal = removal_of(model)
+    removal._kinds["layers"].sizes = [float(removal._size_of_layer(layer)) for layer in (3, 0)]
+    with evaluation_mode(model):
+        for count in (1, 2):
+            smaller = removal._without(examples(4), {"layers": [3, 0]}, {"layers": count})
+            gone = model.num_parameters() - smaller.model.num_parameters()
+            assert removal._gone({"layers": count}) == gone
+
+
+@pytest.mark.slow
+def test_another_sparsity_meets_no_divergence_of_other_experts(tmp_path: Path) -> None:
+    def measured(folder: Path, sparsity: float) -> list[dict[str, Any]]:
+        model = tiny_model("mixtral", num_local_experts=8)
+        pruned(model, sparsity, resume_dir=folder)
+        return model.pruning_record.removed["measured"]
+
+    measured(tmp_path / "both", 0.15)
+    assert measured(tmp_path / "both", 0.45) == measured(tmp_path / "fresh", 0.45)
