@@ -303,12 +303,13 @@ def auto_class_name(name: str, args: Namespace) -> str:
         args: The arguments of the command.
 
     Raises:
-        ValueError: As `check_model`.
+        ValueError: As `check_model`, or the model was saved without a head.
         OSError: As `check_model`.
     """
-    from optimum_cap.models import auto_class, classifier_class, model_task
+    from optimum_cap.models import auto_class, check_saved_with_head, classifier_class, model_task
 
     config = check_model(name, args)
+    check_saved_with_head(config, name)
     class_name = classifier_class(config)
     task = model_task(class_name) if class_name else None
     return task.auto_class if task else str(auto_class(config, args.trust_remote_code).__name__)

@@ -67,7 +67,7 @@ def _print_summary(compaction: "Compaction") -> None:
     """Print a table of the parts, why others stay, and the numbers of parameters."""
     rows = [["parts", "before", "all zeros", "removed"]]
     rows += [
-        [_name(each), f"{each.before:,}", _zeros(each), f"{each.removed:,}"]
+        [_name(each), f"{each.before:,}" if each.before else "-", _zeros(each), f"{each.removed:,}"]
         for each in compaction.parts
     ]
     print(aligned(rows))
@@ -96,6 +96,8 @@ def _name(parts: "CompactedParts") -> str:
 
 def _zeros(parts: "CompactedParts") -> str:
     least, most = parts.dead
+    if not parts.before:  # it was not looked for them
+        return "-"
     if parts.part == "layers":
         return f"{most:,}"
-    return f"{least:,} to {most:,} in each layer"
+    return (f"{least:,}" if least == most else f"{least:,} to {most:,}") + " in each layer"

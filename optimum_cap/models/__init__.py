@@ -101,7 +101,12 @@ from optimum_cap.models.smaller import (
     smaller_config,
     smaller_model,
 )
-from optimum_cap.models.tasks import check_saved_with_lm_head, classifier_class, model_task
+from optimum_cap.models.tasks import (
+    check_saved_with_head,
+    check_saved_with_lm_head,
+    classifier_class,
+    model_task,
+)
 from optimum_cap.models.view import ModelView, check_experts, longest_sequence, number_of_embeddings
 from optimum_cap.models.zeros import adds_nothing, dead_channels, zero_columns
 
@@ -138,6 +143,7 @@ __all__ = [
     "check_configs_can_be_saved",
     "check_experts",
     "check_in_memory",
+    "check_saved_with_head",
     "check_saved_with_lm_head",
     "classifier_class",
     "compiling",

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
 from optimum_cap.models.loading import sees_images
+
+_DECODERS = {
+    name
+    for names in MODEL_MAPPING_NAMES.values()
+    for name in ((names,) if isinstance(names, str) else names)
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,25 @@ def classifier_class(config: Any) -> str | None:
     )
 
 
+def check_saved_with_head(config: Any, name: str) -> None:
+    """Check by its config that a saved model has a head, which it would get with random weights.
+
+    Args:
+        config: The config.
+        name: Name of the model, for the error.
+
+    Raises:
+        ValueError: The config names the class of a decoder alone, such as an embedding model.
+    """
+    with_head = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for class_name in getattr(config, "architectures", None) or []:
+        if class_name in _DECODERS and class_name not in with_head:
+            raise ValueError(
+                f"the model {name} was saved as {class_name}, without an LM head, which would get "
+                "random weights: choose a causal language model or a classifier"
+            )
+
+
 def check_saved_with_lm_head(config: Any, name: str) -> None:
     """Check by its config that a saved model predicts tokens, as classifiers do not.
 
@@ -64,8 +94,9 @@ def check_saved_with_lm_head(config: Any, name: str) -> None:
         name: Name of the model, for the error.
 
     Raises:
-        ValueError: The config names a classifier.
+        ValueError: The config names a classifier, or a model without a head.
     """
+    check_saved_with_head(config, name)
     if (class_name := classifier_class(config)) is not None:
         raise ValueError(
             f"the model {name} is a {class_name}, which has no LM head and predicts no tokens: "

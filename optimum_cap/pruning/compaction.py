@@ -41,7 +41,7 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.part_ranking import first_layers
 from optimum_cap.pruning.parts import (
     check_agrees,
-    check_not_periodic,
+    check_layers_have_no_number,
     check_not_shared,
     groups_of_heads,
     kept_indices,
@@ -308,7 +308,7 @@ def _find_layers(view: ModelView) -> _Found:
             reason = f"one layer of each of the {len(set(kinds))} kinds has to stay"
     if not removed:
         return _Found(before, (len(silent),) * 2, reason=reason)
-    check_not_periodic(view.model)
+    check_layers_have_no_number(view.model)
     kept = KeptParts(layers=[layer for layer in range(before) if layer not in removed])
     return _Found(before, (len(silent),) * 2, len(removed), kept, reason)
 

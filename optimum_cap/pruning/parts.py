@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from inspect import signature
 from math import gcd
 from typing import Any
 
@@ -148,12 +149,19 @@ def check_not_shared(view: ModelView, sites: Iterable[Site]) -> None:
             )
 
 
-def check_not_periodic(model: PreTrainedModel) -> None:
-    """Check that the config does not describe layers by their distance.
+def check_layers_have_no_number(model: PreTrainedModel) -> None:
+    """Check that nothing refers to layers by their distance or by their number.
 
     Raises:
-        CannotRemoveError: It does.
+        CannotRemoveError: The config describes layers by their distance, or the decoder adds
+            features of images to the first ones.
     """
+    decoder = model.get_decoder()
+    if any(name.startswith("deepstack") for name in signature(decoder.forward).parameters):
+        raise CannotRemoveError(
+            f"{type(model).__name__} adds features of images to its first layers, so single layers "
+            "cannot be removed: choose another pattern"
+        )
     config = model.config.get_text_config(decoder=True)
     for name in _PERIODS:
         value = getattr(config, name, None)

@@ -49,7 +49,7 @@ from optimum_cap.pruning.part_ranking import (
 )
 from optimum_cap.pruning.parts import (
     check_agrees,
-    check_not_periodic,
+    check_layers_have_no_number,
     check_not_shared,
     groups_of_heads,
     kept_indices,
@@ -257,7 +257,7 @@ class PartRemoval:
             CannotRemoveError: There is no smaller model of this architecture.
         """
         if self._config.pattern == "layers":
-            check_not_periodic(self.view.model)
+            check_layers_have_no_number(self.view.model)
         return self.without(self._first_parts(), {})
 
     def check_agrees(

@@ -41,6 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     T5Config(vocab_size=64).save_pretrained(folder / "t5")
     CLIPVisionConfig().save_pretrained(folder / "clip")
     BertConfig(vocab_size=64).save_pretrained(folder / "bert")
+    LlamaConfig(architectures=["LlamaModel"]).save_pretrained(folder / "headless")
     quantized = LlamaConfig(vocab_size=64)
     quantized.quantization_config = {"quant_method": "gptq", "bits": 4}
     quantized.save_pretrained(folder / "gptq")
@@ -130,6 +131,8 @@ MISTAKES = {
     ON + "adapter": "the folder adapter holds a PEFT adapter, not a model: merge it",
     ON + "t5": "the model t5 is of type 't5', which is no decoder-only language model: choose",
     ON + "clip": "the model clip is of type 'clip_vision_model', which is no decoder-only language",
+    ON + "headless": "the model headless was saved as LlamaModel, without an LM head",
+    "compact headless -o out": "the model headless was saved as LlamaModel, without an LM head",
     ON + "bert": "the model bert is of type 'bert', which is no decoder-only language model",
     ON + "gptq": r"the model gptq is quantized \(gptq\), but only float weights can be pruned",
     "score -o s.safetensors -m t5": "the model t5 is of type 't5', which is no decoder-only",

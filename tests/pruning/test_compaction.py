@@ -11,6 +11,7 @@ import torch
 from helpers.checkpoints import half_on_disk, pruned, saved
 from helpers.command_line import run_cap
 from helpers.every_architecture import small_model
+from helpers.tiny_image_models import tiny_image_model
 from helpers.tiny_models import SAMPLE, tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -204,6 +205,13 @@ def test_one_layer_stays() -> None:
     assert removed(compaction.parts) == {"channels": 16, "heads": 1, "layers": 2}
     assert compaction.parts[-1].reason == "one of the 3 layers has to stay"
     torch.testing.assert_close(logits(compaction.model), logits(model))
+
+
+def test_layers_that_receive_features_of_images_stay() -> None:
+    model = tiny_image_model("qwen3_vl")
+    zero_layer(model, 1)
+    with pytest.raises(CannotRemoveError, match="adds features of images to its first layers"):
+        compact(model)
 
 
 def test_every_layer_loses_the_same_number() -> None:
