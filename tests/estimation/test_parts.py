@@ -116,13 +116,13 @@ def chosen(model: PreTrainedModel, pattern: str, criterion: str, sparsity: float
     ("architecture", "pattern", "criterion", "sparsity", "tolerated"),
     [
         ("llama", "layers", "divergence", 0.34, 1e-3),
-        ("llama", "layers", "divergence", 0.67, 1e-3),
+        pytest.param("llama", "layers", "divergence", 0.67, 1e-3, marks=pytest.mark.slow),
         ("llama", "layers", "block_influence", 0.34, 1e-3),
         ("llama", "channels", "wanda", 0.4, 1e-3),
         # Within 2 %: the router runs once more for each batch of which experts are listed.
-        ("mixtral", "experts", "divergence", 0.5, 0.02),
-        ("mixtral", "experts", "frequency", 0.5, 0.02),
-        ("mixtral", "experts", "reap", 0.5, 0.02),
+        pytest.param("mixtral", "experts", "divergence", 0.5, 0.02, marks=pytest.mark.slow),
+        pytest.param("mixtral", "experts", "frequency", 0.5, 0.02, marks=pytest.mark.slow),
+        pytest.param("mixtral", "experts", "reap", 0.5, 0.02, marks=pytest.mark.slow),
         ("mixtral", "experts", "routed_error", 0.5, 0.02),
     ],
 )
@@ -149,6 +149,7 @@ def test_columns_take_the_operations_that_pytorch_counts(pattern: str, width: in
     assert operations - uncounted == pytest.approx(counted, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_only_the_best_layers_are_tried_again() -> None:
     config = load_config(CONFIGS / "llama-3-8b.json")
     parts = RemovedParts.of(config, CAPConfig(0.1, pattern="layers"))
@@ -173,6 +174,7 @@ def test_of_many_experts_a_few_are_tried() -> None:
     assert 1.8 < twice / many < 2.2
 
 
+@pytest.mark.slow
 def test_processes_share_the_refinement() -> None:
     options = {"pattern": "channels", "sparsity": 0.25}
     one, two = (
@@ -183,6 +185,7 @@ def test_processes_share_the_refinement() -> None:
     assert two["refine"].seconds == pytest.approx(one["refine"].seconds / 2)
 
 
+@pytest.mark.slow
 def test_a_recipe_consists_of_its_steps() -> None:
     found = estimate(CONFIGS / "llama-3-8b.json", "h100", pattern="channels", sparsity=0.25)
     cost = {(each.step, each.name): each for each in found.costs}
