@@ -48,6 +48,7 @@ def test_it_gives_the_same_bytes_twice(model: PreTrainedModel) -> None:
     assert first.pruning_record == second.pruning_record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.01, 0.99])
 def test_very_little_and_very_much_is_pruned(sparsity: float, model: PreTrainedModel) -> None:
     new = pruned(model, sparsity=sparsity)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 
 def run_python(code: str) -> str:
     """Run `code` in a fresh interpreter where warnings are errors; return what it printed.
@@ -90,6 +92,7 @@ assert peft.PeftModel.save_pretrained.__wrapped__
 """
 
 
+@pytest.mark.slow
 def test_registers_when_transformers_is_imported_later() -> None:
     run_python(
         "import sys\n"

@@ -107,6 +107,7 @@ def cli(*arguments: str | Path) -> list[str]:
     return [str(Path(sys.executable).with_name("optimum-cli")), "cap", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_upload_takes_the_large_file_way(published: LoopbackHub) -> None:
     repository = published.repositories["user/tiny-cap"]
     weights = repository.head.files["model.safetensors"]

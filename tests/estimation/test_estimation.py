@@ -195,7 +195,13 @@ def run_layerwise(
 LAYERWISE = ["llama", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"]
 
 
-@pytest.mark.parametrize("architecture", LAYERWISE)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in ("llama", "mixtral") else pytest.mark.slow)
+        for name in LAYERWISE
+    ],
+)
 @pytest.mark.parametrize("by_projection", [False, True])
 def test_layerwise_passes_take_the_operations_that_pytorch_counts(
     architecture: str, by_projection: bool, monkeypatch: pytest.MonkeyPatch
@@ -218,6 +224,7 @@ def unchanged(model: PreTrainedModel) -> Callable[[Matrix, InputStatistics], tor
     return lambda matrix, inputs: oriented(model, matrix).clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", LAYERWISE)
 def test_measured_sensitivities_take_the_operations_that_pytorch_counts(architecture: str) -> None:
     # Within 2 %: what each layer returns is seen on single tokens, which are not counted.
@@ -243,10 +250,7 @@ def test_measured_sensitivities_take_the_operations_that_pytorch_counts(architec
 
 @pytest.mark.parametrize(
     "architecture",
-    [
-        pytest.param(name, marks=() if name in ("llama", "opt") else pytest.mark.slow)
-        for name in LAYERWISE
-    ],
+    [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in LAYERWISE],
 )
 def test_refinement_takes_the_operations_that_pytorch_counts(architecture: str) -> None:
     # Within 15 %: the gradient stops at the input of the layer.
@@ -403,6 +407,7 @@ def test_processes_share_the_sites_that_are_pruned_alone() -> None:
     assert one / 8 < eight < one
 
 
+@pytest.mark.slow
 def test_a_model_on_several_devices_is_scored_by_one_process() -> None:
     one, eight = costs("llama-3-70b"), costs("llama-3-70b", "h100x8")
     assert one["exact"].devices == 2
@@ -676,6 +681,7 @@ def shown_runs() -> list[tuple[list[str], str]]:
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "printed"), shown_runs(), ids=lambda shown: shown[-1][:60])
 def test_the_page_shows_what_the_command_prints(
     command: list[str],

@@ -59,7 +59,7 @@ def drawn(logits: torch.Tensor, count: int, temperature: float, top_p: float) ->
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.95), (1.0, 1.0), (1.5, 0.3)])
-@pytest.mark.parametrize("vocabulary", [12, 700])
+@pytest.mark.parametrize("vocabulary", [12, pytest.param(700, marks=pytest.mark.slow)])
 def test_frequencies_are_those_of_transformers(
     temperature: float, top_p: float, vocabulary: int
 ) -> None:

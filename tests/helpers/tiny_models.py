@@ -114,18 +114,16 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 ARCHITECTURES = sorted(CONFIGS)
 
 # What the default run takes of them: one for each property that code has to treat in its own way.
-# The others run with `-m slow`. They repeat these properties: gemma2 (norms and windows of gemma3),
-# mistral (windows of mixtral), qwen2 (biases of gpt2), qwen3 and olmoe (norms of queries and keys
-# of qwen3_moe); or take long: gemma3n (several hidden states per token).
+# The others run with `-m slow`. They repeat these properties: gemma2 and gemma3 (norms and windows
+# of gemma4), mistral (windows of mixtral), qwen2 (biases of gpt2), phi3 (fused projections), qwen3
+# and olmoe (norms of queries and keys of qwen3_moe); or they seldom need code of their own: opt (an
+# MLP that is no module), gemma3n (several hidden states per token).
 SAMPLE = (
     "llama",  # queries in groups, a head size of its own, a gated MLP
-    "gemma3",  # norms behind blocks, windows in some layers, with a rotation of their own
-    "gemma4",  # inputs per layer, keys and values shared by layers, head sizes by layer
+    "gemma4",  # inputs per layer, keys and values shared by layers, head sizes by layer, windows
     "gpt2",  # transposed weights (Conv1D), queries, keys and values fused, biases, no gate
     "gpt_neox",  # attention and MLP side by side, queries, keys and values fused head by head
     "mixtral",  # experts in every layer, windows
-    "opt",  # an MLP that is no module, embeddings of another size
-    "phi3",  # fused projections, gate and up as well
     "qwen3_moe",  # experts in some layers, an MLP in others, norms of queries and keys
 )
 SAMPLED = [

@@ -145,7 +145,9 @@ def test_a_model_whose_modules_move_their_inputs(name: str, prefix: int) -> None
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-@pytest.mark.parametrize("prefix", [3, 6, 7, 8, 9, 17, 30])
+@pytest.mark.parametrize(
+    "prefix", [7, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6, 9, 17, 30))]
+)
 def test_a_prefix_of_about_the_sliding_window(name: str, prefix: int) -> None:
     model, rows = tiny_model(name, sliding_window=8), examples(prefix)
     assert prefix_of(model, rows) == prefix

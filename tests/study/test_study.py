@@ -370,14 +370,16 @@ def test_a_stopped_study_resumes_where_it_was(
     assert names == ["tiny wanda 0.2 sums seed 0", "tiny wanda 0.5 sums seed 0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
         "model",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("calibration", "evaluation", "limit", "num_fewshot", "max_new_tokens")
-        ),
+        "calibration",
+        "evaluation",
+        "limit",
+        "num_fewshot",
+        "max_new_tokens",
     ],
 )
 def test_what_changed_is_measured_again(
@@ -452,6 +454,7 @@ def test_table_and_pictures(values: dict[str, Any], tmp_path: Path) -> None:
     assert "Calibrated on sums, 2 seed(s); dense " in text
 
 
+@pytest.mark.slow
 def test_the_heat_map_has_a_panel_for_each_kind_of_unit(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
