@@ -204,13 +204,13 @@ def test_refinement_brings_hidden_states_closer() -> None:
 def test_interrupted_run_resumes_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optimum_cap.pruning import removal
+    from optimum_cap.pruning import removal, smaller_refinement
 
     whole = tiny_model("mixtral")
     removed_from(whole, "experts", 0.5)
     calls = []
 
-    class Interrupted(removal.LayerRefiner):
+    class Interrupted(smaller_refinement.LayerRefiner):
         def refine_(self, index, matrices):
             calls.append(index)
             if len(calls) == 2:
@@ -219,7 +219,7 @@ def test_interrupted_run_resumes_with_the_same_result(
 
     model = tiny_model("mixtral")
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.setattr(removal, "LayerRefiner", Interrupted)
+    monkeypatch.setattr(smaller_refinement, "LayerRefiner", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         removed_from(model, "experts", 0.5, resume_dir=tmp_path)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in dense.items())
