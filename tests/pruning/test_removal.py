@@ -74,7 +74,6 @@ OTHERS = (
     "falcon_h1",
     "llama4_text",
     "zamba2",
-    "gemma3_text",
 )
 
 
