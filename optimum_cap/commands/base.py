@@ -251,13 +251,16 @@ def check_model(name: str, args: Namespace) -> Any:
         raise _hub_error(name, args.revision, error) from error
 
 
-def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> None:
+def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> Any:
     """Check by its configuration that a model can be pruned.
 
     Args:
         name: Hub id or folder.
         args: The arguments of the command.
         may_be_pruned: Whether the model may be pruned already.
+
+    Returns:
+        The configuration.
 
     Raises:
         ValueError: As `check_model`; or the model is quantized, pruned already, or no decoder-only
@@ -293,26 +296,26 @@ def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> N
             f"the model {name} is of type {config.model_type!r}, which is no decoder-only language "
             "model: choose a causal language model, such as Llama or Mistral"
         )
+    return config
 
 
-def auto_class_name(name: str, args: Namespace) -> str:
+def auto_class_name(config: Any, name: str, trust_remote_code: bool) -> str:
     """Return the Auto class that loads a model with the head that it was saved with.
 
     Args:
-        name: Hub id or folder.
-        args: The arguments of the command.
+        config: The configuration of the model.
+        name: Hub id or folder, for the error.
+        trust_remote_code: Whether classes of the repository come first.
 
     Raises:
-        ValueError: As `check_model`, or the model was saved without a head.
-        OSError: As `check_model`.
+        ValueError: The model was saved without a head.
     """
     from optimum_cap.models import auto_class, check_saved_with_head, classifier_class, model_task
 
-    config = check_model(name, args)
     check_saved_with_head(config, name)
     class_name = classifier_class(config)
     task = model_task(class_name) if class_name else None
-    return task.auto_class if task else str(auto_class(config, args.trust_remote_code).__name__)
+    return task.auto_class if task else str(auto_class(config, trust_remote_code).__name__)
 
 
 def check_has_lm_head(name: str, args: Namespace) -> None:

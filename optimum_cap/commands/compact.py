@@ -42,8 +42,8 @@ class CompactCommand(CAPSubcommand):
         """Check the output folder and the configuration; return the Auto class of the model."""
         args = self.args
         check_output_folder(args.output, args.model)
-        check_prunable(args.model, args, may_be_pruned=True)
-        return auto_class_name(args.model, args)
+        config = check_prunable(args.model, args, may_be_pruned=True)
+        return auto_class_name(config, args.model, args.trust_remote_code)
 
     def execute(self, prepared: str) -> None:
         """Compact, save, and print what was found and removed."""

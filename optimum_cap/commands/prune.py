@@ -382,8 +382,7 @@ class PruneCommand(CAPSubcommand):
         check_target(args.output.absolute())
         if args.push_to_hub:
             _check_hub_access(args.push_to_hub, args.token)
-        check_prunable(args.model, args)
-        auto_class = _auto_class(config, args)
+        auto_class = _auto_class(config, check_prunable(args.model, args), args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
             config.tokenizer = tokenizer
@@ -469,7 +468,7 @@ def _config(args: Namespace) -> "CAPConfig":
     return config
 
 
-def _auto_class(config: "CAPConfig", args: Namespace) -> str:
+def _auto_class(config: "CAPConfig", model_config: Any, args: Namespace) -> str:
     """Return the class of transformers that loads the model with the head that it was saved with.
 
     Raises:
@@ -477,10 +476,10 @@ def _auto_class(config: "CAPConfig", args: Namespace) -> str:
     """
     from optimum_cap.models import classifier_class
 
-    class_name = classifier_class(check_model(args.model, args))
+    class_name = classifier_class(model_config)
     if class_name is not None:
         config.check_without_lm_head(class_name)
-    return auto_class_name(args.model, args)
+    return auto_class_name(model_config, args.model, args.trust_remote_code)
 
 
 def _prepared_example(
