@@ -21,7 +21,7 @@ from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.parts import RemovalCosts, RemovedParts, Smaller
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import DEFAULT_TASKS, HARNESS_PREFIX, check_counts, resolve_tasks
-from optimum_cap.methods import CRITERIA, REMOVED_PARTS
+from optimum_cap.methods import CRITERIA, REMOVED_PARTS, SMALLER_PATTERNS
 from optimum_cap.models import auto_class, find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
@@ -198,12 +198,14 @@ def estimate(
     """
     shape = _workload(examples, tokens, scored, prefix)
     check_counts(limit, batch_size, num_fewshot, max_new_tokens)
-    removes = _removes_parts(pattern)
+    _check_pattern(pattern)
     # Checks the values.
     CAPConfig(sparsity=sparsity, recipe="paper", scored_units=scored_units)
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
-    parts = RemovedParts.of(config, CAPConfig(sparsity, pattern=pattern)) if removes else None
+    parts = None
+    if pattern in REMOVED_PARTS:
+        parts = RemovedParts.of(config, CAPConfig(sparsity, pattern=pattern))
     cost_model = _cost_model(work, config, hardware, tokens)
     if parts is None:
         costs = [cost_model.scoring(name, shape) for name in ESTIMATOR_COSTS]
@@ -235,11 +237,11 @@ def estimate(
     )
 
 
-def _removes_parts(pattern: str) -> bool:
-    """Return whether a pattern removes parts.
+def _check_pattern(pattern: str) -> None:
+    """Check that there is an estimate for a pattern.
 
     Raises:
-        ValueError: There is no estimate for it.
+        ValueError: There is none.
     """
     if pattern not in ("unstructured", *REMOVED_PARTS):
         raise ValueError(
@@ -247,7 +249,6 @@ def _removes_parts(pattern: str) -> bool:
             f"{', '.join(map(repr, REMOVED_PARTS))}, or 'unstructured', which costs "
             "about as much as N:M with the same sparsity"
         )
-    return pattern in REMOVED_PARTS
 
 
 def load_config(model: str | Path | PretrainedConfig, **load_options: Any) -> PretrainedConfig:
@@ -471,9 +472,8 @@ def _pruning(
     """Return the device seconds of pruning, without scoring; with the model's own answers."""
     shape = _workload(config.num_samples, tokens)
     name, method = config.recipe, config.method
-    if config.pattern == "structured":
-        _removes_parts(config.pattern)
-    if config.pattern in REMOVED_PARTS:
+    if config.pattern in SMALLER_PATTERNS:
+        _check_pattern(config.pattern)
         parts = RemovedParts.of(model, config)
         costs = [RemovalCosts(parts, cost_model).pruning(name, method, shape)]
     else:

@@ -198,12 +198,9 @@ def _keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
     config.num_hidden_layers = len(layers)
 
 
-def kinds_of_layers(config: PretrainedConfig) -> list[tuple[str, ...]]:
-    """Return of what kind each decoder layer is, by the texts that a config has for each of them.
-
-    Args:
-        config: The config of the decoder.
-    """
+def kinds_of_layers(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """Return of what kind each decoder layer is, by the texts that its config has for each."""
+    config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lists = [
         value

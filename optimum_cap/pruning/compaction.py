@@ -66,8 +66,8 @@ class CompactedParts:
         part: `"channels"`, `"heads"` or `"layers"`.
         of: What they are parts of, such as `"experts"`; empty for layers.
         before: Number of parts of each layer, or of layers.
-        dead: The smallest and the largest number of parts of a layer that contribute nothing; for
-            layers, twice their number.
+        dead: The smallest and the largest number of parts of a layer that contribute nothing; of
+            layers, their number, given twice.
         removed: How many of each layer were removed, or how many layers.
         reason: Why no more of them were, if some stay that contribute nothing, or all.
         kept: Indices of what is kept, by the name of what it is a part of; empty if nothing was
@@ -161,10 +161,11 @@ def compact(model: PreTrainedModel) -> Compaction:
         )
     with evaluation_mode(plain):
         view = with_divided_mlps(plain)
-        smaller, parts = _without_channels(view)
+        last, parts = _without_channels(view)
         for part, of, find in (("heads", "attention", _find_heads), ("layers", "", _find_layers)):
-            smaller, found = _step(smaller, part, of, find)
+            last, found = _step(last, part, of, find)
             parts.append(found)
+        smaller = last.model
         if smaller is plain:
             reasons = "; ".join(each.reason for each in parts)
             raise CannotRemoveError(
@@ -182,33 +183,33 @@ def compact(model: PreTrainedModel) -> Compaction:
     return Compaction(smaller, parts, silent, difference)
 
 
-def _without_channels(view: ModelView) -> tuple[PreTrainedModel, list[CompactedParts]]:
+def _without_channels(view: ModelView) -> tuple[ModelView, list[CompactedParts]]:
     """Return a model without dead channels, and what was found of each kind of MLPs.
 
     Those with the most channels come first. Where the experts and the MLPs beside them have one
     number in the config, they lose their channels together.
     """
-    smaller, parts = view.model, []
+    last, parts = view, []
     groups = mlps_by_width(view.sites)
     for kind, width in sorted(groups, key=lambda key: key[1] * len(groups[key]), reverse=True):
         find = functools.partial(_find_channels, (kind,), width)
-        smaller, found = _step(smaller, "channels", _MLPS[kind], find)
+        last, found = _step(last, "channels", _MLPS[kind], find)
         parts.append(found)
     for width in (width for kind, width in groups if kind == "expert" and ("mlp", width) in groups):
         alone = [each for each in parts if each.before == width]
         if not any(each.removed for each in alone):
             find = functools.partial(_find_channels, tuple(_MLPS), width)
-            smaller, found = _step(smaller, "channels", " and ".join(_MLPS.values()), find)
+            last, found = _step(last, "channels", " and ".join(_MLPS.values()), find)
             if found.removed:
                 parts = [*(each for each in parts if each not in alone), found]
-    return smaller, parts
+    return last, parts
 
 
 def _step(
-    model: PreTrainedModel, part: str, of: str, find: Callable[[ModelView], _Found]
-) -> tuple[PreTrainedModel, CompactedParts]:
+    view: ModelView, part: str, of: str, find: Callable[[ModelView], _Found]
+) -> tuple[ModelView, CompactedParts]:
     """Return a model without the parts of one kind that contribute nothing, if it loses any."""
-    view, before = with_divided_mlps(model), model.num_parameters()
+    model = view.model
     found, smaller, reason = _Found(0, (0, 0)), model, ""
     try:
         with float32_on_cpu(model):
@@ -222,7 +223,7 @@ def _step(
     except CannotRemoveError as error:
         smaller, reason = model, error.reason
     is_smaller = smaller is not model and found.kept is not None
-    return smaller, CompactedParts(
+    return with_divided_mlps(smaller) if is_smaller else view, CompactedParts(
         part=part,
         of=of,
         before=found.before,
@@ -230,7 +231,7 @@ def _step(
         removed=found.removed if is_smaller else 0,
         reason=reason or found.reason,
         kept=kept_indices(found.kept) if is_smaller and found.kept else {},
-        parameters_before=before,
+        parameters_before=model.num_parameters(),
         parameters_after=smaller.num_parameters(),
     )
 
@@ -297,7 +298,7 @@ def _equal_numbers(
 def _find_layers(view: ModelView) -> _Found:
     before = len(view.layers)
     silent = _silent_layers(view)
-    kinds = kinds_of_layers(view.model.config.get_text_config(decoder=True))
+    kinds = kinds_of_layers(view.model)
     removed = first_layers(silent, kinds, before)
     reason = ""
     if not silent:

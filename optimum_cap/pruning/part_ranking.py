@@ -386,7 +386,7 @@ def layers_to_remove(
         attention, a hybrid does not generate.
     """
     criterion, layers = config.method.criterion, len(view.layers)
-    kinds = kinds_of_layers(view.model.config.get_text_config(decoder=True))
+    kinds = kinds_of_layers(view.model)
     if criterion == "random":
         generator = torch.Generator().manual_seed(config.seed)
         return first_layers(_permutation(layers, generator), kinds, count)

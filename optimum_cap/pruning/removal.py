@@ -68,8 +68,6 @@ from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import UnitLosses
 from optimum_cap.text import public_name
 
-logger = logging.get_logger(__name__)
-
 _LEAST_OF_GROUP = 2  # experts by which routers with groups (DeepSeek V3) compare the groups
 
 
@@ -184,7 +182,7 @@ class PartRemoval:
 
     @property
     def _kinds_of_layers(self) -> list[tuple[str, ...]]:
-        return kinds_of_layers(self.view.model.config.get_text_config(decoder=True))
+        return kinds_of_layers(self.view.model)
 
     @property
     def removes_from_experts(self) -> bool:

@@ -5,9 +5,10 @@ measured. The amounts that are expected to change them the least, for the number
 go, are then removed one kind after the other.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from math import inf
 from statistics import median
 from typing import Any
@@ -27,9 +28,10 @@ from optimum_cap.models import (
     names_before,
 )
 from optimum_cap.pruning.cache import PruningCache
+from optimum_cap.pruning.part_ranking import MEASURED_EXAMPLES
 from optimum_cap.pruning.parts import with_divided_mlps
 from optimum_cap.pruning.removal import PartRemoval, Removal
-from optimum_cap.pruning.sensitivity import FEWEST_EXAMPLES, DivergenceEvaluator
+from optimum_cap.pruning.sensitivity import DivergenceEvaluator
 from optimum_cap.pruning.smaller_refinement import SmallerModelRefinement
 from optimum_cap.runtime import ProcessGroup
 from optimum_cap.text import enumeration
@@ -39,7 +41,6 @@ logger = logging.get_logger(__name__)
 _KINDS = ("layers", "experts", "heads", "channels")  # in the order in which they are removed
 _FILLER = "channels"  # the finest parts make up the number of parameters
 _SHARES = (1 / 3, 2 / 3, 1)  # of the amount that would do alone; they are measured
-_EXAMPLES = 2 * FEWEST_EXAMPLES
 _TOLERANCE = 0.1  # of the number of parameters that are to go
 
 Counts = dict[str, int]
@@ -52,29 +53,25 @@ class _Kind:
 
     Attributes:
         removal: Removes as few of them as can be removed.
-        sizes: Number of parameters that go with each of them, in all layers, in the order in which
-            they go.
+        gone: Number of parameters that go with the first 0, 1, 2, ... of them, in all layers.
         divergences: The measured divergence, by how many are removed.
     """
 
     removal: PartRemoval
-    sizes: list[float]
+    gone: list[float]
     divergences: dict[int, float] = field(default_factory=dict)
 
     @property
     def most(self) -> int:
         """The most of them that can be removed, in the order that is known."""
         step = self.removal.step
-        return min(self.removal.most, len(self.sizes) // step * step)
-
-    def gone(self, count: int) -> float:
-        """Return the number of parameters that go with the first of them."""
-        return sum(self.sizes[:count])
+        return min(self.removal.most, (len(self.gone) - 1) // step * step)
 
     def count_for(self, parameters: float) -> int:
         """Return how many of them have this number of parameters, or the most."""
-        steps = range(self.removal.step, self.most, self.removal.step)
-        return next((count for count in steps if self.gone(count) >= parameters), self.most)
+        step = self.removal.step
+        enough = bisect_left(self.gone, parameters)
+        return min(self.most, max(step, -(-enough // step) * step))
 
     def divergence(self, count: int) -> float:
         """Return the divergence with this many removed, between two that were measured."""
@@ -136,9 +133,9 @@ class StructuredRemoval:
         for name in _KINDS:
             try:
                 removal = self._removal(self.view, name)
-                self._kinds[name] = _Kind(removal, self._sizes(name, removal))
+                self._kinds[name] = _Kind(removal, self._gone_with(name, removal))
             except ValueError as error:  # also from routers that are not known
-                self._refused[name] = str(error)
+                self._keep(name, error)
         self._check_enough()
 
     def _removal(self, view: ModelView, kind: str) -> PartRemoval:
@@ -150,11 +147,16 @@ class StructuredRemoval:
     def _each(self, removal: PartRemoval) -> float:
         return (removal.view.model.num_parameters() - removal.parameters()) / removal.count
 
-    def _sizes(self, kind: str, removal: PartRemoval) -> list[float]:
-        """Return the sizes of the parts; of layers, the median until it is known which go first."""
+    def _gone_with(self, kind: str, removal: PartRemoval) -> list[float]:
+        """Return how many parameters go with the first 0, 1, 2, ... parts of a kind.
+
+        Until it is known which layers go first, each has the median size.
+        """
         if kind == "layers":
-            return [median(map(self._size_of_layer, range(removal.before)))] * removal.before
-        return [self._each(removal)] * removal.before
+            each = float(median(map(self._size_of_layer, range(removal.before))))
+        else:
+            each = self._each(removal)
+        return [count * each for count in range(removal.before + 1)]
 
     def _size_of_layer(self, layer: int) -> int:
         return sum(parameter.numel() for parameter in self.view.layers[layer].parameters())
@@ -167,7 +169,7 @@ class StructuredRemoval:
                 f"no parts of {type(self._model).__name__} can be removed, so pattern 'structured' "
                 f"cannot make it smaller: {reasons}"
             )
-        smallest = min(kind.gone(kind.removal.step) for kind in self._kinds.values())
+        smallest = min(kind.gone[kind.removal.step] for kind in self._kinds.values())
         if self._target < smallest / 2:
             raise CannotRemoveError(
                 f"sparsity {self._config.sparsity} would remove {self._target:,.0f} of "
@@ -196,9 +198,14 @@ class StructuredRemoval:
             try:
                 kind.removal.check(examples)
             except CannotRemoveError as error:
-                self._refused[name] = str(error)
-                del self._kinds[name]
+                self._keep(name, error)
         self._check_enough()
+
+    def _keep(self, name: str, reason: ValueError) -> None:
+        """Leave all parts of a kind as they are."""
+        self._refused[name] = str(reason)
+        self._kinds.pop(name, None)
+        logger.info(f"All {name} are kept: {reason}")
 
     def run(self, examples: list[CalibrationExample]) -> Removal:
         """Remove the parts.
@@ -207,13 +214,13 @@ class StructuredRemoval:
             examples: The calibration examples.
         """
         config, model = self._config, self._model
-        for name, reason in self._refused.items():
-            logger.info(f"All {name} are kept: {reason}")
         cache = None
         if config.resume_dir is not None:
             cache = PruningCache(config.resume_dir, model, examples, self._process_group)
         with evaluation_mode(model), float32_on_cpu(model) as stored_dtypes:
-            evaluator = DivergenceEvaluator(self.view, examples[:_EXAMPLES], config.memory_budget)
+            evaluator = DivergenceEvaluator(
+                self.view, examples[:MEASURED_EXAMPLES], config.memory_budget
+            )
             chosen = self._measure(examples, evaluator, cache)
             mixture = self._without(examples, chosen, self._cheapest())
             divergence = float(evaluator.divergence_of(ModelView.of(mixture.model)).mean())
@@ -264,11 +271,11 @@ class StructuredRemoval:
                     largest = kind.removal.with_count(self._counts_to_measure(kind)[-1])
                     chosen[name], _ = largest.choose(examples, {}, cache)
                     if name == "layers":
-                        kind.sizes = [float(self._size_of_layer(layer)) for layer in chosen[name]]
+                        sizes = map(self._size_of_layer, chosen[name])
+                        kind.gone = list(accumulate(sizes, initial=0.0))
                 self._measure_kind(name, kind, examples, evaluator, chosen.get(name), cache)
             except CannotRemoveError as error:
-                logger.info(f"All {name} are kept: {error}")
-                del self._kinds[name]
+                self._keep(name, error)
         self._check_enough()
         return chosen
 
@@ -284,7 +291,7 @@ class StructuredRemoval:
         """Measure the divergences with some parts of a kind removed."""
         for count in self._counts_to_measure(kind):
             removal = kind.removal.with_count(count)
-            settings = {**removal.settings, "examples": _EXAMPLES}
+            settings = {**removal.settings, "examples": MEASURED_EXAMPLES}
             first = None if chosen is None else removal.first(chosen)
             if first is not None:
                 settings["kept"] = removal.description(first)
@@ -325,10 +332,8 @@ class StructuredRemoval:
         """Yield all counts with which as many parameters go as are to."""
         others = [name for name in self._kinds if name != _FILLER]
         filler = self._kinds.get(_FILLER)
-        ranges = []
-        for name in others:
-            kind = self._kinds[name]
-            ranges.append(range(0, self._counts_to_measure(kind)[-1] + 1, kind.removal.step))
+        most = {name: self._counts_to_measure(kind)[-1] for name, kind in self._kinds.items()}
+        ranges = [range(0, most[name] + 1, self._kinds[name].removal.step) for name in others]
         for numbers in product(*ranges):
             counts = dict(zip(others, numbers, strict=True))
             missing = self._target - self._gone(counts)
@@ -338,7 +343,7 @@ class StructuredRemoval:
                 step = filler.removal.step
                 each = self._gone({**counts, _FILLER: step}) - self._gone(counts)
                 count = step * max(1, round(missing / each))
-                if count <= self._counts_to_measure(filler)[-1]:
+                if count <= most[_FILLER]:
                     yield {**counts, _FILLER: count}
 
     def _gone(self, counts: Mapping[str, int]) -> float:
@@ -352,7 +357,7 @@ class StructuredRemoval:
                 return 1.0
             return 1 - counts[name] / self._kinds[name].removal.before
 
-        gone = {name: self._kinds[name].gone(count) for name, count in counts.items()}
+        gone = {name: self._kinds[name].gone[count] for name, count in counts.items()}
         if "channels" in gone and self._kinds["channels"].removal.removes_from_experts:
             gone["channels"] *= left("experts")
         return sum(n * (1.0 if name == "layers" else left("layers")) for name, n in gone.items())

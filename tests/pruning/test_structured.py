@@ -56,7 +56,7 @@ def test_ordinary_model_with_as_many_parameters_is_left(tmp_path: Path) -> None:
 
 
 def test_divergences_between_two_that_were_measured_are_interpolated() -> None:
-    kind = _Kind(None, [1.0] * 6, {2: 1.0, 4: 5.0})
+    kind = _Kind(None, [float(n) for n in range(7)], {2: 1.0, 4: 5.0})
     assert [kind.divergence(count) for count in range(5)] == [0.0, 0.5, 1.0, 3.0, 5.0]
     assert kind.divergence(5) == float("inf")
 
@@ -211,7 +211,8 @@ def test_less_than_the_smallest_part_is_refused_or_rounded_up() -> None:
 def test_layers_of_several_sizes_count_as_many_parameters_as_they_have() -> None:
     model = small_model("glm4_moe")
     removal = removal_of(model)
-    removal._kinds["layers"].sizes = [float(removal._size_of_layer(layer)) for layer in (3, 0)]
+    sizes = map(removal._size_of_layer, (3, 0))
+    removal._kinds["layers"].gone = list(itertools.accumulate(sizes, initial=0.0))
     with evaluation_mode(model):
         for count in (1, 2):
             smaller = removal._without(examples(4), {"layers": [3, 0]}, {"layers": count})
