@@ -17,7 +17,7 @@ LEVELS = (
     ("runtime",),
     ("checkpoint", "scoring"),
     ("pruning", "evaluation"),
-    ("generation",),
+    ("generation", "training"),
     ("pruner",),
     ("plugin", "study"),
     ("estimation",),
@@ -66,6 +66,7 @@ TOUCH_PRIVATE_PARTS = {
     "models/compilation.py",
     "plugin/quantizer.py",
     "plugin/registration.py",
+    "training/sparse_lora.py",
     "evaluation/harness.py",
 }
 

@@ -21,6 +21,7 @@ from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import write_model_card
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.checkpoint.transcoding import transcode_folder
+from optimum_cap.formats import decode
 from optimum_cap.models import (
     Matrix,
     has_adapters,
@@ -44,6 +45,7 @@ def attach(
     """Attach a pruning record to `model`, and make it save itself as a sparse checkpoint.
 
     `save_pretrained` and `push_to_hub` are replaced on the instance only; the class is not changed.
+    `load_state_dict` reads packed and coded weights from then on.
 
     Args:
         model: The model.
@@ -52,12 +54,41 @@ def attach(
         checkpoint: Folder or repository that the pruned model was loaded from; `None` if it has
             not been saved.
     """
+    if not isinstance(model.__dict__.get("save_pretrained"), SavePruned):
+        model.register_load_state_dict_pre_hook(_decode_state_dict)
     loaded_from = names_loaded_from(model)
     model.pruning_record = record
     model.config.pruning_config = record.config
     state = _SavedState(model.name_or_path, checkpoint, when_saved, loaded_from)
     model.save_pretrained = SavePruned(model, state)
     model.push_to_hub = PushPruned(model, state)
+
+
+def _decode_state_dict(
+    model: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any
+) -> None:
+    """Decode packed and coded weights before `load_state_dict` looks at them.
+
+    `Trainer` so reads the files of its checkpoints itself, when it resumes and for
+    `load_best_model_at_end`.
+
+    Raises:
+        ValueError: A weight is damaged, or has another name in the file than in the model.
+    """
+    names = [name for name in state_dict if name.startswith(prefix)]
+    stored = {name: state_dict[name] for name in names}
+    decoded = dict(decode(names, stored.__getitem__))
+    changed = {name for name, weight in decoded.items() if weight is not stored[name]}
+    known = {name for name, _ in model.named_parameters(prefix.rstrip("."), remove_duplicate=False)}
+    if unknown := sorted(changed - known):
+        raise ValueError(
+            f"{unknown[0]} and {len(unknown) - 1} other packed or coded weights have other names "
+            f"in {type(model).__name__}, which load_state_dict does not translate: load the "
+            "checkpoint with from_pretrained, and start the training from there"
+        )
+    for name in names:
+        del state_dict[name]
+    state_dict.update(decoded)
 
 
 def names_loaded_from(model: PreTrainedModel) -> list[str]:

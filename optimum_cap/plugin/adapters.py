@@ -3,6 +3,7 @@
 This module is imported when `peft` has been loaded, and must not import it before.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Wrap `PeftModel.save_pretrained` and `AutoPeftModel*.from_pretrained`. Idempotent."""
+    """Wrap what saves and loads adapters of PEFT. Idempotent."""
     from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
+    from peft.config import PeftConfigMixin
 
     if hasattr(PeftModel.save_pretrained, "__wrapped__"):
         return
@@ -24,6 +26,8 @@ def register() -> None:
     for auto_class in auto_classes:
         loading = wrap_from_pretrained(auto_class.from_pretrained.__func__)
         auto_class.from_pretrained = classmethod(loading)
+    configs: Any = PeftConfigMixin
+    configs.from_peft_type = classmethod(wrap_from_peft_type(configs.from_peft_type.__func__))
 
 
 def wrap_save_pretrained(stock: Callable[..., None]) -> Callable[..., None]:
@@ -60,3 +64,24 @@ def wrap_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(cls, name, *args, **kwargs)
 
     return from_pretrained
+
+
+def wrap_from_peft_type(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `from_peft_type`, which makes configs of saved adapters, for `SparseLoraConfig`s.
+
+    Its adapters are saved with `peft_type` LORA, as whose config PEFT would read them.
+    """
+
+    @functools.wraps(stock)
+    def from_peft_type(cls: Any, **kwargs: Any) -> Any:
+        keep_sparsity = kwargs.pop("keep_sparsity", None)
+        config = stock(cls, **kwargs)
+        if keep_sparsity is None:
+            return config
+        from optimum_cap.training import SparseLoraConfig
+
+        names = [each.name for each in dataclasses.fields(config) if each.init]
+        values = {name: getattr(config, name) for name in names}
+        return SparseLoraConfig(**{**values, "keep_sparsity": keep_sparsity})
+
+    return from_peft_type

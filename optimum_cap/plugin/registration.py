@@ -76,26 +76,38 @@ class _RegisteringFinder(importlib.abc.MetaPathFinder):
 
     def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
         self._waiting = waiting
+        self._finding: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        register = self._waiting.pop(fullname, None)
-        if register is None:
+        if fullname not in self._waiting or fullname in self._finding:
             return None
-        # The other finders find the module, because it is no longer in `_waiting`.
-        spec = importlib.util.find_spec(fullname)
+        self._finding.add(fullname)  # so that the other finders find it
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._finding.discard(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderThenRegister(spec.loader, register)
-        if not self._waiting:
-            sys.meta_path.remove(self)
+            spec.loader = _LoaderThenRegister(spec.loader, lambda: self._loaded(fullname))
         return spec
+
+    def _loaded(self, fullname: str) -> None:
+        # Not when its spec is found, because many only ask whether a module is installed.
+        register = self._waiting.pop(fullname, None)
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if register is not None:
+            register()
 
 
 class _LoaderThenRegister(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, register: Callable[[], None]) -> None:
         self._loader = loader
         self._register = register
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)  # for those who ask for a spec without importing
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)

@@ -1,0 +1,42 @@
+"""Training of pruned models: zeros that stay zeros, with any optimizer and with LoRA.
+
+Fine-tuning fills the zeros of a pruned model unless something keeps them. `KeepSparsity` does so
+for transformers' `Trainer` and those built on it (TRL), `keep_sparsity` for a loop of your own.
+`SparseLoraConfig` trains adapters whose merge is exactly as sparse as the base model, and
+`merge_and_keep_sparsity` merges any other adapter and drops what would fill zeros.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from optimum_cap.training.sparsity import SparsityKeeper, keep_sparsity
+
+if TYPE_CHECKING:
+    from optimum_cap.training.callback import KeepSparsity
+    from optimum_cap.training.merging import merge_and_keep_sparsity
+    from optimum_cap.training.sparse_lora import SparseLoraConfig
+
+__all__ = [
+    "KeepSparsity",
+    "SparseLoraConfig",
+    "SparsityKeeper",
+    "keep_sparsity",
+    "merge_and_keep_sparsity",
+]
+
+# Imported lazily, because each needs the Trainer of transformers, or peft, which is optional.
+_MODULES = {
+    "KeepSparsity": "callback",
+    "SparseLoraConfig": "sparse_lora",
+    "merge_and_keep_sparsity": "merging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

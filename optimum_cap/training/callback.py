@@ -1,0 +1,72 @@
+"""A callback of transformers' `Trainer` that keeps the zeros of a pruned model."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from optimum_cap.training.sparsity import SparsityKeeper
+
+
+class KeepSparsity(TrainerCallback):
+    """Keep the zeros of a pruned model while it is trained.
+
+    Works with `Trainer` and those built on it (TRL's `SFTTrainer`, `DPOTrainer`), with any
+    optimizer, gradient accumulation, mixed precision, DDP and FSDP. The masks take one bit per
+    weight. See `keep_sparsity` for loops of your own.
+
+    Raises:
+        ValueError: When training begins: the model has no zeros, has lost zeros since it was
+            pruned, is offloaded, or has PEFT adapters.
+
+    Example:
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[KeepSparsity()])
+        trainer.train()
+        trainer.save_model("tuned")  # a sparse checkpoint
+    """
+
+    def __init__(self) -> None:
+        self._keeper: SparsityKeeper | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._remove()  # of a training that was interrupted
+        self._keeper = SparsityKeeper(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._keeper is not None:
+            self._keeper.mask_gradients()
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._keeper is not None:
+            self._keeper.mask_weights()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._keeper is not None:
+            self._keeper.remove()
+        self._keeper = None

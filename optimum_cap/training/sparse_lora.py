@@ -1,0 +1,191 @@
+"""LoRA adapters whose merge is exactly as sparse as the base model."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import LoraVariant
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+MARK = "keep_sparsity"
+"""The entry of `adapter_config.json` by which a sparse adapter is known when it is loaded."""
+
+
+@dataclass
+class SparseLoraConfig(LoraConfig):
+    """A LoRA adapter that leaves the zeros of a pruned model zero: (W + mask * scaling * BA) x.
+
+    The update is masked in every forward pass, so what is trained is exactly what is merged:
+    `merge_and_unload()` gives a model that is as sparse as its base and computes the same. A pass
+    takes about as many operations as without LoRA, but no more memory for gradients and optimizer
+    than LoRA. Layers without zeros get an ordinary LoRA adapter.
+
+    The adapter is saved as an ordinary LoRA adapter with an entry `keep_sparsity` in its config.
+    Without `optimum-cap`, PEFT warns that it ignores this entry, and the update is not masked.
+
+    Args:
+        keep_sparsity: Always `True`; it marks the adapter in `adapter_config.json`.
+
+    Raises:
+        ValueError: `keep_sparsity` is false, or, when the adapter is added to a model, a weight is
+            quantized, or a variant such as DoRA is asked for, which has an update of another form.
+
+    Example:
+        config = SparseLoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(pruned_model, config)
+    """
+
+    keep_sparsity: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_sparsity is not True:
+            raise ValueError(
+                f"keep_sparsity of a SparseLoraConfig must be True, got {self.keep_sparsity!r}: "
+                "use LoraConfig for an adapter that fills zeros when it is merged"
+            )
+        if self.target_parameters:
+            raise ValueError(
+                f"a SparseLoraConfig cannot adapt parameters of experts, got {MARK}=True with "
+                f"target_parameters={self.target_parameters}: name linear layers with "
+                "target_modules, or use LoraConfig and merge_and_keep_sparsity"
+            )
+        # Private, but documented for layers of one's own, which have no public way:
+        # https://huggingface.co/docs/peft/developer_guides/custom_models
+        self._register_custom_module({nn.Linear: SparseLoraLinear, Conv1D: SparseLoraLinear})
+
+
+class SparseLoraLinear(Linear):
+    """A linear layer with a LoRA adapter whose update is masked where the weight is zero."""
+
+    def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
+        config = kwargs["config"]
+        layer = base_layer.get_base_layer() if hasattr(base_layer, "get_base_layer") else base_layer
+        if not (layer.weight.is_floating_point() and layer.weight.ndim == 2):
+            raise ValueError(
+                f"the weights of a {type(layer).__name__} are quantized ({layer.weight.dtype}), so "
+                "their zeros cannot be kept: load the model without quantization, or use LoraConfig"
+            )
+        transposed = isinstance(layer, Conv1D)
+        config.fan_in_fan_out = transposed  # as PEFT sets it itself, with a warning
+        super().__init__(base_layer, adapter_name, is_target_conv_1d_layer=transposed, **kwargs)
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """Return what masks the update; `None` if the weight has no zeros to keep."""
+        variant = super().resolve_lora_variant(config=config, **kwargs)
+        if variant is not None:
+            raise ValueError(
+                f"a SparseLoraConfig cannot be combined with {type(variant).__name__}, whose "
+                "update is not a product of two matrices: leave that option out"
+            )
+        layer: Any = self.get_base_layer()
+        return MaskedUpdate() if (layer.weight == 0).any() else None
+
+
+class MaskedUpdate(LoraVariant):
+    """The product of A and B where the weight of the base layer is not zero."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to prepare: the mask is read from the weight, which is frozen."""
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Add the masked update times the input to the output of the base layer."""
+        weight = module.get_base_layer().weight
+        if module.fan_in_fan_out:
+            weight = weight.T
+        lora_b = module.lora_B[active_adapter]
+        device = x.device.type
+        # Autocast does not reach into the backward pass of a function of ours.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        update: torch.Tensor = MaskedProduct.apply(
+            module.lora_dropout[active_adapter](x).to(dtype),
+            module.lora_A[active_adapter].weight.to(dtype),
+            lora_b.weight.to(dtype),
+            weight,
+            module.scaling[active_adapter],
+        )
+        if lora_b.bias is not None:
+            update = update + lora_b.bias * module.scaling[active_adapter]
+        return result + update
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight with the masked update."""
+        return orig_weight + _masked_update(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """Add the masked update to the weight in place."""
+        orig_weight.data += _masked_update(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight without the update."""
+        return orig_weight.data - _masked_update(module, active_adapter, orig_weight)
+
+
+def _masked_update(module: Linear, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+    update = module.get_delta_weight(adapter).to(weight.dtype)
+    return update.masked_fill(weight == 0, 0)
+
+
+class MaskedProduct(torch.autograd.Function):
+    """x @ (mask * scaling * B @ A).T, which saves the factors rather than their product.
+
+    Autograd would save the masked product of every layer until the backward pass, as much memory as
+    a second model takes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        weight: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Multiply.
+
+        Args:
+            ctx: Context of autograd.
+            x: `[..., in]`.
+            lora_a: `[r, in]`.
+            lora_b: `[out, r]`.
+            weight: `[out, in]`, zero where the update is to be zero.
+            scaling: That of LoRA.
+
+        Returns:
+            `[..., out]`.
+        """
+        ctx.save_for_backward(x, lora_a, lora_b, weight)
+        ctx.scaling = scaling
+        return F.linear(x, _masked_product(lora_a, lora_b, weight, scaling))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of `x`, `lora_a` and `lora_b`."""
+        x, lora_a, lora_b, weight = ctx.saved_tensors
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output @ _masked_product(lora_a, lora_b, weight, ctx.scaling)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_product = grad_output.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_product.masked_fill_(weight == 0, 0).mul_(ctx.scaling)
+            grad_a = lora_b.T @ grad_product
+            grad_b = grad_product @ lora_a.T
+        return grad_x, grad_a, grad_b, None, None
+
+
+def _masked_product(
+    lora_a: torch.Tensor, lora_b: torch.Tensor, weight: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    return (lora_b @ lora_a).mul_(scaling).masked_fill_(weight == 0, 0)

@@ -1,0 +1,292 @@
+"""Masks that keep the zeros of a pruned model while it is trained."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+_LEAST_ZEROS = 0.01  # of a weight that counts as pruned, where no record says so
+
+# What FSDP, torch.compile and PEFT put into the names of parameters.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|base_layer)\.")
+
+
+def keep_sparsity(model: nn.Module, optimizer: Any) -> "SparsityKeeper":
+    """Keep the zeros of a pruned model from now on, through every step of an optimizer.
+
+    The weights that are zero now stay zero: their gradients are masked during the backward pass,
+    and the weights after each step, so it works with any optimizer, with weight decay, momentum
+    that exists already, and gradient accumulation.
+
+    Args:
+        model: A pruned model, also wrapped by DDP, FSDP or `torch.compile`. With FSDP, call this
+            after the model was wrapped.
+        optimizer: Its optimizer, also one that `accelerate` has prepared.
+
+    Returns:
+        The masks. `remove()` stops masking; in a `with` statement, it stops at the end.
+
+    Raises:
+        TypeError: `optimizer` is no `torch.optim.Optimizer`.
+        ValueError: The model has no zeros, has lost zeros since it was pruned, is offloaded, or has
+            PEFT adapters.
+
+    Example:
+        with keep_sparsity(model, optimizer):
+            for batch in batches:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+    stepping = getattr(optimizer, "optimizer", optimizer)  # that of accelerate has one inside
+    if not isinstance(stepping, torch.optim.Optimizer):
+        raise TypeError(
+            f"keep_sparsity needs a torch.optim.Optimizer, got a {type(optimizer).__name__}: call "
+            "mask_gradients() and mask_weights() of a SparsityKeeper around its steps instead"
+        )
+    keeper = SparsityKeeper(model)
+    keeper.follow(stepping)
+    return keeper
+
+
+class SparsityKeeper:
+    """Where the weights of a pruned model are zero: one bit per weight.
+
+    `keep_sparsity` and the callback `KeepSparsity` call its methods at the right moments.
+
+    Attributes:
+        zeros: Number of weights that are kept at zero, in this process.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Remember the zeros of the pruned weights that will be trained.
+
+        Gradients are masked from now on, before they are accumulated, so that clipping sees only
+        the gradients of weights that are trained. Where parameters are sharded (FSDP), call
+        `mask_gradients` before each step.
+
+        Args:
+            model: As for `keep_sparsity`.
+
+        Raises:
+            ValueError: As for `keep_sparsity`.
+        """
+        model = extract_model_from_parallel(model)
+        check_trainable(model)
+        self._masks = [
+            _Mask(parameter)
+            for parameter in pruned_parameters(model).values()
+            if parameter.requires_grad
+        ]
+        if not self._masks:
+            raise ValueError(
+                f"no weight of this {type(model).__name__} has zeros to keep and is trained: prune "
+                "the model before you train it, or train it without keeping zeros"
+            )
+        self.zeros = sum(mask.zeros for mask in self._masks)
+        self._sharded = _is_sharded(model)
+        self._handles: list[RemovableHandle] = []
+        if not self._sharded:
+            self._handles += [mask.mask_gradients_of_backward() for mask in self._masks]
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Mask the weights after each step of an optimizer, until `remove`."""
+        if self._sharded:
+            handle = optimizer.register_step_pre_hook(lambda *_: self.mask_gradients())
+            self._handles.append(handle)
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.mask_weights()))
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the accumulated gradients of the pruned weights to zero.
+
+        Only needed before a step if parameters are sharded, because the hooks that mask gradients
+        during the backward pass are not called then; it does nothing otherwise.
+        """
+        if self._sharded:
+            for mask in self._masks:
+                if mask.parameter.grad is not None:
+                    mask.apply_(mask.parameter.grad)
+
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        """Set the pruned weights to zero again."""
+        for mask in self._masks:
+            mask.apply_(mask.parameter)
+
+    def remove(self) -> None:
+        """Stop masking. The weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> "SparsityKeeper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class _Mask:
+    """The zeros of a parameter, or of the part of it that this process holds, as bits."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        pruned = _local(parameter.detach()) == 0
+        self.zeros = int(pruned.sum())
+        self._bits = pack_bits(pruned)
+
+    def mask_gradients_of_backward(self) -> RemovableHandle:
+        # Not in place, because autograd may use the gradient elsewhere. Not by multiplying, because
+        # 0 times an infinite gradient (float16) is no number.
+        return self.parameter.register_hook(
+            lambda gradient: gradient.masked_fill(self._pruned(gradient), 0)
+        )
+
+    def apply_(self, tensor: torch.Tensor) -> None:
+        tensor = _local(tensor)
+        tensor.masked_fill_(self._pruned(tensor), 0)
+
+    def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._bits.device != tensor.device:  # the model has been moved
+            self._bits = self._bits.to(tensor.device)
+        return unpack_bits(self._bits, tensor.numel()).view(tensor.shape)
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Return a boolean mask as uint8 `[ceil(n / 8)]` on the same device, 8 values in each byte."""
+    flat = mask.flatten().to(torch.uint8)
+    padded = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = torch.zeros(len(padded), dtype=torch.uint8, device=mask.device)
+    for place in range(8):
+        packed |= padded[:, place] << place
+    return packed
+
+
+def unpack_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the first `count` values of a mask that `pack_bits` has packed."""
+    # A table of all bytes, each with its 8 values: one read for 8 weights.
+    table = _table(packed.device)
+    return table[packed.int()].view(torch.bool)[:count]
+
+
+_tables: dict[torch.device, torch.Tensor] = {}
+
+
+def _table(device: torch.device) -> torch.Tensor:
+    """Return the bits of each byte as int64 `[256]`, whose 8 bytes are 0 or 1."""
+    if device not in _tables:
+        places = torch.arange(8, dtype=torch.uint8)
+        bits = torch.arange(256, dtype=torch.uint8)[:, None] >> places & 1
+        _tables[device] = bits.contiguous().view(torch.int64).flatten().to(device)
+    return _tables[device]
+
+
+def pruned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model that were pruned, by the names that they had then.
+
+    Without a record (the model was pruned by another tool), these are the parameters of at least
+    two dimensions of which at least 1 % are zero, embeddings apart.
+
+    Args:
+        model: A model without a wrapper around it; modules inside may be wrapped by FSDP or PEFT.
+    """
+    record = getattr(model, "pruning_record", None)
+    parameters = dict(_clean_names(model))
+    if record is None:
+        others = {id(parameter) for parameter in _never_pruned(model)}
+        return {
+            name: parameter
+            for name, parameter in parameters.items()
+            if parameter.ndim > 1
+            and id(parameter) not in others
+            and (_local(parameter) == 0).float().mean() >= _LEAST_ZEROS
+        }
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    pruned: dict[str, nn.Parameter] = {}
+    for matrix in record.matrices:
+        name = matrix.name.partition("[")[0]  # experts of one parameter have an index
+        for candidate in (name, name.removeprefix(prefix)):
+            if candidate in parameters and not any(
+                parameters[candidate] is each for each in pruned.values()
+            ):
+                pruned[name] = parameters[candidate]
+    return pruned
+
+
+def _never_pruned(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield parameters with zeros of another kind: of padding tokens and of new adapters."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module.weight
+        elif hasattr(module, "adapter_layer_names"):  # a layer of PEFT
+            for name, parameter in module.named_parameters():
+                if not name.startswith("base_layer."):
+                    yield parameter
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Check that the zeros of a model are those of its pruning, and that they can be kept.
+
+    Raises:
+        ValueError: The weights are offloaded, have adapters, or zeros have been filled.
+    """
+    kind = type(model).__name__
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"weights of this {kind} are offloaded, and such weights cannot be trained: load the "
+            "model without device_map"
+        )
+    if any(name != clean and "base_layer" in name for name, clean in _renamed(model)):
+        raise ValueError(
+            f"this {kind} has PEFT adapters, which are trained while the pruned weights stay as "
+            "they are: train without KeepSparsity, with a SparseLoraConfig, or merge the adapter "
+            "with merge_and_keep_sparsity afterwards"
+        )
+    record = getattr(model, "pruning_record", None)
+    if record is None or record.zeros_after is None or _is_sharded(model):
+        return
+    filled = record.zeros_after - _zeros_of(model)
+    if filled > 0:
+        raise ValueError(
+            f"{filled:,} of the {record.zeros_after:,} zeros of this {kind} have been filled since "
+            "it was pruned, for example by training: load the pruned checkpoint again, and keep "
+            "its zeros from the first step on"
+        )
+
+
+def _zeros_of(model: nn.Module) -> int:
+    return sum(int((each == 0).sum()) for each in pruned_parameters(model).values())
+
+
+def _renamed(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, _ in model.named_parameters():
+        yield name, _WRAPPERS.sub("", name)
+
+
+def _clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield _WRAPPERS.sub("", name), parameter
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds, sharing its memory."""
+    if torch.distributed.is_available() and isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    return any(isinstance(each, DTensor) for each in model.parameters()) or any(
+        isinstance(each, FullyShardedDataParallel) for each in model.modules()
+    )
