@@ -105,7 +105,8 @@ def answer_loss(
         for row, values, targets in zip(rows, losses, labels[:, 1:], strict=True):
             sums[row.kind] += float(values.sum())
             counts[row.kind] += int((targets != -100).sum())
-    return {kind: sums[kind] / counts[kind] for kind in KINDS if counts[kind]}
+    kinds = dict.fromkeys(problem.kind for problem in problems)
+    return {kind: sums[kind] / counts[kind] for kind in kinds if counts[kind]}
 
 
 def load_problems(split: str, limit: int | None = None) -> list[Problem]:
