@@ -34,6 +34,7 @@ from optimum_cap.checkpoint.saving import (
     name_base_of_adapters,
     names_loaded_from,
     save_smaller,
+    set_checkpoint,
 )
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "names_loaded_from",
     "read_record",
     "save_smaller",
+    "set_checkpoint",
     "unit_label",
     "upload",
     "validate_shards",

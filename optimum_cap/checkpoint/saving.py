@@ -64,6 +64,20 @@ def attach(
     model.push_to_hub = PushPruned(model, state)
 
 
+def set_checkpoint(model: PreTrainedModel, name: str) -> None:
+    """Say that a model was loaded from a checkpoint, instead of from a copy of its files.
+
+    Args:
+        model: A pruned model, or one whose record is missing.
+        name: Folder or repository of the checkpoint.
+    """
+    model.name_or_path = model.config.name_or_path = name
+    saving = model.__dict__.get("save_pretrained")
+    if isinstance(saving, SavePruned):
+        saving.state.dense_name = saving.state.checkpoint = name
+        saving.state.loaded_from = [name]
+
+
 def _decode_state_dict(
     model: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any
 ) -> None:

@@ -10,6 +10,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import resolve_revision
 
 from optimum_cap.config import CAPConfig
+from optimum_cap.plugin.decoding import DenseCopyNeeded, is_to_be_quantized, load_dense_copy
 from optimum_cap.plugin.quantizer import (
     attach_saved_record,
     find_record,
@@ -63,6 +64,17 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(kwargs.get("quantization_config"), CAPConfig):
             _check_no_adapter(pretrained_model_name_or_path, hub, kwargs)
             _check_not_pruned(pretrained_model_name_or_path, hub, kwargs, by_keyword)
+
+        def load_decoded() -> Any:
+            return load_dense_copy(
+                lambda folder, **others: cls.from_pretrained(folder, *args, **others),
+                pretrained_model_name_or_path,
+                hub,
+                kwargs,
+            )
+
+        if is_to_be_quantized(pretrained_model_name_or_path, hub, kwargs):
+            return load_decoded()
         if "trust_remote_code" in kwargs:
             hub["trust_remote_code"] = kwargs["trust_remote_code"]
         reset = hub_arguments.set(hub)
@@ -74,6 +86,8 @@ def wrap_model_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
             has_files = pretrained_model_name_or_path is not None
             try:
                 loaded = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+            except DenseCopyNeeded:
+                return load_decoded()
             except Exception as error:
                 _explain(error, pretrained_model_name_or_path, hub, variant)
                 raise

@@ -25,6 +25,7 @@ from transformers.utils import cached_file, logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import coded, is_coded, unpack
+from optimum_cap.plugin.decoding import DenseCopyNeeded
 from optimum_cap.version import NEWEST_TRANSFORMERS, __version__
 
 if TYPE_CHECKING:
@@ -94,11 +95,12 @@ class CAPQuantizer(HfQuantizer):
             and torch.distributed.is_initialized()
             and torch.distributed.get_world_size() > 1
         ):
-            action = "load a packed or coded checkpoint" if self.pre_quantized else "prune a model"
+            if self.pre_quantized:
+                raise DenseCopyNeeded
             raise ValueError(
-                f"cannot {action} whose matrices are split over devices ({', '.join(parallel)}): "
-                "use one process, save with checkpoint_format='dense' (or `optimum-cli cap convert "
-                "--format dense`), and load the dense checkpoint in parallel"
+                f"cannot prune a model whose matrices are split over devices "
+                f"({', '.join(parallel)}): use one process, save with checkpoint_format='dense', "
+                "and load that checkpoint in parallel"
             )
         if self.pre_quantized:
             self.saved = read_saved_record(model.name_or_path)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from helpers.calibration import ROWS
+from helpers.checkpoints import pruned
 from helpers.paths import ROOT
 from helpers.processes import ranks
 from helpers.tiny_models import ARCHITECTURES, MOE, tiny_model, tiny_tokenizer
@@ -512,17 +513,60 @@ print("same")
     assert result.stdout.strip() == "same", result.stderr
 
 
-@pytest.mark.slow
-def test_a_packed_checkpoint_is_not_split_over_ranks_while_it_is_read(packed: Path) -> None:
-    """Two real ranks: each is told what to do, instead of reading half a mask."""
-    script = f"""
+SPLITTING = """
+import sys, tempfile, torch
+tempfile.tempdir = sys.argv[2]
 import optimum_cap
 from transformers import AutoModelForCausalLM
+from optimum_cap import CAPConfig
+torch.set_num_threads(1)
 try:
-    AutoModelForCausalLM.from_pretrained({str(packed)!r}, tp_plan="auto")
-except ValueError as error:
-    assert "save with checkpoint_format='dense'" in str(error), error
-    print("refused")
+    config = CAPConfig(sparsity=0.5, criterion="magnitude") if sys.argv[3] == "prune" else None
+    model = AutoModelForCausalLM.from_pretrained(
+        sys.argv[1], tp_plan="auto", pruning_config=config
+    )
+except (ValueError, OSError) as error:
+    print(type(error).__name__, error)
+    sys.exit()
+weight = model.model.layers[1].mlp.up_proj.weight
+local = weight.to_local() if hasattr(weight, "to_local") else weight
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(4, 24)[None]).logits
+print(len(local), float(logits.double().sum()), model.name_or_path == sys.argv[1])
 """
-    done = ranks(script=script)
-    assert [one.stdout.strip() for one in done] == ["refused"] * 2, done[0].stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_format", ["packed", "coded"])
+def test_a_checkpoint_is_split_over_ranks_while_it_is_loaded(
+    checkpoint_format: str, tmp_path: Path
+) -> None:
+    """One of two real ranks decodes it to a folder, from which both read."""
+    model = pruned(checkpoint_format=checkpoint_format)
+    model.save_pretrained(tmp_path / "pruned")
+    (tmp_path / "temporary").mkdir()
+    with torch.no_grad():
+        expected = float(model(input_ids=torch.arange(4, 24)[None]).logits.double().sum())
+    rows = len(model.model.layers[1].mlp.up_proj.weight)
+    done = ranks(tmp_path / "pruned", tmp_path / "temporary", "load", script=SPLITTING)
+    for one in done:
+        count, total, same_name = one.stdout.split()
+        assert int(count) == rows // 2, one.stderr
+        assert float(total) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert same_name == "True"
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.slow
+def test_what_cannot_be_split_is_said_by_every_rank(packed: Path, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    done = ranks(tmp_path / "dense", tmp_path, "prune", script=SPLITTING)
+    for one in done:
+        assert "cannot prune a model whose matrices are split" in one.stdout, one.stderr
+    damaged = packed / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-100] ^= 1
+    damaged.write_bytes(data)
+    done = ranks(packed, tmp_path, "load", script=SPLITTING)
+    for one in done:
+        assert "model.safetensors" in one.stdout, one.stderr
