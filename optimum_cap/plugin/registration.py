@@ -55,6 +55,12 @@ def _register_pipeline() -> None:
     register()
 
 
+def _register_state_dicts() -> None:
+    from optimum_cap.plugin.state_dicts import register
+
+    register()
+
+
 def _register_adapters() -> None:
     from optimum_cap.plugin.adapters import register
 
@@ -67,6 +73,7 @@ _AFTER_LOADING: dict[str, Callable[[], None]] = {
     # Defines PreTrainedModel, which every from_pretrained needs, but `--help` does not.
     "transformers.modeling_utils": _register_keyword,
     "transformers.pipelines": _register_pipeline,
+    "accelerate.utils.modeling": _register_state_dicts,
     "peft": _register_adapters,
 }
 

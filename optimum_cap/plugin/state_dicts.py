@@ -1,0 +1,29 @@
+"""accelerate's `load_checkpoint_in_model` and `load_checkpoint_and_dispatch` on pruned checkpoints.
+
+This module is imported when `accelerate.utils.modeling` has been loaded.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def register() -> None:
+    """Wrap accelerate's reading of a weight file. Idempotent."""
+    from accelerate.utils import modeling
+
+    if not hasattr(modeling.load_state_dict, "__wrapped__"):
+        modeling.load_state_dict = wrap_load_state_dict(modeling.load_state_dict)
+
+
+def wrap_load_state_dict(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `load_state_dict(file)`, so that it decodes packed and coded weights."""
+
+    @functools.wraps(stock)
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        from optimum_cap.formats import decode
+
+        tensors = stock(*args, **kwargs)
+        return dict(decode(tensors, tensors.__getitem__))
+
+    return load_state_dict
