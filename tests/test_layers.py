@@ -66,6 +66,7 @@ TOUCH_PRIVATE_PARTS = {
     "models/compilation.py",
     "plugin/quantizer.py",
     "plugin/registration.py",
+    "training/recovery.py",
     "training/sparse_lora.py",
     "evaluation/harness.py",
 }

@@ -39,6 +39,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         "inspect",
         "convert",
         "compact",
+        "recover",
         "eval",
         "compare",
         "estimate",

@@ -15,6 +15,7 @@ from optimum_cap.checkpoint.record import (
     PruningRecord,
     count_units,
     describe_answers,
+    describe_recovery,
     describe_refinement,
     describe_removal,
 )
@@ -29,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|#&]|(?<!\w)_|_(?!\w)|!(?=\[)|://")
 _TAGS = ["optimum-cap", "pruning", "sparse"]
+_RECOVERED = ", then trained to predict what the dense model predicts. Its zeros were kept."
 _REFINED = (
     "; the kept weights of each layer were then fitted to the hidden states of the dense model."
 )
@@ -116,6 +118,7 @@ def model_card(
             }
         ),
         **({"Compacted": _compacted(record)} if record.compacted else {}),
+        **({"Recovered": _cell(describe_recovery(record.recovery))} if record.recovery else {}),
         "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),
@@ -132,6 +135,8 @@ def model_card(
         + (
             ". The weights have been changed since, which filled zeros."
             if record.lost_zeros
+            else _RECOVERED
+            if record.recovery
             else _REFINED
             if method.refine
             else ", without training."

@@ -13,6 +13,7 @@ from optimum_cap.commands.generate import GenerateCommand
 from optimum_cap.commands.inspect import InspectCommand
 from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import PruneCommand
+from optimum_cap.commands.recover import RecoverCommand
 from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.commands.study import StudyCommand
 
@@ -30,6 +31,7 @@ class CAPCommand(BaseOptimumCLICommand):
         CommandInfo("inspect", "Show what was pruned in a checkpoint and how.", InspectCommand),
         CommandInfo("convert", "Rewrite a checkpoint in another format.", ConvertCommand),
         CommandInfo("compact", "Remove what is zero from a model.", CompactCommand),
+        CommandInfo("recover", "Train a pruned model to match the dense one.", RecoverCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),
         CommandInfo("compare", "Compare pruned models with a dense one.", CompareCommand),
         CommandInfo("estimate", "Estimate the cost of a model or a study.", EstimateCommand),

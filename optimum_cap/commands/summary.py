@@ -16,7 +16,12 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 def print_summary(summary: "CheckpointSummary") -> None:
     """Print one line per fact: units, weights, sparsity, threshold, size."""
-    from optimum_cap.checkpoint import describe_answers, describe_refinement, describe_removal
+    from optimum_cap.checkpoint import (
+        describe_answers,
+        describe_recovery,
+        describe_refinement,
+        describe_removal,
+    )
 
     record = summary.record
     if record.scores:
@@ -27,6 +32,8 @@ def print_summary(summary: "CheckpointSummary") -> None:
         print(f"answers       {describe_answers(answers)}")
     if record.refine:
         print(f"refined       {describe_refinement(record.refine)} for each layer")
+    if record.recovery:
+        print(f"recovered     {describe_recovery(record.recovery)}")
     if record.removed:
         print(f"removed       {describe_removal(record.removed)}")
     for each in record.compacted:

@@ -3,7 +3,8 @@
 Fine-tuning fills the zeros of a pruned model unless something keeps them. `KeepSparsity` does so
 for transformers' `Trainer` and those built on it (TRL), `keep_sparsity` for a loop of your own.
 `SparseLoraConfig` trains adapters whose merge is exactly as sparse as the base model, and
-`merge_and_keep_sparsity` merges any other adapter and drops what would fill zeros.
+`merge_and_keep_sparsity` merges any other adapter and drops what would fill zeros. `recover` trains
+a pruned model for some minutes to predict what the dense model predicts.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from optimum_cap.training.sparsity import SparsityKeeper, keep_sparsity
 if TYPE_CHECKING:
     from optimum_cap.training.callback import KeepSparsity
     from optimum_cap.training.merging import merge_and_keep_sparsity
+    from optimum_cap.training.recovery import recover
     from optimum_cap.training.sparse_lora import SparseLoraConfig
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "SparsityKeeper",
     "keep_sparsity",
     "merge_and_keep_sparsity",
+    "recover",
 ]
 
 # Imported lazily, because each needs the Trainer of transformers, or peft, which is optional.
@@ -29,6 +32,7 @@ _MODULES = {
     "KeepSparsity": "callback",
     "SparseLoraConfig": "sparse_lora",
     "merge_and_keep_sparsity": "merging",
+    "recover": "recovery",
 }
 
 

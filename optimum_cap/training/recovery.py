@@ -1,0 +1,534 @@
+"""Recovery of a pruned model: short distillation from the dense model that keeps its zeros."""
+
+import copy
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.utils import logging
+
+from optimum_cap.config import CAPConfig
+from optimum_cap.data import (
+    Batch,
+    CalibrationExample,
+    batches,
+    build_calibration_set,
+    check_token_ids,
+    usable_tokenizer,
+)
+from optimum_cap.models import (
+    ModelView,
+    hidden_states_of,
+    longest_sequence,
+    number_of_embeddings,
+    plain_model,
+    scored_logits,
+)
+from optimum_cap.runtime import digest_of, examples_digest, machine, model_digest
+from optimum_cap.text import public_name
+from optimum_cap.training.callback import KeepSparsity
+from optimum_cap.training.sparsity import check_trainable, pruned_parameters
+
+logger = logging.get_logger(__name__)
+
+_EVALUATIONS = 10  # during a recovery
+_PATIENCE = 3  # evaluations without a better one
+_HELD_OUT = 0.1  # of the examples
+_FEWEST = 16  # examples
+_LORA_RATE, _FULL_RATE = 1e-3, 1e-4
+_WEIGHTS = "weights.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """What a recovery did.
+
+    Attributes:
+        model: The model.
+        steps: Number of steps that were trained.
+        best_step: The step whose weights were taken, by the divergence.
+        divergence_before, divergence_after: Kullback-Leibler divergence of the predictions from
+            those of the dense model on examples left out of training, nats per scored token.
+    """
+
+    model: PreTrainedModel
+    steps: int
+    best_step: int
+    divergence_before: float
+    divergence_after: float
+
+
+def recover(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    dataset: Any = "gsm8k",
+    steps: int = 200,
+    batch_size: int = 4,
+    num_samples: int = 512,
+    learning_rate: float | None = None,
+    lora_rank: int | None = None,
+    hidden_states: float = 0.0,
+    scored_tokens: str = "answer",
+    max_length: int | None = None,
+    seed: int = 0,
+    resume_dir: str | Path | None = None,
+) -> Recovery:
+    """Train a pruned model for some steps to predict what the dense model predicts.
+
+    The loss is the Kullback-Leibler divergence of its predictions from those of the dense model
+    (knowledge distillation, arXiv 1503.02531) at scored tokens. Pruned weights stay zero. A tenth
+    of the examples is left out; training stops early if the divergence on them no longer falls, and
+    the weights with the lowest one are taken. AdamW, with a rate that falls to 0 along a cosine, in
+    float32 (with bfloat16 autocast on GPUs that support it); the weights get their dtype back.
+
+    Args:
+        model: A pruned model, changed in place.
+        dense: The model before pruning; it is not changed.
+        tokenizer: Its tokenizer.
+        dataset: Data as for `CAPConfig`, for example answers that `cap generate` has written.
+        steps: Number of steps.
+        batch_size: Examples in a step.
+        num_samples: Examples in all, a tenth of which is left out.
+        learning_rate: Peak of the learning rate; `None` is 1e-4, or 1e-3 with LoRA.
+        lora_rank: Train adapters of this rank that leave zeros zero (`SparseLoraConfig`) and merge
+            them, instead of all weights. Takes less memory, needs `peft`.
+        hidden_states: Weight of the squared error of the hidden states after each layer, relative
+            to those of the dense model and averaged over the layers, which is added to the loss.
+        scored_tokens: `"answer"`, or `"all"`.
+        max_length: Longest example, in tokens; longer ones are left out.
+        seed: Seed of the choice and the order of examples.
+        resume_dir: Folder for intermediate states, so that an interrupted recovery resumes when it
+            is called again with the same arguments.
+
+    Raises:
+        ValueError: The model has no zeros or has lost some, the models do not belong together,
+            an argument is out of range, or training did not help; the model is then unchanged.
+        ImportError: `lora_rank` needs `peft`.
+
+    Example:
+        recovery = recover(pruned, dense, tokenizer, dataset="gsm8k", steps=200)
+        recovery.model.save_pretrained("recovered")
+    """
+    check_settings(steps, batch_size, num_samples, learning_rate, lora_rank, hidden_states)
+    student = plain_model(model)
+    check_trainable(student)
+    if not any(bool((each == 0).any()) for each in pruned_parameters(student).values()):
+        raise ValueError(
+            f"this {type(student).__name__} has no zeros to keep, so recover has nothing to do"
+        )
+    _check_belong_together(student, plain_model(dense))
+    config = CAPConfig(
+        sparsity=0.5,  # required, not used
+        dataset=dataset,
+        num_samples=num_samples,
+        scored_tokens=scored_tokens,
+        max_length=max_length,
+        seed=seed,
+    )
+    calibration = build_calibration_set(config, tokenizer, max_length=longest_sequence(student))
+    examples = calibration.examples
+    ids = [example.input_ids for example in examples]
+    check_token_ids(usable_tokenizer(tokenizer), ids, number_of_embeddings(student))
+    rate = learning_rate or (_LORA_RATE if lora_rank else _FULL_RATE)
+    settings = (steps, batch_size, rate, lora_rank, hidden_states, seed)
+    dense = plain_model(dense)
+    with (
+        _output_folder(student, dense, examples, settings, resume_dir) as (folder, hint),
+        _in_float32(student),
+        _in_float32(dense, only_on_cpu=True),
+    ):
+        trained = _with_adapters(student, lora_rank) if lora_rank else student
+        try:
+            trainer = _trainer(trained, student, dense, examples, folder, settings)
+            recovery = _train(trainer, folder, hint)
+        except BaseException:
+            if lora_rank:
+                trained.unload()
+            raise
+        if lora_rank:
+            from optimum_cap.training.merging import merge_and_keep_sparsity
+
+            merge_and_keep_sparsity(trained)
+    if resume_dir is not None:
+        _clear_when_saved(student, folder)
+    record = getattr(student, "pruning_record", None)
+    if record is not None:
+        details = {
+            "dense": public_name(dense.name_or_path),
+            "steps": recovery.best_step,
+            "batch_size": batch_size,
+            "learning_rate": rate,
+            "lora_rank": lora_rank,
+            "hidden_states": hidden_states,
+            "divergence_before": recovery.divergence_before,
+            "divergence_after": recovery.divergence_after,
+            "calibration": calibration.record,
+        }
+        student.pruning_record = dataclasses.replace(record, recovery=details)
+    return recovery
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel, only_on_cpu: bool = False) -> Iterator[None]:
+    """Compute in float32 for a while; also restore what `Trainer` changes in a model."""
+    dtype, training = model.dtype, model.training
+    settings = copy.deepcopy(model.config.__dict__)  # Trainer turns the cache off
+    requires_grad = {id(weight): weight.requires_grad for weight in model.parameters()}
+    if not only_on_cpu or model.device.type == "cpu":
+        model.float()
+    try:
+        yield
+    finally:
+        model.to(dtype).train(training)
+        model.config.__dict__.update(settings)
+        for weight in model.parameters():
+            weight.requires_grad = requires_grad.get(id(weight), True)
+            weight.grad = None
+
+
+def _clear_when_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Delete the states of a recovery once its result has been saved."""
+    saving = model.__dict__.get("save_pretrained")
+    if saving is None:
+        return
+    before = saving.state.when_saved
+
+    def clear() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if before is not None:
+            before()
+
+    saving.state.when_saved = clear
+
+
+def check_settings(
+    steps: int,
+    batch_size: int,
+    num_samples: int,
+    learning_rate: float | None,
+    lora_rank: int | None,
+    hidden_states: float,
+) -> None:
+    """Check the numbers that `recover` takes.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
+    least = {
+        "steps": (steps, 1),
+        "batch_size": (batch_size, 1),
+        "num_samples": (num_samples, _FEWEST),
+        "lora_rank": (1 if lora_rank is None else lora_rank, 1),
+    }
+    for name, (value, smallest) in least.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+    if learning_rate is not None and not 0 < learning_rate < 1:
+        raise ValueError(f"learning_rate must be between 0 and 1, got {learning_rate!r}")
+    if not 0 <= hidden_states < float("inf"):
+        raise ValueError(f"hidden_states must be a weight of at least 0, got {hidden_states!r}")
+
+
+def _check_belong_together(student: PreTrainedModel, dense: PreTrainedModel) -> None:
+    if student is dense:
+        raise ValueError("the pruned and the dense model are the same object: load the dense one")
+    ours, theirs = (
+        {name: tuple(weight.shape) for name, weight in each.named_parameters()}
+        for each in (student, dense)
+    )
+    if ours != theirs:
+        name = sorted(dict(ours.items() ^ theirs.items()))[0]
+        raise ValueError(
+            f"the dense {type(dense).__name__} is not the model that was pruned: {name} is "
+            f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} in the pruned "
+            f"{type(student).__name__}: name the model that it was made of"
+        )
+
+
+@contextmanager
+def _output_folder(
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    examples: list[CalibrationExample],
+    settings: tuple[Any, ...],
+    resume_dir: str | Path | None,
+) -> Iterator[tuple[Path, str]]:
+    """Yield a folder for the states of a training, and what to say when it is interrupted."""
+    if resume_dir is None:
+        with tempfile.TemporaryDirectory(prefix="optimum-cap-recovery-") as temporary:
+            yield Path(temporary), "no resume_dir was set, so it must start over"
+        return
+    subject = digest_of(
+        machine(student), model_digest(student), model_digest(dense), examples_digest(examples)
+    )
+    folder = Path(resume_dir) / "recovery" / digest_of(subject, *settings)[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder, f"its states are stored in {folder}; repeat it to resume"
+
+
+def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
+    """Return the student with sparse adapters in all layers that were pruned."""
+    from peft import get_peft_model
+
+    from optimum_cap.training.sparse_lora import SparseLoraConfig
+
+    modules = [
+        name.removesuffix(".weight")
+        for name, weight in pruned_parameters(student).items()
+        if weight.ndim == 2 and name.endswith(".weight")
+    ]
+    if not modules:
+        raise ValueError(
+            f"this {type(student).__name__} has no pruned linear layers to adapt, only experts: "
+            "train all weights (leave lora_rank out)"
+        )
+    config = SparseLoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
+    return get_peft_model(student, config)
+
+
+def _trainer(
+    trained: Any,
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    examples: list[CalibrationExample],
+    folder: Path,
+    settings: tuple[Any, ...],
+) -> "DistillationTrainer":
+    steps, batch_size, rate, lora_rank, hidden_states, seed = settings
+    held_out = max(batch_size, round(_HELD_OUT * len(examples)))
+    every = max(1, steps // _EVALUATIONS)
+    on_gpu = student.device.type == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # an item is a batch
+        per_device_eval_batch_size=1,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(10, steps // 10),
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu,
+        seed=seed,
+        dataloader_pin_memory=False,
+    )
+    set_seed(seed)
+    callbacks: list[Any] = [EarlyStoppingCallback(_PATIENCE), _Progress()]
+    if lora_rank is None:
+        callbacks.append(KeepSparsity())
+    trainer = DistillationTrainer(
+        model=trained,
+        args=arguments,
+        train_dataset=batches(examples[held_out:], batch_size),
+        eval_dataset=batches(examples[:held_out], batch_size),
+        data_collator=_only_item,
+        callbacks=callbacks,
+        student=student,
+        dense=dense.eval(),
+        hidden_states=hidden_states,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Progress(TrainerCallback):
+    """A progress bar with the divergence on examples left out."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = logging.tqdm(
+            total=state.max_steps, initial=state.global_step, desc="Recovering", unit="step"
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self, "bar"):
+            self.bar.set_postfix(divergence=f"{kwargs['metrics']['eval_loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _only_item(items: list[Batch]) -> dict[str, Batch]:
+    [batch] = items
+    return {"batch": batch}
+
+
+def _train(trainer: "DistillationTrainer", folder: Path, hint: str) -> Recovery:
+    """Train, and take the best weights."""
+    start = folder / "start.safetensors"
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is None:
+        trainer.write_weights(start)
+        before = trainer.evaluate()["eval_loss"]
+        (folder / "before.txt").write_text(repr(before))
+    else:
+        logger.warning(f"resuming the recovery from {checkpoint}")
+        before = float((folder / "before.txt").read_text())
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        logger.warning(f"recovery stopped after step {trainer.state.global_step}: {hint}")
+        trainer.read_weights(start)
+        raise
+    steps, after = trainer.state.global_step, trainer.state.best_metric
+    if after is None or not after < before:
+        trainer.read_weights(start)
+        raise ValueError(
+            f"{steps} steps did not bring the model closer to the dense one (divergence "
+            f"{before:.4f} before, {after} at best), so it is unchanged: lower the learning rate, "
+            "or train longer"
+        )
+    best = Path(trainer.state.best_model_checkpoint or "").name.rpartition("-")[2]
+    return Recovery(trainer.student, steps, int(best), before, after)
+
+
+class DistillationTrainer(Trainer):
+    """A `Trainer` whose loss is the divergence from the predictions of a dense model.
+
+    Its checkpoints hold the trained weights under their own names, because `Trainer` would read
+    them from files of `save_pretrained`, where fused experts have other names.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        student: PreTrainedModel,
+        dense: PreTrainedModel,
+        hidden_states: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.student = student
+        self.dense = dense
+        self.hidden_states = hidden_states
+        self.views = (ModelView.of(student), ModelView.of(dense)) if hidden_states else None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss of a batch: the divergence, and the error of hidden states if wanted."""
+        divergence, error = self._divergence(inputs["batch"])
+        loss = divergence + self.hidden_states * error
+        return (loss, {}) if return_outputs else loss
+
+    def _divergence(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Return the divergence in nats per scored token, and the error of hidden states."""
+        with torch.no_grad(), self._captured(1) as dense_states:
+            expected = scored_logits(self.dense, batch)
+        with self._captured(0) as states:
+            logits = scored_logits(self.student, batch)
+        log_probabilities = logits.float().log_softmax(-1)
+        divergence = nn.functional.kl_div(
+            log_probabilities,
+            expected.to(logits.device).float().log_softmax(-1),
+            reduction="sum",
+            log_target=True,
+        ) / len(logits)
+        error = _relative_error(states, dense_states, batch) if self.views is not None else 0.0
+        return divergence, error
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, None, None]:
+        """Return the divergence of a batch that was left out."""
+        with torch.no_grad():
+            return self._divergence(inputs["batch"])[0], None, None
+
+    @contextmanager
+    def _captured(self, which: int) -> Iterator[list[torch.Tensor]]:
+        """Collect the hidden states after each layer of a model."""
+        states: list[torch.Tensor] = []
+        handles = []
+        if self.views is not None:
+            handles = [
+                layer.register_forward_hook(
+                    lambda module, args, output: states.append(hidden_states_of(output))
+                )
+                for layer in self.views[which].layers
+            ]
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {
+            name: weight.detach()
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
+
+    def write_weights(self, file: Path) -> None:
+        """Write the weights that are trained."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: each.contiguous() for name, each in self._trained().items()}, file)
+
+    def read_weights(self, file: Path) -> None:
+        """Read the weights that are trained."""
+        saved = load_file(file)
+        for name, weight in self._trained().items():
+            weight.copy_(saved[name])
+
+    # Private, because Trainer has no public way to choose what its checkpoints hold.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.write_weights(Path(output_dir or self.args.output_dir) / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.read_weights(Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        self.read_weights(Path(self.state.best_model_checkpoint) / _WEIGHTS)
+
+
+def _relative_error(
+    states: list[torch.Tensor], expected: list[torch.Tensor], batch: Batch
+) -> torch.Tensor:
+    """Return the squared error of hidden states relative to the expected ones, mean of layers."""
+    errors = []
+    for state, target in zip(states, expected, strict=True):
+        real = batch.real.to(state.device)
+        ours, theirs = state[real].float(), target.to(state.device)[real].float()
+        errors.append((ours - theirs).square().sum() / theirs.square().sum())
+    return torch.stack(errors).mean()

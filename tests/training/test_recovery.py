@@ -1,0 +1,159 @@
+"""Recovery brings a pruned model closer to the dense one, keeps its zeros, and resumes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.command_line import run_cap
+from helpers.paths import ROOT
+from helpers.tiny_models import tiny_model
+from helpers.training import same_masks, zero_masks
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+
+from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.checkpoint import inspect_checkpoint
+from optimum_cap.training import recover
+
+REASONER = ROOT / "examples/tiny_reasoner"
+DATA = str(REASONER / "data/calibration.jsonl")
+SHORT = {"dataset": DATA, "steps": 8, "num_samples": 48, "learning_rate": 3e-4}
+
+
+@pytest.fixture(scope="module")
+def dense() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(REASONER / "model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(REASONER / "model")
+
+
+@pytest.fixture
+def pruned(dense: PreTrainedModel) -> PreTrainedModel:
+    return CAPPruner(CAPConfig(sparsity=0.7, recipe="magnitude")).prune(copy.deepcopy(dense))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_rank": 4, "learning_rate": 2e-3}, {"hidden_states": 0.1}]
+)
+def test_a_model_comes_closer_and_keeps_its_zeros(
+    options: dict[str, Any], pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
+) -> None:
+    before, weights = zero_masks(pruned), copy.deepcopy(dense.state_dict())
+    recovery = recover(pruned, dense, tokenizer, **{**SHORT, **options})
+    assert recovery.divergence_after < 0.98 * recovery.divergence_before
+    assert recovery.model is pruned
+    assert same_masks(before, zero_masks(pruned))
+    assert all(torch.equal(weights[name], each) for name, each in dense.state_dict().items())
+    assert not any("lora" in name for name, _ in pruned.named_parameters())
+    record = pruned.pruning_record.recovery
+    assert record["divergence_after"] == recovery.divergence_after
+    assert record["steps"] == recovery.best_step
+    assert record["calibration"]["sources"][0]["rows"] == 384
+
+
+def test_half_precision_comes_back(
+    pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
+) -> None:
+    pruned.bfloat16()
+    frozen = pruned.model.norm.weight.requires_grad_(False)
+    recover(pruned, copy.deepcopy(dense).bfloat16(), tokenizer, **{**SHORT, "steps": 2})
+    assert pruned.dtype == torch.bfloat16
+    assert not frozen.requires_grad
+    assert all(each.requires_grad for each in pruned.parameters() if each is not frozen)
+    assert not pruned.training
+    assert pruned.config.use_cache
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4}])
+def test_an_interrupted_recovery_resumes_with_the_same_bytes(
+    options: dict[str, Any],
+    pruned: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = copy.deepcopy(pruned.state_dict())
+    whole = copy.deepcopy(pruned)
+    recover(whole, dense, tokenizer, **SHORT, **options)
+    own = Trainer.training_step
+    steps = []
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    with pytest.raises(KeyboardInterrupt):
+        recover(pruned, dense, tokenizer, **SHORT, **options, resume_dir=tmp_path)
+    assert all(torch.equal(start[name], each) for name, each in pruned.state_dict().items())
+    recover(pruned, dense, tokenizer, **SHORT, **options, resume_dir=tmp_path)
+    assert steps[6] == 5
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, pruned.state_dict()[name]), name
+    assert list((tmp_path / "recovery").iterdir())
+    pruned.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "recovery").iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4}])
+def test_training_that_does_not_help_changes_nothing(
+    options: dict[str, Any], pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
+) -> None:
+    before = copy.deepcopy(pruned.state_dict())
+    with pytest.raises(ValueError, match="did not bring the model closer to the dense one"):
+        recover(pruned, dense, tokenizer, **{**SHORT, "steps": 3, "learning_rate": 0.9, **options})
+    after = pruned.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], each) for name, each in after.items())
+
+
+def test_what_is_refused(pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any) -> None:
+    def refused(match: str, model: Any = pruned, other: Any = dense, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            recover(model, other, tokenizer, **{**SHORT, **options})
+
+    refused("steps must be an integer of at least 1, got 0", steps=0)
+    refused("num_samples must be an integer of at least 16, got 8", num_samples=8)
+    refused("lora_rank must be an integer of at least 1, got 0", lora_rank=0)
+    refused("learning_rate must be between 0 and 1, got 2", learning_rate=2)
+    refused("hidden_states must be a weight of at least 0, got -1", hidden_states=-1)
+    refused("are the same object", other=pruned)
+    refused("has no zeros to keep", model=copy.deepcopy(dense))
+    refused(r"is not the model that was pruned: lm_head.weight is", other=tiny_model("llama"))
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        REASONER / "model", pruning_config=CAPConfig(sparsity=0.7, recipe="magnitude")
+    )
+    model.save_pretrained(tmp_path / "pruned")
+    AutoTokenizer.from_pretrained(REASONER / "model").save_pretrained(tmp_path / "pruned")
+    output = tmp_path / "recovered"
+    call = ["recover", "-m", tmp_path / "pruned", "-o", output, "--dataset", DATA]
+    few = ["--steps", "4", "--num-samples", "32", "--resume-dir", tmp_path / "resume"]
+    status, _, err = run_cap(monkeypatch, capfd, [*call, *few])
+    assert status == 2
+    assert "does not say where its dense model" in err
+    assert "name it with --dense" in err
+    call += ["--dense", REASONER / "model"]
+    status, _, err = run_cap(monkeypatch, capfd, [*call, "--steps", "0"])
+    assert status == 2
+    assert "steps must be an integer of at least 1, got 0" in err
+    assert not output.exists()
+    status, out, err = run_cap(monkeypatch, capfd, [*call, *few])
+    assert status == 0, err
+    assert "steps of distillation from the dense model on calibration.jsonl" in out
+    record = inspect_checkpoint(output).record
+    assert record.sparsity == pytest.approx(0.7, abs=1e-4)
+    assert record.recovery["divergence_after"] < record.recovery["divergence_before"]
+    assert (output / "tokenizer.json").exists()
+    assert "trained to predict what the dense model predicts" in (output / "README.md").read_text()
