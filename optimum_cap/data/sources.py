@@ -268,6 +268,10 @@ def load_sources(dataset: Any) -> list[Source]:
         raise ValueError(
             f"dataset mixes texts with the preset name {names[0]!r}: pass names only, or texts only"
         )
+    if files := [row for row in rows if isinstance(row, str) and _split_preset(row)[0]]:
+        raise ValueError(
+            f"{files[0]!r} names no data file: after the =, write a json/jsonl/csv/parquet/txt file"
+        )
     if len(rows) == 0:
         raise ValueError("dataset is empty: pass at least one row")
     return [Source("in-memory", rows, _reader("in-memory", rows, {}), {})]

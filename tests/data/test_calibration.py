@@ -359,6 +359,8 @@ def test_tokenizer_without_padding_token_works() -> None:
         ({"path": "x.jsonl", "preset": "gsm9k"}, "unknown preset 'gsm9k'.*gsm8k"),
         ({"path": "gsm8k", "text_column": "x"}, "cannot be combined with the preset 'gsm8k'"),
         ([], "dataset is empty"),
+        (["gsm8k=a/folder", "gsm8k"], "mixes texts with the preset name 'gsm8k'"),
+        (["gsm8k=a/folder", "x.jsonl"], "'gsm8k=a/folder' names no data file: after the ="),
         (["gsm8k", "a text of its own"], "mixes texts with the preset name 'gsm8k'"),
         ([3, 4], "must be texts, pairs, chats or mappings, got int"),
         ([{"role": "user", "content": "x"}], "which columns.*found role, content.*prompt_column"),
