@@ -88,7 +88,7 @@ class RecoverCommand(CAPSubcommand):
             "--num-samples",
             type=int,
             default=512,
-            help="examples in all, a tenth of which is left out of training (default: 512)",
+            help="examples in all, a tenth of which (at most 32) is left out (default: 512)",
         )
         add_config_flags(parser, _FIELDS)
         add(

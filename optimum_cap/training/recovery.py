@@ -47,9 +47,10 @@ from optimum_cap.training.sparsity import check_trainable, pruned_parameters
 
 logger = logging.get_logger(__name__)
 
-_EVALUATIONS = 10  # during a recovery
-_PATIENCE = 3  # evaluations without a better one
+_EVALUATIONS = 5  # during a recovery
+_PATIENCE = 2  # evaluations without a better one
 _HELD_OUT = 0.1  # of the examples
+_MOST_HELD_OUT = 32  # examples, since evaluating them takes time from training
 _FEWEST = 16  # examples
 _LORA_RATE, _FULL_RATE = 1e-3, 1e-4
 _WEIGHTS = "weights.safetensors"
@@ -95,9 +96,10 @@ def recover(
 
     The loss is the Kullback-Leibler divergence of its predictions from those of the dense model
     (knowledge distillation, arXiv 1503.02531) at scored tokens. Pruned weights stay zero. A tenth
-    of the examples is left out; training stops early if the divergence on them no longer falls, and
-    the weights with the lowest one are taken. AdamW, with a rate that falls to 0 along a cosine, in
-    float32 (with bfloat16 autocast on GPUs that support it); the weights get their dtype back.
+    of the examples, at most 32, is left out; five times in all, the divergence on them is measured.
+    Training stops early if it no longer falls, and the weights with the lowest one are taken.
+    AdamW, with a rate that falls to 0 along a cosine, in float32 (with bfloat16 autocast on GPUs
+    that support it); the weights get their dtype back.
 
     Args:
         model: A pruned model, changed in place.
@@ -106,7 +108,7 @@ def recover(
         dataset: Data as for `CAPConfig`, for example answers that `cap generate` has written.
         steps: Number of steps.
         batch_size: Examples in a step.
-        num_samples: Examples in all, a tenth of which is left out.
+        num_samples: Examples in all, those left out included.
         learning_rate: Peak of the learning rate; `None` is 1e-4, or 1e-3 with LoRA.
         lora_rank: Train adapters of this rank that leave zeros zero (`SparseLoraConfig`) and merge
             them, instead of all weights. Takes less memory, needs `peft`.
@@ -313,7 +315,7 @@ def _trainer(
     settings: tuple[Any, ...],
 ) -> "DistillationTrainer":
     steps, batch_size, rate, lora_rank, hidden_states, seed = settings
-    held_out = max(batch_size, round(_HELD_OUT * len(examples)))
+    held_out = min(max(4, round(_HELD_OUT * len(examples))), _MOST_HELD_OUT)
     every = max(1, steps // _EVALUATIONS)
     on_gpu = student.device.type == "cuda"
     arguments = TrainingArguments(

@@ -204,6 +204,7 @@ def test_inspect_of_an_unreadable_repository_names_it(published: LoopbackHub, ru
     assert "user/dense" in done.stdout
 
 
+@pytest.mark.slow
 def test_prune_uploads_model_and_tokenizer_in_one_commit(
     published: LoopbackHub, run: Run, folder: Path
 ) -> None:

@@ -347,6 +347,7 @@ def test_unknown_hardware_is_named(name: str) -> None:
         find_hardware(name, SIZE)
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured() -> None:
     hardware = find_hardware("measured", SIZE)
     rates = (hardware.matmul, hardware.attention, hardware.float32, hardware.factor)

@@ -82,6 +82,7 @@ def reasoner_tokenizer() -> Any:
 # Accuracy
 
 
+@pytest.mark.slow
 def test_items_are_graded_as_the_example_grades_them() -> None:
     model, tokenizer = damaged_reasoner(), reasoner_tokenizer()
     problems = load_problems("test", 30)
@@ -146,6 +147,7 @@ def test_the_prompt_is_that_of_calibration(template: str | None) -> None:
     assert ids[0].tolist() == prompt.tolist()
 
 
+@pytest.mark.slow
 def test_typed_parts_reach_a_template_that_wants_them(data_dir: Path) -> None:
     typed = TEMPLATE.replace(
         "{{ m['content'] }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"

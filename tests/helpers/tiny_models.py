@@ -113,17 +113,15 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 }
 ARCHITECTURES = sorted(CONFIGS)
 
-# What the default run takes of them: one for each property that code has to treat in its own way.
-# The others run with `-m slow`. They repeat these properties: gemma2 and gemma3 (norms and windows
-# of gemma4), mistral (windows of mixtral), qwen2 (biases of gpt2), phi3 (fused projections), qwen3
-# and olmoe (norms of queries and keys of qwen3_moe); or they seldom need code of their own: opt (an
-# MLP that is no module), gemma3n (several hidden states per token).
+# What the default run takes of them: one for each property that code most often has to treat in its
+# own way. The others run with `-m slow`: gpt_neox (attention and MLP side by side), mixtral
+# (experts in every layer), opt (an MLP that is no module), gemma3n (several hidden states per
+# token), phi3 (fused projections), and those that repeat a property: gemma2, gemma3 and mistral
+# (norms and windows of gemma4), qwen2 (biases of gpt2), qwen3 and olmoe (norms of qwen3_moe).
 SAMPLE = (
     "llama",  # queries in groups, a head size of its own, a gated MLP
     "gemma4",  # inputs per layer, keys and values shared by layers, head sizes by layer, windows
     "gpt2",  # transposed weights (Conv1D), queries, keys and values fused, biases, no gate
-    "gpt_neox",  # attention and MLP side by side, queries, keys and values fused head by head
-    "mixtral",  # experts in every layer, windows
     "qwen3_moe",  # experts in some layers, an MLP in others, norms of queries and keys
 )
 SAMPLED = [

@@ -269,6 +269,7 @@ def test_unfinished_files_of_killed_processes_are_removed(tmp_path: Path) -> Non
     assert {file.name for file in tmp_path.iterdir()} == left | {"key"}
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_leaves_nothing_for_good(tmp_path: Path) -> None:
     code = f"""
 import os, signal

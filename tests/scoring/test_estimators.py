@@ -457,6 +457,7 @@ def test_adaptive_spends_where_the_interval_is_wide(
     assert measured == [(12, 4)], "one round is the least"
 
 
+@pytest.mark.slow
 def test_adaptive_meets_a_lack_of_memory_once(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -101,6 +101,7 @@ def test_every_cell_has_its_rows(values: dict[str, Any], tmp_path: Path) -> None
     assert [row["value"] for row in saved] == [str(row["value"]) for row in all_rows]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux")
 def test_every_pruned_cell_says_what_pruning_took(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -332,6 +333,7 @@ def test_scores_are_measured_once_per_calibration_set(
     assert len(runs) == 2
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_only_what_is_new(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

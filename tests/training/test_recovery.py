@@ -55,6 +55,7 @@ def test_a_model_comes_closer_and_keeps_its_zeros(
     assert record["calibration"]["sources"][0]["rows"] == 384
 
 
+@pytest.mark.slow
 def test_half_precision_comes_back(
     pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
 ) -> None:
@@ -68,6 +69,7 @@ def test_half_precision_comes_back(
     assert pruned.config.use_cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4}])
 def test_an_interrupted_recovery_resumes_with_the_same_bytes(
     options: dict[str, Any],
@@ -102,6 +104,7 @@ def test_an_interrupted_recovery_resumes_with_the_same_bytes(
     assert not list((tmp_path / "recovery").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4}])
 def test_training_that_does_not_help_changes_nothing(
     options: dict[str, Any], pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
@@ -129,6 +132,7 @@ def test_what_is_refused(pruned: PreTrainedModel, dense: PreTrainedModel, tokeni
     refused(r"is not the model that was pruned: lm_head.weight is", other=tiny_model("llama"))
 
 
+@pytest.mark.slow
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

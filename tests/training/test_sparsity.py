@@ -202,6 +202,7 @@ def test_the_callback_keeps_zeros_and_saves_a_sparse_checkpoint(bf16: bool, tmp_
         assert loaded.pruning_record.zeros == sum(int(mask.sum()) for mask in before.values())
 
 
+@pytest.mark.slow
 def test_the_callback_works_twice(tmp_path: Path) -> None:
     model = pruned()
     before = zero_masks(model)
@@ -224,6 +225,7 @@ def test_a_training_resumes_from_its_checkpoint(checkpoint_format: str, tmp_path
         assert torch.equal(weight, resumed.get_parameter(name)), name
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = pruned()
     before = zero_masks(model)
@@ -308,6 +310,7 @@ print(same, float(weights["model.layers.1.mlp.up_proj.weight"].abs().sum()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_processes(wrapper: str) -> None:
     outputs = [process.stdout.split() for process in ranks(wrapper, script=SCRIPT)]
