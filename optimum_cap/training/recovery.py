@@ -364,22 +364,38 @@ def _trainer(
 
 
 class _Progress(TrainerCallback):
-    """A progress bar with the divergence on examples left out."""
+    """Progress bars of the training, with the divergence on examples left out, and of measuring it.
+
+    Those of `Trainer` print its log to stdout, which is for results.
+    """
+
+    def __init__(self) -> None:
+        self._steps: Any = None
+        self._measuring: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = logging.tqdm(
+        self._steps = logging.tqdm(
             total=state.max_steps, initial=state.global_step, desc="Recovering", unit="step"
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(1)
+        self._steps.update()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._measuring is None:
+            self._measuring = logging.tqdm(
+                total=len(kwargs["eval_dataloader"]), desc="Measuring", unit="batch", leave=False
+            )
+        self._measuring.update()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hasattr(self, "bar"):
-            self.bar.set_postfix(divergence=f"{kwargs['metrics']['eval_loss']:.4f}")
+        self._measuring.close()
+        self._measuring = None
+        if self._steps is not None:
+            self._steps.set_postfix(divergence=f"{kwargs['metrics']['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        self._steps.close()
 
 
 def _only_item(items: list[Batch]) -> dict[str, Batch]:
