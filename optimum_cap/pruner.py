@@ -146,7 +146,8 @@ class CAPPruner:
             check_experts(view, matrices)
         zeros = _number_of_zeros(view, matrices, config.sparsity)
         _check_pattern(view, matrices, config.pattern)
-        _check_zeros(zeros_before, zeros, config, getattr(plain, "pruning_record", None))
+        before = getattr(plain, "pruning_record", None)
+        _check_zeros(zeros_before, zeros, config, before)
         process_group = ProcessGroup.current()
 
         def check_prompts(prompts: list[CalibrationExample]) -> None:
@@ -178,6 +179,7 @@ class CAPPruner:
             base_revision=base_revision,
             zeros_before=zeros_before,
             zeros_after=record.zeros,
+            recovery=before.recovery if before is not None else [],
         )
         _report_other_zeros(record, zeros, config)
         attach(plain, record, run.layer_store.clear if run.layer_store else None)

@@ -67,7 +67,6 @@ TOUCH_PRIVATE_PARTS = {
     "plugin/quantizer.py",
     "plugin/registration.py",
     "training/recovery.py",
-    "training/sparse_lora.py",
     "evaluation/harness.py",
 }
 

@@ -118,7 +118,7 @@ def model_card(
             }
         ),
         **({"Compacted": _compacted(record)} if record.compacted else {}),
-        **({"Recovered": _cell(describe_recovery(record.recovery))} if record.recovery else {}),
+        **({"Recovered": _recovered(record)} if record.recovery else {}),
         "Recipe": f"`{config['recipe']}` (criterion `{method.criterion}`, allocation "
         f"`{method.allocation}`, pattern `{config['pattern']}`)",
         **_evidence(record, sources),
@@ -139,7 +139,7 @@ def model_card(
             if record.recovery
             else _REFINED
             if method.refine
-            else ", without training."
+            else ". Pruning took no training."
         ),
         "",
         "| | |",
@@ -171,6 +171,11 @@ def _part(record: PruningRecord) -> str:
     if record.config["pattern"] == "structured":
         return f"{parts}, in amounts chosen by their measured effect on the predictions"
     return f"{parts}, chosen by {criterion.title}"
+
+
+def _recovered(record: PruningRecord) -> str:
+    """Return how the model was trained to predict what the dense one does."""
+    return "; then ".join(_cell(describe_recovery(each)) for each in record.recovery)
 
 
 def _compacted(record: PruningRecord) -> str:

@@ -153,8 +153,9 @@ class PruningRecord:
             nothing (`compact`): an entry of the form of `removed` for each time. Names and indices
             are those of the model before; scores, sensitivities and `dense` are of the model before
             all of them.
-        recovery: How the model was trained afterwards to predict what the dense one does
-            (`optimum_cap.training.recover`): the arguments, and the divergences before and after.
+        recovery: How the model was trained to predict what the dense one does
+            (`optimum_cap.training.recover`): for each time the arguments, and the divergences
+            before and after.
     """
 
     config: dict[str, Any]
@@ -172,7 +173,7 @@ class PruningRecord:
     dense: list[DenseWeights] = field(default_factory=list)
     removed: dict[str, Any] = field(default_factory=dict)
     compacted: list[dict[str, Any]] = field(default_factory=list)
-    recovery: dict[str, Any] = field(default_factory=dict)
+    recovery: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def sensitivities_are(self) -> str:
@@ -233,8 +234,8 @@ class PruningRecord:
             _check_removed("removed", record.removed)
         for index, step in enumerate(record.compacted):
             _check_removed(f"compacted[{index}]", step)
-        if record.recovery:
-            _check_recovery(record.recovery)
+        for index, step in enumerate(record.recovery):
+            _check_recovery(f"recovery[{index}]", step)
         # Also fills in fields that configs did not have when the record was written.
         return dataclasses.replace(record, config=CAPConfig.from_dict(record.config).to_dict())
 
@@ -395,25 +396,24 @@ def describe_removal(removed: Mapping[str, Any]) -> str:
     )
 
 
-def _check_recovery(recovery: dict[str, Any]) -> None:
+def _check_recovery(where: str, recovery: dict[str, Any]) -> None:
     """Check what a record says of a recovery."""
     if not is_count(recovery.get("steps")):
-        raise ValueError(f"recovery.steps must be a count, got {recovery.get('steps')!r:.80}")
+        raise ValueError(f"{where}.steps must be a count, got {recovery.get('steps')!r:.80}")
     for name in ("divergence_before", "divergence_after"):
         if not _is_number(recovery.get(name)):
-            raise ValueError(f"recovery.{name} must be a number, got {recovery.get(name)!r:.80}")
-    if not _is_object(recovery.get("calibration")):
-        raise ValueError(
-            f"recovery.calibration must be an object, got {recovery.get('calibration')!r:.80}"
-        )
-    _check_calibration(recovery["calibration"])
+            raise ValueError(f"{where}.{name} must be a number, got {recovery.get(name)!r:.80}")
+    calibration = recovery.get("calibration")
+    if not isinstance(calibration, dict):
+        raise ValueError(f"{where}.calibration must be an object, got {calibration!r:.80}")
+    _check_calibration(calibration)
 
 
 def describe_recovery(recovery: Mapping[str, Any]) -> str:
     """Return how a model was trained to predict like the dense one.
 
     Args:
-        recovery: `recovery` of a record.
+        recovery: An entry of `recovery` of a record.
     """
     sources = enumeration(
         [each["name"] for each in recovery["calibration"].get("sources", [])] or ["unknown data"]

@@ -21,7 +21,7 @@ from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import write_model_card
 from optimum_cap.checkpoint.record import PruningRecord
 from optimum_cap.checkpoint.transcoding import transcode_folder
-from optimum_cap.formats import decode
+from optimum_cap.formats import decode_state_dict
 from optimum_cap.models import (
     Matrix,
     has_adapters,
@@ -89,10 +89,9 @@ def _decode_state_dict(
     Raises:
         ValueError: A weight is damaged, or has another name in the file than in the model.
     """
-    names = [name for name in state_dict if name.startswith(prefix)]
-    stored = {name: state_dict[name] for name in names}
-    decoded = dict(decode(names, stored.__getitem__))
-    changed = {name for name, weight in decoded.items() if weight is not stored[name]}
+    stored = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+    decoded = decode_state_dict(stored)
+    changed = {name for name, value in decoded.items() if value is not stored[name]}
     known = {name for name, _ in model.named_parameters(prefix.rstrip("."), remove_duplicate=False)}
     if unknown := sorted(changed - known):
         raise ValueError(
@@ -100,7 +99,7 @@ def _decode_state_dict(
             f"in {type(model).__name__}, which load_state_dict does not translate: load the "
             "checkpoint with from_pretrained, and start the training from there"
         )
-    for name in names:
+    for name in stored:
         del state_dict[name]
     state_dict.update(decoded)
 

@@ -106,11 +106,11 @@ class RecoverCommand(CAPSubcommand):
         from optimum_cap.checkpoint import folder_of_model
         from optimum_cap.config import CAPConfig, effective
         from optimum_cap.runtime import default_folder
-        from optimum_cap.training.recovery import check_settings
+        from optimum_cap.training import check_recovery_settings
 
         values = config_values(vars(args))
         config = CAPConfig(sparsity=0.5, **effective({"resume_dir": default_folder()}, values))
-        check_settings(
+        check_recovery_settings(
             args.steps,
             args.batch_size,
             config.num_samples,

@@ -32,8 +32,8 @@ def print_summary(summary: "CheckpointSummary") -> None:
         print(f"answers       {describe_answers(answers)}")
     if record.refine:
         print(f"refined       {describe_refinement(record.refine)} for each layer")
-    if record.recovery:
-        print(f"recovered     {describe_recovery(record.recovery)}")
+    for each in record.recovery:
+        print(f"recovered     {describe_recovery(each)}")
     if record.removed:
         print(f"removed       {describe_removal(record.removed)}")
     for each in record.compacted:

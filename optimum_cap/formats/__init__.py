@@ -24,6 +24,7 @@ __all__ = [
     "check_parts",
     "coded",
     "decode",
+    "decode_state_dict",
     "encode_coded",
     "encode_dense",
     "encode_packed",
@@ -95,6 +96,28 @@ def decode(
         elif is_coded_weight(name, weight):
             weight = coded.decode(weight, name)
         yield name, weight
+
+
+def decode_state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with its packed and coded weights decoded, and all else as it was.
+
+    Args:
+        tensors: Values by name. A weight is packed if its mask and its shape are there too.
+
+    Raises:
+        ValueError: A packed or coded weight is damaged.
+    """
+    stored = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    parts = {name: (name, f"{name}_mask", f"{name}_shape") for name in stored}
+    packed = {name for name in stored if all(part in stored for part in parts[name])}
+    encoded = packed | {name for name, value in stored.items() if is_coded_weight(name, value)}
+    names = {part for name in encoded for part in parts[name] if part in stored}
+    decoded = dict(decode(names, stored.__getitem__))
+    return {
+        name: decoded.get(name, value)
+        for name, value in tensors.items()
+        if name not in names or name in decoded
+    }
 
 
 def check_parts(stored: Mapping[str, Stored], read: Callable[[str], torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ def register() -> None:
     """Wrap what saves and loads adapters of PEFT. Idempotent."""
     from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
     from peft.config import PeftConfigMixin
+    from peft.tuners.lora import LoraLayer
 
     if hasattr(PeftModel.save_pretrained, "__wrapped__"):
         return
@@ -28,6 +29,8 @@ def register() -> None:
         auto_class.from_pretrained = classmethod(loading)
     configs: Any = PeftConfigMixin
     configs.from_peft_type = classmethod(wrap_from_peft_type(configs.from_peft_type.__func__))
+    layers: Any = LoraLayer
+    layers.resolve_lora_variant = wrap_resolve_lora_variant(LoraLayer.resolve_lora_variant)
 
 
 def wrap_save_pretrained(stock: Callable[..., None]) -> Callable[..., None]:
@@ -85,3 +88,21 @@ def wrap_from_peft_type(stock: Callable[..., Any]) -> Callable[..., Any]:
         return SparseLoraConfig(**{**values, "keep_sparsity": keep_sparsity})
 
     return from_peft_type
+
+
+def wrap_resolve_lora_variant(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `LoraLayer.resolve_lora_variant`, which chooses how the adapters of a layer compute.
+
+    A layer may have adapters with and without a mask.
+    """
+
+    @functools.wraps(stock)
+    def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> Any:
+        variant = stock(self, config=config, **kwargs)
+        if not getattr(config, "keep_sparsity", False):
+            return variant
+        from optimum_cap.training import masked_variant
+
+        return masked_variant(self, variant)
+
+    return resolve_lora_variant

@@ -21,9 +21,8 @@ def wrap_load_state_dict(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def load_state_dict(*args: Any, **kwargs: Any) -> Any:
-        from optimum_cap.formats import decode
+        from optimum_cap.formats import decode_state_dict
 
-        tensors = stock(*args, **kwargs)
-        return dict(decode(tensors, tensors.__getitem__))
+        return decode_state_dict(stock(*args, **kwargs))
 
     return load_state_dict

@@ -15,14 +15,16 @@ from optimum_cap.training.sparsity import SparsityKeeper, keep_sparsity
 if TYPE_CHECKING:
     from optimum_cap.training.callback import KeepSparsity
     from optimum_cap.training.merging import merge_and_keep_sparsity
-    from optimum_cap.training.recovery import recover
-    from optimum_cap.training.sparse_lora import SparseLoraConfig
+    from optimum_cap.training.recovery import check_recovery_settings, recover
+    from optimum_cap.training.sparse_lora import SparseLoraConfig, masked_variant
 
 __all__ = [
     "KeepSparsity",
     "SparseLoraConfig",
     "SparsityKeeper",
+    "check_recovery_settings",
     "keep_sparsity",
+    "masked_variant",
     "merge_and_keep_sparsity",
     "recover",
 ]
@@ -31,6 +33,8 @@ __all__ = [
 _MODULES = {
     "KeepSparsity": "callback",
     "SparseLoraConfig": "sparse_lora",
+    "check_recovery_settings": "recovery",
+    "masked_variant": "sparse_lora",
     "merge_and_keep_sparsity": "merging",
     "recover": "recovery",
 }

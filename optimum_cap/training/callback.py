@@ -34,7 +34,7 @@ class KeepSparsity(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._remove()  # of a training that was interrupted
+        self.remove()  # of a training that was interrupted
         self._keeper = SparsityKeeper(kwargs["model"])
 
     def on_pre_optimizer_step(
@@ -64,9 +64,10 @@ class KeepSparsity(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._remove()
+        self.remove()
 
-    def _remove(self) -> None:
+    def remove(self) -> None:
+        """Stop keeping zeros, after a training that has not come to its end."""
         if self._keeper is not None:
             self._keeper.remove()
         self._keeper = None

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from optimum_cap.training.sparsity import pruned_parameters
+from optimum_cap.training.sparsity import check_zeros_are_left, is_plain, pruned_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -45,8 +46,8 @@ def merge_and_keep_sparsity(
 
     Raises:
         TypeError: `peft_model` is no `PeftModel`.
-        ValueError: The base model has no zeros, its weights are quantized, or the adapter cannot
-            be merged (prompt learning).
+        ValueError: The base model has no zeros or has lost some, its weights are quantized or
+            offloaded, or the adapter cannot be merged (prompt learning).
     """
     if not isinstance(peft_model, PeftModel):
         raise TypeError(
@@ -59,11 +60,21 @@ def merge_and_keep_sparsity(
             f"adapters of the method {method} are not part of the weights and cannot be merged"
         )
     base = peft_model.get_base_model()
+    if any(isinstance(each, BaseTunerLayer) and each.merged for each in base.modules()):
+        peft_model.unmerge_adapter()
     pruned = pruned_parameters(base)
+    for name, parameter in pruned.items():
+        if parameter.is_meta or not is_plain(parameter):
+            problem = "offloaded" if parameter.is_meta else f"quantized ({parameter.dtype})"
+            raise ValueError(
+                f"{name} is {problem}, so its zeros cannot be kept: load the base model again "
+                "without quantization or device_map, and the adapter onto it"
+            )
     if not any(bool((parameter == 0).any()) for parameter in pruned.values()):
         raise ValueError(
             f"this {type(base).__name__} has no zeros to keep: use merge_and_unload of PEFT"
         )
+    check_zeros_are_left(base)
     own = {id(parameter) for parameter in pruned.values()}
     lost = total = 0.0
     with warnings.catch_warnings():
@@ -71,14 +82,33 @@ def merge_and_keep_sparsity(
         warnings.filterwarnings("ignore", "Already following adapters were merged")
         warnings.filterwarnings("ignore", "All adapters are already merged")
         for layer in reversed(list(base.modules())):  # nested layers from the inner one outwards
-            if isinstance(layer, BaseTunerLayer):
+            norms = []
+            if isinstance(layer, ModulesToSaveWrapper):
+                norms = _mask_copies(layer, own)
+            elif isinstance(layer, BaseTunerLayer):
                 weights = [each for each in layer.parameters() if id(each) in own]
-                for dropped, update in _merge_masked(layer, weights, adapter_names):
-                    lost, total = lost + dropped, total + update
+                norms = _merge_masked(layer, weights, adapter_names)
+            lost += sum(dropped for dropped, _ in norms)
+            total += sum(update for _, update in norms)
         model = peft_model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
     share = lost / total if total else 0.0
     logger.info(f"{share:.1%} of the update of the adapter fell on zeros and was dropped")
     return MergedModel(model, share)
+
+
+@torch.no_grad()
+def _mask_copies(wrapper: ModulesToSaveWrapper, own: set[int]) -> list[tuple[float, float]]:
+    """Set the zeros of a module to zero in its trained copies, of which one will replace it.
+
+    Returns:
+        As `_merge_masked`.
+    """
+    norms = []
+    for name, old in wrapper.original_module.named_parameters():
+        if id(old) in own:
+            for copy in wrapper.modules_to_save.values():
+                norms.append(_mask(copy.get_parameter(name), old))
+    return norms
 
 
 @torch.no_grad()
@@ -93,10 +123,12 @@ def _merge_masked(
     before = [weight.clone() for weight in weights]
     if weights:
         layer.merge(safe_merge=True, adapter_names=adapter_names)
-    norms = []
-    for weight, old in zip(weights, before, strict=True):
-        update = weight.float() - old.float()
-        dropped = update[old == 0]
-        norms.append((float(dropped.square().sum()), float(update.square().sum())))
-        weight.masked_fill_(old == 0, 0)
-    return norms
+    return [_mask(weight, old) for weight, old in zip(weights, before, strict=True)]
+
+
+def _mask(weight: torch.Tensor, old: torch.Tensor) -> tuple[float, float]:
+    """Set a weight to zero where it was, and return the squared norms of that and of its change."""
+    update = weight.float() - old.float()
+    dropped = update[old == 0]
+    weight.masked_fill_(old == 0, 0)
+    return float(dropped.square().sum()), float(update.square().sum())

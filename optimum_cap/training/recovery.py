@@ -1,15 +1,16 @@
 """Recovery of a pruned model: short distillation from the dense model that keeps its zeros."""
 
-import copy
 import dataclasses
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -43,7 +44,11 @@ from optimum_cap.models import (
 from optimum_cap.runtime import digest_of, examples_digest, machine, model_digest
 from optimum_cap.text import public_name
 from optimum_cap.training.callback import KeepSparsity
-from optimum_cap.training.sparsity import check_trainable, pruned_parameters
+from optimum_cap.training.sparsity import (
+    check_trainable,
+    pruned_parameters,
+    trained_parameters,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +70,8 @@ class Recovery:
         steps: Number of steps that were trained.
         best_step: The step whose weights were taken, by the divergence.
         divergence_before, divergence_after: Kullback-Leibler divergence of the predictions from
-            those of the dense model on examples left out of training, nats per scored token.
+            those of the dense model on examples left out of training, nats per scored token; after
+            the weights have their dtype again.
     """
 
     model: PreTrainedModel
@@ -96,7 +102,7 @@ def recover(
 
     The loss is the Kullback-Leibler divergence of its predictions from those of the dense model
     (knowledge distillation, arXiv 1503.02531) at scored tokens. Pruned weights stay zero. A tenth
-    of the examples, at most 32, is left out; five times in all, the divergence on them is measured.
+    of the examples, at most 32, is left out; the divergence on them is measured about five times.
     Training stops early if it no longer falls, and the weights with the lowest one are taken.
     AdamW, with a rate that falls to 0 along a cosine, in float32 (with bfloat16 autocast on GPUs
     that support it); the weights get their dtype back.
@@ -129,14 +135,17 @@ def recover(
         recovery = recover(pruned, dense, tokenizer, dataset="gsm8k", steps=200)
         recovery.model.save_pretrained("recovered")
     """
-    check_settings(steps, batch_size, num_samples, learning_rate, lora_rank, hidden_states)
-    student = plain_model(model)
+    check_recovery_settings(steps, batch_size, num_samples, learning_rate, lora_rank, hidden_states)
+    student, dense = plain_model(model), plain_model(dense)
     check_trainable(student)
-    if not any(bool((each == 0).any()) for each in pruned_parameters(student).values()):
+    if lora_rank is None:
+        trained_parameters(student)
+    elif not _adaptable(student):
         raise ValueError(
-            f"this {type(student).__name__} has no zeros to keep, so recover has nothing to do"
+            f"this {type(student).__name__} has no linear layers with zeros to adapt: leave "
+            "lora_rank out if it has pruned experts, else there is nothing to recover"
         )
-    _check_belong_together(student, plain_model(dense))
+    _check_belong_together(student, dense)
     config = CAPConfig(
         sparsity=0.5,  # required, not used
         dataset=dataset,
@@ -151,24 +160,23 @@ def recover(
     check_token_ids(usable_tokenizer(tokenizer), ids, number_of_embeddings(student))
     rate = learning_rate or (_LORA_RATE if lora_rank else _FULL_RATE)
     settings = (steps, batch_size, rate, lora_rank, hidden_states, seed)
-    dense = plain_model(dense)
-    with (
-        _output_folder(student, dense, examples, settings, resume_dir) as (folder, hint),
-        _in_float32(student),
-        _in_float32(dense, only_on_cpu=True),
-    ):
-        trained = _with_adapters(student, lora_rank) if lora_rank else student
+    with _output_folder(student, dense, examples, settings, resume_dir) as folder:
+        start = folder / "start.safetensors"
+        if not start.exists():
+            _write_weights(start, dict(student.named_parameters()))
         try:
-            trainer = _trainer(trained, student, dense, examples, folder, settings)
-            recovery = _train(trainer, folder, hint)
-        except BaseException:
-            if lora_rank:
-                trained.unload()
+            with _in_float32(student) as dtypes, _in_float32(dense, only_on_cpu=True):
+                recovery = _distil(student, dense, examples, folder, settings, dtypes)
+        except BaseException as error:
+            _read_weights(start, dict(student.named_parameters()))
+            if isinstance(error, _NoGainError):  # repeating it would not help either
+                shutil.rmtree(folder, ignore_errors=True)
+            elif isinstance(error, KeyboardInterrupt):
+                hint = "no resume_dir was set, so it must start over"
+                if resume_dir is not None:
+                    hint = f"its states are stored in {folder}; repeat it to resume"
+                logger.warning(f"recovery stopped: the model is as before; {hint}")
             raise
-        if lora_rank:
-            from optimum_cap.training.merging import merge_and_keep_sparsity
-
-            merge_and_keep_sparsity(trained)
     if resume_dir is not None:
         _clear_when_saved(student, folder)
     record = getattr(student, "pruning_record", None)
@@ -184,26 +192,41 @@ def recover(
             "divergence_after": recovery.divergence_after,
             "calibration": calibration.record,
         }
-        student.pruning_record = dataclasses.replace(record, recovery=details)
+        student.pruning_record = dataclasses.replace(record, recovery=[*record.recovery, details])
     return recovery
 
 
+class _NoGainError(ValueError):
+    """Training has not brought the model closer to the dense one."""
+
+
 @contextmanager
-def _in_float32(model: PreTrainedModel, only_on_cpu: bool = False) -> Iterator[None]:
-    """Compute in float32 for a while; also restore what `Trainer` changes in a model."""
-    dtype, training = model.dtype, model.training
-    settings = copy.deepcopy(model.config.__dict__)  # Trainer turns the cache off
+def _in_float32(
+    model: PreTrainedModel, only_on_cpu: bool = False
+) -> Iterator[dict[int, torch.dtype]]:
+    """Compute with weights in float32 for a while, and restore what `Trainer` changes in a model.
+
+    Buffers keep their dtype, as `from_pretrained` leaves some in float32 in any model.
+
+    Yields:
+        The dtypes of the weights before and afterwards, by `id`.
+    """
+    training, cache = model.training, getattr(model.config, "use_cache", None)
+    dtypes = {id(weight): weight.dtype for weight in model.parameters()}
     requires_grad = {id(weight): weight.requires_grad for weight in model.parameters()}
     if not only_on_cpu or model.device.type == "cpu":
-        model.float()
-    try:
-        yield
-    finally:
-        model.to(dtype).train(training)
-        model.config.__dict__.update(settings)
         for weight in model.parameters():
-            weight.requires_grad = requires_grad.get(id(weight), True)
+            weight.data = weight.data.float()
+    try:
+        yield dtypes
+    finally:
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtypes[id(weight)])
+            weight.requires_grad = requires_grad[id(weight)]
             weight.grad = None
+        model.train(training)
+        if cache is not None:
+            model.config.use_cache = cache
 
 
 def _clear_when_saved(model: PreTrainedModel, folder: Path) -> None:
@@ -221,7 +244,7 @@ def _clear_when_saved(model: PreTrainedModel, folder: Path) -> None:
     saving.state.when_saved = clear
 
 
-def check_settings(
+def check_recovery_settings(
     steps: int,
     batch_size: int,
     num_samples: int,
@@ -272,18 +295,43 @@ def _output_folder(
     examples: list[CalibrationExample],
     settings: tuple[Any, ...],
     resume_dir: str | Path | None,
-) -> Iterator[tuple[Path, str]]:
-    """Yield a folder for the states of a training, and what to say when it is interrupted."""
+) -> Iterator[Path]:
+    """Yield a folder for the states of a training: one of its own, or a temporary one."""
     if resume_dir is None:
         with tempfile.TemporaryDirectory(prefix="optimum-cap-recovery-") as temporary:
-            yield Path(temporary), "no resume_dir was set, so it must start over"
+            yield Path(temporary)
         return
     subject = digest_of(
         machine(student), model_digest(student), model_digest(dense), examples_digest(examples)
     )
     folder = Path(resume_dir) / "recovery" / digest_of(subject, *settings)[:24]
     folder.mkdir(parents=True, exist_ok=True)
-    yield folder, f"its states are stored in {folder}; repeat it to resume"
+    yield folder
+
+
+def _write_weights(file: Path, weights: dict[str, Any]) -> None:
+    """Write weights by name, atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    save_file({name: each.detach().contiguous() for name, each in weights.items()}, unfinished)
+    unfinished.replace(file)
+
+
+@torch.no_grad()
+def _read_weights(file: Path, weights: dict[str, Any]) -> None:
+    """Read weights by name into tensors, in place."""
+    saved = load_file(file)
+    for name, weight in weights.items():
+        weight.copy_(saved[name])
+
+
+def _adaptable(student: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers that were pruned."""
+    return [
+        name.removesuffix(".weight")
+        for name, weight in pruned_parameters(student).items()
+        if weight.ndim == 2 and name.endswith(".weight") and (weight == 0).any()
+    ]
 
 
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
@@ -292,17 +340,7 @@ def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
 
     from optimum_cap.training.sparse_lora import SparseLoraConfig
 
-    modules = [
-        name.removesuffix(".weight")
-        for name, weight in pruned_parameters(student).items()
-        if weight.ndim == 2 and name.endswith(".weight")
-    ]
-    if not modules:
-        raise ValueError(
-            f"this {type(student).__name__} has no pruned linear layers to adapt, only experts: "
-            "train all weights (leave lora_rank out)"
-        )
-    config = SparseLoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
+    config = SparseLoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_adaptable(student))
     return get_peft_model(student, config)
 
 
@@ -339,15 +377,17 @@ def _trainer(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
         seed=seed,
         dataloader_pin_memory=False,
     )
+    # Private: where there are several GPUs, Trainer would split the batches over them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     set_seed(seed)
-    callbacks: list[Any] = [EarlyStoppingCallback(_PATIENCE), _Progress()]
+    progress, keep_sparsity = _Progress(), KeepSparsity()
+    callbacks: list[Any] = [EarlyStoppingCallback(_PATIENCE), progress]
     if lora_rank is None:
-        callbacks.append(KeepSparsity())
+        callbacks.append(keep_sparsity)
     trainer = DistillationTrainer(
         model=trained,
         args=arguments,
@@ -358,6 +398,7 @@ def _trainer(
         student=student,
         dense=dense.eval(),
         hidden_states=hidden_states,
+        when_ended=[progress.close, keep_sparsity.remove],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -394,8 +435,12 @@ class _Progress(TrainerCallback):
         if self._steps is not None:
             self._steps.set_postfix(divergence=f"{kwargs['metrics']['eval_loss']:.4f}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._steps.close()
+    def close(self) -> None:
+        """Close what is open, also of a training that has not come to its end."""
+        for bar in (self._measuring, self._steps):
+            if bar is not None:
+                bar.close()
+        self._measuring = self._steps = None
 
 
 def _only_item(items: list[Batch]) -> dict[str, Batch]:
@@ -403,33 +448,65 @@ def _only_item(items: list[Batch]) -> dict[str, Batch]:
     return {"batch": batch}
 
 
-def _train(trainer: "DistillationTrainer", folder: Path, hint: str) -> Recovery:
-    """Train, and take the best weights."""
-    start = folder / "start.safetensors"
+def _distil(
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    examples: list[CalibrationExample],
+    folder: Path,
+    settings: tuple[Any, ...],
+    dtypes: dict[int, torch.dtype],
+) -> Recovery:
+    """Train the student in float32, take the best weights, and round them to their dtypes."""
+    lora_rank = settings[3]
+    trained = _with_adapters(student, lora_rank) if lora_rank else student
+    try:
+        trainer = _trainer(trained, student, dense, examples, folder, settings)
+        try:
+            before, steps, best = _best_weights(trainer, folder)
+        finally:
+            trainer.end()
+        if lora_rank:
+            from optimum_cap.training.merging import merge_and_keep_sparsity
+
+            merge_and_keep_sparsity(trained)
+    except BaseException:
+        if lora_rank:
+            trained.unload()
+        raise
+    for weight in student.parameters():
+        weight.data = weight.data.to(dtypes[id(weight)]).float()
+    after = trainer.evaluate()["eval_loss"]
+    trainer.end()
+    if not after < before:
+        raise _NoGainError(
+            f"{steps} steps did not bring the model closer to the dense one (divergence "
+            f"{before:.4f} before, {after:.4f} at best), so it is unchanged: change the learning "
+            "rate, train longer, or, if the weights have 16 bits, load the model in float32"
+        )
+    return Recovery(student, steps, best, before, after)
+
+
+def _best_weights(trainer: "DistillationTrainer", folder: Path) -> tuple[float, int, int]:
+    """Train, or continue; return the divergence before, the steps in all, and the best step."""
+    before_file, end_file = folder / "before.json", folder / "end.json"
+    best_file = folder / "best.safetensors"
+    if end_file.exists():  # only the result was not saved
+        _read_weights(best_file, trainer.trained_weights())
+        steps, best = json.loads(end_file.read_text())
+        return json.loads(before_file.read_text()), steps, best
     checkpoint = get_last_checkpoint(str(folder))
     if checkpoint is None:
-        trainer.write_weights(start)
-        before = trainer.evaluate()["eval_loss"]
-        (folder / "before.txt").write_text(repr(before))
+        before: float = trainer.evaluate()["eval_loss"]
+        before_file.write_text(json.dumps(before))
     else:
         logger.warning(f"resuming the recovery from {checkpoint}")
-        before = float((folder / "before.txt").read_text())
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        logger.warning(f"recovery stopped after step {trainer.state.global_step}: {hint}")
-        trainer.read_weights(start)
-        raise
-    steps, after = trainer.state.global_step, trainer.state.best_metric
-    if after is None or not after < before:
-        trainer.read_weights(start)
-        raise ValueError(
-            f"{steps} steps did not bring the model closer to the dense one (divergence "
-            f"{before:.4f} before, {after} at best), so it is unchanged: lower the learning rate, "
-            "or train longer"
-        )
-    best = Path(trainer.state.best_model_checkpoint or "").name.rpartition("-")[2]
-    return Recovery(trainer.student, steps, int(best), before, after)
+        before = json.loads(before_file.read_text())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.state.global_step
+    best = int(Path(trainer.state.best_model_checkpoint or "-0").name.rpartition("-")[2])
+    _write_weights(best_file, trainer.trained_weights())
+    end_file.write_text(json.dumps([steps, best]))
+    return before, steps, best
 
 
 class DistillationTrainer(Trainer):
@@ -445,9 +522,11 @@ class DistillationTrainer(Trainer):
         student: PreTrainedModel,
         dense: PreTrainedModel,
         hidden_states: float,
+        when_ended: list[Callable[[], None]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.when_ended = when_ended
         self.student = student
         self.dense = dense
         self.hidden_states = hidden_states
@@ -467,9 +546,9 @@ class DistillationTrainer(Trainer):
 
     def _divergence(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the divergence in nats per scored token, and the error of hidden states."""
-        with torch.no_grad(), self._captured(1) as dense_states:
+        with torch.no_grad(), self._autocast(), self._captured(1) as dense_states:
             expected = scored_logits(self.dense, batch)
-        with self._captured(0) as states:
+        with self._autocast(), self._captured(0) as states:
             logits = scored_logits(self.student, batch)
         log_probabilities = logits.float().log_softmax(-1)
         divergence = nn.functional.kl_div(
@@ -488,9 +567,22 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, None, None]:
-        """Return the divergence of a batch that was left out."""
+        """Return the divergence of a batch that was left out.
+
+        It is weighted, so that `Trainer`'s mean over batches is a mean over their scored tokens.
+        """
+        batch: Batch = inputs["batch"]
+        held_out: Any = self.eval_dataset
+        mean_tokens = sum(int(each.scored.sum()) for each in held_out) / len(held_out)
         with torch.no_grad():
-            return self._divergence(inputs["batch"])[0], None, None
+            divergence, _ = self._divergence(batch)
+        return divergence * (int(batch.scored.sum()) / mean_tokens), None, None
+
+    def _autocast(self) -> torch.autocast:
+        """Compute in bfloat16 on GPUs that can; `Trainer` would do so for one model only."""
+        device = self.student.device.type
+        enabled = device == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
     @contextmanager
     def _captured(self, which: int) -> Iterator[list[torch.Tensor]]:
@@ -510,34 +602,34 @@ class DistillationTrainer(Trainer):
             for handle in handles:
                 handle.remove()
 
-    def _trained(self) -> dict[str, torch.Tensor]:
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights that are trained, by name."""
         return {
             name: weight.detach()
             for name, weight in self.model.named_parameters()
             if weight.requires_grad
         }
 
-    def write_weights(self, file: Path) -> None:
-        """Write the weights that are trained."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: each.contiguous() for name, each in self._trained().items()}, file)
-
-    def read_weights(self, file: Path) -> None:
-        """Read the weights that are trained."""
-        saved = load_file(file)
-        for name, weight in self._trained().items():
-            weight.copy_(saved[name])
+    def end(self) -> None:
+        """Leave the model without hooks and without what accelerate has put around it."""
+        for callback in self.when_ended:
+            callback()
+        extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
+        for model in (self.model, self.student):
+            model.__dict__.pop("_is_accelerate_prepared", None)
 
     # Private, because Trainer has no public way to choose what its checkpoints hold.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.write_weights(Path(output_dir or self.args.output_dir) / _WEIGHTS)
+        file = Path(output_dir or self.args.output_dir) / _WEIGHTS
+        _write_weights(file, self.trained_weights())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.read_weights(Path(resume_from_checkpoint) / _WEIGHTS)
+        _read_weights(Path(resume_from_checkpoint) / _WEIGHTS, self.trained_weights())
 
     def _load_best_model(self) -> None:
-        self.read_weights(Path(self.state.best_model_checkpoint) / _WEIGHTS)
+        file = Path(self.state.best_model_checkpoint or "") / _WEIGHTS
+        _read_weights(file, self.trained_weights())
 
 
 def _relative_error(

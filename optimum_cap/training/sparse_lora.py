@@ -6,13 +6,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from optimum_cap.training.sparsity import is_plain
 
 MARK = "keep_sparsity"
 """The entry of `adapter_config.json` by which a sparse adapter is known when it is loaded."""
+
+
+# Ways to initialise A and B that leave the weight of the base layer as it is.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass
@@ -22,7 +26,8 @@ class SparseLoraConfig(LoraConfig):
     The update is masked in every forward pass, so what is trained is exactly what is merged:
     `merge_and_unload()` gives a model that is as sparse as its base and computes the same. A pass
     takes about as many operations as without LoRA, but no more memory for gradients and optimizer
-    than LoRA. Layers without zeros get an ordinary LoRA adapter.
+    than LoRA. Layers without zeros get an ordinary LoRA adapter. Modules in `modules_to_save` are
+    not masked; `merge_and_keep_sparsity` masks them when it merges.
 
     The adapter is saved as an ordinary LoRA adapter with an entry `keep_sparsity` in its config.
     Without `optimum-cap`, PEFT warns that it ignores this entry, and the update is not masked.
@@ -31,8 +36,10 @@ class SparseLoraConfig(LoraConfig):
         keep_sparsity: Always `True`; it marks the adapter in `adapter_config.json`.
 
     Raises:
-        ValueError: `keep_sparsity` is false, or, when the adapter is added to a model, a weight is
-            quantized, or a variant such as DoRA is asked for, which has an update of another form.
+        ValueError: `keep_sparsity` is false, or `init_lora_weights` changes the weights of the base
+            model. When the adapter is added to a model: a weight with zeros is quantized, offloaded
+            or not that of a linear layer, or a variant such as DoRA is asked for, whose update has
+            another form.
 
     Example:
         config = SparseLoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -42,6 +49,12 @@ class SparseLoraConfig(LoraConfig):
     keep_sparsity: bool = field(default=True)
 
     def __post_init__(self) -> None:
+        if self.init_lora_weights not in _INITIALISATIONS:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the weights of the base "
+                "model, which fills its zeros: choose one of "
+                f"{', '.join(map(repr, _INITIALISATIONS))}"
+            )
         super().__post_init__()
         if self.keep_sparsity is not True:
             raise ValueError(
@@ -54,36 +67,48 @@ class SparseLoraConfig(LoraConfig):
                 f"target_parameters={self.target_parameters}: name linear layers with "
                 "target_modules, or use LoraConfig and merge_and_keep_sparsity"
             )
-        # Private, but documented for layers of one's own, which have no public way:
-        # https://huggingface.co/docs/peft/developer_guides/custom_models
-        self._register_custom_module({nn.Linear: SparseLoraLinear, Conv1D: SparseLoraLinear})
 
 
-class SparseLoraLinear(Linear):
-    """A linear layer with a LoRA adapter whose update is masked where the weight is zero."""
+def masked_variant(layer: LoraLayer, variant: LoraVariant | None) -> LoraVariant | None:
+    """Return what masks the update of a new adapter with a `SparseLoraConfig`.
 
-    def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
-        config = kwargs["config"]
-        layer = base_layer.get_base_layer() if hasattr(base_layer, "get_base_layer") else base_layer
-        if not (layer.weight.is_floating_point() and layer.weight.ndim == 2):
-            raise ValueError(
-                f"the weights of a {type(layer).__name__} are quantized ({layer.weight.dtype}), so "
-                "their zeros cannot be kept: load the model without quantization, or use LoraConfig"
-            )
-        transposed = isinstance(layer, Conv1D)
-        config.fan_in_fan_out = transposed  # as PEFT sets it itself, with a warning
-        super().__init__(base_layer, adapter_name, is_target_conv_1d_layer=transposed, **kwargs)
+    Args:
+        layer: The layer that gets the adapter.
+        variant: The variant of LoRA that PEFT has chosen, if any.
 
-    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
-        """Return what masks the update; `None` if the weight has no zeros to keep."""
-        variant = super().resolve_lora_variant(config=config, **kwargs)
-        if variant is not None:
-            raise ValueError(
-                f"a SparseLoraConfig cannot be combined with {type(variant).__name__}, whose "
-                "update is not a product of two matrices: leave that option out"
-            )
-        layer: Any = self.get_base_layer()
-        return MaskedUpdate() if (layer.weight == 0).any() else None
+    Returns:
+        The variant; `None` if the weight has no zeros to keep.
+
+    Raises:
+        ValueError: The zeros of the layer cannot be kept.
+    """
+    base: Any = layer.get_base_layer()
+    kind, weight = type(base).__name__, getattr(base, "weight", None)
+    if variant is not None:
+        raise ValueError(
+            f"a SparseLoraConfig cannot be combined with {type(variant).__name__}, whose update is "
+            "not a product of two matrices: leave that option out"
+        )
+    if weight is None:
+        raise ValueError(f"a SparseLoraConfig cannot adapt a {kind}: leave it out of the targets")
+    if weight.is_meta:
+        raise ValueError(
+            f"weights of a {kind} are offloaded, so their zeros cannot be seen: load the model "
+            "without device_map"
+        )
+    if not is_plain(weight):
+        raise ValueError(
+            f"the weights of a {kind} are quantized ({type(weight).__name__}, {weight.dtype}), so "
+            "their zeros cannot be kept: load the model without quantization, or use LoraConfig"
+        )
+    if not (weight == 0).any():
+        return None
+    if not isinstance(layer, Linear):
+        raise ValueError(
+            f"a {kind} with zeros cannot have a sparse adapter, only linear layers can: leave it "
+            "out of the targets, or use LoraConfig and merge_and_keep_sparsity"
+        )
+    return MaskedUpdate()
 
 
 class MaskedUpdate(LoraVariant):

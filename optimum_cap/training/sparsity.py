@@ -1,6 +1,7 @@
 """Masks that keep the zeros of a pruned model while it is trained."""
 
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,9 @@ _LARGE_CHUNK = 1 << 26  # elsewhere, so that a mask takes 64 MB at most
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
 
 # What FSDP, torch.compile and PEFT put into the names of parameters.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|base_layer)\.")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|base_layer|original_module)\."
+)
 
 
 def keep_sparsity(model: nn.Module, optimizer: Any) -> "SparsityKeeper":
@@ -85,21 +88,15 @@ class SparsityKeeper:
         """
         model = extract_model_from_parallel(model)
         check_trainable(model)
-        self._masks = [
-            _Mask(parameter)
-            for parameter in pruned_parameters(model).values()
-            if parameter.requires_grad
-        ]
-        if not self._masks:
-            raise ValueError(
-                f"no weight of this {type(model).__name__} has zeros to keep and is trained: prune "
-                "the model before you train it, or train it without keeping zeros"
-            )
+        self._masks = [_Mask(parameter) for parameter in trained_parameters(model)]
         self.zeros = sum(mask.zeros for mask in self._masks)
         self._sharded = _is_sharded(model)
         self._handles: list[RemovableHandle] = []
         if not self._sharded:
             self._handles += [mask.mask_gradients_of_backward() for mask in self._masks]
+        # A training that was interrupted leaves no hooks behind: those of gradients do not keep
+        # this object alive, the ones of the optimizer do.
+        weakref.finalize(self, _remove_all, self._handles)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Mask the weights after each step of an optimizer, until `remove`."""
@@ -128,15 +125,19 @@ class SparsityKeeper:
 
     def remove(self) -> None:
         """Stop masking. The weights stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove_all(self._handles)
 
     def __enter__(self) -> "SparsityKeeper":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 class _Mask:
@@ -149,11 +150,14 @@ class _Mask:
         self._bits = pack_bits(keep)
 
     def mask_gradients_of_backward(self) -> RemovableHandle:
-        return self.parameter.register_post_accumulate_grad_hook(self._mask_gradient)
+        reference = weakref.ref(self)
 
-    def _mask_gradient(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            self.apply_(parameter.grad)
+        def mask_gradient(parameter: torch.Tensor) -> None:
+            mask = reference()
+            if mask is not None and parameter.grad is not None:
+                mask.apply_(parameter.grad)
+
+        return self.parameter.register_post_accumulate_grad_hook(mask_gradient)
 
     def apply_(self, tensor: torch.Tensor) -> None:
         """Set the values of a tensor of the size of the parameter to zero where it was pruned."""
@@ -205,7 +209,7 @@ def pruned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a model that were pruned, by the names that they had then.
 
     Without a record (the model was pruned by another tool), these are the parameters of at least
-    two dimensions of which at least 1 % are zero, embeddings apart.
+    two dimensions of which at least 1 % are zero, except embeddings and what is all zeros.
 
     Args:
         model: A model without a wrapper around it; modules inside may be wrapped by FSDP or PEFT.
@@ -219,7 +223,7 @@ def pruned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             for name, parameter in parameters.items()
             if parameter.ndim > 1
             and id(parameter) not in others
-            and (_local(parameter) == 0).float().mean() >= _LEAST_ZEROS
+            and _LEAST_ZEROS <= (_local(parameter) == 0).float().mean() < 1
         }
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     pruned: dict[str, nn.Parameter] = {}
@@ -233,6 +237,38 @@ def pruned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return pruned
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the pruned parameters of a model that are trained.
+
+    Raises:
+        ValueError: There are none.
+    """
+    kind = type(model).__name__
+    pruned = [each for each in pruned_parameters(model).values() if (_local(each) == 0).any()]
+    trained = [each for each in pruned if each.requires_grad]
+    if trained or (_is_sharded(model) and pruned_parameters(model)):
+        return trained  # a process may hold no zeros of its own
+    if pruned:
+        raise ValueError(
+            f"all pruned weights of this {kind} are frozen (requires_grad is False), so their "
+            "zeros stay without KeepSparsity: leave it out"
+        )
+    if _is_sharded(model):
+        raise ValueError(
+            f"FSDP has flattened the parameters of this {kind}, so the pruned ones cannot be told "
+            "apart: set use_orig_params=True (fsdp_use_orig_params), or use FSDP 2"
+        )
+    raise ValueError(
+        f"this {kind} has no zeros to keep: prune it before you train it, or train it without "
+        "keeping zeros"
+    )
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Return whether a weight is an ordinary float tensor, neither quantized nor of a subclass."""
+    return weight.is_floating_point() and type(weight) in (torch.Tensor, nn.Parameter)
+
+
 def _never_pruned(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield parameters with zeros of another kind: of padding tokens and of new adapters."""
     for module in model.modules():
@@ -240,7 +276,7 @@ def _never_pruned(model: nn.Module) -> Iterator[torch.Tensor]:
             yield module.weight
         elif hasattr(module, "adapter_layer_names"):  # a layer of PEFT
             for name, parameter in module.named_parameters():
-                if not name.startswith("base_layer."):
+                if not name.startswith(("base_layer.", "original_module.")):
                     yield parameter
 
 
@@ -262,15 +298,25 @@ def check_trainable(model: nn.Module) -> None:
             "they are: train without KeepSparsity, with a SparseLoraConfig, or merge the adapter "
             "with merge_and_keep_sparsity afterwards"
         )
+    if not _is_sharded(model):
+        check_zeros_are_left(model)
+
+
+def check_zeros_are_left(model: nn.Module) -> None:
+    """Check that no zeros of a model with a record have been filled since it was pruned.
+
+    Raises:
+        ValueError: Some have.
+    """
     record = getattr(model, "pruning_record", None)
-    if record is None or record.zeros_after is None or _is_sharded(model):
+    if record is None or record.zeros_after is None:
         return
     filled = record.zeros_after - _zeros_of(model)
     if filled > 0:
         raise ValueError(
-            f"{filled:,} of the {record.zeros_after:,} zeros of this {kind} have been filled since "
-            "it was pruned, for example by training: load the pruned checkpoint again, and keep "
-            "its zeros from the first step on"
+            f"{filled:,} of the {record.zeros_after:,} zeros of this {type(model).__name__} have "
+            "been filled since it was pruned, for example by training: load the pruned checkpoint "
+            "again, and keep its zeros from the first step on"
         )
 
 

@@ -49,24 +49,38 @@ def test_a_model_comes_closer_and_keeps_its_zeros(
     assert same_masks(before, zero_masks(pruned))
     assert all(torch.equal(weights[name], each) for name, each in dense.state_dict().items())
     assert not any("lora" in name for name, _ in pruned.named_parameters())
-    record = pruned.pruning_record.recovery
+    [record] = pruned.pruning_record.recovery
     assert record["divergence_after"] == recovery.divergence_after
     assert record["steps"] == recovery.best_step
     assert record["calibration"]["sources"][0]["rows"] == 384
 
 
 @pytest.mark.slow
-def test_half_precision_comes_back(
-    pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
-) -> None:
-    pruned.bfloat16()
-    frozen = pruned.model.norm.weight.requires_grad_(False)
-    recover(pruned, copy.deepcopy(dense).bfloat16(), tokenizer, **{**SHORT, "steps": 2})
-    assert pruned.dtype == torch.bfloat16
+def test_half_precision_comes_back(pruned: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    pruned.save_pretrained(tmp_path / "pruned")
+    model, dense = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        for folder in (tmp_path / "pruned", REASONER / "model")
+    )
+    model.model.norm.float()  # as some models have their norms
+    frozen = model.model.norm.weight.requires_grad_(False)
+    ids = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        expected = dense(input_ids=ids).logits
+    dtypes = {
+        name: each.dtype for name, each in [*model.named_parameters(), *model.named_buffers()]
+    }
+    recover(model, dense, tokenizer, **{**SHORT, "steps": 4, "learning_rate": 1e-3})
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    assert {name: each.dtype for name, each in tensors} == dtypes
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    with torch.no_grad():
+        assert torch.equal(dense(input_ids=ids).logits, expected)
     assert not frozen.requires_grad
-    assert all(each.requires_grad for each in pruned.parameters() if each is not frozen)
-    assert not pruned.training
-    assert pruned.config.use_cache
+    assert all(each.requires_grad for each in model.parameters() if each is not frozen)
+    assert not model.training
+    assert model.config.use_cache
+    assert not {"forward", "_is_accelerate_prepared"} & set(model.__dict__)
 
 
 @pytest.mark.slow
@@ -106,6 +120,61 @@ def test_an_interrupted_recovery_resumes_with_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4}])
+def test_a_failure_changes_nothing(
+    options: dict[str, Any],
+    pruned: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = copy.deepcopy(pruned.state_dict())
+    own = Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise RuntimeError("out of memory")
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recover(pruned, dense, tokenizer, **SHORT, **options)
+    after = pruned.state_dict()
+    assert start.keys() == after.keys()
+    assert all(torch.equal(start[name], each) for name, each in after.items())
+    assert not any(each._post_accumulate_grad_hooks for each in pruned.parameters())
+
+
+@pytest.mark.slow
+def test_what_was_not_saved_is_not_trained_again(
+    pruned: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = copy.deepcopy(pruned)
+    first = recover(pruned, dense, tokenizer, **SHORT, resume_dir=tmp_path)
+    monkeypatch.setattr(Trainer, "train", None)
+    second = recover(other, dense, tokenizer, **SHORT, resume_dir=tmp_path)
+    assert (first.steps, first.best_step) == (second.steps, second.best_step)
+    assert first.divergence_after == second.divergence_after
+    for name, weight in pruned.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_the_record_has_each_recovery_and_pruning_again_keeps_them(
+    pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
+) -> None:
+    for _ in range(2):
+        recover(pruned, dense, tokenizer, **{**SHORT, "steps": 4})
+    assert len(pruned.pruning_record.recovery) == 2
+    CAPPruner(CAPConfig(sparsity=0.8, recipe="magnitude")).prune(pruned)
+    assert len(pruned.pruning_record.recovery) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4}])
 def test_training_that_does_not_help_changes_nothing(
     options: dict[str, Any], pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
 ) -> None:
@@ -129,6 +198,7 @@ def test_what_is_refused(pruned: PreTrainedModel, dense: PreTrainedModel, tokeni
     refused("hidden_states must be a weight of at least 0, got -1", hidden_states=-1)
     refused("are the same object", other=pruned)
     refused("has no zeros to keep", model=copy.deepcopy(dense))
+    refused("has no linear layers with zeros to adapt", model=copy.deepcopy(dense), lora_rank=2)
     refused(r"is not the model that was pruned: lm_head.weight is", other=tiny_model("llama"))
 
 
@@ -158,6 +228,6 @@ def test_the_command(
     assert "steps of distillation from the dense model on calibration.jsonl" in out
     record = inspect_checkpoint(output).record
     assert record.sparsity == pytest.approx(0.7, abs=1e-4)
-    assert record.recovery["divergence_after"] < record.recovery["divergence_before"]
+    assert record.recovery[0]["divergence_after"] < record.recovery[0]["divergence_before"]
     assert (output / "tokenizer.json").exists()
     assert "trained to predict what the dense model predicts" in (output / "README.md").read_text()

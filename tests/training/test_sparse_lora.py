@@ -1,11 +1,16 @@
 """LoRA on a pruned model: adapters that keep zeros, and merges that drop what would fill them."""
 
+import copy
+import dataclasses
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
+from accelerate import disk_offload
 from helpers.checkpoints import pruned
 from helpers.tiny_models import tiny_model
 from helpers.training import IDS, same_masks, trainer, zero_masks
@@ -34,9 +39,10 @@ def test_a_merge_is_as_sparse_and_computes_the_same(name: str, targets: list[str
     model = pruned(name) if name == "llama" else sparse_gpt2()
     before = zero_masks(model)
     dense = logits(model)
+    config = adapter(target_modules=targets, fan_in_fan_out=name == "gpt2")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        adapted = get_peft_model(model, adapter(target_modules=targets))
+        adapted = get_peft_model(model, config)
     expected = logits(adapted)
     assert not torch.allclose(expected, dense, atol=1e-2)
     merged = adapted.merge_and_unload()
@@ -163,6 +169,123 @@ def test_adapters_of_experts_are_merged() -> None:
     merged, lost = merge_and_keep_sparsity(adapted)
     assert same_masks(before, zero_masks(merged))
     assert 0.2 < lost < 0.4
+
+
+@pytest.mark.parametrize("sparse_first", [False, True])
+def test_adapters_with_and_without_a_mask_on_one_model(sparse_first: bool) -> None:
+    dense_config = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    configs = {"sparse": adapter(target_modules=["up_proj"]), "plain": dense_config}
+    names = ["sparse", "plain"] if sparse_first else ["plain", "sparse"]
+    model = pruned()
+    before = zero_masks(model)
+    adapted = get_peft_model(model, configs[names[0]], names[0])
+    adapted.add_adapter(names[1], configs[names[1]])
+    layer = adapted.model.model.layers[1].mlp.up_proj
+    assert list(layer.lora_variant) == ["sparse"]
+    adapted.add_adapter("dora", LoraConfig(r=2, target_modules=["up_proj"], use_dora=True))
+    assert type(layer.lora_variant["dora"]).__name__ == "DoraLinearVariant"
+    adapted.set_adapter("sparse")
+    expected = logits(adapted)
+    merged, lost = merge_and_keep_sparsity(adapted, ["sparse"])
+    assert lost == 0
+    assert same_masks(before, zero_masks(merged))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        adapted = get_peft_model(pruned(), adapter())
+        trainer(
+            adapted,
+            tmp_path,
+            max_steps=2,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
+        ).train()
+        results.append(logits(adapted))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.LoHaConfig(target_modules=["up_proj"], r=2, init_weights=False),
+        peft.OFTConfig(target_modules=["up_proj"], r=0, oft_block_size=4),
+        LoraConfig(target_modules=["up_proj"], r=2, use_dora=True, init_lora_weights=False),
+        LoraConfig(target_modules=["up_proj"], r=2, modules_to_save=["down_proj"]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_adapters_of_other_methods_are_merged(config: Any) -> None:
+    model = pruned()
+    before = zero_masks(model)
+    adapted = get_peft_model(model, config)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    whole = copy.deepcopy(adapted).merge_and_unload()
+    merged, lost = merge_and_keep_sparsity(adapted)
+    assert same_masks(before, zero_masks(merged))
+    assert 0 <= lost < 0.5
+    for name, mask in before.items():
+        expected = whole.get_parameter(name).masked_fill(mask, 0)
+        torch.testing.assert_close(merged.get_parameter(name), expected, msg=name)
+    assert type(config) is not LoraConfig or lost > 0
+
+
+def test_what_was_merged_before_is_taken_out_first() -> None:
+    model = pruned()
+    before = zero_masks(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    adapted.merge_adapter()
+    merged, lost = merge_and_keep_sparsity(adapted)
+    assert same_masks(before, zero_masks(merged))
+    assert lost > 0.1
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "loftq", "corda", "lora_ga"])
+def test_initialisations_that_change_the_base_model_are_refused(method: str) -> None:
+    with pytest.raises(ValueError, match=f"init_lora_weights='{method}' changes the weights"):
+        adapter(init_lora_weights=method)
+
+
+def test_zeros_that_were_lost_before_are_noticed() -> None:
+    model = pruned()
+    record = model.pruning_record
+    model.pruning_record = dataclasses.replace(record, zeros_after=record.zeros)
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights="pissa")
+    )
+    with pytest.raises(ValueError, match=r"zeros of this LlamaForCausalLM have been filled"):
+        merge_and_keep_sparsity(adapted)
+
+
+def test_layers_that_cannot_have_a_mask_are_refused(tmp_path: Path) -> None:
+    model = pruned()
+    model.model.embed_tokens.weight.data[:8] = 0
+    with pytest.raises(ValueError, match="a Embedding with zeros cannot have a sparse adapter"):
+        get_peft_model(model, adapter(target_modules=["embed_tokens"]))
+    model = pruned()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.requires_grad = False
+    weight.data = weight.data.to(torch.int8)
+    with pytest.raises(ValueError, match=r"quantized \(Parameter, torch.int8\)"):
+        get_peft_model(model, adapter())
+    adapted = get_peft_model(pruned(), LoraConfig(target_modules=["q_proj"]))
+    weight = adapted.model.model.layers[0].mlp.up_proj.weight
+    weight.requires_grad = False
+    weight.data = weight.data.to(torch.int8)
+    with pytest.raises(ValueError, match=r"up_proj.weight is quantized \(torch.int8\)"):
+        merge_and_keep_sparsity(adapted)
+    offloaded = pruned()
+    disk_offload(offloaded, tmp_path)
+    with pytest.raises(ValueError, match="are offloaded, so their zeros cannot be seen"):
+        get_peft_model(offloaded, adapter())
 
 
 def test_what_is_refused() -> None:

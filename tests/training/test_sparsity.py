@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.nn.utils import prune
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from optimum_cap.training import KeepSparsity, SparsityKeeper, keep_sparsity
 from optimum_cap.training.sparsity import pack_bits, unpack_bits
@@ -110,9 +112,8 @@ def test_momentum_of_before_does_not_fill_zeros() -> None:
 
 def test_gradients_are_those_of_the_kept_weights_before_they_are_clipped() -> None:
     model, other = pruned(), pruned()
+    keeper = SparsityKeeper(model)
     for each in (model, other):
-        if each is model:
-            SparsityKeeper(model)
         each(input_ids=IDS, labels=IDS).loss.backward()
     masks = zero_masks(model)
     for (name, weight), (_, unmasked) in zip(
@@ -120,15 +121,17 @@ def test_gradients_are_those_of_the_kept_weights_before_they_are_clipped() -> No
     ):
         mask = masks.get(name, torch.zeros_like(weight, dtype=torch.bool))
         assert torch.equal(weight.grad, unmasked.grad.masked_fill(mask, 0))
+    keeper.remove()
 
 
 def test_an_infinite_gradient_leaves_no_nan() -> None:
     model = pruned()
-    SparsityKeeper(model)
+    keeper = SparsityKeeper(model)
     loss = model(input_ids=IDS[:2], labels=IDS[:2]).loss * torch.inf
     loss.backward()
     for name, mask in zero_masks(model).items():
         assert (model.get_parameter(name).grad[mask] == 0).all()
+    keeper.remove()
 
 
 def test_remove_ends_it() -> None:
@@ -318,10 +321,65 @@ def test_two_processes(wrapper: str) -> None:
     assert outputs[0][0] == "True"
 
 
+def test_an_interrupted_training_leaves_no_hooks(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = pruned()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path, callbacks=[KeepSparsity(), Interrupt()]).train()
+    gc.collect()
+    assert not any(weight._post_accumulate_grad_hooks for weight in model.parameters())
+
+
+def test_it_lasts_as_long_as_the_optimizer() -> None:
+    model = pruned()
+    before = zero_masks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    keep_sparsity(model, optimizer)
+    gc.collect()
+    train(model, optimizer)
+    assert same_masks(before, zero_masks(model))
+
+
+def test_layers_that_start_at_zero_are_trained() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[:5] = 0
+    gate = torch.nn.init.zeros_(model.model.layers[1].mlp.gate_proj.weight)
+    keeper = SparsityKeeper(model)
+    assert [mask.parameter for mask in keeper._masks] == [model.model.layers[0].mlp.up_proj.weight]
+    assert gate.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
+    model = pruned()
+    before = zero_masks(model)
+    kwargs = {"use_reentrant": reentrant}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    trainer(model, tmp_path, callbacks=[KeepSparsity()], **options).train()
+    assert same_masks(before, zero_masks(model))
+
+
+def test_other_tensors_of_a_state_dict_stay(tmp_path: Path) -> None:
+    model = pruned()
+    layer = model.model.layers[0].mlp.up_proj
+    prune.l1_unstructured(layer, "weight", amount=0.5)  # has a buffer weight_mask of its own
+    state_dict = {name: value.clone() for name, value in model.state_dict().items()}
+    layer.weight_mask.zero_()
+    model.load_state_dict(state_dict)
+    assert layer.weight_mask.any()
+
+
 def test_what_is_refused() -> None:
     dense = tiny_model("llama")
-    with pytest.raises(ValueError, match="no weight of this LlamaForCausalLM has zeros to keep"):
+    with pytest.raises(ValueError, match="this LlamaForCausalLM has no zeros to keep: prune it"):
         keep_sparsity(dense, torch.optim.AdamW(dense.parameters()))
+    frozen = pruned().requires_grad_(False)
+    with pytest.raises(ValueError, match="all pruned weights of this LlamaForCausalLM are frozen"):
+        SparsityKeeper(frozen)
     model = pruned()
     with pytest.raises(TypeError, match=r"needs a torch\.optim\.Optimizer, got a str"):
         keep_sparsity(model, "adamw")
