@@ -1,6 +1,7 @@
 """Fixtures for all tests: no network, tiny models, nothing left behind."""
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,6 +29,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_cap.models import compilation
 from optimum_cap.scoring import wavefront
+
+# In these folders and modules, whose tests compute, the default run takes a few parameter sets of a
+# test, spread evenly, and `-m slow` the others.
+_COMPUTING = re.compile(
+    r"(pruning|scoring|estimation|models|methods|study)/|"
+    r"test_(recipes|default_recipe|offload|devices|classifiers|shared_layers|models_with_images)\."
+)
+_MOST_SETS = 3
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but a few parameter sets of tests that compute as slow."""
+    sets: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        test, parametrized, _ = item.nodeid.removeprefix("tests/").partition("[")
+        if parametrized and _COMPUTING.match(test) and item.get_closest_marker("slow") is None:
+            sets.setdefault(test, []).append(item)
+    for each in sets.values():
+        count = len(each)
+        kept = {round(place * (count - 1) / (_MOST_SETS - 1)) for place in range(_MOST_SETS)}
+        for place, item in enumerate(each):
+            if count > _MOST_SETS and place not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist, or with -p no:xdist

@@ -123,6 +123,7 @@ def test_upload_takes_the_large_file_way(published: LoopbackHub) -> None:
     assert published.repositories["user/secret"].private
 
 
+@pytest.mark.slow
 def test_model_card_is_ours(published: LoopbackHub) -> None:
     card = published.repositories["user/tiny-cap"].head.files["README.md"].content.decode()
     metadata = yaml.safe_load(card.split("---\n")[1])

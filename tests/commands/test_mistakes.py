@@ -198,6 +198,7 @@ def test_an_interrupted_command_says_to_run_it_again(
         "generate": ["-m", "model", "-o", "out.jsonl"],
         "convert": ["model", "--format", "dense", "-o", "out"],
         "compact": ["model", "-o", "out"],
+        "recover": ["-m", "model", "-o", "out"],
         "compare": ["model", "other"],
     }
     name = info.name  # type: ignore[attr-defined]
@@ -205,7 +206,7 @@ def test_an_interrupted_command_says_to_run_it_again(
     with pytest.raises(SystemExit) as stopped:
         optimum_cli.main()
     assert stopped.value.code == 130
-    resumes = ("prune", "generate", "score", "study", "eval", "compare")
+    resumes = ("prune", "generate", "score", "study", "eval", "compare", "recover")
     aim = "continue" if name in resumes else "start over"
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"optimum-cli cap {name}: interrupted: run the same command again to {aim}"

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 @pytest.mark.parametrize("checkpoint_format", ["packed", "coded", "dense"])
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, {"model": "cpu", "lm_head": "disk"}])
-@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+@pytest.mark.parametrize("shards", ["5GB", pytest.param("20KB", marks=pytest.mark.slow)])
 def test_load_checkpoint_and_dispatch(
     checkpoint_format: str, device_map: dict[str, str], shards: str, tmp_path: Path
 ) -> None:

@@ -37,7 +37,12 @@ def pruned(dense: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lora_rank": 4, "learning_rate": 2e-3}, {"hidden_states": 0.1}]
+    "options",
+    [
+        {},
+        pytest.param({"lora_rank": 4, "learning_rate": 2e-3}, marks=pytest.mark.slow),
+        pytest.param({"hidden_states": 0.1}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_comes_closer_and_keeps_its_zeros(
     options: dict[str, Any], pruned: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
