@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate.utils import extract_model_from_parallel
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -58,6 +60,7 @@ _HELD_OUT = 0.1  # of the examples
 _MOST_HELD_OUT = 32  # examples, since evaluating them takes time from training
 _FEWEST = 16  # examples
 _LORA_RATE, _FULL_RATE = 1e-3, 1e-4
+_OLDEST_ACCELERATE = "1.3"
 _WEIGHTS = "weights.safetensors"
 
 
@@ -129,13 +132,18 @@ def recover(
     Raises:
         ValueError: The model has no zeros or has lost some, the models do not belong together,
             an argument is out of range, or training did not help; the model is then unchanged.
-        ImportError: `lora_rank` needs `peft`.
+        ImportError: `lora_rank` needs `peft`, and the Trainer of transformers accelerate 1.3.
 
     Example:
         recovery = recover(pruned, dense, tokenizer, dataset="gsm8k", steps=200)
         recovery.model.save_pretrained("recovered")
     """
     check_recovery_settings(steps, batch_size, num_samples, learning_rate, lora_rank, hidden_states)
+    if Version(accelerate.__version__) < Version(_OLDEST_ACCELERATE):
+        raise ImportError(
+            f"recover uses the Trainer of transformers, which needs accelerate {_OLDEST_ACCELERATE}"
+            f", but {accelerate.__version__} is installed: pip install -U accelerate"
+        )
     student, dense = plain_model(model), plain_model(dense)
     check_trainable(student)
     if lora_rank is None:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -17,8 +20,16 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
+needs_trainer = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.3"), reason="Trainer needs accelerate 1.3"
+)
+
+
 def trainer(model: PreTrainedModel, folder: Path, **options: Any) -> Trainer:
-    """A Trainer for a few steps on the CPU; keywords of `TrainingArguments`, and `callbacks`."""
+    """A Trainer for a few steps on the CPU; keywords of `TrainingArguments`, and `callbacks`.
+
+    Tests that train with it have the mark `needs_trainer`.
+    """
     others = {name: options.pop(name) for name in ("callbacks", "eval_dataset") if name in options}
     settings = {
         "output_dir": str(folder),

@@ -9,12 +9,14 @@ import torch
 from helpers.command_line import run_cap
 from helpers.paths import ROOT
 from helpers.tiny_models import tiny_model
-from helpers.training import same_masks, zero_masks
+from helpers.training import needs_trainer, same_masks, zero_masks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint import inspect_checkpoint
 from optimum_cap.training import recover
+
+pytestmark = needs_trainer
 
 REASONER = ROOT / "examples/tiny_reasoner"
 DATA = str(REASONER / "data/calibration.jsonl")

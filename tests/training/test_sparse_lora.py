@@ -13,7 +13,7 @@ import torch
 from accelerate import disk_offload
 from helpers.checkpoints import pruned
 from helpers.tiny_models import tiny_model
-from helpers.training import IDS, same_masks, trainer, zero_masks
+from helpers.training import IDS, needs_trainer, same_masks, trainer, zero_masks
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -73,6 +73,7 @@ def test_gradients_are_those_of_autograd() -> None:
     torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-4)
 
 
+@needs_trainer
 @pytest.mark.parametrize("bf16", [False, True])
 def test_training_changes_the_adapter_alone_and_no_zero(bf16: bool, tmp_path: Path) -> None:
     model = pruned()
@@ -192,6 +193,7 @@ def test_adapters_with_and_without_a_mask_on_one_model(sparse_first: bool) -> No
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
 
 
+@needs_trainer
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:

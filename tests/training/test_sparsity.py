@@ -12,7 +12,7 @@ from accelerate import Accelerator, disk_offload
 from helpers.checkpoints import pruned
 from helpers.processes import ranks
 from helpers.tiny_models import tiny_model
-from helpers.training import IDS, rows, same_masks, trainer, zero_masks
+from helpers.training import IDS, needs_trainer, rows, same_masks, trainer, zero_masks
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -169,7 +169,7 @@ def test_models_without_a_record_keep_their_zeros() -> None:
     assert torch.equal(weight == 0, before)
 
 
-def test_accelerate_and_compiled_models() -> None:
+def test_accelerate_and_compiled_models(torch_that_compiles: None) -> None:
     accelerator = Accelerator(cpu=True)
     base = pruned()
     before = zero_masks(base)
@@ -183,6 +183,7 @@ def test_accelerate_and_compiled_models() -> None:
     assert same_masks(before, zero_masks(base))
 
 
+@needs_trainer
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_callback_keeps_zeros_and_saves_a_sparse_checkpoint(bf16: bool, tmp_path: Path) -> None:
     model = pruned()
@@ -205,6 +206,7 @@ def test_the_callback_keeps_zeros_and_saves_a_sparse_checkpoint(bf16: bool, tmp_
         assert loaded.pruning_record.zeros == sum(int(mask.sum()) for mask in before.values())
 
 
+@needs_trainer
 @pytest.mark.slow
 def test_the_callback_works_twice(tmp_path: Path) -> None:
     model = pruned()
@@ -215,6 +217,7 @@ def test_the_callback_works_twice(tmp_path: Path) -> None:
     assert same_masks(before, zero_masks(model))
 
 
+@needs_trainer
 @pytest.mark.parametrize("checkpoint_format", ["packed", "coded", "dense"])
 def test_a_training_resumes_from_its_checkpoint(checkpoint_format: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2}
@@ -228,6 +231,7 @@ def test_a_training_resumes_from_its_checkpoint(checkpoint_format: str, tmp_path
         assert torch.equal(weight, resumed.get_parameter(name)), name
 
 
+@needs_trainer
 @pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = pruned()
@@ -321,6 +325,7 @@ def test_two_processes(wrapper: str) -> None:
     assert outputs[0][0] == "True"
 
 
+@needs_trainer
 def test_an_interrupted_training_leaves_no_hooks(tmp_path: Path) -> None:
     class Interrupt(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -352,6 +357,7 @@ def test_layers_that_start_at_zero_are_trained() -> None:
     assert gate.requires_grad
 
 
+@needs_trainer
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
