@@ -34,6 +34,7 @@ from optimum_cap.checkpoint.saving import (
     attach,
     name_base_of_adapters,
     names_loaded_from,
+    names_now,
     save_smaller,
     set_checkpoint,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "inspect_checkpoint",
     "name_base_of_adapters",
     "names_loaded_from",
+    "names_now",
     "read_record",
     "save_smaller",
     "set_checkpoint",

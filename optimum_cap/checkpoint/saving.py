@@ -410,14 +410,19 @@ def _as_it_is_now(
     return dataclasses.replace(record, matrices=matrices, config=config)
 
 
-def _find_weight(
-    model: PreTrainedModel, name: str, state_dict: dict[str, torch.Tensor] | None
-) -> torch.Tensor | None:
-    """Return the weight that was called `name` when the model was pruned; `None` if it has none.
+def names_now(model: torch.nn.Module, name: str) -> tuple[str, str]:
+    """Return the names that a weight may have which was called `name` when the model was pruned.
 
     The names of a backbone lack the prefix of the whole model.
     """
-    for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+    return name, name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+
+
+def _find_weight(
+    model: PreTrainedModel, name: str, state_dict: dict[str, torch.Tensor] | None
+) -> torch.Tensor | None:
+    """Return the weight that was called `name` when the model was pruned; `None` if it has none."""
+    for candidate in names_now(model, name):
         if state_dict is not None and candidate in state_dict:
             return state_dict[candidate]
         owner, _, attribute = candidate.rpartition(".")

@@ -152,7 +152,12 @@ def add_loading_flags(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="folder for weights offloaded to disk (default: the system's temporary folder)",
     )
-    add(
+    add_trust_remote_code(parser)
+
+
+def add_trust_remote_code(parser: ArgumentParser) -> None:
+    """Add the flag that allows code of the model's repository."""
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run Python code from the model's repository (default: False)",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
+    add_trust_remote_code,
     auto_class_name,
     check_output_folder,
     check_prunable,
@@ -31,11 +32,7 @@ class CompactCommand(CAPSubcommand):
         parser.add_argument(
             "-o", "--output", required=True, type=Path, metavar="DIR", help="new folder to write"
         )
-        parser.add_argument(
-            "--trust-remote-code",
-            action="store_true",
-            help="run Python code from the model's repository (default: False)",
-        )
+        add_trust_remote_code(parser)
         add_common_flags(parser)
 
     def prepare(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_cap.commands.base import (
     CAPSubcommand,
     add_common_flags,
+    add_trust_remote_code,
     check_has_lm_head,
     check_output_folder,
     check_prunable,
@@ -91,11 +92,7 @@ class RecoverCommand(CAPSubcommand):
             help="examples in all, a tenth of which (at most 32) is left out (default: 512)",
         )
         add_config_flags(parser, _FIELDS)
-        add(
-            "--trust-remote-code",
-            action="store_true",
-            help="run Python code from the model's repository (default: False)",
-        )
+        add_trust_remote_code(parser)
         add_common_flags(parser)
 
     def prepare(self) -> PreparedRecovery:
@@ -172,7 +169,8 @@ def _dense_model(args: Namespace) -> str:
         ValueError: The record names no model of the Hub.
     """
     if args.dense is not None:
-        check_prunable(args.dense, args_of_dense(args))
+        # --revision is that of the pruned model.
+        check_prunable(args.dense, Namespace(**{**vars(args), "revision": None}))
         return str(args.dense)
 
     from optimum_cap.checkpoint import inspect_checkpoint
@@ -184,8 +182,3 @@ def _dense_model(args: Namespace) -> str:
             f"({record.base_model or 'unknown'}) is: name it with --dense"
         )
     return record.base_model
-
-
-def args_of_dense(args: Namespace) -> Namespace:
-    """Return the flags that apply to the dense model, whose revision is its own."""
-    return Namespace(**{**vars(args), "model": args.dense, "revision": None})

@@ -76,7 +76,7 @@ def plain_model(model: Any, taker: str = "CAPPruner") -> PreTrainedModel:
     return model
 
 
-def has_peft_layers(model: PreTrainedModel) -> bool:
+def has_peft_layers(model: nn.Module) -> bool:
     """Return whether PEFT has replaced modules of `model` by modules of its own."""
     return any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules())
 

@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from optimum_cap.config import CAPConfig
 from optimum_cap.text import format_size
 
 if TYPE_CHECKING:
@@ -51,8 +50,6 @@ def is_to_be_quantized(name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -
 
 
 def _method(quantization: Any) -> str | None:
-    if isinstance(quantization, CAPConfig):
-        return "cap"
     if isinstance(quantization, dict):
         return quantization.get("quant_method")
     return getattr(quantization, "quant_method", None)

@@ -37,6 +37,8 @@ from optimum_cap.data import (
 )
 from optimum_cap.models import (
     ModelView,
+    evaluation_mode,
+    float32_on_cpu,
     hidden_states_of,
     longest_sequence,
     number_of_embeddings,
@@ -173,7 +175,7 @@ def recover(
         if not start.exists():
             _write_weights(start, dict(student.named_parameters()))
         try:
-            with _in_float32(student) as dtypes, _in_float32(dense, only_on_cpu=True):
+            with _in_float32(student) as dtypes, float32_on_cpu(dense):
                 recovery = _distil(student, dense, examples, folder, settings, dtypes)
         except BaseException as error:
             _read_weights(start, dict(student.named_parameters()))
@@ -209,10 +211,8 @@ class _NoGainError(ValueError):
 
 
 @contextmanager
-def _in_float32(
-    model: PreTrainedModel, only_on_cpu: bool = False
-) -> Iterator[dict[int, torch.dtype]]:
-    """Compute with weights in float32 for a while, and restore what `Trainer` changes in a model.
+def _in_float32(model: PreTrainedModel) -> Iterator[dict[int, torch.dtype]]:
+    """Train weights in float32 for a while, and restore what `Trainer` changes in a model.
 
     Buffers keep their dtype, as `from_pretrained` leaves some in float32 in any model.
 
@@ -222,9 +222,8 @@ def _in_float32(
     training, cache = model.training, getattr(model.config, "use_cache", None)
     dtypes = {id(weight): weight.dtype for weight in model.parameters()}
     requires_grad = {id(weight): weight.requires_grad for weight in model.parameters()}
-    if not only_on_cpu or model.device.type == "cpu":
-        for weight in model.parameters():
-            weight.data = weight.data.float()
+    for weight in model.parameters():
+        weight.data = weight.data.float()
     try:
         yield dtypes
     finally:
@@ -404,7 +403,7 @@ def _trainer(
         data_collator=_only_item,
         callbacks=callbacks,
         student=student,
-        dense=dense.eval(),
+        dense=dense,
         hidden_states=hidden_states,
         when_ended=[progress.close, keep_sparsity.remove],
     )
@@ -538,6 +537,8 @@ class DistillationTrainer(Trainer):
         self.student = student
         self.dense = dense
         self.hidden_states = hidden_states
+        held_out: Any = self.eval_dataset
+        self.mean_tokens = sum(int(batch.scored.sum()) for batch in held_out) / len(held_out)
         self.views = (ModelView.of(student), ModelView.of(dense)) if hidden_states else None
 
     def compute_loss(
@@ -554,7 +555,7 @@ class DistillationTrainer(Trainer):
 
     def _divergence(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the divergence in nats per scored token, and the error of hidden states."""
-        with torch.no_grad(), self._autocast(), self._captured(1) as dense_states:
+        with evaluation_mode(self.dense), self._autocast(), self._captured(1) as dense_states:
             expected = scored_logits(self.dense, batch)
         with self._autocast(), self._captured(0) as states:
             logits = scored_logits(self.student, batch)
@@ -580,11 +581,9 @@ class DistillationTrainer(Trainer):
         It is weighted, so that `Trainer`'s mean over batches is a mean over their scored tokens.
         """
         batch: Batch = inputs["batch"]
-        held_out: Any = self.eval_dataset
-        mean_tokens = sum(int(each.scored.sum()) for each in held_out) / len(held_out)
         with torch.no_grad():
             divergence, _ = self._divergence(batch)
-        return divergence * (int(batch.scored.sum()) / mean_tokens), None, None
+        return divergence * (int(batch.scored.sum()) / self.mean_tokens), None, None
 
     def _autocast(self) -> torch.autocast:
         """Compute in bfloat16 on GPUs that can; `Trainer` would do so for one model only."""

@@ -10,13 +10,17 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from optimum_cap.checkpoint import names_now
+from optimum_cap.models import has_peft_layers
+
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
 _LEAST_ZEROS = 0.01  # of a weight that counts as pruned, where no record says so
 
-_CHUNK = 1 << 20  # weights at a time, whose mask fits in the cache of a CPU
+# A multiple of 8 weights at a time.
+_CHUNK = 1 << 20  # on CPUs, in whose cache their mask fits
 _LARGE_CHUNK = 1 << 26  # elsewhere, so that a mask takes 64 MB at most
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
 
@@ -76,8 +80,8 @@ class SparsityKeeper:
     def __init__(self, model: nn.Module) -> None:
         """Remember the zeros of the pruned weights that will be trained.
 
-        Gradients are masked from now on, before they are accumulated, so that clipping sees only
-        the gradients of weights that are trained. Where parameters are sharded (FSDP), call
+        Gradients are masked from now on, as soon as they are accumulated, so that clipping sees
+        only the gradients of weights that are trained. Where parameters are sharded (FSDP), call
         `mask_gradients` before each step.
 
         Args:
@@ -174,7 +178,7 @@ class _Mask:
         step = _CHUNK if tensor.is_cpu else _LARGE_CHUNK
         for start in range(0, len(values), step):
             chunk = values[start : start + step]
-            chunk.mul_(unpack_bits(self._bits[start // 8 :][: -(-step // 8)], len(chunk)))
+            chunk.mul_(unpack_bits(self._bits[start // 8 : (start + step) // 8], len(chunk)))
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
@@ -225,16 +229,13 @@ def pruned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             and id(parameter) not in others
             and _LEAST_ZEROS <= (_local(parameter) == 0).float().mean() < 1
         }
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    pruned: dict[str, nn.Parameter] = {}
+    pruned: dict[int, tuple[str, nn.Parameter]] = {}  # by `id`, as layers may share one
     for matrix in record.matrices:
         name = matrix.name.partition("[")[0]  # experts of one parameter have an index
-        for candidate in (name, name.removeprefix(prefix)):
-            if candidate in parameters and not any(
-                parameters[candidate] is each for each in pruned.values()
-            ):
-                pruned[name] = parameters[candidate]
-    return pruned
+        for candidate in names_now(model, name):
+            if candidate in parameters:
+                pruned.setdefault(id(parameters[candidate]), (name, parameters[candidate]))
+    return dict(pruned.values())
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -292,7 +293,7 @@ def check_trainable(model: nn.Module) -> None:
             f"weights of this {kind} are offloaded, and such weights cannot be trained: load the "
             "model without device_map"
         )
-    if any(name != clean and "base_layer" in name for name, clean in _renamed(model)):
+    if has_peft_layers(model):
         raise ValueError(
             f"this {kind} has PEFT adapters, which are trained while the pruned weights stay as "
             "they are: train without KeepSparsity, with a SparseLoraConfig, or merge the adapter "
@@ -322,11 +323,6 @@ def check_zeros_are_left(model: nn.Module) -> None:
 
 def _zeros_of(model: nn.Module) -> int:
     return sum(int((each == 0).sum()) for each in pruned_parameters(model).values())
-
-
-def _renamed(model: nn.Module) -> Iterator[tuple[str, str]]:
-    for name, _ in model.named_parameters():
-        yield name, _WRAPPERS.sub("", name)
 
 
 def _clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -90,6 +90,21 @@ def test_half_precision_comes_back(pruned: PreTrainedModel, tokenizer: Any, tmp_
     assert not {"forward", "_is_accelerate_prepared"} & set(model.__dict__)
 
 
+def stop_training(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> list[int]:
+    """Raise an error in that step of all that are run; return which steps these are, from 0 on."""
+    own = Trainer.training_step
+    steps: list[int] = []
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == number:
+            raise error
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    return steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4}])
 def test_an_interrupted_recovery_resumes_with_the_same_bytes(
@@ -103,16 +118,7 @@ def test_an_interrupted_recovery_resumes_with_the_same_bytes(
     start = copy.deepcopy(pruned.state_dict())
     whole = copy.deepcopy(pruned)
     recover(whole, dense, tokenizer, **SHORT, **options)
-    own = Trainer.training_step
-    steps = []
-
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steps.append(self.state.global_step)
-        if len(steps) == 6:
-            raise KeyboardInterrupt
-        return own(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", training_step)
+    steps = stop_training(monkeypatch, 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         recover(pruned, dense, tokenizer, **SHORT, **options, resume_dir=tmp_path)
     assert all(torch.equal(start[name], each) for name, each in pruned.state_dict().items())
@@ -135,14 +141,7 @@ def test_a_failure_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start = copy.deepcopy(pruned.state_dict())
-    own = Trainer.training_step
-
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            raise RuntimeError("out of memory")
-        return own(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", training_step)
+    stop_training(monkeypatch, 4, RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
         recover(pruned, dense, tokenizer, **SHORT, **options)
     after = pruned.state_dict()
