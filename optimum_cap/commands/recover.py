@@ -34,13 +34,13 @@ class PreparedRecovery:
 
     Attributes:
         folder: Folder of the pruned model, downloaded if need be.
-        dense: Name of the dense model.
+        dense: Name of the dense model, and its revision on the Hub, if known.
         tokenizer: The tokenizer.
         options: Keywords of `recover`.
     """
 
     folder: Path
-    dense: str
+    dense: tuple[str, str | None]
     tokenizer: "PreTrainedTokenizerBase"
     options: dict[str, Any]
 
@@ -148,7 +148,8 @@ class RecoverCommand(CAPSubcommand):
         start = time.monotonic()
         placement = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
         model = load_model(str(prepared.folder), **placement)
-        dense = load_model(prepared.dense, token=args.token, **placement)
+        name, revision = prepared.dense
+        dense = load_model(name, revision=revision or "main", token=args.token, **placement)
         recovery = recover(model, dense, prepared.tokenizer, **prepared.options)
         save_smaller(recovery.model, args.output, prepared.folder)
         if getattr(model, "pruning_record", None) is not None:
@@ -162,8 +163,8 @@ class RecoverCommand(CAPSubcommand):
         print(f"saved         {args.output}")
 
 
-def _dense_model(args: Namespace) -> str:
-    """Return the name of the dense model, which is the given one or that of the record.
+def _dense_model(args: Namespace) -> tuple[str, str | None]:
+    """Return name and revision of the dense model, which is the given one or that of the record.
 
     Raises:
         ValueError: The record names no model of the Hub.
@@ -171,7 +172,7 @@ def _dense_model(args: Namespace) -> str:
     if args.dense is not None:
         # --revision is that of the pruned model.
         check_prunable(args.dense, Namespace(**{**vars(args), "revision": None}))
-        return str(args.dense)
+        return str(args.dense), None
 
     from optimum_cap.checkpoint import inspect_checkpoint
 
@@ -181,4 +182,4 @@ def _dense_model(args: Namespace) -> str:
             f"the record of {args.model} does not say where its dense model "
             f"({record.base_model or 'unknown'}) is: name it with --dense"
         )
-    return record.base_model
+    return record.base_model, record.base_revision
