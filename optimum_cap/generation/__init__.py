@@ -7,6 +7,7 @@ from optimum_cap.generation.answers import (
     answered_calibration_set,
     first_prompts,
 )
+from optimum_cap.generation.chat import Chat, Reply
 from optimum_cap.generation.sampling import LARGEST_BATCH
 from optimum_cap.generation.traces import trace_rows
 
@@ -14,6 +15,8 @@ __all__ = [
     "LARGEST_BATCH",
     "AnsweredPrompt",
     "AnsweredPrompts",
+    "Chat",
+    "Reply",
     "answer_prompts",
     "answered_calibration_set",
     "first_prompts",

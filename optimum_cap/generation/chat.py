@@ -1,0 +1,119 @@
+"""A conversation with a model, whose answers arrive piece by piece."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer, set_seed
+
+from optimum_cap.models import device_of
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer of a model.
+
+    Attributes:
+        text: The text, without special tokens.
+        tokens: Its length in tokens.
+        seconds: Time that it took.
+        finished: Whether the model ended it, so that it did not stop at the limit.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    finished: bool
+
+
+class Chat:
+    """A conversation with one model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer. Without a chat template, the model continues the text of the
+            conversation.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Temperature of sampling; 0 takes the most probable token each time.
+        seed: Seed of sampling, set before each answer.
+        system: System message; `None` for none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        seed: int = 0,
+        system: str | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._seed = seed
+        self._system = system
+        self._messages: list[dict[str, str]] = []
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+        # The model's own settings are those of the tokens alone, so that two models are alike.
+        names = ("bos_token_id", "pad_token_id", "eos_token_id")
+        own = {name: getattr(model.generation_config, name) for name in names}
+        own["pad_token_id"] = own["pad_token_id"] or tokenizer.pad_token_id
+        own["eos_token_id"] = own["eos_token_id"] or tokenizer.eos_token_id
+        self._generation = GenerationConfig(max_new_tokens=max_new_tokens, **own, **sampling)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self._messages = []
+        if self._system is not None:
+            self._messages.append({"role": "system", "content": self._system})
+
+    def ask(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> Reply:
+        """Return the answer to a message; the next message follows both.
+
+        An interruption leaves the conversation as it was before the message.
+
+        Args:
+            text: The message.
+            on_text: Called with each piece of the answer.
+        """
+        messages = [*self._messages, {"role": "user", "content": text}]
+        inputs = self._tokens(messages).to(device_of(self.model))
+        streamer = _Pieces(self.tokenizer, on_text)
+        set_seed(self._seed)
+        start = time.monotonic()
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs, generation_config=self._generation, streamer=streamer
+            )
+        seconds = time.monotonic() - start
+        tokens = output[0, inputs["input_ids"].shape[1] :]
+        ends = self._generation.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        finished = bool(len(tokens)) and int(tokens[-1]) in ends
+        answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        self._messages = [*messages, {"role": "assistant", "content": answer}]
+        return Reply(answer, len(tokens) - finished, seconds, finished)
+
+    def _tokens(self, messages: list[dict[str, str]]) -> Any:
+        if self.has_template:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        text = "".join(message["content"] for message in messages)
+        return self.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+
+
+class _Pieces(TextStreamer):
+    """Passes on the text of an answer as soon as a word is complete."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
