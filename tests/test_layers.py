@@ -17,7 +17,7 @@ LEVELS = (
     ("runtime",),
     ("checkpoint", "scoring"),
     ("pruning", "evaluation"),
-    ("generation", "training"),
+    ("generation", "training", "publishing"),
     ("pruner",),
     ("plugin", "study"),
     ("estimation",),

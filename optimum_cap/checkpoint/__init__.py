@@ -3,12 +3,16 @@
 from optimum_cap.checkpoint.conversion import (
     CheckpointSummary,
     convert_checkpoint,
+    file_of_checkpoint,
     folder_of_model,
     inspect_checkpoint,
     read_record,
+    set_base_model,
 )
 from optimum_cap.checkpoint.digests import (
     RECORD_NAME,
+    RESULTS_NAME,
+    check_all_files,
     check_loaded,
     check_loaded_folder,
     check_settings,
@@ -16,6 +20,8 @@ from optimum_cap.checkpoint.digests import (
 )
 from optimum_cap.checkpoint.folders import check_target
 from optimum_cap.checkpoint.hub import upload
+from optimum_cap.checkpoint.model_card import CARD_NAME, with_results
+from optimum_cap.checkpoint.pictures import heat_map, sparsity_picture
 from optimum_cap.checkpoint.reading import validate_shards
 from optimum_cap.checkpoint.record import (
     DenseWeights,
@@ -24,12 +30,15 @@ from optimum_cap.checkpoint.record import (
     SiteSensitivity,
     UnitScore,
     count_units,
+    count_zeros,
     describe_answers,
     describe_recovery,
     describe_refinement,
     describe_removal,
+    short_names,
     unit_label,
 )
+from optimum_cap.checkpoint.results_file import read_results, write_results
 from optimum_cap.checkpoint.saving import (
     attach,
     name_base_of_adapters,
@@ -40,7 +49,9 @@ from optimum_cap.checkpoint.saving import (
 )
 
 __all__ = [
+    "CARD_NAME",
     "RECORD_NAME",
+    "RESULTS_NAME",
     "CheckpointSummary",
     "DenseWeights",
     "MatrixSparsity",
@@ -48,26 +59,36 @@ __all__ = [
     "SiteSensitivity",
     "UnitScore",
     "attach",
+    "check_all_files",
     "check_loaded",
     "check_loaded_folder",
     "check_settings",
     "check_target",
     "convert_checkpoint",
     "count_units",
+    "count_zeros",
     "describe_answers",
     "describe_recovery",
     "describe_refinement",
     "describe_removal",
+    "file_of_checkpoint",
     "folder_of_model",
+    "heat_map",
     "inspect_checkpoint",
     "name_base_of_adapters",
     "names_loaded_from",
     "names_now",
     "read_record",
+    "read_results",
     "save_smaller",
+    "set_base_model",
     "set_checkpoint",
+    "short_names",
+    "sparsity_picture",
     "unit_label",
     "upload",
     "validate_shards",
     "warn_of_changed_settings",
+    "with_results",
+    "write_results",
 ]

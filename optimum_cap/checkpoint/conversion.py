@@ -1,6 +1,7 @@
 """Inspection and conversion of checkpoints."""
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ from optimum_cap.checkpoint.digests import (
     weight_files,
 )
 from optimum_cap.checkpoint.folders import atomic_folder
-from optimum_cap.checkpoint.model_card import write_model_card
+from optimum_cap.checkpoint.model_card import CARD_NAME, with_base_model, write_model_card
 from optimum_cap.checkpoint.reading import read_json, validate_shards
 from optimum_cap.checkpoint.record import PruningRecord, is_count
+from optimum_cap.checkpoint.results_file import carry_results
 from optimum_cap.checkpoint.transcoding import transcode_folder
 from optimum_cap.formats import FORMATS, check_format_version
+from optimum_cap.runtime import write_atomically
 from optimum_cap.text import printable
 
 _OTHER_WEIGHTS = ("original/*", "onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pth")
@@ -88,7 +91,7 @@ def inspect_checkpoint(
     if Path(name).exists() and not Path(name).is_dir():
         raise ValueError(f"{name} is a file: name the folder of a checkpoint")
     source = _Source(name, revision, token, cache_dir, subfolder)
-    record_file = source.folder() / RECORD_NAME if verify else source.record_file()
+    record_file = source.folder() / RECORD_NAME if verify else source.file(RECORD_NAME)
     record, files = read_record(record_file, name)
     if verify:
         check_all_files(record_file.parent, files["digests"])
@@ -151,22 +154,22 @@ class _Source:
                 root = snapshot_download(self.name, local_files_only=True, **options)
         return Path(root) / self.subfolder
 
-    def record_file(self) -> Path:
-        """Return the record file alone; if there is none, a path where there is no file."""
+    def file(self, name: str) -> Path:
+        """Return one file alone; if there is none, a path where there is no file."""
         if self.is_local:
-            return self.folder() / RECORD_NAME
+            return self.folder() / name
         _check_repo_id(self.name)
         try:
             file = hf_hub_download(
-                self.name, RECORD_NAME, subfolder=self.subfolder or None, **self._download
+                self.name, name, subfolder=self.subfolder or None, **self._download
             )
         except LocalEntryNotFoundError as error:
             raise FileNotFoundError(
-                f"{RECORD_NAME} of {self.name} is not in the cache, and the Hub cannot be reached: "
+                f"{name} of {self.name} is not in the cache, and the Hub cannot be reached: "
                 "connect to the network, or name a folder"
             ) from error
         except EntryNotFoundError:
-            return Path(self.name) / RECORD_NAME
+            return Path(self.name) / name
         return Path(file)
 
 
@@ -184,6 +187,24 @@ def folder_of_model(
         FileNotFoundError: It is neither a folder nor a valid name of a repository.
     """
     return _Source(name, revision, token).folder(ignored=_OTHER_WEIGHTS)
+
+
+def file_of_checkpoint(
+    path_or_repo: str, name: str, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """Return one file of a checkpoint, downloaded unless it is local or in the cache.
+
+    Args:
+        path_or_repo: Folder, or repository on the Hub.
+        name: Name of the file. If there is none, a path is returned where there is no file.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the Hub.
+
+    Raises:
+        FileNotFoundError: It is neither a folder nor a valid name of a repository, or the file is
+            not in the cache and cannot be downloaded.
+    """
+    return _Source(path_or_repo, revision, token).file(name)
 
 
 def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:
@@ -317,7 +338,34 @@ def convert_checkpoint(
         shutil.copytree(folder, new_folder, dirs_exist_ok=True)
         transcode_folder(new_folder, record, checkpoint_format)
         write_model_card(new_folder, record, class_name, token, base_folder=folder)
+        _, new_files = read_record(new_folder / RECORD_NAME, os.fspath(target))
+        carry_results(folder, files["digests"], new_folder, new_files["digests"])
     return target
+
+
+def set_base_model(folder: Path, base_model: str) -> None:
+    """Name the base model in the record and on the card of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        base_model: Its Hub id.
+
+    Raises:
+        ValueError: The record or the metadata of the card cannot be read.
+        OSError: A file cannot be written.
+    """
+    record_file, card_file = folder / RECORD_NAME, folder / CARD_NAME
+    read_record(record_file, os.fspath(folder))
+    values = read_json(record_file)
+    values |= {"base_model": base_model, "base_revision": None}
+    values["files"]["record_sha256"] = record_digest(values)
+    card = None
+    if card_file.is_file():
+        card = with_base_model(card_file.read_text(encoding="utf-8"), base_model)
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    write_atomically(record_file, text.encode())
+    if card is not None:
+        write_atomically(card_file, card.encode())
 
 
 def _class_name(config_file: Path) -> str:

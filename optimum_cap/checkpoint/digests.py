@@ -36,6 +36,8 @@ from optimum_cap.text import printable
 logger = logging.get_logger(__name__)
 
 RECORD_NAME = "pruning_record.json"
+RESULTS_NAME = "pruning_results.json"
+PICTURE_NAME = "pruning_sparsity.svg"
 CONFIG_NAME = "config.json"
 _WEIGHTS = "*.safetensors"
 _INDEX = "*.safetensors.index*.json"  # with or without a variant

@@ -16,7 +16,12 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError
 
-from optimum_cap.checkpoint.digests import CONFIG_NAME, RECORD_NAME
+from optimum_cap.checkpoint.digests import (
+    CONFIG_NAME,
+    PICTURE_NAME,
+    RECORD_NAME,
+    RESULTS_NAME,
+)
 from optimum_cap.runtime import sync, was_left_behind, write_atomically
 
 _SWAP_FILE = "swap.json"  # in the folder of a save, while it replaces the files of a mount point
@@ -102,7 +107,7 @@ def _swap_folders(new: Path, target: Path, old: Path) -> None:
         new.rename(target)
         return
     for entry in target.iterdir():
-        if not (new / entry.name).exists() and not is_weight_file(entry.name):
+        if not (new / entry.name).exists() and not is_of_weights(entry.name):
             _link_or_copy(entry, new / entry.name)
     shutil.copymode(target, new)
     shutil.rmtree(old, ignore_errors=True)
@@ -124,7 +129,7 @@ def _swap_files(new: Path, target: Path) -> None:
     files.
     """
     added = [entry.name for entry in new.iterdir()]
-    stale = {entry.name for entry in target.iterdir() if is_weight_file(entry.name)}
+    stale = {entry.name for entry in target.iterdir() if is_of_weights(entry.name)}
     stale |= {name for name in added if (target / name).exists()}
     (new / "replaced").mkdir()
     process = {"host": platform.node(), "process": os.getpid()}
@@ -261,6 +266,11 @@ def is_weight_file(name: str) -> bool:
     return name.startswith(("model", "pytorch_model")) and (
         name.endswith((".safetensors", ".bin")) or (".index." in name and name.endswith(".json"))
     )
+
+
+def is_of_weights(name: str) -> bool:
+    """Return whether a file has the weights of a model, or was made from exactly these weights."""
+    return is_weight_file(name) or name in (RESULTS_NAME, PICTURE_NAME)
 
 
 def is_weights(name: str) -> bool:

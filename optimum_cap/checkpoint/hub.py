@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
-from optimum_cap.checkpoint.folders import is_weight_file
+from optimum_cap.checkpoint.folders import is_of_weights
 
 
 def upload(
@@ -41,9 +41,10 @@ def upload(
     if names is None:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in files]
-    # An outdated model.safetensors would take precedence over new shards when loading.
+    # An outdated model.safetensors would take precedence over new shards when loading, and results
+    # would be those of other weights.
     present = api.list_repo_files(repo_id, revision=revision)
-    stale = [name for name in present if is_weight_file(name) and name not in names]
+    stale = [name for name in present if is_of_weights(name) and name not in names]
     return api.create_commit(
         repo_id,
         [

@@ -5,15 +5,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from optimum_cap.checkpoint.digests import PICTURE_NAME
+from optimum_cap.checkpoint.pictures import sparsity_picture
 from optimum_cap.checkpoint.record import (
     MatrixSparsity,
     PruningRecord,
     count_units,
+    count_zeros,
     describe_answers,
     describe_recovery,
     describe_refinement,
@@ -22,12 +25,14 @@ from optimum_cap.checkpoint.record import (
 from optimum_cap.config import CAPConfig
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import ALLOCATIONS, CRITERIA
-from optimum_cap.models import model_task, sees_images
+from optimum_cap.models import ModelTask, model_task, sees_images
 from optimum_cap.text import enumeration, printable
 from optimum_cap.version import install_command
 
 logger = logging.get_logger(__name__)
 
+CARD_NAME = "README.md"
+_BEGIN_RESULTS, _END_RESULTS = "<!-- results: begin -->", "<!-- results: end -->"
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|#&]|(?<!\w)_|_(?!\w)|!(?=\[)|://")
 _TAGS = ["optimum-cap", "pruning", "sparse"]
 _RECOVERED = ", then trained to predict what the dense model predicts. Its zeros were kept."
@@ -44,7 +49,9 @@ def write_model_card(
     tags: list[str] | None = None,
     base_folder: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write README.md, or warn if it cannot be created: a missing card must not fail a save.
+    """Write README.md and its picture, or warn if they cannot be created.
+
+    A missing card must not fail a save.
 
     Args:
         folder: Folder of the checkpoint.
@@ -62,7 +69,14 @@ def write_model_card(
             "checkpoint is saved without README.md"
         )
     else:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        (folder / PICTURE_NAME).unlink(missing_ok=True)
+        if _has_picture(record):
+            (folder / PICTURE_NAME).write_text(sparsity_picture(record.matrices), encoding="utf-8")
+
+
+def _has_picture(record: PruningRecord) -> bool:
+    return bool(record.matrices) and not record.removed
 
 
 def model_card(
@@ -146,22 +160,93 @@ def model_card(
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
         "",
-        "## How to load it",
+        "## How to use it",
         "",
-        *_loading(
-            needs_plugin,
-            task.auto_class if task else "AutoModelForCausalLM",
-            bool(record.removed or record.compacted),
-        ),
+        *_usage(needs_plugin, task, bool(record.removed or record.compacted)),
         "",
-        *([] if record.removed else _zeros_per_projection(record)),
+        "## Results",
+        "",
+        _BEGIN_RESULTS,
+        "",
+        "Nobody has added results to this card.",
+        "",
+        _END_RESULTS,
+        "",
+        "## Limits",
+        "",
+        *(f"- {limit}" for limit in _limits(record, sources)),
+        "",
+        *(_zeros_per_projection(record) if _has_picture(record) else []),
         "`pruning_record.json` has the details: "
         + ("what is kept of the base model" if record.removed else "zeros per matrix")
         + " and, depending on the method, causal scores, sensitivities of sites and calibration "
-        "examples.",
+        "examples. `optimum-cli cap report` makes a page of it.",
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def with_results(card: str, section: str, results: list[EvalResult], name: str) -> str:
+    """Return the text of a card with other results; what else is written in it stays.
+
+    Args:
+        card: Text of README.md.
+        section: Markdown of the results. It replaces those that are there, or is added at the end
+            of a card that has no place for it.
+        results: The results for the metadata, which replace those that are there.
+        name: Name of the model in the metadata, if that has none.
+
+    Raises:
+        ValueError: The metadata of the card cannot be read.
+    """
+    parsed = _parsed_card(card)
+    parsed.data.eval_results = results
+    parsed.data.model_name = parsed.data.model_name or name
+    before, begin, rest = parsed.text.partition(_BEGIN_RESULTS)
+    _, end, after = rest.partition(_END_RESULTS)
+    if not begin or not end:
+        before, after = f"{parsed.text.rstrip()}\n\n## Results\n\n", "\n"
+    parsed.text = f"{before}{_BEGIN_RESULTS}\n\n{section.strip()}\n\n{_END_RESULTS}{after}"
+    return str(parsed)
+
+
+def results_in(card: str) -> tuple[str, list[EvalResult], str] | None:
+    """Return section, results and name of `with_results` from a card; `None` if it has none.
+
+    Raises:
+        ValueError: The metadata of the card cannot be read.
+    """
+    parsed = _parsed_card(card)
+    _, begin, rest = parsed.text.partition(_BEGIN_RESULTS)
+    section, end, _ = rest.partition(_END_RESULTS)
+    if not begin or not end or not parsed.data.eval_results:
+        return None
+    return section.strip(), parsed.data.eval_results, parsed.data.model_name or ""
+
+
+def with_base_model(card: str, base_model: str) -> str:
+    """Return the text of a card that names the base model by its Hub id.
+
+    Raises:
+        ValueError: The metadata of the card cannot be read.
+    """
+    parsed = _parsed_card(card)
+    parsed.data.base_model = base_model
+    parsed.data.base_model_relation = "quantized"
+    row = f"| Base model | [{base_model}](https://huggingface.co/{base_model}) |"
+    parsed.text = re.sub(r"(?m)^\| Base model \|.*\|$", lambda _: row, parsed.text, count=1)
+    return str(parsed)
+
+
+def _parsed_card(card: str) -> Any:  # a ModelCard, whose metadata has no types
+    try:
+        return ModelCard(card)
+    except Exception as error:  # YAML and huggingface_hub have many of them
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"the metadata at the beginning of {CARD_NAME} cannot be read ({problem}): correct it, "
+            "or delete the file and save the model again"
+        ) from error
 
 
 def _part(record: PruningRecord) -> str:
@@ -197,6 +282,8 @@ def _left_dense(record: PruningRecord, class_name: str) -> dict[str, str]:
 def _zeros_per_projection(record: PruningRecord) -> list[str]:
     return [
         "## Zeros per projection",
+        "",
+        f"![Sparsity by layer and projection]({PICTURE_NAME})",
         "",
         "| projection | weights | zeros |",
         "|---|---|---|",
@@ -258,42 +345,106 @@ def _unsupported(record: PruningRecord) -> dict[str, str]:
 def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
     """Sum `(zeros, weights)` over the layers and experts of each projection, in model order."""
     sums: dict[str, tuple[int, int]] = {}
-    for matrix in matrices:
-        name = matrix.name.partition("[")[0].removesuffix(".weight").rpartition(".")[2]
-        zeros, total = sums.get(name, (0, 0))
-        sums[name] = (zeros + matrix.zeros, total + matrix.total)
+    for (_, name), (zeros, total) in count_zeros(matrices).items():
+        projection = name.rpartition(".")[2]
+        zeros_before, total_before = sums.get(projection, (0, 0))
+        sums[projection] = (zeros_before + zeros, total_before + total)
     return sums
 
 
-def _loading(needs_plugin: bool, auto_class: str, is_smaller: bool) -> list[str]:
-    if not needs_plugin:
-        return [
-            "It is an ordinary, smaller model, so transformers loads it without a plugin:"
-            if is_smaller
-            else "The zeros are stored like other weights, so transformers loads it without a "
-            "plugin:",
+def _usage(needs_plugin: bool, task: ModelTask | None, is_smaller: bool) -> list[str]:
+    """Return how to install what is needed, load the model and run it."""
+    if needs_plugin:
+        lines = [
+            "The zeros are not stored, so loading needs the plugin:",
             "",
-            "```python",
-            f"from transformers import {auto_class}",
-            f'model = {auto_class}.from_pretrained("this/repository")',
+            "```bash",
+            install_command(),
             "```",
         ]
-    return [
-        "The zeros are not stored, so loading needs the plugin:",
-        "",
-        "```bash",
-        install_command(),
-        "```",
+    elif is_smaller:
+        lines = ["It is an ordinary, smaller model, so transformers loads it without a plugin:"]
+    else:
+        lines = [
+            "The zeros are stored like other weights, so transformers loads it without a plugin:"
+        ]
+    lines += [
         "",
         "```python",
-        "import optimum_cap",
-        f"from transformers import {auto_class}",
-        f'model = {auto_class}.from_pretrained("this/repository")',
+        *(["import optimum_cap"] if needs_plugin else []),
+        *_snippet(task),
         "```",
-        "",
-        "The result is an ordinary model. Without optimum-cap, loading fails with an error; "
-        "`optimum-cli cap convert` writes a checkpoint that loads without the plugin.",
     ]
+    if needs_plugin:
+        lines += [
+            "",
+            "The result is an ordinary model. Without optimum-cap, loading fails with an error; "
+            "`optimum-cli cap convert` writes a checkpoint that loads without the plugin.",
+        ]
+    return lines
+
+
+def _snippet(task: ModelTask | None) -> list[str]:
+    """Return the lines of Python that load a model with its tokenizer, and run it."""
+    auto_class = task.auto_class if task else "AutoModelForCausalLM"
+    reads_images = task is not None and task.pipeline == "image-text-to-text"
+    reader, name = (
+        ("AutoProcessor", "processor") if reads_images else ("AutoTokenizer", "tokenizer")
+    )
+    lines = [
+        f"from transformers import {auto_class}, {reader}",
+        "",
+        'name = "this/repository"',
+        f"model = {auto_class}.from_pretrained(name)",
+        f"{name} = {reader}.from_pretrained(name)",
+    ]
+    if task is not None and task.pipeline != "text-generation":
+        return lines
+    return [
+        *lines,
+        "",
+        'question = "A pen costs 3 dollars and a book 8. What do 2 pens and a book cost?"',
+        "if tokenizer.chat_template:",
+        '    messages = [{"role": "user", "content": question}]',
+        "    inputs = tokenizer.apply_chat_template(",
+        '        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        "    )",
+        "else:",
+        '    inputs = tokenizer(question, return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=512)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
+    ]
+
+
+def _limits(record: PruningRecord, sources: str) -> list[str]:
+    """Return sentences about what a user should not expect."""
+    limits = []
+    if record.calibration:
+        limits.append(
+            f"It was calibrated on {sources or 'unknown data'}. On other tasks and in other "
+            "languages, it may have lost more: measure it on yours, with `optimum-cli cap eval`."
+        )
+    else:
+        limits.append(
+            "No data decided what was removed. Measure the model on your tasks, with `optimum-cli "
+            "cap eval`."
+        )
+    if not record.removed and not record.compacted:
+        pattern = record.config["pattern"]
+        limits.append(
+            "The zeros make the files smaller. In memory they are weights like others, so the "
+            "model takes as much memory and is as fast as its base model"
+            + (
+                f", unless an engine uses the {pattern} pattern."
+                if re.fullmatch(r"\d+:\d+", pattern)
+                else "."
+            )
+        )
+    limits.append(
+        "Pruned models may answer at greater length, or fail to end. Whether the base model's "
+        "biases and refusals have changed has not been examined."
+    )
+    return limits
 
 
 def _is_repo_id(name: str) -> bool:

@@ -1,8 +1,9 @@
 """The pruning record, which is saved with a checkpoint."""
 
 import dataclasses
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ KINDS = {
     "expert": "expert units",
 }
 """Kind of a site -> the name of its units."""
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -481,3 +483,28 @@ def count_units(kinds: Iterable[str]) -> str:
     """Return the number of units of each kind, such as `32 attention heads, 8 MLP units`."""
     counts = Counter(kinds)
     return ", ".join(f"{counts[kind]:,} {name}" for kind, name in KINDS.items() if counts[kind])
+
+
+def count_zeros(matrices: Iterable[MatrixSparsity]) -> dict[tuple[int, str], tuple[int, int]]:
+    """Sum `(zeros, weights)` by layer and projection; the experts of a layer are one projection.
+
+    Returns:
+        By `(3, "mlp.experts.down_proj")`, in the order of the model.
+    """
+    sums: dict[tuple[int, str], tuple[int, int]] = {}
+    for matrix in matrices:
+        name = re.sub(r"\[\d+\]$", "", matrix.name).removesuffix(".weight")
+        match = _LAYER.search(name)
+        key = (int(match[1]), name[match.end() :]) if match else (0, name)
+        zeros, total = sums.get(key, (0, 0))
+        sums[key] = (zeros + matrix.zeros, total + matrix.total)
+    return sums
+
+
+def short_names(projections: Sequence[str]) -> list[str]:
+    """Return the last part of each name if it is unambiguous, else the whole name."""
+    last = [name.rpartition(".")[2] for name in projections]
+    return [
+        short if last.count(short) == 1 else name
+        for name, short in zip(projections, last, strict=True)
+    ]

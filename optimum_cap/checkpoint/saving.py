@@ -16,7 +16,7 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.utils import CHAT_TEMPLATE_DIR, logging
 
 from optimum_cap.checkpoint.digests import RECORD_NAME
-from optimum_cap.checkpoint.folders import atomic_folder, is_weights
+from optimum_cap.checkpoint.folders import atomic_folder, is_of_weights, is_weights
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import write_model_card
 from optimum_cap.checkpoint.record import PruningRecord
@@ -163,7 +163,9 @@ def save_smaller(
             model.save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
     for entry in Path(source).iterdir():
         copy = target / entry.name
-        if copy.exists() or entry.name == RECORD_NAME or is_weights(entry.name):
+        if copy.exists() or entry.name == RECORD_NAME:
+            continue
+        if is_weights(entry.name) or is_of_weights(entry.name):
             continue
         if entry.is_file():
             shutil.copyfile(entry, copy)

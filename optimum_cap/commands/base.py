@@ -493,6 +493,20 @@ def check_resume_folder(folder: str | None) -> None:
         ) from error
 
 
+def check_hub_access(repo: str, token: str | None) -> None:
+    """Check that the token and the name of a repository to write to are valid.
+
+    Raises:
+        OSError: The token is not valid, or the Hub cannot be reached.
+        ValueError: The name is not that of a repository.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.whoami()
+    api.repo_exists(repo)
+
+
 def check_output_file(path: Path) -> None:
     """Check that a file can be written to `path`.
 

@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_cap.commands.chat import ChatCommand
 from optimum_cap.commands.compact import CompactCommand
 from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.convert import ConvertCommand
@@ -13,7 +14,9 @@ from optimum_cap.commands.generate import GenerateCommand
 from optimum_cap.commands.inspect import InspectCommand
 from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import PruneCommand
+from optimum_cap.commands.push import PushCommand
 from optimum_cap.commands.recover import RecoverCommand
+from optimum_cap.commands.report import ReportCommand
 from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.commands.study import StudyCommand
 
@@ -34,6 +37,9 @@ class CAPCommand(BaseOptimumCLICommand):
         CommandInfo("recover", "Train a pruned model to match the dense one.", RecoverCommand),
         CommandInfo("eval", "Measure accuracy and perplexity of a model.", EvalCommand),
         CommandInfo("compare", "Compare pruned models with a dense one.", CompareCommand),
+        CommandInfo("chat", "Ask one model, or two side by side.", ChatCommand),
+        CommandInfo("report", "Write a page about a checkpoint.", ReportCommand),
+        CommandInfo("push", "Upload a pruned checkpoint to the Hub.", PushCommand),
         CommandInfo("estimate", "Estimate the cost of a model or a study.", EstimateCommand),
         CommandInfo("study", "Compare recipes over models, sparsities and seeds.", StudyCommand),
     )

@@ -13,8 +13,12 @@ from optimum_cap.commands.base import (
 )
 from optimum_cap.commands.eval import (
     add_evaluation_flags,
+    add_to_card,
+    add_to_card_flag,
+    check_cards,
     check_evaluation_flags,
     evaluate_model,
+    print_card,
     read_task_data,
 )
 
@@ -48,6 +52,7 @@ class CompareCommand(CAPSubcommand):
             help="comma-separated tasks (default: those in the files, else those of eval)",
         )
         add_evaluation_flags(parser, of_the_files=True)
+        add_to_card_flag(parser, "each pruned model")
         add_common_flags(parser)
 
     def prepare(self) -> _Prepared:
@@ -56,6 +61,8 @@ class CompareCommand(CAPSubcommand):
         from optimum_cap.evaluation import DEFAULT_TASKS, Evaluation, resolve_tasks
 
         names = [args.dense, *args.pruned]
+        if args.add_to_card:
+            check_cards(args.pruned)
         saved = {name: Evaluation.load(name) for name in names if name.endswith(".json")}
         tasks = None if args.tasks is None else resolve_tasks(args.tasks)
         for name, evaluation in saved.items():
@@ -94,6 +101,10 @@ class CompareCommand(CAPSubcommand):
         for name in args.pruned:
             print(comparison_table(evaluations[args.dense], evaluations[name], prepared.tasks))
             print()
+            if args.add_to_card:
+                add_to_card(name, evaluations[name], evaluations[args.dense])
+                print_card(name)
+                print()
         print(
             "Over the items that both have: for shares, p is from the exact McNemar test and the "
             "interval is Newcombe's;\nfor lengths, p is from a sign-flip test and the interval a "

@@ -1,6 +1,8 @@
 """`optimum-cli cap eval`: accuracy and perplexity of a model."""
 
+import dataclasses
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,6 +45,7 @@ class EvalCommand(CAPSubcommand):
             "-o", "--output", type=Path, metavar="FILE", help="JSON file to write, e.g. for compare"
         )
         add_evaluation_flags(parser)
+        add_to_card_flag(parser, "the pruned model")
         add_common_flags(parser)
 
     def prepare(self) -> "TaskData":
@@ -51,6 +54,8 @@ class EvalCommand(CAPSubcommand):
         if args.output is not None:
             _check_output_file(args.output)
         check_evaluation_flags(args)
+        if args.add_to_card:
+            check_cards([args.model])
         data = read_task_data(args.tasks, args)
         check_loading_flags(args)
         check_has_lm_head(args.model, args)
@@ -61,10 +66,14 @@ class EvalCommand(CAPSubcommand):
         evaluation = evaluate_model(self.args.model, prepared, self.args, self.args.log_samples)
         if self.args.output is not None:
             evaluation.save(self.args.output)
+        if self.args.add_to_card:
+            add_to_card(self.args.model, evaluation)
         print(evaluation.table())
         print(f"time: {evaluation.seconds:.1f} s")
         if self.args.output is not None:
             print(f"saved: {self.args.output}")
+        if self.args.add_to_card:
+            print_card(self.args.model)
         if evaluation.errors:
             raise RuntimeError(
                 "; ".join(f"{name}: {text}" for name, text in evaluation.errors.items())
@@ -139,6 +148,56 @@ def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> 
         "(default: optimum_cap/resume in HF_HOME)",
     )
     add_loading_flags(parser)
+
+
+def add_to_card_flag(parser: ArgumentParser, what: str) -> None:
+    """Add the flag that shows the results on model cards.
+
+    Args:
+        parser: The parser.
+        what: The models whose cards they are.
+    """
+    parser.add_argument(
+        "--add-to-card",
+        action="store_true",
+        help=f"show the results on the model card of {what}, which must be a folder "
+        "(default: False)",
+    )
+
+
+def check_cards(models: Iterable[str]) -> None:
+    """Check that results can be added to the cards of models.
+
+    Raises:
+        ValueError: A model is not a folder of a CAP checkpoint, or has no card that can be read.
+        OSError: A folder cannot be written to.
+    """
+    from optimum_cap.publishing import check_has_card
+
+    for model in models:
+        if model.endswith(".json"):
+            raise ValueError(
+                f"--add-to-card needs the folder of each pruned model, got the file {model}: name "
+                "the folder (answers that were generated before are reused)"
+            )
+        check_has_card(model)
+
+
+def add_to_card(model: str, evaluation: "Evaluation", dense: "Evaluation | None" = None) -> None:
+    """Add results to the card of a model, apart from those that are not finite."""
+    from optimum_cap.publishing import add_results
+
+    tasks = {
+        name: result for name, result in evaluation.tasks.items() if name not in evaluation.errors
+    }
+    add_results(model, dataclasses.replace(evaluation, tasks=tasks), dense)
+
+
+def print_card(model: str) -> None:
+    """Print where results were added."""
+    from optimum_cap.checkpoint import CARD_NAME
+
+    print(f"card: {Path(model) / CARD_NAME}")
 
 
 def check_evaluation_flags(args: Namespace) -> None:

@@ -14,6 +14,7 @@ from optimum_cap.commands.base import (
     add_common_flags,
     add_loading_flags,
     auto_class_name,
+    check_hub_access,
     check_loading_flags,
     check_model,
     check_output_folder,
@@ -354,6 +355,12 @@ class PruneCommand(CAPSubcommand):
             "(default: False)",
         )
         add_loading_flags(parser)
+        add(
+            "--base-model",
+            metavar="ID",
+            help="Hub id of a model in a local folder, for the record and the model card "
+            "(default: the name of the folder)",
+        )
         add("--push-to-hub", metavar="REPO", help="Hub id to upload the checkpoint to")
         add("--private", action="store_true", help="make the Hub repository private if it is new")
         add_common_flags(parser)
@@ -380,8 +387,10 @@ class PruneCommand(CAPSubcommand):
             return _prepared_example(config, args, process_group)
         # Also checked when saving: the weights of another model are never replaced.
         check_target(args.output.absolute())
+        if args.base_model:
+            _check_base_model(args)
         if args.push_to_hub:
-            _check_hub_access(args.push_to_hub, args.token)
+            check_hub_access(args.push_to_hub, args.token)
         auto_class = _auto_class(config, check_prunable(args.model, args), args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
@@ -399,7 +408,7 @@ class PruneCommand(CAPSubcommand):
             return
         import transformers
 
-        from optimum_cap.checkpoint import inspect_checkpoint
+        from optimum_cap.checkpoint import inspect_checkpoint, set_base_model
         from optimum_cap.config import parse_size
 
         args = self.args
@@ -416,6 +425,8 @@ class PruneCommand(CAPSubcommand):
         limit = {"max_shard_size": parse_size(args.max_shard_size)} if args.max_shard_size else {}
         model.save_pretrained(args.output, **limit)
         _save_companions(args.output, prepared)
+        if args.base_model:
+            set_base_model(args.output, args.base_model)
 
         print_summary(inspect_checkpoint(str(args.output)))
         print(f"time          {time.monotonic() - start:.1f} s")
@@ -709,13 +720,26 @@ def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _check_hub_access(repo: str, token: str | None) -> None:
-    """Check that the token and the name of the repository are valid."""
-    from huggingface_hub import HfApi
+def _check_base_model(args: Namespace) -> None:
+    """Check that `--base-model` is the name of a repository and adds to what is known.
 
-    api = HfApi(token=token)
-    api.whoami()
-    api.repo_exists(repo)
+    Raises:
+        ValueError: It is no such name, or the model comes from the Hub itself.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not Path(args.model).is_dir():
+        raise ValueError(
+            f"--base-model {args.base_model} names the model in a local folder, but {args.model} "
+            "comes from the Hub, so its name is known: leave it out"
+        )
+    try:
+        validate_repo_id(args.base_model)
+    except HFValidationError as error:
+        raise ValueError(
+            f"--base-model {args.base_model} is no Hub id: write it as owner/name"
+        ) from error
 
 
 def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str | None) -> str:

@@ -1,7 +1,5 @@
 """Summaries and tables of a checkpoint, as the commands print them."""
 
-import re
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from optimum_cap.text import aligned, format_size
@@ -11,7 +9,6 @@ if TYPE_CHECKING:
 
 _UNITS_SHOWN = 5
 _SITES_SHOWN = 10
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def print_summary(summary: "CheckpointSummary") -> None:
@@ -75,15 +72,13 @@ def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
     The experts of a layer share one cell; `-` marks a projection that a layer does not have or that
     was left dense.
     """
-    counts: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
-    for matrix in matrices:
-        cell = counts[_layer_and_projection(matrix.name)]
-        cell[0] += matrix.zeros
-        cell[1] += matrix.total
+    from optimum_cap.checkpoint import count_zeros, short_names
+
+    counts = count_zeros(matrices)
     layers = sorted({layer for layer, _ in counts})
     projections = list(dict.fromkeys(projection for _, projection in counts))
 
-    def share(cells: list[list[int]]) -> str:
+    def share(cells: list[tuple[int, int]]) -> str:
         total = sum(total for _, total in cells)
         return f"{sum(zeros for zeros, _ in cells) / total:.3f}" if total else "-"
 
@@ -94,7 +89,7 @@ def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
         ]
         return [name, *map(share, cells), share([cell for column in cells for cell in column])]
 
-    rows = [["layer", *_short(projections), "all"]]
+    rows = [["layer", *short_names(projections), "all"]]
     rows += [row(str(layer), [layer]) for layer in layers]
     rows.append(row("all", layers))
     return aligned(rows)
@@ -139,20 +134,4 @@ def _ranked(scores: "list[UnitScore]") -> list[tuple[str, str]]:
     return [
         ("most needed", line(finite[:_UNITS_SHOWN]) + f"  {named} (nats per token)"),
         ("least needed", line(finite[: -_UNITS_SHOWN - 1 : -1])),
-    ]
-
-
-def _layer_and_projection(name: str) -> tuple[int, str]:
-    """Split `model.layers.3.mlp.experts.down_proj[7]` into 3 and `mlp.experts.down_proj`."""
-    name = re.sub(r"\[\d+\]$", "", name).removesuffix(".weight")
-    match = _LAYER.search(name)
-    return (int(match[1]), name[match.end() :]) if match else (0, name)
-
-
-def _short(projections: list[str]) -> list[str]:
-    """Return the last part of each name if it is unambiguous, else the whole name."""
-    last = [name.rpartition(".")[2] for name in projections]
-    return [
-        short if last.count(short) == 1 else name
-        for name, short in zip(projections, last, strict=True)
     ]

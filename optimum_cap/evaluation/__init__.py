@@ -1,6 +1,11 @@
 """Accuracy and perplexity of models, and paired comparisons of two models."""
 
-from optimum_cap.evaluation.comparison import comparison_table
+from optimum_cap.evaluation.comparison import (
+    COLUMNS,
+    MetricComparison,
+    compare,
+    comparison_table,
+)
 from optimum_cap.evaluation.results import (
     LAYOUT,
     AccuracyResult,
@@ -10,6 +15,7 @@ from optimum_cap.evaluation.results import (
     LossResult,
     PerplexityResult,
     Result,
+    Transcript,
     mean_and_interval,
     wilson_interval,
 )
@@ -26,6 +32,7 @@ from optimum_cap.evaluation.tasks import (
 )
 
 __all__ = [
+    "COLUMNS",
     "DEFAULT_TASKS",
     "HARNESS_PREFIX",
     "LAYOUT",
@@ -35,12 +42,15 @@ __all__ = [
     "Evaluation",
     "HarnessResult",
     "LossResult",
+    "MetricComparison",
     "PerplexityResult",
     "Result",
     "TaskData",
     "TaskItems",
+    "Transcript",
     "check_counts",
     "check_sample_log",
+    "compare",
     "comparison_table",
     "evaluate",
     "extract_marked",

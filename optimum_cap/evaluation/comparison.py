@@ -34,6 +34,8 @@ _SEED = 0
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 _SHARES = ("accuracy", "no answer", "at limit", "acc", "acc_norm")
 _RATIOS = ("tokens per answer", "seconds per answer")
+COLUMNS = ("task", "metric", "n", "dense", "pruned", "difference", "95 % interval", "p")
+"""Header of a table of comparisons, whose rows are `MetricComparison.cells`."""
 _Item = TypeVar("_Item", Answer, Choice, Window, WorkedAnswer)
 
 
@@ -79,6 +81,10 @@ class MetricComparison:
         """`difference` as a fraction of the dense value; `None` if that is 0."""
         return self.difference / self.dense if self.dense else None
 
+    def cells(self) -> list[str]:
+        """Return the row of a table with the columns `COLUMNS`."""
+        return _cells(self)
+
 
 def compare(
     dense: Evaluation, pruned: Evaluation, tasks: Iterable[str] | None = None
@@ -117,14 +123,14 @@ def compare(
 
 def comparison_table(dense: Evaluation, pruned: Evaluation, tasks: Iterable[str] | None) -> str:
     """Return a comparison as a table for the terminal, with notes on each task."""
-    rows = [["task", "metric", "n", "dense", "pruned", "difference", "95 % interval", "p"]]
+    rows = [list(COLUMNS)]
     notes = []
     for name, comparisons in compare(dense, pruned, tasks).items():
         if isinstance(comparisons, str):
             rows.append([name, *["-"] * 7])
             notes.append(f"{name}: {comparisons}")
             continue
-        rows += [_cells(comparison) for comparison in comparisons]
+        rows += [comparison.cells() for comparison in comparisons]
         first = comparisons[0]
         if first.only_dense or first.only_pruned:
             notes.append(

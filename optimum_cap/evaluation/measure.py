@@ -44,6 +44,7 @@ from optimum_cap.evaluation.results import (
     LossResult,
     PerplexityResult,
     Result,
+    Transcript,
     Window,
     WorkedAnswer,
 )
@@ -60,6 +61,7 @@ from optimum_cap.scoring import example_losses
 
 Samples = list[dict[str, Any]]
 
+_TRANSCRIPTS = 3  # responses that a result keeps; a model may leave out other questions
 _REFRESH = 1.0  # seconds between two updates of the number of tokens that a batch has generated
 
 
@@ -204,6 +206,10 @@ def _answer(engine: Engine, job: Questions) -> tuple[AccuracyResult, Samples]:
         job.examples,
         job.examples_source,
         seconds,
+        tuple(
+            Transcript(question.digest, question.text, response.text)
+            for question, response in zip(job.questions, responses, strict=True)
+        )[:_TRANSCRIPTS],
     )
     return result, samples
 

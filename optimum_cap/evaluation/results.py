@@ -94,6 +94,21 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Transcript:
+    """What a model was asked and what it answered.
+
+    Attributes:
+        digest: `row_digest` of the question and its worked answer.
+        question: The question, without the worked examples and the chat template around it.
+        response: The whole response.
+    """
+
+    digest: str
+    question: str
+    response: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """The log-likelihoods of the choices of one question.
 
@@ -147,6 +162,7 @@ class AccuracyResult:
         examples: Digests of the worked examples that the prompts show, in their order.
         examples_source: Source of these; empty if there are none.
         seconds: Time that generating all answers took.
+        transcripts: The first questions with their whole responses, to show what answers look like.
     """
 
     metric: ClassVar[str] = "accuracy"
@@ -158,6 +174,7 @@ class AccuracyResult:
     examples: tuple[str, ...] = ()
     examples_source: dict[str, Any] = field(default_factory=dict)
     seconds: float = field(default=0.0, compare=False)
+    transcripts: tuple[Transcript, ...] = ()
 
     @property
     def correct(self) -> int:
@@ -240,6 +257,7 @@ class AccuracyResult:
             "examples": list(self.examples),
             "examples_source": self.examples_source,
             "items": [asdict(item) for item in self.items],
+            "transcripts": [asdict(each) for each in self.transcripts],
         }
 
     @classmethod
@@ -252,6 +270,7 @@ class AccuracyResult:
             tuple(values["examples"]),
             values["examples_source"],
             values["seconds"],
+            tuple(Transcript(**each) for each in values.get("transcripts", ())),
         )
 
 
@@ -644,14 +663,26 @@ class Evaluation:
 
     def table(self) -> str:
         """Return tables for the terminal, one line per task and metric, with notes."""
+        lengths = self.length_rows()
+        lengths_table = ["", aligned(lengths, left=1)] if len(lengths) > 1 else []
+        return "\n".join([aligned(self.rows(), left=1), *self.notes(), *lengths_table])
+
+    def rows(self) -> list[list[str]]:
+        """Return the table of results, with its header: a row per task and metric."""
         rows = [["task", "n", "result", "95 % interval", "no answer", "loss", "left out"]]
-        notes = []
         for name, result in self.tasks.items():
             rows += _result_rows(name, result)
-            notes += _notes(name, result)
-        return "\n".join([aligned(rows, left=1), *notes, *self._lengths_table()])
+        return rows
 
-    def _lengths_table(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """Return the lines below the table, each about one task."""
+        return [note for name, result in self.tasks.items() for note in _notes(name, result)]
+
+    def length_rows(self) -> list[list[str]]:
+        """Return the table of the lengths of answers: its header, and a row per task that has any.
+
+        The last column is the time per answer, on the machine that measured it.
+        """
         rows = [
             ["task", "tokens per answer", "95 %", "median", "95 %", "at limit", "95 %", "s/answer"]
         ]
@@ -672,7 +703,7 @@ class Evaluation:
                         f"{result.seconds_per_answer:.3g}",
                     ]
                 )
-        return ["", aligned(rows, left=1)] if len(rows) > 1 else []
+        return rows
 
 
 def _result_rows(name: str, result: Result) -> list[list[str]]:

@@ -44,6 +44,11 @@ class Question:
     conversation: Conversation
 
     @property
+    def text(self) -> str:
+        """The question, and what was said before it."""
+        return "\n\n".join(text for _, text in self.conversation.turns[:-1])
+
+    @property
     def answer(self) -> str:
         """The worked answer as published."""
         return self.conversation.turns[-1][1]

@@ -102,6 +102,7 @@ from optimum_cap.models.smaller import (
     smaller_model,
 )
 from optimum_cap.models.tasks import (
+    ModelTask,
     check_saved_with_head,
     check_saved_with_lm_head,
     classifier_class,
@@ -118,6 +119,7 @@ __all__ = [
     "KeptParts",
     "LayerCall",
     "Matrix",
+    "ModelTask",
     "ModelView",
     "RecordedCall",
     "Router",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.hub_server import PART_SIZE, LoopbackHub
+from helpers.paths import TESTS
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 OWNER, STRANGER = "hf_owner", "hf_stranger"
@@ -267,3 +269,62 @@ def test_the_test_hub_serves_ranges(published: LoopbackHub) -> None:
         assert (answer.status, answer.read()) == (206, b"{")
         assert answer.headers["Content-Range"].startswith("bytes 0-0/")
         assert re.fullmatch(r"[0-9a-f]{40}", answer.headers["X-Repo-Commit"])
+
+
+# Folders that were saved earlier
+
+SAVED = """
+import pathlib
+from helpers.checkpoints import pruned
+from helpers.tiny_models import tiny_tokenizer
+
+pruned().save_pretrained("earlier")
+tiny_tokenizer().save_pretrained("earlier")
+pathlib.Path("earlier/optimizer.pt").write_bytes(b"state")
+pathlib.Path("earlier/.cache").mkdir()
+pathlib.Path("earlier/.cache/x").write_text("hidden")
+"""
+
+
+@pytest.fixture
+def earlier(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.rmtree(folder / "earlier", ignore_errors=True)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    run(sys.executable, "-c", SAVED)
+    return folder / "earlier"
+
+
+@pytest.mark.slow
+def test_push_uploads_a_whole_folder(published: LoopbackHub, run: Run, earlier: Path) -> None:
+    done = run(
+        *cli("push", "earlier", "user/pushed", "--base-model", "user/dense", "--private"),
+        *("--commit-message", "Ours"),
+    )
+    assert "uploaded: " in done.stdout
+    assert "cap compare DENSE earlier --add-to-card" in done.stdout
+    assert "not uploaded, as it is the state of a training: optimizer.pt" in done.stderr
+    repository = published.repositories["user/pushed"]
+    assert repository.private
+    assert repository.head.message == "Ours"
+    names = {path.name for path in earlier.iterdir()} - {"optimizer.pt", ".cache"}
+    assert set(repository.head.files) == names
+    assert {"README.md", "pruning_sparsity.svg", "tokenizer.json"} <= names
+    card = yaml.safe_load(repository.head.files["README.md"].content.decode().split("---\n")[1])
+    assert card["base_model"] == "user/dense"
+    done = run(*cli("inspect", "user/pushed"))
+    assert re.search(r"^base model +user/dense", done.stdout, re.MULTILINE)
+    run(*cli("report", "user/pushed", "-o", "pushed.html"))
+    assert "user/dense" in (earlier.parent / "pushed.html").read_text()
+    # Now that the record names it, nobody needs to say it again.
+    run(*cli("push", "earlier", "user/pushed"))
+
+
+@pytest.mark.slow
+def test_push_refuses_an_unknown_base_model_before_it_uploads(
+    published: LoopbackHub, run: Run, earlier: Path
+) -> None:
+    published.requests.clear()
+    command = cli("push", "earlier", "user/never", "--base-model", "user/nothing")
+    done = run(*command, status=2)
+    assert "the Hub has no model 'user/nothing' that you may read" in done.stderr
+    assert not [request for request in published.requests if request.method in ("POST", "PUT")]

@@ -200,6 +200,7 @@ def test_an_interrupted_command_says_to_run_it_again(
         "compact": ["model", "-o", "out"],
         "recover": ["-m", "model", "-o", "out"],
         "compare": ["model", "other"],
+        "push": ["model", "repo"],
     }
     name = info.name  # type: ignore[attr-defined]
     monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", name, *arguments.get(name, ["model"])])

@@ -1,0 +1,89 @@
+"""The file with results of a checkpoint, which are valid for the weights that were measured."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from optimum_cap.checkpoint.digests import RESULTS_NAME
+from optimum_cap.checkpoint.model_card import CARD_NAME, results_in, with_results
+from optimum_cap.checkpoint.reading import read_json
+from optimum_cap.runtime import digest_of, write_atomically
+
+logger = logging.get_logger(__name__)
+
+_LAYOUT = 1
+
+
+def weights_digest(digests: Mapping[str, Any]) -> str:
+    """Return a digest of the weight files of a checkpoint.
+
+    Args:
+        digests: What its record says of its files.
+    """
+    weights = {name: file["sha256"] for name, file in digests.items() if "checksum" in file}
+    return digest_of("weights", sorted(weights.items()))
+
+
+def read_results(folder: Path, digests: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was measured of the weights in a folder, by task; nothing of other weights.
+
+    Args:
+        folder: The checkpoint.
+        digests: What its record says of its files.
+
+    Raises:
+        ValueError: The file is damaged, or has a newer layout.
+    """
+    file = folder / RESULTS_NAME
+    if not file.is_file():
+        return {}
+    values = read_json(file)
+    if values.get("layout") != _LAYOUT or not isinstance(values.get("tasks"), dict):
+        raise ValueError(
+            f"{file} cannot be read (layout {values.get('layout')!r:.80}, expected {_LAYOUT}): "
+            "upgrade optimum-cap, or delete the file and measure again"
+        )
+    return dict(values["tasks"]) if values.get("weights") == weights_digest(digests) else {}
+
+
+def write_results(folder: Path, digests: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """Write what was measured of the weights in a folder.
+
+    Args:
+        folder: The checkpoint.
+        digests: What its record says of its files.
+        tasks: JSON values by task.
+    """
+    values = {"layout": _LAYOUT, "weights": weights_digest(digests), "tasks": tasks}
+    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / RESULTS_NAME, text.encode())
+
+
+def carry_results(
+    source: Path, old: Mapping[str, Any], target: Path, new: Mapping[str, Any]
+) -> None:
+    """Keep the results of a checkpoint for a copy with the same weights in another format.
+
+    A file that cannot be read is left out, with a warning: it must not fail a conversion.
+
+    Args:
+        source: The checkpoint.
+        old: What its record says of its files.
+        target: The copy, with a new card.
+        new: What the record of the copy says of its files.
+    """
+    (target / RESULTS_NAME).unlink(missing_ok=True)  # it names other files
+    try:
+        if not (tasks := read_results(source, old)):
+            return
+        write_results(target, new, tasks)
+        found = results_in((source / CARD_NAME).read_text(encoding="utf-8"))
+        if found is not None:
+            card = target / CARD_NAME
+            text = with_results(card.read_text(encoding="utf-8"), *found)
+            card.write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        logger.warning(f"the results were not taken over: {error}")

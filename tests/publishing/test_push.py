@@ -1,0 +1,62 @@
+"""Uploads that are refused before the Hub is asked; `test_hub.py` has those that reach it."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from helpers.checkpoints import change_record, pruned
+from helpers.command_line import run_cap
+
+from optimum_cap.publishing import push_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    for name in ("whoami", "repo_exists", "create_repo", "create_commit"):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, fail)
+    pruned().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_damaged_weights_and_a_missing_card_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model.safetensors has changed since"):
+        push_checkpoint(folder, "user/never")
+    weights.write_bytes(original)
+    (folder / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"has no README.md, without which"):
+        push_checkpoint(folder, "user/never")
+    with pytest.raises(ValueError, match=r"nothing is no folder"):
+        push_checkpoint(folder / "nothing", "user/never")
+
+
+def test_an_unknown_base_model_is_asked_for(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    change_record(folder, base_model="./mine")
+    status, _, error = run_cap(monkeypatch, capfd, ["push", folder, "user/never"])
+    assert status == 2
+    assert "(only that its folder was ./mine): pass --base-model ID, or --base-model none" in error
+    asked = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "org/dense"
+
+    checked = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("optimum_cap.commands.push.check_hub_access", lambda *_: None)
+    monkeypatch.setattr(
+        "optimum_cap.publishing.check_base_model", lambda name, _: checked.append(name)
+    )
+    run_cap(monkeypatch, capfd, ["push", folder, "user/never"])
+    assert len(asked) == 1
+    assert checked == ["org/dense"]
