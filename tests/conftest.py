@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,41 @@ from optimum_cap.models import compilation
 from optimum_cap.scoring import wavefront
 
 # In these folders and modules, whose tests compute, the default run takes a few parameter sets of a
-# test, spread evenly, and `-m slow` the others.
+# test, spread evenly, `-m slow` a few more, and `-m exhaustive` the others.
 _COMPUTING = re.compile(
     r"(pruning|scoring|estimation|models|methods|study)/|"
     r"test_(recipes|default_recipe|offload|devices|classifiers|shared_layers|models_with_images)\."
 )
 _MOST_SETS = 3
+_MOST_SLOW_SETS = 4
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all but a few parameter sets of tests that compute as slow."""
+    """Mark all but a few parameter sets of tests that compute as slow, and most as exhaustive."""
     sets: dict[str, list[pytest.Item]] = {}
     for item in items:
         test, parametrized, _ = item.nodeid.removeprefix("tests/").partition("[")
-        if parametrized and _COMPUTING.match(test) and item.get_closest_marker("slow") is None:
+        if parametrized and _COMPUTING.match(test):
             sets.setdefault(test, []).append(item)
-    for each in sets.values():
-        count = len(each)
-        kept = {round(place * (count - 1) / (_MOST_SETS - 1)) for place in range(_MOST_SETS)}
-        for place, item in enumerate(each):
-            if count > _MOST_SETS and place not in kept:
+    for test, each in sets.items():
+        quick = [item for item in each if item.get_closest_marker("slow") is None]
+        last = max(len(quick) - 1, 0)
+        kept = {round(place * last / (_MOST_SETS - 1)) for place in range(_MOST_SETS)}
+        for place, item in enumerate(quick):
+            if len(quick) > _MOST_SETS and place not in kept:
                 item.add_marker(pytest.mark.slow)
+        slow = [item for item in each if item.get_closest_marker("slow") is not None]
+        # Each test begins elsewhere, so that all architectures get their share.
+        step, start = len(slow) / _MOST_SLOW_SETS, zlib.crc32(test.encode())
+        kept = {
+            (start + round(step * place)) % len(slow) for place in range(_MOST_SLOW_SETS) if slow
+        }
+        for place, item in enumerate(slow):
+            if len(slow) > _MOST_SLOW_SETS and place not in kept:
+                item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "slow"]
+                if item.get_closest_marker("slow") is None:  # else its whole module is
+                    item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist, or with -p no:xdist
@@ -68,7 +82,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(params=SAMPLED)
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Name of a supported architecture: of each kind, and of all of them with `-m slow`."""
+    """Name of a supported architecture of each kind; the others are slow or exhaustive."""
     return request.param
 
 
@@ -80,7 +94,7 @@ def every_architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model(architecture: str) -> PreTrainedModel:
-    """A tiny random model of an architecture of each kind, and of all of them with `-m slow`."""
+    """A tiny random model of an architecture of each kind; the others are slow or exhaustive."""
     return tiny_model(architecture)
 
 

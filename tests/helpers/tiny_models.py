@@ -114,10 +114,11 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 ARCHITECTURES = sorted(CONFIGS)
 
 # What the default run takes of them: one for each property that code most often has to treat in its
-# own way. The others run with `-m slow`: gpt_neox (attention and MLP side by side), mixtral
-# (experts in every layer), opt (an MLP that is no module), gemma3n (several hidden states per
-# token), phi3 (fused projections), and those that repeat a property: gemma2, gemma3 and mistral
-# (norms and windows of gemma4), qwen2 (biases of gpt2), qwen3 and olmoe (norms of qwen3_moe).
+# own way. The others run with `-m slow` and `-m exhaustive`: gpt_neox (attention and MLP side by
+# side), mixtral (experts in every layer), opt (an MLP that is no module), gemma3n (several hidden
+# states per token), phi3 (fused projections), and those that repeat a property: gemma2, gemma3 and
+# mistral (norms and windows of gemma4), qwen2 (biases of gpt2), qwen3 and olmoe (norms of
+# qwen3_moe).
 SAMPLE = (
     "llama",  # queries in groups, a head size of its own, a gated MLP
     "gemma4",  # inputs per layer, keys and values shared by layers, head sizes by layer, windows
