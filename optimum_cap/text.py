@@ -85,11 +85,14 @@ def printable_values(values: Any) -> Any:
 def public_name(name_or_path: str) -> str | None:
     """Return a Hub id as it is, `./name` for a local folder of any path, or `None` for no name.
 
-    What is published must not show where folders are on this computer.
+    A folder in the cache of the Hub has the id of its repository. What is published must not show
+    where folders are on this computer.
     """
     if not name_or_path:
         return None
-    parts = name_or_path.replace("\\", "/").split("/")
+    parts = name_or_path.rstrip("/\\").replace("\\", "/").split("/")
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/", 1)
     is_local = os.path.exists(name_or_path) or len(parts) > 2 or parts[0] in (".", "..", "~")
     if not is_local and not os.path.isabs(name_or_path):
         return name_or_path

@@ -15,6 +15,9 @@ from optimum_cap.text import public_name
         ("../model", "./model"),
         ("~/model", "./model"),
         ("./model", "./model"),
+        ("/home/me/hub/models--owner--a--b/snapshots/0123abcd", "owner/a--b"),
+        ("hub/models--gpt2/snapshots/0123abcd/", "gpt2"),
+        ("/home/me/snapshots/model", "./model"),
         ("", None),
     ],
 )

@@ -6,7 +6,9 @@ import huggingface_hub
 import pytest
 from helpers.checkpoints import change_record, pruned
 from helpers.command_line import run_cap
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
+from optimum_cap.checkpoint import inspect_checkpoint
 from optimum_cap.publishing import push_checkpoint
 
 
@@ -60,3 +62,27 @@ def test_an_unknown_base_model_is_asked_for(
     run_cap(monkeypatch, capfd, ["push", folder, "user/never"])
     assert len(asked) == 1
     assert checked == ["org/dense"]
+
+
+def test_prune_names_the_base_model_of_a_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "mine")
+    tiny_tokenizer().save_pretrained(tmp_path / "mine")
+
+    def prune(model: object, base_model: str) -> tuple[int, str, str]:
+        flags = ["--sparsity", "0.5", "--recipe", "magnitude", "-o", tmp_path / "out"]
+        command = ["prune", "-m", model, *flags, "--base-model", base_model]
+        return run_cap(monkeypatch, capfd, command)
+
+    for model, name, message in (
+        (tmp_path / "mine", "a/b/c", "--base-model a/b/c is no Hub id: write it as owner/name"),
+        ("org/dense", "org/dense", "org/dense comes from the Hub, so its name is known"),
+    ):
+        status, _, error = prune(model, name)
+        assert status == 2
+        assert message in error
+    status, _, error = prune(tmp_path / "mine", "org/dense")
+    assert status == 0, error
+    assert inspect_checkpoint(str(tmp_path / "out"), verify=True).record.base_model == "org/dense"
+    assert "base_model: org/dense\n" in (tmp_path / "out" / "README.md").read_text()
