@@ -35,7 +35,7 @@ CARD_NAME = "README.md"
 _BEGIN_RESULTS, _END_RESULTS = "<!-- results: begin -->", "<!-- results: end -->"
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|#&]|(?<!\w)_|_(?!\w)|!(?=\[)|://")
 _TAGS = ["optimum-cap", "pruning", "sparse"]
-_RECOVERED = ", then trained to predict what the dense model predicts. Its zeros were kept."
+_RECOVERED = ", then trained to predict what the dense model predicts."
 _REFINED = (
     "; the kept weights of each layer were then fitted to the hidden states of the dense model."
 )
@@ -149,7 +149,7 @@ def model_card(
         + (
             ". The weights have been changed since, which filled zeros."
             if record.lost_zeros
-            else _RECOVERED
+            else _RECOVERED + ("" if record.removed else " Its zeros were kept.")
             if record.recovery
             else _REFINED
             if method.refine

@@ -106,7 +106,8 @@ def recover(
     """Train a pruned model for some steps to predict what the dense model predicts.
 
     The loss is the Kullback-Leibler divergence of its predictions from those of the dense model
-    (knowledge distillation, arXiv 1503.02531) at scored tokens. Pruned weights stay zero. A tenth
+    (knowledge distillation, arXiv 1503.02531) at scored tokens. Pruned weights stay zero; a model
+    that has lost parts, such as layers, is trained as it is. A tenth
     of the examples, at most 32, is left out; the divergence on them is measured about five times.
     Training stops early if it no longer falls, and the weights with the lowest one are taken.
     AdamW, with a rate that falls to 0 along a cosine, in float32 (with bfloat16 autocast on GPUs
@@ -148,14 +149,15 @@ def recover(
         )
     student, dense = plain_model(model), plain_model(dense)
     check_trainable(student)
-    if lora_rank is None:
-        trained_parameters(student)
-    elif not _adaptable(student):
-        raise ValueError(
-            f"this {type(student).__name__} has no linear layers with zeros to adapt: leave "
-            "lora_rank out if it has pruned experts, else there is nothing to recover"
-        )
-    _check_belong_together(student, dense)
+    if not _has_lost_parts(student):
+        if lora_rank is None:
+            trained_parameters(student)
+        elif not _adaptable(student):
+            raise ValueError(
+                f"this {type(student).__name__} has no linear layers with zeros to adapt: leave "
+                "lora_rank out if it has pruned experts, else there is nothing to recover"
+            )
+    _check_belong_together(student, dense, hidden_states > 0)
     config = CAPConfig(
         sparsity=0.5,  # required, not used
         dataset=dataset,
@@ -279,9 +281,20 @@ def check_recovery_settings(
         raise ValueError(f"hidden_states must be a weight of at least 0, got {hidden_states!r}")
 
 
-def _check_belong_together(student: PreTrainedModel, dense: PreTrainedModel) -> None:
+def _has_lost_parts(model: PreTrainedModel) -> bool:
+    """Return whether a pruned model is smaller than the dense one, by its record."""
+    record = getattr(model, "pruning_record", None)
+    return record is not None and bool(record.removed or record.compacted)
+
+
+def _check_belong_together(
+    student: PreTrainedModel, dense: PreTrainedModel, by_hidden_states: bool
+) -> None:
     if student is dense:
         raise ValueError("the pruned and the dense model are the same object: load the dense one")
+    if _has_lost_parts(student):
+        _check_same_outputs(student, dense, by_hidden_states)
+        return
     ours, theirs = (
         {name: tuple(weight.shape) for name, weight in each.named_parameters()}
         for each in (student, dense)
@@ -292,6 +305,29 @@ def _check_belong_together(student: PreTrainedModel, dense: PreTrainedModel) -> 
             f"the dense {type(dense).__name__} is not the model that was pruned: {name} is "
             f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} in the pruned "
             f"{type(student).__name__}: name the model that it was made of"
+        )
+
+
+def _check_same_outputs(
+    student: PreTrainedModel, dense: PreTrainedModel, by_hidden_states: bool
+) -> None:
+    """Check what a model that has lost parts must have in common with the dense one."""
+    if type(student) is not type(dense):
+        raise ValueError(
+            f"the dense model is a {type(dense).__name__}, but the pruned one a "
+            f"{type(student).__name__}: name the model that it was made of"
+        )
+    sizes = [number_of_embeddings(each) for each in (student, dense)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the dense model has {sizes[1]} embeddings, but the pruned one {sizes[0]}: name the "
+            "model that it was made of"
+        )
+    layers = [len(ModelView.of(each).layers) for each in (student, dense)]
+    if by_hidden_states and layers[0] != layers[1]:
+        raise ValueError(
+            f"hidden_states compares the models layer by layer, but {layers[1] - layers[0]} of "
+            f"{layers[1]} layers were removed: leave it out"
         )
 
 
@@ -342,12 +378,16 @@ def _adaptable(student: PreTrainedModel) -> list[str]:
 
 
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
-    """Return the student with sparse adapters in all layers that were pruned."""
+    """Return the student with sparse adapters in all layers that were pruned.
+
+    A model that has lost parts gets them in all linear layers.
+    """
     from peft import get_peft_model
 
     from optimum_cap.training.sparse_lora import SparseLoraConfig
 
-    config = SparseLoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_adaptable(student))
+    targets = "all-linear" if _has_lost_parts(student) else _adaptable(student)
+    config = SparseLoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     return get_peft_model(student, config)
 
 
@@ -393,7 +433,9 @@ def _trainer(
     set_seed(seed)
     progress, keep_sparsity = _Progress(), KeepSparsity()
     callbacks: list[Any] = [EarlyStoppingCallback(_PATIENCE), progress]
-    if lora_rank is None:
+    if lora_rank is None and any(
+        (weight == 0).any() for weight in pruned_parameters(student).values()
+    ):
         callbacks.append(keep_sparsity)
     trainer = DistillationTrainer(
         model=trained,
@@ -473,9 +515,7 @@ def _distil(
         finally:
             trainer.end()
         if lora_rank:
-            from optimum_cap.training.merging import merge_and_keep_sparsity
-
-            merge_and_keep_sparsity(trained)
+            trained.merge_and_unload()  # the adapters are sparse where the weights are
     except BaseException:
         if lora_rank:
             trained.unload()

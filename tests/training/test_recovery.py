@@ -237,3 +237,52 @@ def test_the_command(
     assert record.recovery[0]["divergence_after"] < record.recovery[0]["divergence_before"]
     assert (output / "tokenizer.json").exists()
     assert "trained to predict what the dense model predicts" in (output / "README.md").read_text()
+
+
+# Models that have lost parts
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "options"),
+    [
+        ("channels", 0.6, {}),
+        pytest.param(
+            "layers", 0.4, {"lora_rank": 4, "learning_rate": 2e-3}, marks=pytest.mark.slow
+        ),
+        pytest.param("channels", 0.6, {"hidden_states": 0.1}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_smaller_model_comes_closer_and_stays_an_ordinary_one(
+    pattern: str,
+    sparsity: float,
+    options: dict[str, Any],
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    config = CAPConfig(sparsity, recipe="random", pattern=pattern)
+    smaller = CAPPruner(config).prune(copy.deepcopy(dense), tokenizer)
+    shapes = {name: weight.shape for name, weight in smaller.named_parameters()}
+    recovery = recover(smaller, dense, tokenizer, **{**SHORT, **options})
+    assert recovery.divergence_after < 0.98 * recovery.divergence_before
+    assert {name: weight.shape for name, weight in smaller.named_parameters()} == shapes
+    smaller.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "then trained to predict what the dense model predicts." in card
+    assert "zeros were kept" not in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(8, 40)[None]
+    assert torch.equal(loaded(ids).logits, smaller(ids).logits)
+
+
+def test_what_a_smaller_model_must_share_with_the_dense_one(
+    dense: PreTrainedModel, tokenizer: Any
+) -> None:
+    config = CAPConfig(0.4, recipe="random", pattern="layers")
+    smaller = CAPPruner(config).prune(copy.deepcopy(dense), tokenizer)
+    with pytest.raises(ValueError, match=r"layer by layer, but 2 of 6 layers were removed"):
+        recover(smaller, dense, tokenizer, **SHORT, hidden_states=0.1)
+    with pytest.raises(ValueError, match=r"the dense model is a MistralForCausalLM"):
+        recover(smaller, tiny_model("mistral"), tokenizer, **SHORT)
+    with pytest.raises(ValueError, match=r"embeddings, but the pruned one"):
+        recover(smaller, tiny_model("llama"), tokenizer, **SHORT)
