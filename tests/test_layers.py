@@ -17,7 +17,7 @@ LEVELS = (
     ("runtime",),
     ("checkpoint", "scoring"),
     ("pruning", "evaluation"),
-    ("generation", "training", "publishing"),
+    ("generation", "training", "quantization", "publishing"),
     ("pruner",),
     ("plugin", "study"),
     ("estimation",),

@@ -18,7 +18,7 @@ from optimum_cap.checkpoint.digests import (
     check_settings,
     warn_of_changed_settings,
 )
-from optimum_cap.checkpoint.folders import check_target
+from optimum_cap.checkpoint.folders import atomic_folder, check_target, copy_other_files
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import CARD_NAME, with_results
 from optimum_cap.checkpoint.pictures import heat_map, sparsity_picture
@@ -58,6 +58,7 @@ __all__ = [
     "PruningRecord",
     "SiteSensitivity",
     "UnitScore",
+    "atomic_folder",
     "attach",
     "check_all_files",
     "check_loaded",
@@ -65,6 +66,7 @@ __all__ = [
     "check_settings",
     "check_target",
     "convert_checkpoint",
+    "copy_other_files",
     "count_units",
     "count_zeros",
     "describe_answers",

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 from safetensors import SafetensorError
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from optimum_cap.checkpoint.digests import (
     CONFIG_NAME,
@@ -276,6 +277,23 @@ def is_of_weights(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Return whether a file has weights, or names files that do, in the format of any library."""
     return is_weight_file(name) or name.endswith((*_WEIGHTS, ".index.json"))
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy what a checkpoint has besides weights and a record, unless `target` has it already.
+
+    These are the tokenizer, the chat templates, the processor and what else lies there.
+    """
+    for entry in source.iterdir():
+        copy = target / entry.name
+        if copy.exists() or entry.name == RECORD_NAME:
+            continue
+        if is_weights(entry.name) or is_of_weights(entry.name):
+            continue
+        if entry.is_file():
+            shutil.copyfile(entry, copy)
+        elif entry.name == CHAT_TEMPLATE_DIR:
+            shutil.copytree(entry, copy)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

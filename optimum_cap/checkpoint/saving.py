@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
-from transformers.utils import CHAT_TEMPLATE_DIR, logging
+from transformers.utils import logging
 
 from optimum_cap.checkpoint.digests import RECORD_NAME
-from optimum_cap.checkpoint.folders import atomic_folder, is_of_weights, is_weights
+from optimum_cap.checkpoint.folders import atomic_folder, copy_other_files
 from optimum_cap.checkpoint.hub import upload
 from optimum_cap.checkpoint.model_card import write_model_card
 from optimum_cap.checkpoint.record import PruningRecord
@@ -161,16 +160,7 @@ def save_smaller(
     else:
         with atomic_folder(target) as folder:
             model.save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
-    for entry in Path(source).iterdir():
-        copy = target / entry.name
-        if copy.exists() or entry.name == RECORD_NAME:
-            continue
-        if is_weights(entry.name) or is_of_weights(entry.name):
-            continue
-        if entry.is_file():
-            shutil.copyfile(entry, copy)
-        elif entry.name == CHAT_TEMPLATE_DIR:
-            shutil.copytree(entry, copy)
+    copy_other_files(Path(source), target)
 
 
 @dataclasses.dataclass

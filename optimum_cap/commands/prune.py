@@ -1,6 +1,8 @@
 """`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
 
+import gc
 import json
+import os
 import shutil
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -297,6 +299,7 @@ class Prepared:
         processor_files: Files of the model's image, audio or video processor, to copy.
         shown: An example to print instead of pruning.
         auto_class: The class of transformers that loads the model.
+        quantized: Folder for the quantized model, if there is to be one.
     """
 
     config: "CAPConfig"
@@ -305,6 +308,7 @@ class Prepared:
     processor_files: tuple[Path, ...] = ()
     shown: str | None = None
     auto_class: str = "AutoModelForCausalLM"
+    quantized: Path | None = None
 
 
 class PruneCommand(CAPSubcommand):
@@ -349,6 +353,12 @@ class PruneCommand(CAPSubcommand):
             help="replace the checkpoint in an output folder that is not empty; other files stay",
         )
         add(
+            "--then-quantize",
+            metavar="SCHEME",
+            help="also save the pruned model quantized, in the folder DIR-SCHEME: int8 (torchao), "
+            "nf4 or fp4 (bitsandbytes) (default: none)",
+        )
+        add(
             "--show-example",
             action="store_true",
             help="print a calibration example with its scored part marked, and prune nothing "
@@ -391,14 +401,18 @@ class PruneCommand(CAPSubcommand):
             _check_base_model(args)
         if args.push_to_hub:
             check_hub_access(args.push_to_hub, args.token)
-        auto_class = _auto_class(config, check_prunable(args.model, args), args)
+        model_config = check_prunable(args.model, args)
+        auto_class = _auto_class(config, model_config, args)
+        quantized = _quantized_folder(model_config, auto_class, args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
             config.tokenizer = tokenizer
             calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
         files = _processor_files(args)
-        return Prepared(config, tokenizer, process_group, files, auto_class=auto_class)
+        return Prepared(
+            config, tokenizer, process_group, files, auto_class=auto_class, quantized=quantized
+        )
 
     def execute(self, prepared: Prepared) -> None:
         """Prune, save, print a summary and upload; or print an example."""
@@ -440,6 +454,10 @@ class PruneCommand(CAPSubcommand):
             ]
             url = _upload(args.output, written, args.push_to_hub, args.private, args.token)
             print(f"uploaded      {url}")
+        if prepared.quantized is not None:
+            del model
+            gc.collect()  # its save_pretrained refers to it
+            _quantize(args, prepared.quantized, prepared.auto_class)
         name = args.push_to_hub or str(args.output)
         _print_how_to_load(name, prepared.config.checkpoint_format, prepared.auto_class)
 
@@ -491,6 +509,49 @@ def _auto_class(config: "CAPConfig", model_config: Any, args: Namespace) -> str:
     if class_name is not None:
         config.check_without_lm_head(class_name)
     return auto_class_name(model_config, args.model, args.trust_remote_code)
+
+
+def _quantized_folder(model_config: Any, auto_class: str, args: Namespace) -> Path | None:
+    """Return the folder of `--then-quantize`, next to the output; `None` without this flag.
+
+    Raises:
+        ValueError: There is no such scheme, or it leaves most weights of the model as they are.
+        ImportError: The package of the scheme is not installed.
+        OSError: The folder has files already, or cannot be written.
+    """
+    if args.then_quantize is None:
+        return None
+
+    from optimum_cap.quantization import check_new, check_reaches, get_scheme
+
+    scheme = get_scheme(args.then_quantize)
+    folder = Path(f"{os.path.normpath(args.output)}-{args.then_quantize}")
+    check_new(folder)
+    check_output_folder(folder, args.model)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    check_reaches(scheme, args.then_quantize, model_config, auto_class, **trust)
+    return folder
+
+
+def _quantize(args: Namespace, folder: Path, auto_class: str) -> None:
+    """Quantize the sparse checkpoint, and say where the result is."""
+    from optimum_cap.quantization import quantize_checkpoint
+
+    try:
+        quantize_checkpoint(
+            args.output,
+            folder,
+            args.then_quantize,
+            auto_class,
+            device_map=args.device_map,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except Exception as error:
+        raise OSError(
+            f"the pruned model is saved in {args.output}, but quantizing it to "
+            f"{args.then_quantize} failed: {error}"
+        ) from error
+    print(f"quantized     {folder}")
 
 
 def _prepared_example(

@@ -1,0 +1,51 @@
+"""Which weights of a model a quantization scheme reaches, known from its config alone."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+
+from optimum_cap.quantization.schemes import Scheme
+
+_FEW = 0.5  # of the weights of matrices
+
+
+def check_reaches(
+    scheme: Scheme, name: str, config: PreTrainedConfig, auto_class: str, **options: Any
+) -> None:
+    """Check that a scheme quantizes most of a model, which is built without weights.
+
+    Args:
+        scheme: The scheme.
+        name: Its name, for the error.
+        config: The config of the model.
+        auto_class: Class of transformers that loads the model.
+        **options: Keywords of its `from_config`.
+
+    Raises:
+        ValueError: Most weights are in layers that the scheme leaves as they are.
+    """
+    with torch.device("meta"):
+        model = getattr(transformers, auto_class).from_config(config, **options)
+    left_out = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    reached = other = 0
+    for module in model.modules():
+        if id(module) in left_out or isinstance(module, nn.Embedding):
+            continue
+        matrices = sum(
+            weight.numel() for weight in module.parameters(recurse=False) if weight.ndim > 1
+        )
+        if isinstance(module, scheme.layers):
+            reached += matrices
+        else:
+            other += matrices
+    if reached <= _FEW * (reached + other):
+        layers = " and ".join(each.__name__ for each in scheme.layers)
+        share = reached / max(reached + other, 1)
+        raise ValueError(
+            f"quantization scheme {name!r} reaches {share:.0%} of the weights of "
+            f"{type(model).__name__}, because {scheme.package} quantizes {layers} layers alone, "
+            "not fused experts or other kinds: leave the model as it is, or choose another scheme"
+        )

@@ -1,0 +1,97 @@
+"""Quantization schemes: which packages quantize a pruned model, and how they are told to."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
+
+from optimum_cap.text import did_you_mean
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to quantize weights that transformers loads and saves, and that has a zero.
+
+    Attributes:
+        title: What it does to the weights, for the model card and the summary.
+        package: Name of the package that quantizes and loads.
+        requirement: What to install, for pip.
+        is_available: Whether the package is installed in a version that transformers takes.
+        config: Takes the dtype of the model, and returns the quantization config of transformers.
+        layers: Classes of layers whose weights it quantizes. Embeddings and the head stay floats.
+    """
+
+    title: str
+    package: str
+    requirement: str
+    is_available: Callable[[], bool]
+    config: Callable[[torch.dtype], Any]
+    layers: tuple[type[nn.Module], ...] = (nn.Linear,)
+
+
+def get_scheme(name: str) -> Scheme:
+    """Return a scheme by name, once its package is known to be installed.
+
+    Raises:
+        ValueError: There is no such scheme.
+        ImportError: Its package is not installed, or too old.
+    """
+    if name not in SCHEMES:
+        raise ValueError(
+            f"quantization scheme {name!r} is unknown{did_you_mean(name, SCHEMES)}: choose "
+            f"{', '.join(SCHEMES)}"
+        )
+    scheme = SCHEMES[name]
+    if not scheme.is_available():
+        raise ImportError(
+            f"quantization scheme {name!r} needs {scheme.requirement}, which is not installed: "
+            f"pip install '{scheme.requirement}'"
+        )
+    return scheme
+
+
+def _int8(dtype: torch.dtype) -> Any:
+    from transformers import TorchAoConfig
+
+    torchao = importlib.import_module("torchao.quantization")
+    return TorchAoConfig(torchao.Int8WeightOnlyConfig())
+
+
+def _four_bits(kind: str) -> Callable[[torch.dtype], Any]:
+    def config(dtype: torch.dtype) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype
+        )
+
+    return config
+
+
+def _bitsandbytes(kind: str, title: str) -> Scheme:
+    return Scheme(
+        title,
+        "bitsandbytes",
+        "bitsandbytes>=0.46.1",
+        is_bitsandbytes_available,
+        _four_bits(kind),
+        (nn.Linear, Conv1D),
+    )
+
+
+SCHEMES: dict[str, Scheme] = {
+    "int8": Scheme(
+        "8-bit integers with a scale for each output (torchao, weight only)",
+        "torchao",
+        "torchao>=0.15",
+        is_torchao_available,
+        _int8,
+    ),
+    "nf4": _bitsandbytes("nf4", "4-bit NormalFloat in blocks of 64 weights (bitsandbytes)"),
+    "fp4": _bitsandbytes("fp4", "4-bit floats in blocks of 64 weights (bitsandbytes)"),
+}
