@@ -355,8 +355,8 @@ class PruneCommand(CAPSubcommand):
         add(
             "--then-quantize",
             metavar="SCHEME",
-            help="also save the pruned model quantized, in the folder DIR-SCHEME: int8 (torchao), "
-            "nf4 or fp4 (bitsandbytes) (default: none)",
+            help="also save the pruned model quantized, in the folder DIR-SCHEME: int4, int8, nf4 "
+            "or fp4 (default: none)",
         )
         add(
             "--show-example",
@@ -403,7 +403,7 @@ class PruneCommand(CAPSubcommand):
             check_hub_access(args.push_to_hub, args.token)
         model_config = check_prunable(args.model, args)
         auto_class = _auto_class(config, model_config, args)
-        quantized = _quantized_folder(model_config, auto_class, args)
+        quantized = _quantized_folder(config, model_config, auto_class, args)
         tokenizer = load_tokenizer(args)
         if config.method.needs_data:
             config.tokenizer = tokenizer
@@ -457,7 +457,7 @@ class PruneCommand(CAPSubcommand):
         if prepared.quantized is not None:
             del model
             gc.collect()  # its save_pretrained refers to it
-            _quantize(args, prepared.quantized, prepared.auto_class)
+            _quantize(args, prepared, prepared.quantized)
         name = args.push_to_hub or str(args.output)
         _print_how_to_load(name, prepared.config.checkpoint_format, prepared.auto_class)
 
@@ -511,20 +511,24 @@ def _auto_class(config: "CAPConfig", model_config: Any, args: Namespace) -> str:
     return auto_class_name(model_config, args.model, args.trust_remote_code)
 
 
-def _quantized_folder(model_config: Any, auto_class: str, args: Namespace) -> Path | None:
+def _quantized_folder(
+    config: "CAPConfig", model_config: Any, auto_class: str, args: Namespace
+) -> Path | None:
     """Return the folder of `--then-quantize`, next to the output; `None` without this flag.
 
     Raises:
-        ValueError: There is no such scheme, or it leaves most weights of the model as they are.
+        ValueError: There is no such scheme, it leaves most weights of the model as they are, or it
+            cannot be calibrated.
         ImportError: The package of the scheme is not installed.
         OSError: The folder has files already, or cannot be written.
     """
     if args.then_quantize is None:
         return None
 
-    from optimum_cap.quantization import check_new, check_reaches, get_scheme
+    from optimum_cap.quantization import check_calibration, check_new, check_reaches, get_scheme
 
     scheme = get_scheme(args.then_quantize)
+    check_calibration(args.then_quantize, config)
     folder = Path(f"{os.path.normpath(args.output)}-{args.then_quantize}")
     check_new(folder)
     check_output_folder(folder, args.model)
@@ -533,7 +537,7 @@ def _quantized_folder(model_config: Any, auto_class: str, args: Namespace) -> Pa
     return folder
 
 
-def _quantize(args: Namespace, folder: Path, auto_class: str) -> None:
+def _quantize(args: Namespace, prepared: Prepared, folder: Path) -> None:
     """Quantize the sparse checkpoint, and say where the result is."""
     from optimum_cap.quantization import quantize_checkpoint
 
@@ -542,7 +546,9 @@ def _quantize(args: Namespace, folder: Path, auto_class: str) -> None:
             args.output,
             folder,
             args.then_quantize,
-            auto_class,
+            prepared.auto_class,
+            prepared.config,
+            prepared.tokenizer,
             device_map=args.device_map,
             trust_remote_code=args.trust_remote_code,
         )

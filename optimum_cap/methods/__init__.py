@@ -28,6 +28,7 @@ from optimum_cap.methods.reconstruction import (
     FITTING_STEPS,
     correct_toward_dense,
 )
+from optimum_cap.methods.rounding import RoundedMatrix, round_columns
 from optimum_cap.methods.statistics import InputStatistics
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Criterion",
     "CriterionInputs",
     "InputStatistics",
+    "RoundedMatrix",
     "apply_mask_",
     "correct_toward_dense",
     "keep_masks",
@@ -53,6 +55,7 @@ __all__ = [
     "n_of_m_mask",
     "parse_pattern",
     "remove_columns",
+    "round_columns",
     "split_proportionally",
     "wanda",
 ]

@@ -59,7 +59,7 @@ def sparsegpt(
     """
     new = weight.detach().float().clone()
     rows, columns = new.shape
-    _, factor = _damped(inputs, columns, name, _factor_of_inverse)
+    factor = factor_inverse_hessian(inputs, columns, name)
     # The weights of a channel that is always zero have no effect, so they are pruned first.
     scale = factor.diagonal().masked_fill((inputs.squares == 0) & (inputs.tokens > 0), torch.inf)
     width = BLOCK if pattern is None else BLOCK // pattern[1] * pattern[1] or pattern[1]
@@ -252,6 +252,14 @@ def factor_hessian(
         ValueError: `inputs` has no `gram`, or the Hessian cannot be inverted.
     """
     return _damped(inputs, columns, name, torch.linalg.cholesky_ex, damping)[1]
+
+
+def factor_inverse_hessian(inputs: InputStatistics, columns: int, name: str) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse of the Hessian, damped by 1 %.
+
+    Args, raises: as for `factor_hessian`.
+    """
+    return _damped(inputs, columns, name, _factor_of_inverse)[1]
 
 
 def _damped(

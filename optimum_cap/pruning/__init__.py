@@ -5,6 +5,8 @@ from optimum_cap.pruning.cache import LayerStore
 from optimum_cap.pruning.compaction import CompactedParts, Compaction, compact
 from optimum_cap.pruning.first_batch import check_first_batch
 from optimum_cap.pruning.fisher import examples_to_estimate
+from optimum_cap.pruning.layer_by_layer import LayerByLayerPruning
+from optimum_cap.pruning.matrix_pruner import MatrixPruner
 from optimum_cap.pruning.part_ranking import (
     CANDIDATES,
     COMPARED_BYTES,
@@ -31,8 +33,10 @@ __all__ = [
     "MOST_ROUNDS",
     "CompactedParts",
     "Compaction",
+    "LayerByLayerPruning",
     "LayerStore",
     "LayerwisePass",
+    "MatrixPruner",
     "PartRemoval",
     "PruningRun",
     "StructuredRemoval",

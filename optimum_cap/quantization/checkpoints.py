@@ -9,9 +9,14 @@ import transformers
 from transformers import AutoConfig
 
 from optimum_cap.checkpoint import atomic_folder, copy_other_files
+from optimum_cap.config import CAPConfig
+from optimum_cap.data import load_tokenizer_of
+from optimum_cap.models import sees_images
 from optimum_cap.quantization.card import quantized_card
 from optimum_cap.quantization.coverage import check_reaches
-from optimum_cap.quantization.schemes import get_scheme
+from optimum_cap.quantization.packing import replace_weights
+from optimum_cap.quantization.rounding import round_model_
+from optimum_cap.quantization.schemes import SCHEMES, get_scheme
 
 
 def quantize_checkpoint(
@@ -19,6 +24,8 @@ def quantize_checkpoint(
     target: str | os.PathLike[str],
     scheme: str,
     auto_class: str = "AutoModelForCausalLM",
+    calibration: CAPConfig | None = None,
+    tokenizer: Any = None,
     **load_options: Any,
 ) -> None:
     """Quantize a pruned checkpoint by a package that transformers loads, and save the result.
@@ -32,10 +39,14 @@ def quantize_checkpoint(
         target: New or empty folder.
         scheme: Name of the scheme, a key of `SCHEMES`.
         auto_class: Class of transformers that loads the model.
+        calibration: For `int4`, the config whose calibration data is used, such as the one that the
+            model was pruned with.
+        tokenizer: For `int4`, the tokenizer or processor; `None` loads the one in `source`.
         **load_options: Keywords of `from_pretrained`, such as `device_map`.
 
     Raises:
-        ValueError: There is no such scheme, or it leaves most weights of the model as they are.
+        ValueError: There is no such scheme, it leaves most weights of the model as they are, or it
+            cannot be calibrated.
         ImportError: The package of the scheme is not installed.
         FileExistsError: The target has files already.
         OSError: The target cannot be written.
@@ -46,16 +57,47 @@ def quantize_checkpoint(
     trust = {"trust_remote_code": load_options.get("trust_remote_code", False)}
     config = AutoConfig.from_pretrained(source, **trust)
     check_reaches(chosen, scheme, config, auto_class, **trust)
-    model = getattr(transformers, auto_class).from_pretrained(
-        source,
-        **{"dtype": "auto", **load_options},
-        quantization_config=chosen.config(config.dtype or torch.float32),
-    )
+    load = getattr(transformers, auto_class).from_pretrained
+    options = {"dtype": "auto", **load_options}
+    rounded = {}
+    if chosen.config is None:
+        check_calibration(scheme, calibration)
+        assert calibration is not None
+        model = load(source, **options)
+        if tokenizer is None:
+            tokenizer = load_tokenizer_of(str(source), sees_images(type(model).__name__))
+        rounded = round_model_(model, tokenizer, calibration)
+    else:
+        quantization = chosen.config(config.dtype or torch.float32)
+        model = load(source, **options, quantization_config=quantization)
     card = quantized_card(source, scheme, chosen, auto_class)
     with atomic_folder(target) as folder:
-        model.save_pretrained(folder)
+        type(model).save_pretrained(model, folder)  # not as a sparse checkpoint
+        if rounded:
+            replace_weights(folder, model, rounded)
         copy_other_files(source, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_calibration(scheme: str, calibration: CAPConfig | None) -> None:
+    """Check that a scheme that is calibrated has data, and that the data has answers.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if SCHEMES[scheme].config is not None:
+        return
+    if calibration is None or not calibration.method.needs_data:
+        raise ValueError(
+            f"quantization scheme {scheme!r} is calibrated on the data that the model is pruned "
+            "with, but this recipe takes none: choose a recipe with data, such as 'causal', or "
+            "another scheme"
+        )
+    if calibration.answers == "model":
+        raise ValueError(
+            f"quantization scheme {scheme!r} cannot be calibrated on answers of the model: write "
+            "them to a file with `cap generate`, and prune with that file as the data set"
+        )
 
 
 def check_new(target: Path) -> None:

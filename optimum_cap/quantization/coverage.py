@@ -37,15 +37,14 @@ def check_reaches(
         matrices = sum(
             weight.numel() for weight in module.parameters(recurse=False) if weight.ndim > 1
         )
-        if isinstance(module, scheme.layers):
+        if scheme.reaches(module):
             reached += matrices
         else:
             other += matrices
     if reached <= _FEW * (reached + other):
-        layers = " and ".join(each.__name__ for each in scheme.layers)
         share = reached / max(reached + other, 1)
         raise ValueError(
             f"quantization scheme {name!r} reaches {share:.0%} of the weights of "
-            f"{type(model).__name__}, because {scheme.package} quantizes {layers} layers alone, "
-            "not fused experts or other kinds: leave the model as it is, or choose another scheme"
+            f"{type(model).__name__}, because the others are in fused experts or in layers of "
+            f"other kinds or sizes than {scheme.package} quantizes: choose another scheme, or none"
         )

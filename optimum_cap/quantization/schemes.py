@@ -12,6 +12,9 @@ from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from optimum_cap.text import did_you_mean
 
+GROUPS = (64, 32)
+"""Numbers of inputs that may share a scale in `int4`; the first one that fits all matrices."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -21,17 +24,18 @@ class Scheme:
         title: What it does to the weights, for the model card and the summary.
         package: Name of the package that quantizes and loads.
         requirement: What to install, for pip.
+        reaches: Whether it quantizes the weights of a module. Embeddings and the head stay floats.
         is_available: Whether the package is installed in a version that transformers takes.
-        config: Takes the dtype of the model, and returns the quantization config of transformers.
-        layers: Classes of layers whose weights it quantizes. Embeddings and the head stay floats.
+        config: Takes the dtype of the model, and returns the quantization config of transformers;
+            `None` if optimum-cap rounds the weights itself, calibrated as the pruning was.
     """
 
     title: str
     package: str
     requirement: str
+    reaches: Callable[[nn.Module], bool]
     is_available: Callable[[], bool]
-    config: Callable[[torch.dtype], Any]
-    layers: tuple[type[nn.Module], ...] = (nn.Linear,)
+    config: Callable[[torch.dtype], Any] | None
 
 
 def get_scheme(name: str) -> Scheme:
@@ -73,22 +77,40 @@ def _four_bits(kind: str) -> Callable[[torch.dtype], Any]:
     return config
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _has_whole_groups(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.in_features % GROUPS[-1] == 0
+
+
 def _bitsandbytes(kind: str, title: str) -> Scheme:
     return Scheme(
         title,
         "bitsandbytes",
         "bitsandbytes>=0.46.1",
+        lambda module: isinstance(module, nn.Linear | Conv1D),
         is_bitsandbytes_available,
         _four_bits(kind),
-        (nn.Linear, Conv1D),
     )
 
 
 SCHEMES: dict[str, Scheme] = {
+    "int4": Scheme(
+        f"4-bit integers with a scale for each {GROUPS[0]} or {GROUPS[-1]} inputs, rounded with "
+        "error compensation (GPTQ, arXiv 2210.17323; compressed-tensors)",
+        "compressed-tensors",
+        "compressed-tensors>=0.15",
+        _has_whole_groups,
+        lambda: True,  # only loading needs the package
+        None,
+    ),
     "int8": Scheme(
         "8-bit integers with a scale for each output (torchao, weight only)",
         "torchao",
         "torchao>=0.15",
+        _is_linear,
         is_torchao_available,
         _int8,
     ),
