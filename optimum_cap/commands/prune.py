@@ -549,6 +549,7 @@ def _quantize(args: Namespace, prepared: Prepared, folder: Path) -> None:
             prepared.auto_class,
             prepared.config,
             prepared.tokenizer,
+            args.max_shard_size or "5GB",
             device_map=args.device_map,
             trust_remote_code=args.trust_remote_code,
         )

@@ -26,6 +26,7 @@ def quantize_checkpoint(
     auto_class: str = "AutoModelForCausalLM",
     calibration: CAPConfig | None = None,
     tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
     **load_options: Any,
 ) -> None:
     """Quantize a pruned checkpoint by a package that transformers loads, and save the result.
@@ -42,6 +43,7 @@ def quantize_checkpoint(
         calibration: For `int4`, the config whose calibration data is used, such as the one that the
             model was pruned with.
         tokenizer: For `int4`, the tokenizer or processor; `None` loads the one in `source`.
+        max_shard_size: Largest file of weights, before they are packed.
         **load_options: Keywords of `from_pretrained`, such as `device_map`.
 
     Raises:
@@ -72,7 +74,8 @@ def quantize_checkpoint(
         model = load(source, **options, quantization_config=quantization)
     card = quantized_card(source, scheme, chosen, auto_class)
     with atomic_folder(target) as folder:
-        type(model).save_pretrained(model, folder)  # not as a sparse checkpoint
+        # Not that of the instance, which writes sparse checkpoints.
+        type(model).save_pretrained(model, folder, max_shard_size=max_shard_size)
         if rounded:
             replace_weights(folder, model, rounded)
         copy_other_files(source, folder)
