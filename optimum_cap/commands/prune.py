@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Mapping
@@ -553,11 +554,15 @@ def _quantize(args: Namespace, prepared: Prepared, folder: Path) -> None:
             device_map=args.device_map,
             trust_remote_code=args.trust_remote_code,
         )
-    except Exception as error:
-        raise OSError(
-            f"the pruned model is saved in {args.output}, but quantizing it to "
-            f"{args.then_quantize} failed: {error}"
-        ) from error
+    except BaseException as error:
+        state = (
+            f"the pruned model is saved in {args.output}, but not quantized to "
+            f"{args.then_quantize}: optimum_cap.quantization.quantize_checkpoint does that alone"
+        )
+        if not isinstance(error, Exception):  # an interrupt
+            print(f"\n{state}", file=sys.stderr)
+            raise
+        raise OSError(f"{state} ({error})") from error
     print(f"quantized     {folder}")
 
 

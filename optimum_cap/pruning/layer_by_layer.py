@@ -87,7 +87,7 @@ class LayerByLayerPruning:
         with (
             evaluation_mode(view.model),
             float32_on_cpu(view.model) as stored_dtypes,
-            logging.tqdm(total=count, desc="Pruning", unit="layer") as progress,
+            logging.tqdm(total=count, desc=self.pruner.activity, unit="layer") as progress,
         ):
             shared = self._shared()
             layerwise = self._pass()

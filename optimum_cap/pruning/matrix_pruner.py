@@ -29,9 +29,12 @@ class MatrixPruner:
         config: Gives the criterion, the pattern and the seed.
 
     Attributes:
+        activity: What it does, for a progress bar.
         regions: Importance of the units that the weights of a matrix belong to, broadcastable to
             `[out, in]`, for criteria that need causal scores.
     """
+
+    activity = "Pruning"
 
     def __init__(self, view: ModelView, config: CAPConfig) -> None:
         self.criterion = CRITERIA[config.method.criterion]

@@ -25,8 +25,15 @@ def check_reaches(
         **options: Keywords of its `from_config`.
 
     Raises:
-        ValueError: Most weights are in layers that the scheme leaves as they are.
+        ValueError: Most weights are in layers that the scheme leaves as they are, or the model sees
+            images, whose files have other names for weights than the model, and the scheme packs
+            them itself.
     """
+    if scheme.config is None and auto_class == "AutoModelForImageTextToText":
+        raise ValueError(
+            f"quantization scheme {name!r} packs causal language models and classifiers, but this "
+            f"model ({config.model_type}) sees images: choose another scheme"
+        )
     with torch.device("meta"):
         model = getattr(transformers, auto_class).from_config(config, **options)
     left_out = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}

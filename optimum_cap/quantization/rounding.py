@@ -38,6 +38,8 @@ class MatrixRounder(MatrixPruner):
         rounded: The integers and scales of the matrices that were rounded, by name.
     """
 
+    activity = "Rounding"
+
     def __init__(self, view: ModelView, config: CAPConfig, group: int) -> None:
         super().__init__(view, config)
         self.rounded: dict[str, RoundedMatrix] = {}

@@ -115,6 +115,7 @@ def test_the_command_writes_both_checkpoints(
     weight = AutoModelForCausalLM.from_pretrained(output).model.layers[2].mlp.up_proj.weight
     rounded = unpacked(tmp_path / "out-int4", "model.layers.2.mlp.up_proj.weight")
     assert (rounded[weight == 0] == 0).all()
+    assert "Rounding: 100%" in errors
     # The folder is not replaced, even with --overwrite.
     status, _, errors = run_cap(monkeypatch, capfd, [*command, "--overwrite"])
     assert status == 1
@@ -149,11 +150,43 @@ def test_what_cannot_work_is_refused_before_any_work(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
+def test_a_failure_says_where_the_pruned_model_is(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr("optimum_cap.quantization.quantize_checkpoint", fail)
+    dense, output = saved(tmp_path / "dense", **SIZES), tmp_path / "out"
+    command = ["prune", "-m", dense, "-o", output, "--sparsity", 0.5, "--recipe", "wanda"]
+    command += ["--dataset", sums, "--num-samples", 6, "--device-map", "cpu"]
+    status, _, errors = run_cap(monkeypatch, capfd, [*command, "--then-quantize", "int4"])
+    assert status == 1
+    assert f"the pruned model is saved in {output}, but not quantized to int4" in errors
+    assert "no space" in errors
+    AutoModelForCausalLM.from_pretrained(output)
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt2"])
 def test_models_without_linear_layers_are_refused(architecture: str, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(saved(tmp_path / "dense", architecture))
     with pytest.raises(ValueError, match=r"'int4' reaches \d+% of the weights"):
         check_reaches(get_scheme("int4"), "int4", config, "AutoModelForCausalLM")
+
+
+def test_int4_of_models_that_see_images_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(saved(tmp_path / "dense"))
+    with pytest.raises(ValueError, match="'int4' packs causal language models and classifiers"):
+        check_reaches(get_scheme("int4"), "int4", config, "AutoModelForImageTextToText")
+
+
+def test_int4_in_bfloat16(sparse: Path, sums: Path, tmp_path: Path) -> None:
+    target = tmp_path / "quantized"
+    options = {"calibration": calibration(sums), "dtype": torch.bfloat16}
+    quantize_checkpoint(sparse, target, "int4", **options)
+    stored = load_file(target / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.bfloat16
+    assert stored["lm_head.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.slow
