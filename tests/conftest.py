@@ -38,7 +38,7 @@ _COMPUTING = re.compile(
     r"test_(recipes|default_recipe|offload|devices|classifiers|shared_layers|models_with_images)\."
 )
 _MOST_SETS = 3
-_MOST_SLOW_SETS = 4
+_MOST_SLOW_SETS = 3
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
