@@ -1,6 +1,6 @@
 """Decoder-only classes of the installed transformers, on small models, each in a process.
 
-All families and every third of the other classes; `python -m helpers.architecture_table` in the
+All families and every sixth of the other classes; `python -m helpers.architecture_table` in the
 folder `tests` tries all of them.
 """
 
@@ -27,7 +27,7 @@ def cases() -> list[object]:
     return [
         kind if kind in IN_DEFAULT_RUN else pytest.param(kind, marks=pytest.mark.slow)
         for kind in all_kinds()
-        if kind in FAMILIES or kind in others[::3]
+        if kind in FAMILIES or kind in others[::6]
     ]
 
 

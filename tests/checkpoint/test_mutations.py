@@ -10,7 +10,8 @@ from helpers.mutations import CHECKPOINTS, MUTATIONS, Campaign
     ("checkpoints", "mutants"),
     [
         (["packed", "coded", "dense", "experts"], 4 * len(MUTATIONS)),
-        pytest.param(list(CHECKPOINTS), 60 * len(MUTATIONS), marks=pytest.mark.slow),
+        pytest.param(list(CHECKPOINTS), 20 * len(MUTATIONS), marks=pytest.mark.slow),
+        pytest.param(list(CHECKPOINTS), 60 * len(MUTATIONS), marks=pytest.mark.exhaustive),
     ],
 )
 def test_mutants(checkpoints: list[str], mutants: int, tmp_path: Path) -> None:
