@@ -77,6 +77,12 @@ def save_checkpoint(name: str, folder: Path) -> None:
 # Mutations: each changes one file of a folder, in place
 
 
+def loaded_file_of(folder: Path, rng: random.Random) -> Path:
+    """A file that matters when the checkpoint is loaded: not the model card, nor its picture."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix not in (".md", ".svg")]
+    return rng.choice(files)
+
+
 def weights_of(folder: Path, rng: random.Random) -> Path:
     return rng.choice(sorted(folder.glob("*.safetensors")))
 
@@ -133,7 +139,9 @@ def nest_header(folder: Path, rng: random.Random) -> None:
 
 
 def truncate(folder: Path, rng: random.Random) -> None:
-    file = rng.choice([path for path in sorted(folder.iterdir()) if path.suffix != ".md"])
+    file = rng.choice(
+        [path for path in sorted(folder.iterdir()) if path.suffix not in (".md", ".svg")]
+    )
     data = file.read_bytes()
     file.write_bytes(data[: rng.randrange(len(data))])
 
@@ -144,7 +152,9 @@ def append(folder: Path, rng: random.Random) -> None:
 
 
 def delete_file(folder: Path, rng: random.Random) -> None:
-    rng.choice([path for path in sorted(folder.iterdir()) if path.suffix != ".md"]).unlink()
+    rng.choice(
+        [path for path in sorted(folder.iterdir()) if path.suffix not in (".md", ".svg")]
+    ).unlink()
 
 
 def swap_tensors(folder: Path, rng: random.Random) -> None:
