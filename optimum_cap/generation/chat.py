@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer, set_seed
 
+from optimum_cap.generation.sampling import no_other_generation_settings
 from optimum_cap.models import device_of
 
 
@@ -86,7 +87,7 @@ class Chat:
         streamer = _Pieces(self.tokenizer, on_text)
         set_seed(self._seed)
         start = time.monotonic()
-        with torch.inference_mode():
+        with torch.inference_mode(), no_other_generation_settings(self.model):
             output = self.model.generate(
                 **inputs, generation_config=self._generation, streamer=streamer
             )

@@ -80,7 +80,7 @@ def sample_answers(
         disable_compile=True,
     )
     sampled = _SampledTokens(seeds, sampling, on_token)
-    with _no_other_generation_settings(model):
+    with no_other_generation_settings(model):
         sequences = model.generate(
             inputs=input_ids.to(device),
             attention_mask=attention_mask.to(device),
@@ -194,7 +194,7 @@ class _SampledTokens(LogitsProcessor):
 
 
 @contextmanager
-def _no_other_generation_settings(model: PreTrainedModel) -> Iterator[None]:
+def no_other_generation_settings(model: PreTrainedModel) -> Iterator[None]:
     """Ignore the checkpoint's settings for sampling, penalties and lengths.
 
     `generate` takes from them whatever is not set in the call.

@@ -62,6 +62,16 @@ def test_an_answer_is_that_of_generate_and_the_next_one_follows_it() -> None:
     assert chat.ask("1+1?").text == reply.text
 
 
+def test_decoding_is_greedy_whatever_the_settings_of_the_model() -> None:
+    model, tokenizer = tiny_model("llama", max_position_embeddings=256), tiny_tokenizer(TEMPLATE)
+    greedy = Chat(model, tokenizer, max_new_tokens=6).ask("1+1?").text
+    settings = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    assert Chat(model, tokenizer, max_new_tokens=6, seed=1).ask("1+1?").text == greedy
+    assert model.generation_config.do_sample, "they stay those of the model"
+
+
 def test_sampling_is_repeatable_and_an_interrupted_answer_is_forgotten() -> None:
     model, tokenizer = tiny_model("llama", max_position_embeddings=256), tiny_tokenizer(TEMPLATE)
     first = Chat(model, tokenizer, max_new_tokens=6, temperature=1.0, seed=3)
