@@ -21,6 +21,7 @@ def quantized_card(source: Path, name: str, scheme: Scheme, auto_class: str) -> 
     file = source / "README.md"
     card = ModelCard.load(file) if file.is_file() else None
     data = card.data if card else ModelCardData(library_name="transformers")
+    data.eval_results = data.model_name = None  # results are those of other weights
     facts = card.text.partition(_TABLE)[2].partition("\n\n")[0] if card else ""
     zeros = (
         " Weights that pruning set to zero are still exactly zero, but stored like all others, so "

@@ -11,12 +11,16 @@ import torch
 from helpers.checkpoints import pruned, saved
 from helpers.command_line import run_cap
 from helpers.tiny_models import tiny_tokenizer
+from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
+from optimum_cap.checkpoint.model_card import with_results
 from optimum_cap.quantization import check_reaches, get_scheme, quantize_checkpoint
+from optimum_cap.quantization.card import quantized_card
 from optimum_cap.quantization.packing import pack
+from optimum_cap.quantization.schemes import SCHEMES
 
 IDS = torch.arange(4, 24)[None]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
@@ -38,6 +42,20 @@ def sparse(tmp_path: Path) -> Path:
     pruned(**SIZES).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_results_of_the_sparse_weights_are_not_on_the_card_of_the_quantized_ones(
+    sparse: Path,
+) -> None:
+    card = sparse / "README.md"
+    result = EvalResult("text-generation", "openai/gsm8k", "gsm8k", "accuracy", 0.5)
+    card.write_text(with_results(card.read_text(), "gsm8k: 50 %", [result], "sparse"))
+    text = quantized_card(sparse, "int8", SCHEMES["int8"], "AutoModelForCausalLM")
+    data = ModelCard(text).data
+    assert data.eval_results is None
+    assert "model_name" not in text
+    assert "50 %" not in text
+    assert data.tags == ModelCard(card.read_text()).data.tags
 
 
 def calibration(sums: Path) -> CAPConfig:
