@@ -189,18 +189,22 @@ def model_card(
 def with_results(card: str, section: str, results: list[EvalResult], name: str) -> str:
     """Return the text of a card with other results; what else is written in it stays.
 
+    Results of other tasks in the metadata, which someone else has added, stay too.
+
     Args:
         card: Text of README.md.
         section: Markdown of the results. It replaces those that are there, or is added at the end
             of a card that has no place for it.
-        results: The results for the metadata, which replace those that are there.
+        results: The results for the metadata, which replace those of the same tasks.
         name: Name of the model in the metadata, if that has none.
 
     Raises:
         ValueError: The metadata of the card cannot be read.
     """
     parsed = _parsed_card(card)
-    parsed.data.eval_results = results
+    names = {each.dataset_name for each in results}
+    others = [each for each in parsed.data.eval_results or [] if each.dataset_name not in names]
+    parsed.data.eval_results = [*others, *results]
     parsed.data.model_name = parsed.data.model_name or name
     before, begin, rest = parsed.text.partition(_BEGIN_RESULTS)
     _, end, after = rest.partition(_END_RESULTS)

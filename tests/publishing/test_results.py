@@ -9,7 +9,7 @@ import pytest
 from helpers.checkpoints import pruned
 from helpers.command_line import run_cap
 from helpers.evaluation import with_room, write_task_files
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from transformers import AutoModelForCausalLM
 
 from optimum_cap.checkpoint import (
@@ -37,6 +37,9 @@ from optimum_cap.evaluation.results import (
 from optimum_cap.publishing import add_results, load_results
 
 GSM8K = {"hub_id": "openai/gsm8k", "config": "main", "split": "test", "revision": "abc"}
+
+
+LOSS = LossResult((WorkedAnswer("a", 1.0), WorkedAnswer("b", 2.0)), 0, 0, GSM8K)
 
 
 def answers(right: str, response: str = "#### 1", first: str = "a") -> AccuracyResult:
@@ -143,6 +146,23 @@ def test_what_else_is_on_the_card_stays_and_earlier_results_are_replaced(folder:
     # Other questions cannot be compared with those of the dense model.
     add_results(folder, evaluation("p", gsm8k=answers("10", first="x")))
     assert load_results(folder)["gsm8k"].dense is None
+
+
+def test_results_of_others_in_the_metadata_stay(folder: Path) -> None:
+    data = ModelCard(card(folder)).data
+    data.model_name = "mine"
+    data.eval_results = [EvalResult("text-generation", "cais/mmlu", "MMLU", "accuracy", 0.42)]
+    text = f"---\n{data}\n---\n\n# Mine\n"
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    for right in ("1100", "1110"):
+        add_results(folder, evaluation("p", gsm8k=answers(right), gsm8k_loss=LOSS))
+    found = ModelCard(card(folder)).data.eval_results
+    assert [(each.metric_type, each.metric_value) for each in found] == [
+        ("accuracy", 0.42),
+        ("accuracy", 0.75),
+        ("tokens", 4.0),
+        ("loss", 1.5),
+    ]
 
 
 def test_a_card_without_a_place_for_results_gets_one_at_its_end(folder: Path) -> None:
