@@ -19,6 +19,7 @@ from optimum_cap.checkpoint import (
     upload,
     warn_of_changed_settings,
 )
+from optimum_cap.publishing.results import load_results
 from optimum_cap.text import enumeration
 
 logger = logging.get_logger(__name__)
@@ -72,7 +73,8 @@ def push_checkpoint(
         The commit's information.
 
     Raises:
-        ValueError: The folder is not a CAP checkpoint, has no card, or is damaged.
+        ValueError: The folder is not a CAP checkpoint, has no card, or is damaged, or its results
+            are.
         OSError: The upload failed.
     """
     path = Path(folder)
@@ -84,6 +86,7 @@ def push_checkpoint(
             f"{path} has no {CARD_NAME}, without which nobody can tell what the model is: save the "
             "model again, or write one"
         )
+    load_results(path)  # damaged ones would be published
     check_all_files(path, files["digests"], settings=False)
     warn_of_changed_settings(path, files["digests"])
     if base_model is not None:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 from optimum_cap.checkpoint import (
     CARD_NAME,
     RECORD_NAME,
+    RESULTS_NAME,
     read_record,
     read_results,
     with_results,
@@ -92,8 +93,7 @@ def check_has_card(folder: str | os.PathLike[str]) -> None:
             f"{os.fspath(folder)} is no folder, so it has no model card that results can be added "
             "to: download it first (`hf download REPO --local-dir DIR`), and name that folder"
         )
-    _, files = read_record(path / RECORD_NAME, os.fspath(folder))
-    read_results(path, files["digests"])
+    load_results(folder)
     if not (path / CARD_NAME).is_file():
         raise ValueError(
             f"{path} has no {CARD_NAME}, to which the results could be added: save the model "
@@ -114,13 +114,30 @@ def load_results(folder: str | os.PathLike[str]) -> dict[str, TaskResults]:
     """
     path = Path(folder)
     _, files = read_record(path / RECORD_NAME, os.fspath(folder))
-    return {
-        name: TaskResults(
-            Evaluation.from_dict(values["pruned"]),
-            None if values["dense"] is None else Evaluation.from_dict(values["dense"]),
-        )
-        for name, values in read_results(path, files["digests"]).items()
-    }
+    stored = read_results(path, files["digests"])
+    try:
+        results = {name: _stored_results(name, values) for name, values in stored.items()}
+        results_section(results)  # the file may come from anywhere; what is wrong cannot be shown
+        for each in results.values():
+            list(_metadata(each.pruned))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        problem = printable(f"{type(error).__name__}: {error}")
+        raise ValueError(
+            f"{path / RESULTS_NAME} cannot be read ({problem:.200}): delete the file and measure "
+            "again"
+        ) from error
+    return results
+
+
+def _stored_results(name: str, values: Mapping[str, Any]) -> TaskResults:
+    """Return what `add_results` has stored of a task."""
+    pruned, dense = (
+        None if values[side] is None else Evaluation.from_dict(values[side])
+        for side in ("pruned", "dense")
+    )
+    if pruned is None or any(each and list(each.tasks) != [name] for each in (pruned, dense)):
+        raise ValueError(f"the results of {name} are not those of one task")
+    return TaskResults(pruned, dense)
 
 
 def add_results(

@@ -30,6 +30,10 @@ def test_damaged_weights_and_a_missing_card_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"model.safetensors has changed since"):
         push_checkpoint(folder, "user/never")
     weights.write_bytes(original)
+    (folder / "pruning_results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pruning_results.json"):
+        push_checkpoint(folder, "user/never")
+    (folder / "pruning_results.json").unlink()
     (folder / "README.md").unlink()
     with pytest.raises(ValueError, match=r"has no README.md, without which"):
         push_checkpoint(folder, "user/never")

@@ -239,6 +239,41 @@ def test_what_cannot_take_results_is_refused(folder: Path, tmp_path: Path) -> No
         add_results(folder, result)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((), None),
+        ((), {}),
+        (("dense",), 3),
+        (("pruned",), None),
+        (("pruned", "evaluation_layout"), "\x1b[31m"),
+        (("pruned", "settings"), []),
+        (("pruned", "tasks"), {}),
+        (("pruned", "tasks", "gsm8k", "items"), []),
+        (("pruned", "tasks", "gsm8k", "items", 0, "tokens"), None),
+        (("pruned", "tasks", "gsm8k", "transcripts", 0, "response"), 5),
+    ],
+)
+def test_damaged_results_are_one_clear_error(
+    path: tuple[Any, ...], value: Any, folder: Path
+) -> None:
+    both = evaluation("p", gsm8k=answers("1100")), evaluation("d", gsm8k=answers("1111"))
+    add_results(folder, *both)
+    values = json.loads((folder / RESULTS_NAME).read_text())
+    *parents, last = ("tasks", "gsm8k", *path)
+    place = values
+    for name in parents:
+        place = place[name]
+    place[last] = value
+    (folder / RESULTS_NAME).write_text(json.dumps(values))
+    for use in (load_results, lambda each: add_results(each, *both)):
+        with pytest.raises(
+            ValueError, match=r"pruning_results.json cannot be read .*delete"
+        ) as found:
+            use(folder)
+        assert str(found.value).isprintable()
+
+
 def test_the_base_model_can_be_named_later(folder: Path) -> None:
     set_base_model(folder, "org/dense")
     assert inspect_checkpoint(str(folder), verify=True).record.base_model == "org/dense"
