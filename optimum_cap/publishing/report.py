@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from transformers.utils import logging
 
 from optimum_cap.checkpoint import (
     RECORD_NAME,
@@ -30,6 +31,8 @@ from optimum_cap.publishing.results import TaskResults, load_results
 from optimum_cap.runtime import write_atomically
 from optimum_cap.text import enumeration, format_size, printable, printable_values, public_name
 from optimum_cap.version import __version__
+
+logger = logging.get_logger(__name__)
 
 _SITES_SHOWN = 20
 
@@ -71,11 +74,11 @@ def write_html_report(
         OSError: The file cannot be written.
     """
     summary = inspect_checkpoint(path_or_repo, revision=revision, token=token)
-    _, record_file = (  # both are in one folder
-        file_of_checkpoint(path_or_repo, name, revision=revision, token=token)
-        for name in (RESULTS_NAME, RECORD_NAME)
-    )
-    folder = record_file.parent
+    folder = file_of_checkpoint(path_or_repo, RECORD_NAME, revision=revision, token=token).parent
+    try:  # to the same folder
+        file_of_checkpoint(path_or_repo, RESULTS_NAME, revision=revision, token=token)
+    except FileNotFoundError as error:  # most checkpoints have no results
+        logger.warning(f"the report has no results: {error}")
     page = html_report(public_name(path_or_repo) or "", summary, load_results(folder))
     write_atomically(Path(file), page.encode("utf-8", "backslashreplace"))
 

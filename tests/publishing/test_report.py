@@ -249,3 +249,17 @@ def test_a_browser_draws_the_page_at_phone_and_desk_width(
             )
         )
         assert colors == expected
+
+
+def test_a_repository_in_the_cache_needs_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--org--model"
+    commit = "1" * 40
+    pruned().save_pretrained(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_html_report("org/model", tmp_path / "report.html")
+    assert "No results were added" in (tmp_path / "report.html").read_text()
