@@ -20,7 +20,7 @@ from optimum_cap.checkpoint.digests import (
 )
 from optimum_cap.checkpoint.folders import atomic_folder, check_target, copy_other_files
 from optimum_cap.checkpoint.hub import upload
-from optimum_cap.checkpoint.model_card import CARD_NAME, with_results
+from optimum_cap.checkpoint.model_card import CARD_NAME, parsed_card, read_card, with_results
 from optimum_cap.checkpoint.pictures import heat_map, sparsity_picture
 from optimum_cap.checkpoint.reading import validate_shards
 from optimum_cap.checkpoint.record import (
@@ -80,6 +80,8 @@ __all__ = [
     "name_base_of_adapters",
     "names_loaded_from",
     "names_now",
+    "parsed_card",
+    "read_card",
     "read_record",
     "read_results",
     "save_smaller",

@@ -27,7 +27,12 @@ from optimum_cap.checkpoint.digests import (
     weight_files,
 )
 from optimum_cap.checkpoint.folders import atomic_folder
-from optimum_cap.checkpoint.model_card import CARD_NAME, with_base_model, write_model_card
+from optimum_cap.checkpoint.model_card import (
+    CARD_NAME,
+    read_card,
+    with_base_model,
+    write_model_card,
+)
 from optimum_cap.checkpoint.reading import read_json, validate_shards
 from optimum_cap.checkpoint.record import PruningRecord, is_count
 from optimum_cap.checkpoint.results_file import carry_results
@@ -361,7 +366,7 @@ def set_base_model(folder: Path, base_model: str) -> None:
     values["files"]["record_sha256"] = record_digest(values)
     card = None
     if card_file.is_file():
-        card = with_base_model(card_file.read_text(encoding="utf-8"), base_model)
+        card = with_base_model(read_card(card_file), base_model)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     write_atomically(record_file, text.encode())
     if card is not None:

@@ -201,7 +201,7 @@ def with_results(card: str, section: str, results: list[EvalResult], name: str) 
     Raises:
         ValueError: The metadata of the card cannot be read.
     """
-    parsed = _parsed_card(card)
+    parsed = parsed_card(card)
     names = {each.dataset_name for each in results}
     others = [each for each in parsed.data.eval_results or [] if each.dataset_name not in names]
     parsed.data.eval_results = [*others, *results]
@@ -220,7 +220,7 @@ def results_in(card: str) -> tuple[str, list[EvalResult], str] | None:
     Raises:
         ValueError: The metadata of the card cannot be read.
     """
-    parsed = _parsed_card(card)
+    parsed = parsed_card(card)
     _, begin, rest = parsed.text.partition(_BEGIN_RESULTS)
     section, end, _ = rest.partition(_END_RESULTS)
     if not begin or not end or not parsed.data.eval_results:
@@ -234,7 +234,7 @@ def with_base_model(card: str, base_model: str) -> str:
     Raises:
         ValueError: The metadata of the card cannot be read.
     """
-    parsed = _parsed_card(card)
+    parsed = parsed_card(card)
     parsed.data.base_model = base_model
     parsed.data.base_model_relation = "quantized"
     row = f"| Base model | [{base_model}](https://huggingface.co/{base_model}) |"
@@ -242,7 +242,24 @@ def with_base_model(card: str, base_model: str) -> str:
     return str(parsed)
 
 
-def _parsed_card(card: str) -> Any:  # a ModelCard, whose metadata has no types
+def read_card(file: Path) -> str:
+    """Return the text of a card.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def parsed_card(card: str) -> Any:  # a ModelCard, whose metadata has no types
+    """Return a card with its metadata.
+
+    Raises:
+        ValueError: The metadata cannot be read.
+    """
     try:
         return ModelCard(card)
     except Exception as error:  # YAML and huggingface_hub have many of them

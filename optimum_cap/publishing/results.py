@@ -13,6 +13,7 @@ from optimum_cap.checkpoint import (
     CARD_NAME,
     RECORD_NAME,
     RESULTS_NAME,
+    read_card,
     read_record,
     read_results,
     with_results,
@@ -99,7 +100,7 @@ def check_has_card(folder: str | os.PathLike[str]) -> None:
             f"{path} has no {CARD_NAME}, to which the results could be added: save the model "
             "again, or write one"
         )
-    with_results((path / CARD_NAME).read_text(encoding="utf-8"), "", [], path.name)
+    with_results(read_card(path / CARD_NAME), "", [], path.name)
     if not os.access(path, os.W_OK):
         raise OSError(
             f"the folder {path} cannot be written, so no results can be added to its card"
@@ -172,7 +173,7 @@ def add_results(
     section = results_section(results)
     card = path / CARD_NAME
     metadata = [each for one in results.values() for each in _metadata(one.pruned)]
-    text = with_results(card.read_text(encoding="utf-8"), section, metadata, path.resolve().name)
+    text = with_results(read_card(card), section, metadata, path.resolve().name)
     stored = {
         name: {
             "pruned": each.pruned.to_dict(),

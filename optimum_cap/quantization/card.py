@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
+from optimum_cap.checkpoint import parsed_card, read_card
 from optimum_cap.quantization.schemes import Scheme
 
 _TABLE = "| | |\n|---|---|\n"
@@ -17,9 +18,12 @@ def quantized_card(source: Path, name: str, scheme: Scheme, auto_class: str) -> 
         name: Name of the scheme.
         scheme: The scheme.
         auto_class: Class of transformers that loads the model.
+
+    Raises:
+        ValueError: The sparse model's card cannot be read.
     """
     file = source / "README.md"
-    card = ModelCard.load(file) if file.is_file() else None
+    card = parsed_card(read_card(file)) if file.is_file() else None
     data = card.data if card else ModelCardData(library_name="transformers")
     data.eval_results = data.model_name = None  # results are those of other weights
     facts = card.text.partition(_TABLE)[2].partition("\n\n")[0] if card else ""

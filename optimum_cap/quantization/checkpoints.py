@@ -47,8 +47,8 @@ def quantize_checkpoint(
         **load_options: Keywords of `from_pretrained`, such as `device_map`.
 
     Raises:
-        ValueError: There is no such scheme, it leaves most weights of the model as they are, or it
-            cannot be calibrated.
+        ValueError: There is no such scheme, it leaves most weights of the model as they are, it
+            cannot be calibrated, or the model card cannot be read.
         ImportError: The package of the scheme is not installed.
         FileExistsError: The target has files already.
         OSError: The target cannot be written.
@@ -59,6 +59,7 @@ def quantize_checkpoint(
     trust = {"trust_remote_code": load_options.get("trust_remote_code", False)}
     config = AutoConfig.from_pretrained(source, **trust)
     check_reaches(chosen, scheme, config, auto_class, **trust)
+    card = quantized_card(source, scheme, chosen, auto_class)
     load = getattr(transformers, auto_class).from_pretrained
     options = {"dtype": "auto", **load_options}
     rounded = {}
@@ -72,7 +73,6 @@ def quantize_checkpoint(
     else:
         quantization = chosen.config(config.dtype or torch.float32)
         model = load(source, **options, quantization_config=quantization)
-    card = quantized_card(source, scheme, chosen, auto_class)
     with atomic_folder(target) as folder:
         # Not that of the instance, which writes sparse checkpoints.
         type(model).save_pretrained(model, folder, max_shard_size=max_shard_size)

@@ -230,6 +230,9 @@ def test_what_cannot_take_results_is_refused(folder: Path, tmp_path: Path) -> No
     (folder / CARD_NAME).write_text("---\nlicense: [\n---\n")
     with pytest.raises(ValueError, match=r"metadata at the beginning of README.md cannot be read"):
         add_results(folder, result)
+    (folder / CARD_NAME).write_bytes(b"# caf\xe9")
+    with pytest.raises(ValueError, match=r"README.md is not UTF-8 text .*: save it as UTF-8"):
+        add_results(folder, result)
     (folder / CARD_NAME).unlink()
     with pytest.raises(ValueError, match=r"has no README.md"):
         add_results(folder, result)

@@ -58,6 +58,15 @@ def test_results_of_the_sparse_weights_are_not_on_the_card_of_the_quantized_ones
     assert data.tags == ModelCard(card.read_text()).data.tags
 
 
+def test_a_card_that_cannot_be_read_is_refused_before_work(
+    sparse: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sparse / "README.md").write_text("---\nlicense: [\n---\n")
+    monkeypatch.delattr("optimum_cap.quantization.checkpoints.round_model_")
+    with pytest.raises(ValueError, match=r"README.md cannot be read .*: correct it"):
+        quantize_checkpoint(sparse, tmp_path / "new", "int4", calibration=calibration(sums))
+
+
 def calibration(sums: Path) -> CAPConfig:
     return CAPConfig(sparsity=0.5, recipe="wanda", dataset=str(sums), num_samples=6)
 
