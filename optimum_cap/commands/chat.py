@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
+    Terminated,
     add_common_flags,
     add_loading_flags,
     check_has_lm_head,
@@ -124,6 +125,8 @@ def _converse(chats: "dict[str, Chat]", in_terminal: bool) -> None:
         elif message:
             try:
                 _answer(chats, message, in_terminal)
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
 

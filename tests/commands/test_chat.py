@@ -16,6 +16,8 @@ from helpers.command_line import run_cap
 from helpers.evaluation import TEMPLATE
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
+from optimum_cap.commands import chat as chat_command
+from optimum_cap.commands.base import Terminated
 from optimum_cap.generation import Chat
 
 FLAGS = ("--max-new-tokens", "6")
@@ -70,6 +72,19 @@ def test_decoding_is_greedy_whatever_the_settings_of_the_model() -> None:
         setattr(model.generation_config, name, value)
     assert Chat(model, tokenizer, max_new_tokens=6, seed=1).ask("1+1?").text == greedy
     assert model.generation_config.do_sample, "they stay those of the model"
+
+
+def test_ctrl_c_ends_an_answer_and_sigterm_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [KeyboardInterrupt, Terminated]
+
+    def answer(*_: object) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("builtins.input", lambda _: "1+1?")
+    monkeypatch.setattr(chat_command, "_answer", answer)
+    with pytest.raises(Terminated):
+        chat_command._converse({}, False)
+    assert not errors
 
 
 def test_sampling_is_repeatable_and_an_interrupted_answer_is_forgotten() -> None:
