@@ -44,7 +44,11 @@ def upload(
     # An outdated model.safetensors would take precedence over new shards when loading, and results
     # would be those of other weights.
     present = api.list_repo_files(repo_id, revision=revision)
-    stale = [name for name in present if is_of_weights(name) and name not in names]
+    stale = [
+        name
+        for name in present
+        if "/" not in name and is_of_weights(name) and name not in names  # folders are others'
+    ]
     return api.create_commit(
         repo_id,
         [

@@ -41,6 +41,33 @@ def test_damaged_weights_and_a_missing_card_are_refused(folder: Path) -> None:
         push_checkpoint(folder / "nothing", "user/never")
 
 
+def test_only_outdated_weights_beside_the_new_ones_are_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations = []
+    there = [
+        "model-00001-of-00002.safetensors",
+        "models/other.safetensors",
+        "model_b/x.bin",
+        "a.py",
+    ]
+    for name, result in (
+        ("create_repo", huggingface_hub.RepoUrl("https://huggingface.co/user/model")),
+        ("list_repo_files", there),
+    ):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, lambda *_, given=result, **__: given)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_commit", lambda _, repo, done, **__: operations.extend(done)
+    )
+    push_checkpoint(folder, "user/model")
+    removed = [
+        each.path_in_repo
+        for each in operations
+        if isinstance(each, huggingface_hub.CommitOperationDelete)
+    ]
+    assert removed == there[:1]
+
+
 def test_an_unknown_base_model_is_asked_for(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
