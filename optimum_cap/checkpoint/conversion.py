@@ -360,7 +360,9 @@ def set_base_model(folder: Path, base_model: str) -> None:
         OSError: A file cannot be written.
     """
     record_file, card_file = folder / RECORD_NAME, folder / CARD_NAME
-    read_record(record_file, os.fspath(folder))
+    record, _ = read_record(record_file, os.fspath(folder))
+    if record.base_model == base_model:
+        return
     values = read_json(record_file)
     values |= {"base_model": base_model, "base_revision": None}
     values["files"]["record_sha256"] = record_digest(values)

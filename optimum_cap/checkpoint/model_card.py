@@ -63,6 +63,7 @@ def write_model_card(
     """
     try:
         card = model_card(record, class_name, token, tags, base_folder)
+        picture = sparsity_picture(record.matrices) if _has_picture(record) else None
     except Exception as error:
         logger.warning(
             f"the model card could not be created ({type(error).__name__}: {error}), so the "
@@ -71,8 +72,8 @@ def write_model_card(
     else:
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         (folder / PICTURE_NAME).unlink(missing_ok=True)
-        if _has_picture(record):
-            (folder / PICTURE_NAME).write_text(sparsity_picture(record.matrices), encoding="utf-8")
+        if picture is not None:
+            (folder / PICTURE_NAME).write_text(picture, encoding="utf-8")
 
 
 def _has_picture(record: PruningRecord) -> bool:
@@ -236,7 +237,8 @@ def with_base_model(card: str, base_model: str) -> str:
     """
     parsed = parsed_card(card)
     parsed.data.base_model = base_model
-    parsed.data.base_model_relation = "quantized"
+    relation = getattr(parsed.data, "base_model_relation", None)
+    parsed.data.base_model_relation = relation or "quantized"
     row = f"| Base model | [{base_model}](https://huggingface.co/{base_model}) |"
     parsed.text = re.sub(r"(?m)^\| Base model \|.*\|$", lambda _: row, parsed.text, count=1)
     return str(parsed)

@@ -17,7 +17,7 @@ KINDS = {
     "expert": "expert units",
 }
 """Kind of a site -> the name of its units."""
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 
 
 @dataclass(frozen=True)

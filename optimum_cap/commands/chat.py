@@ -62,6 +62,8 @@ class ChatCommand(CAPSubcommand):
             raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
         if args.temperature < 0:
             raise ValueError(f"--temperature must be at least 0, got {args.temperature}")
+        if not 0 <= args.seed < 1 << 32:
+            raise ValueError(f"--seed must be between 0 and {(1 << 32) - 1}, got {args.seed}")
         if args.prompt is not None and not args.prompt.strip():
             raise ValueError("--prompt is empty: write the message after it")
         check_loading_flags(args)
@@ -129,13 +131,25 @@ def _converse(chats: "dict[str, Chat]", in_terminal: bool) -> None:
                 raise
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
+            except ValueError as error:  # about this message, so the conversation goes on
+                print(printable(str(error)), file=sys.stderr)
 
 
 def _answer(chats: "dict[str, Chat]", message: str, in_terminal: bool) -> None:
-    """Print the answer of each model: side by side in a terminal, else one after the other."""
-    if in_terminal:
-        _answer_side_by_side(chats, message)
-        return
+    """Print the answer of each model: side by side in a terminal, else one after the other.
+
+    If one does not come to its end, all conversations are as before the message.
+    """
+    before = {name: chat.messages for name, chat in chats.items()}
+    try:
+        (_answer_side_by_side if in_terminal else _answer_in_turn)(chats, message)
+    except BaseException:
+        for name, chat in chats.items():
+            chat.messages = before[name]
+        raise
+
+
+def _answer_in_turn(chats: "dict[str, Chat]", message: str) -> None:
     for name, chat in chats.items():
         reply = chat.ask(message)
         if len(chats) > 1:
@@ -156,17 +170,20 @@ def _answer_side_by_side(chats: "dict[str, Chat]", message: str) -> None:
     def panels() -> Any:
         return _panels([(name, texts[name], summaries[name]) for name in chats])
 
-    with Live(panels(), console=console, refresh_per_second=8, vertical_overflow="visible") as live:
-        for name, chat in chats.items():
+    try:
+        # What is taller than the terminal cannot be drawn again, so the end of it is cut off here.
+        with Live(panels(), console=console, refresh_per_second=8, transient=True) as live:
+            for name, chat in chats.items():
 
-            def show(piece: str, name: str = name) -> None:
-                texts[name] += piece
-                live.update(panels())
+                def show(piece: str, name: str = name) -> None:
+                    texts[name] += piece
+                    live.update(panels())
 
-            summaries[name] = "answering"
-            reply = chat.ask(message, show)
-            texts[name], summaries[name] = reply.text, _summary(reply)
-            live.update(panels())
+                summaries[name] = "answering"
+                reply = chat.ask(message, show)
+                texts[name], summaries[name] = reply.text, _summary(reply)
+    finally:
+        console.print(panels())
 
 
 def _panels(columns: Sequence[tuple[str, str, str]]) -> Any:

@@ -18,7 +18,6 @@ from optimum_cap.commands.eval import (
     check_cards,
     check_evaluation_flags,
     evaluate_model,
-    print_card,
     read_task_data,
 )
 
@@ -103,7 +102,6 @@ class CompareCommand(CAPSubcommand):
             print()
             if args.add_to_card:
                 add_to_card(name, evaluations[name], evaluations[args.dense])
-                print_card(name)
                 print()
         print(
             "Over the items that both have: for shares, p is from the exact McNemar test and the "

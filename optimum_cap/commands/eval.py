@@ -66,14 +66,12 @@ class EvalCommand(CAPSubcommand):
         evaluation = evaluate_model(self.args.model, prepared, self.args, self.args.log_samples)
         if self.args.output is not None:
             evaluation.save(self.args.output)
-        if self.args.add_to_card:
-            add_to_card(self.args.model, evaluation)
         print(evaluation.table())
         print(f"time: {evaluation.seconds:.1f} s")
         if self.args.output is not None:
             print(f"saved: {self.args.output}")
         if self.args.add_to_card:
-            print_card(self.args.model)
+            add_to_card(self.args.model, evaluation)
         if evaluation.errors:
             raise RuntimeError(
                 "; ".join(f"{name}: {text}" for name, text in evaluation.errors.items())
@@ -184,20 +182,16 @@ def check_cards(models: Iterable[str]) -> None:
 
 
 def add_to_card(model: str, evaluation: "Evaluation", dense: "Evaluation | None" = None) -> None:
-    """Add results to the card of a model, apart from those that are not finite."""
+    """Add results to the card of a model, apart from those that are not finite, and say where."""
+    from optimum_cap.checkpoint import CARD_NAME
     from optimum_cap.publishing import add_results
 
     tasks = {
         name: result for name, result in evaluation.tasks.items() if name not in evaluation.errors
     }
-    add_results(model, dataclasses.replace(evaluation, tasks=tasks), dense)
-
-
-def print_card(model: str) -> None:
-    """Print where results were added."""
-    from optimum_cap.checkpoint import CARD_NAME
-
-    print(f"card: {Path(model) / CARD_NAME}")
+    if tasks:
+        add_results(model, dataclasses.replace(evaluation, tasks=tasks), dense)
+        print(f"card: {Path(model) / CARD_NAME}")
 
 
 def check_evaluation_flags(args: Namespace) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer, set_seed
 
 from optimum_cap.generation.sampling import no_other_generation_settings
-from optimum_cap.models import device_of
+from optimum_cap.models import device_of, longest_sequence
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Reply:
 
 class Chat:
     """A conversation with one model.
+
+    Attributes:
+        messages: What was said so far, as chat templates take it.
 
     Args:
         model: The model.
@@ -56,7 +60,8 @@ class Chat:
         self.tokenizer = tokenizer
         self._seed = seed
         self._system = system
-        self._messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, str]] = []
+        self._length = longest_sequence(model)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         # The model's own settings are those of the tokens alone, so that two models are alike.
@@ -69,9 +74,9 @@ class Chat:
 
     def clear(self) -> None:
         """Forget what was said."""
-        self._messages = []
+        self.messages = []
         if self._system is not None:
-            self._messages.append({"role": "system", "content": self._system})
+            self.messages.append({"role": "system", "content": self._system})
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> Reply:
         """Return the answer to a message; the next message follows both.
@@ -81,32 +86,57 @@ class Chat:
         Args:
             text: The message.
             on_text: Called with each piece of the answer.
+
+        Raises:
+            ValueError: The chat template refuses the messages, or they leave no room for an answer.
         """
-        messages = [*self._messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         inputs = self._tokens(messages).to(device_of(self.model))
+        count = inputs["input_ids"].shape[1]
+        room = self._generation.max_new_tokens
+        if self._length is not None:
+            room = min(room, self._length - count)
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {count} tokens, of which the model takes {self._length}: "
+                "begin a new one (/clear)"
+            )
         streamer = _Pieces(self.tokenizer, on_text)
         set_seed(self._seed)
         start = time.monotonic()
         with torch.inference_mode(), no_other_generation_settings(self.model):
             output = self.model.generate(
-                **inputs, generation_config=self._generation, streamer=streamer
+                **inputs,
+                generation_config=self._generation,
+                max_new_tokens=room,
+                streamer=streamer,
             )
         seconds = time.monotonic() - start
-        tokens = output[0, inputs["input_ids"].shape[1] :]
+        tokens = output[0, count:]
         ends = self._generation.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         finished = bool(len(tokens)) and int(tokens[-1]) in ends
         answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        self._messages = [*messages, {"role": "assistant", "content": answer}]
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         return Reply(answer, len(tokens) - finished, seconds, finished)
 
     def _tokens(self, messages: list[dict[str, str]]) -> Any:
         if self.has_template:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        text = "".join(message["content"] for message in messages)
-        return self.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+            try:
+                inputs = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+            except TemplateError as error:
+                raise ValueError(
+                    f"the chat template of {self.model.name_or_path} refuses these messages "
+                    f"({error}): leave out the system message if there is one, or change the "
+                    "template"
+                ) from error
+        else:
+            text = "".join(message["content"] for message in messages)
+            inputs = self.tokenizer(text, return_tensors="pt")
+        inputs.pop("token_type_ids", None)  # decoders take none
+        return inputs
 
 
 class _Pieces(TextStreamer):

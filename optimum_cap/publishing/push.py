@@ -28,6 +28,7 @@ _TRAINING_STATE = (
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
     *("trainer_state.json", "training_args.bin"),
 )
+_TRAINER_CHECKPOINT = "checkpoint-[0-9]*"
 
 
 def check_base_model(base_model: str, token: str | bool | None = None) -> None:
@@ -105,6 +106,9 @@ def _files(folder: Path) -> tuple[list[str], list[str]]:
         parts = file.relative_to(folder).parts
         if not file.is_file() or any(part.startswith(".") for part in parts):
             continue
+        if len(parts) > 1 and fnmatch.fnmatch(parts[0], _TRAINER_CHECKPOINT):
+            left_out.append(parts[0])
+            continue
         is_state = any(fnmatch.fnmatch(file.name, pattern) for pattern in _TRAINING_STATE)
         (left_out if is_state else names).append("/".join(parts))
-    return names, left_out
+    return names, list(dict.fromkeys(left_out))

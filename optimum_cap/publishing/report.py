@@ -102,7 +102,7 @@ def html_report(name: str, summary: CheckpointSummary, results: dict[str, TaskRe
         summary=_sentence(record),
         facts=list(_facts(record, summary)),
         results=_result_tables(results),
-        notes=[printable(note) for task in results.values() for note in task.pruned.notes()],
+        notes=list(_notes(results)),
         answers=_answers(results),
         pictures=list(_pictures(record)),
         tables=tables,
@@ -156,6 +156,14 @@ def _result_tables(results: dict[str, TaskResults]) -> list[list[list[str]]]:
             lengths += rows if lengths or not rows else [header, *rows]
     tables = [[list(COLUMNS), *compared] if compared else [], alone, lengths]
     return [printable_values(table) for table in tables if table]
+
+
+def _notes(results: dict[str, TaskResults]) -> Iterator[str]:
+    """Yield what else there is to say of each task."""
+    for name, task in results.items():
+        if isinstance(reason := task.comparisons(), str):
+            yield printable(f"{name}: {reason}")
+        yield from map(printable, task.pruned.notes())
 
 
 def _answers(results: dict[str, TaskResults]) -> dict[str, str] | None:

@@ -155,9 +155,11 @@ def add_results(
         dense: That of the dense model.
 
     Raises:
-        ValueError: As `check_has_card`; or the evaluations cannot be compared.
+        ValueError: As `check_has_card`; or the evaluations cannot be compared, or there are none.
         OSError: A file cannot be written.
     """
+    if not pruned.tasks:
+        raise ValueError(f"the evaluation of {pruned.model} has no results to add to the card")
     check_has_card(folder)
     path = Path(folder)
     record, files = read_record(path / RECORD_NAME, os.fspath(folder))
@@ -277,7 +279,7 @@ def _answers(task: str, dense: Transcript, pruned: Transcript) -> list[str]:
 def _block(text: str) -> list[str]:
     """Return text as a code block, which shows it as it is."""
     shown = text.strip() if len(text) <= _LONGEST else f"{text.strip()[:_LONGEST]} ..."
-    lines = [printable(line) for line in shown.splitlines()]
+    lines = [printable(line).replace("<!--", "<! --") for line in shown.splitlines()]
     fence = "`" * (3 + max((line.count("`") for line in lines), default=0))
     return [f"{fence}text", *lines, fence]
 

@@ -18,6 +18,7 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_cap.commands import chat as chat_command
 from optimum_cap.commands.base import Terminated
+from optimum_cap.commands.chat import _answer as answer
 from optimum_cap.generation import Chat
 
 FLAGS = ("--max-new-tokens", "6")
@@ -121,6 +122,7 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
 ) -> None:
     for arguments, message in (
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be between 0 and 4294967295, got -1"),
         (["--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
         (["-p", " "], "--prompt is empty"),
         ([place / "nothing"], "nothing does not exist: check the path"),
@@ -168,3 +170,37 @@ def test_a_conversation_in_a_terminal(place: Path) -> None:
     finally:
         process.kill()
         os.close(controller)
+
+
+def test_a_conversation_that_is_too_long_or_refused_is_one_sentence() -> None:
+    model, tokenizer = tiny_model("llama", max_position_embeddings=40), tiny_tokenizer(TEMPLATE)
+    chat = Chat(model, tokenizer, max_new_tokens=100)
+    reply = chat.ask("1+1?")  # as much of an answer as there is room for
+    assert len(tokenizer(reply.text)["input_ids"]) < 40
+    said = list(chat.messages)
+    with pytest.raises(ValueError, match=r"tokens, of which the model takes 40: begin a new one"):
+        chat.ask("2+2? " * 10)
+    assert chat.messages == said
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(ValueError, match=r"refuses these messages \(no system\): leave out"):
+        Chat(model, tokenizer, system="Be kind.").ask("1+1?")
+
+
+def test_token_types_are_left_out() -> None:
+    model, tokenizer = tiny_model("llama", max_position_embeddings=256), tiny_tokenizer(TEMPLATE)
+    expected = Chat(model, tokenizer, max_new_tokens=4).ask("1+1?").text
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert Chat(model, tokenizer, max_new_tokens=4).ask("1+1?").text == expected
+
+
+def test_an_answer_that_one_model_does_not_end_is_forgotten_by_both() -> None:
+    model, tokenizer = tiny_model("llama", max_position_embeddings=256), tiny_tokenizer(TEMPLATE)
+    first, second = (Chat(model, tokenizer, max_new_tokens=4) for _ in range(2))
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    second.ask = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        answer({"a": first, "b": second}, "1+1?", in_terminal=False)
+    assert first.messages == second.messages == []

@@ -8,7 +8,7 @@ from helpers.checkpoints import change_record, pruned
 from helpers.command_line import run_cap
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
-from optimum_cap.checkpoint import inspect_checkpoint
+from optimum_cap.checkpoint import inspect_checkpoint, set_base_model
 from optimum_cap.publishing import push_checkpoint
 
 
@@ -117,3 +117,30 @@ def test_prune_names_the_base_model_of_a_local_folder(
     assert status == 0, error
     assert inspect_checkpoint(str(tmp_path / "out"), verify=True).record.base_model == "org/dense"
     assert "base_model: org/dense\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_state_of_a_training_stays_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+    (folder / "optimizer.pt").write_bytes(b"")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "notes.txt").write_text("mine")
+    uploaded: list[str] = []
+    monkeypatch.setattr(
+        "optimum_cap.publishing.push.upload", lambda path, repo, names, **_: uploaded.extend(names)
+    )
+    push_checkpoint(folder, "user/repo")
+    assert "logs/notes.txt" in uploaded
+    assert "model.safetensors" in uploaded
+    assert not [name for name in uploaded if "checkpoint" in name or "optimizer" in name]
+    assert "the state of a training: checkpoint-5 and optimizer.pt" in caplog.text
+
+
+def test_a_base_model_that_is_known_keeps_its_revision(folder: Path) -> None:
+    change_record(folder, base_model="org/dense", base_revision="abc")
+    set_base_model(folder, "org/dense")
+    assert inspect_checkpoint(str(folder)).record.base_revision == "abc"
+    set_base_model(folder, "org/other")
+    assert inspect_checkpoint(str(folder)).record.base_revision is None
