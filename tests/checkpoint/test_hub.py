@@ -161,7 +161,7 @@ AutoTokenizer.from_pretrained("user/tiny-cap")("1+1=")
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_private_repository_needs_the_right_token(published: LoopbackHub, run: Run) -> None:
     run(
         *(sys.executable, "-c"),
@@ -196,7 +196,7 @@ def test_inspect_reads_a_repository(published: LoopbackHub, run: Run) -> None:
     assert json.loads(done.stdout)["sparsity"] == pytest.approx(0.3, abs=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inspect_of_an_unreadable_repository_names_it(published: LoopbackHub, run: Run) -> None:
     for name, token in (("secret", None), ("nothing", OWNER)):
         done = run(*cli("inspect", f"user/{name}"), token=token, status=1)
@@ -250,7 +250,7 @@ def test_prune_refuses_an_upload_that_cannot_work_before_it_loads_the_model(
     assert not [request for request in published.requests if "model.safetensors" in request.path]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gated_repository_is_named(published: LoopbackHub, run: Run) -> None:
     repository = published.repositories["user/tiny-cap"]
     repository.gated = True

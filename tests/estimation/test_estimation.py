@@ -606,7 +606,7 @@ def test_a_model_on_several_devices_takes_the_hours_of_all(study: Path) -> None:
     assert hours.to_dict()["total"] == hours.total
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_studies_of_the_repository_have_an_estimate(empty_presets: Path) -> None:
     files = sorted(STUDIES.glob("*.yaml"))
     assert files
