@@ -26,8 +26,7 @@ from optimum_cap.checkpoint import (
     sparsity_picture,
 )
 from optimum_cap.config import CAPConfig
-from optimum_cap.evaluation import COLUMNS
-from optimum_cap.publishing.results import TaskResults, load_results
+from optimum_cap.publishing.results import TaskResults, load_results, result_tables
 from optimum_cap.runtime import write_atomically
 from optimum_cap.text import enumeration, format_size, printable, printable_values, public_name
 from optimum_cap.version import __version__
@@ -96,16 +95,17 @@ def html_report(name: str, summary: CheckpointSummary, results: dict[str, TaskRe
     record = PruningRecord.from_dict(values)
     template = files("optimum_cap.publishing").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    tables = [*_tables(record)]
+    found = result_tables(results)
+    shown = (found.compared, found.alone, found.lengths)
     return environment.from_string(template).render(
         title=printable(name.removeprefix("./")),
         summary=_sentence(record),
         facts=list(_facts(record, summary)),
-        results=_result_tables(results),
-        notes=list(_notes(results)),
+        results=[printable_values(table) for table in shown if table],
+        notes=[printable(note) for note in found.notes],
         answers=_answers(results),
         pictures=list(_pictures(record)),
-        tables=tables,
+        tables=list(_tables(record)),
         record=json.dumps(values, indent=2),
         version=__version__,
     )
@@ -138,32 +138,6 @@ def _facts(record: PruningRecord, summary: CheckpointSummary) -> Iterator[tuple[
             "calibrated on",
             f"{record.config['num_samples']} examples of {enumeration(sources) or 'unknown data'}",
         )
-
-
-def _result_tables(results: dict[str, TaskResults]) -> list[list[list[str]]]:
-    """Return the tables of results: compared with the dense model, then alone, then lengths."""
-    compared: list[list[str]] = []
-    alone: list[list[str]] = []
-    lengths: list[list[str]] = []
-    for task in results.values():
-        comparisons = task.comparisons()
-        if isinstance(comparisons, list):
-            compared += [comparison.cells() for comparison in comparisons]
-        else:
-            header, *rows = task.pruned.rows()
-            alone += rows if alone else [header, *rows]
-            header, *rows = task.pruned.length_rows()
-            lengths += rows if lengths or not rows else [header, *rows]
-    tables = [[list(COLUMNS), *compared] if compared else [], alone, lengths]
-    return [printable_values(table) for table in tables if table]
-
-
-def _notes(results: dict[str, TaskResults]) -> Iterator[str]:
-    """Yield what else there is to say of each task."""
-    for name, task in results.items():
-        if isinstance(reason := task.comparisons(), str):
-            yield printable(f"{name}: {reason}")
-        yield from map(printable, task.pruned.notes())
 
 
 def _answers(results: dict[str, TaskResults]) -> dict[str, str] | None:

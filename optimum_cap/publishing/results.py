@@ -205,38 +205,63 @@ def _is_comparable(pruned: Evaluation, dense: Evaluation | None, task: str) -> b
     return True
 
 
-def results_section(results: Mapping[str, TaskResults]) -> str:
-    """Return the results as Markdown: tables, what was measured how, and one answer of both."""
-    compared: list[Sequence[str]] = []
-    alone: list[Sequence[str]] = []
-    lengths: list[Sequence[str]] = []
-    notes: list[str] = []
+@dataclass(frozen=True)
+class ResultTables:
+    """The results of all tasks as tables, each with its header, or empty without results.
+
+    Attributes:
+        compared: Those that were compared with the dense model.
+        alone: The others.
+        lengths: Lengths of the answers of the others.
+        notes: What else there is to say of the tasks.
+    """
+
+    compared: list[list[str]]
+    alone: list[list[str]]
+    lengths: list[list[str]]
+    notes: list[str]
+
+
+def result_tables(results: Mapping[str, TaskResults]) -> ResultTables:
+    """Return the results as tables, for the card and the report."""
+    tables = ResultTables([], [], [], [])
     for name, task in results.items():
         comparisons = task.comparisons()
         if isinstance(comparisons, list):
-            compared += [each.cells() for each in comparisons if each.metric != _OF_THE_MACHINE]
+            _extend(tables.compared, [list(COLUMNS), *(each.cells() for each in comparisons)])
         else:
-            alone += task.pruned.rows()[1:]
-            lengths += [row[:_LENGTH_COLUMNS] for row in task.pruned.length_rows()[1:]]
+            _extend(tables.alone, task.pruned.rows())
+            _extend(tables.lengths, task.pruned.length_rows())
             if comparisons is not None:
-                notes.append(f"{name}: {comparisons}")
-        notes += task.pruned.notes()
+                tables.notes.append(f"{name}: {comparisons}")
+        tables.notes.extend(task.pruned.notes())
+    return tables
+
+
+def _extend(table: list[list[str]], rows: list[list[str]]) -> None:
+    """Add the rows of another table with the same header."""
+    header, *others = rows
+    if others:
+        table += others if table else [header, *others]
+
+
+def results_section(results: Mapping[str, TaskResults]) -> str:
+    """Return the results as Markdown: tables, what was measured how, and one answer of both."""
+    tables = result_tables(results)
     lines: list[str] = []
-    if compared:
+    if tables.compared:
         lines += [
             "Both models got the same questions. A difference whose 95 % interval contains 0 is "
             "not statistically significant.",
             "",
-            *_table(COLUMNS, compared),
+            *_table([row for row in tables.compared if row[1] != _OF_THE_MACHINE]),
             "",
         ]
-    if alone:
-        header = Evaluation("", {}, {}, {}, 0.0).rows()[0]
-        lines += ["Measured without the dense model:", "", *_table(header, alone), ""]
-    if lengths:
-        header = Evaluation("", {}, {}, {}, 0.0).length_rows()[0][:_LENGTH_COLUMNS]
-        lines += [*_table(header, lengths), ""]
-    lines += [f"- {_plain(note)}" for note in [*notes, *_settings(results)]]
+    if tables.alone:
+        lines += ["Measured without the dense model:", "", *_table(tables.alone), ""]
+    if tables.lengths:
+        lines += [*_table([row[:_LENGTH_COLUMNS] for row in tables.lengths]), ""]
+    lines += [f"- {_plain(note)}" for note in [*tables.notes, *_settings(results)]]
     for name, task in results.items():
         if (pair := task.transcripts()) is not None:
             return "\n".join([*lines, "", *_answers(name, *pair)])
@@ -284,11 +309,13 @@ def _block(text: str) -> list[str]:
     return [f"{fence}text", *lines, fence]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table of Markdown, whose header is the first row."""
+    header, *others = rows
     return [
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",
-        *(f"| {' | '.join(map(_plain, row))} |" for row in rows),
+        *(f"| {' | '.join(map(_plain, row))} |" for row in others),
     ]
 
 
