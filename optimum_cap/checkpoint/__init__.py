@@ -47,6 +47,7 @@ from optimum_cap.checkpoint.saving import (
     save_smaller,
     set_checkpoint,
 )
+from optimum_cap.checkpoint.transcoding import write_json
 
 __all__ = [
     "CARD_NAME",
@@ -94,5 +95,6 @@ __all__ = [
     "validate_shards",
     "warn_of_changed_settings",
     "with_results",
+    "write_json",
     "write_results",
 ]

@@ -41,14 +41,14 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
     for index in index_files(folder):
         values = read_json(index)
         values["metadata"]["total_size"] = stored_bytes
-        _write_json(index, {**values, "weight_map": weight_map})
+        write_json(index, {**values, "weight_map": weight_map})
     config = read_json(folder / CONFIG_NAME)
     config["pruning_config"] = record.config
     config.pop("quantization_config", None)
     if form.needs_plugin:
         # Makes transformers load the weights with the plugin, or warn if it is not installed.
         config["quantization_config"] = {**record.config, "format_version": form.version}
-    _write_json(folder / CONFIG_NAME, config)
+    write_json(folder / CONFIG_NAME, config)
     files = {
         "checkpoint_format": checkpoint_format,
         "format_version": form.version,
@@ -57,7 +57,7 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
     }
     contents = {**record.to_dict(), "files": files}
     files["record_sha256"] = record_digest(contents)
-    _write_json(folder / RECORD_NAME, contents)
+    write_json(folder / RECORD_NAME, contents)
 
 
 @contextmanager
@@ -69,5 +69,6 @@ def _naming(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file of a checkpoint: indented, with sorted keys."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

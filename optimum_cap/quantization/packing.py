@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_cap.checkpoint import write_json
 from optimum_cap.methods import RoundedMatrix
 
 _BITS = 4
@@ -66,10 +67,10 @@ def replace_weights(
     for index in folder.glob("*.safetensors.index.json"):
         values = json.loads(index.read_bytes())
         values["metadata"]["total_size"] = size
-        _write_json(index, {**values, "weight_map": weight_map})
+        write_json(index, {**values, "weight_map": weight_map})
     config = json.loads((folder / "config.json").read_bytes())
     config["quantization_config"] = _quantization_config(model, rounded)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def _packed(name: str, matrix: RoundedMatrix) -> dict[str, torch.Tensor]:
@@ -105,7 +106,3 @@ def _quantization_config(
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": floats,
     }
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
