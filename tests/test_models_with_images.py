@@ -294,7 +294,7 @@ def test_the_processor_is_uploaded(place: Path, cap: Cap, monkeypatch: pytest.Mo
         return Commit
 
     monkeypatch.setattr(optimum_cap.checkpoint, "upload", upload)
-    monkeypatch.setattr(prune_command, "_check_hub_access", lambda repo, token: None)
+    monkeypatch.setattr(prune_command, "check_hub_access", lambda repo, token: None)
     flags = "-m model --sparsity 0.5 --recipe magnitude --device-map cpu"
     assert "hub/me/model" in cap(f"prune {flags} -o pushed --push-to-hub me/model")
     processor_files = {path.name for path in (place / "model").glob("*processor*")}
