@@ -184,6 +184,17 @@ def _suggests_fields(cls: Any) -> Any:
     return cls
 
 
+def check_field_names(names: Iterable[str]) -> None:
+    """Check that names are those of fields of `CAPConfig`.
+
+    Raises:
+        ValueError: A name is not; the message suggests the nearest one.
+    """
+    known = [each.name for each in dataclasses.fields(CAPConfig)]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"CAPConfig has no {_unknown_fields(unknown, known)}")
+
+
 def _unknown_fields(unknown: Iterable[str], names: Iterable[str]) -> str:
     suggestions = [f"{name!r}{did_you_mean(name, names)}" for name in unknown]
     if any("did you mean" in text for text in suggestions):

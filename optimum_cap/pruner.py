@@ -38,6 +38,7 @@ from optimum_cap.models import (
     sees_images,
     stored_parameter,
 )
+from optimum_cap.progress import numbered_steps
 from optimum_cap.pruning import (
     LayerStore,
     PartRemoval,
@@ -117,73 +118,11 @@ class CAPPruner:
             OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
         """
-        plain = plain_model(model)
-        check_configs_can_be_saved(plain)
         config = self.config
         if dataset is not None:
             config = dataclasses.replace(config, dataset=dataset)
-        needs_scores = CRITERIA[config.method.criterion].needs_scores
-        if losses is not None and not needs_scores:
-            raise ValueError(
-                "losses are for criterion 'causal_score', which computes its scores from them, got "
-                f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
-            )
-        if config.pattern in SMALLER_PATTERNS:
-            record, layer_store = _remove_parts_(plain, config, tokenizer, losses)
-            record = dataclasses.replace(record, base_revision=base_revision)
-            attach(plain, record, layer_store.clear if layer_store else None)
-            return model
-        view = ModelView.of(plain, config.mlp_unit_size)
-        if not view.has_lm_head:
-            config.check_without_lm_head(type(plain).__name__)
-        matrices = matrices_to_prune(view, config)
-        report_unsupported(view, matrices, config.strict)
-        if needs_scores and losses is None:
-            _check_scorable(view, config)
-        _check_not_shared(view, matrices)
-        zeros_before = _check_weights(view, matrices)
-        if config.method.needs_data:
-            check_experts(view, matrices)
-        zeros = _number_of_zeros(view, matrices, config.sparsity)
-        _check_pattern(view, matrices, config.pattern)
-        before = getattr(plain, "pruning_record", None)
-        _check_zeros(zeros_before, zeros, config, before)
-        process_group = ProcessGroup.current()
-
-        def check_prompts(prompts: list[CalibrationExample]) -> None:
-            PruningRun(view, config, matrices, prompts, process_group).check_model(losses)
-
-        calibration = (
-            _calibration(plain, config, tokenizer, process_group, check_prompts)
-            if config.method.needs_data
-            else None
-        )
-        examples = calibration.examples if calibration else []
-        run = PruningRun(view, config, matrices, examples, process_group)
-        run.check_model(losses)
-
-        if needs_scores:
-            run.score_units(losses)
-        if config.method.allocation == "global":
-            run.prune_below_global_threshold_(zeros)
-        else:
-            zeros_per_matrix = run.allocate(zeros)
-            if config.method.layer_by_layer:
-                run.prune_layer_by_layer_(zeros_per_matrix)
-            else:
-                run.prune_each_matrix_(zeros_per_matrix)
-
-        record = run.record(calibration)
-        record = dataclasses.replace(
-            record,
-            base_revision=base_revision,
-            zeros_before=zeros_before,
-            zeros_after=record.zeros,
-            recovery=before.recovery if before is not None else [],
-        )
-        _report_other_zeros(record, zeros, config)
-        attach(plain, record, run.layer_store.clear if run.layer_store else None)
-        return model
+        with numbered_steps(_steps(config, losses)):
+            return _prune_(model, tokenizer, config, losses, base_revision)
 
     def measure(
         self,
@@ -225,6 +164,103 @@ class CAPPruner:
         if save_to is not None:
             save_scores(save_to, losses, plain, examples, self.config)
         return losses
+
+
+def _prune_(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: CAPConfig,
+    losses: UnitLosses | None,
+    base_revision: str | None,
+) -> PreTrainedModel:
+    """Prune a model in place, as `CAPPruner.prune` says."""
+    plain = plain_model(model)
+    check_configs_can_be_saved(plain)
+    needs_scores = CRITERIA[config.method.criterion].needs_scores
+    if losses is not None and not needs_scores:
+        raise ValueError(
+            "losses are for criterion 'causal_score', which computes its scores from them, got "
+            f"criterion {config.method.criterion!r}: choose recipe 'paper', or leave losses out"
+        )
+    if config.pattern in SMALLER_PATTERNS:
+        record, layer_store = _remove_parts_(plain, config, tokenizer, losses)
+        record = dataclasses.replace(record, base_revision=base_revision)
+        attach(plain, record, layer_store.clear if layer_store else None)
+        return model
+    view = ModelView.of(plain, config.mlp_unit_size)
+    if not view.has_lm_head:
+        config.check_without_lm_head(type(plain).__name__)
+    matrices = matrices_to_prune(view, config)
+    report_unsupported(view, matrices, config.strict)
+    if needs_scores and losses is None:
+        _check_scorable(view, config)
+    _check_not_shared(view, matrices)
+    zeros_before = _check_weights(view, matrices)
+    if config.method.needs_data:
+        check_experts(view, matrices)
+    zeros = _number_of_zeros(view, matrices, config.sparsity)
+    _check_pattern(view, matrices, config.pattern)
+    before = getattr(plain, "pruning_record", None)
+    _check_zeros(zeros_before, zeros, config, before)
+    process_group = ProcessGroup.current()
+
+    def check_prompts(prompts: list[CalibrationExample]) -> None:
+        PruningRun(view, config, matrices, prompts, process_group).check_model(losses)
+
+    calibration = (
+        _calibration(plain, config, tokenizer, process_group, check_prompts)
+        if config.method.needs_data
+        else None
+    )
+    examples = calibration.examples if calibration else []
+    run = PruningRun(view, config, matrices, examples, process_group)
+    run.check_model(losses)
+
+    if needs_scores:
+        run.score_units(losses)
+    if config.method.allocation == "global":
+        run.prune_below_global_threshold_(zeros)
+    else:
+        zeros_per_matrix = run.allocate(zeros)
+        if config.method.layer_by_layer:
+            run.prune_layer_by_layer_(zeros_per_matrix)
+        else:
+            run.prune_each_matrix_(zeros_per_matrix)
+
+    record = run.record(calibration)
+    record = dataclasses.replace(
+        record,
+        base_revision=base_revision,
+        zeros_before=zeros_before,
+        zeros_after=record.zeros,
+        recovery=before.recovery if before is not None else [],
+    )
+    _report_other_zeros(record, zeros, config)
+    attach(plain, record, run.layer_store.clear if run.layer_store else None)
+    return model
+
+
+def _steps(config: CAPConfig, losses: UnitLosses | None) -> list[str]:
+    """Return the steps of a run that take long, by the names of their progress bars."""
+    method = config.method
+    if config.pattern in SMALLER_PATTERNS:
+        return []  # how many rounds there are depends on the model
+    steps = ["Answering"] if config.answers == "model" else []
+    if CRITERIA[method.criterion].needs_scores and losses is None:
+        first_order = ["Scoring to first order"]
+        steps += {
+            "first_order": first_order,
+            "control_variate": [*first_order, "Scoring"],
+        }.get(config.estimator, ["Scoring"])
+    if method.allocation in _STEP_OF_ALLOCATION:
+        steps.append(_STEP_OF_ALLOCATION[method.allocation])
+    return [*steps, "Pruning"] if method.layer_by_layer else steps
+
+
+_STEP_OF_ALLOCATION = {
+    "interventional": "Measuring sites",
+    "fisher": "Estimating sensitivities",
+}
 
 
 def _remove_parts_(

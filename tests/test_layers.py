@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "optimum_cap"
 
 # Lower lines may import only higher ones; folders of one line do not import each other.
 LEVELS = (
-    ("version", "text", "formats", "methods"),
+    ("version", "text", "progress", "yaml_files", "formats", "methods"),
     ("config",),
     ("data",),
     ("models",),

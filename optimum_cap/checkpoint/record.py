@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_cap.config import CAPConfig
-from optimum_cap.text import enumeration
+from optimum_cap.text import enumeration, printable
 
 KINDS = {
     "attention": "attention heads",
@@ -176,6 +176,21 @@ class PruningRecord:
     removed: dict[str, Any] = field(default_factory=dict)
     compacted: list[dict[str, Any]] = field(default_factory=list)
     recovery: list[dict[str, Any]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        config = self.config
+        what = f"{self.zeros:,} of {self.total:,} prunable weights are zero ({self.sparsity:.2%})"
+        if self.removed:
+            what = describe_removal(self.removed)
+        data = f"calibrated on {config.get('dataset')}, {config.get('num_samples')} examples"
+        if not self.calibration:
+            data = "without calibration data"
+        lines = [
+            f"PruningRecord of {self.base_model or 'an unknown model'}",
+            f"  recipe {config.get('recipe')}, pattern {config.get('pattern')}: {what}",
+            f"  {data}; optimum-cap {self.versions.get('optimum-cap')}",
+        ]
+        return "\n".join(map(printable, lines))
 
     @property
     def sensitivities_are(self) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data.images import ImageEncoder, ImagesFoundError, TokenizerWithProcessor
 from optimum_cap.data.rendering import RenderingCheck, encode
 from optimum_cap.data.sources import Source, load_sources
 from optimum_cap.data.tokenizers import usable_tokenizer
+from optimum_cap.progress import progress_bar
 
 _DEFAULT_MAX_LENGTH = 2048
 
@@ -98,7 +98,7 @@ def build_calibration_set(
         encoder = ImageEncoder.of(tokenizer)
         text = usable_tokenizer(tokenizer) if encoder is None else encoder.tokenizer
         may_load = isinstance(tokenizer, TokenizerWithProcessor)
-        with logging.tqdm(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
+        with progress_bar(total=config.num_samples, desc="Tokenizing", delay=5) as progress:
             return [
                 take_examples(share, text, limit, config, progress, unscored, encoder, may_load)
                 for share in shares

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample
 from optimum_cap.evaluation.harness import (
@@ -49,6 +48,7 @@ from optimum_cap.evaluation.results import (
     WorkedAnswer,
 )
 from optimum_cap.evaluation.tasks import TASKS, ChoiceQuestion, extract_of
+from optimum_cap.progress import progress_bar
 from optimum_cap.runtime import (
     JsonFiles,
     digest_of,
@@ -131,7 +131,7 @@ class Engine:
     @contextmanager
     def progress(self, name: str, what: str, total: int) -> "Iterator[Progress]":
         """Show the progress of a task, and say how to resume if it is interrupted."""
-        with logging.tqdm(total=total, desc=f"{name}: {what}", delay=2) as bar:
+        with progress_bar(total=total, desc=f"{name}: {what}", delay=2) as bar:
             progress = Progress(bar)
             with resume_hint_on_stop(
                 lambda: f"stopped {name} after {progress.done} of {total} {what}", self.store

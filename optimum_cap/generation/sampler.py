@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import Batch, CalibrationExample, batches
@@ -17,6 +16,7 @@ from optimum_cap.generation.sampling import (
     sample_answers,
 )
 from optimum_cap.models import evaluation_mode, float32_on_cpu
+from optimum_cap.progress import progress_bar
 from optimum_cap.runtime import ProcessGroup, digest_of, each_in_memory, resume_hint_on_stop
 
 _TOKENS_SHOWN = 20  # between two updates of the progress bar
@@ -89,7 +89,7 @@ class AnswerSampler:
             resume_hint_on_stop(status, self.store),
             evaluation_mode(self.model),
             float32_on_cpu(self.model),
-            logging.tqdm(total=total, desc="Answering") as progress,
+            progress_bar(total=total, desc="Answering") as progress,
         ):
             for batch in mine:
                 answers |= self._stored(batch, prompts, seeds) or self._sampled(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from optimum_cap.config import parse_size
 from optimum_cap.data import CalibrationExample
@@ -35,6 +34,7 @@ from optimum_cap.models import (
     routed,
     without_parameter_grads,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import SensitivityStore
 from optimum_cap.pruning.collector import LayerBatch
@@ -179,7 +179,7 @@ def _estimate(
         evaluation_mode(view.model),
         float32_on_cpu(view.model),
         without_parameter_grads(view.model),
-        logging.tqdm(
+        progress_bar(
             total=2 * count, desc="Estimating sensitivities", unit="layer", delay=5
         ) as progress,
     ):

@@ -10,6 +10,7 @@ from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.methods import InputStatistics
 from optimum_cap.models import Matrix, ModelView, evaluation_mode, float32_on_cpu
+from optimum_cap.progress import progress_bar
 from optimum_cap.pruning.activations import LayerwisePass, shared_statistics
 from optimum_cap.pruning.cache import ExpectedWeights, LayerStore, StoredLayer
 from optimum_cap.pruning.dense_reference import DenseReferencePass
@@ -87,7 +88,7 @@ class LayerByLayerPruning:
         with (
             evaluation_mode(view.model),
             float32_on_cpu(view.model) as stored_dtypes,
-            logging.tqdm(total=count, desc=self.pruner.activity, unit="layer") as progress,
+            progress_bar(total=count, desc=self.pruner.activity, unit="layer") as progress,
         ):
             shared = self._shared()
             layerwise = self._pass()

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
@@ -28,6 +27,7 @@ from optimum_cap.models import (
     recorded_calls,
     routed,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.collector import LayerBatch
 from optimum_cap.pruning.sensitivity import FEWEST_EXAMPLES, DivergenceEvaluator
@@ -150,7 +150,7 @@ def experts_to_remove(
             return _by_divergence(view, routers, quotas, examples, config)
         layerwise = LayerwisePass(view, examples, memory_budget=config.memory_budget)
         removed = {}
-        for layer in logging.tqdm(range(len(view.layers)), desc="Ranking experts", unit="layer"):
+        for layer in progress_bar(range(len(view.layers)), desc="Ranking experts", unit="layer"):
             if layer in routers:
                 router, quota = routers[layer], quotas[layer]
                 if criterion == "routed_error":
@@ -266,7 +266,7 @@ def _by_divergence(
     evaluator = DivergenceEvaluator(view, examples[:MEASURED_EXAMPLES], config.memory_budget)
     removed = {}
     total = sum(quota.count for quota in quotas.values())
-    with logging.tqdm(total=total, desc="Removing experts", unit="expert") as progress:
+    with progress_bar(total=total, desc="Removing experts", unit="expert") as progress:
         for layer in range(len(view.layers)):
             if layer not in routers:
                 evaluator.advance()
@@ -396,7 +396,7 @@ def layers_to_remove(
         layerwise = LayerwisePass(view, examples, memory_budget=config.memory_budget)
         influence = [
             _block_influence(layerwise, layer)
-            for layer in logging.tqdm(range(layers), desc="Ranking layers", unit="layer")
+            for layer in progress_bar(range(layers), desc="Ranking layers", unit="layer")
         ]
     return first_layers(sorted(range(layers), key=influence.__getitem__), kinds, count)
 
@@ -459,7 +459,7 @@ def _layers_by_divergence(
     divergences: dict[int, float] = {}  # with each layer missing, when it was last measured
     candidates = _removable_layers(kinds, gone)
     trials = len(layers) + sum(min(CANDIDATES, len(layers) - n) for n in range(1, count))
-    with logging.tqdm(total=trials, desc="Measuring layers", unit="layer") as progress:
+    with progress_bar(total=trials, desc="Measuring layers", unit="layer") as progress:
         while True:
             evaluator.restart()
             with ExitStack() as stack:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_cap.checkpoint import MatrixSparsity, PruningRecord, UnitScore
 from optimum_cap.config import CAPConfig
@@ -38,6 +37,7 @@ from optimum_cap.models import (
     smaller_config,
     smaller_model,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import LayerStore, PruningCache
 from optimum_cap.pruning.first_batch import MOST_TOKENS_ROUTED_OTHERWISE
@@ -519,7 +519,7 @@ class PartRemoval:
         if criterion.needs_inputs:
             weight, budget = config.method.answer_weight, config.memory_budget
             layerwise = LayerwisePass(self.view, examples, weight, budget)
-        for layer in logging.tqdm(range(len(self.view.layers)), desc="Choosing", unit="layer"):
+        for layer in progress_bar(range(len(self.view.layers)), desc="Choosing", unit="layer"):
             sites = [site for site in self._columns if site.layer == layer]
             statistics: Mapping[Matrix, InputStatistics] = {}
             if layerwise and sites:

@@ -31,6 +31,7 @@ from optimum_cap.models import (
     positions_per_chunk,
     prunable_matrices,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import SensitivityStore
 from optimum_cap.runtime import ALONE, ProcessGroup, check_same_inputs, resume_hint_on_stop
@@ -183,7 +184,7 @@ def _measure_divergences(
     with (
         evaluation_mode(view.model),
         float32_on_cpu(view.model),
-        logging.tqdm(
+        progress_bar(
             total=sum(map(len, groups.values())), desc="Measuring sites", unit="site"
         ) as progress,
     ):
@@ -348,7 +349,7 @@ class DivergenceEvaluator:
         other = LayerwisePass(
             view, dense.examples, memory_budget=self._memory_budget, most_examples=most
         )
-        for layer in logging.tqdm(range(len(view.layers)), desc="Comparing", unit="layer"):
+        for layer in progress_bar(range(len(view.layers)), desc="Comparing", unit="layer"):
             other.advance(layer)
         return self._divergence(
             [

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_cap.config import CAPConfig
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import Matrix, ModelView, names_before
+from optimum_cap.progress import progress_bar
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.cache import ExpectedWeights, LayerStore, PruningCache
 from optimum_cap.pruning.refinement import EXAMPLES_PER_STEP, LayerRefiner
@@ -124,7 +124,7 @@ class SmallerModelRefinement:
         )
         layers = [*self._layers, len(self._dense.layers)]
         done = 0
-        for new in logging.tqdm(range(len(view.layers)), desc="Refining", unit="layer"):
+        for new in progress_bar(range(len(view.layers)), desc="Refining", unit="layer"):
             while done < layers[new + 1]:
                 dense.advance(done)
                 done += 1

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from accelerate.utils.modeling import align_module_device
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample
 from optimum_cap.models import accelerate_hook, device_of, forward_hooks, implementations
+from optimum_cap.progress import progress_bar
 
 _VERSIONED_CODE = ("torch", "transformers")
 # Entries of config.json that describe files, not the computation, or repeat what parameters show.
@@ -41,7 +41,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     """Return a digest of all parameters and buffers; offloaded ones are loaded one by one."""
     digest = hashlib.sha256()
     modules = dict(model.named_modules())
-    with logging.tqdm(total=len(modules), desc="Hashing weights", delay=5) as progress:
+    with progress_bar(total=len(modules), desc="Hashing weights", delay=5) as progress:
         for name, module in modules.items():
             with align_module_device(module):
                 tensors = chain(

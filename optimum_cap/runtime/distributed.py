@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from optimum_cap.data import CalibrationExample
+from optimum_cap.progress import PROGRESS
 from optimum_cap.runtime.digests import digest_of, examples_digest, sample_digest
 
 T = TypeVar("T")
@@ -169,6 +170,7 @@ class ProcessGroup:
         if self.rank:
             logging.set_verbosity_error()
             logging.disable_progress_bar()
+            os.environ[PROGRESS] = "none"
 
     def shutdown(self) -> None:
         """Close the connections at the end of a program."""

@@ -19,6 +19,7 @@ from optimum_cap.models import (
     have_own_tokens,
     is_offloaded,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.runtime import (
     budget_bytes,
     check_same_inputs,
@@ -244,7 +245,7 @@ class ExactScorer:
     def _measure_missing(self, chunks: list[Chunk], done: int) -> None:
         if self._view.device.type == "cpu" and not is_offloaded(self._view.model):
             keep_freed_memory()
-        with logging.tqdm(
+        with progress_bar(
             total=done + self._cost(chunks),
             initial=done,
             desc="Scoring",

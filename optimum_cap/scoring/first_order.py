@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.models import (
@@ -32,6 +31,7 @@ from optimum_cap.models import (
     token_losses,
     without_parameter_grads,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.runtime import check_same_inputs, each_in_memory
 from optimum_cap.scoring.cache import unit_names
 from optimum_cap.scoring.exact import agreed_budget
@@ -83,7 +83,7 @@ def first_order_losses(
         evaluation_mode(view.model),
         float32_on_cpu(view.model),
         without_parameter_grads(view.model),
-        logging.tqdm(total=len(examples), desc="Scoring to first order") as progress,
+        progress_bar(total=len(examples), desc="Scoring to first order") as progress,
     ):
         budget = agreed_budget(view, examples, units, settings)
         parts = batches(examples, examples_per_pass(view.model, examples, budget))

@@ -5,7 +5,6 @@ The reference for tests.
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from optimum_cap.data import Batch, CalibrationExample, batches
 from optimum_cap.models import (
@@ -19,6 +18,7 @@ from optimum_cap.models import (
     masked_unit,
     token_losses,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.runtime import budget_bytes
 from optimum_cap.scoring.batch_sizes import tokens_per_batch
 from optimum_cap.scoring.scores import UnitLosses
@@ -43,7 +43,7 @@ def plain_losses(
     with (
         evaluation_mode(view.model),
         float32_on_cpu(view.model),
-        logging.tqdm(total=len(examples) * (1 + len(units)), desc="Scoring") as progress,
+        progress_bar(total=len(examples) * (1 + len(units)), desc="Scoring") as progress,
     ):
         budget = budget_bytes(settings.memory_budget, view.model)
         tokens = tokens_per_batch(view.model, budget)

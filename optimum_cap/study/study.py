@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -52,6 +51,7 @@ from optimum_cap.evaluation import (
 )
 from optimum_cap.methods import CRITERIA
 from optimum_cap.models import ModelView, check_saved_with_lm_head, load_model, sees_images
+from optimum_cap.progress import progress_bar
 from optimum_cap.pruner import CAPPruner
 from optimum_cap.runtime import (
     JsonFiles,
@@ -62,6 +62,7 @@ from optimum_cap.runtime import (
 )
 from optimum_cap.scoring import DECISIVE, UnitLosses, tensors_of
 from optimum_cap.text import did_you_mean
+from optimum_cap.yaml_files import read_yaml
 
 logger = logging.get_logger(__name__)
 
@@ -144,14 +145,7 @@ class Study:
                 it. Every recipe is checked with every sparsity.
             FileNotFoundError: The file does not exist, or the data folder has no file for a preset.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"the study file {path} does not exist: check its path")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must be a YAML mapping, got {type(values).__name__}")
+        values = read_yaml(Path(path), "study file")
         values |= changes
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(map(str, values)) - set(known)):
@@ -290,7 +284,7 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
     cached = {file: _read(file) for _, file in files}
     missing = {file: cell for cell, file in files if _is_missing(cached[file])}
     results = {file: result for file, result in cached.items() if result is not None}
-    with logging.tqdm(
+    with progress_bar(
         total=len(cached), initial=len(cached) - len(missing), desc="Study", unit="cell"
     ) as progress:
         for file, result in _measure_all(missing, study, data, jobs):

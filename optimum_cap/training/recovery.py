@@ -45,6 +45,7 @@ from optimum_cap.models import (
     plain_model,
     scored_logits,
 )
+from optimum_cap.progress import progress_bar
 from optimum_cap.runtime import digest_of, examples_digest, machine, model_digest
 from optimum_cap.text import public_name
 from optimum_cap.training.callback import KeepSparsity
@@ -464,7 +465,7 @@ class _Progress(TrainerCallback):
         self._measuring: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._steps = logging.tqdm(
+        self._steps = progress_bar(
             total=state.max_steps, initial=state.global_step, desc="Recovering", unit="step"
         )
 
@@ -473,7 +474,7 @@ class _Progress(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._measuring is None:
-            self._measuring = logging.tqdm(
+            self._measuring = progress_bar(
                 total=len(kwargs["eval_dataloader"]), desc="Measuring", unit="batch", leave=False
             )
         self._measuring.update()

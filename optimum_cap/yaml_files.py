@@ -1,0 +1,59 @@
+"""Reading YAML files of settings."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2 does, and refuses a key that is given twice.
+
+    YAML 1.1, which PyYAML reads, takes `2:4` as the number 124 and `1e-4` as text.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+# See the core schema in https://yaml.org/spec/1.2.2/#103-core-schema.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+0123456789."))
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Args:
+        path: The file.
+        what: What it is, for the error messages, such as `"study file"`.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not valid YAML, or no mapping.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"the {what} {path} does not exist: check its path")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a YAML mapping, got {type(values).__name__}")
+    return values
