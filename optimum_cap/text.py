@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,30 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def labelled(rows: Iterable[tuple[str, str]], width: int = 80) -> str:
+    """Return labels with their values, which continue below themselves beyond `width` columns.
+
+    Args:
+        rows: Label and value of each row; a label is repeated below as nothing.
+        width: Number of columns; what has no spaces may need more.
+    """
+    lines = []
+    for label, value in rows:
+        start = f"{label:{_LABEL}} "
+        lines += textwrap.wrap(
+            value,
+            width,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [start.rstrip()]
+    return "\n".join(lines)
+
+
+_LABEL = 13  # columns
 
 
 def format_size(size: int) -> str:

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from argparse import ArgumentParser
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.commands.base import CAPSubcommand
+from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.data.calibration import build_calibration_set
 from optimum_cap.methods.masks import REMOVED_PARTS
@@ -243,7 +243,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def command(kind: type[CAPSubcommand], *arguments: Any) -> None:
-    parser = ArgumentParser()
+    parser = CommandParser()
     kind.parse_args(parser)
     args = parser.parse_args(list(map(str, arguments)))
     kind(None, args=args, from_defaults_factory=True, parser=parser).run()

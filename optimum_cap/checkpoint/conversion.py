@@ -63,6 +63,18 @@ class CheckpointSummary:
     weight_bytes: int
     dense_bytes: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON values, without the record."""
+        return {
+            "checkpoint_format": self.checkpoint_format,
+            "format_version": self.format_version,
+            "weight_bytes": self.weight_bytes,
+            "dense_bytes": self.dense_bytes,
+            "sparsity": self.record.sparsity,
+            "zeros": self.record.zeros,
+            "total": self.record.total,
+        }
+
 
 def inspect_checkpoint(
     path_or_repo: str | os.PathLike[str],

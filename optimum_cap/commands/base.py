@@ -1,12 +1,13 @@
-"""Shared by the commands: one-line error messages, common flags, and checks of output paths."""
+"""Shared by the commands: errors in one line, output, common flags, and checks of paths."""
 
+import json
 import os
 import signal
 import sys
 import tempfile
 import threading
 from abc import abstractmethod
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from optimum_cap.commands.parser import GENERAL, HUB, LOADING, CommandParser
+from optimum_cap.progress import PROGRESS
 from optimum_cap.text import printable
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 # This package and its dependencies raise these deliberately, with a message for the user. Any other
 # exception is reported as a bug.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
+
+# Read by huggingface_hub, and by transformers with it, and by datasets when they are imported.
+_OTHER_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -66,28 +72,61 @@ class CAPSubcommand(BaseOptimumCLICommand):
     with 1, Ctrl-C with 130, SIGTERM with 143. `--debug` or `OPTIMUM_CAP_DEBUG=1` shows the
     traceback instead.
 
+    Results go to stdout. Everything else goes to stderr: what the command is about to do, progress,
+    warnings and errors.
+
     Attributes:
         KEEPS_RESULTS: Whether an interrupted command continues when it is run again.
     """
 
     KEEPS_RESULTS: ClassVar[bool] = False
 
+    def opening(self) -> list[str]:
+        """Return lines that say what the command is about to do, from its arguments alone.
+
+        They are shown before the imports, which take seconds.
+        """
+        return []
+
+    def announce(self) -> None:
+        """Show the opening lines, which `--quiet` leaves out."""
+        if not self._is_set("quiet"):
+            for line in self.opening():
+                print(line, file=sys.stderr, flush=True)
+
     @abstractmethod
     def prepare(self) -> Any:
         """Check everything that can be checked before the work; return what `execute` needs."""
 
     @abstractmethod
-    def execute(self, prepared: Any) -> None:
-        """Do the work and print the result to stdout."""
+    def execute(self, prepared: Any) -> dict[str, Any] | None:
+        """Do the work, and show the result by `say` and `answer`.
+
+        Returns:
+            The values that `--json` prints. What was written is `"saved"`, which `--quiet` prints.
+        """
+
+    def say(self, text: str = "") -> None:
+        """Print text that `--quiet` and `--json` leave out."""
+        if not (self._is_set("quiet") or self._is_set("json")):
+            print(text)
+
+    def answer(self, text: str) -> None:
+        """Print a result, which only `--json` leaves out, as it prints it in its own form."""
+        if not self._is_set("json"):
+            print(text)
 
     def run(self) -> None:
         """Run `prepare`, then `execute`. Called by `optimum-cli`."""
         preparing = True
         try:
-            with _sigterm_as_exception():
+            with _sigterm_as_exception(), _progress_as_set(self._is_set("quiet")):
+                self.announce()
                 prepared = self.prepare()
                 preparing = False
-                self.execute(prepared)
+                values = self.execute(prepared)
+                if values is not None:
+                    self._print_values(values)
                 sys.stdout.flush()
         except KeyboardInterrupt as error:
             print(file=sys.stderr)  # ends the line of a progress bar or of the terminal's ^C
@@ -102,12 +141,20 @@ class CAPSubcommand(BaseOptimumCLICommand):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_FAILURE)
         except Exception as error:
-            debug = getattr(self.args, "debug", False)
-            if debug or os.environ.get("OPTIMUM_CAP_DEBUG", "0") not in ("", "0"):
+            if self._is_set("debug") or os.environ.get("OPTIMUM_CAP_DEBUG", "0") not in ("", "0"):
                 raise
             bad_arguments = preparing and isinstance(error, ValueError | FileNotFoundError)
             status = EXIT_BAD_ARGUMENTS if bad_arguments else EXIT_FAILURE
             self._exit(f"error: {_one_line(error)}", status)
+
+    def _is_set(self, flag: str) -> bool:
+        return bool(getattr(self.args, flag, False))
+
+    def _print_values(self, values: dict[str, Any]) -> None:
+        if self._is_set("json"):
+            print(json.dumps(values, indent=2, default=str))
+        elif self._is_set("quiet") and "saved" in values:
+            print(values["saved"])
 
     def _exit(self, message: str, status: int) -> NoReturn:
         sys.stdout.flush()
@@ -115,18 +162,60 @@ class CAPSubcommand(BaseOptimumCLICommand):
         sys.exit(status)
 
 
-def add_common_flags(parser: ArgumentParser) -> None:
-    """Add the flags that are common to the commands."""
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
-    parser.add_argument("--token", help="Hub access token (default: that of `hf auth login`)")
-    parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error (default: one line)"
+@contextmanager
+def _progress_as_set(quiet: bool) -> Iterator[None]:
+    """Show bars in a terminal, lines in a log, and nothing if `quiet`.
+
+    The bars of other packages, for loading and downloads, are shown in a terminal only: in a log,
+    each of their updates would be a line.
+    """
+    if sys.stderr.isatty() and not quiet:
+        yield
+        return
+    changed = dict.fromkeys(_OTHER_BARS, "1") | {PROGRESS: "none" if quiet else "lines"}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    # Imported already if the command runs inside another program.
+    logging = sys.modules.get("transformers.utils.logging")
+    had_bars = logging is not None and logging.is_progress_bar_enabled()
+    if logging is not None and had_bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if logging is not None and had_bars:
+            logging.enable_progress_bar()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def add_hub_flags(parser: CommandParser) -> None:
+    """Add the flags that say how the Hub is read."""
+    add = parser.group(HUB)
+    add("--revision", help="branch, tag or commit on the Hub (default: main)")
+    add("--token", help="Hub access token (default: that of `hf auth login`)")
+
+
+def add_general_flags(parser: CommandParser) -> None:
+    """Add the flags that every command has."""
+    add = parser.group(GENERAL)
+    add("-h", "--help", action="help", help="show this help, and exit")
+    add("--json", action="store_true", help="print the result as JSON (default: as text)")
+    add(
+        "--quiet",
+        action="store_true",
+        help="show no progress, and print only the result, such as the folder that was written "
+        "(default: False)",
     )
+    add("--debug", action="store_true", help="show the traceback of an error (default: one line)")
 
 
-def add_loading_flags(parser: ArgumentParser) -> None:
+def add_loading_flags(parser: CommandParser) -> None:
     """Add the flags that control how a model is loaded."""
-    add = parser.add_argument
+    add = parser.group(LOADING)
     add(
         "--dtype",
         default="auto",
@@ -155,9 +244,9 @@ def add_loading_flags(parser: ArgumentParser) -> None:
     add_trust_remote_code(parser)
 
 
-def add_trust_remote_code(parser: ArgumentParser) -> None:
+def add_trust_remote_code(parser: CommandParser) -> None:
     """Add the flag that allows code of the model's repository."""
-    parser.add_argument(
+    parser.group(LOADING)(
         "--trust-remote-code",
         action="store_true",
         help="run Python code from the model's repository (default: False)",

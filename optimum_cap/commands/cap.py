@@ -1,6 +1,9 @@
 """`optimum-cli cap`: the parent of the other commands in this folder."""
 
-from argparse import ArgumentParser
+import importlib.metadata
+import platform
+from argparse import Action, ArgumentParser
+from typing import Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -49,3 +52,16 @@ class CAPCommand(BaseOptimumCLICommand):
         """Make this parser, and those of the subcommands, report errors in one line."""
         # optimum creates the parser, without a way to choose its class.
         parser.__class__ = CommandParser
+        parser.add_argument(
+            "--version", action=_ShowVersions, nargs=0, help="show the versions, and exit"
+        )
+
+
+class _ShowVersions(Action):
+    """Prints the versions that a report of an error needs."""
+
+    def __call__(self, parser: ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        for name in ("optimum-cap", "optimum", "transformers", "torch", "huggingface_hub"):
+            print(f"{name:15} {importlib.metadata.version(name)}")
+        print(f"{'Python':15} {platform.python_version()} on {platform.platform()}")
+        parser.exit()

@@ -1,7 +1,7 @@
 """`optimum-cli cap chat`: ask one model, or two side by side."""
 
+import dataclasses
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from optimum_cap.commands.base import (
     CAPSubcommand,
     Terminated,
-    add_common_flags,
+    add_general_flags,
+    add_hub_flags,
     add_loading_flags,
     check_has_lm_head,
     check_loading_flags,
     loading_options,
 )
+from optimum_cap.commands.parser import REQUIRED, CommandParser
 from optimum_cap.text import printable
 
 if TYPE_CHECKING:
@@ -27,15 +29,24 @@ class ChatCommand(CAPSubcommand):
     """Loads the models, then answers one prompt or those typed in a terminal."""
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        add = parser.add_argument
-        parser.description = (
+        parser.describe(
+            "MODEL [OTHER]",
             "Send the same messages to one or two models, and see their answers side by side. "
-            "Without a terminal, the message is read from standard input."
+            "Without a terminal, the message is read from standard input.",
+            "org/model pruned",
+            "pruned --prompt 'What is 7 * 6?'",
+            page="sharing",
         )
-        add("model", help="Hub id or folder of a model, dense or pruned")
-        add("other", nargs="?", help="a second model to compare with (default: none)")
+        parser.add_model("Hub id or folder of a model, dense or pruned")
+        parser.group(REQUIRED)(
+            "other",
+            metavar="OTHER",
+            nargs="?",
+            help="a second model to compare with (default: none)",
+        )
+        add = parser.group("conversation")
         add("-p", "--prompt", help="answer this message, and end (default: ask for messages)")
         add("--system", metavar="TEXT", help="system message (default: none)")
         add(
@@ -53,7 +64,8 @@ class ChatCommand(CAPSubcommand):
         )
         add("--seed", type=int, default=0, help="seed of sampling (default: 0)")
         add_loading_flags(parser)
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
 
     def prepare(self) -> list[str]:
         """Check the numbers, and by their configs the models; return their names."""
@@ -66,13 +78,15 @@ class ChatCommand(CAPSubcommand):
             raise ValueError(f"--seed must be between 0 and {(1 << 32) - 1}, got {args.seed}")
         if args.prompt is not None and not args.prompt.strip():
             raise ValueError("--prompt is empty: write the message after it")
+        if args.json and args.prompt is None and sys.stdin.isatty():
+            raise ValueError("--json prints the answers to one message: name it with --prompt")
         check_loading_flags(args)
         names = [args.model] if args.other is None else [args.model, args.other]
         for name in names:
             check_has_lm_head(name, args)
         return names
 
-    def execute(self, prepared: list[str]) -> None:
+    def execute(self, prepared: list[str]) -> dict[str, Any] | None:
         """Load the models and answer."""
         args = self.args
         in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -83,10 +97,16 @@ class ChatCommand(CAPSubcommand):
                 raise ValueError("there is no message in standard input: pass one with --prompt")
         with ExitStack() as stack:
             chats = {name: self._load(name, stack) for name in prepared}
+            if args.json and message is not None:
+                replies = {
+                    name: dataclasses.asdict(chat.ask(message)) for name, chat in chats.items()
+                }
+                return {"message": message, "answers": replies}
             if message is not None:
                 _answer(chats, message, sys.stdout.isatty())
             else:
                 _converse(chats, in_terminal)
+        return None
 
     def _load(self, name: str, stack: ExitStack) -> "Chat":
         from optimum_cap.data import load_tokenizer, usable_tokenizer

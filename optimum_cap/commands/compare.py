@@ -1,17 +1,19 @@
 """`optimum-cli cap compare`: pruned models against a dense one, with significance tests."""
 
-from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
-    add_common_flags,
+    add_general_flags,
+    add_hub_flags,
     check_loading_flags,
     check_model,
 )
 from optimum_cap.commands.eval import (
+    TASKS,
     add_evaluation_flags,
     add_to_card,
     add_to_card_flag,
@@ -20,6 +22,8 @@ from optimum_cap.commands.eval import (
     evaluate_model,
     read_task_data,
 )
+from optimum_cap.commands.opening import evaluation_lines
+from optimum_cap.commands.parser import REQUIRED, CommandParser
 
 if TYPE_CHECKING:
     from optimum_cap.evaluation import Evaluation, TaskData
@@ -38,21 +42,34 @@ class CompareCommand(CAPSubcommand):
     KEEPS_RESULTS: ClassVar[bool] = True
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = (
+        parser.describe(
+            "DENSE PRUNED [PRUNED ...]",
             "Compare pruned models with a dense one over the questions that both answered. Each is "
-            "a model or a JSON file written by `optimum-cli cap eval -o`."
+            "a model or a JSON file written by `optimum-cli cap eval -o`.",
+            "org/model pruned --tasks gsm8k --limit 100",
+            "dense.json pruned.json other.json",
+            page="evaluation",
         )
-        parser.add_argument("dense", help="dense model, or its JSON file")
-        parser.add_argument("pruned", nargs="+", help="pruned models, or their JSON files")
-        parser.add_argument(
+        parser.add_model("dense model, or its JSON file", "dense")
+        parser.group(REQUIRED)(
+            "pruned", metavar="PRUNED", nargs="+", help="pruned models, or their JSON files"
+        )
+        parser.group(TASKS)(
             "--tasks",
             help="comma-separated tasks (default: those in the files, else those of eval)",
         )
         add_evaluation_flags(parser, of_the_files=True)
         add_to_card_flag(parser, "each pruned model")
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
+
+    def opening(self) -> list[str]:
+        """Return the models that are not files, tasks, device and resume folder."""
+        names = [self.args.dense, *self.args.pruned]
+        models = [name for name in dict.fromkeys(names) if not name.endswith(".json")]
+        return evaluation_lines(self.args, models) if models else []
 
     def prepare(self) -> _Prepared:
         """Read the files and check the tasks; if there is a model to evaluate, read the data."""
@@ -87,9 +104,9 @@ class CompareCommand(CAPSubcommand):
                     check_model(name, args)
         return _Prepared(tasks, data, saved)
 
-    def execute(self, prepared: _Prepared) -> None:
-        """Evaluate the models that are not files, and print a table per pruned model."""
-        from optimum_cap.evaluation import comparison_table
+    def execute(self, prepared: _Prepared) -> dict[str, Any]:
+        """Evaluate the models that are not files, and show a table per pruned model."""
+        from optimum_cap.evaluation import compare, comparison_table
 
         args = self.args
         evaluations = dict(prepared.saved)
@@ -97,13 +114,17 @@ class CompareCommand(CAPSubcommand):
         for name in dict.fromkeys([args.dense, *args.pruned]):
             if name not in evaluations:
                 evaluations[name] = evaluate_model(name, prepared.data, args, logs.get(name))
+        dense, comparisons = evaluations[args.dense], []
         for name in args.pruned:
-            print(comparison_table(evaluations[args.dense], evaluations[name], prepared.tasks))
-            print()
+            self.answer(comparison_table(dense, evaluations[name], prepared.tasks) + "\n")
+            tasks = {
+                task: found if isinstance(found, str) else [asdict(each) for each in found]
+                for task, found in compare(dense, evaluations[name], prepared.tasks).items()
+            }
+            comparisons.append({"dense": args.dense, "pruned": name, "tasks": tasks})
             if args.add_to_card:
-                add_to_card(name, evaluations[name], evaluations[args.dense])
-                print()
-        print(
+                self.say(add_to_card(name, evaluations[name], dense) + "\n")
+        self.say(
             "Over the items that both have: for shares, p is from the exact McNemar test and the "
             "interval is Newcombe's;\nfor lengths, p is from a sign-flip test and the interval a "
             "paired bootstrap of the ratio; for perplexity, the\ninterval is a paired bootstrap "
@@ -118,6 +139,7 @@ class CompareCommand(CAPSubcommand):
         ]
         if errors:
             raise RuntimeError("; ".join(errors))
+        return {"comparisons": comparisons}
 
 
 def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:

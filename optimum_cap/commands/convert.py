@@ -1,9 +1,15 @@
 """`optimum-cli cap convert`: rewrite a checkpoint in another format."""
 
-from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
-from optimum_cap.commands.base import CAPSubcommand, add_common_flags, check_output_folder
+from optimum_cap.commands.base import (
+    CAPSubcommand,
+    add_general_flags,
+    add_hub_flags,
+    check_output_folder,
+)
+from optimum_cap.commands.parser import REQUIRED, CommandParser
 from optimum_cap.text import format_size
 
 
@@ -11,20 +17,26 @@ class ConvertCommand(CAPSubcommand):
     """Converts between the formats packed, coded (compressed) and dense; values are unchanged."""
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = "Rewrite a pruned checkpoint in another format."
-        parser.add_argument("checkpoint", help="folder or Hub id of a pruned checkpoint")
-        parser.add_argument(
+        parser.describe(
+            "MODEL --format FORMAT -o DIR",
+            "Rewrite a pruned checkpoint in another format.",
+            "pruned --format dense -o pruned-dense",
+            "you/model-cap --format coded -o smaller",
+            page="serving",
+        )
+        parser.add_model("folder or Hub id of a pruned checkpoint", "checkpoint")
+        add = parser.group(REQUIRED)
+        add(
             "--format",
             required=True,
             metavar="FORMAT",
             help="packed, coded, or dense, which loads without this plugin (required)",
         )
-        parser.add_argument(
-            "-o", "--output", required=True, type=Path, metavar="DIR", help="new folder to write"
-        )
-        add_common_flags(parser)
+        add("-o", "--output", required=True, type=Path, metavar="DIR", help="new folder to write")
+        add_hub_flags(parser)
+        add_general_flags(parser)
 
     def prepare(self) -> None:
         """Check the output folder and the name of the format."""
@@ -37,7 +49,7 @@ class ConvertCommand(CAPSubcommand):
                 f"--format must be one of {', '.join(FORMATS)}, got {self.args.format!r}"
             )
 
-    def execute(self, prepared: None) -> None:
+    def execute(self, prepared: None) -> dict[str, Any]:
         """Convert and print both sizes."""
         from optimum_cap.checkpoint import convert_checkpoint, inspect_checkpoint
 
@@ -47,7 +59,8 @@ class ConvertCommand(CAPSubcommand):
             args.checkpoint, args.output, args.format, revision=args.revision, token=args.token
         )
         size = inspect_checkpoint(str(target)).weight_bytes
-        print(
+        self.say(
             f"{source.checkpoint_format} {format_size(source.weight_bytes)} -> "
             f"{args.format} {format_size(size)}: {target}"
         )
+        return {"saved": str(target), "bytes_before": source.weight_bytes, "bytes_after": size}

@@ -1,11 +1,10 @@
 """`optimum-cli cap estimate`: the cost of a model or a study, before anything runs."""
 
-import json
-from argparse import ArgumentParser
 from typing import TYPE_CHECKING, Any
 
-from optimum_cap.commands.base import CAPSubcommand, add_common_flags
-from optimum_cap.commands.prune import dataset_value
+from optimum_cap.commands.base import CAPSubcommand, add_general_flags, add_hub_flags
+from optimum_cap.commands.config_flags import dataset_value
+from optimum_cap.commands.parser import DATA, CommandParser
 from optimum_cap.commands.study import labelled_models
 
 if TYPE_CHECKING:
@@ -36,14 +35,20 @@ class EstimateCommand(CAPSubcommand):
     """Builds the model on the meta device, so it takes about a second whatever the size."""
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = (
+        parser.describe(
+            "MODEL",
             "Estimate the operations, time, memory and disk space that scoring, pruning and "
-            "evaluating a model take, from its configuration alone; or the device hours of a study."
+            "evaluating a model take, from its configuration alone; or the device hours of a "
+            "study.",
+            "org/model --hardware h100",
+            "config.json --pattern channels --sparsity 0.2",
+            "study.yaml",
+            page="estimate",
         )
-        add = parser.add_argument
-        add("model", help="folder, Hub id or configuration file of a model, or a STUDY.yaml")
+        parser.add_model("folder, Hub id or configuration file of a model, or a STUDY.yaml")
+        add = parser.group("hardware")
         add(
             "--hardware",
             default="measured",
@@ -51,6 +56,7 @@ class EstimateCommand(CAPSubcommand):
             help="h100, h200, a100-80gb, a100-40gb, l40s or rtx4090, also h100x8; or measured: "
             "this machine (default: measured)",
         )
+        add = parser.group(DATA)
         add("--num-samples", type=int, metavar="N", help="calibration examples (default: 128)")
         add(
             "--tokens", type=int, default=256, metavar="N", help="tokens per example (default: 256)"
@@ -74,6 +80,7 @@ class EstimateCommand(CAPSubcommand):
             "--prefix from its lengths (default: none)",
         )
         add("--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)")
+        add = parser.group("pruning")
         add(
             "--sparsity",
             type=float,
@@ -95,6 +102,7 @@ class EstimateCommand(CAPSubcommand):
             metavar="N",
             help="channels per MLP or expert unit (default: all channels)",
         )
+        add = parser.group("evaluation")
         add("--limit", type=int, metavar="N", help="questions per task (default: all)")
         add("--batch-size", type=int, metavar="N", help="questions per batch (default: 32)")
         add(
@@ -109,14 +117,14 @@ class EstimateCommand(CAPSubcommand):
             metavar="N",
             help="longest of the model's own answers for calibration (default: 512)",
         )
-        add(
+        parser.group("study")(
             "--models",
             nargs="+",
             metavar="LABEL=NAME",
             help="models of a study, instead of those in its file (default: those in the file)",
         )
-        add("--json", action="store_true", help="print everything as JSON")
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
 
     def prepare(self) -> "Estimate | StudyHours":
         """Check the flags and compute the estimate, which needs no model weights."""
@@ -165,9 +173,10 @@ class EstimateCommand(CAPSubcommand):
             **options,
         )
 
-    def execute(self, prepared: "Estimate | StudyHours") -> None:
-        """Print the estimate."""
-        print(json.dumps(prepared.to_dict(), indent=2) if self.args.json else prepared.table())
+    def execute(self, prepared: "Estimate | StudyHours") -> dict[str, Any]:
+        """Show the estimate."""
+        self.answer(prepared.table())
+        return prepared.to_dict()
 
     def _lengths(self) -> dict[str, Any]:
         """Return tokens, scored tokens and shared prefix, from the flags or from the data."""

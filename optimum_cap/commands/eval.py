@@ -1,14 +1,15 @@
 """`optimum-cli cap eval`: accuracy and perplexity of a model."""
 
 import dataclasses
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
-    add_common_flags,
+    add_general_flags,
+    add_hub_flags,
     add_loading_flags,
     check_has_lm_head,
     check_loading_flags,
@@ -16,9 +17,15 @@ from optimum_cap.commands.base import (
     check_resume_folder,
     loading_options,
 )
+from optimum_cap.commands.opening import evaluation_lines
+from optimum_cap.commands.parser import OUTPUT, RUN, CommandParser
+from optimum_cap.text import format_duration
 
 if TYPE_CHECKING:
     from optimum_cap.evaluation import Evaluation, TaskData
+
+
+TASKS = "tasks"  # title of a group of flags
 
 
 class EvalCommand(CAPSubcommand):
@@ -27,26 +34,35 @@ class EvalCommand(CAPSubcommand):
     KEEPS_RESULTS: ClassVar[bool] = True
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = (
+        parser.describe(
+            "MODEL",
             "Measure accuracy on questions with worked answers, the length of answers, and "
             "perplexity. Items that the model was calibrated on are left out. Finished batches "
-            "are stored: run the command again to resume."
+            "are stored: run the command again to resume.",
+            "pruned --tasks gsm8k,wikitext2 -o pruned.json",
+            "pruned --tasks gsm8k --limit 100 --add-to-card",
+            page="evaluation",
         )
-        parser.add_argument("model", help="Hub id or folder of the model, dense or pruned")
-        parser.add_argument(
+        parser.add_model("Hub id or folder of the model, dense or pruned")
+        parser.group(TASKS)(
             "--tasks",
             default="gsm8k,strategyqa,arc_challenge,wikitext2",
             help="comma-separated tasks; also arc_challenge_choices, strategyqa_choices, "
             "lm_eval:NAME (default: %(default)s)",
         )
-        parser.add_argument(
+        parser.group(OUTPUT)(
             "-o", "--output", type=Path, metavar="FILE", help="JSON file to write, e.g. for compare"
         )
         add_evaluation_flags(parser)
         add_to_card_flag(parser, "the pruned model")
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
+
+    def opening(self) -> list[str]:
+        """Return model and size, tasks, device and resume folder."""
+        return evaluation_lines(self.args, [self.args.model])
 
     def prepare(self) -> "TaskData":
         """Check the output file and the numbers, and read the data and the model's config."""
@@ -61,24 +77,26 @@ class EvalCommand(CAPSubcommand):
         check_has_lm_head(args.model, args)
         return data
 
-    def execute(self, prepared: "TaskData") -> None:
-        """Evaluate, write the file, print the table."""
+    def execute(self, prepared: "TaskData") -> dict[str, Any]:
+        """Evaluate, write the file, show the table."""
         evaluation = evaluate_model(self.args.model, prepared, self.args, self.args.log_samples)
         if self.args.output is not None:
             evaluation.save(self.args.output)
-        print(evaluation.table())
-        print(f"time: {evaluation.seconds:.1f} s")
+        self.answer(evaluation.table())
+        self.say(f"time          {format_duration(evaluation.seconds)}")
+        values = evaluation.to_dict()
         if self.args.output is not None:
-            print(f"saved: {self.args.output}")
+            self.say(f"saved         {self.args.output}")
         if self.args.add_to_card:
-            add_to_card(self.args.model, evaluation)
+            self.say(add_to_card(self.args.model, evaluation))
         if evaluation.errors:
             raise RuntimeError(
                 "; ".join(f"{name}: {text}" for name, text in evaluation.errors.items())
             )
+        return values
 
 
-def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> None:
+def add_evaluation_flags(parser: CommandParser, of_the_files: bool = False) -> None:
     """Add the flags that control how a model is evaluated.
 
     Args:
@@ -86,7 +104,7 @@ def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> 
         of_the_files: Whether limit and seed are those of saved evaluations by default; the default
             of both is then `None`.
     """
-    add = parser.add_argument
+    add = parser.group(TASKS)
     files = "those of the files, else " if of_the_files else ""
     add(
         "--limit",
@@ -131,7 +149,7 @@ def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> 
         metavar="DIR",
         help="folder with definitions of tasks for lm_eval:NAME (default: those of the harness)",
     )
-    add(
+    parser.group(OUTPUT)(
         "--log-samples",
         type=Path,
         metavar="PATH",
@@ -139,7 +157,7 @@ def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> 
         + ("" if of_the_files else ", or file ending in .jsonl,")
         + " for prompts, responses, answers and likelihoods (default: None)",
     )
-    add(
+    parser.group(RUN)(
         "--resume-dir",
         metavar="DIR",
         help="folder for finished batches, so that an interrupted run resumes "
@@ -148,14 +166,14 @@ def add_evaluation_flags(parser: ArgumentParser, of_the_files: bool = False) -> 
     add_loading_flags(parser)
 
 
-def add_to_card_flag(parser: ArgumentParser, what: str) -> None:
+def add_to_card_flag(parser: CommandParser, what: str) -> None:
     """Add the flag that shows the results on model cards.
 
     Args:
         parser: The parser.
         what: The models whose cards they are.
     """
-    parser.add_argument(
+    parser.group(OUTPUT)(
         "--add-to-card",
         action="store_true",
         help=f"show the results on the model card of {what}, which must be a folder "
@@ -181,17 +199,18 @@ def check_cards(models: Iterable[str]) -> None:
         check_has_card(model)
 
 
-def add_to_card(model: str, evaluation: "Evaluation", dense: "Evaluation | None" = None) -> None:
-    """Add results to the card of a model, apart from those that are not finite, and say where."""
+def add_to_card(model: str, evaluation: "Evaluation", dense: "Evaluation | None" = None) -> str:
+    """Add results to the card of a model, apart from those that are not finite; say where."""
     from optimum_cap.checkpoint import CARD_NAME
     from optimum_cap.publishing import add_results
 
     tasks = {
         name: result for name, result in evaluation.tasks.items() if name not in evaluation.errors
     }
-    if tasks:
-        add_results(model, dataclasses.replace(evaluation, tasks=tasks), dense)
-        print(f"card: {Path(model) / CARD_NAME}")
+    if not tasks:
+        return "card          unchanged, as no result is finite"
+    add_results(model, dataclasses.replace(evaluation, tasks=tasks), dense)
+    return f"card          {Path(model) / CARD_NAME}"
 
 
 def check_evaluation_flags(args: Namespace) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import time
-from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
-    add_common_flags,
+    add_general_flags,
+    add_hub_flags,
     add_loading_flags,
     check_has_lm_head,
     check_loading_flags,
@@ -16,13 +17,15 @@ from optimum_cap.commands.base import (
     check_resume_folder,
     loading_options,
 )
+from optimum_cap.commands.config_flags import add_config_flags, config_values
+from optimum_cap.commands.opening import opening_lines
+from optimum_cap.commands.parser import OUTPUT, REQUIRED, CommandParser
 from optimum_cap.commands.prune import (
     Prepared,
-    add_config_flags,
     calibration_examples,
-    config_values,
     load_tokenizer,
 )
+from optimum_cap.text import format_duration, labelled
 
 _FIELDS = (
     "num_samples",
@@ -46,12 +49,16 @@ class GenerateCommand(CAPSubcommand):
     KEEPS_RESULTS = True
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = "Let a model answer the prompts of a data set, and save the answers."
-        add = parser.add_argument
-        add("-m", "--model", required=True, help="Hub id or folder of the model that answers")
-        add(
+        parser.describe(
+            "MODEL -o FILE",
+            "Let a model answer the prompts of a data set, and save the answers.",
+            "org/model -o answers.jsonl --num-samples 64",
+            page="calibration",
+        )
+        parser.add_model("Hub id or folder of the model that answers")
+        parser.group(REQUIRED)(
             "-o",
             "--output",
             required=True,
@@ -59,10 +66,17 @@ class GenerateCommand(CAPSubcommand):
             metavar="FILE",
             help="file to write, .jsonl: prompt, completion and metadata of one answer per line",
         )
-        add("--overwrite", action="store_true", help="replace the output file if it exists")
+        parser.group(OUTPUT)(
+            "--overwrite", action="store_true", help="replace the output file if it exists"
+        )
         add_config_flags(parser, _FIELDS)
         add_loading_flags(parser)
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
+
+    def opening(self) -> list[str]:
+        """Return model and size, data, device and resume folder."""
+        return opening_lines(self.args, "answering with", "its own answers")
 
     def prepare(self) -> Prepared:
         """Check output, settings, tokenizer and data."""
@@ -94,7 +108,7 @@ class GenerateCommand(CAPSubcommand):
         process_group.all_gather(None)  # no process may write before all have checked the output
         return Prepared(config, tokenizer, process_group)
 
-    def execute(self, prepared: Prepared) -> None:
+    def execute(self, prepared: Prepared) -> dict[str, Any] | None:
         """Generate the answers, and save them."""
         from optimum_cap.checkpoint import describe_answers
         from optimum_cap.generation import answer_prompts, trace_rows
@@ -110,17 +124,22 @@ class GenerateCommand(CAPSubcommand):
         )
         prepared.process_group.shutdown()
         if prepared.process_group.rank:
-            return  # every process has all answers; rank 0 saves them
+            return None  # every process has all answers; rank 0 saves them
         rows = trace_rows(answered.answers)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(args.output, "".join(lines).encode())
-        print(f"answers       {describe_answers(answered.record)}")
-        print(f"time          {time.monotonic() - start:.1f} s")
-        print(f"saved         {args.output}")
-        print(
-            f"\nCalibrate on them with\n\noptimum-cli cap prune -m {args.model} -o DIR --sparsity "
+        seconds = time.monotonic() - start
+        rows_shown = [
+            ("answers", describe_answers(answered.record)),
+            ("time", format_duration(seconds)),
+            ("saved", str(args.output)),
+        ]
+        self.say(labelled(rows_shown))
+        self.say(
+            f"\nCalibrate on them with\n\noptimum-cli cap prune {args.model} -o DIR --sparsity "
             f"0.5 --dataset {args.output} --num-samples {len(rows)}"
         )
+        return {"saved": str(args.output), "seconds": seconds, "answers": answered.record}
 
 
 def _check_sources(dataset: object) -> None:

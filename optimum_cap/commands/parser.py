@@ -1,32 +1,87 @@
-"""The argument parser of the commands, which reports an error in one line, without the usage."""
+"""The argument parser of the commands: grouped help, and errors in one line without the usage."""
 
-from argparse import Action, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Sequence
+import textwrap
+from argparse import (
+    Action,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from optimum_cap.text import did_you_mean
+
+DOCUMENTATION = "https://optimum-cap.github.io/optimum-cap/"
+
+# Titles of the groups of flags, which all commands share.
+REQUIRED = "required"
+DATA = "data"
+OUTPUT = "output"
+LOADING = "loading"
+RUN = "run"
+HUB = "Hub"
+GENERAL = "general"
+
+_MODEL_FLAGS = ("-m", "--model")
+_WIDTH = 79
+
+AddArgument = Callable[..., Action]
 
 
 class CommandParser(ArgumentParser):
     """Reports errors in one line, and suggests the nearest flag for an unknown one.
 
     A flag that is required or that takes several values may be given once; of other flags, the last
-    one counts, as usual.
+    one counts, as usual. The model may be the first argument or the value of `-m`.
     """
 
     # The destination of each flag; `None` for the parent command, which has none of its own.
     flags: dict[str, str] | None = None
+    takes_model = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.flags = {}
+        self._groups: dict[str, Any] = {}
+        # --help stands last, with the other general flags.
+        kwargs |= {"add_help": False, "formatter_class": RawDescriptionHelpFormatter}
         super().__init__(*args, **kwargs)
         self.register("action", None, _StoreOnce)
 
-    def add_argument(self, *args: Any, **kwargs: Any) -> Action:
-        action = super().add_argument(*args, **kwargs)
-        if self.flags is not None:
-            self.flags.update(dict.fromkeys(action.option_strings, action.dest))
-        return action
+    def group(self, title: str) -> AddArgument:
+        """Return the function that adds arguments to a group, which `--help` shows together."""
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        group = self._groups[title]
+
+        def add(*names: str, **options: Any) -> Action:
+            action: Action = group.add_argument(*names, **options)
+            if self.flags is not None:
+                self.flags.update(dict.fromkeys(action.option_strings, action.dest))
+            return action
+
+        return add
+
+    def describe(self, arguments: str, description: str, *examples: str, page: str = "") -> None:
+        """Set what `--help` shows before and after the flags.
+
+        Args:
+            arguments: The required arguments, such as `"MODEL -o DIR"`.
+            description: What the command does.
+            *examples: Arguments of commands that are shown as examples.
+            page: Page of the documentation about the command, such as `"evaluation"`.
+        """
+        self.usage = f"%(prog)s {arguments} [options]".replace("  ", " ")
+        self.description = textwrap.fill(description, _WIDTH)
+        lines = ["examples:", *(f"  {self.prog} {each}" for each in examples), ""]
+        address = f"{DOCUMENTATION}{page}/" if page else DOCUMENTATION
+        self.epilog = "\n".join([*(lines if examples else []), f"documentation: {address}"])
+
+    def add_model(self, help: str, dest: str = "model") -> None:
+        """Add the model as the first argument, which may be given with `-m` instead."""
+        self.takes_model = True
+        self.group(REQUIRED)(dest, metavar="MODEL", help=f"{help}; or -m MODEL")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -35,6 +90,7 @@ class CommandParser(ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         self.given: set[str] = set()
+        model, args = self._take_model(list(args or ())) if self.takes_model else (None, args)
         for text in args or () if self.flags else ():
             if text == "--":
                 break
@@ -42,8 +98,43 @@ class CommandParser(ArgumentParser):
                 self.error(f"{self._unknown(text)}: {self.prog} --help lists the flags")
         known, rest = super().parse_known_args(args, namespace)
         if rest and self.flags:
+            if model is not None:
+                self.error(
+                    f"unexpected argument {rest[-1]!r}: the model is given by -m already "
+                    f"({model}); {self.prog} --help lists the arguments"
+                )
             self.error(f"unexpected argument {rest[0]!r}: {self.prog} --help lists the arguments")
         return known, rest
+
+    def _take_model(self, args: list[str]) -> tuple[str | None, list[str]]:
+        """Return the value of `-m`, and the arguments with it at their front instead.
+
+        A positional argument that may be left out does not work: argparse takes it as left out
+        where flags come before it.
+        """
+        end = args.index("--") if "--" in args else len(args)
+        model, rest = None, []
+        position = 0
+        while position < end:
+            name, equals, value = args[position].partition("=")
+            position += 1
+            if name == "--model" and equals:
+                pass
+            elif name in _MODEL_FLAGS:
+                if position == end or (args[position][:1] == "-" and len(args[position]) > 1):
+                    self.error("argument -m/--model: expected one argument")
+                value = args[position]
+                position += 1
+            elif name[:2] == "-m":  # the value follows without a space
+                value = args[position - 1][2:]
+            else:
+                rest.append(args[position - 1])
+                continue
+            if model is not None:
+                self.error("argument -m/--model: given twice: give it once")
+            model = value
+        rest += args[end:]
+        return model, rest if model is None else [model, *rest]
 
     def _is_unknown_flag(self, text: str) -> bool:
         if text[:1] != "-" or len(text) == 1 or " " in text or _is_number(text):
@@ -56,6 +147,8 @@ class CommandParser(ArgumentParser):
     def _unknown(self, text: str) -> str:
         name = text.partition("=")[0]
         flags = {flag: dest for flag, dest in (self.flags or {}).items() if flag.startswith("--")}
+        if self.takes_model:
+            flags["--model"] = "model"
         destination = name.lstrip("-").replace("-", "_")
         for flag, dest in flags.items():  # a field of CAPConfig whose flag has another name
             if dest == destination:

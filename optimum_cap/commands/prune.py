@@ -1,20 +1,20 @@
 """`optimum-cli cap prune`: prune a model and save it with its tokenizer."""
 
+import dataclasses
 import gc
-import json
 import os
+import shlex
 import shutil
 import sys
-import time
-from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Mapping
+from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
-    add_common_flags,
+    add_general_flags,
+    add_hub_flags,
     add_loading_flags,
     auto_class_name,
     check_hub_access,
@@ -25,8 +25,11 @@ from optimum_cap.commands.base import (
     check_resume_folder,
     loading_options,
 )
-from optimum_cap.commands.summary import print_summary
-from optimum_cap.text import enumeration
+from optimum_cap.commands.config_flags import RECIPE, SCORES, add_config_flags, config_values
+from optimum_cap.commands.opening import opening_lines
+from optimum_cap.commands.parser import HUB, OUTPUT, REQUIRED, RUN, CommandParser
+from optimum_cap.commands.summary import summary_rows, usage_rows
+from optimum_cap.text import labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,259 +37,6 @@ if TYPE_CHECKING:
     from optimum_cap.config import CAPConfig
     from optimum_cap.data import CalibrationExample
     from optimum_cap.runtime import ProcessGroup
-
-
-def _or_text(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a conversion that leaves what it cannot convert to the checks of `CAPConfig`."""
-
-    def convert(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            return text
-
-    return convert
-
-
-def _size(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
-
-
-# Flag, field of CAPConfig, type (None for a switch), help. Only flags that were set are passed on,
-# so CAPConfig alone defines the defaults; a test compares those in the help texts with it.
-_CONFIG_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
-    (
-        "--sparsity",
-        "sparsity",
-        float,
-        "fraction of the prunable weights to zero, or of the parts to remove, between 0 and 1; "
-        "pattern N:M implies it",
-    ),
-    (
-        "--recipe",
-        "recipe",
-        str,
-        "causal, causal_fast, paper, magnitude, magnitude_global, random, wanda, sparsegpt, "
-        "owl_wanda, owl_sparsegpt (default: causal)",
-    ),
-    (
-        "--criterion",
-        "criterion",
-        str,
-        "causal_score, magnitude, random, wanda, sparsegpt or alps; for parts, see "
-        "docs/smaller_models.md (default: the recipe's)",
-    ),
-    (
-        "--allocation",
-        "allocation",
-        str,
-        "zeros per matrix: global, uniform, owl, interventional or fisher (default: the recipe's)",
-    ),
-    (
-        "--allocation-bound",
-        "allocation_bound",
-        float,
-        "most by which interventional and fisher move the sparsity of a site (default: 0.1)",
-    ),
-    (
-        "--allocation-examples",
-        "allocation_examples",
-        int,
-        "examples to measure sensitivities on (default: as many as cost one pass over the "
-        "calibration set, at least 16)",
-    ),
-    (
-        "--target",
-        "target",
-        str,
-        "what kept weights are fitted to: outputs of the matrix itself (local) or of the dense "
-        "model (dense) (default: the recipe's)",
-    ),
-    (
-        "--order",
-        "order",
-        str,
-        "when inputs are measured again: after each layer, or before each projection "
-        "(default: the recipe's)",
-    ),
-    (
-        "--answer-weight",
-        "answer_weight",
-        float,
-        "extra weight of scored tokens and of the tokens that predict them (default: the recipe's)",
-    ),
-    (
-        "--refine",
-        "refine",
-        int,
-        "passes that fit the kept weights of a layer to the hidden states of the "
-        "dense model; 0 for none (default: the recipe's)",
-    ),
-    (
-        "--refine-learning-rate",
-        "refine_learning_rate",
-        float,
-        "learning rate of --refine, relative to the size of the weights (default: 0.006)",
-    ),
-    (
-        "--pattern",
-        "pattern",
-        str,
-        "unstructured; N:M, such as 2:4; experts, heads, channels, layers or structured remove "
-        "parts (default: unstructured)",
-    ),
-    (
-        "--answers",
-        "answers",
-        str,
-        "whose answers are used: those of the dataset, or the dense model's own (default: dataset)",
-    ),
-    (
-        "--temperature",
-        "temperature",
-        float,
-        "temperature at which the model samples its answers (default: 0.6)",
-    ),
-    (
-        "--top-p",
-        "top_p",
-        float,
-        "tokens are drawn from the fewest that together have this probability (default: 0.95)",
-    ),
-    (
-        "--max-new-tokens",
-        "max_new_tokens",
-        int,
-        "longest answer of the model, in tokens; longer ones are cut off (default: 512)",
-    ),
-    (
-        "--answer-attempts",
-        "answer_attempts",
-        int,
-        "answers of the model to a prompt, at most, until one is right (default: 2)",
-    ),
-    (
-        "--answer-selection",
-        "answer_selection",
-        str,
-        "answers used if there are more than needed: right, or hard of middling length "
-        "(default: right)",
-    ),
-    (
-        "--answer-candidates",
-        "answer_candidates",
-        int,
-        "prompts that the model answers (default: num_samples, twice as many if hard)",
-    ),
-    ("--num-samples", "num_samples", int, "number of calibration examples (default: 128)"),
-    ("--subsets", "subsets", int, "number of disjoint calibration subsets (default: 3)"),
-    (
-        "--aggregation",
-        "aggregation",
-        str,
-        "how the losses of the subsets are combined: median or mean (default: median)",
-    ),
-    (
-        "--kv-combination",
-        "kv_combination",
-        str,
-        "how a key/value head combines the importances of its query heads: mean or max "
-        "(default: mean)",
-    ),
-    (
-        "--scored-tokens",
-        "scored_tokens",
-        str,
-        "tokens that count in the loss: answer or all (default: answer)",
-    ),
-    (
-        "--units",
-        "scored_units",
-        str,
-        "units to score: heads, or all (heads, MLPs and experts) (default: heads)",
-    ),
-    (
-        "--mlp-unit-size",
-        "mlp_unit_size",
-        int,
-        "channels per MLP or expert unit, with --units all (default: all channels)",
-    ),
-    (
-        "--estimator",
-        "estimator",
-        str,
-        "how causal scores are obtained: exact, plain, first_order, control_variate or adaptive "
-        "(default: exact)",
-    ),
-    (
-        "--exact-examples",
-        "exact_examples",
-        int,
-        "examples measured exactly by control_variate, or per round of adaptive (default: 16)",
-    ),
-    (
-        "--precision",
-        "precision",
-        float,
-        "adaptive stops once 1.96 standard errors are at most this fraction of the range of the "
-        "scores (default: 0.1)",
-    ),
-    (
-        "--max-length",
-        "max_length",
-        int,
-        "longest example, in tokens; longer ones are skipped (default: 2048 or the model's limit)",
-    ),
-    (
-        "--memory-budget",
-        "memory_budget",
-        _size,
-        "memory for activations, e.g. 4GB; auto: half of free memory, or a fixed batch size for "
-        "layer-by-layer passes (default: auto)",
-    ),
-    (
-        "--torch-compile",
-        "torch_compile",
-        None,
-        "compile the decoder layers to measure causal scores; pays off in long GPU runs "
-        "(default: False)",
-    ),
-    (
-        "--resume-dir",
-        "resume_dir",
-        str,
-        "folder for intermediate results, so that an interrupted run resumes "
-        "(default: optimum_cap/resume in HF_HOME)",
-    ),
-    (
-        "--seed",
-        "seed",
-        int,
-        "seed for the selection of examples and the answers of the model (default: 0)",
-    ),
-    (
-        "--format",
-        "checkpoint_format",
-        str,
-        "packed (bit mask and values), coded (the same, compressed) or dense, which loads without "
-        "this plugin (default: packed)",
-    ),
-    (
-        "--strict",
-        "strict",
-        None,
-        "refuse a model if some linear weights of its decoder would stay dense (default: False)",
-    ),
-)
-
-
-# Column of the data set -> what is in it.
-_COLUMN_FLAGS = {
-    "prompt": "the prompts",
-    "answer": "the answers",
-    "text": "plain texts",
-    "messages": "chats",
-}
 
 
 @dataclass(frozen=True)
@@ -299,6 +49,8 @@ class Prepared:
         process_group: The processes launched together.
         processor_files: Files of the model's image, audio or video processor, to copy.
         shown: An example to print instead of pruning.
+        examples: Number of calibration examples; 0 if the model is yet to answer.
+        tokens: Number of their tokens.
         auto_class: The class of transformers that loads the model.
         quantized: Folder for the quantized model, if there is to be one.
     """
@@ -308,6 +60,8 @@ class Prepared:
     process_group: "ProcessGroup"
     processor_files: tuple[Path, ...] = ()
     shown: str | None = None
+    examples: int = 0
+    tokens: int = 0
     auto_class: str = "AutoModelForCausalLM"
     quantized: Path | None = None
 
@@ -318,22 +72,23 @@ class PruneCommand(CAPSubcommand):
     KEEPS_RESULTS = True
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = (
-            "Prune a causal language model, or a classifier made of one, and save it."
+        parser.describe(
+            "MODEL -o DIR",
+            "Prune a causal language model, or a classifier made of one, and save it.",
+            "org/model -o pruned --sparsity 0.5 --dataset gsm8k",
+            "./my-model -o pruned --sparsity 0.5 --dataset rows.jsonl",
+            "org/model -o pruned --pattern 2:4 --recipe causal_fast",
+            "org/model -o pruned --config settings.yaml --dry-run",
+            page="recipe",
         )
-        add = parser.add_argument
-        add("-m", "--model", required=True, help="Hub id or folder of the model to prune")
-        add("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write")
-        add_config_flags(parser, [field for _, field, _, _ in _CONFIG_FLAGS])
-        add(
-            "--scores",
-            type=Path,
-            metavar="FILE",
-            help="scores file from `cap score` to use instead of measuring; its data and seed "
-            "apply; recipe paper unless you name another",
+        parser.add_model("Hub id or folder of the model to prune")
+        parser.group(REQUIRED)(
+            "-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write"
         )
+        add_config_flags(parser)
+        add = parser.group(RECIPE)
         add(
             "--leave-dense",
             dest="modules_to_leave_dense",
@@ -343,6 +98,20 @@ class PruneCommand(CAPSubcommand):
             help="modules to leave dense: parts of names, e.g. layers.0 o_proj, or patterns, e.g. "
             "re:.*down_proj (default: none)",
         )
+        add(
+            "--config",
+            type=Path,
+            metavar="FILE.yaml",
+            help="settings by the names of CAPConfig; flags take precedence (default: none)",
+        )
+        parser.group(SCORES)(
+            "--scores",
+            type=Path,
+            metavar="FILE",
+            help="scores file from `cap score` to use instead of measuring; its data and seed "
+            "apply; recipe paper unless you name another",
+        )
+        add = parser.group(OUTPUT)
         add(
             "--max-shard-size",
             metavar="SIZE",
@@ -359,6 +128,12 @@ class PruneCommand(CAPSubcommand):
             help="also save the pruned model quantized, in the folder DIR-SCHEME: int4, int8, nf4 "
             "or fp4 (default: none)",
         )
+        add = parser.group(RUN)
+        add(
+            "--dry-run",
+            action="store_true",
+            help="check everything, print what would be done, and prune nothing (default: False)",
+        )
         add(
             "--show-example",
             action="store_true",
@@ -366,6 +141,7 @@ class PruneCommand(CAPSubcommand):
             "(default: False)",
         )
         add_loading_flags(parser)
+        add = parser.group(HUB)
         add(
             "--base-model",
             metavar="ID",
@@ -374,11 +150,16 @@ class PruneCommand(CAPSubcommand):
         )
         add("--push-to-hub", metavar="REPO", help="Hub id to upload the checkpoint to")
         add("--private", action="store_true", help="make the Hub repository private if it is new")
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
 
     def prepare(self) -> Prepared:
         """Check output, configuration, Hub access, tokenizer and data."""
         args = self.args
+        if args.dry_run and args.show_example:
+            raise ValueError(
+                "--dry-run and --show-example both prune nothing: leave one of them out"
+            )
         if not args.show_example:  # which writes nothing
             check_output_folder(args.output, args.model, args.overwrite)
         if args.private and not args.push_to_hub:
@@ -406,46 +187,61 @@ class PruneCommand(CAPSubcommand):
         auto_class = _auto_class(config, model_config, args)
         quantized = _quantized_folder(config, model_config, auto_class, args)
         tokenizer = load_tokenizer(args)
+        examples: list[CalibrationExample] = []
         if config.method.needs_data:
             config.tokenizer = tokenizer
-            calibration_examples(config, tokenizer, args)
+            examples = calibration_examples(config, tokenizer, args)
         process_group.all_gather(None)  # no process may save before all have checked the output
-        files = _processor_files(args)
         return Prepared(
-            config, tokenizer, process_group, files, auto_class=auto_class, quantized=quantized
+            config,
+            tokenizer,
+            process_group,
+            _processor_files(args),
+            examples=len(examples),
+            tokens=sum(len(example.input_ids) for example in examples),
+            auto_class=auto_class,
+            quantized=quantized,
         )
 
-    def execute(self, prepared: Prepared) -> None:
-        """Prune, save, print a summary and upload; or print an example."""
+    def opening(self) -> list[str]:
+        """Return model and size, recipe and sparsity, data, device and resume folder."""
+        return opening_lines(self.args, "pruning")
+
+    def execute(self, prepared: Prepared) -> dict[str, Any] | None:
+        """Prune, save, show a summary and upload; or show an example or the plan."""
         if prepared.shown is not None:
-            if not prepared.process_group.rank:
-                print(prepared.shown)
-            return
+            return self._show(prepared, {"example": prepared.shown}, prepared.shown)
+        if self.args.dry_run:
+            plan = _plan(self.args, prepared)
+            return self._show(prepared, plan, _plan_text(plan))
         import transformers
 
         from optimum_cap.checkpoint import inspect_checkpoint, set_base_model
         from optimum_cap.config import parse_size
+        from optimum_cap.runtime import usage_of_block
 
         args = self.args
-        start = time.monotonic()
-        model = getattr(transformers, prepared.auto_class).from_pretrained(
-            args.model,
-            **loading_options(args, prepared.process_group),
-            pruning_config=prepared.config,
-        )
-        prepared.process_group.shutdown()
-        if prepared.process_group.rank:
-            return  # the model is the same in every process, and rank 0 saves it
-        before = _file_stamps(args.output)
-        limit = {"max_shard_size": parse_size(args.max_shard_size)} if args.max_shard_size else {}
-        model.save_pretrained(args.output, **limit)
-        _save_companions(args.output, prepared)
-        if args.base_model:
-            set_base_model(args.output, args.base_model)
+        with usage_of_block() as usage:
+            model = getattr(transformers, prepared.auto_class).from_pretrained(
+                args.model,
+                **loading_options(args, prepared.process_group),
+                pruning_config=prepared.config,
+            )
+            prepared.process_group.shutdown()
+            if prepared.process_group.rank:
+                return None  # the model is the same in every process, and rank 0 saves it
+            before = _file_stamps(args.output)
+            size = args.max_shard_size
+            limit = {"max_shard_size": parse_size(size)} if size else {}
+            model.save_pretrained(args.output, **limit)
+            _save_companions(args.output, prepared)
+            if args.base_model:
+                set_base_model(args.output, args.base_model)
 
-        print_summary(inspect_checkpoint(str(args.output)))
-        print(f"time          {time.monotonic() - start:.1f} s")
-        print(f"saved         {args.output}")
+        summary = inspect_checkpoint(str(args.output))
+        rows = [*summary_rows(summary), *usage_rows(usage), ("saved", str(args.output))]
+        self.say(labelled(rows))
+        values = {"saved": str(args.output), **dataclasses.asdict(usage), **summary.to_dict()}
         if args.push_to_hub:
             # Files that were in the folder before are not published.
             written = [
@@ -454,13 +250,24 @@ class PruneCommand(CAPSubcommand):
                 if before.get(name) != stamp
             ]
             url = _upload(args.output, written, args.push_to_hub, args.private, args.token)
-            print(f"uploaded      {url}")
+            values["uploaded"] = url
+            self.say(f"uploaded      {url}")
         if prepared.quantized is not None:
             del model
             gc.collect()  # its save_pretrained refers to it
             _quantize(args, prepared, prepared.quantized)
+            values["quantized"] = str(prepared.quantized)
+            self.say(f"quantized     {prepared.quantized}")
         name = args.push_to_hub or str(args.output)
-        _print_how_to_load(name, prepared.config.checkpoint_format, prepared.auto_class)
+        self.say(_how_to_load(name, prepared.config.checkpoint_format, prepared.auto_class))
+        self.say(_what_next(args.model, str(args.output)))
+        return values
+
+    def _show(self, prepared: Prepared, values: dict[str, Any], text: str) -> dict[str, Any] | None:
+        if prepared.process_group.rank:
+            return None
+        self.answer(text)
+        return values
 
 
 def _config(args: Namespace) -> "CAPConfig":
@@ -474,6 +281,8 @@ def _config(args: Namespace) -> "CAPConfig":
     from optimum_cap.runtime import default_folder
 
     flags = config_values(vars(args))
+    if args.config is not None:
+        flags = _settings_of(args.config) | flags
     defaults = {"resume_dir": default_folder()}
     if args.scores:
         from optimum_cap.data import find_data_files
@@ -493,9 +302,69 @@ def _config(args: Namespace) -> "CAPConfig":
             f"the scores in {args.scores} were measured on in-memory data ({values['dataset']}), "
             "which no flag can name: prune in Python, with CAPConfig(scores=..., dataset=...)"
         )
-    config = CAPConfig(**values)
+    config: CAPConfig = CAPConfig.from_dict(values)
     check_resume_folder(flags.get("resume_dir"))
     return config
+
+
+def _settings_of(file: Path) -> dict[str, Any]:
+    """Return the settings in the file of `--config`.
+
+    Raises:
+        ValueError: It is not valid YAML, or a setting is unknown or cannot be used.
+        FileNotFoundError: It does not exist.
+    """
+    from optimum_cap.config import check_field_names
+    from optimum_cap.yaml_files import read_yaml
+
+    values = read_yaml(file, "settings file")
+    try:
+        check_field_names(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return values
+
+
+def _plan(args: Namespace, prepared: Prepared) -> dict[str, Any]:
+    """Return what a run would do."""
+    config = prepared.config
+    plan: dict[str, Any] = {
+        "model": args.model,
+        "class": prepared.auto_class,
+        "settings": config.to_dict(),
+        "effective": dataclasses.asdict(config.method),
+        "calibration_examples": prepared.examples,
+        "calibration_tokens": prepared.tokens,
+        "output": str(args.output),
+    }
+    if args.push_to_hub:
+        plan["push_to_hub"] = args.push_to_hub
+    if prepared.quantized is not None:
+        plan["quantized"] = str(prepared.quantized)
+    return plan
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    """Return a plan as text of at most 80 columns."""
+    effective = ", ".join(f"{name} {value}" for name, value in plan["effective"].items())
+    data = "none, the recipe needs no data"
+    if plan["calibration_examples"]:
+        data = f"{plan['calibration_examples']} examples, {plan['calibration_tokens']:,} tokens"
+    elif plan["settings"]["answers"] == "model":
+        data = "prompts that the model answers first"
+    rows = [
+        ("would prune", f"{plan['model']}, loaded as {plan['class']}"),
+        ("sparsity", f"{plan['settings']['sparsity']}, pattern {plan['settings']['pattern']}"),
+        ("recipe", f"{plan['settings']['recipe']}: {effective}"),
+        ("calibration", data),
+        ("would save", f"{plan['output']}, format {plan['settings']['checkpoint_format']}"),
+        *((name, plan[key]) for name, key in _PLANNED if key in plan),
+    ]
+    advice = "All checks passed, and nothing was pruned. Predict time and memory with"
+    return f"{labelled(rows)}\n\n{advice}\n\noptimum-cli cap estimate {plan['model']}"
+
+
+_PLANNED = (("would push", "push_to_hub"), ("quantized", "quantized"))
 
 
 def _auto_class(config: "CAPConfig", model_config: Any, args: Namespace) -> str:
@@ -563,7 +432,6 @@ def _quantize(args: Namespace, prepared: Prepared, folder: Path) -> None:
             print(f"\n{state}", file=sys.stderr)
             raise
         raise OSError(f"{state} ({error})") from error
-    print(f"quantized     {folder}")
 
 
 def _prepared_example(
@@ -591,36 +459,6 @@ def _prepared_example(
     example = calibration_examples(config, tokenizer, args)[0]
     shown = describe_example(example, tokenizer)
     return Prepared(config, tokenizer, process_group, shown=shown)
-
-
-def add_config_flags(parser: ArgumentParser, fields: Collection[str]) -> None:
-    """Add the flags for `fields` of `CAPConfig`, for its data set and for the tokenizer."""
-    for flag, field, kind, text in _CONFIG_FLAGS:
-        if field in fields:
-            options: dict[str, Any] = {"action": "store_true"}
-            if kind is not None:
-                options = {
-                    "type": _or_text(kind),
-                    "metavar": flag.split("-")[-1].upper(),
-                }
-            parser.add_argument(flag, dest=field, default=SUPPRESS, help=text, **options)
-    parser.add_argument(
-        "--dataset",
-        nargs="+",
-        default=SUPPRESS,
-        help="preset, preset=path, Hub id, file or JSON specification; several are mixed evenly "
-        "(default: gsm8k)",
-    )
-    for column, of in _COLUMN_FLAGS.items():
-        parser.add_argument(
-            f"--{column}-column",
-            default=SUPPRESS,
-            metavar="NAME",
-            help=f"column of the data set with {of} (default: found by its name)",
-        )
-    parser.add_argument(
-        "--tokenizer", help="Hub id or folder of the tokenizer (default: the model's)"
-    )
 
 
 def load_tokenizer(args: Namespace) -> Any:
@@ -676,23 +514,6 @@ def calibration_examples(
     return examples
 
 
-def config_values(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `CAPConfig` that were set on the command line."""
-    fields = [field for _, field, _, _ in _CONFIG_FLAGS] + ["modules_to_leave_dense"]
-    values = {field: flags[field] for field in fields if field in flags}
-    if "dataset" in flags:
-        names = [dataset_value(name) for name in flags["dataset"]]
-        values["dataset"] = names[0] if len(names) == 1 else names
-    columns = {
-        f"{column}_column": flags[f"{column}_column"]
-        for column in _COLUMN_FLAGS
-        if f"{column}_column" in flags
-    }
-    if columns:
-        values["dataset"] = _with_columns(values.get("dataset"), columns)
-    return values
-
-
 def _processor_files(args: Namespace) -> tuple[Path, ...]:
     """Return the files of the model's image, audio or video processor, downloaded if need be."""
     from transformers.utils import (
@@ -739,51 +560,6 @@ def _save_companions(folder: Path, prepared: Prepared) -> None:
         ) from error
 
 
-def dataset_value(text: str) -> str | dict[str, Any]:
-    """Return a data set as given on the command line: a name, or a specification in JSON.
-
-    Raises:
-        ValueError: The specification is not a JSON object.
-    """
-    if not text.lstrip().startswith(("{", "[")):
-        return text
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"--dataset {text} is not valid JSON ({error}): write it in single quotes, as in "
-            """'{"path": "rows.jsonl", "text_column": "story"}'"""
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"--dataset {text} is a JSON list: write its entries after --dataset, separated by "
-            "spaces"
-        )
-    return value
-
-
-def _with_columns(dataset: Any, columns: dict[str, str]) -> dict[str, Any]:
-    """Return the specification of a data set with the columns that flags name."""
-    flags = enumeration([f"--{name.replace('_', '-')}" for name in columns])
-    need = "needs" if len(columns) == 1 else "need"
-    if dataset is None:
-        raise ValueError(f"{flags} {need} a file or a Hub id: add --dataset")
-    if isinstance(dataset, list):
-        raise ValueError(
-            f"{flags} {need} a single data set, got {len(dataset)}: name the columns of each in a "
-            """specification, as in --dataset '{"path": "rows.jsonl", "text_column": "story"}'"""
-        )
-    specification = dict(dataset) if isinstance(dataset, dict) else {"path": dataset}
-    if twice := [
-        name for name in columns if specification.get(name, columns[name]) != columns[name]
-    ]:
-        raise ValueError(
-            f"--dataset and {flags} name other columns for {', '.join(twice)}: leave one of them "
-            "out"
-        )
-    return {**specification, **columns}
-
-
 def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """Return size in bytes and modification time in ns per file, by its path inside `folder`."""
     return {
@@ -824,7 +600,7 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str
         raise OSError(f"the model is saved in {folder}, but the upload failed: {error}") from error
 
 
-def _print_how_to_load(name: str, checkpoint_format: str, auto_class: str) -> None:
+def _how_to_load(name: str, checkpoint_format: str, auto_class: str) -> str:
     from optimum_cap.formats import FORMATS
 
     reader, variable = "AutoTokenizer", "tokenizer"
@@ -833,9 +609,19 @@ def _print_how_to_load(name: str, checkpoint_format: str, auto_class: str) -> No
     plugin = ""
     if FORMATS[checkpoint_format].needs_plugin:
         plugin = f"import optimum_cap  # reads the {checkpoint_format} format\n"
-    print(
+    return (
         f"\nLoad it with\n\n{plugin}"
         f"from transformers import {auto_class}, {reader}\n\n"
         f"model = {auto_class}.from_pretrained({name!r})\n"
         f"{variable} = {reader}.from_pretrained({name!r})"
+    )
+
+
+def _what_next(dense: str, pruned: str) -> str:
+    dense, pruned = shlex.quote(dense), shlex.quote(pruned)
+    return (
+        "\nSee what it has lost, talk to both, and share it:\n\n"
+        f"optimum-cli cap compare {dense} {pruned}\n"
+        f"optimum-cli cap chat {dense} {pruned}\n"
+        f"optimum-cli cap push {pruned} you/name"
     )

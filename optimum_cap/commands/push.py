@@ -1,10 +1,11 @@
 """`optimum-cli cap push`: upload a checkpoint that was saved earlier."""
 
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
-from optimum_cap.commands.base import CAPSubcommand, check_hub_access
+from optimum_cap.commands.base import CAPSubcommand, add_general_flags, check_hub_access
+from optimum_cap.commands.parser import HUB, REQUIRED, CommandParser
 
 _NOT_ON_THE_HUB = "none"
 
@@ -13,14 +14,21 @@ class PushCommand(CAPSubcommand):
     """Checks the folder, the base model and the access to the Hub before it uploads anything."""
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        add = parser.add_argument
-        parser.description = (
-            "Upload a pruned checkpoint with its record, model card, results and tokenizer."
+        parser.describe(
+            "MODEL REPO",
+            "Upload a pruned checkpoint with its record, model card, results and tokenizer.",
+            "pruned you/model-cap --base-model org/model",
+            page="sharing",
         )
-        add("checkpoint", type=Path, help="folder of a pruned checkpoint")
-        add("repo", help="repository on the Hub, which is created if it does not exist")
+        parser.add_model("folder of a pruned checkpoint", "checkpoint")
+        parser.group(REQUIRED)(
+            "repo",
+            metavar="REPO",
+            help="repository on the Hub, which is created if it does not exist",
+        )
+        add = parser.group(HUB)
         add(
             "--base-model",
             metavar="ID",
@@ -35,11 +43,7 @@ class PushCommand(CAPSubcommand):
             help="message of the commit (default: Upload the pruned model (optimum-cap))",
         )
         add("--token", help="Hub access token (default: that of `hf auth login`)")
-        add(
-            "--debug",
-            action="store_true",
-            help="show the traceback of an error (default: one line)",
-        )
+        add_general_flags(parser)
 
     def prepare(self) -> str | None:
         """Check the folder and the access, and find out the base model; return it if it is new."""
@@ -47,9 +51,9 @@ class PushCommand(CAPSubcommand):
         from optimum_cap.publishing import check_base_model
 
         args = self.args
-        if not args.checkpoint.is_dir():
+        if not Path(args.checkpoint).is_dir():
             raise ValueError(f"{args.checkpoint} is no folder: name that of a pruned checkpoint")
-        record = inspect_checkpoint(str(args.checkpoint)).record
+        record = inspect_checkpoint(args.checkpoint).record
         base_model = args.base_model
         known = record.base_model is not None and not record.base_model.startswith(".")
         if base_model is None and not known:
@@ -60,7 +64,7 @@ class PushCommand(CAPSubcommand):
         check_base_model(base_model, args.token)
         return str(base_model)
 
-    def execute(self, prepared: str | None) -> None:
+    def execute(self, prepared: str | None) -> dict[str, Any]:
         """Upload."""
         from optimum_cap.publishing import load_results, push_checkpoint
 
@@ -75,16 +79,18 @@ class PushCommand(CAPSubcommand):
             create_pr=args.create_pr,
             commit_message=args.commit_message,
         )
-        print(f"uploaded: {commit.pr_url if args.create_pr else commit.repo_url}")
+        url = str(commit.pr_url if args.create_pr else commit.repo_url)
+        self.say(f"uploaded      {url}")
         if not load_results(args.checkpoint):
-            print(
+            self.say(
                 "The model card has no results. To add some, run\n"
                 f"  optimum-cli cap compare DENSE {args.checkpoint} --add-to-card\n"
                 "and push again."
             )
+        return {"saved": url, "commit": commit.oid}
 
 
-def _ask(checkpoint: Path, local_name: str | None) -> str:
+def _ask(checkpoint: str, local_name: str | None) -> str:
     """Ask for the base model in a terminal.
 
     Raises:

@@ -1,26 +1,29 @@
 """`optimum-cli cap recover`: train a pruned model to predict what the dense one predicts."""
 
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
-    add_common_flags,
+    add_general_flags,
+    add_hub_flags,
     add_trust_remote_code,
     check_has_lm_head,
     check_output_folder,
     check_prunable,
     check_resume_folder,
 )
+from optimum_cap.commands.config_flags import add_config_flags, config_values
+from optimum_cap.commands.opening import opening_lines
+from optimum_cap.commands.parser import DATA, REQUIRED, CommandParser
 from optimum_cap.commands.prune import (
-    add_config_flags,
     calibration_examples,
-    config_values,
     load_tokenizer,
 )
+from optimum_cap.text import format_duration, labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +54,20 @@ class RecoverCommand(CAPSubcommand):
     KEEPS_RESULTS = True
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = (
+        parser.describe(
+            "MODEL -o DIR",
             "Train a pruned model for some steps to predict what the dense model predicts. Its "
-            "zeros stay zeros."
+            "zeros stay zeros.",
+            "pruned -o recovered --dense org/model --steps 200",
+            page="after_pruning",
         )
-        add = parser.add_argument
-        add("-m", "--model", required=True, help="folder or Hub id of the pruned model")
-        add("-o", "--output", required=True, type=Path, metavar="DIR", help="new folder to write")
+        parser.add_model("folder or Hub id of the pruned model")
+        parser.group(REQUIRED)(
+            "-o", "--output", required=True, type=Path, metavar="DIR", help="new folder to write"
+        )
+        add = parser.group("training")
         add(
             "--dense",
             metavar="MODEL",
@@ -85,7 +93,7 @@ class RecoverCommand(CAPSubcommand):
             metavar="WEIGHT",
             help="weight of the relative error of hidden states in the loss (default: 0)",
         )
-        add(
+        parser.group(DATA)(
             "--num-samples",
             type=int,
             default=512,
@@ -93,7 +101,14 @@ class RecoverCommand(CAPSubcommand):
         )
         add_config_flags(parser, _FIELDS)
         add_trust_remote_code(parser)
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
+
+    def opening(self) -> list[str]:
+        """Return model and size, data and resume folder."""
+        dense = self.args.dense or "the dense model of its record"
+        aim = f"{self.args.steps} steps to match {dense}"
+        return opening_lines(self.args, "training", aim, device_map="auto")
 
     def prepare(self) -> PreparedRecovery:
         """Check output, both models, tokenizer, data and settings."""
@@ -137,10 +152,10 @@ class RecoverCommand(CAPSubcommand):
         }
         return PreparedRecovery(Path(folder), dense, tokenizer, options)
 
-    def execute(self, prepared: PreparedRecovery) -> None:
+    def execute(self, prepared: PreparedRecovery) -> dict[str, Any]:
         """Train, save, and print what was gained."""
         from optimum_cap.checkpoint import inspect_checkpoint, save_smaller
-        from optimum_cap.commands.summary import print_summary
+        from optimum_cap.commands.summary import summary_rows
         from optimum_cap.models import load_model
         from optimum_cap.training import recover
 
@@ -152,15 +167,30 @@ class RecoverCommand(CAPSubcommand):
         dense = load_model(name, revision=revision or "main", token=args.token, **placement)
         recovery = recover(model, dense, prepared.tokenizer, **prepared.options)
         save_smaller(recovery.model, args.output, prepared.folder)
+        rows = []
         if getattr(model, "pruning_record", None) is not None:
-            print_summary(inspect_checkpoint(str(args.output)))
-        print(
-            f"divergence    {recovery.divergence_before:.4f} -> {recovery.divergence_after:.4f} "
-            "nats per token from the dense model, on examples left out"
-        )
-        print(f"steps         {recovery.steps}, the best one was {recovery.best_step}")
-        print(f"time          {time.monotonic() - start:.1f} s")
-        print(f"saved         {args.output}")
+            rows = summary_rows(inspect_checkpoint(str(args.output)))
+        before, after = recovery.divergence_before, recovery.divergence_after
+        seconds = time.monotonic() - start
+        rows += [
+            (
+                "divergence",
+                f"{before:.4f} -> {after:.4f} nats per token from the dense model, on examples "
+                "left out",
+            ),
+            ("steps", f"{recovery.steps}, the best one was {recovery.best_step}"),
+            ("time", format_duration(seconds)),
+            ("saved", str(args.output)),
+        ]
+        self.say(labelled(rows))
+        return {
+            "saved": str(args.output),
+            "seconds": seconds,
+            "divergence_before": before,
+            "divergence_after": after,
+            "steps": recovery.steps,
+            "best_step": recovery.best_step,
+        }
 
 
 def _dense_model(args: Namespace) -> tuple[str, str | None]:

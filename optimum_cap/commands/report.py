@@ -1,23 +1,32 @@
 """`optimum-cli cap report`: a page about a checkpoint."""
 
-from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
-from optimum_cap.commands.base import CAPSubcommand, add_common_flags, check_output_file
+from optimum_cap.commands.base import (
+    CAPSubcommand,
+    add_general_flags,
+    add_hub_flags,
+    check_output_file,
+)
+from optimum_cap.commands.parser import OUTPUT, CommandParser
 
 
 class ReportCommand(CAPSubcommand):
     """Reads the record and the results; the weights are not read."""
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = (
+        parser.describe(
+            "MODEL",
             "Write a page about a pruned checkpoint: facts, results, pictures, settings and "
-            "record. The file needs no other file and no network."
+            "record. The file needs no other file and no network.",
+            "pruned -o report.html",
+            page="sharing",
         )
-        parser.add_argument("checkpoint", help="folder or Hub id of a pruned checkpoint")
-        parser.add_argument(
+        parser.add_model("folder or Hub id of a pruned checkpoint", "checkpoint")
+        parser.group(OUTPUT)(
             "-o",
             "--output",
             type=Path,
@@ -25,7 +34,8 @@ class ReportCommand(CAPSubcommand):
             metavar="FILE",
             help="HTML file to write (default: report.html)",
         )
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
 
     def prepare(self) -> None:
         """Check the output file."""
@@ -35,10 +45,11 @@ class ReportCommand(CAPSubcommand):
             )
         check_output_file(self.args.output)
 
-    def execute(self, prepared: None) -> None:
+    def execute(self, prepared: None) -> dict[str, Any]:
         """Write the page."""
         from optimum_cap.publishing import write_html_report
 
         args = self.args
         write_html_report(args.checkpoint, args.output, revision=args.revision, token=args.token)
-        print(f"saved: {args.output}")
+        self.say(f"saved         {args.output}")
+        return {"saved": str(args.output)}

@@ -1,13 +1,13 @@
 """`optimum-cli cap score`: measure the causal scores of a model and save them to a file."""
 
 import time
-from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
-    add_common_flags,
+    add_general_flags,
+    add_hub_flags,
     add_loading_flags,
     check_has_lm_head,
     check_loading_flags,
@@ -16,15 +16,16 @@ from optimum_cap.commands.base import (
     check_resume_folder,
     loading_options,
 )
+from optimum_cap.commands.config_flags import add_config_flags, config_values
+from optimum_cap.commands.opening import opening_lines
+from optimum_cap.commands.parser import OUTPUT, REQUIRED, CommandParser
 from optimum_cap.commands.prune import (
     Prepared,
-    add_config_flags,
     calibration_examples,
-    config_values,
     load_tokenizer,
 )
-from optimum_cap.commands.summary import scored_line
-from optimum_cap.text import aligned
+from optimum_cap.commands.summary import scored_row
+from optimum_cap.text import aligned, format_duration, labelled
 
 if TYPE_CHECKING:
     from optimum_cap.scoring import CausalScores
@@ -63,16 +64,29 @@ class ScoreCommand(CAPSubcommand):
     KEEPS_RESULTS = True
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = "Measure the causal scores of a model and save them."
-        add = parser.add_argument
-        add("-m", "--model", required=True, help="Hub id or folder of the model to score")
-        add("-o", "--output", required=True, type=Path, metavar="FILE", help="file to write")
-        add("--overwrite", action="store_true", help="replace the output file if it exists")
+        parser.describe(
+            "MODEL -o FILE",
+            "Measure the causal scores of a model and save them.",
+            "org/model -o scores.safetensors --dataset gsm8k",
+            page="scoring",
+        )
+        parser.add_model("Hub id or folder of the model to score")
+        parser.group(REQUIRED)(
+            "-o", "--output", required=True, type=Path, metavar="FILE", help="file to write"
+        )
+        parser.group(OUTPUT)(
+            "--overwrite", action="store_true", help="replace the output file if it exists"
+        )
         add_config_flags(parser, _FIELDS)
         add_loading_flags(parser)
-        add_common_flags(parser)
+        add_hub_flags(parser)
+        add_general_flags(parser)
+
+    def opening(self) -> list[str]:
+        """Return model and size, data, device and resume folder."""
+        return opening_lines(self.args, "scoring", "causal scores")
 
     def prepare(self) -> Prepared:
         """Check output, configuration, tokenizer and data."""
@@ -98,7 +112,7 @@ class ScoreCommand(CAPSubcommand):
         process_group.all_gather(None)  # no process may write before all have checked the output
         return Prepared(config, tokenizer, process_group)
 
-    def execute(self, prepared: Prepared) -> None:
+    def execute(self, prepared: Prepared) -> dict[str, Any] | None:
         """Measure and save the scores, and print them."""
         from optimum_cap.models import load_model
         from optimum_cap.pruner import CAPPruner
@@ -113,14 +127,25 @@ class ScoreCommand(CAPSubcommand):
         losses = CAPPruner(config).measure(model, prepared.tokenizer, save_to=target)
         prepared.process_group.shutdown()
         if prepared.process_group.rank:
-            return
+            return None
         scores = causal_scores(losses, config.subsets, config.aggregation)
-        print(scored_line([(site.kind, site.layer) for site, _ in scores.units]))
-        print(f"estimator     {config.estimator}")
-        print(f"intact loss   {scores.intact_loss:.4f} nats per token")
-        print(f"time          {time.monotonic() - start:.1f} s")
-        print(f"saved         {args.output}")
-        print(f"\n{score_table(scores)}")
+        seconds = time.monotonic() - start
+        rows = [
+            scored_row([(site.kind, site.layer) for site, _ in scores.units]),
+            ("estimator", config.estimator),
+            ("intact loss", f"{scores.intact_loss:.4f} nats per token"),
+            ("time", format_duration(seconds)),
+            ("saved", str(args.output)),
+        ]
+        self.say(labelled(rows))
+        self.say(f"\n{score_table(scores)}")
+        return {
+            "saved": str(args.output),
+            "seconds": seconds,
+            "estimator": config.estimator,
+            "intact_loss": scores.intact_loss,
+            "units": len(scores.units),
+        }
 
 
 def score_table(scores: "CausalScores") -> str:

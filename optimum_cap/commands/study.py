@@ -1,10 +1,10 @@
 """`optimum-cli cap study`: compare recipes over models, sparsities, data sets and seeds."""
 
-from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from optimum_cap.commands.base import CAPSubcommand
+from optimum_cap.commands.base import CAPSubcommand, add_general_flags
+from optimum_cap.commands.parser import OUTPUT, REQUIRED, RUN, CommandParser
 
 if TYPE_CHECKING:
     from optimum_cap.study import Study
@@ -16,21 +16,27 @@ class StudyCommand(CAPSubcommand):
     KEEPS_RESULTS = True
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def parse_args(parser: CommandParser) -> None:
         """Declare the flags."""
-        parser.description = (
+        parser.describe(
+            "STUDY.yaml",
             "Measure models x recipes x sparsities x calibration sets x seeds. Every cell is "
-            "cached: run the command again to resume, or after adding to the file."
+            "cached: run the command again to resume, or after adding to the file.",
+            "examples/studies/small_models.yaml --dry-run",
+            "study.yaml -o runs/study --jobs 2",
+            page="study",
         )
-        add = parser.add_argument
-        add("study", type=Path, metavar="STUDY.yaml", help="what to measure (docs/study.md)")
-        add(
+        parser.group(REQUIRED)(
+            "study", type=Path, metavar="STUDY.yaml", help="what to measure (docs/study.md)"
+        )
+        parser.group(OUTPUT)(
             "-o",
             "--output",
             type=Path,
             metavar="DIR",
             help="folder for cells, table and plots (default: runs/ and the name of the file)",
         )
+        add = parser.group("instead of what is in the file")
         add(
             "--models",
             nargs="+",
@@ -48,6 +54,7 @@ class StudyCommand(CAPSubcommand):
             metavar="N",
             help="questions, documents or windows per task (default: the file's limit)",
         )
+        add = parser.group(RUN)
         add(
             "--jobs",
             type=int,
@@ -56,7 +63,7 @@ class StudyCommand(CAPSubcommand):
             help="cells to measure in parallel, each with its share of the cores (default: 1)",
         )
         add("--dry-run", action="store_true", help="check the file and print the cells, then stop")
-        add("--debug", action="store_true", help="show the traceback of an error")
+        add_general_flags(parser)
 
     def prepare(self) -> "Study":
         """Read the study and check each of its cells."""
@@ -72,25 +79,25 @@ class StudyCommand(CAPSubcommand):
         changes = {key: value for key, value in changes.items() if value not in (None, {})}
         return Study.load(self.args.study, **changes)
 
-    def execute(self, prepared: "Study") -> None:
-        """Measure the missing cells; write the table and the plots."""
+    def execute(self, prepared: "Study") -> dict[str, Any]:
+        """Measure the missing cells; write the table and the plots, and show the table."""
         cells = list(prepared.cells())
         if self.args.dry_run:
-            for cell in cells:
-                print(cell)
-            print(f"{len(cells)} cells")
-            return
+            self.answer("\n".join([*map(str, cells), f"{len(cells)} cells"]))
+            return {"cells": list(map(str, cells))}
         from optimum_cap.study import run_study, write_report
 
         folder = self.args.output or Path("runs") / self.args.study.stem
         rows = run_study(prepared, folder, self.args.jobs)
-        print(f"saved: {folder / 'results.csv'}")
-        for file in write_report(prepared, rows, folder):
-            print(f"saved: {file}")
+        files = [folder / "results.csv", *write_report(prepared, rows, folder)]
+        self.say((folder / "results.md").read_text(encoding="utf-8"))
+        for file in files:
+            self.say(f"saved         {file}")
         if failed := len({tuple(row[axis] for axis in _AXES) for row in rows if row["error"]}):
             raise RuntimeError(
                 f"{failed} of {len(cells)} cells failed: see {folder / 'results.md'}"
             )
+        return {"saved": str(folder), "files": list(map(str, files)), "rows": rows}
 
 
 def labelled_models(labelled: list[str]) -> dict[str, str]:

@@ -2,17 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-from optimum_cap.text import aligned, format_size
+from optimum_cap.text import aligned, format_duration, format_size
 
 if TYPE_CHECKING:
     from optimum_cap.checkpoint import CheckpointSummary, MatrixSparsity, SiteSensitivity, UnitScore
+    from optimum_cap.runtime import Usage
 
 _UNITS_SHOWN = 5
 _SITES_SHOWN = 10
 
 
-def print_summary(summary: "CheckpointSummary") -> None:
-    """Print one line per fact: units, weights, sparsity, threshold, size."""
+def summary_rows(summary: "CheckpointSummary") -> list[tuple[str, str]]:
+    """Return a label and a value per fact: units, weights, sparsity, threshold, size."""
     from optimum_cap.checkpoint import (
         describe_answers,
         describe_recovery,
@@ -21,49 +22,58 @@ def print_summary(summary: "CheckpointSummary") -> None:
     )
 
     record = summary.record
+    rows: list[tuple[str, str]] = []
     if record.scores:
-        print(scored_line([(score.kind, score.layer) for score in record.scores]))
-    for label, ranked in _ranked(record.scores):
-        print(f"{label:13} {ranked}")
+        rows.append(scored_row([(score.kind, score.layer) for score in record.scores]))
+        rows += _ranked(record.scores)
     if answers := record.calibration.get("answers"):
-        print(f"answers       {describe_answers(answers)}")
+        rows.append(("answers", describe_answers(answers)))
     if record.refine:
-        print(f"refined       {describe_refinement(record.refine)} for each layer")
-    for each in record.recovery:
-        print(f"recovered     {describe_recovery(each)}")
+        rows.append(("refined", f"{describe_refinement(record.refine)} for each layer"))
+    rows += [("recovered", describe_recovery(each)) for each in record.recovery]
     if record.removed:
-        print(f"removed       {describe_removal(record.removed)}")
-    for each in record.compacted:
-        print(f"compacted     {describe_removal(each)}")
+        rows.append(("removed", describe_removal(record.removed)))
+    rows += [("compacted", describe_removal(each)) for each in record.compacted]
     if record.removed:
-        print(f"size          {format_size(summary.weight_bytes)}")
-        return
-    print(f"weights       {record.total:,} prunable, {record.zeros:,} zero")
+        return [*rows, ("size", format_size(summary.weight_bytes))]
     for label, dense in (
         ("unsupported", record.unsupported),
         ("left dense", [each for each in record.dense if each.prunable]),
     ):
         if dense:
             names = ", ".join(f"{each.name} ({each.weights:,})" for each in dense)
-            print(f"{label:13} {record.share_of(dense):.1%} of the linear weights: {names}")
-    print(f"sparsity      {record.sparsity:.6f} ({record.config.get('sparsity')} requested)")
-    if record.threshold is not None:
-        print(f"threshold     {record.threshold:.6g} (importance)")
+            rows.append((label, f"{record.share_of(dense):.1%} of the linear weights: {names}"))
     share = summary.weight_bytes / summary.dense_bytes
-    print(
-        f"size          {format_size(summary.weight_bytes)} {summary.checkpoint_format}, "
-        f"{share:.1%} of {format_size(summary.dense_bytes)} dense"
-    )
+    rows += [
+        ("zeros", f"{record.zeros:,} of {record.total:,} prunable weights"),
+        ("sparsity", f"{record.sparsity:.6f} ({record.config.get('sparsity')} requested)"),
+    ]
+    if record.threshold is not None:
+        rows.append(("threshold", f"{record.threshold:.6g} (importance)"))
+    size = f"{format_size(summary.weight_bytes)} {summary.checkpoint_format}"
+    rows.append(("size", f"{size}, {share:.1%} of {format_size(summary.dense_bytes)} dense"))
+    return rows
 
 
-def scored_line(units: "list[tuple[str, int]]") -> str:
-    """Return a line with the number of scored units, from the kind and the layer of each."""
+def usage_rows(usage: "Usage") -> list[tuple[str, str]]:
+    """Return time and peak memory as labels and values."""
+    rows = [("time", format_duration(usage.seconds))]
+    memory = [
+        f"{format_size(size)}{where} at most"
+        for size, where in ((usage.peak_memory, ""), (usage.peak_gpu_memory, " of a GPU"))
+        if size is not None
+    ]
+    return [*rows, ("memory", ", ".join(memory))] if memory else rows
+
+
+def scored_row(units: "list[tuple[str, int]]") -> tuple[str, str]:
+    """Return a row with the number of scored units, from the kind and the layer of each."""
     from optimum_cap.checkpoint import count_units
 
     layers = len({layer for _, layer in units})
     if all(kind == "attention" for kind, _ in units):
-        return f"heads         {len(units)} scored in {layers} layers"
-    return f"units         {count_units(kind for kind, _ in units)} scored in {layers} layers"
+        return "heads", f"{len(units)} scored in {layers} layers"
+    return "units", f"{count_units(kind for kind, _ in units)} scored in {layers} layers"
 
 
 def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
@@ -118,7 +128,7 @@ def sensitivity_table(sensitivities: "list[SiteSensitivity]") -> str:
 
 
 def _ranked(scores: "list[UnitScore]") -> list[tuple[str, str]]:
-    """Return the units with the highest and the lowest scores as two labelled lines."""
+    """Return the units with the highest and the lowest scores as two rows."""
     finite = sorted(
         (score for score in scores if score.score is not None),
         key=lambda score: score.score or 0.0,

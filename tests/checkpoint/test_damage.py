@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from optimum_cap import CAPConfig, CAPPruner
 from optimum_cap.checkpoint.conversion import convert_checkpoint, inspect_checkpoint, read_record
 from optimum_cap.checkpoint.reading import read_header, read_json
 from optimum_cap.commands.inspect import InspectCommand
+from optimum_cap.commands.parser import CommandParser
 
 WEIGHTS, RECORD = "model.safetensors", "pruning_record.json"
 EXPERT = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
@@ -113,7 +113,7 @@ def test_inspect_escapes_control_characters(
 ) -> None:
     folder = saved()
     change_record(folder, base_model="./a\x1b[31m\nsparsity 1", versions={"\x9b31m": "\u202e"})
-    parser = ArgumentParser()
+    parser = CommandParser()
     InspectCommand.parse_args(parser)
     for flags in ([], ["--verify"], ["--json"]):
         command = InspectCommand.__new__(InspectCommand)

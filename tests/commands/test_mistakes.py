@@ -57,6 +57,7 @@ def refused(
     def run(command: str) -> str:
         monkeypatch.chdir(place)
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", _must_not_be_called)
+        monkeypatch.setattr(CAPSubcommand, "announce", lambda self: None)
         monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", *command.split()])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
@@ -111,10 +112,10 @@ MISTAKES = {
     HALF + "-m other": "argument -m/--model: given twice: give it once",
     HALF + "--dataset gsm8k": "argument --dataset: given twice: give it once with all its values",
     HALF + "--sparsity": "argument --sparsity: expected one argument",
-    "prune -o out --sparsity 0.5": "the following arguments are required: -m/--model",
-    "prune model -o out -m model": "unexpected argument 'model': optimum-cli cap prune --help",
+    "prune -o out --sparsity 0.5": "the following arguments are required: MODEL",
+    "prune model -o out -m model": "unexpected argument 'model': the model is given by -m already",
     "prun -m model": r"invalid choice: 'prun' \(did you mean 'prune'\?\): choose from prune,",
-    "eval": "the following arguments are required: model",
+    "eval": "the following arguments are required: MODEL",
     "eval model --limit ten": "argument --limit: invalid int value: 'ten'",
     # Devices
     HALF.replace("cpu", "gpu"): "--device-map gpu is neither a placement .* nor a device such as",

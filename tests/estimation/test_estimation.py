@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from optimum_cap.commands.estimate import _MODEL_FLAGS, EstimateCommand
+from optimum_cap.commands.parser import CommandParser
 from optimum_cap.config import RECIPES, CAPConfig, Method
 from optimum_cap.data.batches import batches
 from optimum_cap.data.calibration import CalibrationExample
@@ -769,9 +770,8 @@ def test_disk_of_scores_is_that_of_losses_and_of_the_files_of_chunks(
 
 
 def test_words_of_the_flags_match_the_defaults() -> None:
-    from argparse import ArgumentParser
 
-    parser = ArgumentParser()
+    parser = CommandParser()
     EstimateCommand.parse_args(parser)
     arguments = parser.parse_args(["model"])
     assert arguments.tokens == estimation.TOKENS

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 import pytest
 from optimum.commands import optimum_cli
 
+from optimum_cap.commands.base import CAPSubcommand
+
 
 def run_cap(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: Sequence[object]
 ) -> tuple[int, str, str]:
-    """Return exit status, stdout and stderr of a command."""
+    """Return exit status, stdout, and stderr without the opening lines of a command."""
+    monkeypatch.setattr(CAPSubcommand, "announce", lambda self: None)
     monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", *map(str, arguments)])
     capfd.readouterr()
     status: int | str | None = 0

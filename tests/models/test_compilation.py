@@ -3,7 +3,6 @@
 import platform
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from helpers.tiny_models import spread_out, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from optimum_cap import CAPConfig, CAPPruner
+from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import config_values
 from optimum_cap.commands.score import ScoreCommand
 from optimum_cap.config import COMPILING, effective
@@ -101,7 +101,7 @@ def test_scores_of_compiled_layers_serve_a_prune(tmp_path: Path) -> None:
 
 
 def test_the_flag_of_the_command_line() -> None:
-    parser = ArgumentParser()
+    parser = CommandParser()
     ScoreCommand.parse_args(parser)
     needed = ["-m", "model", "-o", "file"]
     assert "torch_compile" not in config_values(vars(parser.parse_args(needed)))

@@ -1,6 +1,5 @@
 """Scores files: written whole, checked when read, used again, refused for anything else."""
 
-import argparse
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_cap import CAPPruner
 from optimum_cap.checkpoint.conversion import inspect_checkpoint
+from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.commands.score import ScoreCommand, score_table
 from optimum_cap.data.calibration import build_calibration_set
@@ -342,7 +342,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def run(command: Any, *arguments: Any) -> None:
     """Run a command without `optimum-cli` around it; errors come through."""
-    parser = argparse.ArgumentParser()
+    parser = CommandParser()
     command.parse_args(parser)
     instance = command.__new__(command)
     instance.args = parser.parse_args([str(argument) for argument in arguments])
