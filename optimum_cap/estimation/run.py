@@ -6,6 +6,7 @@ The model is built on the meta device from its configuration, so no weights are 
 
 import json
 import math
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from optimum_cap.methods import CRITERIA, REMOVED_PARTS, SMALLER_PATTERNS
 from optimum_cap.models import auto_class, find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
-from optimum_cap.text import aligned, format_duration, format_size
+from optimum_cap.text import aligned, format_duration, format_size, labelled
 
 EXAMPLES = 128
 TOKENS = 256
 SPARSITY = 0.5
 _BOUNDS = (
     "Upper bounds: adaptive stops as soon as the scores are known well enough, and most of the "
-    "model's\nown answers end before the longest one."
+    "model's own answers end before the longest one."
 )
 
 
@@ -78,7 +79,7 @@ class Estimate:
         return asdict(self)
 
     def table(self) -> str:
-        """Return the estimate as a table for the terminal."""
+        """Return the estimate as a table for a terminal of 80 columns."""
         shape, hardware = self.shape, self.hardware
         shared = f", the first {shape.prefix} shared" if shape.prefix else ""
         facts = {
@@ -90,12 +91,13 @@ class Estimate:
             "hardware": f"{hardware.name}, {hardware.count} x {format_size(int(hardware.memory))}",
             "rates": hardware.source,
         }
-        lines = [f"{label:12} {text}" for label, text in facts.items()]
+        if tasks := next((cost.name for cost in self.costs if "," in cost.name), None):
+            facts["tasks"] = tasks
         header = ("step", "", "operations", "time", "memory", "disk", "devices")
         rows = [
             (
                 cost.step,
-                cost.name,
+                f"{cost.name.count(',') + 1} tasks" if "," in cost.name else cost.name,
                 f"{cost.operations:.2e}" if cost.operations else "-",
                 format_duration(cost.seconds),
                 format_size(int(cost.memory)),
@@ -105,8 +107,9 @@ class Estimate:
             for cost in self.costs
         ]
         table = aligned([header, *rows], left=2)
-        bounds = ["", _BOUNDS] if self.smaller is None else []
-        return "\n".join([*lines, "", table, *bounds, *self._warnings()])
+        bounds = [_BOUNDS] if self.smaller is None else []
+        notes = [f"\n{textwrap.fill(note, 80)}" for note in [*bounds, *self._warnings()]]
+        return "\n".join([labelled(facts.items()), "", table, *notes])
 
     def _units(self) -> dict[str, str]:
         """Return what the table says of the units and of the checkpoint."""
@@ -142,7 +145,6 @@ class Estimate:
         least = min(cost.devices for cost in self.costs)
         count = str(most) if least == most else f"{least} to {most}"
         return [
-            "",
             f"{self.model} does not fit {hardware.name} in every step: one copy needs {count} "
             f"devices of {format_size(int(hardware.memory))}, there are {hardware.count}. Times "
             "are those of as many devices as a step needs, which work one after the other.",
