@@ -80,7 +80,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = tiny_tokenizer(TEMPLATE)
         tokenizer.model_max_length = SIZE
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-        tiny_model(architecture, max_position_embeddings=SIZE, **sizes).save_pretrained(folder / name)
+        tiny_model(architecture, max_position_embeddings=SIZE, **sizes).save_pretrained(
+            folder / name
+        )
         tokenizer.save_pretrained(folder / name)
     return folder
 

@@ -6,6 +6,8 @@ functions change what the site needs otherwise:
 - CONTRIBUTING.md and CHANGELOG.md become pages.
 - Links that leave docs/ lead to such a page, or to the file on GitHub.
 - A comment `<!-- flags: COMMAND -->` is replaced by the flags of `optimum-cli cap COMMAND`.
+- What stands between `<!-- GitHub -->` and `<!-- /GitHub -->` is left out.
+- Names of pages in docstrings and help texts become links.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
 from optimum_cap.commands.cap import CAPCommand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +31,9 @@ OUTSIDE_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelo
 
 _FENCE = re.compile(r"^(?P<fence> *```).*?^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
+_GITHUB_ONLY = re.compile(r"<!-- GitHub -->.*?<!-- /GitHub -->\n*", re.DOTALL)
 _FLAGS = re.compile(r"^<!-- flags: (?P<command>[\w-]+) -->$", re.MULTILINE)
+_NAMED_PAGE = re.compile(r"<code>docs/(?P<page>[\w/]+\.md)</code>")
 # What Markdown would read as markup, outside of `code`.
 _MARKUP = re.compile(r"(`[^`]*`)|([\\*_<>\[\]{}])")
 
@@ -47,10 +52,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     origin = origins.get(uri, f"docs/{uri}")
     if uri in origins:
         page.edit_url = f"{config.repo_url}/edit/main/{origin}"
+    markdown = _GITHUB_ONLY.sub("", markdown)
     markdown = _FLAGS.sub(lambda found: flags(found["command"]), markdown)
     return outside_fences(
         markdown, lambda text: _LINK.sub(lambda link: site_link(link[0], origin, uri), text)
     )
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn names of pages in docstrings, such as `docs/recipe.md`, into links."""
+
+    def link(name: re.Match[str]) -> str:
+        file = files.get_file_from_path(name["page"])
+        return f'<a href="{file.url_relative_to(page.file)}">{name[0]}</a>' if file else name[0]
+
+    return _NAMED_PAGE.sub(link, html)
 
 
 def outside_fences(markdown: str, change: Callable[[str], str]) -> str:
