@@ -1,5 +1,7 @@
 """Links between the pages of the documentation, and to them from code, lead somewhere."""
 
+import importlib
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -9,10 +11,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+import optimum_cap
 from optimum_cap.commands.cap import CAPCommand
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+# Each is about one folder of the package. The folder `checkpoint` exports much that only other
+# folders need, and the page `pruning` is about what the package itself exports.
+REFERENCES = sorted(
+    page
+    for page in ROOT.glob("docs/reference/*.md")
+    if page.stem not in ("checkpoint", "command_line", "pruning")
+)
 SOURCES = sorted([*ROOT.glob("optimum_cap/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 
 
@@ -84,3 +94,24 @@ def test_the_reference_has_all_commands() -> None:
     names = {command.name for command in CAPCommand.SUBCOMMANDS}
     assert set(re.findall(r"^<!-- flags: (.*) -->$", page, re.MULTILINE)) == names
     assert names <= anchors(ROOT / "docs" / "reference" / "command_line.md")
+
+
+@pytest.mark.parametrize("page", REFERENCES, ids=lambda page: page.stem)
+def test_the_reference_has_all_that_a_package_exports(page: Path) -> None:
+    """Apart from constants, and from checks that only the commands need."""
+    package = importlib.import_module(f"optimum_cap.{page.stem}")
+    exported = {
+        name
+        for name in package.__all__
+        if inspect.isclass(getattr(package, name)) or inspect.isfunction(getattr(package, name))
+    }
+    listed = set(
+        re.findall(rf"^::: optimum_cap\.{page.stem}\.(\w+)$", page.read_text(), re.MULTILINE)
+    )
+    assert listed == {name for name in exported if not name.startswith("check_")}
+
+
+def test_the_reference_has_all_that_users_import() -> None:
+    page = (ROOT / "docs" / "reference" / "pruning.md").read_text()
+    listed = set(re.findall(r"^::: optimum_cap\.(\w+)$", page, re.MULTILINE))
+    assert listed == set(optimum_cap.__all__) - {"__version__"}
