@@ -35,9 +35,9 @@ PROMISES = {
     "mixture_of_experts": r"2 of 4 experts",
     "own_answers": r"of 16 answers came to an end",
     "prune_your_fine_tune": r"sparsity +0\.500",
-    "publish": r"0\.5",
+    "publish": r"gsm8k +accuracy",
     "quick_tour": r"1,651,507 of 2,359,296 weights are zero",
-    "serve": r"sparse-dense",
+    "serve": r"(?s)(12 \+ 30 =.*){3}",
 }
 MODELS = ("my-fine-tune", "my-large-model", "my-mixture", "my-model", "my-reasoner")
 SIZE = 256

@@ -153,7 +153,7 @@ def entry(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:
         value = formatter._format_args(action, metavar)
         names = [*action.option_strings[:-1], f"{action.option_strings[-1]} {value}"]
     text = as_text(formatter._expand_help(action)) if action.help else ""
-    return f"{', '.join(f'`{name}`' for name in names)}\n:   {text or 'See above.'}"
+    return f"{', '.join(f'`{name}`' for name in names)}\n:   {text or 'No description.'}"
 
 
 def as_text(help_text: str) -> str:
