@@ -17,7 +17,7 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "optimum", "optimum_cap", "
 
 def run(*command: str | Path, cwd: Path) -> str:
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=200
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -58,18 +58,24 @@ def test_namespace_packages_have_no_init_file() -> None:
     assert not list((ROOT / "optimum").rglob("__init__.py"))
 
 
-def test_installed_wheel_extends_optimum_cli(wheel: Path, tmp_path: Path) -> None:
-    environment = tmp_path / "venv"
-    venv.create(environment, symlinks=True)
-    python = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    run(*pip, "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    options = ["--disable-pip-version-check", "-q", "--no-deps", "--no-index"]
+    run(*pip, "install", *options, wheel, cwd=folder)
     # The dependencies come from the running environment. Its own .pth files, such as that of an
     # editable installation of this package, are not followed from here.
-    (own,) = environment.glob("lib/python*/site-packages")
+    (own,) = folder.glob("lib/python*/site-packages")
     outer = sysconfig.get_path("purelib")
     (own / "dependencies.pth").write_text(f"{outer}\n")
+    return folder
 
+
+def test_installed_wheel_extends_optimum_cli(environment: Path, tmp_path: Path) -> None:
+    python = environment / "bin" / "python"
     found = run(python, "-c", "import optimum_cap; print(optimum_cap.__file__)", cwd=tmp_path)
     assert Path(found.strip()).is_relative_to(environment)
     # The genuine executable, run by the new environment's interpreter.
@@ -78,3 +84,9 @@ def test_installed_wheel_extends_optimum_cli(wheel: Path, tmp_path: Path) -> Non
     assert all(command in text for command in ("prune", "inspect", "convert", "eval", "compare"))
     where = "import optimum_cap.commands.cap as c; print(c.__file__)"
     assert Path(run(python, "-c", where, cwd=tmp_path).strip()).is_relative_to(environment)
+
+
+@pytest.mark.slow
+def test_installed_wheel_prunes_and_loads(environment: Path, tmp_path: Path) -> None:
+    done = run(environment / "bin" / "python", ROOT / ".ci" / "wheel_smoke.py", cwd=tmp_path)
+    assert str(environment) in done

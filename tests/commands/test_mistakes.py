@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.command_line import run_cap
+from helpers.paths import ROOT
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from optimum.commands import optimum_cli
 from transformers import (
@@ -45,6 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantized = LlamaConfig(vocab_size=64)
     quantized.quantization_config = {"quant_method": "gptq", "bits": 4}
     quantized.save_pretrained(folder / "gptq")
+    tiny_model("llama").save_pretrained(folder / "no-tokenizer")
+    rows = [{"question": f"{n}+1=", "reply": f"{n + 1}"} for n in range(12)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -163,6 +168,51 @@ def test_a_mistake_gets_one_sentence(command: str, refused: Refused, place: Path
     assert re.match(r"optimum-cli cap( \w+)?: error: ", line)
     assert re.search(MISTAKES[command], line), line
     assert not (place / "out").exists()
+
+
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `(.+?)`(?: \(.+?\))? \| (.+) \|$", PAGE, re.MULTILINE))
+ABBREVIATED = "-m model -o out --dataset sums.jsonl --num-samples 4 --sparsity 0.5"
+
+
+@pytest.fixture(scope="module")
+def place_with_results(place: Path) -> Path:
+    """The same folder, with a pruned model, and scores of another model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        other = tiny_model("llama", seed=1)
+        other.save_pretrained("other")
+        tiny_tokenizer().save_pretrained("other")
+        for command in (
+            "prune -m model -o pruned --sparsity 0.5 --recipe magnitude --device-map cpu",
+            "score -m other -o scores.safetensors --dataset sums.jsonl --num-samples 4",
+        ):
+            patch.setattr(sys, "argv", ["optimum-cli", "cap", *command.split()])
+            optimum_cli.main()
+    return place
+
+
+def test_the_page_says_what_its_abbreviation_is() -> None:
+    assert len(ROWS) >= 30
+    assert f"`…` stands for `{ABBREVIATED}`" in PAGE.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ROWS)
+def test_the_page_of_common_mistakes_is_true(
+    command: str,
+    place_with_results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place_with_results)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, err = run_cap(monkeypatch, capfd, command.replace("…", ABBREVIATED).split())
+    assert status in (1, 2)
+    assert out == ""
+    assert not Path("out").exists()
+    said = err.splitlines()[-1].removeprefix(f"optimum-cli cap {command.split()[0]}: error: ")
+    words = ".*".join(map(re.escape, ROWS[command].split("...")))
+    assert re.fullmatch(words, said), f"docs/troubleshooting.md has to say: {said}"
 
 
 def test_a_missing_device_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
