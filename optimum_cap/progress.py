@@ -96,6 +96,7 @@ class ProgressLines:
         self._initial = initial
         self._start = self._shown = time.monotonic()
         self._has_shown = False
+        self._count_shown = initial
 
     def __iter__(self) -> Iterator[Any]:
         with self:
@@ -124,12 +125,11 @@ class ProgressLines:
 
     def close(self) -> None:
         """Print the last line, if there were others."""
-        if self._has_shown:
+        if self._has_shown and self.n != self._count_shown:
             self._print(time.monotonic())
-            self._has_shown = False
 
     def _print(self, now: float) -> None:
-        self._shown, self._has_shown = now, True
+        self._shown, self._has_shown, self._count_shown = now, True, self.n
         if self._show is None:
             return
         elapsed, done = now - self._start, self.n - self._initial

@@ -31,7 +31,7 @@ REASONS = {
 # What the commands and the code of a guide print in the end.
 PROMISES = {
     "fine_tune": r"sparsity +0\.5",  # of the model that was trained
-    "larger_than_memory": r"gsm8k_loss +loss",
+    "larger_than_memory": r"loss:test.jsonl +loss",
     "mixture_of_experts": r"2 of 4 experts",
     "own_answers": r"of 16 answers came to an end",
     "prune_your_fine_tune": r"sparsity +0\.500",
@@ -99,6 +99,10 @@ def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "data" / "gsm8k" / "test.jsonl", SUMS)
+    write_rows(
+        tmp_path / "test.jsonl",
+        [{"prompt": row["question"], "completion": row["answer"]} for row in SUMS],
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

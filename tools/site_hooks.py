@@ -116,7 +116,7 @@ def flags(command: str) -> str:
         )
     parser = parsers()[command]
     formatter = argparse.HelpFormatter(parser.prog, width=96)
-    blocks = [f"```text\n{usage(parser, formatter)}\n```"]
+    blocks = [f"```text\n{parser.format_usage().removeprefix('usage: ').strip()}\n```"]
     for group in parser._action_groups:
         actions = [
             action
@@ -130,16 +130,10 @@ def flags(command: str) -> str:
             if group.description:
                 blocks.append(as_text(group.description))
             blocks += [entry(action, formatter) for action in actions]
-    if parser.epilog:
-        blocks.append(f"**Examples**\n\n```bash\n{parser.epilog.strip()}\n```")
+    examples = [line.strip() for line in (parser.epilog or "").splitlines() if line[:1] == " "]
+    if examples:
+        blocks.insert(1, "```bash\n" + "\n".join(examples) + "\n```")
     return "\n\n".join(blocks)
-
-
-def usage(parser: argparse.ArgumentParser, formatter: argparse.HelpFormatter) -> str:
-    """Return the usage of a command, with what it must be given alone."""
-    needed = [each for each in parser._actions if each.required or not each.option_strings]
-    formatter.add_usage(None, needed, [], prefix="")
-    return f"{formatter.format_help().strip()} [flags]"
 
 
 def entry(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:

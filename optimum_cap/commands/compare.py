@@ -74,13 +74,14 @@ class CompareCommand(CAPSubcommand):
     def prepare(self) -> _Prepared:
         """Read the files and check the tasks; if there is a model to evaluate, read the data."""
         args = self.args
-        from optimum_cap.evaluation import DEFAULT_TASKS, Evaluation, resolve_tasks
+        from optimum_cap.evaluation import DEFAULT_TASKS, Evaluation, resolve_tasks, result_name
 
         names = [args.dense, *args.pruned]
         if args.add_to_card:
             check_cards(args.pruned)
         saved = {name: Evaluation.load(name) for name in names if name.endswith(".json")}
-        tasks = None if args.tasks is None else resolve_tasks(args.tasks)
+        named = None if args.tasks is None else resolve_tasks(args.tasks)
+        tasks = None if named is None else [result_name(name) for name in named]
         for name, evaluation in saved.items():
             if missing := [task for task in tasks or () if task not in evaluation.tasks]:
                 raise ValueError(
@@ -97,7 +98,7 @@ class CompareCommand(CAPSubcommand):
             _take_draw(args, saved)
             check_evaluation_flags(args)
             in_files = [task for evaluation in saved.values() for task in evaluation.tasks]
-            data = read_task_data(tasks or in_files or list(DEFAULT_TASKS), args)
+            data = read_task_data(named or in_files or list(DEFAULT_TASKS), args)
             check_loading_flags(args)
             for name in names:
                 if name not in saved:

@@ -21,7 +21,13 @@ from optimum_cap.estimation.disk import SIZES
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.parts import RemovalCosts, RemovedParts, Smaller
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
-from optimum_cap.evaluation import DEFAULT_TASKS, HARNESS_PREFIX, check_counts, resolve_tasks
+from optimum_cap.evaluation import (
+    DEFAULT_TASKS,
+    HARNESS_PREFIX,
+    LOSS_PREFIX,
+    check_counts,
+    resolve_tasks,
+)
 from optimum_cap.methods import CRITERIA, REMOVED_PARTS, SMALLER_PATTERNS
 from optimum_cap.models import auto_class, find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
@@ -404,10 +410,10 @@ def study_hours(
     if not isinstance(study, Study):
         study = Study.load(study)
     tasks = resolve_tasks(study.tasks)
-    if unknown := [name for name in tasks if name.startswith(HARNESS_PREFIX)]:
+    if unknown := [name for name in tasks if name.startswith((HARNESS_PREFIX, LOSS_PREFIX))]:
         raise ValueError(
-            f"the cost of {', '.join(unknown)} cannot be estimated, as only lm-evaluation-harness "
-            "knows these tasks: leave them out of the study that is estimated"
+            f"the cost of {', '.join(unknown)} cannot be estimated, as their sizes are not known: "
+            "leave them out of the study that is estimated"
         )
     rows = {}
     for label, name in study.models.items():

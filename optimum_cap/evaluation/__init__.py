@@ -24,11 +24,13 @@ from optimum_cap.evaluation.samples import check_sample_log
 from optimum_cap.evaluation.tasks import (
     DEFAULT_TASKS,
     HARNESS_PREFIX,
+    LOSS_PREFIX,
     TASKS,
     TaskItems,
     extract_marked,
     extract_of,
     resolve_tasks,
+    result_name,
 )
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "DEFAULT_TASKS",
     "HARNESS_PREFIX",
     "LAYOUT",
+    "LOSS_PREFIX",
     "TASKS",
     "AccuracyResult",
     "ChoiceResult",
@@ -58,5 +61,6 @@ __all__ = [
     "load_task_data",
     "mean_and_interval",
     "resolve_tasks",
+    "result_name",
     "wilson_interval",
 ]

@@ -47,7 +47,7 @@ from optimum_cap.evaluation.results import (
     Window,
     WorkedAnswer,
 )
-from optimum_cap.evaluation.tasks import TASKS, ChoiceQuestion, extract_of
+from optimum_cap.evaluation.tasks import ChoiceQuestion, extract_of, task_of
 from optimum_cap.progress import progress_bar
 from optimum_cap.runtime import (
     JsonFiles,
@@ -163,7 +163,7 @@ def measure(engine: Engine, job: Job) -> tuple[Result, Samples]:
         Its result, and what to log of each item.
     """
     if isinstance(job, Questions):
-        if TASKS[job.name].loss_only:
+        if task_of(job.name).loss_only:
             return _worked_answer_losses(engine, job)
         return _answer(engine, job)
     if isinstance(job, Choices):
@@ -300,7 +300,7 @@ def _graded(job: Questions, position: int, response: Response, loss: float | Non
     question = job.questions[position]
     answer = extract_of(job.name)(response.text)
     expected = extract_of(job.name)(question.answer)
-    fallback = TASKS[job.name].fallback
+    fallback = task_of(job.name).fallback
     return Answer(
         question.digest,
         answer == expected,

@@ -23,12 +23,12 @@ from optimum_cap.evaluation.prompts import (
     stop_texts,
 )
 from optimum_cap.evaluation.tasks import (
-    TASKS,
     ChoiceQuestion,
     Document,
     Question,
     TaskItems,
     Text,
+    task_of,
 )
 
 logger = logging.get_logger(__name__)
@@ -185,12 +185,13 @@ def prepare(name: str, data: TaskItems, tokenizer: Any, length: int, draw: Draw)
     if isinstance(items, Text):
         return _windows(name, items, data.source, tokenizer, min(LONGEST_WINDOW, length), draw)
     # A worked answer has its loss without examples.
-    examples = [] if TASKS[name].loss_only else draw.worked_examples(name, data.examples, tokenizer)
+    task = task_of(name)
+    examples = [] if task.loss_only else draw.worked_examples(name, data.examples, tokenizer)
     shown = {example.digest for example in examples}
     unseen = [item for item in items if item.digest not in draw.seen]
     remaining = [item for item in unseen if item.digest not in shown]
     if not remaining:
-        noun = "documents" if TASKS[name].documents else "questions"
+        noun = "documents" if task.documents else "questions"
         if unseen:
             reason = f"all {len(unseen)} {noun} are worked examples"
         else:
@@ -201,18 +202,18 @@ def prepare(name: str, data: TaskItems, tokenizer: Any, length: int, draw: Draw)
         )
     chosen: list[Any] = draw.sample(remaining, [item.digest for item in remaining])
     excluded = len(items) - len(unseen)
-    if TASKS[name].documents:
+    if task.documents:
         size = min(LONGEST_WINDOW, length)
         return Windows(name, _documents(name, chosen, tokenizer, size), excluded, size, data.source)
     of_task: dict[str, Any] = {"name": name, "excluded": excluded, "source": data.source}
     if examples:
         of_task["examples"] = tuple(example.digest for example in examples)
         of_task["examples_source"] = data.examples_source
-    if TASKS[name].read_choices is not None:
+    if task.read_choices is not None:
         pairs = [choices_of(question, examples) for question in chosen]
         _check_choice_lengths(name, pairs, tokenizer, length)
         return Choices(questions=chosen, pairs=pairs, **of_task)
-    if TASKS[name].loss_only:
+    if task.loss_only:
         worked = _worked(name, chosen, tokenizer, length)
         if not any(worked):
             raise ValueError(
@@ -264,7 +265,7 @@ def _longest_answer(
             f"task {name}: answers have at most {length - longest} tokens instead of {requested}, "
             f"as the longest prompt has {longest} and the model takes {length}"
         )
-    return min(requested or TASKS[name].max_new_tokens, length - longest)
+    return min(requested or task_of(name).max_new_tokens, length - longest)
 
 
 def _check_choice_lengths(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimum_cap.data import Conversation, render_prompt
-from optimum_cap.evaluation.tasks import TASKS, ChoiceQuestion, Question
+from optimum_cap.evaluation.tasks import ChoiceQuestion, Question, task_of
 
 EXAMPLES_OF_BASE_MODELS = 5  # as in the task gsm8k of lm-evaluation-harness
 _NEXT_QUESTION = "Question:"  # with which a base model continues after its answer
@@ -29,12 +29,12 @@ def number_of_examples(name: str, requested: int | None, tokenizer: Any) -> int:
     """
     if requested is not None:
         return requested
-    return EXAMPLES_OF_BASE_MODELS if TASKS[name].instruction and not is_chat(tokenizer) else 0
+    return EXAMPLES_OF_BASE_MODELS if task_of(name).instruction and not is_chat(tokenizer) else 0
 
 
 def may_need_examples(name: str, requested: int | None) -> bool:
     """Return whether the prompts of a task show worked examples for some tokenizer."""
-    return bool(TASKS[name].instruction) if requested is None else requested > 0
+    return bool(task_of(name).instruction) if requested is None else requested > 0
 
 
 def prompt_of(name: str, question: Question, examples: Sequence[Question], tokenizer: Any) -> str:
@@ -50,7 +50,7 @@ def prompt_of(name: str, question: Question, examples: Sequence[Question], token
         ValueError: The chat template does not support the conversation.
     """
     if is_chat(tokenizer):
-        return render_prompt(_chat(TASKS[name].instruction, question, examples), tokenizer)
+        return render_prompt(_chat(task_of(name).instruction, question, examples), tokenizer)
     if not examples:
         return render_prompt(question.conversation, tokenizer)
     shown = [(_asked(example), example.answer) for example in examples]
@@ -59,7 +59,7 @@ def prompt_of(name: str, question: Question, examples: Sequence[Question], token
 
 def stop_texts(name: str, examples: Sequence[Question], tokenizer: Any) -> tuple[str, ...]:
     """Return the texts that end a response to `prompt_of`, besides the end-of-sequence token."""
-    until = TASKS[name].until
+    until = task_of(name).until
     shows = bool(examples) and not is_chat(tokenizer)
     return (*until, _NEXT_QUESTION) if shows and _NEXT_QUESTION not in until else until
 

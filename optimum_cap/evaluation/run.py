@@ -34,11 +34,12 @@ from optimum_cap.evaluation.samples import SampleLog, check_sample_log
 from optimum_cap.evaluation.tasks import (
     DEFAULT_TASKS,
     HARNESS_PREFIX,
-    TASKS,
     TaskItems,
     load_examples,
     load_items,
     resolve_tasks,
+    result_name,
+    task_of,
 )
 from optimum_cap.models import (
     check_saved_with_lm_head,
@@ -94,9 +95,14 @@ def load_task_data(
             in_harness = name.removeprefix(HARNESS_PREFIX)
             data[name] = find_harness_task(in_harness, include_path)
             continue
-        needs_examples = TASKS[name].shows_examples and may_need_examples(name, num_fewshot)
+        key = result_name(name)
+        if key in data:
+            raise ValueError(
+                f"two tasks have the name {key!r} in the results: rename the file of one of them"
+            )
+        needs_examples = task_of(name).shows_examples and may_need_examples(name, num_fewshot)
         examples, source = load_examples(name, folder) if needs_examples else ((), {})
-        data[name] = TaskItems(*load_items(name, folder), examples, source)
+        data[key] = TaskItems(*load_items(name, folder), examples, source)
     return data
 
 

@@ -28,6 +28,9 @@ ReadChoices = Callable[[Any], tuple[str, Sequence[str], int]]
 HARNESS_PREFIX = "lm_eval:"
 """Marks the name of a task of lm-evaluation-harness, as in `lm_eval:hellaswag`."""
 
+LOSS_PREFIX = "loss:"
+"""Marks a data file whose answers are scored, as in `loss:rows.jsonl`."""
+
 _MARKER = "####"
 _ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 _REASONER_TEST = Path("examples", "tiny_reasoner", "data", "test.jsonl")
@@ -170,8 +173,8 @@ class Task:
 def resolve_tasks(names: str | Iterable[str]) -> list[str]:
     """Return the names of tasks with groups expanded and duplicates removed.
 
-    Names that begin with `lm_eval:` are those of lm-evaluation-harness, which `load_task_data`
-    looks up.
+    Names that begin with `lm_eval:` are those of lm-evaluation-harness, and what follows `loss:`
+    is a file; `load_task_data` looks both up.
 
     Args:
         names: Names of tasks or groups, as a list or as comma-separated text.
@@ -189,8 +192,13 @@ def resolve_tasks(names: str | Iterable[str]) -> list[str]:
                 f"{name!r} names no task of lm-evaluation-harness: write its name after the colon, "
                 f"as in {HARNESS_PREFIX}hellaswag"
             )
+        if name == LOSS_PREFIX:
+            raise ValueError(
+                f"{name!r} names no file: write its path after the colon, as in "
+                f"{LOSS_PREFIX}rows.jsonl"
+            )
         known = [*GROUPS, *TASKS]
-        if not name.startswith(HARNESS_PREFIX) and name not in known:
+        if not name.startswith((HARNESS_PREFIX, LOSS_PREFIX)) and name not in known:
             raise ValueError(
                 f"unknown task {name!r}{did_you_mean(name, known)}: choose from {_valid()}"
             )
@@ -198,7 +206,21 @@ def resolve_tasks(names: str | Iterable[str]) -> list[str]:
 
 
 def _valid() -> str:
-    return ", ".join([*GROUPS, *TASKS, f"{HARNESS_PREFIX}NAME"])
+    return ", ".join([*GROUPS, *TASKS, f"{HARNESS_PREFIX}NAME", f"{LOSS_PREFIX}FILE"])
+
+
+def task_of(name: str) -> Task:
+    """Return the task of a name that `resolve_tasks` returned, unless it is one of the harness."""
+    if name.startswith(LOSS_PREFIX):
+        return Task((name.removeprefix(LOSS_PREFIX),), extract=_whole, loss_only=True)
+    return TASKS[name]
+
+
+def result_name(name: str) -> str:
+    """Return the name of a task in its results, which show no folder of a file."""
+    if name.startswith(LOSS_PREFIX):
+        return LOSS_PREFIX + Path(name.removeprefix(LOSS_PREFIX)).name
+    return name
 
 
 def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]:
@@ -213,7 +235,7 @@ def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]
         FileNotFoundError: The task has no file; the message names the paths that were tried.
         ValueError: The file cannot be used for this task.
     """
-    task = TASKS[name]
+    task = task_of(name)
     if task.extract is None and task.read_choices is None:
         return (_load_documents if task.documents else _load_text)(name, data_dir)
     source = _load(name, data_dir)
@@ -229,7 +251,7 @@ def load_examples(name: str, data_dir: Path | None) -> tuple[tuple[Any, ...], di
     Raises:
         ValueError: The data cannot be used for this task.
     """
-    task = TASKS[name]
+    task = task_of(name)
     if task.preset is None:
         source = _load(name, data_dir)
     elif data_dir is None:
@@ -244,12 +266,12 @@ def load_examples(name: str, data_dir: Path | None) -> tuple[tuple[Any, ...], di
 
 def _questions(name: str, source: Source) -> tuple[Any, ...]:
     """Return the questions of a task that are in `source`."""
-    read = _read_questions if TASKS[name].read_choices is None else _read_choice_questions
+    read = _read_questions if task_of(name).read_choices is None else _read_choice_questions
     return read(name, source)
 
 
 def _read_choice_questions(name: str, source: Source) -> tuple[ChoiceQuestion, ...]:
-    read_choices = TASKS[name].read_choices
+    read_choices = task_of(name).read_choices
     if read_choices is None:
         raise ValueError(f"task {name} has no choices to compare")
     questions = []
@@ -272,7 +294,7 @@ def _read_questions(name: str, source: Source) -> tuple[Question, ...]:
         ValueError: A row has no prompt, a worked answer has no final answer, or no row has the
             task's `kind`.
     """
-    task = TASKS[name]
+    task = task_of(name)
     rows = source.rows
     if task.kind is not None:
         rows = [row for row in rows if isinstance(row, dict) and row.get("kind") == task.kind]
@@ -291,7 +313,7 @@ def _read_questions(name: str, source: Source) -> tuple[Question, ...]:
                 f"roles {', '.join(role for role, _ in conversation.turns)}: use a file of "
                 "questions with worked answers"
             )
-        if extract_of(name)(answer) is None:
+        if extract_of(name)(answer) is None and not task.loss_only:
             raise ValueError(
                 f"task {name}: the answer {answer!r} in {source.name!r} must end with a line "
                 f"'{_MARKER} RESULT', with which responses are compared"
@@ -336,16 +358,18 @@ def extract_of(name: str) -> Extract:
     Raises:
         ValueError: The task generates no answers.
     """
-    extract = TASKS[name].extract
+    extract = task_of(name).extract
     if extract is None:
         raise ValueError(f"task {name} generates no text, so it has no answers to extract")
     return extract
 
 
 def _load(name: str, data_dir: Path | None) -> Source:
-    preset = TASKS[name].preset
+    preset = task_of(name).preset
     dataset: Any
-    if preset is None:
+    if name.startswith(LOSS_PREFIX):
+        dataset = name.removeprefix(LOSS_PREFIX)
+    elif preset is None:
         dataset = str(_find(name, data_dir))
     elif data_dir is not None:
         dataset = {"path": str(_find(name, data_dir)), "preset": preset}
@@ -356,7 +380,7 @@ def _load(name: str, data_dir: Path | None) -> Source:
 
 
 def _find(name: str, data_dir: Path | None) -> Path:
-    task = TASKS[name]
+    task = task_of(name)
     places = [Path(file) for file in task.files]
     if data_dir is not None:
         check_folder(data_dir)
@@ -385,6 +409,11 @@ def _passage_spans(lines: Sequence[str], passages: Iterable[str]) -> Iterable[tu
 
 
 # Final answers
+
+
+def _whole(text: str) -> str | None:
+    """Return a whole answer, of which only the loss is measured."""
+    return text or None
 
 
 def extract_marked(text: str) -> str | None:

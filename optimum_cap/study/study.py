@@ -47,6 +47,7 @@ from optimum_cap.evaluation import (
     evaluate,
     load_task_data,
     resolve_tasks,
+    result_name,
     wilson_interval,
 )
 from optimum_cap.methods import CRITERIA
@@ -199,12 +200,12 @@ class Study:
         Raises:
             ValueError: A task is unknown, or `limit` names one that the study does not have.
         """
-        tasks = resolve_tasks(self.tasks)
+        tasks = [result_name(name) for name in resolve_tasks(self.tasks)]
         if not isinstance(self.limit, dict):
             return dict.fromkeys(tasks, self.limit)
         limits: dict[str, int | None] = dict.fromkeys(tasks)
         for name, limit in self.limit.items():
-            for task in resolve_tasks(str(name)):
+            for task in map(result_name, resolve_tasks(str(name))):
                 if task not in limits:
                     raise ValueError(
                         f"limit of the study names {name!r}, but the tasks are "

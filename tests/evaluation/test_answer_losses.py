@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optimum_cap.estimation.costs import AMOUNTS
 from optimum_cap.evaluation.comparison import compare, comparison_table
 from optimum_cap.evaluation.results import Evaluation, LossResult, WorkedAnswer
-from optimum_cap.evaluation.run import evaluate
+from optimum_cap.evaluation.run import evaluate, load_task_data
 from optimum_cap.evaluation.tasks import TASKS
 
 SUMS = [{"question": f"{n}+{n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(12)]
@@ -64,6 +64,53 @@ def test_every_loss_task_reads_the_rows_of_its_task() -> None:
         full = TASKS[name.removesuffix("_loss")]
         assert (task.files, task.preset, task.extract) == (full.files, full.preset, full.extract)
         assert AMOUNTS[name] == AMOUNTS[name.removesuffix("_loss")]
+
+
+def test_the_answers_of_a_file_have_losses(data_dir: Path, tmp_path: Path) -> None:
+    own = tmp_path / "folder" / "own.jsonl"
+    own.parent.mkdir()
+    rows = [{"prompt": row["question"], "completion": row["answer"]} for row in SUMS]
+    own.write_text("\n".join(map(json.dumps, rows)))
+    model = tiny_model("llama")
+    found = evaluate(model, tiny_tokenizer(), tasks=f"loss:{own}", limit=5)
+    assert list(found.tasks) == ["loss:own.jsonl"]  # without its folder
+    result = found.tasks["loss:own.jsonl"]
+    assert isinstance(result, LossResult)
+    assert str(tmp_path) not in json.dumps(found.to_dict())
+    published = losses_of(model, data_dir)
+    of_prompts = {item.digest: item.loss for item in published.items}
+    assert len(result.items) == 5
+    assert all(of_prompts[item.digest] == item.loss for item in result.items)
+
+    chats = tmp_path / "chats.jsonl"  # without a result after ####
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    chats.write_text(json.dumps({"messages": turns}))
+    assert isinstance(
+        evaluate(
+            model,
+            tiny_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"),
+            tasks=[f"loss:{chats}"],
+        ).tasks["loss:chats.jsonl"],
+        LossResult,
+    )
+
+
+def test_a_file_without_answers_is_refused(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "a plain text"}))
+    with pytest.raises(ValueError, match="is not a prompt and an answer"):
+        load_task_data(f"loss:{texts}")
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        load_task_data("loss:none.jsonl")
+    with pytest.raises(ValueError, match="'loss:' names no file: write its path after the colon"):
+        load_task_data("loss:")
+    rows = json.dumps({"prompt": "1", "completion": "2"})
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text(rows)
+    both = [f"loss:{tmp_path / folder / 'rows.jsonl'}" for folder in ("a", "b")]
+    with pytest.raises(ValueError, match=r"two tasks have the name 'loss:rows\.jsonl'"):
+        load_task_data(both)
 
 
 def test_answers_that_the_model_cannot_take_are_counted(data_dir: Path) -> None:
