@@ -31,14 +31,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from optimum_cap.models import compilation
 from optimum_cap.scoring import wavefront
 
-# In these folders and modules, whose tests compute, the default run takes a few parameter sets of a
-# test, spread evenly, `-m slow` a few more, and `-m exhaustive` the others.
+# In these folders and modules, whose tests compute, the default run takes the first and the last
+# parameter set of a test, `-m slow` one more, and `-m exhaustive` the others.
 _COMPUTING = re.compile(
     r"(pruning|scoring|estimation|models|methods|study)/|"
     r"test_(recipes|default_recipe|offload|devices|classifiers|shared_layers|models_with_images)\."
 )
-_MOST_SETS = 3
-_MOST_SLOW_SETS = 3
+_MOST_SETS = 2
+_MOST_SLOW_SETS = 1
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

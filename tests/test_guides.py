@@ -119,8 +119,15 @@ def test_all_blocks_are_run_or_say_why_not() -> None:
                     assert words[:2] == ["optimum-cli", "cap"], f"{page.name}: {words}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    # The quick tour does what examples/quickstart.py does, which CI runs.
+    [
+        pytest.param(page, marks=getattr(pytest.mark, mark), id=page.stem)
+        for page in GUIDES
+        for mark in ["exhaustive" if page.stem == "quick_tour" else "slow"]
+    ],
+)
 @pytest.mark.filterwarnings("default")  # as for a reader
 def test_the_code_of_a_guide_runs(
     page: Path,
