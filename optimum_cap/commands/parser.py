@@ -158,6 +158,12 @@ class CommandParser(ArgumentParser):
     def _check_value(self, action: Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))
+            if not action.option_strings:  # a command
+                raise ArgumentError(
+                    None,
+                    f"unknown command {value!r}{did_you_mean(value, choices)}: choose from "
+                    f"{', '.join(choices)}",
+                )
             raise ArgumentError(
                 action,
                 f"invalid choice: {value!r}{did_you_mean(value, choices)}: choose from "

@@ -353,8 +353,8 @@ def _preset_from_hub(name: str, options: dict[str, Any]) -> Source:
         options.get("name", preset.config_name),
         options.get("split", preset.split),
         options.get("revision", preset.revision),
-        f"without a network, use a copy of its file: {name}=FILE as calibration data, data_dir "
-        "(`--data-dir`) in evaluation",
+        f"without a network, name a copy of its file, as {name}=FILE for calibration, or by the "
+        "folder data_dir (`--data-dir`) for evaluation",
     )
     return Source(name, preset.prepare(rows), _checked(name, preset.read), details, rows, name)
 
@@ -374,10 +374,13 @@ def _load_from_hub(
     # A wrong id, name or split, no network, or a data set script: the errors share no base class.
     except Exception as error:
         cause = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"data set {hub_id!r} (split {split!r}, revision {revision!r}) could not be loaded "
-            f"from the Hub ({type(error).__name__}: {cause}): {advice or _KNOWN}"
-        ) from error
+        problem = (
+            "is not in the cache, and the Hub cannot be reached"
+            if isinstance(error, ConnectionError)
+            else f"(split {split!r}, revision {revision!r}) could not be loaded from the Hub "
+            f"({type(error).__name__}: {cause})"
+        )
+        raise ValueError(f"data set {hub_id!r} {problem}: {advice or _KNOWN}") from error
     if len(rows) == 0:
         raise ValueError(
             f"data set {hub_id!r} has no rows in split {split!r}: choose another split"
@@ -490,7 +493,7 @@ def _column_reader(
     for key, column in named.items():
         if column not in columns:
             raise ValueError(
-                f"data set {name!r} has no column {column!r} ({key}); its columns are "
+                f"data set {name!r} has no column {column!r} ({key}): choose one of "
                 f"{', '.join(columns)}"
             )
     if len({"prompt_column", "answer_column"} & set(named)) == 1:

@@ -119,7 +119,7 @@ MISTAKES = {
     HALF + "--sparsity": "argument --sparsity: expected one argument",
     "prune -o out --sparsity 0.5": "the following arguments are required: MODEL",
     "prune model -o out -m model": "unexpected argument 'model': the model is given by -m already",
-    "prun -m model": r"invalid choice: 'prun' \(did you mean 'prune'\?\): choose from prune,",
+    "prun -m model": r"unknown command 'prun' \(did you mean 'prune'\?\): choose from prune,",
     "eval": "the following arguments are required: MODEL",
     "eval model --limit ten": "argument --limit: invalid int value: 'ten'",
     # Devices
