@@ -59,7 +59,7 @@ def usage_rows(usage: "Usage") -> list[tuple[str, str]]:
     """Return time and peak memory as labels and values."""
     rows = [("time", format_duration(usage.seconds))]
     memory = [
-        f"{format_size(size)}{where} at most"
+        f"{format_size(size)}{where} at the peak"
         for size, where in ((usage.peak_memory, ""), (usage.peak_gpu_memory, " of a GPU"))
         if size is not None
     ]
