@@ -10,6 +10,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum_cap.commands.chat import ChatCommand
 from optimum_cap.commands.compact import CompactCommand
 from optimum_cap.commands.compare import CompareCommand
+from optimum_cap.commands.completion import CompletionCommand
 from optimum_cap.commands.convert import ConvertCommand
 from optimum_cap.commands.estimate import EstimateCommand
 from optimum_cap.commands.eval import EvalCommand
@@ -45,6 +46,7 @@ class CAPCommand(BaseOptimumCLICommand):
         CommandInfo("push", "Upload a pruned checkpoint to the Hub.", PushCommand),
         CommandInfo("estimate", "Estimate the cost of a model or a study.", EstimateCommand),
         CommandInfo("study", "Compare recipes over models, sparsities and seeds.", StudyCommand),
+        CommandInfo("completion", "Print a script that completes flags.", CompletionCommand),
     )
 
     @staticmethod

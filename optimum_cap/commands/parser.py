@@ -2,6 +2,7 @@
 
 import textwrap
 from argparse import (
+    PARSER,
     Action,
     ArgumentError,
     ArgumentParser,
@@ -158,7 +159,7 @@ class CommandParser(ArgumentParser):
     def _check_value(self, action: Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))
-            if not action.option_strings:  # a command
+            if action.nargs == PARSER:  # a command
                 raise ArgumentError(
                     None,
                     f"unknown command {value!r}{did_you_mean(value, choices)}: choose from "

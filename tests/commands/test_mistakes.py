@@ -252,6 +252,7 @@ def test_an_interrupted_command_says_to_run_it_again(
         "recover": ["-m", "model", "-o", "out"],
         "compare": ["model", "other"],
         "push": ["model", "repo"],
+        "completion": ["bash"],
     }
     name = info.name  # type: ignore[attr-defined]
     monkeypatch.setattr(sys, "argv", ["optimum-cli", "cap", name, *arguments.get(name, ["model"])])

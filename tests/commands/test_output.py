@@ -152,7 +152,7 @@ def test_the_model_is_the_first_argument_or_that_of_m(info: object) -> None:
     parser = CommandParser(prog="cap")
     info.subcommand_class.parse_args(parser)  # type: ignore[attr-defined]
     if not parser.takes_model:
-        assert info.name == "study"  # type: ignore[attr-defined]
+        assert info.name in ("study", "completion")  # type: ignore[attr-defined]
         return
     rest = {
         "convert": ["--format", "dense", "-o", "x"],
@@ -216,3 +216,21 @@ def test_the_version(cap: Cap) -> None:
     status, out, _ = cap("--version")
     assert status == 0
     assert [line.split()[0] for line in out.splitlines()][::3] == ["optimum-cap", "torch"]
+
+
+def test_the_shell_completes_commands_and_flags(cap: Cap, tmp_path: Path) -> None:
+    status, script, err = cap("completion bash")
+    assert (status, err) == (0, "")
+    (tmp_path / "script").write_text(script)
+
+    def completed(*words: str) -> list[str]:
+        code = (
+            f"source {tmp_path / 'script'}; f=$(complete -p optimum-cli); f=${{f##*-F }}; "
+            f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; ${{f%% *}}; "
+            'echo "${COMPREPLY[@]}"'
+        )
+        return subprocess.check_output(["bash", "-c", code], text=True).split()
+
+    assert completed("optimum-cli", "cap", "pru") == ["prune"]
+    assert completed("optimum-cli", "cap", "prune", "--sparsi") == ["--sparsity"]
+    assert "export" in completed("optimum-cli", "exp")
