@@ -26,6 +26,7 @@ REASONS = {
     "needs an account on the Hub",
     "needs llama.cpp",
     "needs MLX",
+    "needs transformers[serving]",
     "needs vLLM",
 }
 # What the commands and the code of a guide print in the end.

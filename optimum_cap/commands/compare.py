@@ -1,5 +1,6 @@
 """`optimum-cli cap compare`: pruned models against a dense one, with significance tests."""
 
+import textwrap
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,13 +126,7 @@ class CompareCommand(CAPSubcommand):
             comparisons.append({"dense": args.dense, "pruned": name, "tasks": tasks})
             if args.add_to_card:
                 self.say(add_to_card(name, evaluations[name], dense) + "\n")
-        self.say(
-            "Over the items that both have: for shares, p is from the exact McNemar test and the "
-            "interval is Newcombe's;\nfor lengths, p is from a sign-flip test and the interval a "
-            "paired bootstrap of the ratio; for perplexity, the\ninterval is a paired bootstrap "
-            "over windows. An interval that contains 0 is not a statistically significant\n"
-            "difference."
-        )
+        self.say(_NOTES)
         errors = [
             f"{task} of {name}: {text}"
             for name, evaluation in evaluations.items()
@@ -141,6 +136,15 @@ class CompareCommand(CAPSubcommand):
         if errors:
             raise RuntimeError("; ".join(errors))
         return {"comparisons": comparisons}
+
+
+_NOTES = textwrap.fill(
+    "Over the items that both have: for shares, p is from the exact McNemar test and the interval "
+    "is Newcombe's; for lengths, p is from a sign-flip test and the interval a paired bootstrap of "
+    "the ratio; for perplexity, the interval is a paired bootstrap over windows. An interval that "
+    "contains 0 is not a statistically significant difference.",
+    80,
+)
 
 
 def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:

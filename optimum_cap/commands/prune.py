@@ -621,7 +621,7 @@ def _what_next(dense: str, pruned: str) -> str:
     dense, pruned = shlex.quote(dense), shlex.quote(pruned)
     return (
         "\nSee what it has lost, talk to both, and share it:\n\n"
-        f"optimum-cli cap compare {dense} {pruned}\n"
+        f"optimum-cli cap compare {dense} {pruned} --tasks gsm8k_loss --limit 64\n"
         f"optimum-cli cap chat {dense} {pruned}\n"
         f"optimum-cli cap push {pruned} you/name"
     )

@@ -1,5 +1,6 @@
 """A conversation with a model, whose answers arrive piece by piece."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,15 +103,12 @@ class Chat:
                 "begin a new one (/clear)"
             )
         streamer = _Pieces(self.tokenizer, on_text)
+        settings = copy.deepcopy(self._generation)
+        settings.max_new_tokens = room
         set_seed(self._seed)
         start = time.monotonic()
         with torch.inference_mode(), no_other_generation_settings(self.model):
-            output = self.model.generate(
-                **inputs,
-                generation_config=self._generation,
-                max_new_tokens=room,
-                streamer=streamer,
-            )
+            output = self.model.generate(**inputs, generation_config=settings, streamer=streamer)
         seconds = time.monotonic() - start
         tokens = output[0, count:]
         ends = self._generation.eos_token_id
