@@ -50,7 +50,7 @@ class EvalCommand(CAPSubcommand):
             "--tasks",
             default="gsm8k,strategyqa,arc_challenge,wikitext2",
             help="comma-separated tasks; also loss:FILE for your own answers, gsm8k_loss, "
-            "arc_challenge_choices, lm_eval:NAME (default: %(default)s)",
+            "lm_eval:NAME and others (default: %(default)s)",
         )
         parser.group(OUTPUT)(
             "-o", "--output", type=Path, metavar="FILE", help="JSON file to write, e.g. for compare"

@@ -118,7 +118,7 @@ def test_inspect_escapes_control_characters(
     for flags in ([], ["--verify"], ["--json"]):
         command = InspectCommand.__new__(InspectCommand)
         command.args = parser.parse_args([str(folder), *flags])
-        command.execute(command.prepare())
+        command.run()
         out = capsys.readouterr().out
         assert not {"\x1b", "\x9b", "\u202e"} & set(out)
         if "--json" not in flags:

@@ -331,7 +331,7 @@ def test_a_specification_and_columns_name_the_data(
         (['["gsm8k"]'], "is a JSON list: write its entries after --dataset"),
         ([file, file, "--text-column", "story"], "--text-column needs a single data set, got 2"),
         ([json.dumps(pair), "--prompt-column", "a"], "name other columns for prompt_column"),
-        ([file, "--text-column", "tale"], "no column 'tale' .text_column.; its columns are q, a"),
+        ([file, "--text-column", "tale"], "no column 'tale' .text_column.: choose one of q, a"),
         ([file], "--prompt-column and --answer-column or --text-column"),
     ):
         status, _, err = cap(*show, *dataset)

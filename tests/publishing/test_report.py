@@ -160,7 +160,7 @@ def test_the_command_writes_the_page_and_refuses_what_it_cannot(
 
     file = tmp_path / "report.html"
     status, out, _ = cap(folder, "-o", file)
-    assert (status, out) == (0, f"saved: {file}\n")
+    assert (status, out) == (0, f"saved         {file}\n")
     for arguments, message in (
         ([folder, "-o", tmp_path / "report.pdf"], "must end in .html"),
         ([folder, "-o", tmp_path / "no" / "report.html"], "does not exist: create it first"),

@@ -336,7 +336,7 @@ def test_eval_and_compare_add_results_to_the_card(
     model, flags = models["pruned"], [*models["flags"], "--add-to-card"]
     status, out, error = cap("eval", model, "--tasks", "wikitext2,gsm8k", *flags)
     assert status == 0, error
-    assert f"card: {model / CARD_NAME}\n" in out
+    assert f"card          {model / CARD_NAME}\n" in out
     assert "Measured without the dense model" in card(model)
     status, out, error = cap("compare", models["dense"], model, "--tasks", "gsm8k", *flags)
     assert status == 0, error

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_cap import CAPConfig
 from optimum_cap.checkpoint.model_card import with_results
+from optimum_cap.progress import progress_bar
+from optimum_cap.pruning import layer_by_layer
 from optimum_cap.quantization import check_reaches, get_scheme, quantize_checkpoint
 from optimum_cap.quantization.card import quantized_card
 from optimum_cap.quantization.packing import pack
@@ -136,13 +138,20 @@ def test_the_command_writes_both_checkpoints(
     command = ["prune", "-m", dense, "-o", output, "--sparsity", 0.5, "--recipe", "wanda"]
     command += ["--dataset", sums, "--num-samples", 6, "--device-map", "cpu"]
     command += ["--then-quantize", "int4"]
+    steps: list[str] = []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        steps.append(options["desc"])
+        return progress_bar(*args, **options)
+
+    monkeypatch.setattr(layer_by_layer, "progress_bar", recorded)
     status, text, errors = run_cap(monkeypatch, capfd, command)
     assert status == 0, errors
     assert f"quantized     {output}-int4" in text
     weight = AutoModelForCausalLM.from_pretrained(output).model.layers[2].mlp.up_proj.weight
     rounded = unpacked(tmp_path / "out-int4", "model.layers.2.mlp.up_proj.weight")
     assert (rounded[weight == 0] == 0).all()
-    assert "Rounding: 100%" in errors
+    assert "Rounding" in steps
     # The folder is not replaced, even with --overwrite.
     status, _, errors = run_cap(monkeypatch, capfd, [*command, "--overwrite"])
     assert status == 1
