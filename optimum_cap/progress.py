@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-# How progress is shown: "auto", "lines" (one every half a minute) or "none".
+# How progress is shown: "auto", "bars", "lines" (one every half a minute) or "none".
 PROGRESS = "OPTIMUM_CAP_PROGRESS"
 
 _FIRST_LINE = 10.0  # seconds after which the first line is printed
@@ -56,7 +56,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
             mode = "none"
         elif not (sys.stderr.isatty() or _draws_widgets()):
             mode = "lines"
-    if mode == "auto":
+    if mode in ("auto", "bars"):
         return logging.tqdm(iterable, **options)
     return ProgressLines(iterable, show=_print_line if mode == "lines" else None, **options)
 

@@ -303,7 +303,7 @@ def test_the_processor_is_uploaded(place: Path, cap: Cap, monkeypatch: pytest.Mo
 
 
 def test_the_other_commands_take_the_model(place: Path, pruned: Path, cap: Cap) -> None:
-    assert "sparsity=0.5" in (inspected := cap("inspect pruned --verify"))
+    assert "pruned to     0.5 of" in (inspected := cap("inspect pruned --verify"))
     assert "verified" in inspected
     weights = sum(weight.numel() for weight in tiny_image_model("llava").parameters())
     estimate = json.loads(cap("estimate model --hardware a100-80gb --json"))

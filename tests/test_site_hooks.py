@@ -44,17 +44,19 @@ def test_code_blocks_keep_their_text() -> None:
 
 
 def test_flags_stand_in_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = argparse.ArgumentParser("optimum-cli cap x", epilog="optimum-cli cap x DIR")
+    epilog = "examples:\n  optimum-cli cap x DIR\n\ndocumentation: https://x"
+    usage = "%(prog)s MODEL [options]"
+    parser = argparse.ArgumentParser("optimum-cli cap x", usage=usage, epilog=epilog)
     parser.add_argument("model", help="the model")
     group = parser.add_argument_group("what to prune")
     group.add_argument("-n", "--number", default=4, help="of <MODEL>s (default: %(default)s)")
     group.add_argument("--hidden", help=argparse.SUPPRESS)
     monkeypatch.setattr(site_hooks, "parsers", lambda: {"x": parser})
     assert site_hooks.flags("x") == (
-        "```text\noptimum-cli cap x model [flags]\n```\n\n"
+        "```text\noptimum-cli cap x MODEL [options]\n```\n\n"
+        "```bash\noptimum-cli cap x DIR\n```\n\n"
         "**Arguments**\n\n`model`\n:   the model\n\n"
-        "**What to prune**\n\n`-n`, `--number NUMBER`\n:   of \\<MODEL\\>s (default: 4)\n\n"
-        "**Examples**\n\n```bash\noptimum-cli cap x DIR\n```"
+        "**What to prune**\n\n`-n`, `--number NUMBER`\n:   of \\<MODEL\\>s (default: 4)"
     )
     with pytest.raises(site_hooks.PluginError, match="no command 'y', expected one of x"):
         site_hooks.flags("y")

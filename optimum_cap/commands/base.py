@@ -89,8 +89,8 @@ class CAPSubcommand(BaseOptimumCLICommand):
         return []
 
     def announce(self) -> None:
-        """Show the opening lines, which `--quiet` leaves out."""
-        if not self._is_set("quiet"):
+        """Show the opening lines, in the first of several processes, unless `--quiet` is set."""
+        if not self._is_set("quiet") and os.environ.get("RANK", "0") == "0":
             for line in self.opening():
                 print(line, file=sys.stderr, flush=True)
 
@@ -169,10 +169,11 @@ def _progress_as_set(quiet: bool) -> Iterator[None]:
     The bars of other packages, for loading and downloads, are shown in a terminal only: in a log,
     each of their updates would be a line.
     """
-    if sys.stderr.isatty() and not quiet:
+    if (sys.stderr.isatty() or os.environ.get(PROGRESS) == "bars") and not quiet:
         yield
         return
-    changed = dict.fromkeys(_OTHER_BARS, "1") | {PROGRESS: "none" if quiet else "lines"}
+    shown = "none" if quiet else os.environ.get(PROGRESS, "lines")
+    changed = dict.fromkeys(_OTHER_BARS, "1") | {PROGRESS: shown}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     # Imported already if the command runs inside another program.

@@ -18,6 +18,7 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optimum_cap.progress import PROGRESS
 from optimum_cap.runtime.digests import digest_of
 from optimum_cap.runtime.distributed import ProcessGroup
 
@@ -109,7 +110,8 @@ def test_ranks_with_different_models_stop() -> None:
 
 
 @pytest.mark.slow
-def test_ranks_without_a_cache() -> None:
+def test_ranks_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRESS, "bars")
     first, second = ranks("none", script=SCRIPT)
     assert first.stdout.split()[0] == second.stdout.split()[0]
     assert first.stdout.split()[0] == digest(score(tiny_model("llama"), None, count=24))
