@@ -300,7 +300,7 @@ def test_push_uploads_a_whole_folder(published: LoopbackHub, run: Run, earlier: 
         *cli("push", "earlier", "user/pushed", "--base-model", "user/dense", "--private"),
         *("--commit-message", "Ours"),
     )
-    assert "uploaded: " in done.stdout
+    assert "uploaded  " in done.stdout
     assert "cap compare DENSE earlier --add-to-card" in done.stdout
     assert "not uploaded, as it is the state of a training: optimizer.pt" in done.stderr
     repository = published.repositories["user/pushed"]
