@@ -178,6 +178,20 @@ def test_a_dry_run_checks_all_and_writes_nothing(cap: Cap, folder: Path) -> None
     assert "calibration   6 examples, " in out
     assert all(len(line) <= 80 for line in out.splitlines())
     status, _, err = cap("prune model -o dry --dry-run --sparsity 2")
+def test_values_that_look_like_m(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = CommandParser(prog="cap")
+    parser.add_model("a model")
+    parser.group("data")("--prompt")
+    assert parser.parse_args(["-m=name"]).model == "name"
+    assert parser.parse_args(["--", "-m"]).model == "-m"
+    for prompt in (["--prompt=-m"], ["--prompt", "-m is a flag"]):
+        assert parser.parse_args(["name", *prompt]).model == "name"
+    for form in (["-m=-x"], ["-m-x"], ["--model=-x"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(form)
+        assert "the model '-x' begins with a dash: write ./-x" in capsys.readouterr().err
+
+
     assert status == 2
     assert "sparsity must be" in err
 
