@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+_MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
+
 
 class _Loader(yaml.SafeLoader):
     """Reads numbers as YAML 1.2 does, and refuses a key that is given twice.
@@ -13,14 +15,22 @@ class _Loader(yaml.SafeLoader):
     YAML 1.1, which PyYAML reads, takes `2:4` as the number 124 and `1e-4` as text.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # before merges
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, key.value))
+        return node
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = str(node.value)
+        return int(text, 0 if text[:2] in ("0x", "0o") else 10)
 
 
 # See the core schema in https://yaml.org/spec/1.2.2/#103-core-schema.
@@ -35,6 +45,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 for _tag, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -52,7 +63,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise FileNotFoundError(f"the {what} {path} does not exist: check its path")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a YAML mapping, got {type(values).__name__}")

@@ -1,6 +1,7 @@
 """Shared by the commands: errors in one line, output, common flags, and checks of paths."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -92,7 +93,7 @@ class CAPSubcommand(BaseOptimumCLICommand):
         """Show the opening lines, in the first of several processes, unless `--quiet` is set."""
         if not self._is_set("quiet") and os.environ.get("RANK", "0") == "0":
             for line in self.opening():
-                print(line, file=sys.stderr, flush=True)
+                print(printable(line), file=sys.stderr, flush=True)
 
     @abstractmethod
     def prepare(self) -> Any:
@@ -152,7 +153,7 @@ class CAPSubcommand(BaseOptimumCLICommand):
 
     def _print_values(self, values: dict[str, Any]) -> None:
         if self._is_set("json"):
-            print(json.dumps(values, indent=2, default=str))
+            print(json.dumps(_without_nan(values), indent=2, default=str, allow_nan=False))
         elif self._is_set("quiet") and "saved" in values:
             print(values["saved"])
 
@@ -188,7 +189,7 @@ def _progress_as_set(quiet: bool) -> Iterator[None]:
             logging.enable_progress_bar()
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
@@ -619,6 +620,15 @@ def check_output_file(path: Path) -> None:
             f"the folder {path.absolute().parent} of the output cannot be written "
             f"({error.strerror}): choose another one"
         ) from error
+
+
+def _without_nan(values: Any) -> Any:
+    """Return values with `None` for numbers that JSON does not have."""
+    if isinstance(values, dict):
+        return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _one_line(error: BaseException) -> str:

@@ -99,6 +99,8 @@ class CompareCommand(CAPSubcommand):
             _take_draw(args, saved)
             check_evaluation_flags(args)
             in_files = [task for evaluation in saved.values() for task in evaluation.tasks]
+            if named is None:
+                _check_files_of(in_files)
             data = read_task_data(named or in_files or list(DEFAULT_TASKS), args)
             check_loading_flags(args)
             for name in names:
@@ -145,6 +147,23 @@ _NOTES = textwrap.fill(
     "contains 0 is not a statistically significant difference.",
     80,
 )
+
+
+def _check_files_of(tasks: list[str]) -> None:
+    """Check that the files of tasks in results, which do not store folders, are found.
+
+    Raises:
+        FileNotFoundError: A file is not in the current folder.
+    """
+    from optimum_cap.evaluation import LOSS_PREFIX
+
+    for task in tasks:
+        file = task.removeprefix(LOSS_PREFIX)
+        if file != task and not Path(file).is_file():
+            raise FileNotFoundError(
+                f"the results of {task} do not say in which folder the file is, and it is not in "
+                f"the current one: name it with --tasks {LOSS_PREFIX}FOLDER/{file}"
+            )
 
 
 def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:

@@ -68,7 +68,7 @@ def _size_of(name: str) -> str:
 
 
 def _kind(folder: Path) -> str:
-    with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+    with suppress(OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         return f", {json.loads((folder / 'config.json').read_text())['architectures'][0]}"
     return ""
 

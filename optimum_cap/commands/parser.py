@@ -117,20 +117,23 @@ class CommandParser(ArgumentParser):
         model, rest = None, []
         position = 0
         while position < end:
-            name, equals, value = args[position].partition("=")
+            text = args[position]
+            name, equals, value = text.partition("=")
             position += 1
-            if name == "--model" and equals:
+            if name in _MODEL_FLAGS and equals:
                 pass
             elif name in _MODEL_FLAGS:
                 if position == end or (args[position][:1] == "-" and len(args[position]) > 1):
                     self.error("argument -m/--model: expected one argument")
                 value = args[position]
                 position += 1
-            elif name[:2] == "-m":  # the value follows without a space
-                value = args[position - 1][2:]
+            elif text[:2] == "-m" and " " not in text:  # the value follows without a space
+                value = text[2:]
             else:
-                rest.append(args[position - 1])
+                rest.append(text)
                 continue
+            if value[:1] == "-" and len(value) > 1:
+                self.error(f"the model {value!r} begins with a dash: write ./{value} for a folder")
             if model is not None:
                 self.error("argument -m/--model: given twice: give it once")
             model = value

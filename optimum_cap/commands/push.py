@@ -104,6 +104,9 @@ def _ask(checkpoint: str, local_name: str | None) -> str:
             f"{what}: pass --base-model ID, or --base-model {_NOT_ON_THE_HUB} if it is not on the "
             "Hub"
         )
-    print(f"{what[0].upper()}{what[1:]}.")
-    answer = input("Hub id of the base model (empty if it is not on the Hub): ").strip()
+    # Not on stdout, which has the result alone.
+    print(f"{what[0].upper()}{what[1:]}.", file=sys.stderr)
+    question = "Hub id of the base model (empty if it is not on the Hub): "
+    print(question, end="", file=sys.stderr, flush=True)
+    answer = input().strip()
     return answer or _NOT_ON_THE_HUB

@@ -579,6 +579,19 @@ def test_eval_and_compare_say_what_is_wrong_in_one_line(
     )
 
 
+def test_compare_asks_for_the_folder_of_a_file_in_results(
+    cap: Callable[..., tuple[int, str, str]], dense: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    task, saved = ["--tasks", f"loss:{tmp_path / 'own.jsonl'}"], tmp_path / "dense.json"
+    assert cap("eval", dense, *task, "-o", saved)[0] == 0
+    status, _, err = cap("compare", saved, dense)
+    assert status == 2
+    assert "name it with --tasks loss:FOLDER/own.jsonl" in err
+    status, out, err = cap("compare", saved, dense, *task)
+    assert (status, str(tmp_path / "own") in out) == (0, False), err
+
+
 def test_compare_evaluates_the_items_of_the_file(
     cap: Callable[..., tuple[int, str, str]], dense: Path, data_dir: Path, tmp_path: Path
 ) -> None:

@@ -1,11 +1,14 @@
 """What commands print: the opening, results as text or JSON, and little with `--quiet`."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.command_line import run_cap
@@ -14,7 +17,8 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 from optimum_cap import CAPConfig
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.cap import CAPCommand
-from optimum_cap.commands.opening import DEFAULTS
+from optimum_cap.commands.inspect import InspectCommand
+from optimum_cap.commands.opening import DEFAULTS, opening_lines
 from optimum_cap.commands.parser import CommandParser
 
 Cap = Callable[..., tuple[int, str, str]]
@@ -106,6 +110,24 @@ def test_a_model_of_the_cache_has_a_size(
     assert lines[0] == "evaluating org/model (2.5 kB)"
 
 
+def test_the_opening_takes_any_name_and_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "mo\x1b[31mdel"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"0" * 2500)
+    args = Namespace(model=str(model), sparsity="\x1b", dataset=['{"path":\n1}'], device_map="cpu")
+    command = SimpleNamespace(
+        opening=lambda: opening_lines(args, "pruning"), _is_set=lambda flag: False
+    )
+    for config in ('["x"]', "null", "[" * 100_000, '{"architectures": ["\\u001b[2J"]}'):
+        (model / "config.json").write_text(config)
+        CAPSubcommand.announce(command)  # type: ignore[arg-type]
+        first, data, device = capsys.readouterr().err.splitlines()
+        assert "mo\\x1b[31mdel (2.5 kB" in first
+        assert "\x1b" not in first + data + device
+
+
 def test_json_is_all_of_stdout(cap: Cap, pruned: Path) -> None:
     status, out, err = cap(f"prune model -o json --json {FLAGS}")
     assert status == 0, err
@@ -127,6 +149,15 @@ def test_json_is_all_of_stdout(cap: Cap, pruned: Path) -> None:
         assert isinstance(json.loads(out), dict), command
 
 
+def test_json_has_null_for_what_is_no_number(
+    cap: Cap, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"a": math.nan, "b": [1.5, (-math.inf, Path("x"))]}
+    monkeypatch.setattr(InspectCommand, "execute", lambda self, prepared: values)
+    status, out, _ = cap("inspect pruned --json")
+    assert (status, json.loads(out)) == (0, {"a": None, "b": [1.5, [None, "x"]]})
+
+
 def test_quiet_prints_the_result_alone(cap: Cap, pruned: Path) -> None:
     assert cap(f"prune model -o quiet --quiet {FLAGS}") == (0, "quiet\n", "")
     assert cap("convert quiet --format dense -o quiet_dense --quiet") == (0, "quiet_dense\n", "")
@@ -145,6 +176,20 @@ def test_every_command_has_the_general_flags() -> None:
         assert "\nexamples:\n" in text
         assert "https://" in text.splitlines()[-1]
         assert max(map(len, text.splitlines())) <= 80, info.name
+
+
+def test_values_that_look_like_m(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = CommandParser(prog="cap")
+    parser.add_model("a model")
+    parser.group("data")("--prompt")
+    assert parser.parse_args(["-m=name"]).model == "name"
+    assert parser.parse_args(["--", "-m"]).model == "-m"
+    for prompt in (["--prompt=-m"], ["--prompt", "-m is a flag"]):
+        assert parser.parse_args(["name", *prompt]).model == "name"
+    for form in (["-m=-x"], ["-m-x"], ["--model=-x"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(form)
+        assert "the model '-x' begins with a dash: write ./-x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("info", CAPCommand.SUBCOMMANDS, ids=lambda info: info.name)

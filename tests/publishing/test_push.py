@@ -77,21 +77,16 @@ def test_an_unknown_base_model_is_asked_for(
     status, _, error = run_cap(monkeypatch, capfd, ["push", folder, "user/never"])
     assert status == 2
     assert "(only that its folder was ./mine): pass --base-model ID, or --base-model none" in error
-    asked = []
-
-    def answer(question: str) -> str:
-        asked.append(question)
-        return "org/dense"
-
     checked = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("builtins.input", lambda: "org/dense")
     monkeypatch.setattr("optimum_cap.commands.push.check_hub_access", lambda *_: None)
     monkeypatch.setattr(
         "optimum_cap.publishing.check_base_model", lambda name, _: checked.append(name)
     )
-    run_cap(monkeypatch, capfd, ["push", folder, "user/never"])
-    assert len(asked) == 1
+    _, out, error = run_cap(monkeypatch, capfd, ["push", folder, "user/never", "--json"])
+    assert "Hub id of the base model" not in out  # which is JSON
+    assert error.count("Hub id of the base model") == 1
     assert checked == ["org/dense"]
 
 
