@@ -70,7 +70,8 @@ class CompareCommand(CAPSubcommand):
         """Return the models that are not files, tasks, device and resume folder."""
         names = [self.args.dense, *self.args.pruned]
         models = [name for name in dict.fromkeys(names) if not name.endswith(".json")]
-        return evaluation_lines(self.args, models) if models else []
+        with_files = len(models) < len(set(names))
+        return evaluation_lines(self.args, models, with_files) if models else []
 
     def prepare(self) -> _Prepared:
         """Read the files and check the tasks; if there is a model to evaluate, read the data."""

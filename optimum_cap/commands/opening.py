@@ -6,11 +6,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from optimum_cap.text import format_size
 
 # Shown where a flag is not set; a test compares them with the defaults of CAPConfig.
 DEFAULTS = {"recipe": "causal", "dataset": ["gsm8k"], "num_samples": 128, "seed": 0}
+# Recipes and criteria; a test compares them with the recipes of CAPConfig.
+WITHOUT_DATA = ("magnitude", "magnitude_global", "random")
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -25,40 +28,68 @@ def opening_lines(
         aim: To what end (default: recipe and sparsity).
         **defaults: Values of flags that are not set.
     """
-    flags = {**DEFAULTS, **defaults, **vars(args)}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    chosen = {**_settings(given.get("config")), **given}
+    if "scores" in given and chosen.keys().isdisjoint({"recipe", "criterion"}):
+        chosen["recipe"] = "paper"
+    flags = {**DEFAULTS, **defaults, **chosen}
     aims = [aim or f"recipe {flags['recipe']}"]
-    if flags.get("config") is not None:
-        aims = [f"settings of {flags['config']}"]
-    if "sparsity" in flags:
-        aims.append(f"sparsity {flags['sparsity']}")
-    if "pattern" in flags:
-        aims.append(f"pattern {flags['pattern']}")
-    data = f"{', '.join(map(str, flags['dataset']))}, {flags['num_samples']} examples"
-    if flags.get("scores") is not None:
+    aims += [
+        f"{name} {flags[name]}" for name in ("criterion", "sparsity", "pattern") if name in flags
+    ]
+    if "config" in flags:
+        aims.append(f"settings of {flags['config']}")
+    names = flags["dataset"] if isinstance(flags["dataset"], list) else [flags["dataset"]]
+    data = f"{', '.join(map(str, names))}, {flags['num_samples']} examples, seed {flags['seed']}"
+    if "scores" in flags:
         data = f"scores of {flags['scores']}"
-    resume = flags.get("resume_dir") or "the Hugging Face cache"
+    elif "allocation" not in flags and flags.get("criterion", flags["recipe"]) in WITHOUT_DATA:
+        data = "none"
+    resume = flags.get("resume_dir", "the Hugging Face cache")
     return [
         f"{doing} {args.model}{_size_of(args.model)}: {', '.join(aims)}",
-        f"data: {data}, seed {flags['seed']}",
+        f"data: {data}",
         f"device: {flags['device_map']}; an interrupted run resumes from {resume}",
     ]
 
 
-def evaluation_lines(args: Namespace, models: Sequence[str]) -> list[str]:
-    """Return three lines: the models that are evaluated, the tasks, and where it runs."""
-    limit = "all items" if args.limit is None else f"{args.limit} items per task"
+def evaluation_lines(args: Namespace, models: Sequence[str], with_files: bool = False) -> list[str]:
+    """Return three lines: the models that are evaluated, the tasks, and where it runs.
+
+    Args:
+        args: The flags, which nothing has checked yet.
+        models: The models that are evaluated.
+        with_files: Whether they are compared with results in files, whose settings are the
+            defaults.
+    """
+    tasks = args.tasks or ("those of the files" if with_files else "the default ones")
+    limit = "as many items as in the files" if with_files else "all items"
+    if args.limit is not None:
+        limit = f"{args.limit} items per task"
     resume = args.resume_dir or "the Hugging Face cache"
     return [
         f"evaluating {', '.join(f'{name}{_size_of(name)}' for name in models)}",
-        f"tasks: {args.tasks or 'those of the files, or the default ones'}, {limit}",
+        f"tasks: {tasks}, {limit}",
         f"device: {args.device_map}; an interrupted run resumes from {resume}",
     ]
+
+
+def _settings(file: Path | None) -> dict[str, Any]:
+    """Return the settings in the file of `--config`; none if it cannot be read."""
+    if file is None:
+        return {}
+    from optimum_cap.yaml_files import read_yaml
+
+    with suppress(OSError, ValueError):
+        values = read_yaml(file, "settings file")
+        return {str(name): value for name, value in values.items() if value is not None}
+    return {}
 
 
 def _size_of(name: str) -> str:
     """Return the size of the weights, if they are on this machine."""
     folder = Path(name)
-    with suppress(OSError, ValueError, StopIteration):
+    with suppress(OSError, ValueError):
         if not folder.is_dir():
             folder = _cached(name)
         size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS)

@@ -17,9 +17,12 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 from optimum_cap import CAPConfig
 from optimum_cap.commands.base import CAPSubcommand
 from optimum_cap.commands.cap import CAPCommand
+from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.inspect import InspectCommand
-from optimum_cap.commands.opening import DEFAULTS, opening_lines
+from optimum_cap.commands.opening import DEFAULTS, WITHOUT_DATA, opening_lines
 from optimum_cap.commands.parser import CommandParser
+from optimum_cap.commands.prune import PruneCommand
+from optimum_cap.config import RECIPES
 
 Cap = Callable[..., tuple[int, str, str]]
 
@@ -91,6 +94,75 @@ def test_the_opening_knows_the_defaults() -> None:
     for name, value in DEFAULTS.items():
         default = getattr(config, name)
         assert value == ([default] if name == "dataset" else default), name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_opening_knows_which_recipes_need_no_data(recipe: str) -> None:
+    needs_data = CAPConfig(sparsity=0.5, recipe=recipe).method.needs_data
+    assert needs_data == (recipe not in WITHOUT_DATA)
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "lines"),
+    [
+        (
+            "--config settings.yaml",
+            "sparsity: 0.5\npattern: 2:4\ndataset: [a.jsonl, b.jsonl]\nseed: 3\nresume_dir: r\n",
+            [
+                "recipe causal, sparsity 0.5, pattern 2:4, settings of settings.yaml",
+                "data: a.jsonl, b.jsonl, 128 examples, seed 3",
+                "device: auto; an interrupted run resumes from r",
+            ],
+        ),
+        (
+            "--config settings.yaml --sparsity 0.6",
+            "sparsity: 0.5\nrecipe: magnitude\n",
+            ["recipe magnitude, sparsity 0.6, settings of settings.yaml", "data: none"],
+        ),
+        ("--config none.yaml", "", ["pruning model: recipe causal, settings of none.yaml"]),
+        ("--scores file", "", ["pruning model: recipe paper", "data: scores of file"]),
+        ("--scores file --recipe wanda", "", ["pruning model: recipe wanda"]),
+        ("--criterion random", "", ["recipe causal, criterion random", "data: none"]),
+        ("--criterion random --allocation fisher", "", ["", "data: gsm8k, 128 examples, seed 0"]),
+        ("--dataset a\x1b[2J", "", ["", r"data: a\x1b[2J, 128 examples, seed 0"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("--") else "",
+)
+def test_the_opening_says_what_flags_and_files_choose(
+    flags: str,
+    settings: str,
+    lines: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text(settings)
+    parser = CommandParser(prog="cap prune")
+    PruneCommand.parse_args(parser)
+    command = PruneCommand.__new__(PruneCommand)
+    command.args = parser.parse_args(["model", "-o", "out", *flags.split()])
+    command.announce()
+    shown = capfd.readouterr().err.splitlines()
+    assert len(shown) == 3
+    for line, expected in zip(shown, lines, strict=False):
+        assert line.endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tasks"),
+    [
+        ("a b", "the default ones, all items"),
+        ("a.json b", "those of the files, as many items as in the files"),
+        ("a.json b --tasks gsm8k --limit 5", "gsm8k, 5 items per task"),
+    ],
+)
+def test_the_opening_of_a_comparison(arguments: str, tasks: str) -> None:
+    parser = CommandParser(prog="cap compare")
+    CompareCommand.parse_args(parser)
+    command = CompareCommand.__new__(CompareCommand)
+    command.args = parser.parse_args(arguments.split())
+    assert command.opening()[1] == f"tasks: {tasks}"
 
 
 def test_a_model_of_the_cache_has_a_size(
