@@ -132,7 +132,9 @@ class CommandParser(ArgumentParser):
             else:
                 rest.append(text)
                 continue
-            if value[:1] == "-" and len(value) > 1:
+            if not value:
+                self.error("argument -m/--model: expected one argument")
+            if value[0] == "-" and len(value) > 1:
                 self.error(f"the model {value!r} begins with a dash: write ./{value} for a folder")
             if model is not None:
                 self.error("argument -m/--model: given twice: give it once")

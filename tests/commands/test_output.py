@@ -258,6 +258,10 @@ def test_values_that_look_like_m(capsys: pytest.CaptureFixture[str]) -> None:
     assert parser.parse_args(["--", "-m"]).model == "-m"
     for prompt in (["--prompt=-m"], ["--prompt", "-m is a flag"]):
         assert parser.parse_args(["name", *prompt]).model == "name"
+    for form in (["-m", ""], ["-m="], ["--model=", "name"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(form)
+        assert "argument -m/--model: expected one argument" in capsys.readouterr().err
     for form in (["-m=-x"], ["-m-x"], ["--model=-x"]):
         with pytest.raises(SystemExit):
             parser.parse_args(form)
@@ -277,7 +281,7 @@ def test_the_model_is_the_first_argument_or_that_of_m(info: object) -> None:
         "push": ["repo"],
     }.get(info.name, ["-o", "x"] if "-o" in parser.flags else [])  # type: ignore[attr-defined]
     forms = [["name", *rest], ["-m", "name", *rest], [*rest, "--model", "name"]]
-    forms += [[*rest, "--model=name"], ["-mname", *rest]]
+    forms += [[*rest, "--model=name"], ["-mname", *rest], ["-m=name", *rest]]
     if rest[:1] in (["-o"], []):
         forms.append([*rest, "name"])
     first, *others = (vars(parser.parse_args(form)) for form in forms)
