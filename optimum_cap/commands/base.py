@@ -10,7 +10,7 @@ import threading
 from abc import abstractmethod
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -123,9 +123,11 @@ class CAPSubcommand(BaseOptimumCLICommand):
         try:
             with _sigterm_as_exception(), _progress_as_set(self._is_set("quiet")):
                 self.announce()
-                prepared = self.prepare()
-                preparing = False
-                values = self.execute(prepared)
+                # With --json, what other packages print must not mix with the values.
+                with redirect_stdout(sys.stderr) if self._is_set("json") else nullcontext():
+                    prepared = self.prepare()
+                    preparing = False
+                    values = self.execute(prepared)
                 if values is not None:
                     self._print_values(values)
                 sys.stdout.flush()

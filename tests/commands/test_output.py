@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.command_line import run_cap
@@ -228,6 +229,27 @@ def test_json_has_null_for_what_is_no_number(
     monkeypatch.setattr(InspectCommand, "execute", lambda self, prepared: values)
     status, out, _ = cap("inspect pruned --json")
     assert (status, json.loads(out)) == (0, {"a": None, "b": [1.5, [None, "x"]]})
+
+
+class _Prints(CAPSubcommand):
+    """Prints as other packages do."""
+
+    def __init__(self, **flags: bool) -> None:
+        self.args = Namespace(**flags)
+
+    def prepare(self) -> None:
+        print("loading")
+
+    def execute(self, prepared: None) -> dict[str, Any]:
+        print("done")
+        return {"a": 1}
+
+
+def test_json_is_apart_from_what_other_packages_print(capsys: pytest.CaptureFixture[str]) -> None:
+    _Prints(json=True).run()
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"a": 1}
+    assert err == "loading\ndone\n"
 
 
 def test_quiet_prints_the_result_alone(cap: Cap, pruned: Path) -> None:
