@@ -175,7 +175,8 @@ def _progress_as_set(quiet: bool) -> Iterator[None]:
     if (sys.stderr.isatty() or os.environ.get(PROGRESS) == "bars") and not quiet:
         yield
         return
-    shown = "none" if quiet else os.environ.get(PROGRESS, "lines")
+    chosen = os.environ.get(PROGRESS, "auto")
+    shown = "none" if quiet else "lines" if chosen == "auto" else chosen
     changed = dict.fromkeys(_OTHER_BARS, "1") | {PROGRESS: shown}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)

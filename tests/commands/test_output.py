@@ -24,6 +24,7 @@ from optimum_cap.commands.opening import DEFAULTS, WITHOUT_DATA, opening_lines
 from optimum_cap.commands.parser import CommandParser
 from optimum_cap.commands.prune import PruneCommand
 from optimum_cap.config import RECIPES
+from optimum_cap.progress import PROGRESS
 
 Cap = Callable[..., tuple[int, str, str]]
 
@@ -250,6 +251,23 @@ def test_json_is_apart_from_what_other_packages_print(capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert json.loads(out) == {"a": 1}
     assert err == "loading\ndone\n"
+
+
+@pytest.mark.usefixtures("capsys")
+@pytest.mark.parametrize(
+    ("chosen", "shown"), [(None, "lines"), ("auto", "lines"), ("none", "none")]
+)
+def test_progress_in_a_log_is_lines_unless_chosen_otherwise(
+    chosen: str | None, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PROGRESS, raising=False)
+    if chosen:
+        monkeypatch.setenv(PROGRESS, chosen)
+    modes: list[str | None] = []
+    monkeypatch.setattr(_Prints, "prepare", lambda self: modes.append(os.environ.get(PROGRESS)))
+    _Prints().run()
+    assert modes == [shown]
+    assert os.environ.get(PROGRESS) == chosen
 
 
 def test_quiet_prints_the_result_alone(cap: Cap, pruned: Path) -> None:
