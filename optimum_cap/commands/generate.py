@@ -1,6 +1,7 @@
 """`optimum-cli cap generate`: save the answers of a model to the prompts of a data set."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,8 @@ class GenerateCommand(CAPSubcommand):
         ]
         self.say(labelled(rows_shown))
         self.say(
-            f"\nCalibrate on them with\n\noptimum-cli cap prune {args.model} -o DIR --sparsity "
-            f"0.5 --dataset {args.output} --num-samples {len(rows)}"
+            f"\nCalibrate on them with\n\noptimum-cli cap prune {shlex.quote(args.model)} -o DIR "
+            f"--sparsity 0.5 --dataset {shlex.quote(str(args.output))} --num-samples {len(rows)}"
         )
         return {"saved": str(args.output), "seconds": seconds, "answers": answered.record}
 

@@ -29,7 +29,7 @@ from optimum_cap.commands.config_flags import RECIPE, SCORES, add_config_flags, 
 from optimum_cap.commands.opening import opening_lines
 from optimum_cap.commands.parser import HUB, OUTPUT, REQUIRED, RUN, CommandParser
 from optimum_cap.commands.summary import summary_rows, usage_rows
-from optimum_cap.text import labelled
+from optimum_cap.text import enumeration, labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -260,7 +260,7 @@ class PruneCommand(CAPSubcommand):
             self.say(f"quantized     {prepared.quantized}")
         name = args.push_to_hub or str(args.output)
         self.say(_how_to_load(name, prepared.config.checkpoint_format, prepared.auto_class))
-        self.say(_what_next(args.model, str(args.output)))
+        self.say(_what_next(args, prepared.auto_class))
         return values
 
     def _show(self, prepared: Prepared, values: dict[str, Any], text: str) -> dict[str, Any] | None:
@@ -361,7 +361,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
         *((name, plan[key]) for name, key in _PLANNED if key in plan),
     ]
     advice = "All checks passed, and nothing was pruned. Predict time and memory with"
-    return f"{labelled(rows)}\n\n{advice}\n\noptimum-cli cap estimate {plan['model']}"
+    return f"{labelled(rows)}\n\n{advice}\n\noptimum-cli cap estimate {shlex.quote(plan['model'])}"
 
 
 _PLANNED = (("would push", "push_to_hub"), ("quantized", "quantized"))
@@ -617,11 +617,20 @@ def _how_to_load(name: str, checkpoint_format: str, auto_class: str) -> str:
     )
 
 
-def _what_next(dense: str, pruned: str) -> str:
-    dense, pruned = shlex.quote(dense), shlex.quote(pruned)
-    return (
-        "\nSee what it has lost, talk to both, and share it:\n\n"
-        f"optimum-cli cap compare {dense} {pruned} --tasks gsm8k_loss --limit 64\n"
-        f"optimum-cli cap chat {dense} {pruned}\n"
-        f"optimum-cli cap push {pruned} you/name"
-    )
+def _what_next(args: Namespace, auto_class: str) -> str:
+    """Return commands to go on with; those that compare answers are for models with an LM head."""
+    dense, pruned = shlex.quote(args.model), shlex.quote(str(args.output))
+    steps = {
+        "see what it has lost": f"compare {dense} {pruned} --tasks gsm8k_loss --limit 64",
+        "talk to both": f"chat {dense} {pruned}",
+        "share it": f"push {pruned} you/name",
+    }
+    if auto_class not in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        steps = {"share it": steps["share it"]}
+    if args.push_to_hub:
+        steps.pop("share it")
+    if not steps:
+        return ""
+    aims = enumeration(list(steps))
+    commands = "\n".join(f"optimum-cli cap {command}" for command in steps.values())
+    return f"\n{aims[0].upper()}{aims[1:]}:\n\n{commands}"

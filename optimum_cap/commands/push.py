@@ -1,5 +1,6 @@
 """`optimum-cli cap push`: upload a checkpoint that was saved earlier."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class PushCommand(CAPSubcommand):
         if not load_results(args.checkpoint):
             self.say(
                 "The model card has no results. To add some, run\n"
-                f"  optimum-cli cap compare DENSE {args.checkpoint} --add-to-card\n"
+                f"  optimum-cli cap compare DENSE {shlex.quote(args.checkpoint)} --add-to-card\n"
                 "and push again."
             )
         return {"saved": url, "commit": commit.oid}

@@ -22,7 +22,7 @@ from optimum_cap.commands.compare import CompareCommand
 from optimum_cap.commands.inspect import InspectCommand
 from optimum_cap.commands.opening import DEFAULTS, WITHOUT_DATA, opening_lines
 from optimum_cap.commands.parser import CommandParser
-from optimum_cap.commands.prune import PruneCommand
+from optimum_cap.commands.prune import PruneCommand, _what_next
 from optimum_cap.config import RECIPES
 from optimum_cap.progress import PROGRESS
 
@@ -327,6 +327,23 @@ def test_the_model_is_the_first_argument_or_that_of_m(info: object) -> None:
     first, *others = (vars(parser.parse_args(form)) for form in forms)
     assert "name" in first.values()
     assert all(other == first for other in others)
+
+
+def test_the_advice_after_pruning_works_for_the_model() -> None:
+    args = Namespace(model="my model", output=Path("out"), push_to_hub=None)
+    assert _what_next(args, "AutoModelForCausalLM").splitlines()[1:] == [
+        "See what it has lost, talk to both and share it:",
+        "",
+        "optimum-cli cap compare 'my model' out --tasks gsm8k_loss --limit 64",
+        "optimum-cli cap chat 'my model' out",
+        "optimum-cli cap push out you/name",
+    ]
+    # A classifier gives no answers.
+    classifier = "AutoModelForSequenceClassification"
+    assert _what_next(args, classifier).endswith("Share it:\n\noptimum-cli cap push out you/name")
+    args.push_to_hub = "you/name"
+    assert "push" not in _what_next(args, "AutoModelForCausalLM")
+    assert _what_next(args, classifier) == ""
 
 
 def test_a_dry_run_checks_all_and_writes_nothing(cap: Cap, folder: Path) -> None:
