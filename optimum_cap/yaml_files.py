@@ -48,6 +48,10 @@ for _tag, _pattern in _NUMBERS.items():
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
+# Raised by PyYAML for values that do not fit their tags, and for too many levels.
+_OTHER_ERRORS = (ValueError, LookupError, AttributeError, RecursionError)
+
+
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -57,14 +61,17 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It is not valid YAML, or no mapping.
+        ValueError: It is a folder, not valid YAML, or no mapping.
     """
+    if path.is_dir():
+        raise ValueError(f"the {what} {path} is a folder: name a file")
     if not path.is_file():
         raise FileNotFoundError(f"the {what} {path} does not exist: check its path")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, *_OTHER_ERRORS) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a YAML mapping, got {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise ValueError(f"{path} must be a YAML mapping, got {found}: write lines `name: value`")
     return values

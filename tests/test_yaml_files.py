@@ -35,6 +35,8 @@ def test_numbers_and_merged_keys(tmp_path: Path, text: str, values: dict[str, An
         "? [1]\n: 2",
         "a: 2024-13-01",
         "a: !!int x",
+        "a: !!bool x",
+        "a: !!timestamp x",
         "a: " + "[" * 3000,
     ],
 )
@@ -43,3 +45,14 @@ def test_what_cannot_be_read_names_the_file(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=r"file\.yaml is not valid YAML"):
         read_yaml(file, "file")
+
+
+def test_a_file_with_names_and_values_is_needed(tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("# sparsity: 0.5")
+    with pytest.raises(ValueError, match="got nothing: write lines `name: value`"):
+        read_yaml(file, "settings file")
+    with pytest.raises(ValueError, match=r"the settings file .* is a folder: name a file"):
+        read_yaml(tmp_path, "settings file")
+    with pytest.raises(FileNotFoundError, match=r"the study file .* does not exist"):
+        read_yaml(tmp_path / "none.yaml", "study file")
