@@ -16,7 +16,7 @@ from optimum_cap.commands.base import (
     check_loading_flags,
     loading_options,
 )
-from optimum_cap.commands.parser import REQUIRED, CommandParser
+from optimum_cap.commands.parser import CommandParser
 from optimum_cap.text import printable
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ class ChatCommand(CAPSubcommand):
             page="sharing",
         )
         parser.add_model("Hub id or folder of a model, dense or pruned")
-        parser.group(REQUIRED)(
+        add = parser.group("conversation")
+        add(
             "other",
             metavar="OTHER",
             nargs="?",
             help="a second model to compare with (default: none)",
         )
-        add = parser.group("conversation")
         add("-p", "--prompt", help="answer this message, and end (default: ask for messages)")
         add("--system", metavar="TEXT", help="system message (default: none)")
         add(

@@ -11,7 +11,7 @@ from optimum_cap.text import enumeration
 # Titles of groups of flags that are those of CAPConfig.
 RECIPE = "recipe"
 METHOD = "parts of the recipe (advanced)"
-ANSWERS = "answers of the model, with --answers model"
+ANSWERS = "the model's own answers"
 SCORES = "causal scores, for the recipe paper"
 
 
@@ -75,7 +75,8 @@ _DATA_FLAGS: _Flags = (
         "--answers",
         "answers",
         str,
-        "whose answers are used: those of the dataset, or the dense model's own (default: dataset)",
+        "answers to calibrate on: those of the dataset, or model: the dense model's own "
+        "(default: dataset)",
     ),
     (
         "--seed",
@@ -122,8 +123,8 @@ _METHOD_FLAGS: _Flags = (
         "--order",
         "order",
         str,
-        "when inputs are measured again: after each layer, or before each projection "
-        "(default: the recipe's)",
+        "when inputs are measured again: after each layer (layer), or before each projection "
+        "(projection) (default: the recipe's)",
     ),
     (
         "--answer-weight",
