@@ -87,7 +87,7 @@ def test_the_opening_needs_neither_torch_nor_transformers(folder: Path) -> None:
         "optimum_cli.main()\n"
     )
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, timeout=200)
     assert done.returncode == 7
 
 
@@ -278,7 +278,8 @@ def test_quiet_prints_the_result_alone(cap: Cap, pruned: Path) -> None:
     assert "recipe        wanda" in out
 
 
-def test_every_command_has_the_general_flags() -> None:
+def test_every_command_has_the_general_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     for info in CAPCommand.SUBCOMMANDS:
         parser = CommandParser(prog=f"optimum-cli cap {info.name}")
         info.subcommand_class.parse_args(parser)
