@@ -36,7 +36,7 @@ def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         keep = chunk != 0
         mask[start // 8 : (start + CHUNK) // 8] = np.packbits(keep, bitorder="little")
         positions = np.flatnonzero(keep)
-        values[done : done + len(positions)] = chunk[positions]
+        values[done : done + len(positions)] = chunk.take(positions)
         done += len(positions)
     return {
         "weight": torch.from_numpy(values).view(weight.dtype),
