@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-# How progress is shown: "auto", "bars", "lines" (one every half a minute) or "none".
 PROGRESS = "OPTIMUM_CAP_PROGRESS"
+"""Variable of the environment that says how progress is shown."""
+
+_MODES = ("auto", "bars", "lines", "none")  # one line every half a minute
 
 _FIRST_LINE = 10.0  # seconds after which the first line is printed
 _NEXT_LINE = 30.0  # seconds between two lines
@@ -48,7 +50,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     name, steps = options.get("desc") or "", _steps.get()
     if name in steps and len(steps) > 1:
         options["desc"] = f"[{steps.index(name) + 1}/{len(steps)}] {name}"
-    mode = os.environ.get(PROGRESS, "auto")
+    mode = progress_mode()
     if options.get("disable"):
         mode = "none"
     elif mode == "auto":
@@ -59,6 +61,18 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     if mode in ("auto", "bars"):
         return logging.tqdm(iterable, **options)
     return ProgressLines(iterable, show=_print_line if mode == "lines" else None, **options)
+
+
+def progress_mode() -> str:
+    """Return how progress is to be shown, as the environment says.
+
+    Raises:
+        ValueError: It is none of the ways.
+    """
+    mode = os.environ.get(PROGRESS, "auto") or "auto"
+    if mode not in _MODES:
+        raise ValueError(f"{PROGRESS} is {mode!r}: set it to {', '.join(_MODES[:-1])} or none")
+    return mode
 
 
 class ProgressLines:

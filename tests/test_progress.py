@@ -9,7 +9,13 @@ from transformers.utils import logging
 
 import optimum_cap.progress
 from optimum_cap import CAPConfig, CAPPruner
-from optimum_cap.progress import PROGRESS, ProgressLines, numbered_steps, progress_bar
+from optimum_cap.progress import (
+    PROGRESS,
+    ProgressLines,
+    numbered_steps,
+    progress_bar,
+    progress_mode,
+)
 
 
 @pytest.fixture
@@ -123,3 +129,11 @@ def test_a_record_is_three_lines() -> None:
     assert second.startswith("  recipe magnitude, pattern unstructured: ")
     assert second.endswith(" prunable weights are zero (50.00%)")
     assert third.startswith("  without calibration data; optimum-cap ")
+
+
+def test_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRESS, "bar")
+    with pytest.raises(ValueError, match="OPTIMUM_CAP_PROGRESS is 'bar': set it to auto, bars, li"):
+        progress_bar(total=2)
+    monkeypatch.setenv(PROGRESS, "")
+    assert progress_mode() == "auto"

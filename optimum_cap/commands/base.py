@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_cap.commands.parser import GENERAL, HUB, LOADING, CommandParser
-from optimum_cap.progress import PROGRESS
+from optimum_cap.progress import PROGRESS, progress_mode
 from optimum_cap.text import printable
 
 if TYPE_CHECKING:
@@ -65,6 +65,18 @@ def _sigterm_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class IncompleteError(RuntimeError):
+    """A part of the work failed, after other parts gave results.
+
+    Attributes:
+        values: Those that `--json` prints nevertheless.
+    """
+
+    def __init__(self, message: str, values: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.values = values
+
+
 class CAPSubcommand(BaseOptimumCLICommand):
     """Base class of the subcommands: checks the arguments, then does the work.
 
@@ -105,6 +117,9 @@ class CAPSubcommand(BaseOptimumCLICommand):
 
         Returns:
             The values that `--json` prints. What was written is `"saved"`, which `--quiet` prints.
+
+        Raises:
+            IncompleteError: A part of the work failed.
         """
 
     def say(self, text: str = "") -> None:
@@ -144,6 +159,8 @@ class CAPSubcommand(BaseOptimumCLICommand):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_FAILURE)
         except Exception as error:
+            if isinstance(error, IncompleteError):
+                self._print_values(error.values)
             if self._is_set("debug") or os.environ.get("OPTIMUM_CAP_DEBUG", "0") not in ("", "0"):
                 raise
             bad_arguments = preparing and isinstance(error, ValueError | FileNotFoundError)
@@ -172,10 +189,10 @@ def _progress_as_set(quiet: bool) -> Iterator[None]:
     The bars of other packages, for loading and downloads, are shown in a terminal only: in a log,
     each of their updates would be a line.
     """
-    if (sys.stderr.isatty() or os.environ.get(PROGRESS) == "bars") and not quiet:
+    chosen = progress_mode()
+    if (sys.stderr.isatty() or chosen == "bars") and not quiet:
         yield
         return
-    chosen = os.environ.get(PROGRESS, "auto")
     shown = "none" if quiet else "lines" if chosen == "auto" else chosen
     changed = dict.fromkeys(_OTHER_BARS, "1") | {PROGRESS: shown}
     before = {name: os.environ.get(name) for name in changed}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
+    IncompleteError,
     add_general_flags,
     add_hub_flags,
     check_loading_flags,
@@ -136,9 +137,10 @@ class CompareCommand(CAPSubcommand):
             for task, text in evaluation.errors.items()
             if prepared.tasks is None or task in prepared.tasks
         ]
+        values = {"comparisons": comparisons}
         if errors:
-            raise RuntimeError("; ".join(errors))
-        return {"comparisons": comparisons}
+            raise IncompleteError("; ".join(errors), values)
+        return values
 
 
 _NOTES = textwrap.fill(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_cap.commands.base import (
     CAPSubcommand,
+    IncompleteError,
     add_general_flags,
     add_hub_flags,
     add_loading_flags,
@@ -90,8 +91,8 @@ class EvalCommand(CAPSubcommand):
         if self.args.add_to_card:
             self.say(add_to_card(self.args.model, evaluation))
         if evaluation.errors:
-            raise RuntimeError(
-                "; ".join(f"{name}: {text}" for name, text in evaluation.errors.items())
+            raise IncompleteError(
+                "; ".join(f"{name}: {text}" for name, text in evaluation.errors.items()), values
             )
         return values
 

@@ -26,6 +26,7 @@ HUB = "Hub"
 GENERAL = "general"
 
 _MODEL_FLAGS = ("-m", "--model")
+_NO_MODEL = "the following arguments are required: MODEL"  # argparse's message
 _WIDTH = 79
 
 AddArgument = Callable[..., Action]
@@ -85,6 +86,11 @@ class CommandParser(ArgumentParser):
         self.group(REQUIRED)(dest, metavar="MODEL", help=f"{help}; or -m MODEL")
 
     def error(self, message: str) -> NoReturn:
+        if message == _NO_MODEL:
+            message += (
+                " (name it first, or with -m: a flag that takes several values, such as --dataset, "
+                "takes what follows it as one of them)"
+            )
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(  # type: ignore[override]
@@ -127,6 +133,8 @@ class CommandParser(ArgumentParser):
                     self.error("argument -m/--model: expected one argument")
                 value = args[position]
                 position += 1
+            elif name == "-model":
+                self.error("unknown flag -model (did you mean '--model'?)")
             elif text[:2] == "-m" and " " not in text:  # the value follows without a space
                 value = text[2:]
             else:

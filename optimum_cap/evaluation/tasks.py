@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from optimum_cap.data import (
     Conversation,
     Source,
@@ -20,6 +22,7 @@ from optimum_cap.data import (
     multiple_choice_parts,
     row_digest,
 )
+from optimum_cap.data.sources import PRESETS
 from optimum_cap.text import did_you_mean
 
 Extract = Callable[[str], str | None]
@@ -30,6 +33,8 @@ HARNESS_PREFIX = "lm_eval:"
 
 LOSS_PREFIX = "loss:"
 """Marks a data file whose answers are scored, as in `loss:rows.jsonl`."""
+
+logger = logging.get_logger(__name__)
 
 _MARKER = "####"
 _ROOT = Path(__file__).resolve().parents[2]  # of a checkout
@@ -192,17 +197,26 @@ def resolve_tasks(names: str | Iterable[str]) -> list[str]:
                 f"{name!r} names no task of lm-evaluation-harness: write its name after the colon, "
                 f"as in {HARNESS_PREFIX}hellaswag"
             )
-        if name == LOSS_PREFIX:
-            raise ValueError(
-                f"{name!r} names no file: write its path after the colon, as in "
-                f"{LOSS_PREFIX}rows.jsonl"
-            )
+        if name.startswith(LOSS_PREFIX):
+            _check_loss_file(name.removeprefix(LOSS_PREFIX))
         known = [*GROUPS, *TASKS]
         if not name.startswith((HARNESS_PREFIX, LOSS_PREFIX)) and name not in known:
             raise ValueError(
                 f"unknown task {name!r}{did_you_mean(name, known)}: choose from {_valid()}"
             )
     return list(dict.fromkeys(task for name in requested for task in GROUPS.get(name, (name,))))
+
+
+def _check_loss_file(file: str) -> None:
+    if not file:
+        raise ValueError(
+            f"{LOSS_PREFIX!r} names no file: write its path after the colon, as in "
+            f"{LOSS_PREFIX}rows.jsonl"
+        )
+    if file in PRESETS and not Path(file).is_file():
+        known = f"{file}_loss"
+        advice = f"use the task {known}" if known in TASKS else "use a file of prompts and answers"
+        raise ValueError(f"{LOSS_PREFIX}{file} names a preset, not a file: {advice}")
 
 
 def _valid() -> str:
@@ -304,6 +318,7 @@ def _read_questions(name: str, source: Source) -> tuple[Question, ...]:
                 "that examples/tiny_reasoner/train.py writes"
             )
     questions = []
+    empty = 0
     for row in rows:
         conversation: Conversation = source.read(row)
         *before, (role, answer) = conversation.turns
@@ -313,12 +328,25 @@ def _read_questions(name: str, source: Source) -> tuple[Question, ...]:
                 f"roles {', '.join(role for role, _ in conversation.turns)}: use a file of "
                 "questions with worked answers"
             )
+        if conversation.is_empty and task.loss_only:
+            empty += 1
+            continue
         if extract_of(name)(answer) is None and not task.loss_only:
             raise ValueError(
                 f"task {name}: the answer {answer!r} in {source.name!r} must end with a line "
                 f"'{_MARKER} RESULT', with which responses are compared"
             )
         questions.append(Question(conversation))
+    if empty == len(rows):
+        raise ValueError(
+            f"task {name}: all answers in {source.name!r} are empty: use a file of questions with "
+            "worked answers"
+        )
+    if empty:
+        logger.warning(
+            f"task {name}: {empty} of {len(rows)} rows of {source.name!r} have an empty answer, "
+            "and are left out"
+        )
     return tuple(questions)
 
 

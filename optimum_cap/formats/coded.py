@@ -107,12 +107,12 @@ def decode(stream: torch.Tensor, name: str = "weight") -> torch.Tensor:
 
     def fill(chunk: _Chunk) -> None:
         if not chunk.is_intact():
-            raise ValueError(f"{name} is damaged: the checksum of its chunk {chunk.index} differs")
-        start = chunk.index * head.chunk
+            raise ValueError(f"{name} is damaged: the checksum of its chunk {chunk.number} differs")
+        start = chunk.number * head.chunk
         try:
             _decode_chunk(chunk, weight[start : start + head.chunk])
         except (ValueError, zstd.ZstdError) as error:
-            raise ValueError(f"{name} is damaged: its chunk {chunk.index} has {error}") from None
+            raise ValueError(f"{name} is damaged: its chunk {chunk.number} has {error}") from None
 
     _map(fill, head.split(stream))
     bits = torch.from_numpy(weight.view(f"u{weight.itemsize}"))
@@ -123,14 +123,14 @@ class _Chunk(NamedTuple):
     """A chunk of a coded weight, with what the table says of it.
 
     Attributes:
-        index: Its place in the weight.
+        number: Its place in the weight, from 0.
         data: Its bytes.
         checksum: XXH3-64 of its bytes.
         kept: Number of kept weights.
         sizes: Bytes of its mask and of each plane.
     """
 
-    index: int
+    number: int
     data: np.ndarray
     checksum: int
     kept: int
@@ -164,10 +164,10 @@ class Head:
         """Return the chunks of a coded weight with this head."""
         data, start = stream.cpu().numpy(), self.start
         chunks = []
-        for index, (checksum, kept, mask, planes) in enumerate(self.table.tolist()):
+        for number, (checksum, kept, mask, planes) in enumerate(self.table.tolist()):
             sizes = [mask, *planes]
             stop = start + sum(sizes)
-            chunks.append(_Chunk(index, data[start:stop], checksum, kept, sizes))
+            chunks.append(_Chunk(number, data[start:stop], checksum, kept, sizes))
             start = stop
         return chunks
 

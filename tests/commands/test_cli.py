@@ -633,6 +633,10 @@ def test_eval_reports_a_perplexity_that_is_not_finite_after_it_wrote_the_rest(
     assert status == 1
     assert "wikitext2: not compared: for" in out
     assert "error: wikitext2 of" in err
+    status, out, _ = cap("compare", file, file, "--json")
+    (comparison,) = json.loads(out)["comparisons"]
+    assert status == 1
+    assert set(comparison["tasks"]) == {"gsm8k", "wikitext2"}
 
 
 @pytest.mark.parametrize(

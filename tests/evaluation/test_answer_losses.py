@@ -104,6 +104,12 @@ def test_a_file_without_answers_is_refused(tmp_path: Path) -> None:
         load_task_data("loss:none.jsonl")
     with pytest.raises(ValueError, match="'loss:' names no file: write its path after the colon"):
         load_task_data("loss:")
+    with pytest.raises(ValueError, match="loss:gsm8k names a preset, not a file: use the task gsm"):
+        load_task_data("loss:gsm8k")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"prompt": "1+1?", "completion": " "}))
+    with pytest.raises(ValueError, match=r"all answers in 'empty\.jsonl' are empty"):
+        load_task_data(f"loss:{empty}")
     rows = json.dumps({"prompt": "1", "completion": "2"})
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -111,6 +117,17 @@ def test_a_file_without_answers_is_refused(tmp_path: Path) -> None:
     both = [f"loss:{tmp_path / folder / 'rows.jsonl'}" for folder in ("a", "b")]
     with pytest.raises(ValueError, match=r"two tasks have the name 'loss:rows\.jsonl'"):
         load_task_data(both)
+
+
+def test_rows_with_an_empty_answer_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "1+1?", "completion": answer} for answer in ("2", "", " ")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    (task,) = load_task_data(f"loss:{file}").values()
+    assert [question.answer for question in task.items] == ["2"]
+    assert "2 of 3 rows of 'rows.jsonl' have an empty answer, and are left out" in caplog.text
 
 
 def test_answers_that_the_model_cannot_take_are_counted(data_dir: Path) -> None:
