@@ -20,7 +20,14 @@ from optimum_cap.checkpoint.digests import (
 )
 from optimum_cap.checkpoint.folders import atomic_folder, check_target, copy_other_files
 from optimum_cap.checkpoint.hub import upload
-from optimum_cap.checkpoint.model_card import CARD_NAME, parsed_card, read_card, with_results
+from optimum_cap.checkpoint.model_card import (
+    CARD_NAME,
+    ZEROS_IN_FILES,
+    parsed_card,
+    plain_markdown,
+    read_card,
+    with_results,
+)
 from optimum_cap.checkpoint.pictures import heat_map, sparsity_picture
 from optimum_cap.checkpoint.reading import validate_shards
 from optimum_cap.checkpoint.record import (
@@ -53,6 +60,7 @@ __all__ = [
     "CARD_NAME",
     "RECORD_NAME",
     "RESULTS_NAME",
+    "ZEROS_IN_FILES",
     "CheckpointSummary",
     "DenseWeights",
     "MatrixSparsity",
@@ -82,6 +90,7 @@ __all__ = [
     "names_loaded_from",
     "names_now",
     "parsed_card",
+    "plain_markdown",
     "read_card",
     "read_record",
     "read_results",

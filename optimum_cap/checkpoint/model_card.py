@@ -32,6 +32,9 @@ from optimum_cap.version import install_command
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
+ZEROS_IN_FILES = "The zeros make the files smaller."
+"""Begins the limit on the card that holds for the sparse formats only."""
+
 _BEGIN_RESULTS, _END_RESULTS = "<!-- results: begin -->", "<!-- results: end -->"
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|#&]|(?<!\w)_|_(?!\w)|!(?=\[)|://")
 _TAGS = ["optimum-cap", "pruning", "sparse"]
@@ -121,11 +124,13 @@ def model_card(
     if record.base_revision:
         base_line += f" at revision {_code(record.base_revision)}"
     title = f"{CRITERIA[method.criterion].title}{ALLOCATIONS[method.allocation].title}"
-    sources = ", ".join(_cell(source["name"]) for source in record.calibration.get("sources", []))
+    sources = ", ".join(
+        plain_markdown(source["name"]) for source in record.calibration.get("sources", [])
+    )
     rows = {
         "Base model": base_line,
         **(
-            {"Removed": _cell(describe_removal(record.removed))}
+            {"Removed": plain_markdown(describe_removal(record.removed))}
             if record.removed
             else {
                 "Sparsity": f"{record.sparsity:.2%} of {record.total:,} prunable weights are zero"
@@ -139,7 +144,8 @@ def model_card(
         **_evidence(record, sources),
         **({} if record.removed else _left_dense(record, class_name)),
         "Created with": ", ".join(
-            f"{_cell(name)} {_cell(version)}" for name, version in record.versions.items()
+            f"{plain_markdown(name)} {plain_markdown(version)}"
+            for name, version in record.versions.items()
         ),
     }
     lines = [
@@ -275,7 +281,7 @@ def parsed_card(card: str) -> Any:  # a ModelCard, whose metadata has no types
 def _part(record: PruningRecord) -> str:
     """Return what was removed, and by which criterion."""
     criterion = CRITERIA[CAPConfig.from_dict(record.config).method.criterion]
-    parts = enumeration([_cell(each["part"]) for each in record.removed["parts"]])
+    parts = enumeration([plain_markdown(each["part"]) for each in record.removed["parts"]])
     if record.config["pattern"] == "structured":
         return f"{parts}, in amounts chosen by their measured effect on the predictions"
     return f"{parts}, chosen by {criterion.title}"
@@ -283,12 +289,12 @@ def _part(record: PruningRecord) -> str:
 
 def _recovered(record: PruningRecord) -> str:
     """Return how the model was trained to predict what the dense one does."""
-    return "; then ".join(_cell(describe_recovery(each)) for each in record.recovery)
+    return "; then ".join(plain_markdown(describe_recovery(each)) for each in record.recovery)
 
 
 def _compacted(record: PruningRecord) -> str:
     """Return what was removed later, because it was zero."""
-    return "; then ".join(_cell(describe_removal(each)) for each in record.compacted)
+    return "; then ".join(plain_markdown(describe_removal(each)) for each in record.compacted)
 
 
 def _left_dense(record: PruningRecord, class_name: str) -> dict[str, str]:
@@ -297,7 +303,7 @@ def _left_dense(record: PruningRecord, class_name: str) -> dict[str, str]:
     parts = [
         *("embeddings", "norms", "routers", task.head if task else "LM head"),
         *(["vision part"] if sees_images(class_name) else []),
-        *map(_cell, record.config["modules_to_leave_dense"]),
+        *map(plain_markdown, record.config["modules_to_leave_dense"]),
     ]
     return {"Left dense": ", ".join(parts), **_unsupported(record)}
 
@@ -334,8 +340,8 @@ def _evidence(record: PruningRecord, sources: str) -> dict[str, str]:
     rows = {}
     if record.calibration:
         rows["Calibration"] = (
-            f"{config['num_samples']} examples of {sources or _cell(str(config['dataset']))}, seed "
-            f"{config['seed']}"
+            f"{config['num_samples']} examples of "
+            f"{sources or plain_markdown(str(config['dataset']))}, seed {config['seed']}"
         )
     if answers := record.calibration.get("answers"):
         rows["Answers"] = describe_answers(answers)
@@ -455,8 +461,8 @@ def _limits(record: PruningRecord, sources: str) -> list[str]:
     if not record.removed and not record.compacted:
         pattern = record.config["pattern"]
         limits.append(
-            "The zeros make the files smaller. In memory they are weights like others, so the "
-            "model takes as much memory and is as fast as its base model"
+            f"{ZEROS_IN_FILES} In memory they are weights like others, so the model takes as much "
+            "memory and is as fast as its base model"
             + (
                 f", unless an engine uses the {pattern} pattern."
                 if re.fullmatch(r"\d+:\d+", pattern)
@@ -511,15 +517,15 @@ def _license(
     return license_name if isinstance(license_name, str) else None
 
 
-def _cell(text: str) -> str:
-    """Return text from a record so that it stays plain text in a cell of a Markdown table."""
+def plain_markdown(text: str) -> str:
+    """Return text so that it stays plain text in Markdown, also in a cell of a table."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
 
 def _code(text: str) -> str:
     """Return text from a record as code in a cell of a Markdown table."""
     plain = printable(text).replace("|", r"\|")
-    return f"`{plain}`" if "`" not in plain else _cell(text)
+    return f"`{plain}`" if "`" not in plain else plain_markdown(text)
 
 
 def _hub_datasets(record: PruningRecord) -> list[str]:

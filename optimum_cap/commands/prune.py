@@ -183,6 +183,8 @@ class PruneCommand(CAPSubcommand):
             _check_base_model(args)
         if args.push_to_hub:
             check_hub_access(args.push_to_hub, args.token)
+            if args.then_quantize:
+                check_hub_access(_quantized_repo(args), args.token)
         model_config = check_prunable(args.model, args)
         auto_class = _auto_class(config, model_config, args)
         quantized = _quantized_folder(config, model_config, auto_class, args)
@@ -258,6 +260,11 @@ class PruneCommand(CAPSubcommand):
             _quantize(args, prepared, prepared.quantized)
             values["quantized"] = str(prepared.quantized)
             self.say(f"quantized     {prepared.quantized}")
+            if args.push_to_hub:
+                repo = _quantized_repo(args)
+                url = _upload(prepared.quantized, None, repo, args.private, args.token)
+                values["uploaded_quantized"] = url
+                self.say(f"uploaded      {url}")
         name = args.push_to_hub or str(args.output)
         self.say(_how_to_load(name, prepared.config.checkpoint_format, prepared.auto_class))
         self.say(_what_next(args, prepared.auto_class))
@@ -341,6 +348,8 @@ def _plan(args: Namespace, prepared: Prepared) -> dict[str, Any]:
         plan["push_to_hub"] = args.push_to_hub
     if prepared.quantized is not None:
         plan["quantized"] = str(prepared.quantized)
+        if args.push_to_hub:
+            plan["push_quantized_to_hub"] = _quantized_repo(args)
     return plan
 
 
@@ -364,7 +373,11 @@ def _plan_text(plan: dict[str, Any]) -> str:
     return f"{labelled(rows)}\n\n{advice}\n\noptimum-cli cap estimate {shlex.quote(plan['model'])}"
 
 
-_PLANNED = (("would push", "push_to_hub"), ("quantized", "quantized"))
+_PLANNED = (
+    ("would push", "push_to_hub"),
+    ("quantized", "quantized"),
+    ("would push", "push_quantized_to_hub"),
+)
 
 
 def _auto_class(config: "CAPConfig", model_config: Any, args: Namespace) -> str:
@@ -591,7 +604,14 @@ def _check_base_model(args: Namespace) -> None:
         ) from error
 
 
-def _upload(folder: Path, names: list[str], repo: str, private: bool, token: str | None) -> str:
+def _quantized_repo(args: Namespace) -> str:
+    """Return the repository of the quantized checkpoint, which is named as its folder is."""
+    return f"{args.push_to_hub}-{args.then_quantize}"
+
+
+def _upload(
+    folder: Path, names: list[str] | None, repo: str, private: bool, token: str | None
+) -> str:
     from optimum_cap.checkpoint import upload
 
     try:

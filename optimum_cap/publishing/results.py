@@ -13,6 +13,7 @@ from optimum_cap.checkpoint import (
     CARD_NAME,
     RECORD_NAME,
     RESULTS_NAME,
+    plain_markdown,
     read_card,
     read_record,
     read_results,
@@ -261,7 +262,7 @@ def results_section(results: Mapping[str, TaskResults]) -> str:
         lines += ["Measured without the dense model:", "", *_table(tables.alone), ""]
     if tables.lengths:
         lines += [*_table([row[:_LENGTH_COLUMNS] for row in tables.lengths]), ""]
-    lines += [f"- {_plain(note)}" for note in [*tables.notes, *_settings(results)]]
+    lines += [f"- {plain_markdown(note)}" for note in [*tables.notes, *_settings(results)]]
     for name, task in results.items():
         if (pair := task.transcripts()) is not None:
             return "\n".join([*lines, "", *_answers(name, *pair)])
@@ -287,7 +288,7 @@ def _answers(task: str, dense: Transcript, pruned: Transcript) -> list[str]:
     return [
         "### An answer before and after",
         "",
-        f"To the first question of {_plain(task)} that both models got:",
+        f"To the first question of {plain_markdown(task)} that both models got:",
         "",
         *_block(dense.question),
         "",
@@ -315,16 +316,8 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",
-        *(f"| {' | '.join(map(_plain, row))} |" for row in others),
+        *(f"| {' | '.join(map(plain_markdown, row))} |" for row in others),
     ]
-
-
-def _plain(text: str) -> str:
-    """Return text so that it stays plain text in a cell of a Markdown table."""
-    escaped = printable(text)
-    for character in "\\`*_<>[]|":
-        escaped = escaped.replace(character, f"\\{character}")
-    return escaped
 
 
 def _metadata(evaluation: Evaluation) -> Iterator[EvalResult]:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from optimum_cap.checkpoint import parsed_card, read_card
+from optimum_cap.checkpoint import ZEROS_IN_FILES, parsed_card, read_card
 from optimum_cap.quantization.schemes import Scheme
 
 _TABLE = "| | |\n|---|---|\n"
+_LIMITS = "## Limits\n\n"
 
 
 def quantized_card(source: Path, name: str, scheme: Scheme, auto_class: str) -> str:
@@ -27,6 +28,8 @@ def quantized_card(source: Path, name: str, scheme: Scheme, auto_class: str) -> 
     data = card.data if card else ModelCardData(library_name="transformers")
     data.eval_results = data.model_name = None  # results are those of other weights
     facts = card.text.partition(_TABLE)[2].partition("\n\n")[0] if card else ""
+    listed = card.text.partition(_LIMITS)[2].partition("\n\n")[0] if card else ""
+    limits = [line for line in listed.splitlines() if not line.startswith(f"- {ZEROS_IN_FILES}")]
     zeros = (
         " Weights that pruning set to zero are still exactly zero, but stored like all others, so "
         "the files take the space of the quantized dense model."
@@ -54,6 +57,10 @@ def quantized_card(source: Path, name: str, scheme: Scheme, auto_class: str) -> 
         f"from transformers import {auto_class}",
         f'model = {auto_class}.from_pretrained("this/repository")',
         "```",
+        "",
+        f"{_LIMITS}- Results of the pruned model are not those of the quantized one, which has not "
+        "been measured.",
+        *limits,
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)

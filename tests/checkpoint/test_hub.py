@@ -235,6 +235,31 @@ def test_prune_uploads_model_and_tokenizer_in_one_commit(
 
 
 @pytest.mark.slow
+def test_prune_uploads_the_quantized_model_to_a_repository_of_its_own(
+    published: LoopbackHub, run: Run, folder: Path
+) -> None:
+    dense = tiny_model("llama", hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    dense.save_pretrained(folder / "wider")
+    tiny_tokenizer().save_pretrained(folder / "wider")
+    rows = (f'{{"prompt": "{n}+{n}=", "completion": "{2 * n}"}}\n' for n in range(8))
+    (folder / "sums.jsonl").write_text("".join(rows))
+    done = run(
+        *cli("prune", "wider", "--dataset", "sums.jsonl", "--sparsity", "0.4", "-o", "both"),
+        *("--recipe", "wanda", "--num-samples", "4", "--device-map", "cpu", "--json"),
+        *("--then-quantize", "int4", "--push-to-hub", "user/both"),
+    )
+    values = json.loads(done.stdout)
+    assert values["uploaded"].endswith("user/both")
+    assert values["uploaded_quantized"].endswith("user/both-int4")
+    for name in ("both", "both-int4"):
+        files = published.repositories[f"user/{name}"].head.files
+        on_disk = {path.name for path in (folder / name).iterdir()}
+        assert set(files) == on_disk
+    config = json.loads(files["config.json"].content)
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+@pytest.mark.slow
 def test_prune_refuses_an_upload_that_cannot_work_before_it_loads_the_model(
     published: LoopbackHub, run: Run
 ) -> None:

@@ -58,6 +58,10 @@ def test_results_of_the_sparse_weights_are_not_on_the_card_of_the_quantized_ones
     assert "model_name" not in text
     assert "50 %" not in text
     assert data.tags == ModelCard(card.read_text()).data.tags
+    limits = text.partition("## Limits\n\n")[2]
+    assert limits.startswith("- Results of the pruned model are not those of the quantized one")
+    assert "Pruned models may answer at greater length" in limits
+    assert "files smaller" not in limits  # as those of the sparse formats are
 
 
 def test_a_card_that_cannot_be_read_is_refused_before_work(
