@@ -12,11 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum_cap import CAPConfig, CAPPruner
 
 TOKENS = torch.arange(3, 27).view(2, 12)
-PARTS = {"channels": 0.4, "layers": 0.3, "heads": 0.5}
+PARTS = {"channels": 0.4, "layers": 0.3, "heads": 0.5, "experts": 0.5}
 
 each_part = pytest.mark.parametrize("pattern", PARTS)
 # The first export of a process takes a minute, and warns of what torch itself does.
 exports = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+
+
+def architecture(pattern: str) -> str:
+    """Return an architecture that has such parts."""
+    return "mixtral" if pattern == "experts" else "llama"
 
 
 def without(pattern: str, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -40,7 +45,7 @@ def test_exported_model_gives_the_same_logits(pattern: str, runtime: str, tmp_pa
     else:
         pytest.importorskip("openvino")
     exporters = pytest.importorskip("transformers.exporters")
-    model = without(pattern, tiny_model("llama"), tmp_path / "model")
+    model = without(pattern, tiny_model(architecture(pattern)), tmp_path / "model")
     if runtime == "onnx":
         exporter, config = exporters.OnnxExporter(), exporters.OnnxConfig()
     else:
@@ -58,7 +63,7 @@ def test_exported_model_gives_the_same_logits(pattern: str, runtime: str, tmp_pa
 def test_llama_cpp_gives_the_same_probabilities(pattern: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     xllamacpp = pytest.importorskip("xllamacpp")
-    model = without(pattern, gguf_model("llama"), tmp_path / "model")
+    model = without(pattern, gguf_model(architecture(pattern)), tmp_path / "model")
     write_gguf(model, tmp_path / "model.gguf", quantized=False)
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(tmp_path / "model.gguf")

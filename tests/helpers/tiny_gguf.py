@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",  # the router
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "model.embed_tokens": "token_embd",
@@ -33,9 +36,11 @@ _NAMES = {
 
 
 def gguf_model(architecture: str = "qwen2") -> PreTrainedModel:
-    """A Qwen2 or Llama whose rows have a multiple of 32 weights, as the format Q8_0 needs."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    return tiny_model(architecture, vocab_size=256 + len(SPECIAL) + 1, **sizes)
+    """A Qwen2, Llama or Mixtral with a multiple of 32 weights in a row, as Q8_0 needs."""
+    options: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    if architecture == "mixtral":
+        options["sliding_window"] = None  # as in published ones; GGUF has none for them
+    return tiny_model(architecture, vocab_size=256 + len(SPECIAL) + 1, **options)
 
 
 def write_gguf(
@@ -52,7 +57,9 @@ def write_gguf(
     from gguf.quants import quantize
 
     config = model.config
-    writer = gguf.GGUFWriter(file, config.model_type)
+    # A Mixtral is a Llama with experts.
+    architecture = "llama" if config.model_type == "mixtral" else config.model_type
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("a name that the trainer chose")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -66,7 +73,10 @@ def write_gguf(
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
+    if config.model_type == "mixtral":
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     tokens, merges = _vocabulary()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -81,15 +91,15 @@ def write_gguf(
         getattr(writer, f"add_{name}_token_id")(tokens.index(token))
     if template is not None:
         writer.add_chat_template(template)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _tensors(model).items():
         for old, new in _NAMES.items():
             name = name.replace(old, new)
         values = tensor.float().numpy()
-        if config.model_type == "llama" and ("attn_q" in name or "attn_k" in name):
+        if architecture == "llama" and ("attn_q" in name or "attn_k" in name):
             # Pairs that are rotated together are neighbours there, and half a head apart here.
             pairs = values.reshape(-1, 2, head_dim // 2, values.shape[1])
             values = pairs.swapaxes(1, 2).reshape(values.shape)
-        if values.ndim == 2 and quantized:
+        if values.ndim >= 2 and quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
         else:
@@ -98,6 +108,22 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the weights, with the gate and up projections of experts apart, as GGUF has them."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("mlp.experts.gate_up_proj"):
+            layer = name.removesuffix("mlp.experts.gate_up_proj")
+            gate, up = tensor.chunk(2, dim=1)
+            tensors |= {
+                f"{layer}ffn_gate_exps.weight": gate,
+                f"{layer}ffn_up_exps.weight": up,
+            }
+        else:
+            tensors[name] = tensor
+    return tensors
 
 
 def q8_0(weights: torch.Tensor) -> torch.Tensor:
