@@ -33,21 +33,16 @@ def as_bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.flatten().view(_BITS[tensor.element_size()]).numpy()
 
 
-def scatter(weights: np.ndarray, mask: np.ndarray, values: np.ndarray) -> int:
-    """Write values to the places that a mask keeps.
+def kept_positions(mask: np.ndarray, count: int) -> np.ndarray:
+    """Return the positions of the weights that a mask keeps, in order.
 
     Args:
-        weights: Zeros `[n]`, changed in place.
-        mask: uint8 `[ceil(n / 8)]`, one bit per weight, the first one in the least significant bit.
-        values: The kept values in order; it may continue after those of these weights.
-
-    Returns:
-        How many values were written.
+        mask: uint8 `[ceil(count / 8)]`, one bit per weight, the first one in the least significant
+            bit.
+        count: Number of weights.
     """
-    keep = np.unpackbits(mask, bitorder="little", count=len(weights))
-    positions = np.flatnonzero(keep.view(bool))  # faster than a boolean index
-    weights[positions] = values[: len(positions)]
-    return len(positions)
+    keep = np.unpackbits(mask, bitorder="little", count=count)
+    return np.flatnonzero(keep.view(bool))  # an index of these is faster than a boolean one
 
 
 @cache

@@ -6,6 +6,9 @@ sign to the end, and split into bytes. The bytes of one significance are a strea
 mask. Each stream is one Zstandard frame (RFC 8878, https://www.rfc-editor.org/rfc/rfc8878), or
 stored as it is if that is not larger. ZipNN (arXiv 2411.05239) separates exponents in the same way.
 
+If most weights are kept, there is no mask: the exponents of all weights are a stream, in which
+those that pruning set to zero have the byte 0.
+
 All streams of a weight are one ordinary tensor of bytes, in chunks that can be decoded on their
 own. `docs/checkpoint_format.md` specifies it. Decoding restores any tensor bit for bit.
 """
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 import xxhash
 
-from optimum_cap.formats.bits import Stored, as_bits, pool, scatter
+from optimum_cap.formats.bits import Stored, as_bits, kept_positions, pool
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -47,6 +50,8 @@ _CHECKSUM = np.dtype("<u8")
 _MAX_DIMENSIONS = 64
 _CHUNK = 1 << 17  # weights, so that a chunk fits in the CPU cache; a multiple of 8
 _SAMPLE = 4096  # bytes
+# If more of the weights are kept, zeros among the exponents take less space than a mask; measured.
+_MOSTLY_KEPT = 0.55
 
 # ZSTD_c_literalCompressionMode, for which the module has no name, set to ZSTD_ps_enable
 # (https://github.com/facebook/zstd/blob/v1.5.7/lib/zstd.h). With a step as long as a block, the
@@ -249,14 +254,18 @@ def _encode_chunk(bits: np.ndarray) -> tuple[int, list[bytes]]:
     """Return the number of kept weights, and the streams of a chunk: mask, then planes."""
     keep = bits != 0
     positions = np.flatnonzero(keep)
-    if len(positions) == len(bits):
-        mask, values = b"", bits
-    else:
-        mask = _compress(np.packbits(keep, bitorder="little"))
-        values = bits.take(positions)  # faster than an index
+    values = bits if len(positions) == len(bits) else bits.take(positions)  # faster than an index
     lowest = (values << 1) | (values >> (8 * bits.itemsize - 1))
     others = (values >> (8 * plane - 1) for plane in range(1, bits.itemsize))
     planes = [plane.astype(np.uint8) for plane in (lowest, *others)]
+    mask = b""
+    if len(values) < len(bits):
+        if len(values) > _MOSTLY_KEPT * len(bits) and planes[-1].all():
+            of_all = np.zeros(len(bits), np.uint8)
+            of_all[positions] = planes[-1]
+            planes[-1] = of_all
+        else:
+            mask = _compress(np.packbits(keep, bitorder="little"))
     return len(values), [mask, *map(_compress, planes)]
 
 
@@ -267,21 +276,31 @@ def _decode_chunk(chunk: _Chunk, weights: np.ndarray) -> None:
     for size in chunk.sizes:
         streams.append(chunk.data[start : start + size])
         start += size
-    coded_mask, *planes = streams
+    coded_mask, *lower, last = streams
+    places: np.ndarray | slice = slice(None)
+    if kept == len(weights):
+        highest = _decompress(last, kept)
+    elif len(coded_mask):
+        mask = _decompress(coded_mask, -(-len(weights) // 8))
+        if len(weights) % 8 and mask[-1] >> (len(weights) % 8):
+            raise ValueError("a mask that keeps weights beyond its end")
+        places = kept_positions(mask, len(weights))
+        highest = _decompress(last, kept)
+    else:
+        of_all = _decompress(last, len(weights))
+        places = np.flatnonzero(of_all != 0)  # much faster than of the bytes
+        highest = of_all.take(places)
+    if isinstance(places, np.ndarray) and len(places) != kept:
+        which = "a mask that keeps" if len(coded_mask) else "a last plane with"
+        raise ValueError(f"{which} {len(places)} of {len(weights)} weights, not {kept}")
     # Operations on arrays of one dtype are much faster than those that cast on the way.
-    lowest, *others = (_decompress(plane, kept).astype(weights.dtype) for plane in planes)
+    planes = [*(_decompress(plane, kept) for plane in lower), highest]
+    lowest, *others = (plane.astype(weights.dtype) for plane in planes)
     values = (lowest >> 1) | (lowest << (8 * weights.itemsize - 1))
     for place, plane in enumerate(others, start=1):
         plane <<= 8 * place - 1
         values |= plane
-    if kept == len(weights):
-        weights[:] = values
-        return
-    mask = _decompress(coded_mask, -(-len(weights) // 8))
-    count = int(np.bitwise_count(mask).sum(dtype=np.int64))
-    if count != kept or (len(weights) % 8 and mask[-1] >> (len(weights) % 8)):
-        raise ValueError(f"a mask that keeps {count} of {len(weights)} weights, not {kept}")
-    scatter(weights, mask, values)
+    weights[places] = values
 
 
 def _compress(values: np.ndarray) -> bytes:

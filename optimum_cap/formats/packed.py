@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 import torch
 
-from optimum_cap.formats.bits import CHUNK, as_bits, pool, scatter
+from optimum_cap.formats.bits import CHUNK, as_bits, kept_positions, pool
 
 COMPANIONS = (".weight_mask", ".weight_shape")
 
@@ -94,7 +94,9 @@ def unpack(
     def fill(first: int, stop: int, done: int) -> None:
         for start in range(first, stop, CHUNK):
             chunk = weight[start : min(start + CHUNK, stop)]
-            done += scatter(chunk, packed[start // 8 : (start + CHUNK) // 8], source[done:])
+            positions = kept_positions(packed[start // 8 : (start + CHUNK) // 8], len(chunk))
+            chunk[positions] = source[done : done + len(positions)]
+            done += len(positions)
 
     if threads == 1:
         fill(0, count, 0)

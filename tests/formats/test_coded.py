@@ -94,6 +94,22 @@ def test_the_mask_of_a_pattern_costs_its_entropy(n: int, m: int, bits: float) ->
     assert len(coded.encode(weight)) - len(kept) < weight.numel() / 8 * bits * 1.02 + 150
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_mask_if_most_weights_are_kept(dtype: torch.dtype) -> None:
+    weight = torch.rand((300, 400), generator=torch.Generator().manual_seed(0)) + 1
+    weight[sparse((300, 400), 0.2) == 0] = 0
+    weight = weight.to(dtype)
+    assert coded.read_head(stream := coded.encode(weight)).table["mask"] == 0
+    assert same_bits(coded.decode(stream), weight)
+    # The last byte of a denormal value may be that of a zero.
+    tiny = weight.view(torch.uint8)
+    tiny[0, : dtype.itemsize] = 0
+    tiny[0, 0] = 1
+    stream = coded.encode(weight)
+    assert (coded.read_head(stream).table["mask"] > 0) == (dtype.itemsize > 1)
+    assert same_bits(coded.decode(stream), weight)
+
+
 def test_only_matrices_that_shrink_are_coded() -> None:
     noise = torch.randint(1, 1 << 15, (8, 8), dtype=torch.int16).view(torch.float16)
     norm, bias = torch.zeros(64), torch.zeros(8, 8)
@@ -162,13 +178,23 @@ def signed(stream: torch.Tensor, head: coded.Head) -> torch.Tensor:
 def test_chunks_that_were_written_wrongly_are_refused() -> None:
     stream = coded.encode(sparse((5, 5), 0.5).bfloat16())
     start = coded.read_head(stream).start  # of the mask, which is stored as it is
-    for position, bit in ((start, 1), (start + 3, 128)):
+    for position, bit, message in (
+        (start, 1, r"keeps \d+ of 25"),
+        (start + 3, 128, "keeps weights beyond its end"),
+    ):
         damaged = stream.clone()
         damaged[position] ^= bit
         head = coded.read_head(stream)
         assert head.table["mask"] == 4
-        with pytest.raises(ValueError, match=r"its chunk 0 has a mask that keeps \d+ of 25"):
+        with pytest.raises(ValueError, match=rf"its chunk 0 has a mask that {message}"):
             coded.decode(signed(damaged, head))
+    head = coded.read_head(stream := coded.encode(sparse((5, 5), 0.2).bfloat16()))
+    assert head.table["mask"] == 0  # zeros are in the last plane, which is stored as it is
+    damaged = stream.clone()
+    zero = (damaged[-25:] == 0).nonzero()[0] - 25
+    damaged[zero] = 1
+    with pytest.raises(ValueError, match=r"its chunk 0 has a last plane with \d+ of 25 weights"):
+        coded.decode(signed(damaged, head))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -344,13 +344,13 @@ def test_compile(packed: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpoint_format", ["packed", "coded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "sparsity"), [(torch.float32, 0.5), (torch.bfloat16, 0.2)])
 def test_the_reader_in_the_documentation(
-    dtype: torch.dtype, checkpoint_format: str, tmp_path: Path
+    dtype: torch.dtype, sparsity: float, checkpoint_format: str, tmp_path: Path
 ) -> None:
     from optimum_cap import CAPPruner
 
-    settings = config(checkpoint_format=checkpoint_format)
+    settings = config(sparsity=sparsity, checkpoint_format=checkpoint_format)
     CAPPruner(settings).prune(tiny_model("llama", dtype=dtype), tiny_tokenizer()).save_pretrained(
         tmp_path
     )
