@@ -3,7 +3,7 @@
 All of them run on the same model and examples in one process, taking turns; each run draws its
 exact examples anew. Their scores are compared with the exact ones by Spearman's rank correlation.
 Then the draw of `control_variate` is repeated on the measured losses, with starts at equal
-distances, beside draws with equal chances.
+distances, beside draws with equal probabilities.
 
     python benchmarks/estimators.py                       # a random 12-layer Llama
     python benchmarks/estimators.py --model examples/tiny_reasoner/model \
@@ -67,7 +67,7 @@ def over_draws(
 ) -> list[str]:
     """Agreement with all exact losses, of three uses of `count` of them, and a ratio of errors.
 
-    The uses are the control variate, the same with equal chances, and these examples alone. The
+    The uses are the control variate, the same with equal probabilities, and these examples alone. The
     ratio is that of the first two's root mean square error of a mean score over the draws, as its
     geometric mean over the heads: those that are `clear`, and the others.
     """
@@ -192,8 +192,8 @@ def main() -> None:
     first_order = found["first_order"][0]
     print(
         f"\nSpearman over {_DRAWS} draws, median (5 to 95 %), of the median of subsets; error of a "
-        "mean score over that with equal chances, of heads beyond 2 standard errors and others:\n\n"
-        "| exact examples | control_variate | equal chances | exact on these alone "
+        "mean score over that with equal probabilities, of heads beyond 2 standard errors and others:\n\n"
+        "| exact examples | control_variate | equal probabilities | exact on these alone "
         "| error, clear | error, others |\n|---|---|---|---|---|---|"
     )
     counts = {count for count in _COUNTS if count <= len(examples) // 2}
