@@ -67,9 +67,9 @@ def over_draws(
 ) -> list[str]:
     """Agreement with all exact losses, of three uses of `count` of them, and a ratio of errors.
 
-    The uses are the control variate, the same with equal probabilities, and these examples alone. The
-    ratio is that of the first two's root mean square error of a mean score over the draws, as its
-    geometric mean over the heads: those that are `clear`, and the others.
+    The uses are the control variate, the same with equal probabilities, and these examples alone.
+    The ratio is that of the first two's root mean square error of a mean score over the draws, as
+    its geometric mean over the heads: those that are `clear`, and the others.
     """
     wanted, truth = scores_of(exact, "median"), exact.masked.mean(dim=1)
     chances = chances_of_drawing(first_order, count)
@@ -192,7 +192,8 @@ def main() -> None:
     first_order = found["first_order"][0]
     print(
         f"\nSpearman over {_DRAWS} draws, median (5 to 95 %), of the median of subsets; error of a "
-        "mean score over that with equal probabilities, of heads beyond 2 standard errors and others:\n\n"
+        "mean score over that with equal probabilities, of heads beyond 2 standard errors and "
+        "others:\n\n"
         "| exact examples | control_variate | equal probabilities | exact on these alone "
         "| error, clear | error, others |\n|---|---|---|---|---|---|"
     )
