@@ -59,6 +59,7 @@ class RemovedParts:
         count: How many of them are removed.
         dense: The work of the dense model.
         smaller: The work of the smaller model.
+        dense_bytes: Bytes of the weights of the dense model on disk.
         stored_bytes: Bytes of the weights of the smaller model on disk.
         alike: Whether it makes no difference to the size which parts are removed.
         own_tokens: Whether each expert gets tokens of its own, so that errors are not compared.
@@ -70,6 +71,7 @@ class RemovedParts:
     count: int
     dense: ModelWork
     smaller: ModelWork
+    dense_bytes: int
     stored_bytes: int
     alike: bool
     own_tokens: bool
@@ -89,18 +91,29 @@ class RemovedParts:
         """
         with torch.device("meta"):
             model = auto_class(model_config).from_config(model_config)
-        removal = PartRemoval(model, config, ALONE)
+        return cls.by(PartRemoval(model, config, ALONE), config.pattern)
+
+    @classmethod
+    def by(cls, removal: PartRemoval, pattern: str) -> "RemovedParts":
+        """Return what a model on the meta device loses by a removal.
+
+        Args:
+            removal: The removal.
+            pattern: What it removes.
+        """
         smaller, view = removal.sample(), removal.view
+        model = view.model
         blocks = {site.block for site in view.sites if site.expert is not None}
         sizes = {sum(each.numel() for each in layer.parameters()) for layer in view.layers}
         return cls(
-            pattern=config.pattern,
+            pattern=pattern,
             before=removal.before,
             count=removal.count,
             dense=count_work(model, view.sites),
             smaller=count_work(smaller, find_sites(smaller)),
+            dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),
             stored_bytes=sum(parameter.nbytes for parameter in smaller.parameters()),
-            alike=config.pattern != "layers" or len(sizes) == 1,
+            alike=pattern != "layers" or len(sizes) == 1,
             own_tokens=any(have_own_tokens(model.get_submodule(block)) for block in blocks),
             logit_positions={
                 kind: positions_per_chunk(model, torch.device(kind)) for kind in LAYERWISE_ROWS
@@ -141,35 +154,24 @@ class Smaller:
     """The size of a model that has lost parts.
 
     Attributes:
-        pattern: `"experts"`, `"heads"`, `"channels"` or `"layers"`.
-        before: Number of parts of each layer, or of layers.
-        after: How many of them are left.
-        parameters: Number of parameters that are left.
-        disk: Bytes of its weights on disk.
-        weights_left: Fraction of the weights that multiply a token, which bounds the speed.
+        pattern: `"experts"`, `"heads"`, `"channels"`, `"layers"` or `"structured"`.
+        before: Number of parts of each layer, or of layers; `None` with `"structured"`, where a
+            measurement decides on them.
+        after: How many of them are left; `None` likewise.
+        parameters: Number of parameters that are left; with `"structured"` about.
+        disk: Bytes of its weights on disk; likewise.
+        weights_left: Fraction of the weights that multiply a token, which bounds the speed; `None`
+            with `"structured"`.
         alike: Whether it makes no difference to the size which parts are removed.
     """
 
     pattern: str
-    before: int
-    after: int
+    before: int | None
+    after: int | None
     parameters: int
     disk: int
-    weights_left: float
+    weights_left: float | None
     alike: bool
-
-    @classmethod
-    def of(cls, parts: RemovedParts) -> "Smaller":
-        """Return the size of what is left."""
-        return cls(
-            pattern=parts.pattern,
-            before=parts.before,
-            after=parts.before - parts.count,
-            parameters=parts.smaller.parameters,
-            disk=parts.stored_bytes,
-            weights_left=parts.smaller.multiplied / parts.dense.multiplied,
-            alike=parts.alike,
-        )
 
 
 class RemovalCosts:
@@ -185,6 +187,20 @@ class RemovalCosts:
         self.dense = dense
         self.smaller = CostModel(parts.smaller, dense.hardware, dense.value, dense.stored)
 
+    @property
+    def left(self) -> Smaller:
+        """The size of what is left."""
+        parts = self.parts
+        return Smaller(
+            pattern=parts.pattern,
+            before=parts.before,
+            after=parts.before - parts.count,
+            parameters=parts.smaller.parameters,
+            disk=parts.stored_bytes,
+            weights_left=parts.smaller.multiplied / parts.dense.multiplied,
+            alike=parts.alike,
+        )
+
     def all(self, shape: Workload) -> list[Cost]:
         """Return the cost of each step, and of the recipes `causal` and `causal_fast`."""
         methods = self.parts.methods
@@ -199,8 +215,8 @@ class RemovalCosts:
 
     def refining(self, passes: int, shape: Workload) -> Cost:
         """Return the cost of fitting all layers that are left in some passes."""
-        part = self._refinement(passes, shape)
-        weights, disk = self.dense.weights + self.smaller.weights, self._resumable(passes)
+        part = self.refinement(passes, shape)
+        weights, disk = self.dense.weights + self.smaller.weights, self.resumable(passes)
         return self.dense.cost("refine", f"{passes} passes", [part], weights, disk)
 
     def pruning(self, name: str, method: Method, shape: Workload) -> Cost:
@@ -214,19 +230,19 @@ class RemovalCosts:
         chosen = CHOICES[method.criterion](self, shape)
         fitted = self._fitted if CRITERIA[method.criterion].removes_columns else 0.0
         memory = [chosen.memory, 2 * fitted + self.smaller.weights]
-        steps = [chosen, self._checks(method, shape)]
+        steps = [chosen, self.checks(method, shape)]
         if method.refine:
-            steps.append(self._refinement(method.refine, shape))
+            steps.append(self.refinement(method.refine, shape))
             memory.append(fitted + self.smaller.weights + steps[-1].memory)
         return self.dense.cost(
             "prune",
             name,
             [replace(step, memory=0.0) for step in steps],
             self.dense.weights + max(memory),
-            self.parts.stored_bytes + self._resumable(method.refine),
+            self.parts.stored_bytes + self.resumable(method.refine),
         )
 
-    def _resumable(self, passes: int) -> float:
+    def resumable(self, passes: int) -> float:
         """Return the bytes of refined layers in the resume folder."""
         return float(self.dense.stored.itemsize * self.parts.smaller.prunable) if passes else 0.0
 
@@ -235,7 +251,7 @@ class RemovalCosts:
         """Bytes of new weights, in float32, of the output projections that lose inputs."""
         return 4.0 * sum(product.weights for product in self.parts.thinned)
 
-    def _checks(self, method: Method, shape: Workload) -> Part:
+    def checks(self, method: Method, shape: Workload) -> Part:
         """Return the cost of the checks before and after, and of building the smaller model.
 
         The first batch runs twice (`check_first_batch`), and one example through both models: with
@@ -252,7 +268,7 @@ class RemovalCosts:
         seconds += self.dense.through_memory(COPY_PASSES * smaller.parameters)
         return Part(counted.operations, seconds)
 
-    def _refinement(self, passes: int, shape: Workload) -> Part:
+    def refinement(self, passes: int, shape: Workload) -> Part:
         """Return the cost of fitting every layer that is left, while the dense model runs too."""
         method = Method("divergence", "uniform", refine=passes)  # only the passes matter
         fitting = self.smaller.refinement(method, shape)

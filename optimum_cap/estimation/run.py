@@ -20,6 +20,7 @@ from optimum_cap.estimation.costs import ESTIMATOR_COSTS, Cost, CostModel
 from optimum_cap.estimation.disk import SIZES
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
 from optimum_cap.estimation.parts import RemovalCosts, RemovedParts, Smaller
+from optimum_cap.estimation.structured import PATTERN, MeasuredParts, StructuredCosts
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import (
     DEFAULT_TASKS,
@@ -28,7 +29,7 @@ from optimum_cap.evaluation import (
     check_counts,
     resolve_tasks,
 )
-from optimum_cap.methods import CRITERIA, REMOVED_PARTS, SMALLER_PATTERNS
+from optimum_cap.methods import CRITERIA, SMALLER_PATTERNS
 from optimum_cap.models import auto_class, find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
@@ -130,15 +131,22 @@ class Estimate:
 
     def _left(self, smaller: Smaller) -> dict[str, str]:
         """Return what the table says of a model that loses parts."""
+        size = (
+            f"{smaller.parameters / 1e9:.3g} B parameters, "
+            f"{smaller.parameters / self.parameters:.1%}, {format_size(smaller.disk)} on disk"
+        )
+        if smaller.before is None or smaller.after is None or smaller.weights_left is None:
+            return {
+                "removed": "the parts that matter least, of all kinds",
+                "left": f"about {size}",
+            }
         count = smaller.before - smaller.after
         parts = "key/value heads" if smaller.pattern == "heads" else smaller.pattern
         each = "" if smaller.pattern == "layers" else " of each layer"
         which = "" if smaller.alike else f"; layers differ in size, without layers 1 to {count}"
         return {
             "removed": f"{count:,} of {smaller.before:,} {parts}{each}",
-            "left": f"{smaller.parameters / 1e9:.3g} B parameters, "
-            f"{smaller.parameters / self.parameters:.1%}, {format_size(smaller.disk)} on disk"
-            + which,
+            "left": size + which,
             "promise": f"{1 / smaller.weights_left:.2f} times as fast, as "
             f"{smaller.weights_left:.1%} of the weights that multiply a token are left",
         }
@@ -188,15 +196,15 @@ def estimate(
         scored: Scored tokens per example; `None` is half of the tokens after the prefix.
         prefix: Tokens at the start that all examples share and that exact scoring computes once.
         sparsity: Sparsity of the pruned checkpoint, which determines its size on disk; or the
-            fraction of the parts that are removed.
+            fraction of the parts that are removed (with `"structured"`, of the parameters).
         limit: Questions or windows per evaluation task; `None` is all.
         batch_size: Questions per batch.
         scored_units: Units to score: `"heads"`, or `"all"` (heads, MLPs and experts).
         mlp_unit_size: Channels per MLP or expert unit; `None` is all of them.
         num_fewshot: Worked examples in the prompts of the evaluation.
         max_new_tokens: Longest answer of the model to a calibration prompt (`answers="model"`).
-        pattern: `"experts"`, `"heads"`, `"channels"` or `"layers"` to remove these; or
-            `"unstructured"`.
+        pattern: `"experts"`, `"heads"`, `"channels"` or `"layers"` to remove these, `"structured"`
+            to remove parts of all these kinds; or `"unstructured"`.
         **load_options: Passed to `AutoConfig.from_pretrained`: `revision`, `token`, ...
 
     Raises:
@@ -212,10 +220,11 @@ def estimate(
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
     parts = None
-    if pattern in REMOVED_PARTS:
-        parts = RemovedParts.of(config, CAPConfig(sparsity, pattern=pattern))
+    if pattern in SMALLER_PATTERNS:
+        parts = _parts_of(config, CAPConfig(sparsity, pattern=pattern))
     cost_model = _cost_model(work, config, hardware, tokens)
-    if parts is None:
+    removal = None if parts is None else _removal_costs(parts, cost_model)
+    if removal is None:
         costs = [cost_model.scoring(name, shape) for name in ESTIMATOR_COSTS]
         costs.append(cost_model.paper(shape, sparsity))
         for name in ("causal", "causal_fast", "wanda", "sparsegpt"):
@@ -225,8 +234,8 @@ def estimate(
         costs.append(cost_model.evaluation(limits, batch_size, num_fewshot))
         checkpoint = {name: size(work, sparsity, cost_model.stored) for name, size in SIZES.items()}
     else:
-        costs = RemovalCosts(parts, cost_model).all(shape)
-        checkpoint = {"dense": float(parts.stored_bytes)}
+        costs = removal.all(shape)
+        checkpoint = {"dense": float(removal.left.disk)}
     return Estimate(
         model=str(model) if isinstance(model, str | Path) else config.model_type,
         parameters=work.parameters,
@@ -241,7 +250,7 @@ def estimate(
         costs=tuple(costs),
         sparsity=sparsity,
         checkpoint=checkpoint,
-        smaller=None if parts is None else Smaller.of(parts),
+        smaller=None if removal is None else removal.left,
     )
 
 
@@ -251,12 +260,26 @@ def _check_pattern(pattern: str) -> None:
     Raises:
         ValueError: There is none.
     """
-    if pattern not in ("unstructured", *REMOVED_PARTS):
+    if pattern not in ("unstructured", *SMALLER_PATTERNS):
         raise ValueError(
             f"there is no estimate for pattern {pattern!r}: choose "
-            f"{', '.join(map(repr, REMOVED_PARTS))}, or 'unstructured', which costs "
+            f"{', '.join(map(repr, SMALLER_PATTERNS))}, or 'unstructured', which costs "
             "about as much as N:M with the same sparsity"
         )
+
+
+def _parts_of(config: PretrainedConfig, pruning: CAPConfig) -> RemovedParts | MeasuredParts:
+    """Return what a pattern removes or measures; the errors are those of pruning."""
+    kind = MeasuredParts if pruning.pattern == PATTERN else RemovedParts
+    return kind.of(config, pruning)
+
+
+def _removal_costs(
+    parts: RemovedParts | MeasuredParts, cost_model: CostModel
+) -> RemovalCosts | StructuredCosts:
+    if isinstance(parts, MeasuredParts):
+        return StructuredCosts(parts, cost_model)
+    return RemovalCosts(parts, cost_model)
 
 
 def load_config(model: str | Path | PretrainedConfig, **load_options: Any) -> PretrainedConfig:
@@ -481,9 +504,8 @@ def _pruning(
     shape = _workload(config.num_samples, tokens)
     name, method = config.recipe, config.method
     if config.pattern in SMALLER_PATTERNS:
-        _check_pattern(config.pattern)
-        parts = RemovedParts.of(model, config)
-        costs = [RemovalCosts(parts, cost_model).pruning(name, method, shape)]
+        removal = _removal_costs(_parts_of(model, config), cost_model)
+        costs = [removal.pruning(name, method, shape)]
     else:
         measured = config.allocation_examples
         costs = [cost_model.pruning(name, method, shape, config.sparsity, measured)]

@@ -185,6 +185,13 @@ class StructuredRemoval:
                 f"{self._gone(most):,.0f} with all that can go ({names}): choose a lower sparsity"
             )
 
+    def to_measure(self) -> dict[str, list[PartRemoval]]:
+        """Return the removals of parts of one kind whose divergences are measured, by the kind."""
+        return {
+            name: [kind.removal.with_count(count) for count in self._counts_to_measure(kind)]
+            for name, kind in self._kinds.items()
+        }
+
     def check(self, examples: list[CalibrationExample]) -> None:
         """Check on one example which kinds of parts can be removed.
 

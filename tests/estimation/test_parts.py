@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers.command_line import run_cap
 from helpers.paths import EXAMPLES
-from helpers.tiny_models import VOCABULARY, tiny_model
+from helpers.tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from optimum_cap.estimation.disk import SIZES, coded_share
 from optimum_cap.estimation.hardware import find_hardware
 from optimum_cap.estimation.parts import CHOICES, RemovalCosts, RemovedParts, _layer_trials
 from optimum_cap.estimation.run import estimate, load_config, size_of, study_hours, work_of
+from optimum_cap.estimation.structured import MeasuredParts
 from optimum_cap.estimation.work import Workload
 from optimum_cap.formats import FORMATS
 from optimum_cap.methods import CRITERIA
@@ -31,6 +32,7 @@ from optimum_cap.pruning.removal import PartRemoval
 from optimum_cap.runtime import ALONE
 
 CONFIGS = EXAMPLES / "configs"
+DATA = [{"prompt": f"{n} + {n} = ", "completion": f"{2 * n}"} for n in range(8)]
 SHAPE = Workload(examples=4, tokens=48, scored=20)
 
 
@@ -231,7 +233,7 @@ def test_other_patterns_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "measured"), [(0.0, 0.67), (0.2, 0.5517), (0.5, 0.3665), (0.7, 0.235)]
+    ("sparsity", "measured"), [(0.0, 0.67), (0.2, 0.55), (0.5, 0.3665), (0.7, 0.235)]
 )
 def test_coded_matrices_are_as_small_as_those_of_smollm2(sparsity: float, measured: float) -> None:
     # docs/performance.md has the measured shares; the first is that of the embedding.
@@ -323,3 +325,42 @@ def test_a_study_counts_the_removal_of_parts(tmp_path: Path, config_file: Path) 
     causal = pruning({"pattern": "experts"})
     fast = pruning({"recipe": "causal_fast", "pattern": "experts"})
     assert 0 < pruning({"recipe": "random", "pattern": "experts"}) < fast < causal
+    assert pruning({"pattern": "structured"}) > 0
+
+
+# Parts of several kinds
+
+
+def test_structured_removal_is_estimated_by_its_steps() -> None:
+    model = tiny_model("llama")
+    found = estimate(model.config, "h100", examples=4, tokens=48, pattern="structured")
+    steps = {(cost.step, cost.name): cost for cost in found.costs}
+    measured = [cost for (step, _), cost in steps.items() if step == "measure"]
+    assert [cost.name for cost in measured] == ["layers", "heads", "channels"]
+    fast, causal = steps["prune", "causal_fast"], steps["prune", "causal"]
+    # Channels and heads are chosen once more at the end.
+    assert sum(cost.operations for cost in measured) < fast.operations
+    refined = steps["refine", "3 passes"]
+    assert causal.operations == pytest.approx(fast.operations + refined.operations)
+    smaller = found.smaller
+    assert smaller is not None
+    assert smaller.parameters == round(0.5 * model.num_parameters())
+    assert found.checkpoint == {"dense": smaller.disk}
+    assert "about" in found.table()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_the_kinds_and_numbers_are_those_that_a_run_measures(architecture: str) -> None:
+    model = tiny_model(architecture)
+    config = CAPConfig(0.3, pattern="structured", recipe="causal_fast", dataset=DATA, num_samples=4)
+    kinds = MeasuredParts.of(model.config, config).kinds
+    numbers = {(name, parts.count) for name, counts in kinds.items() for parts in counts}
+    CAPPruner(config).prune(model, tiny_tokenizer())
+    *measured, _ = model.pruning_record.removed["measured"]
+    assert {(each["part"], each["removed"]) for each in measured} == numbers
+
+
+def test_a_model_without_enough_parameters_in_its_parts_is_refused() -> None:
+    with pytest.raises(CannotRemoveError, match="choose a lower sparsity"):
+        estimate(tiny_model("llama").config, "h100", pattern="structured", sparsity=0.99)
