@@ -29,7 +29,7 @@ CONFIG_VERSION = 1
 """Version of the fields of `CAPConfig`. A config of a newer version raises an error."""
 
 PATTERN_PREFIX = "re:"
-"""What entries of `modules_to_leave_dense` begin with that are regular expressions."""
+"""Prefix of the entries of `modules_to_leave_dense` that are regular expressions."""
 
 TARGETS = ("local", "dense")
 ORDERS = ("layer", "projection")
@@ -37,7 +37,7 @@ ORDERS = ("layer", "projection")
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method: the `CAPConfig` fields of the same names, with no choice left open."""
+    """A pruning method: the `CAPConfig` fields of the same names, with every choice resolved."""
 
     criterion: str
     allocation: str
@@ -61,7 +61,7 @@ class Method:
 
     @property
     def by_sensitivity(self) -> bool:
-        """Whether the sensitivities of the sites decide the number of zeros of each matrix."""
+        """Whether the sensitivities of the sites determine the number of zeros of each matrix."""
         return ALLOCATIONS[self.allocation].by_sensitivity
 
     @property
@@ -90,7 +90,7 @@ PART_CRITERIA = {
     "layers": {"causal": "divergence", "causal_fast": "divergence"},
     "structured": {"causal": "divergence", "causal_fast": "divergence"},
 }
-"""The criteria of recipes where a pattern removes parts; the others have their own criterion."""
+"""Criteria of recipes for patterns that remove parts; other recipes keep their criterion."""
 _BY_ALLOCATION = ("magnitude_global", "owl_wanda", "owl_sparsegpt")
 AGGREGATIONS = ("median", "mean")
 KV_COMBINATIONS = ("mean", "max")
@@ -106,7 +106,7 @@ ANSWER_FIELDS = (
     "answer_selection",
     "answer_candidates",
 )
-"""The fields of `CAPConfig` that decide how the model answers the prompts of a data set."""
+"""The fields of `CAPConfig` that control how the model answers the prompts of a data set."""
 ESTIMATOR_FIELDS: dict[str, tuple[str, ...]] = {
     "exact": ("resume_dir", "torch_compile"),
     "plain": (),
@@ -114,7 +114,7 @@ ESTIMATOR_FIELDS: dict[str, tuple[str, ...]] = {
     "control_variate": ("exact_examples", "resume_dir", "torch_compile"),
     "adaptive": ("exact_examples", "precision", "resume_dir", "torch_compile"),
 }
-"""The estimators of causal scores, each with the fields of `CAPConfig` that not all of them use."""
+"""The estimators of causal scores, each with the `CAPConfig` fields that only some of them use."""
 ESTIMATOR_NAMES = tuple(ESTIMATOR_FIELDS)
 _CHOICES = {
     "criterion": tuple(CRITERIA),
@@ -124,7 +124,7 @@ _CHOICES = {
 }
 _OVERRIDES = ("allocation", "target", "order", "answer_weight", "refine")
 COMPILING = tuple(name for name, used in ESTIMATOR_FIELDS.items() if "torch_compile" in used)
-"""The estimators that take `torch_compile`."""
+"""The estimators that support `torch_compile`."""
 
 # Fields of `CAPConfig` that every criterion or allocation with this property uses.
 _DATA_FIELDS = (
@@ -143,8 +143,8 @@ _UPDATE_FIELDS = ("target",)
 _PART_FIELDS = ("memory_budget", "resume_dir")
 _NOT_FOR_PARTS = ("allocation", "modules_to_leave_dense", "strict")  # parts go from every layer
 _RUNTIME_FIELDS = ("memory_budget", "torch_compile", "resume_dir")  # how, not what, is measured
-# Fields that decide whether others have an effect, with their choices, in the order in which errors
-# suggest them.
+# Fields that determine whether others have an effect, with their choices, in the order in which
+# errors suggest them.
 _DECIDING: dict[str, tuple[Any, ...]] = {
     "criterion": tuple(CRITERIA),
     "recipe": tuple(RECIPES),
@@ -153,7 +153,7 @@ _DECIDING: dict[str, tuple[Any, ...]] = {
     "scored_units": SCORED_UNITS,
     "answers": ANSWERS,
 }
-_SUGGESTED = 4  # choices that an error suggests, at most
+_SUGGESTED = 4  # most choices that an error suggests
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet|txt)$")
 _PRESET = re.compile(r"\w+=")  # the beginning of `preset=FILE`; folders may have a "=" too
@@ -170,7 +170,7 @@ _UNSET: Any = None
 
 
 def _suggests_fields(cls: Any) -> Any:
-    """Make the constructor of a dataclass suggest the nearest field for an unknown one."""
+    """Make the constructor of a dataclass suggest the closest field name for an unknown one."""
     init = cls.__init__
     names = [each.name for each in dataclasses.fields(cls)]
 
@@ -185,10 +185,10 @@ def _suggests_fields(cls: Any) -> Any:
 
 
 def check_field_names(names: Iterable[str]) -> None:
-    """Check that names are those of fields of `CAPConfig`.
+    """Check that all names are fields of `CAPConfig`.
 
     Raises:
-        ValueError: A name is not; the message suggests the nearest one.
+        ValueError: A name is not a field; the message suggests the closest one.
     """
     known = [each.name for each in dataclasses.fields(CAPConfig)]
     if unknown := [name for name in names if name not in known]:
@@ -207,11 +207,11 @@ def _unknown_fields(unknown: Iterable[str], names: Iterable[str]) -> str:
 class CAPConfig(QuantizationConfigMixin):
     """Configuration of Causal Attribution Pruning.
 
-    A field that has no effect together with the others is an error, unless it has its default.
+    A field that has no effect in combination with the others must keep its default value.
 
     Args:
         sparsity: Fraction of the prunable weights to set to zero, strictly between 0 and 1. With a
-            pattern `"N:M"`, it may be left out.
+            pattern `"N:M"`, it may be omitted.
         recipe: A preset of criterion, allocation, target, order, answer_weight and refine.
             `"causal"`, the default, preserves the most (`docs/quality.md`). `"causal_fast"` is its
             quick variant, without the refinement.
@@ -231,19 +231,19 @@ class CAPConfig(QuantizationConfigMixin):
             (less in layers with more outliers), `"interventional"` (less in sites whose pruning
             changes the predictions more, measured by pruning each site alone) or `"fisher"` (the
             same, estimated with one backward pass).
-        allocation_bound: Most by which `"interventional"` and `"fisher"` move the sparsity of a
-            site.
+        allocation_bound: Largest change that `"interventional"` and `"fisher"` make to the sparsity
+            of a site.
         allocation_examples: Number of calibration examples that sensitivities are measured on.
-            `None` takes as many as cost one pass over the calibration set, but at least 16, which
-            costs more than that for a model with many sites (`optimum-cli cap estimate` says how
-            much).
-        target: What the kept weights are fitted to, by criteria that update them: `"local"`, the
-            outputs of the dense matrix for the inputs it receives; or `"dense"`, the outputs of
-            the dense model in the same place, including what the residual stream has lost so far.
-        order: What is pruned before inputs are measured again: a whole `"layer"`, or each
+            `None` chooses the number whose cost equals one pass over the calibration set, but at
+            least 16, which costs more for a model with many sites (`optimum-cli cap estimate` says
+            how much).
+        target: What criteria that update the kept weights fit them to: `"local"`, the outputs of
+            the dense matrix for the inputs it receives; or `"dense"`, the outputs of the dense
+            model in the same place, which also compensates the error of the residual stream so far.
+        order: What is pruned before the inputs are measured again: a whole `"layer"`, or one
             `"projection"`.
-        answer_weight: Added to the weight 1 of calibration tokens that are scored, or that predict
-            a scored token, in the statistics of inputs.
+        answer_weight: Weight that calibration tokens get in the input statistics, in addition to 1,
+            if they are scored or predict a scored token.
         refine: Number of passes over the calibration set in which the kept weights of each pruned
             layer are fitted to the hidden states of the dense model; 0 for none. Needs a criterion
             that prunes layer by layer. See `docs/recipe.md`.
@@ -262,19 +262,20 @@ class CAPConfig(QuantizationConfigMixin):
             Hub id, a local json, jsonl, csv, parquet or txt file, a `datasets.Dataset`, a list of
             texts, of prompt/completion pairs or of chat messages; or a list of names and files,
             which are mixed evenly. See `docs/calibration.md`.
-        answers: Whose answers to the prompts of the data set are used: the published ones
-            (`"dataset"`), or those that the dense `"model"` itself samples before it is pruned. See
+        answers: Which answers to the prompts of the data set are used: the published ones
+            (`"dataset"`), or ones that the dense `"model"` itself samples before it is pruned. See
             `docs/calibration.md`.
         temperature: Temperature at which the model samples its answers.
         top_p: Each token of an answer is drawn from the smallest set of tokens that together have
             this probability.
         max_new_tokens: Longest answer of the model, in tokens; a longer one is cut off.
-        answer_attempts: How often the model answers a prompt, at most, until its answer is right.
-            Answers are checked for `gsm8k`, `strategyqa`, `arc_challenge` and data with published
-            answers that have a line `#### RESULT`; others are sampled once, unless they are empty.
+        answer_attempts: Maximum number of times that the model answers a prompt until its answer is
+            right. Answers are checked for `gsm8k`, `strategyqa`, `arc_challenge` and data with
+            published answers that have a line `#### RESULT`; others are sampled once, unless they
+            are empty.
         answer_selection: Which answers are used if there are more than `num_samples`: `"right"`
-            ones first; or `"hard"` ones of middling length: right ones first, among them those that
-            took more attempts, among these those with a length nearest to the median.
+            ones first; or `"hard"` ones of middling length: right ones first, then those that took
+            more attempts, then those whose length is closest to the median.
         answer_candidates: Number of prompts that the model answers, of which `num_samples` are
             used; `None` is `num_samples`, or twice as many with `answer_selection="hard"`.
         num_samples: Number of calibration examples.
@@ -284,8 +285,8 @@ class CAPConfig(QuantizationConfigMixin):
         kv_combination: How a key/value row combines the importances of the query heads that share
             it under grouped-query attention: `"mean"` or `"max"`.
         scored_tokens: Tokens that count in the loss: `"answer"` (never the prompt) or `"all"`.
-        scored_units: Units with a causal score of their own: `"heads"`, as in the paper, where MLPs
-            and experts take the mean importance of the heads of their layer; or `"all"`: heads,
+        scored_units: Units that get their own causal score: `"heads"`, as in the paper, where MLPs
+            and experts take the mean importance of the heads in their layer; or `"all"`: heads,
             MLPs and experts. See `docs/scoring.md`.
         mlp_unit_size: Number of MLP or expert channels per unit under `scored_units="all"`; `None`
             makes each MLP and each expert one unit.
@@ -294,8 +295,8 @@ class CAPConfig(QuantizationConfigMixin):
             or `"adaptive"`. See `docs/estimators.md`.
         exact_examples: Number of examples that `"control_variate"` measures exactly, and
             `"adaptive"` in each of its rounds; at least 2.
-        precision: When `"adaptive"` stops: once 1.96 standard errors of the sampling error of every
-            mean score are at most this fraction of the range of the scores of all units.
+        precision: `"adaptive"` stops once 1.96 standard errors of every mean score, due to
+            sampling, are at most this fraction of the range of all units' scores.
         scores: A scores file (`optimum-cli cap score`) of the same model, data and seed, to use
             instead of measuring. Not saved.
         max_length: Longest example in tokens; longer ones are skipped. `None` is 2048, or the
@@ -304,7 +305,7 @@ class CAPConfig(QuantizationConfigMixin):
             as text such as `"4GB"`. `"auto"` is half of the free memory where causal scores are
             measured and in backward passes; layer-by-layer passes then take 2048 tokens per batch
             on CPU and 16384 on CUDA, which a number of bytes can only lower. The hidden states of
-            the calibration set between two layers come on top.
+            the calibration set between two layers need additional memory.
         torch_compile: Compile the decoder layers while causal scores are measured, which pays off
             in long runs on a GPU (`docs/performance.md`).
         resume_dir: Folder for finished measurements and, until the model is saved, pruned layers,
@@ -315,7 +316,7 @@ class CAPConfig(QuantizationConfigMixin):
             `"layers.0"` or `"o_proj"`), or `"re:"` and a regular expression that matches the
             beginning of a module's name (such as `"re:.*down_proj"`).
         strict: Refuse a model if CAP cannot prune some linear weights of its decoder. By default
-            they stay dense, which the log, the record and `cap inspect` say.
+            they stay dense, as reported in the log, the record and `cap inspect`.
         checkpoint_format: What `save_pretrained` writes: `"packed"` (bit mask and kept values),
             `"coded"` (the same, compressed; smaller, but slower to decode) or `"dense"` (zeros
             stored; loads without this plugin). Models that have lost parts are always `"dense"`.
@@ -324,8 +325,8 @@ class CAPConfig(QuantizationConfigMixin):
         config_version: Version of these fields.
 
     Raises:
-        ValueError: A value is outside the range described above, or has no effect; the message
-            names it.
+        ValueError: A value is outside the range described above or has no effect; the message names
+            the field.
         TypeError: A field is unknown.
     """
 
@@ -443,9 +444,9 @@ class CAPConfig(QuantizationConfigMixin):
             _check_integer("answer_candidates", self.answer_candidates, at_least=1)
 
     def _check_effects(self) -> None:
-        """Check that every field that was changed has an effect, and fits those that it needs.
+        """Check that every changed field has an effect and is compatible with the fields it needs.
 
-        A field that has its default value is never refused, so a saved config can be read again.
+        A field with its default value is never refused, so a saved config can always be loaded.
         """
         used = self.fields_used
         if unused := [name for name in self._changed_fields if name not in used]:
@@ -465,7 +466,7 @@ class CAPConfig(QuantizationConfigMixin):
             self._check_answers_fit()
 
     def _check_answers_fit(self) -> None:
-        """Check that the settings of the model's own answers fit each other and `num_samples`."""
+        """Check that the settings of the model's own answers fit together and fit `num_samples`."""
         if self.max_length is not None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens is {self.max_new_tokens}, but an example has at most max_length "
@@ -515,13 +516,13 @@ class CAPConfig(QuantizationConfigMixin):
         )
 
     def _alternatives(self, unused: list[str], them: str) -> str:
-        """Return which other choice of one field would give the unused fields an effect."""
+        """Return which other choices of one field would give the unused fields an effect."""
         not_used = "criterion" if self.criterion is None else "recipe"
         for name, choices in _DECIDING.items():
             if name in unused or name == not_used:
                 continue
             if name == "answers" and not set(unused).issubset(ANSWER_FIELDS):
-                continue  # it gives others an effect too, but is chosen for the sake of the answers
+                continue  # it gives others an effect too, but users choose it for the answers
             fitting = [repr(choice) for choice in choices if self._is_valid_with({name: choice})]
             if len(fitting) > _SUGGESTED:
                 return f", or choose another {name} to use {them}, such as {fitting[0]}"
@@ -531,7 +532,7 @@ class CAPConfig(QuantizationConfigMixin):
 
     @property
     def _changed_fields(self) -> list[str]:
-        """The names of the fields that do not have their default."""
+        """The names of the fields that differ from their default."""
         fields = dataclasses.fields(self)
         return [each.name for each in fields if not _is_default(each, getattr(self, each.name))]
 
@@ -560,7 +561,7 @@ class CAPConfig(QuantizationConfigMixin):
             raise ValueError(f"torch_compile must be True or False, got {self.torch_compile!r}")
 
     def _check_criterion_fits(self, method: Method) -> None:
-        """Check that the criterion chooses what the pattern removes."""
+        """Check that the criterion can choose what the pattern removes."""
         criterion = CRITERIA[method.criterion]
         removes_parts = self.pattern in SMALLER_PATTERNS
         if removes_parts and self.criterion is None and self.recipe in _BY_ALLOCATION:
@@ -624,7 +625,7 @@ class CAPConfig(QuantizationConfigMixin):
 
     @property
     def method(self) -> Method:
-        """The pruning method: fields that are set override those of the recipe.
+        """The pruning method: fields that are set override the recipe's.
 
         Setting `criterion` without `allocation` implies `"uniform"`, and so does a pattern N:M with
         a recipe that uses sensitivities or a global threshold.
@@ -645,7 +646,7 @@ class CAPConfig(QuantizationConfigMixin):
         )
 
     def _method_for_parts(self, recipe: Method) -> Method:
-        """Return the method where parts are removed."""
+        """Return the method for a pattern that removes parts."""
         if self.criterion is not None:
             method = Method(self.criterion, "uniform")
         else:
@@ -662,10 +663,10 @@ class CAPConfig(QuantizationConfigMixin):
         """Check that a model that predicts no tokens, such as a classifier, can be pruned.
 
         Args:
-            class_name: Class of the model, for the error.
+            class_name: Class of the model, for the error message.
 
         Raises:
-            ValueError: The method measures predictions of tokens, or the model is to answer
+            ValueError: The method measures predictions of tokens, or the model would have to answer
                 prompts.
         """
         if self.answers == "model":
@@ -688,7 +689,7 @@ class CAPConfig(QuantizationConfigMixin):
         )
 
     def _choices_without_lm_head(self) -> str:
-        """Return which recipes or criteria measure no predictions, for an error."""
+        """Return the recipes or criteria that measure no predictions, for an error message."""
         if self.pattern in SMALLER_PATTERNS:
             names = [
                 repr(name)
@@ -713,7 +714,7 @@ class CAPConfig(QuantizationConfigMixin):
 
     @property
     def fields_used(self) -> frozenset[str]:
-        """The fields that have an effect on the result, or on how it is measured."""
+        """The fields that affect the result, or how it is measured."""
         return fields_used(vars(self))
 
     @property
@@ -751,7 +752,7 @@ class CAPConfig(QuantizationConfigMixin):
             )
         try:
             config = cls(**{key: value for key, value in values.items() if key in known})
-        # What comparisons and arithmetic raise for values of other types.
+        # Errors that comparisons and arithmetic raise for values of other types.
         except (TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"the pruning config has a value of the wrong type ({error}): correct it"
@@ -759,10 +760,10 @@ class CAPConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values, which hold no local paths.
+        """Return the fields as plain JSON values without local paths.
 
         Data files are reduced to their names, and in-memory data to a summary (`in-memory, 128
-        rows, sha256 ...`). The tokenizer, the scores file and the resume folder are left out.
+        rows, sha256 ...`). The tokenizer, the scores file and the resume folder are omitted.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["tokenizer"], values["scores"], values["resume_dir"]
@@ -774,13 +775,14 @@ class CAPConfig(QuantizationConfigMixin):
 
 
 def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
-    """Return the fields of `CAPConfig` that have an effect together with the given values.
+    """Return the fields of `CAPConfig` that have an effect with the given values.
 
     Args:
-        values: Fields of `CAPConfig`; those that are missing have their default.
+        values: Fields of `CAPConfig`; missing ones have their default.
 
     Returns:
-        All fields, if a value is no valid choice, which `CAPConfig` reports.
+        The names of the fields; all of them if a value is not a valid choice, which `CAPConfig`
+        reports.
     """
     fields = {each.name: each for each in dataclasses.fields(CAPConfig)}
     config = object.__new__(CAPConfig)  # unchecked
@@ -788,7 +790,7 @@ def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
     try:
         criterion = CRITERIA[config.method.criterion]
         allocation = ALLOCATIONS[config.method.allocation]
-        ESTIMATOR_FIELDS[config.estimator]  # fails as the others do
+        ESTIMATOR_FIELDS[config.estimator]  # raises like the lookups above
     except (KeyError, TypeError):
         return frozenset(fields)
     used = {*criterion.fields, *allocation.fields}
@@ -818,7 +820,7 @@ def fields_used(values: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _fields_used_for_parts(config: "CAPConfig", criterion: Criterion) -> set[str]:
-    """Return the fields that need something to have an effect, and have one where parts go."""
+    """Return the conditional fields that have an effect where parts are removed."""
     used = {*criterion.fields, "refine"}
     if config.criterion is None:
         used.add("recipe")
@@ -847,11 +849,11 @@ def _fields_used_for_scores(config: "CAPConfig") -> set[str]:
 
 
 def effective(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields for `CAPConfig`: `own`, and those of `shared` that then have an effect.
+    """Return fields for `CAPConfig`: `own`, and those of `shared` that have an effect with it.
 
     Args:
-        shared: Fields that are set for several configs, or in the place of defaults.
-        own: Fields of this config, which replace those that are shared.
+        shared: Fields that are set for several configs, or that replace defaults.
+        own: Fields of this config, which override the shared ones.
     """
     known = {each.name for each in dataclasses.fields(CAPConfig)}
     used = fields_used({**shared, **own})
@@ -859,7 +861,7 @@ def effective(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, An
     return {**shared, **own}
 
 
-# All fields that need something to have an effect.
+# All fields that have an effect only with certain values of other fields.
 _CONDITIONAL_FIELDS = frozenset(
     {
         "recipe",
@@ -895,7 +897,7 @@ _PLAIN = (str, int, float, bool, list)
 
 
 def _shown(value: Any) -> str:
-    """Return a value for an error message; data in memory as its type."""
+    """Return a value for an error message; for data in memory, its type."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     plain = isinstance(value, str | int | float) or is_dataset_name(value)
     return repr(value) if plain else type(value).__name__
@@ -914,7 +916,7 @@ def _with_plain_paths(dataset: Any) -> Any:
 
 
 def describe_dataset(dataset: Any) -> Any:
-    """Return a name, a specification or a list of them without local folders, or a summary."""
+    """Return a name, a specification or a list of them, without local folders; or a summary."""
     if isinstance(dataset, str):
         return _without_folder(dataset)
     if isinstance(dataset, dict):
@@ -930,7 +932,7 @@ def describe_dataset(dataset: Any) -> Any:
 
 
 def _without_folder(name: str) -> str:
-    """Return the name of a data set; of a file, as in `preset=FILE`, only its last part."""
+    """Return the name of a data set; for a file, as in `preset=FILE`, only its last part."""
     preset = _PRESET.match(name)
     start = preset[0] if preset else ""
     path = name.removeprefix(start)
@@ -941,7 +943,7 @@ def _without_folder(name: str) -> str:
 def is_dataset_name(entry: Any) -> bool:
     """Whether `entry` names a data set (preset, Hub id, file, specification), as opposed to a text.
 
-    A name has no white space and is a word like `gsm8k`, `owner/name`, or a file with a known
+    A name has no white space and is a word such as `gsm8k`, `owner/name`, or a file with a known
     extension; a dictionary is a specification if it has the key `path`.
     """
     if isinstance(entry, dict):
@@ -955,7 +957,7 @@ def parse_size(size: Any, name: str = "size") -> int:
     """Return the bytes given by an integer or by text such as `"512MB"` or `"1.5GiB"`.
 
     Raises:
-        ValueError: `size` is neither of these, or is not positive.
+        ValueError: `size` is neither, or is not positive.
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 PROGRESS = "OPTIMUM_CAP_PROGRESS"
-"""Variable of the environment that says how progress is shown."""
+"""Environment variable that sets how progress is shown."""
 
 _MODES = ("auto", "bars", "lines", "none")  # one line every half a minute
 
@@ -22,10 +22,10 @@ _steps: ContextVar[tuple[str, ...]] = ContextVar("steps", default=())
 
 @contextmanager
 def numbered_steps(names: Sequence[str]) -> Iterator[None]:
-    """Number the bars of a run, such as `[2/3] Pruning`.
+    """Number the bars of a run, as in `[2/3] Pruning`.
 
     Args:
-        names: The descriptions of the bars, in order. Others are shown without a number.
+        names: The descriptions of the bars, in order. Other bars are shown without a number.
     """
     token = _steps.set(tuple(names))
     try:
@@ -37,7 +37,7 @@ def numbered_steps(names: Sequence[str]) -> Iterator[None]:
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     """Return a progress display with the interface of `tqdm.tqdm`.
 
-    It is a bar of `tqdm` where one can be drawn, and lines on stderr elsewhere. There is none if
+    It is a `tqdm` bar where one can be drawn, and lines on stderr elsewhere. Nothing is shown if
     progress bars are disabled in transformers or huggingface_hub.
 
     Args:
@@ -64,10 +64,10 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
 
 
 def progress_mode() -> str:
-    """Return how progress is to be shown, as the environment says.
+    """Return how to show progress, as set in the environment.
 
     Raises:
-        ValueError: It is none of the ways.
+        ValueError: The setting is unknown.
     """
     mode = os.environ.get(PROGRESS, "auto") or "auto"
     if mode not in _MODES:
@@ -76,13 +76,13 @@ def progress_mode() -> str:
 
 
 class ProgressLines:
-    """Prints a line every half a minute; the interface is the part of `tqdm` that we use.
+    """Prints a line every half minute, with the part of the interface of `tqdm` that we use.
 
     Args:
         iterable: What to iterate over.
         total: Number of items.
         desc: What is done.
-        unit: Name of an item; it is not shown if it is that of `tqdm` or scaled.
+        unit: Name of an item; not shown if it is the default of `tqdm` or scaled.
         initial: Number of items that were done before.
         show: Takes each line; `None` shows nothing.
         **others: Options that have no effect here.
@@ -125,20 +125,20 @@ class ProgressLines:
         self.close()
 
     def update(self, count: float = 1) -> None:
-        """Count items that are done, and print a line if it is time for one."""
+        """Count finished items, and print a line if one is due."""
         self.n += count
         now = time.monotonic()
         if now - self._shown >= (_NEXT_LINE if self._has_shown else _FIRST_LINE):
             self._print(now)
 
     def set_postfix_str(self, text: str) -> None:
-        """Take a text that a bar shows; lines do without it."""
+        """Ignore a text that only bars show."""
 
     def set_postfix(self, **values: Any) -> None:
-        """Take values that a bar shows; lines do without them."""
+        """Ignore values that only bars show."""
 
     def close(self) -> None:
-        """Print the last line, if there were others."""
+        """Print a last line, if there were others."""
         if self._has_shown and self.n != self._count_shown:
             self._print(time.monotonic())
 

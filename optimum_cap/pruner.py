@@ -1,4 +1,4 @@
-"""`CAPPruner`: the steps of a pruning run, from checks to the record. Read this module first."""
+"""`CAPPruner`: the steps of a pruning run, from checks to the record. Start reading here."""
 
 import dataclasses
 import functools
@@ -86,26 +86,26 @@ class CAPPruner:
         losses: UnitLosses | None = None,
         base_revision: str | None = None,
     ) -> PreTrainedModel:
-        """Score, rank and zero the weights of `model`, in place.
+        """Score and rank the weights of `model`, and set the lowest-ranked to zero in place.
 
         Weights change only in the last step: an error or an interrupt before it leaves the model
         unchanged. Criteria that prune layer by layer (ALPS, Wanda, SparseGPT) are an exception: if
-        they are interrupted while pruning, the first layers stay pruned, and a warning is logged.
+        interrupted while pruning, they leave the first layers pruned and log a warning.
 
         With a `resume_dir`, an interrupted run resumes when the dense model is pruned again with
         the same config. All processes that were launched together (`torchrun`) must call this
         method; they share the measurements. If weights are offloaded to disk, pruned weights are
-        written to copies in the offload folder, never to the files that the model was loaded from.
+        written to copies in the offload folder, never to the files the model was loaded from.
 
         Args:
             model: A decoder-only causal language model in any float dtype, or a classifier or
                 reward model made of one. The latter have no LM head, so criteria and allocations
                 that measure predictions of tokens cannot prune them (`docs/models.md`).
-            tokenizer: Its tokenizer or processor, or the name of a tokenizer; `None` takes the
-                config's, then the one that is saved with the model.
+            tokenizer: Its tokenizer or processor, or the name of a tokenizer; `None` uses the
+                config's, or else the one saved with the model.
             dataset: Calibration data that replaces the config's.
-            losses: Losses that `measure` returned for this model, data and seed. The criterion
-                `causal_score` uses them for any sparsity, subsets and aggregation.
+            losses: Losses that `measure` returned for this model, data and seed. They can be reused
+                for any sparsity, subsets and aggregation with the criterion `causal_score`.
             base_revision: Commit of the dense model on the Hub, for the record.
 
         Returns:
@@ -114,7 +114,7 @@ class CAPPruner:
 
         Raises:
             ValueError: The model, the data or the tokenizer cannot be used; the message says why.
-            TypeError: `model` is a name, or no transformers model but, for example, a `PeftModel`.
+            TypeError: `model` is a name, or not a transformers model (for example a `PeftModel`).
             OSError: There is not enough disk space for pruned copies of offloaded weights.
             ConnectionError: Another process of the launch has stopped.
         """
@@ -134,13 +134,13 @@ class CAPPruner:
         """Measure the losses with each unit masked, from which causal scores are computed.
 
         Args:
-            model: A decoder-only causal language model; it is left unchanged.
+            model: A decoder-only causal language model; it is not changed.
             tokenizer: As for `prune`.
-            save_to: A scores file to write, for `CAPConfig(scores=...)`.
+            save_to: Scores file to write, for `CAPConfig(scores=...)`.
 
         Raises:
-            ValueError: As `prune`.
-            TypeError: As `prune`.
+            ValueError: As for `prune`.
+            TypeError: As for `prune`.
             OSError: The file cannot be written.
         """
         plain = plain_model(model)
@@ -173,7 +173,7 @@ def _prune_(
     losses: UnitLosses | None,
     base_revision: str | None,
 ) -> PreTrainedModel:
-    """Prune a model in place, as `CAPPruner.prune` says."""
+    """Prune a model in place, as described in `CAPPruner.prune`."""
     plain = plain_model(model)
     check_configs_can_be_saved(plain)
     needs_scores = CRITERIA[config.method.criterion].needs_scores
@@ -241,10 +241,10 @@ def _prune_(
 
 
 def _steps(config: CAPConfig, losses: UnitLosses | None) -> list[str]:
-    """Return the steps of a run that take long, by the names of their progress bars."""
+    """Return the long steps of a run, as the names of their progress bars."""
     method = config.method
     if config.pattern in SMALLER_PATTERNS:
-        return []  # how many rounds there are depends on the model
+        return []  # the number of rounds depends on the model
     steps = ["Answering"] if config.answers == "model" else []
     if CRITERIA[method.criterion].needs_scores and losses is None:
         first_order = ["Scoring to first order"]
@@ -266,7 +266,7 @@ _STEP_OF_ALLOCATION = {
 def _remove_parts_(
     model: PreTrainedModel, config: CAPConfig, tokenizer: Any, losses: UnitLosses | None
 ) -> tuple[PruningRecord, LayerStore | None]:
-    """Remove parts of a model, in place; return the record and what stores finished layers."""
+    """Remove parts of a model in place; return the record and the store of finished layers."""
     if is_offloaded(model):
         raise ValueError(
             f"pattern {config.pattern!r} builds a smaller model in memory, but weights of this one "
@@ -381,7 +381,7 @@ def _check_pattern(view: ModelView, matrices: list[Matrix], pattern: str) -> Non
 def _check_zeros(
     zeros_before: int, zeros: int, config: CAPConfig, record: PruningRecord | None
 ) -> None:
-    """Check that the model is not sparser than asked; say what sparsity means if it was pruned."""
+    """Check that the model is not too sparse already; explain sparsity if it was pruned before."""
     if config.pattern == "unstructured" and zeros_before > zeros:
         raise ValueError(
             f"{zeros_before:,} of the weights to prune are zero already, but sparsity "
@@ -396,7 +396,7 @@ def _check_zeros(
 
 
 def _report_other_zeros(record: PruningRecord, zeros: int, config: CAPConfig) -> None:
-    """Say by how much the number of zeros differs from the number asked for."""
+    """Report by how much the number of zeros differs from the requested number."""
     if record.zeros == zeros:
         return
     difference = record.zeros - zeros
@@ -416,7 +416,7 @@ def _report_other_zeros(record: PruningRecord, zeros: int, config: CAPConfig) ->
 def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
     """Check that no matrix shares memory with another parameter, which would be pruned with it.
 
-    Decoder layers may share parameters, as those of Zamba do: sites know all layers that use them.
+    Decoder layers may share parameters, as in Zamba: sites know all layers that use them.
     """
     if (shared := [m for m in matrices if m in view.layers_of_shared]) and is_offloaded(view.model):
         raise ValueError(
@@ -432,7 +432,7 @@ def _check_not_shared(view: ModelView, matrices: list[Matrix]) -> None:
         if parameter.data_ptr() and parameter.is_contiguous()
     )
     to_prune = {matrix.parameter for matrix in matrices}
-    overlapping: list[str] = []  # names of the tensors that overlap the one before
+    overlapping: list[str] = []  # names of the tensors that overlap the previous one
     last_end = 0
     for start, end, name in ranges:
         if start >= last_end:
@@ -466,7 +466,7 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
                 f"{matrix.name} is on the meta device without offloaded values: load the model "
                 "with from_pretrained; device_map='auto' offloads what does not fit into memory"
             )
-        # Weights of 8 bits are quantized, float8 among them.
+        # 8-bit weights are quantized, float8 included.
         if not weight.is_floating_point() or weight.element_size() == 1:
             raise ValueError(
                 f"{matrix.name} has dtype {weight.dtype}, but CAP prunes floats of 16 bits or "
@@ -483,7 +483,7 @@ def _check_weights(view: ModelView, matrices: list[Matrix]) -> int:
 
 
 def _check_other_parameters(view: ModelView, matrices: list[Matrix]) -> None:
-    """Check that biases, norms and embeddings are finite; attention can hide a bias that is not."""
+    """Check that biases, norms and embeddings are finite; attention can hide a non-finite bias."""
     checked = {matrix.parameter for matrix in matrices}
     for name, parameter in view.model.named_parameters():
         if name in checked or not parameter.is_floating_point():
@@ -500,7 +500,7 @@ def _check_other_parameters(view: ModelView, matrices: list[Matrix]) -> None:
 def _processor(model: PreTrainedModel, tokenizer: Any) -> Any:
     """Return a tokenizer or processor: as given, by name, or the one saved with the model.
 
-    A model that was pruned and saved has the name of its checkpoint, which may have no tokenizer.
+    A pruned and saved model has the name of its checkpoint, which may contain no tokenizer.
     """
     if tokenizer is not None and not isinstance(tokenizer, str):
         return tokenizer

@@ -18,7 +18,7 @@ def did_you_mean(name: Any, known: Iterable[str], count: int = 1) -> str:
     """Return the end of an error message that suggests up to `count` known names near `name`.
 
     Returns:
-        Text such as `" (did you mean 'wanda'?)"`; nothing if no name is near.
+        Text such as `" (did you mean 'wanda'?)"`; empty if no name is close.
     """
     near = difflib.get_close_matches(str(name), sorted(known), count)
     return f" (did you mean {enumeration([repr(each) for each in near], 'or')}?)" if near else ""
@@ -42,11 +42,11 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> str:
 
 
 def labelled(rows: Iterable[tuple[str, str]], width: int = 80) -> str:
-    """Return labels with their values, which continue below themselves beyond `width` columns.
+    """Return labels with their values, which wrap into their own column beyond `width` columns.
 
     Args:
-        rows: Label and value of each row; a label is repeated below as nothing.
-        width: Number of columns; what has no spaces may need more.
+        rows: Label and value of each row; an empty label continues the one above.
+        width: Number of columns; text without spaces may exceed it.
     """
     lines = []
     for label, value in rows:
@@ -88,7 +88,7 @@ def format_duration(seconds: float) -> str:
 def printable(text: str) -> str:
     r"""Return text with its control characters escaped, such as `\x1b`, for one line of output.
 
-    Files may come from anywhere, and a terminal would obey the control characters in them.
+    Files may come from untrusted sources, and a terminal would obey control characters in them.
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
@@ -108,10 +108,10 @@ def printable_values(values: Any) -> Any:
 
 
 def public_name(name_or_path: str) -> str | None:
-    """Return a Hub id as it is, `./name` for a local folder of any path, or `None` for no name.
+    """Return a Hub id unchanged, `./name` for any local folder, or `None` for an empty name.
 
-    A folder in the cache of the Hub has the id of its repository. What is published must not show
-    where folders are on this computer.
+    A folder in the Hub cache gets the id of its repository. Published text must not reveal where
+    folders are on this computer.
     """
     if not name_or_path:
         return None

@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 NEWEST_TRANSFORMERS = "5.24.0"
-"""Newest release of transformers that this version is tested with."""
+"""Newest transformers release that this version is tested with."""
 
 _REPOSITORY = "git+https://github.com/optimum-cap/optimum-cap"
 

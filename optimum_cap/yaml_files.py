@@ -10,7 +10,7 @@ _MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does, and refuses a key that is given twice.
+    """Reads numbers as YAML 1.2 does, and refuses duplicate keys.
 
     YAML 1.1, which PyYAML reads, takes `2:4` as the number 124 and `1e-4` as text.
     """
@@ -57,11 +57,11 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        what: What it is, for the error messages, such as `"study file"`.
+        what: Kind of file for error messages, such as `"study file"`.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It is a folder, not valid YAML, or no mapping.
+        ValueError: It is a folder, not valid YAML, or not a mapping.
     """
     if path.is_dir():
         raise ValueError(f"the {what} {path} is a folder: name a file")
