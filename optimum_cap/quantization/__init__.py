@@ -1,4 +1,4 @@
-"""Quantization of pruned checkpoints, in formats that transformers loads with other packages."""
+"""Quantization of pruned checkpoints, in formats that transformers loads through other packages."""
 
 from optimum_cap.quantization.checkpoints import check_calibration, check_new, quantize_checkpoint
 from optimum_cap.quantization.coverage import check_reaches

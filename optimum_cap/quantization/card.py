@@ -1,4 +1,4 @@
-"""The model card of a pruned model that was quantized."""
+"""The model card of a quantized pruned model."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def quantized_card(source: Path, name: str, scheme: Scheme, auto_class: str) -> 
         source: Folder of the sparse checkpoint.
         name: Name of the scheme.
         scheme: The scheme.
-        auto_class: Class of transformers that loads the model.
+        auto_class: Auto class of transformers that loads the model.
 
     Raises:
         ValueError: The sparse model's card cannot be read.
@@ -26,7 +26,7 @@ def quantized_card(source: Path, name: str, scheme: Scheme, auto_class: str) -> 
     file = source / "README.md"
     card = parsed_card(read_card(file)) if file.is_file() else None
     data = card.data if card else ModelCardData(library_name="transformers")
-    data.eval_results = data.model_name = None  # results are those of other weights
+    data.eval_results = data.model_name = None  # they were measured with other weights
     facts = card.text.partition(_TABLE)[2].partition("\n\n")[0] if card else ""
     listed = card.text.partition(_LIMITS)[2].partition("\n\n")[0] if card else ""
     limits = [line for line in listed.splitlines() if not line.startswith(f"- {ZEROS_IN_FILES}")]

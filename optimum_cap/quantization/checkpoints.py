@@ -1,4 +1,4 @@
-"""Quantizes the weights of a saved checkpoint, and saves them as another one."""
+"""Quantization of a saved checkpoint into a new one."""
 
 import os
 from pathlib import Path
@@ -29,28 +29,28 @@ def quantize_checkpoint(
     max_shard_size: int | str = "5GB",
     **load_options: Any,
 ) -> None:
-    """Quantize a pruned checkpoint by a package that transformers loads, and save the result.
+    """Quantize a pruned checkpoint with a package that transformers supports, and save the result.
 
-    The new folder has the tokenizer, the processor and what else lies beside the weights, a config
-    that names the package, and a model card. It has no pruning record, which describes other
-    weights.
+    The new folder contains the tokenizer, the processor and the other files next to the weights, a
+    config that names the package, and a model card. It contains no pruning record, because that
+    describes other weights.
 
     Args:
         source: Folder of the checkpoint, in any format.
         target: New or empty folder.
         scheme: Name of the scheme, a key of `SCHEMES`.
-        auto_class: Class of transformers that loads the model.
-        calibration: For `int4`, the config whose calibration data is used, such as the one that the
+        auto_class: Auto class of transformers that loads the model.
+        calibration: For `int4`, the config whose calibration data is used, such as the one the
             model was pruned with.
-        tokenizer: For `int4`, the tokenizer or processor; `None` loads the one in `source`.
-        max_shard_size: Largest file of weights, before they are packed.
-        **load_options: Keywords of `from_pretrained`, such as `device_map`.
+        tokenizer: For `int4`, the tokenizer or processor; `None` loads it from `source`.
+        max_shard_size: Largest weight file, before packing.
+        **load_options: Arguments of `from_pretrained`, such as `device_map`.
 
     Raises:
-        ValueError: There is no such scheme, it leaves most weights of the model as they are, it
-            cannot be calibrated, or the model card cannot be read.
+        ValueError: The scheme is unknown, leaves most weights of the model unquantized, or cannot
+            be calibrated, or the model card cannot be read.
         ImportError: The package of the scheme is not installed.
-        FileExistsError: The target has files already.
+        FileExistsError: The target already contains files.
         OSError: The target cannot be written.
     """
     source, target = Path(source), Path(target)
@@ -74,7 +74,7 @@ def quantize_checkpoint(
         quantization = chosen.config(config.dtype or torch.float32)
         model = load(source, **options, quantization_config=quantization)
     with atomic_folder(target) as folder:
-        # Not that of the instance, which writes sparse checkpoints.
+        # Not the instance's method, which writes sparse checkpoints.
         type(model).save_pretrained(model, folder, max_shard_size=max_shard_size)
         if rounded:
             replace_weights(folder, model, rounded)
@@ -83,10 +83,10 @@ def quantize_checkpoint(
 
 
 def check_calibration(scheme: str, calibration: CAPConfig | None) -> None:
-    """Check that a scheme that is calibrated has data, and that the data has answers.
+    """Check that a scheme that needs calibration has data, and that the data has answers.
 
     Raises:
-        ValueError: It has not.
+        ValueError: Data or answers are missing.
     """
     if SCHEMES[scheme].config is not None:
         return
@@ -107,7 +107,7 @@ def check_new(target: Path) -> None:
     """Check that a folder for a quantized checkpoint does not exist, or is empty.
 
     Raises:
-        FileExistsError: It has files, or is a file.
+        FileExistsError: It contains files, or is a file.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(

@@ -1,4 +1,4 @@
-"""Which weights of a model a quantization scheme reaches, known from its config alone."""
+"""Which weights of a model a quantization scheme quantizes, determined from its config alone."""
 
 from typing import Any
 
@@ -15,19 +15,19 @@ _FEW = 0.5  # of the weights of matrices
 def check_reaches(
     scheme: Scheme, name: str, config: PreTrainedConfig, auto_class: str, **options: Any
 ) -> None:
-    """Check that a scheme quantizes most of a model, which is built without weights.
+    """Check that a scheme quantizes most of a model, which is built here without weights.
 
     Args:
         scheme: The scheme.
-        name: Its name, for the error.
+        name: Its name, for the error message.
         config: The config of the model.
-        auto_class: Class of transformers that loads the model.
-        **options: Keywords of its `from_config`.
+        auto_class: Auto class of transformers that loads the model.
+        **options: Arguments of its `from_config`.
 
     Raises:
-        ValueError: Most weights are in layers that the scheme leaves as they are, or the model sees
-            images, whose files have other names for weights than the model, and the scheme packs
-            them itself.
+        ValueError: Most weights are in layers that the scheme does not quantize, or the scheme
+            packs weights itself and the model sees images (files of such models use other weight
+            names).
     """
     if scheme.config is None and auto_class == "AutoModelForImageTextToText":
         raise ValueError(

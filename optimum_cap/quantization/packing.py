@@ -31,15 +31,15 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 def replace_weights(
     folder: Path, model: PreTrainedModel, rounded: Mapping[str, RoundedMatrix]
 ) -> None:
-    """Replace the weights of rounded matrices in a saved checkpoint by their packed integers.
+    """Replace the weights of rounded matrices in a saved checkpoint with their packed integers.
 
     Args:
-        folder: Folder of the checkpoint, without other files of weights.
+        folder: Folder of the checkpoint, without other weight files.
         model: The model that was saved there.
-        rounded: The matrices, by the name of their parameter.
+        rounded: The matrices, by parameter name.
 
     Raises:
-        ValueError: The files have other names for these matrices than the model.
+        ValueError: The files use other names for these matrices than the model.
     """
     left = set(rounded)
     weight_map: dict[str, str] = {}
@@ -47,7 +47,7 @@ def replace_weights(
     for file in sorted(folder.glob("*.safetensors")):
         tensors: dict[str, torch.Tensor] = {}
         with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no dictionary
+            for name in stored.keys():  # noqa: SIM118 - it is not a dictionary
                 if name in left:
                     left.remove(name)
                     tensors |= _packed(name, rounded[name])
@@ -84,7 +84,7 @@ def _packed(name: str, matrix: RoundedMatrix) -> dict[str, torch.Tensor]:
 def _quantization_config(
     model: PreTrainedModel, rounded: Mapping[str, RoundedMatrix]
 ) -> dict[str, Any]:
-    """Return what tells compressed-tensors which layers are packed, and how."""
+    """Return the config that tells compressed-tensors which layers are packed, and how."""
     first = next(iter(rounded.values()))
     weights = {
         "num_bits": _BITS,

@@ -1,4 +1,4 @@
-"""Rounds a pruned model to 4 bits layer by layer, calibrated on the inputs that it has then."""
+"""Rounds a pruned model to 4 bits layer by layer, calibrated on the inputs each layer then gets."""
 
 from typing import Any
 
@@ -27,15 +27,15 @@ _CALIBRATION_FIELDS = (
 
 
 class MatrixRounder(MatrixPruner):
-    """Rounds matrices one at a time; layer-by-layer pruning calls it as it calls its superclass.
+    """Rounds matrices one at a time; layer-by-layer pruning uses it like its superclass.
 
     Args:
         view: The model.
-        config: Gives the calibration set.
+        config: Defines the calibration set.
         group: Number of inputs that share a scale.
 
     Attributes:
-        rounded: The integers and scales of the matrices that were rounded, by name.
+        rounded: The integers and scales of the rounded matrices, by name.
     """
 
     activity = "Rounding"
@@ -48,7 +48,7 @@ class MatrixRounder(MatrixPruner):
         self._dtype = view.model.dtype  # on CPUs, the weights are float32 during the passes
 
     def pruned(self, matrix: Matrix, statistics: InputStatistics, zeros: int) -> torch.Tensor:
-        """Return the rounded weights of a matrix, `[out, in]`; the matrix itself is not changed."""
+        """Return the rounded weights of a matrix, `[out, in]`, without changing the matrix."""
         weight = self._model_view.weights(matrix)
         rounded = round_columns(weight, statistics, self._group, self._dtype, matrix.name)
         self.rounded[matrix.name] = RoundedMatrix(rounded.codes.cpu(), rounded.scales.cpu())
@@ -63,10 +63,10 @@ def round_model_(
     Args:
         model: The pruned model.
         tokenizer: Its tokenizer or processor.
-        calibration: The config that it was pruned with; its data set, examples and tokens are used.
+        calibration: The config it was pruned with; its data set, examples and tokens are used.
 
     Returns:
-        The integers and scales of each rounded matrix, by the name of its parameter.
+        The integers and scales of each rounded matrix, by parameter name.
 
     Raises:
         ValueError: No matrix can be rounded, or the calibration set cannot be built.
@@ -107,7 +107,7 @@ def round_model_(
 
 
 def _can_round(view: ModelView, matrix: Matrix) -> bool:
-    """Return whether a matrix is the weight of a linear layer with inputs in whole groups."""
+    """Return whether a matrix is the weight of a linear layer whose inputs form whole groups."""
     owner, _, attribute = matrix.name.rpartition(".")
     return (
         matrix.expert is None

@@ -1,4 +1,4 @@
-"""Quantization schemes: which packages quantize a pruned model, and how they are told to."""
+"""Quantization schemes: the packages that quantize a pruned model, and their configs."""
 
 import importlib
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from transformers.utils import is_bitsandbytes_available, is_torchao_available
 from optimum_cap.text import did_you_mean
 
 GROUPS = (64, 32)
-"""Numbers of inputs that may share a scale in `int4`; the first one that fits all matrices."""
+"""Numbers of inputs that may share a scale in `int4`; the first that fits all matrices is used."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to quantize weights that transformers loads and saves, and that has a zero.
+    """A quantization that transformers loads and saves, and that represents zero exactly.
 
     Attributes:
-        title: What it does to the weights, for the model card and the summary.
-        package: Name of the package that quantizes and loads.
-        requirement: What to install, for pip.
+        title: Description of the quantized weights, for the model card and the summary.
+        package: Name of the package that quantizes and loads the weights.
+        requirement: Requirement specifier for pip.
         reaches: Whether it quantizes the weights of a module. Embeddings and the head stay floats.
-        is_available: Whether the package is installed in a version that transformers takes.
-        config: Takes the dtype of the model, and returns the quantization config of transformers;
-            `None` if optimum-cap rounds the weights itself, calibrated as the pruning was.
+        is_available: Whether the package is installed in a version that transformers supports.
+        config: Takes the dtype of the model, and returns the quantization config for transformers;
+            `None` if optimum-cap rounds the weights itself, calibrated as in pruning.
     """
 
     title: str
@@ -39,11 +39,11 @@ class Scheme:
 
 
 def get_scheme(name: str) -> Scheme:
-    """Return a scheme by name, once its package is known to be installed.
+    """Return a scheme by name, after checking that its package is installed.
 
     Raises:
-        ValueError: There is no such scheme.
-        ImportError: Its package is not installed, or too old.
+        ValueError: The scheme is unknown.
+        ImportError: Its package is not installed, or is too old.
     """
     if name not in SCHEMES:
         raise ValueError(
