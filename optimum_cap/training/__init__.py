@@ -1,10 +1,10 @@
-"""Training of pruned models: zeros that stay zeros, with any optimizer and with LoRA.
+"""Training of pruned models that keeps their zeros, with any optimizer and with LoRA.
 
-Fine-tuning fills the zeros of a pruned model unless something keeps them. `KeepSparsity` does so
-for transformers' `Trainer` and those built on it (TRL), `keep_sparsity` for a loop of your own.
-`SparseLoraConfig` trains adapters whose merge is exactly as sparse as the base model, and
-`merge_and_keep_sparsity` merges any other adapter and drops what would fill zeros. `recover` trains
-a pruned model for some minutes to predict what the dense model predicts.
+Ordinary fine-tuning fills the zeros of a pruned model. `KeepSparsity` keeps them with transformers'
+`Trainer` and trainers built on it (TRL), `keep_sparsity` in your own training loop.
+`SparseLoraConfig` trains adapters that merge into exactly as sparse a model as the base model, and
+`merge_and_keep_sparsity` merges any other adapter and drops updates that would fill zeros.
+`recover` trains a pruned model for a few minutes to reproduce the dense model's predictions.
 """
 
 import importlib
@@ -29,7 +29,7 @@ __all__ = [
     "recover",
 ]
 
-# Imported lazily, because each needs the Trainer of transformers, or peft, which is optional.
+# Imported lazily, because each needs transformers' Trainer, or peft, which is optional.
 _MODULES = {
     "KeepSparsity": "callback",
     "SparseLoraConfig": "sparse_lora",

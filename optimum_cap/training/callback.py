@@ -1,4 +1,4 @@
-"""A callback of transformers' `Trainer` that keeps the zeros of a pruned model."""
+"""A callback for transformers' `Trainer` that keeps the zeros of a pruned model."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from optimum_cap.training.sparsity import SparsityKeeper
 
 
 class KeepSparsity(TrainerCallback):
-    """Keep the zeros of a pruned model while it is trained.
+    """Keep the zeros of a pruned model during training.
 
-    Works with `Trainer` and those built on it (TRL's `SFTTrainer`, `DPOTrainer`), with any
+    Works with `Trainer` and trainers built on it (TRL's `SFTTrainer`, `DPOTrainer`), with any
     optimizer, gradient accumulation, mixed precision, DDP and FSDP. The masks take one bit per
-    weight. See `keep_sparsity` for loops of your own.
+    weight. See `keep_sparsity` for your own training loop.
 
     Raises:
-        ValueError: When training begins: the model has no zeros, has lost zeros since it was
+        ValueError: When training begins, if the model has no zeros, has lost zeros since it was
             pruned, is offloaded, or has PEFT adapters.
 
     Example:
@@ -28,7 +28,7 @@ class KeepSparsity(TrainerCallback):
         self._keeper: SparsityKeeper | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()  # of a training that was interrupted
+        self.remove()  # left from an interrupted training run
         self._keeper = SparsityKeeper(kwargs["model"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ class KeepSparsity(TrainerCallback):
         self.remove()
 
     def remove(self) -> None:
-        """Stop keeping zeros, after a training that has not come to its end."""
+        """Stop keeping zeros, after a training run that did not finish."""
         if self._keeper is not None:
             self._keeper.remove()
         self._keeper = None

@@ -21,8 +21,8 @@ class MergedModel(NamedTuple):
 
     Attributes:
         model: The model, as sparse as before.
-        lost: Fraction of the update that fell on zeros and was dropped: of the squared Frobenius
-            norm of the updates of all pruned weights, 0 to 1.
+        lost: Fraction of the update that fell on zeros and was dropped, from 0 to 1, in terms of
+            the squared Frobenius norm of the updates of all pruned weights.
     """
 
     model: PreTrainedModel
@@ -32,22 +32,22 @@ class MergedModel(NamedTuple):
 def merge_and_keep_sparsity(
     peft_model: PeftModel, adapter_names: list[str] | None = None
 ) -> MergedModel:
-    """Merge adapters into their pruned base model, and drop what would fill its zeros.
+    """Merge adapters into their pruned base model, and drop updates that would fill its zeros.
 
-    One weight at a time is copied. An adapter trained with a `SparseLoraConfig` loses nothing.
+    Only one weight is copied at a time. An adapter trained with a `SparseLoraConfig` loses nothing.
 
     Args:
-        peft_model: A pruned model with adapters of any method that can be merged. It cannot be used
-            afterwards, as after PEFT's `merge_and_unload`.
-        adapter_names: The adapters to merge; `None` is the active ones.
+        peft_model: A pruned model with mergeable adapters of any method. As after PEFT's
+            `merge_and_unload`, it cannot be used afterwards.
+        adapter_names: The adapters to merge; `None` merges the active ones.
 
     Returns:
-        The merged model, and what was lost of the update.
+        The merged model, and the fraction of the update that was lost.
 
     Raises:
-        TypeError: `peft_model` is no `PeftModel`.
+        TypeError: `peft_model` is not a `PeftModel`.
         ValueError: The base model has no zeros or has lost some, its weights are quantized or
-            offloaded, or the adapter cannot be merged (prompt learning).
+            offloaded, or the adapter cannot be merged (as in prompt learning).
     """
     if not isinstance(peft_model, PeftModel):
         raise TypeError(
@@ -78,10 +78,10 @@ def merge_and_keep_sparsity(
     own = {id(parameter) for parameter in pruned.values()}
     lost = total = 0.0
     with warnings.catch_warnings():
-        # PEFT says so for what is merged here, one layer after the other, before the rest.
+        # PEFT would warn about the layers merged here, one after the other, before the rest.
         warnings.filterwarnings("ignore", "Already following adapters were merged")
         warnings.filterwarnings("ignore", "All adapters are already merged")
-        for layer in reversed(list(base.modules())):  # nested layers from the inner one outwards
+        for layer in reversed(list(base.modules())):  # inner layers before those around them
             norms = []
             if isinstance(layer, ModulesToSaveWrapper):
                 norms = _mask_copies(layer, own)
@@ -98,10 +98,10 @@ def merge_and_keep_sparsity(
 
 @torch.no_grad()
 def _mask_copies(wrapper: ModulesToSaveWrapper, own: set[int]) -> list[tuple[float, float]]:
-    """Set the zeros of a module to zero in its trained copies, of which one will replace it.
+    """Apply the zeros of a module to its trained copies, one of which will replace it.
 
     Returns:
-        As `_merge_masked`.
+        As for `_merge_masked`.
     """
     norms = []
     for name, old in wrapper.original_module.named_parameters():
@@ -118,7 +118,8 @@ def _merge_masked(
     """Merge the adapters of a layer, and set the zeros of its weights to zero again.
 
     Returns:
-        For each weight, the squared norm of what was dropped of the update, and of all of it.
+        For each weight, the squared norms of the dropped part of the update and of the whole
+        update.
     """
     before = [weight.clone() for weight in weights]
     if weights:
@@ -127,7 +128,7 @@ def _merge_masked(
 
 
 def _mask(weight: torch.Tensor, old: torch.Tensor) -> tuple[float, float]:
-    """Set a weight to zero where it was, and return the squared norms of that and of its change."""
+    """Restore the zeros of a weight; return the squared norms of the dropped and whole update."""
     update = weight.float() - old.float()
     dropped = update[old == 0]
     weight.masked_fill_(old == 0, 0)

@@ -1,4 +1,4 @@
-"""Recovery of a pruned model: short distillation from the dense model that keeps its zeros."""
+"""Recovery of a pruned model: a short distillation from the dense model that keeps the zeros."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ from optimum_cap.training.sparsity import (
 logger = logging.get_logger(__name__)
 
 _EVALUATIONS = 5  # during a recovery
-_PATIENCE = 2  # evaluations without a better one
+_PATIENCE = 2  # evaluations without an improvement
 _HELD_OUT = 0.1  # of the examples
 _MOST_HELD_OUT = 32  # examples, since evaluating them takes time from training
 _FEWEST = 16  # examples
@@ -69,15 +69,15 @@ _WEIGHTS = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """What a recovery did.
+    """The result of a recovery.
 
     Attributes:
         model: The model.
-        steps: Number of steps that were trained.
-        best_step: The step whose weights were taken, by the divergence.
+        steps: Number of training steps.
+        best_step: The step with the lowest divergence, whose weights were used.
         divergence_before, divergence_after: Kullback-Leibler divergence of the predictions from
-            those of the dense model on examples left out of training, nats per scored token; after
-            the weights have their dtype again.
+            those of the dense model on held-out examples, in nats per scored token; the second with
+            the weights cast back to their dtype.
     """
 
     model: PreTrainedModel
@@ -104,39 +104,40 @@ def recover(
     seed: int = 0,
     resume_dir: str | Path | None = None,
 ) -> Recovery:
-    """Train a pruned model for some steps to predict what the dense model predicts.
+    """Train a pruned model for a few steps to reproduce the dense model's predictions.
 
     The loss is the Kullback-Leibler divergence of its predictions from those of the dense model
     (knowledge distillation, arXiv 1503.02531) at scored tokens. Pruned weights stay zero; a model
-    that has lost parts, such as layers, is trained as it is. A tenth
-    of the examples, at most 32, is left out; the divergence on them is measured about five times.
-    Training stops early if it no longer falls, and the weights with the lowest one are taken.
-    AdamW, with a rate that falls to 0 along a cosine, in float32 (with bfloat16 autocast on GPUs
-    that support it); the weights get their dtype back.
+    that has lost parts, such as layers, keeps its smaller shape. A tenth of the examples, at most
+    32, is held out; the divergence on them is measured about five times. Training stops early if it
+    no longer falls, and the weights with the lowest divergence are used. The optimizer is AdamW
+    with a cosine schedule down to 0, in float32 (with bfloat16 autocast on GPUs that support it);
+    the weights are cast back to their dtype at the end.
 
     Args:
         model: A pruned model, changed in place.
         dense: The model before pruning; it is not changed.
         tokenizer: Its tokenizer.
-        dataset: Data as for `CAPConfig`, for example answers that `cap generate` has written.
+        dataset: Data as for `CAPConfig`, for example answers written by `cap generate`.
         steps: Number of steps.
-        batch_size: Examples in a step.
-        num_samples: Examples in all, those left out included.
-        learning_rate: Peak of the learning rate; `None` is 1e-4, or 1e-3 with LoRA.
-        lora_rank: Train adapters of this rank that leave zeros zero (`SparseLoraConfig`) and merge
-            them, instead of all weights. Takes less memory, needs `peft`.
-        hidden_states: Weight of the squared error of the hidden states after each layer, relative
-            to those of the dense model and averaged over the layers, which is added to the loss.
-        scored_tokens: `"answer"`, or `"all"`.
-        max_length: Longest example, in tokens; longer ones are left out.
-        seed: Seed of the choice and the order of examples.
-        resume_dir: Folder for intermediate states, so that an interrupted recovery resumes when it
-            is called again with the same arguments.
+        batch_size: Examples per step.
+        num_samples: Total number of examples, including the held-out ones.
+        learning_rate: Peak learning rate; `None` is 1e-4, or 1e-3 with LoRA.
+        lora_rank: Instead of all weights, train and merge adapters of this rank that keep zeros
+            (`SparseLoraConfig`). Takes less memory; needs `peft`.
+        hidden_states: Weight of an additional loss term: the relative squared error of the hidden
+            states after each layer to those of the dense model, averaged over the layers.
+        scored_tokens: `"answer"` or `"all"`.
+        max_length: Longest example, in tokens; longer ones are skipped.
+        seed: Seed for the choice and the order of examples.
+        resume_dir: Folder for intermediate states, from which an interrupted recovery resumes when
+            called again with the same arguments.
 
     Raises:
-        ValueError: The model has no zeros or has lost some, the models do not belong together,
-            an argument is out of range, or training did not help; the model is then unchanged.
-        ImportError: `lora_rank` needs `peft`, and the Trainer of transformers accelerate 1.3.
+        ValueError: The model has no zeros or has lost some, the models do not match, an argument is
+            out of range, or training did not help. The model is then unchanged.
+        ImportError: `peft`, which `lora_rank` needs, or accelerate 1.3, which transformers' Trainer
+            needs, is not installed.
 
     Example:
         recovery = recover(pruned, dense, tokenizer, dataset="gsm8k", steps=200)
@@ -160,7 +161,7 @@ def recover(
             )
     _check_belong_together(student, dense, hidden_states > 0)
     config = CAPConfig(
-        sparsity=0.5,  # required, not used
+        sparsity=0.5,  # required, but not used
         dataset=dataset,
         num_samples=num_samples,
         scored_tokens=scored_tokens,
@@ -210,17 +211,17 @@ def recover(
 
 
 class _NoGainError(ValueError):
-    """Training has not brought the model closer to the dense one."""
+    """Training did not bring the model closer to the dense one."""
 
 
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[dict[int, torch.dtype]]:
-    """Train weights in float32 for a while, and restore what `Trainer` changes in a model.
+    """Keep weights in float32 during training, and restore what `Trainer` changes in a model.
 
-    Buffers keep their dtype, as `from_pretrained` leaves some in float32 in any model.
+    Buffers keep their dtype, because `from_pretrained` leaves some in float32 in any model.
 
     Yields:
-        The dtypes of the weights before and afterwards, by `id`.
+        The original dtypes of the weights, by `id`, to which they return afterwards.
     """
     training, cache = model.training, getattr(model.config, "use_cache", None)
     dtypes = {id(weight): weight.dtype for weight in model.parameters()}
@@ -262,7 +263,7 @@ def check_recovery_settings(
     lora_rank: int | None,
     hidden_states: float,
 ) -> None:
-    """Check the numbers that `recover` takes.
+    """Check the numeric arguments of `recover`.
 
     Raises:
         ValueError: One of them is out of range.
@@ -283,7 +284,7 @@ def check_recovery_settings(
 
 
 def _has_lost_parts(model: PreTrainedModel) -> bool:
-    """Return whether a pruned model is smaller than the dense one, by its record."""
+    """Return whether a pruned model is smaller than the dense one, according to its record."""
     record = getattr(model, "pruning_record", None)
     return record is not None and bool(record.removed or record.compacted)
 
@@ -312,7 +313,7 @@ def _check_belong_together(
 def _check_same_outputs(
     student: PreTrainedModel, dense: PreTrainedModel, by_hidden_states: bool
 ) -> None:
-    """Check what a model that has lost parts must have in common with the dense one."""
+    """Check that a model that has lost parts matches the dense one where it must."""
     if type(student) is not type(dense):
         raise ValueError(
             f"the dense model is a {type(dense).__name__}, but the pruned one a "
@@ -340,7 +341,7 @@ def _output_folder(
     settings: tuple[Any, ...],
     resume_dir: str | Path | None,
 ) -> Iterator[Path]:
-    """Yield a folder for the states of a training: one of its own, or a temporary one."""
+    """Yield a folder for training states: one of the run's own, or a temporary one."""
     if resume_dir is None:
         with tempfile.TemporaryDirectory(prefix="optimum-cap-recovery-") as temporary:
             yield Path(temporary)
@@ -370,7 +371,7 @@ def _read_weights(file: Path, weights: dict[str, Any]) -> None:
 
 
 def _adaptable(student: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers that were pruned."""
+    """Return the names of the pruned linear layers."""
     return [
         name.removesuffix(".weight")
         for name, weight in pruned_parameters(student).items()
@@ -379,7 +380,7 @@ def _adaptable(student: PreTrainedModel) -> list[str]:
 
 
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
-    """Return the student with sparse adapters in all layers that were pruned.
+    """Return the student with sparse adapters in all pruned layers.
 
     A model that has lost parts gets them in all linear layers.
     """
@@ -429,7 +430,7 @@ def _trainer(
         seed=seed,
         dataloader_pin_memory=False,
     )
-    # Private: where there are several GPUs, Trainer would split the batches over them.
+    # Private attribute: with several GPUs, Trainer would split the batches over them.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     set_seed(seed)
     progress, keep_sparsity = _Progress(), KeepSparsity()
@@ -455,9 +456,9 @@ def _trainer(
 
 
 class _Progress(TrainerCallback):
-    """Progress bars of the training, with the divergence on examples left out, and of measuring it.
+    """Progress bars for training, with the divergence on held-out examples, and for measuring it.
 
-    Those of `Trainer` print its log to stdout, which is for results.
+    They replace those of `Trainer`, which print its log to stdout, reserved for results.
     """
 
     def __init__(self) -> None:
@@ -486,7 +487,7 @@ class _Progress(TrainerCallback):
             self._steps.set_postfix(divergence=f"{kwargs['metrics']['eval_loss']:.4f}")
 
     def close(self) -> None:
-        """Close what is open, also of a training that has not come to its end."""
+        """Close open bars, also after a training run that did not finish."""
         for bar in (self._measuring, self._steps):
             if bar is not None:
                 bar.close()
@@ -506,7 +507,7 @@ def _distil(
     settings: tuple[Any, ...],
     dtypes: dict[int, torch.dtype],
 ) -> Recovery:
-    """Train the student in float32, take the best weights, and round them to their dtypes."""
+    """Train the student in float32, select the best weights, and round them to their dtypes."""
     lora_rank = settings[3]
     trained = _with_adapters(student, lora_rank) if lora_rank else student
     try:
@@ -535,10 +536,10 @@ def _distil(
 
 
 def _best_weights(trainer: "DistillationTrainer", folder: Path) -> tuple[float, int, int]:
-    """Train, or continue; return the divergence before, the steps in all, and the best step."""
+    """Train or resume; return the divergence before, the number of steps, and the best step."""
     before_file, end_file = folder / "before.json", folder / "end.json"
     best_file = folder / "best.safetensors"
-    if end_file.exists():  # only the result was not saved
+    if end_file.exists():  # training had finished, but the result was not saved
         _read_weights(best_file, trainer.trained_weights())
         steps, best = json.loads(end_file.read_text())
         return json.loads(before_file.read_text()), steps, best
@@ -560,8 +561,8 @@ def _best_weights(trainer: "DistillationTrainer", folder: Path) -> tuple[float, 
 class DistillationTrainer(Trainer):
     """A `Trainer` whose loss is the divergence from the predictions of a dense model.
 
-    Its checkpoints hold the trained weights under their own names, because `Trainer` would read
-    them from files of `save_pretrained`, where fused experts have other names.
+    Its checkpoints store the trained weights under the model's own names, because `Trainer` would
+    read them from files written by `save_pretrained`, where fused experts have other names.
     """
 
     def __init__(
@@ -589,7 +590,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the loss of a batch: the divergence, and the error of hidden states if wanted."""
+        """Return the loss of a batch: the divergence, plus the hidden-state error if requested."""
         divergence, error = self._divergence(inputs["batch"])
         loss = divergence + self.hidden_states * error
         return (loss, {}) if return_outputs else loss
@@ -617,9 +618,9 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, None, None]:
-        """Return the divergence of a batch that was left out.
+        """Return the divergence of a held-out batch.
 
-        It is weighted, so that `Trainer`'s mean over batches is a mean over their scored tokens.
+        It is weighted so that `Trainer`'s mean over batches is a mean over their scored tokens.
         """
         batch: Batch = inputs["batch"]
         with torch.no_grad():
@@ -627,7 +628,7 @@ class DistillationTrainer(Trainer):
         return divergence * (int(batch.scored.sum()) / self.mean_tokens), None, None
 
     def _autocast(self) -> torch.autocast:
-        """Compute in bfloat16 on GPUs that can; `Trainer` would do so for one model only."""
+        """Compute in bfloat16 on GPUs that support it; `Trainer` would do so for one model only."""
         device = self.student.device.type
         enabled = device == "cuda" and torch.cuda.is_bf16_supported()
         return torch.autocast(device, torch.bfloat16, enabled=enabled)
@@ -651,7 +652,7 @@ class DistillationTrainer(Trainer):
                 handle.remove()
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights that are trained, by name."""
+        """Return the trained weights, by name."""
         return {
             name: weight.detach()
             for name, weight in self.model.named_parameters()
@@ -659,14 +660,14 @@ class DistillationTrainer(Trainer):
         }
 
     def end(self) -> None:
-        """Leave the model without hooks and without what accelerate has put around it."""
+        """Remove the hooks and accelerate's wrappers from the model."""
         for callback in self.when_ended:
             callback()
         extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
         for model in (self.model, self.student):
             model.__dict__.pop("_is_accelerate_prepared", None)
 
-    # Private, because Trainer has no public way to choose what its checkpoints hold.
+    # Private methods, because Trainer has no public way to choose what its checkpoints contain.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         file = Path(output_dir or self.args.output_dir) / _WEIGHTS
@@ -683,7 +684,7 @@ class DistillationTrainer(Trainer):
 def _relative_error(
     states: list[torch.Tensor], expected: list[torch.Tensor], batch: Batch
 ) -> torch.Tensor:
-    """Return the squared error of hidden states relative to the expected ones, mean of layers."""
+    """Return the relative squared error of hidden states, averaged over the layers."""
     errors = []
     for state, target in zip(states, expected, strict=True):
         real = batch.real.to(state.device)

@@ -1,4 +1,4 @@
-"""LoRA adapters whose merge is exactly as sparse as the base model."""
+"""LoRA adapters that merge into exactly as sparse a model as the base model."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,25 +12,25 @@ from peft.tuners.lora.layer import LoraVariant
 from optimum_cap.training.sparsity import is_plain
 
 MARK = "keep_sparsity"
-"""The entry of `adapter_config.json` by which a sparse adapter is known when it is loaded."""
+"""The entry of `adapter_config.json` that identifies a sparse adapter when it is loaded."""
 
 
-# Ways to initialise A and B that leave the weight of the base layer as it is.
+# Initialisations of A and B that do not change the weight of the base layer.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass
 class SparseLoraConfig(LoraConfig):
-    """A LoRA adapter that leaves the zeros of a pruned model zero: (W + mask * scaling * BA) x.
+    """A LoRA adapter that keeps the zeros of a pruned model: (W + mask * scaling * BA) x.
 
-    The update is masked in every forward pass, so what is trained is exactly what is merged:
-    `merge_and_unload()` gives a model that is as sparse as its base and computes the same. A pass
-    takes about as many operations as without LoRA, but no more memory for gradients and optimizer
-    than LoRA. Layers without zeros get an ordinary LoRA adapter. Modules in `modules_to_save` are
-    not masked; `merge_and_keep_sparsity` masks them when it merges.
+    The update is masked in every forward pass, so the merged model is exactly the trained one:
+    `merge_and_unload()` gives a model that is as sparse as its base and computes the same outputs.
+    A pass takes about as many operations as without LoRA, but gradients and optimizer take no more
+    memory than with LoRA. Layers without zeros get an ordinary LoRA adapter. Modules in
+    `modules_to_save` are not masked; `merge_and_keep_sparsity` masks them when it merges.
 
     The adapter is saved as an ordinary LoRA adapter with an entry `keep_sparsity` in its config.
-    Without `optimum-cap`, PEFT warns that it ignores this entry, and the update is not masked.
+    Without `optimum-cap`, PEFT ignores this entry with a warning, and the update is not masked.
 
     Args:
         keep_sparsity: Always `True`; it marks the adapter in `adapter_config.json`.
@@ -38,7 +38,7 @@ class SparseLoraConfig(LoraConfig):
     Raises:
         ValueError: `keep_sparsity` is false, or `init_lora_weights` changes the weights of the base
             model. When the adapter is added to a model: a weight with zeros is quantized, offloaded
-            or not that of a linear layer, or a variant such as DoRA is asked for, whose update has
+            or not in a linear layer, or a variant such as DoRA is requested, whose update has
             another form.
 
     Example:
@@ -70,7 +70,7 @@ class SparseLoraConfig(LoraConfig):
 
 
 def masked_variant(layer: LoraLayer, variant: LoraVariant | None) -> LoraVariant | None:
-    """Return what masks the update of a new adapter with a `SparseLoraConfig`.
+    """Return the variant that masks the update of a new adapter with a `SparseLoraConfig`.
 
     Args:
         layer: The layer that gets the adapter.
@@ -112,23 +112,23 @@ def masked_variant(layer: LoraLayer, variant: LoraVariant | None) -> LoraVariant
 
 
 class MaskedUpdate(LoraVariant):
-    """The product of A and B where the weight of the base layer is not zero."""
+    """LoRA variant whose update is BA where the base weight is nonzero, and zero elsewhere."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to prepare: the mask is read from the weight, which is frozen."""
+        """Do nothing: the mask is read from the frozen weight."""
 
     @staticmethod
     def forward(
         module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Add the masked update times the input to the output of the base layer."""
+        """Add the product of masked update and input to the output of the base layer."""
         weight = module.get_base_layer().weight
         if module.fan_in_fan_out:
             weight = weight.T
         lora_b = module.lora_B[active_adapter]
         device = x.device.type
-        # Autocast does not reach into the backward pass of a function of ours.
+        # Autocast does not apply to the backward pass of a custom function.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         update: torch.Tensor = MaskedProduct.apply(
             module.lora_dropout[active_adapter](x).to(dtype),
@@ -163,10 +163,10 @@ def _masked_update(module: Linear, adapter: str, weight: torch.Tensor) -> torch.
 
 
 class MaskedProduct(torch.autograd.Function):
-    """x @ (mask * scaling * B @ A).T, which saves the factors rather than their product.
+    """x @ (mask * scaling * B @ A).T, which saves the factors instead of their product.
 
-    Autograd would save the masked product of every layer until the backward pass, as much memory as
-    a second model takes.
+    Autograd would save the masked product of every layer until the backward pass, which takes as
+    much memory as a second model.
     """
 
     @staticmethod
@@ -181,12 +181,12 @@ class MaskedProduct(torch.autograd.Function):
         """Multiply.
 
         Args:
-            ctx: Context of autograd.
+            ctx: Autograd context.
             x: `[..., in]`.
             lora_a: `[r, in]`.
             lora_b: `[out, r]`.
-            weight: `[out, in]`, zero where the update is to be zero.
-            scaling: That of LoRA.
+            weight: `[out, in]`; its zeros mask the update.
+            scaling: LoRA scaling.
 
         Returns:
             `[..., out]`.

@@ -1,4 +1,4 @@
-"""Masks that keep the zeros of a pruned model while it is trained."""
+"""Masks that keep the zeros of a pruned model during training."""
 
 import re
 import weakref
@@ -17,36 +17,36 @@ if torch.distributed.is_available():
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-_LEAST_ZEROS = 0.01  # of a weight that counts as pruned, where no record says so
+_LEAST_ZEROS = 0.01  # fraction from which a weight counts as pruned, if there is no record
 
-# A multiple of 8 weights at a time.
-_CHUNK = 1 << 20  # on CPUs, in whose cache their mask fits
+# Numbers of weights processed at a time, multiples of 8.
+_CHUNK = 1 << 20  # on CPUs, so that the mask fits into the cache
 _LARGE_CHUNK = 1 << 26  # elsewhere, so that a mask takes 64 MB at most
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
 
-# What FSDP, torch.compile and PEFT put into the names of parameters.
+# What FSDP, torch.compile and PEFT insert into parameter names.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|base_layer|original_module)\."
 )
 
 
 def keep_sparsity(model: nn.Module, optimizer: Any) -> "SparsityKeeper":
-    """Keep the zeros of a pruned model from now on, through every step of an optimizer.
+    """Keep the zeros of a pruned model from now on, through every optimizer step.
 
-    The weights that are zero now stay zero: their gradients are masked during the backward pass,
-    and the weights after each step, so it works with any optimizer, with weight decay, momentum
-    that exists already, and gradient accumulation.
+    Weights that are zero now stay zero: their gradients are masked during the backward pass, and
+    the weights after each step. This works with any optimizer, weight decay, existing momentum, and
+    gradient accumulation.
 
     Args:
-        model: A pruned model, also wrapped by DDP, FSDP or `torch.compile`. With FSDP, call this
-            after the model was wrapped.
-        optimizer: Its optimizer, also one that `accelerate` has prepared.
+        model: A pruned model, which may be wrapped by DDP, FSDP or `torch.compile`. With FSDP, call
+            this after wrapping the model.
+        optimizer: Its optimizer, which may be prepared by `accelerate`.
 
     Returns:
-        The masks. `remove()` stops masking; in a `with` statement, it stops at the end.
+        The masks. `remove()` stops masking; a `with` statement calls it at the end.
 
     Raises:
-        TypeError: `optimizer` is no `torch.optim.Optimizer`.
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
         ValueError: The model has no zeros, has lost zeros since it was pruned, is offloaded, or has
             PEFT adapters.
 
@@ -57,7 +57,7 @@ def keep_sparsity(model: nn.Module, optimizer: Any) -> "SparsityKeeper":
                 optimizer.step()
                 optimizer.zero_grad()
     """
-    stepping = getattr(optimizer, "optimizer", optimizer)  # that of accelerate has one inside
+    stepping = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps another
     if not isinstance(stepping, torch.optim.Optimizer):
         raise TypeError(
             f"keep_sparsity needs a torch.optim.Optimizer, got a {type(optimizer).__name__}: call "
@@ -69,19 +69,19 @@ def keep_sparsity(model: nn.Module, optimizer: Any) -> "SparsityKeeper":
 
 
 class SparsityKeeper:
-    """Where the weights of a pruned model are zero: one bit per weight.
+    """The positions of the zeros of a pruned model, one bit per weight.
 
     `keep_sparsity` and the callback `KeepSparsity` call its methods at the right moments.
 
     Attributes:
-        zeros: Number of weights that are kept at zero, in this process.
+        zeros: Number of weights kept at zero in this process.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Remember the zeros of the pruned weights that will be trained.
 
-        Gradients are masked from now on, as soon as they are accumulated, so that clipping sees
-        only the gradients of weights that are trained. Where parameters are sharded (FSDP), call
+        From now on, gradients are masked as soon as they are accumulated, so that clipping sees
+        only the gradients of trained weights. If parameters are sharded (FSDP), call
         `mask_gradients` before each step.
 
         Args:
@@ -98,8 +98,8 @@ class SparsityKeeper:
         self._handles: list[RemovableHandle] = []
         if not self._sharded:
             self._handles += [mask.mask_gradients_of_backward() for mask in self._masks]
-        # A training that was interrupted leaves no hooks behind: those of gradients do not keep
-        # this object alive, the ones of the optimizer do.
+        # An interrupted training run leaves no hooks behind: gradient hooks do not keep this object
+        # alive, only optimizer hooks do.
         weakref.finalize(self, _remove_all, self._handles)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -113,8 +113,8 @@ class SparsityKeeper:
     def mask_gradients(self) -> None:
         """Set the accumulated gradients of the pruned weights to zero.
 
-        Only needed before a step if parameters are sharded, because the hooks that mask gradients
-        during the backward pass are not called then; it does nothing otherwise.
+        Needed before each step only if parameters are sharded, because the hooks that mask
+        gradients during the backward pass are not called then. Otherwise it does nothing.
         """
         if self._sharded:
             for mask in self._masks:
@@ -128,7 +128,7 @@ class SparsityKeeper:
             mask.apply_(mask.parameter)
 
     def remove(self) -> None:
-        """Stop masking. The weights stay as they are."""
+        """Stop masking. The weights do not change."""
         _remove_all(self._handles)
 
     def __enter__(self) -> "SparsityKeeper":
@@ -145,7 +145,7 @@ def _remove_all(handles: list[RemovableHandle]) -> None:
 
 
 class _Mask:
-    """The zeros of a parameter, or of the part of it that this process holds, as bits."""
+    """The zeros of a parameter, or of this process's shard of it, as bits."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
@@ -164,12 +164,12 @@ class _Mask:
         return self.parameter.register_post_accumulate_grad_hook(mask_gradient)
 
     def apply_(self, tensor: torch.Tensor) -> None:
-        """Set the values of a tensor of the size of the parameter to zero where it was pruned."""
+        """Zero a tensor of the parameter's size where the parameter was pruned."""
         tensor = _local(tensor.detach())
         if self._bits.device != tensor.device:  # the model has been moved
             self._bits = self._bits.to(tensor.device)
-        # The bits of a float times 0 or 1: exact for infinities (gradients of float16) and faster
-        # on CPUs than `masked_fill_`, whose branches depend on the mask.
+        # Multiply the bits of a float by 0 or 1: exact for infinities (float16 gradients), and
+        # faster on CPUs than `masked_fill_`, whose branches depend on the mask.
         values = tensor.view(_INTEGERS[tensor.element_size()])
         if not values.is_contiguous():
             values.mul_(unpack_bits(self._bits, values.numel()).view(values.shape))
@@ -182,7 +182,7 @@ class _Mask:
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """Return a boolean mask as uint8 `[ceil(n / 8)]` on the same device, 8 values in each byte."""
+    """Return a boolean mask as uint8 `[ceil(n / 8)]` on the same device, 8 values per byte."""
     flat = mask.flatten().to(torch.uint8)
     padded = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     packed = torch.zeros(len(padded), dtype=torch.uint8, device=mask.device)
@@ -192,8 +192,8 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the first `count` values of a mask that `pack_bits` has packed."""
-    # A table of all bytes, each with its 8 values: one read for 8 weights.
+    """Return the first `count` values of a mask packed by `pack_bits`."""
+    # A table of the 8 values of each byte: one lookup for 8 weights.
     return _table(packed.device)[packed.int()].view(torch.bool)[:count]
 
 
@@ -201,7 +201,7 @@ _tables: dict[torch.device, torch.Tensor] = {}
 
 
 def _table(device: torch.device) -> torch.Tensor:
-    """Return the bits of each byte as int64 `[256]`, whose 8 bytes are 0 or 1."""
+    """Return the bits of each byte as int64 `[256]`, each made of 8 bytes that are 0 or 1."""
     if device not in _tables:
         places = torch.arange(8, dtype=torch.uint8)
         bits = torch.arange(256, dtype=torch.uint8)[:, None] >> places & 1
@@ -210,10 +210,10 @@ def _table(device: torch.device) -> torch.Tensor:
 
 
 def pruned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model that were pruned, by the names that they had then.
+    """Return the pruned parameters of a model, by their names at the time of pruning.
 
-    Without a record (the model was pruned by another tool), these are the parameters of at least
-    two dimensions of which at least 1 % are zero, except embeddings and what is all zeros.
+    Without a record (the model was pruned by another tool), these are the parameters with at least
+    two dimensions of which at least 1 % is zero, except embeddings and all-zero parameters.
 
     Args:
         model: A model without a wrapper around it; modules inside may be wrapped by FSDP or PEFT.
@@ -231,7 +231,7 @@ def pruned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         }
     pruned: dict[int, tuple[str, nn.Parameter]] = {}  # by `id`, as layers may share one
     for matrix in record.matrices:
-        name = matrix.name.partition("[")[0]  # experts of one parameter have an index
+        name = matrix.name.partition("[")[0]  # experts in one parameter have an index
         for candidate in names_now(model, name):
             if candidate in parameters:
                 pruned.setdefault(id(parameters[candidate]), (name, parameters[candidate]))
@@ -248,7 +248,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     pruned = [each for each in pruned_parameters(model).values() if (_local(each) == 0).any()]
     trained = [each for each in pruned if each.requires_grad]
     if trained or (_is_sharded(model) and pruned_parameters(model)):
-        return trained  # a process may hold no zeros of its own
+        return trained  # this process may have no zeros of its own
     if pruned:
         raise ValueError(
             f"all pruned weights of this {kind} are frozen (requires_grad is False), so their "
@@ -266,12 +266,12 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Return whether a weight is an ordinary float tensor, neither quantized nor of a subclass."""
+    """Return whether a weight is an ordinary float tensor, neither quantized nor a subclass."""
     return weight.is_floating_point() and type(weight) in (torch.Tensor, nn.Parameter)
 
 
 def _never_pruned(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield parameters with zeros of another kind: of padding tokens and of new adapters."""
+    """Yield parameters whose zeros do not come from pruning: padding tokens and new adapters."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             yield module.weight
@@ -282,10 +282,10 @@ def _never_pruned(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Check that the zeros of a model are those of its pruning, and that they can be kept.
+    """Check that no zeros of a model were lost since pruning, and that they can be kept.
 
     Raises:
-        ValueError: The weights are offloaded, have adapters, or zeros have been filled.
+        ValueError: The weights are offloaded or have adapters, or zeros have been filled.
     """
     kind = type(model).__name__
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -331,7 +331,7 @@ def _clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this process holds, sharing its memory."""
+    """Return this process's shard of a tensor, sharing its memory."""
     if torch.distributed.is_available() and isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor
