@@ -1,4 +1,4 @@
-"""What is shown of a pruned checkpoint to others: results on its card, uploads and reports."""
+"""Publishing of pruned checkpoints: results on the model card, uploads and reports."""
 
 from optimum_cap.publishing.push import check_base_model, push_checkpoint
 from optimum_cap.publishing.report import write_html_report

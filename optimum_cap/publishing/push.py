@@ -1,4 +1,4 @@
-"""Upload of a checkpoint that was saved earlier."""
+"""Upload of a saved checkpoint."""
 
 import fnmatch
 import os
@@ -32,10 +32,10 @@ _TRAINER_CHECKPOINT = "checkpoint-[0-9]*"
 
 
 def check_base_model(base_model: str, token: str | bool | None = None) -> None:
-    """Check that the Hub has a model of this name.
+    """Check that the Hub has a model with this name.
 
     Raises:
-        ValueError: The name is not that of a repository, or the Hub has no such model that the
+        ValueError: The name is not a valid repository name, or the Hub has no such model that the
             token may read.
     """
     try:
@@ -60,22 +60,22 @@ def push_checkpoint(
 ) -> CommitInfo:
     """Upload a checkpoint with its record, card, results and tokenizer, in one commit.
 
-    All weights are compared with their digests first. The state of a training, hidden files and
-    folders stay here. Outdated weight files of the repository are removed.
+    All weights are compared with their digests first. Training states, hidden files and folders are
+    not uploaded. Outdated weight files of the repository are removed.
 
     Args:
         folder: The checkpoint.
         repo_id: Repository, created if it does not exist.
-        base_model: Hub id of the dense model, which is written to the record and the card first.
+        base_model: Hub id of the dense model, to write to the record and the card first.
         token: Token for the Hub.
         **kwargs: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`.
 
     Returns:
-        The commit's information.
+        Information about the commit.
 
     Raises:
         ValueError: The folder is not a CAP checkpoint, has no card, or is damaged, or its results
-            are.
+            are damaged.
         OSError: The upload failed.
     """
     path = Path(folder)
@@ -87,7 +87,7 @@ def push_checkpoint(
             f"{path} has no {CARD_NAME}, without which nobody can tell what the model is: save the "
             "model again, or write one"
         )
-    load_results(path)  # damaged ones would be published
+    load_results(path)  # or else damaged ones would be published
     check_all_files(path, files["digests"], settings=False)
     warn_of_changed_settings(path, files["digests"])
     if base_model is not None:
@@ -99,7 +99,7 @@ def push_checkpoint(
 
 
 def _files(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the files to upload, and those that are the state of a training."""
+    """Return the files to upload, and those that are training states."""
     names: list[str] = []
     left_out: list[str] = []
     for file in sorted(folder.rglob("*")):

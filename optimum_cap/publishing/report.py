@@ -58,7 +58,7 @@ def write_html_report(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> None:
-    """Write a page about a checkpoint that needs no other file and no network.
+    """Write a self-contained page about a checkpoint, which needs no other files and no network.
 
     Args:
         path_or_repo: Folder of the checkpoint, or its repository on the Hub. The weights are not
@@ -68,7 +68,7 @@ def write_html_report(
         token: Token for the Hub.
 
     Raises:
-        ValueError: It is no CAP checkpoint, or its record or its results are damaged.
+        ValueError: It is not a CAP checkpoint, or its record or its results are damaged.
         FileNotFoundError: It is neither a folder nor a repository that can be read.
         OSError: The file cannot be written.
     """
@@ -88,9 +88,9 @@ def html_report(name: str, summary: CheckpointSummary, results: dict[str, TaskRe
     Args:
         name: Name of the checkpoint.
         summary: Its record and its sizes.
-        results: What was measured of it, by task.
+        results: Its evaluation results, by task.
     """
-    # Names in a record may come from anywhere; the template escapes them for HTML.
+    # Names in a record are untrusted; the template escapes them for HTML.
     values = printable_values(summary.record.to_dict())
     record = PruningRecord.from_dict(values)
     template = files("optimum_cap.publishing").joinpath("report.html").read_text(encoding="utf-8")
@@ -112,7 +112,7 @@ def html_report(name: str, summary: CheckpointSummary, results: dict[str, TaskRe
 
 
 def _sentence(record: PruningRecord) -> str:
-    """Return what the model is, in a sentence."""
+    """Return a sentence that describes the model."""
     method = CAPConfig.from_dict(record.config).method
     base = record.base_model or "an unknown model"
     what = f"Pruned from {base} by recipe {record.config['recipe']}"
@@ -199,7 +199,7 @@ def _score_picture(record: PruningRecord) -> Markup | None:
 def _heat_map(
     cells: dict[tuple[str, int], float], title: str, form: str, logarithmic: bool = False
 ) -> Markup | None:
-    """Return a heat map of values by row and layer; `None` without any."""
+    """Return a heat map of values by row and layer; `None` if there are no values."""
     if not cells:
         return None
     rows = list(dict.fromkeys(row for row, _ in cells))
@@ -222,7 +222,7 @@ def _heat_map(
 
 
 def _tables(record: PruningRecord) -> Iterator[_Table]:
-    """Yield the tables of what was done, settings, sensitivities and zeros."""
+    """Yield the tables of steps, settings, sensitivities and zeros."""
     yield _Table("What was done", [["step", "details"], *_steps(record)], numbers=False)
     yield _Table(
         "Settings",
@@ -257,7 +257,7 @@ def _tables(record: PruningRecord) -> Iterator[_Table]:
 
 
 def _settings(record: PruningRecord) -> list[list[str]]:
-    """Return a row per setting, with its default if it has another value."""
+    """Return a row per setting, with the default if the value differs from it."""
     method = CAPConfig.from_dict(record.config).method
     required = {name: record.config[name] for name in ("sparsity", "recipe")}
     defaults = CAPConfig(**required).to_dict()
@@ -266,7 +266,7 @@ def _settings(record: PruningRecord) -> list[list[str]]:
     for name, value in sorted(record.config.items()):
         if name == "quant_method":
             continue
-        # A setting that is not given is that of the recipe.
+        # A setting that is not set is the recipe's.
         effective = getattr(method, name, None) if value is None else value
         shown = "-" if effective is None else str(effective)
         if name in required:
@@ -279,7 +279,7 @@ def _settings(record: PruningRecord) -> list[list[str]]:
 
 
 def _steps(record: PruningRecord) -> Iterator[list[str]]:
-    """Yield a row per step that made the model."""
+    """Yield a row per step of making the model."""
     revision = f" at revision {record.base_revision}" if record.base_revision else ""
     yield ["base model", f"{record.base_model or 'unknown'}{revision}"]
     for source in record.calibration.get("sources", []):

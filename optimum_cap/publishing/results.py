@@ -36,32 +36,32 @@ from optimum_cap.evaluation import (
 from optimum_cap.runtime import write_atomically
 from optimum_cap.text import enumeration, printable, public_name
 
-_OF_THE_MACHINE = "seconds per answer"  # says little to readers with another machine
+_OF_THE_MACHINE = "seconds per answer"  # not comparable across machines
 _LONGEST = 2000  # characters of a question or an answer that a card shows
 _LENGTH_COLUMNS = 7  # of `Evaluation.length_rows`: all but the time
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What was measured on one task.
+    """The results on one task.
 
     Attributes:
-        pruned: Evaluation of the checkpoint, of this task alone.
-        dense: The same of the dense model; `None` if it was not measured.
+        pruned: Evaluation of the checkpoint on this task alone.
+        dense: The same for the dense model; `None` if it was not measured.
     """
 
     pruned: Evaluation
     dense: Evaluation | None = None
 
     def comparisons(self) -> list[MetricComparison] | str | None:
-        """Return how both compare; why they cannot be; `None` if the dense one is missing."""
+        """Return the comparisons, or why there are none; `None` without a dense result."""
         if self.dense is None:
             return None
         (comparisons,) = compare(self.dense, self.pruned).values()
         return comparisons
 
     def transcripts(self) -> tuple[Transcript, Transcript] | None:
-        """Return the response of both to the first question that both have; `None` without any."""
+        """Return both responses to the first common question; `None` if there is none."""
         if self.dense is None:
             return None
         dense, pruned = (
@@ -85,8 +85,8 @@ def check_has_card(folder: str | os.PathLike[str]) -> None:
         folder: The checkpoint.
 
     Raises:
-        ValueError: It is no folder of a CAP checkpoint, has no card, or its card or its results
-            cannot be read.
+        ValueError: It is not the folder of a CAP checkpoint, has no card, or its card or its
+            results cannot be read.
         OSError: The folder cannot be written to.
     """
     path = Path(folder)
@@ -109,17 +109,17 @@ def check_has_card(folder: str | os.PathLike[str]) -> None:
 
 
 def load_results(folder: str | os.PathLike[str]) -> dict[str, TaskResults]:
-    """Return what was measured of a checkpoint, by task.
+    """Return the stored results of a checkpoint, by task.
 
     Raises:
-        ValueError: It is no CAP checkpoint, or a file is damaged.
+        ValueError: It is not a CAP checkpoint, or a file is damaged.
     """
     path = Path(folder)
     _, files = read_record(path / RECORD_NAME, os.fspath(folder))
     stored = read_results(path, files["digests"])
     try:
         results = {name: _stored_results(name, values) for name, values in stored.items()}
-        results_section(results)  # the file may come from anywhere; what is wrong cannot be shown
+        results_section(results)  # the file is untrusted; invalid values cannot be rendered
         for each in results.values():
             list(_metadata(each.pruned))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -132,7 +132,7 @@ def load_results(folder: str | os.PathLike[str]) -> dict[str, TaskResults]:
 
 
 def _stored_results(name: str, values: Mapping[str, Any]) -> TaskResults:
-    """Return what `add_results` has stored of a task."""
+    """Return the results of a task that `add_results` stored."""
     pruned, dense = (
         None if values[side] is None else Evaluation.from_dict(values[side])
         for side in ("pruned", "dense")
@@ -147,16 +147,17 @@ def add_results(
 ) -> None:
     """Store results next to the weights of a checkpoint, and show them on its model card.
 
-    They replace earlier ones of the same tasks. Without `dense`, an earlier result of the dense
-    model stays if it is of the same questions. What else is written on the card stays.
+    They replace earlier results of the same tasks. Without `dense`, an earlier result of the dense
+    model is kept if it is for the same questions. The rest of the card does not change.
 
     Args:
         folder: The checkpoint.
         pruned: Its evaluation.
-        dense: That of the dense model.
+        dense: The dense model's.
 
     Raises:
-        ValueError: As `check_has_card`; or the evaluations cannot be compared, or there are none.
+        ValueError: As for `check_has_card`; or the evaluations cannot be compared, or there are
+            none.
         OSError: A file cannot be written.
     """
     if not pruned.tasks:
@@ -189,7 +190,7 @@ def add_results(
 
 
 def _of_task(evaluation: Evaluation, task: str, name: str | None) -> Evaluation:
-    """Return the evaluation of one task, under a name that shows no local path."""
+    """Return the evaluation of one task, under a name without local paths."""
     public = public_name(evaluation.model)
     if name is not None and (public is None or public.startswith("./")):
         public = name
@@ -208,13 +209,13 @@ def _is_comparable(pruned: Evaluation, dense: Evaluation | None, task: str) -> b
 
 @dataclass(frozen=True)
 class ResultTables:
-    """The results of all tasks as tables, each with its header, or empty without results.
+    """The results of all tasks as tables, each with a header, or empty if there are no results.
 
     Attributes:
-        compared: Those that were compared with the dense model.
-        alone: The others.
-        lengths: Lengths of the answers of the others.
-        notes: What else there is to say of the tasks.
+        compared: Results that were compared with the dense model.
+        alone: The other results.
+        lengths: Lengths of the answers for the other results.
+        notes: Notes about the tasks.
     """
 
     compared: list[list[str]]
@@ -247,7 +248,7 @@ def _extend(table: list[list[str]], rows: list[list[str]]) -> None:
 
 
 def results_section(results: Mapping[str, TaskResults]) -> str:
-    """Return the results as Markdown: tables, what was measured how, and one answer of both."""
+    """Return the results as Markdown: tables, settings, and one answer of each model."""
     tables = result_tables(results)
     lines: list[str] = []
     if tables.compared:
@@ -270,7 +271,7 @@ def results_section(results: Mapping[str, TaskResults]) -> str:
 
 
 def _settings(results: Mapping[str, TaskResults]) -> list[str]:
-    """Return a line per way in which tasks were measured."""
+    """Return a line for each set of settings that tasks were measured with."""
     ways: dict[str, list[str]] = {}
     for name, task in results.items():
         settings, versions = task.pruned.settings, task.pruned.versions
@@ -303,7 +304,7 @@ def _answers(task: str, dense: Transcript, pruned: Transcript) -> list[str]:
 
 
 def _block(text: str) -> list[str]:
-    """Return text as a code block, which shows it as it is."""
+    """Return text as a code block, which shows it verbatim."""
     shown = text.strip() if len(text) <= _LONGEST else f"{text.strip()[:_LONGEST]} ..."
     lines = [printable(line).replace("<!--", "<! --") for line in shown.splitlines()]
     fence = "`" * (3 + max((line.count("`") for line in lines), default=0))
@@ -311,7 +312,7 @@ def _block(text: str) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table of Markdown, whose header is the first row."""
+    """Return a Markdown table whose header is the first row."""
     header, *others = rows
     return [
         f"| {' | '.join(header)} |",
@@ -321,7 +322,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _metadata(evaluation: Evaluation) -> Iterator[EvalResult]:
-    """Yield the results as the metadata of a card describes them (`model-index`)."""
+    """Yield the results in the form of card metadata (`model-index`)."""
     for name, result in evaluation.tasks.items():
         source: dict[str, Any] = getattr(result, "source", {})
         for metric, value, text in _metrics(result):
