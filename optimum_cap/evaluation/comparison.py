@@ -41,7 +41,7 @@ _Item = TypeVar("_Item", Answer, Choice, Window, WorkedAnswer)
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """Comparison of two models by one metric of a task, over the items that both have.
+    """Comparison of two models by one metric of a task, over their common items.
 
     Attributes:
         task: Name of the task.
@@ -49,14 +49,14 @@ class MetricComparison:
             `"tokens per answer"` or `"seconds per answer"`, means; `"acc"` or `"acc_norm"`;
             `"perplexity"`; `"loss"`, in nats per token; or a metric of lm-evaluation-harness.
         n: Number of common items: questions or windows; `None` for the harness's metrics.
-        only_dense: Number of items that only the dense model has; they are dropped.
-        only_pruned: Number of items that only the pruned model has; they are dropped.
+        only_dense: Number of items that only the dense model has, which are dropped.
+        only_pruned: Number of items that only the pruned model has, which are dropped.
         dense: Metric of the dense model over the common items.
         pruned: Metric of the pruned model over the common items.
         interval: 95 % interval of `difference`, or of `change` for lengths: Newcombe's for shares,
             a paired bootstrap for lengths and perplexity, Student's t over the paired questions for
-            a loss, and from the standard errors, as if the models had got different questions, for
-            the harness's metrics; `None` if there is none.
+            a loss, and for the harness's metrics from the standard errors, as if the models had
+            answered different questions; `None` if there is none.
         p_value: p-value of the exact two-sided McNemar test for shares, and of a two-sided
             sign-flip test of the paired differences for lengths; `None` for other metrics.
     """
@@ -94,11 +94,11 @@ def compare(
     Args:
         dense: The baseline.
         pruned: The evaluation to compare with it.
-        tasks: Names of tasks; `None` takes those that both have.
+        tasks: Names of tasks; `None` takes the common ones.
 
     Returns:
-        Per task, a comparison per metric, the main one first; or the reason why there is none: a
-        value is not finite.
+        Per task, a comparison per metric, the main one first; or the reason why there is none, such
+        as a value that is not finite.
 
     Raises:
         ValueError: An evaluation lacks a task, there is no common task, a task has no common
@@ -144,7 +144,7 @@ def comparison_table(dense: Evaluation, pruned: Evaluation, tasks: Iterable[str]
 
 
 def _notes(name: str, dense: Result, pruned: Result) -> list[str]:
-    """Return what else to know about a task that was compared."""
+    """Return notes about a compared task."""
     if not isinstance(dense, AccuracyResult) or not isinstance(pruned, AccuracyResult):
         return []
     notes = []
@@ -160,7 +160,7 @@ def _notes(name: str, dense: Result, pruned: Result) -> list[str]:
 
 def _cells(comparison: MetricComparison) -> list[str]:
     metric = comparison.metric
-    # The column before already shows the unit.
+    # The previous column already shows the unit.
     interval = "-"
     if comparison.interval is not None:
         ends = (_signed(metric, value).split(" ")[0] for value in comparison.interval)
@@ -298,7 +298,7 @@ def _compare_answers(
         ratio_interval(lengths) if total > 1 and dense else None,
         sign_flip_p_value(lengths[:, 1] - lengths[:, 0]),
     )
-    # A batch is timed as a whole, so these are means over all answers of each model.
+    # Batches are timed as a whole, so these are means over all answers of each model.
     seconds = MetricComparison(
         name,
         "seconds per answer",
@@ -322,7 +322,7 @@ _FLAGS: dict[str, Callable[[Answer], bool]] = {
 def _compare_shares(
     name: str, metric: str, pairs: Sequence[tuple[bool, bool]], sizes: tuple[int, int]
 ) -> MetricComparison:
-    """Compare the share of items for which something holds, given whether it does, per pair."""
+    """Compare the share of items for which something holds, given whether it holds per pair."""
     counts = Counter(pairs)
     both, lost = counts[True, True], counts[True, False]
     won, neither = counts[False, True], counts[False, False]
@@ -403,7 +403,7 @@ def _compare_reports(
     for item in first.items:
         other = others[item.task, item.metric]
         if item.value is None or other.value is None:
-            continue  # an error, which the caller has reported
+            continue  # the caller has reported the error
         interval = None
         if item.stderr is not None and other.stderr is not None:
             half = _Z * math.hypot(item.stderr, other.stderr)
@@ -432,8 +432,8 @@ def mcnemar_p_value(won: int, lost: int) -> float:
     """Return the exact two-sided p-value of McNemar's test.
 
     Args:
-        won: Number of items that only the second model has right.
-        lost: Number of items that only the first model has right.
+        won: Number of items that only the second model gets right.
+        lost: Number of items that only the first model gets right.
     """
     total = won + lost
     tail = sum(math.comb(total, k) for k in range(min(won, lost) + 1))
@@ -444,14 +444,14 @@ def newcombe_interval(both: int, won: int, lost: int, neither: int) -> tuple[flo
     """Return the 95 % interval of the paired difference of two proportions, second minus first.
 
     Newcombe 1998 (Statistics in Medicine 17:2635), method 10, combines the Wilson intervals of both
-    proportions with their correlation. It is valid for small samples and if the models never
+    proportions with their correlation. It is valid for small samples, and when the models never
     disagree.
 
     Args:
-        both: Number of items that both have right.
-        won: Number of items that only the second has right.
-        lost: Number of items that only the first has right.
-        neither: Number of items that both have wrong.
+        both: Number of items that both get right.
+        won: Number of items that only the second gets right.
+        lost: Number of items that only the first gets right.
+        neither: Number of items that both get wrong.
     """
     total = both + won + lost + neither
     first, second = (both + lost) / total, (both + won) / total
@@ -507,9 +507,9 @@ def ratio_interval(lengths: np.ndarray) -> tuple[float, float]:
 
 
 def _resamples(count: int) -> Iterator[np.ndarray]:
-    """Yield how often each of `count` items is drawn, int64 `[resamples, count]`, in parts."""
+    """Yield, in parts, how often each of `count` items is drawn, int64 `[resamples, count]`."""
     generator = np.random.default_rng(_SEED)
-    for _ in range(_RESAMPLES // 1000):  # to bound the memory
+    for _ in range(_RESAMPLES // 1000):  # in parts, to bound memory use
         yield generator.multinomial(count, np.full(count, 1 / count), size=1000)
 
 

@@ -20,11 +20,11 @@ from optimum_cap.runtime import digest_of
 from optimum_cap.text import did_you_mean
 from optimum_cap.version import install_command
 
-_FEWSHOT_SEED = 1234  # with which the command line of the harness draws worked examples
+_FEWSHOT_SEED = 1234  # the harness's command line draws worked examples with it
 
 
 def import_harness(module: str) -> Any:
-    """Import a module of lm-evaluation-harness when it is needed, because it takes seconds.
+    """Import a module of lm-evaluation-harness only when needed, because importing takes seconds.
 
     Raises:
         ImportError: lm-evaluation-harness is not installed.
@@ -48,7 +48,7 @@ def harness_model(
         length: Longest sequence, in tokens.
         batch_size: Sequences per batch.
         plain: Whether prompts are plain texts, to which the tokenizer adds its special tokens;
-            otherwise the chat template, if there is one, has printed them.
+            otherwise the chat template, if there is one, has added them.
     """
     prints_special = is_chat(tokenizer) and not plain
     lm = import_harness("lm_eval.models.huggingface").HFLM(
@@ -61,7 +61,7 @@ def harness_model(
         add_bos_token=False if prints_special else None,
         softmax_dtype="float32",
     )
-    # HFLM uses the device of the first weights, which may be offloaded; `device` has no setter.
+    # HFLM uses the device of the first weight, which may be offloaded; `device` has no setter.
     lm._device = device_of(model)
     return lm
 
@@ -69,7 +69,7 @@ def harness_model(
 def token_log_likelihoods(lm: Any, requests: list[Any]) -> list[tuple[float, bool]]:
     """Return the log-likelihood of each request `(None, given ids, ids to predict)`.
 
-    The public `loglikelihood` takes text, which it would tokenize again for each window.
+    The public `loglikelihood` takes text and would tokenize it again for each window.
     """
     scored: list[tuple[float, bool]] = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     return scored
@@ -89,12 +89,12 @@ def log_likelihoods(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 @dataclass(frozen=True)
 class Response:
-    """What a model wrote.
+    """A response of a model.
 
     Attributes:
-        text: The text, without the texts that end it.
+        text: The text, without the stop text.
         tokens: Its length in tokens, without the end-of-sequence token.
-        hit_limit: Whether it was cut off at the limit of its length.
+        hit_limit: Whether it was cut off at the length limit.
     """
 
     text: str
@@ -103,7 +103,7 @@ class Response:
 
 
 def in_order_of_length(lm: Any, prompts: Sequence[str]) -> list[int]:
-    """Return the positions of prompts in the order in which `lm` computes them: longest first."""
+    """Return the positions of prompts in the order in which `lm` processes them: longest first."""
     keys = [(-len(lm.tok_encode(prompt)), prompt) for prompt in prompts]
     return sorted(range(len(prompts)), key=keys.__getitem__)
 
@@ -131,7 +131,7 @@ def generate_batch(
         for position, prompt in enumerate(prompts)
     ]
     rows: list[list[int]] = []
-    # The public result is text alone, from which the length in tokens cannot be told.
+    # The public method returns only text, from which the length in tokens is unknown.
     original = lm._model_generate
 
     def recorded(context: Any, **options: Any) -> Any:
@@ -169,7 +169,7 @@ def end_tokens(model: Any, tokenizer: Any, until: Sequence[str] = ()) -> set[int
 def _response(
     lm: Any, row: Sequence[int], until: Sequence[str], ends: set[int], max_new_tokens: int
 ) -> Response:
-    """Return the response in a row of generated tokens, which others of the batch may lengthen."""
+    """Return the response in a row of generated tokens, which longer rows of the batch may pad."""
     end = next((position for position, token in enumerate(row) if token in ends), None)
     tokens = list(row if end is None else row[:end])
     whole = lm.tok_decode(tokens)
@@ -203,7 +203,7 @@ class HarnessTask:
 
 
 def find_harness_task(name: str, include_path: str | Path | None) -> HarnessTask:
-    """Return a task of the harness after its data is read, which is downloaded if need be.
+    """Return a task of the harness after reading its data, which is downloaded if necessary.
 
     Args:
         name: Name of the task or group, without prefix.
@@ -211,7 +211,7 @@ def find_harness_task(name: str, include_path: str | Path | None) -> HarnessTask
 
     Raises:
         ValueError: The name is unknown, or its data cannot be read.
-        FileNotFoundError: `include_path` is no folder.
+        FileNotFoundError: `include_path` is not a folder.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(
@@ -223,7 +223,7 @@ def find_harness_task(name: str, include_path: str | Path | None) -> HarnessTask
 
 
 def load_harness_task(name: str, include_path: str | None) -> Any:
-    """Return the tasks of the harness with a name, with their documents.
+    """Return the tasks of the harness under a name, with their documents.
 
     Raises:
         ValueError: The name is unknown, or its data cannot be read.
@@ -238,7 +238,7 @@ def load_harness_task(name: str, include_path: str | None) -> Any:
             )
         try:
             return manager.load([name])
-        # A download, a data set, or a function of a task: the errors share no base class.
+        # Errors of a download, a data set, or a task's function, which share no base class.
         except Exception as error:
             cause = " ".join(str(error).split())
             raise ValueError(
@@ -248,13 +248,13 @@ def load_harness_task(name: str, include_path: str | None) -> Any:
             ) from error
 
 
-@functools.lru_cache(maxsize=4)  # it reads thousands of definitions
+@functools.lru_cache(maxsize=4)  # reads thousands of definitions
 def _task_manager(include_path: str | None, definitions: tuple[tuple[str, int], ...]) -> Any:
     return import_harness("lm_eval.tasks").TaskManager(include_path=include_path)
 
 
 def _definitions(include_path: str | None) -> tuple[tuple[str, int], ...]:
-    """Return the files of a folder with definitions, with the times of their last change."""
+    """Return the files of a folder with task definitions, with their modification times."""
     files = () if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
     return tuple((str(file), file.stat().st_mtime_ns) for file in files)
 
@@ -271,16 +271,17 @@ def _digest(loaded: Any) -> str:
 def run_harness_task(
     lm: Any, task: HarnessTask, limit: int | None, num_fewshot: int | None
 ) -> dict[str, Any]:
-    """Return what the harness reports of a task, with its samples.
+    """Return the harness's report on a task, with its samples.
 
     Args:
         lm: The model.
         task: The task.
         limit: Number of documents, the first ones; `None` takes all.
-        num_fewshot: Number of worked examples; `None` is that of the task.
+        num_fewshot: Number of worked examples; `None` is the task's.
     """
     loaded = load_harness_task(task.name, task.include_path)
-    # As `simple_evaluate`, which seeds the caller's generators and runs git in the current folder.
+    # Like `simple_evaluate`, but that seeds the caller's generators and runs git in the current
+    # folder.
     for each in loaded["tasks"].values():
         default = each.get_config("num_fewshot")
         if num_fewshot is not None and default != 0:
@@ -294,7 +295,7 @@ def run_harness_task(
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence the harness's warnings about how it is called, which the user cannot act on."""
+    """Silence the harness's warnings about how it is called, which users cannot act on."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Measuring what was prepared, batch by batch, with progress; finished batches can be stored."""
+"""Measures prepared tasks batch by batch, with progress; finished batches can be stored."""
 
 import importlib.metadata
 import json
@@ -61,15 +61,15 @@ from optimum_cap.scoring import example_losses
 
 Samples = list[dict[str, Any]]
 
-_TRANSCRIPTS = 3  # responses that a result keeps; a model may leave out other questions
-_REFRESH = 1.0  # seconds between two updates of the number of tokens that a batch has generated
+_TRANSCRIPTS = 3  # responses in a result, since another model may leave out some questions
+_REFRESH = 1.0  # seconds between two updates of the number of tokens generated for a batch
 
 
 class BatchStore:
-    """Stores what was measured of a model, by a digest of the batch and of what it depends on.
+    """Stores measurements of a model, by a digest of the batch and everything it depends on.
 
     Args:
-        folder: Where to store it; several models and processes may share it.
+        folder: Where to store them; several models and processes may share it.
         model: The model. Its weights are hashed once, here.
         batch_size: Sequences per batch.
     """
@@ -98,15 +98,15 @@ class BatchStore:
 
 @dataclass(frozen=True)
 class Engine:
-    """A model with what measures it.
+    """A model and the settings for measuring it.
 
     Attributes:
         model: The model.
         tokenizer: Its tokenizer.
         length: Longest sequence, in tokens.
         batch_size: Questions per batch.
-        limit: Number of documents of a task of the harness; `None` takes all.
-        num_fewshot: Worked examples in tasks of the harness; `None` is their own number.
+        limit: Number of documents per harness task; `None` takes all.
+        num_fewshot: Worked examples in harness tasks; `None` is each task's own number.
         store: Stores finished batches; `None` stores nothing.
     """
 
@@ -119,11 +119,11 @@ class Engine:
     store: BatchStore | None
 
     def harness_model(self, plain: bool) -> Any:
-        """Return the model as lm-evaluation-harness takes it."""
+        """Return the model wrapped for lm-evaluation-harness."""
         return harness_model(self.model, self.tokenizer, self.length, self.batch_size, plain)
 
     def batch(self, what: str, batch: Any, measure: Callable[[], Any]) -> Any:
-        """Return the value of a batch, from the store if it is there."""
+        """Return the value of a batch, from the store if available."""
         if self.store is None:
             return measure()
         return self.store.get_or_measure(what, batch, measure)
@@ -140,19 +140,19 @@ class Engine:
 
 
 class Progress:
-    """A progress bar with the number of items that are done, also where bars are disabled."""
+    """A progress bar that counts finished items even where bars are disabled."""
 
     def __init__(self, bar: Any) -> None:
         self.done = 0
         self._bar = bar
 
     def update(self, count: int) -> None:
-        """Count items that are done."""
+        """Count finished items."""
         self.done += count
         self._bar.update(count)
 
     def show(self, text: str) -> None:
-        """Show a text behind the bar."""
+        """Show text after the bar."""
         self._bar.set_postfix_str(text)
 
 
@@ -160,7 +160,7 @@ def measure(engine: Engine, job: Job) -> tuple[Result, Samples]:
     """Measure a task.
 
     Returns:
-        Its result, and what to log of each item.
+        Its result, and the log entry of each item.
     """
     if isinstance(job, Questions):
         if task_of(job.name).loss_only:
@@ -217,7 +217,7 @@ def _answer(engine: Engine, job: Questions) -> tuple[AccuracyResult, Samples]:
 def _worked_losses(engine: Engine, job: Questions) -> list[float | None]:
     """Return the mean loss over the tokens of each worked answer, in nats.
 
-    `None` if it is not finite or the model cannot take the answer whole.
+    `None` if it is not finite, or if the whole answer does not fit into the model's context.
     """
     losses: list[float | None] = [None] * len(job.worked)
     found = [(index, example) for index, example in enumerate(job.worked) if example is not None]
@@ -237,7 +237,7 @@ def _worked_losses(engine: Engine, job: Questions) -> list[float | None]:
 
 
 def _worked_answer_losses(engine: Engine, job: Questions) -> tuple[LossResult, Samples]:
-    """Measure the losses on the worked answers that the model can take whole."""
+    """Measure the losses on the worked answers that fit into the model's context."""
     losses = _worked_losses(engine, job)
     measured = [
         (question, loss)
@@ -258,7 +258,7 @@ def _losses(model: PreTrainedModel, examples: list[CalibrationExample]) -> list[
 
 
 def _responses(engine: Engine, job: Questions) -> tuple[list[Response], float]:
-    """Generate the response to each question; return them and the seconds that it took."""
+    """Generate a response to each question; return the responses and the time in seconds."""
     lm = engine.harness_model(plain=False)
     order = in_order_of_length(lm, job.prompts)
     responses: dict[int, Response] = {}
@@ -357,7 +357,7 @@ def _compare_choices(engine: Engine, job: Choices) -> tuple[ChoiceResult, Sample
 
 
 def _chosen(question: ChoiceQuestion, values: Sequence[float | None]) -> Choice:
-    """Choose as lm-evaluation-harness does, which divides by the number of characters."""
+    """Choose as lm-evaluation-harness does, also per character."""
     chosen = chosen_norm = None
     finite = [value for value in values if value is not None]
     if len(finite) == len(values):
@@ -375,8 +375,8 @@ def _chosen(question: ChoiceQuestion, values: Sequence[float | None]) -> Choice:
 def _score(engine: Engine, job: Windows) -> PerplexityResult:
     """Measure the loss on every window, predicting all tokens but the first.
 
-    The perplexity tasks of the harness predict the first token too, so this calls its
-    log-likelihood of tokens instead.
+    The harness's perplexity tasks predict the first token too, so this calls its log-likelihood of
+    tokens instead.
     """
     lm = engine.harness_model(plain=True)
     lm.batch_size_per_gpu = max(1, LONGEST_WINDOW // job.size)
@@ -402,7 +402,7 @@ def _score(engine: Engine, job: Windows) -> PerplexityResult:
 
 
 def measure_harness_task(engine: Engine, task: HarnessTask) -> tuple[HarnessResult, Samples]:
-    """Let lm-evaluation-harness measure one of its tasks, and take over what it reports."""
+    """Let lm-evaluation-harness measure one of its tasks, and return what it reports."""
 
     def run() -> dict[str, Any]:
         lm = engine.harness_model(plain=True)
@@ -423,7 +423,7 @@ def measure_harness_task(engine: Engine, task: HarnessTask) -> tuple[HarnessResu
 
 
 def _reported(report: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Return the result in a report of the harness, as JSON values."""
+    """Return the result in a harness report as JSON values."""
     items = [
         metric
         for name, values in {**report["results"], **report.get("groups", {})}.items()

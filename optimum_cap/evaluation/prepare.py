@@ -1,4 +1,4 @@
-"""What is asked of a model: items drawn, prompts rendered, tokens counted, before it computes."""
+"""Preparation of an evaluation: draws items, renders prompts and counts tokens."""
 
 import hashlib
 import json
@@ -34,21 +34,21 @@ from optimum_cap.evaluation.tasks import (
 logger = logging.get_logger(__name__)
 
 LONGEST_WINDOW = 2048
-"""Tokens of a window, as in papers on pruning and quantization."""
+"""Tokens per window, as in papers on pruning and quantization."""
 _SHORTEST_ANSWER = 16  # tokens that must remain for an answer after the longest question
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What every task with questions has.
+    """Common fields of tasks with questions.
 
     Attributes:
         name: Name of the task.
         excluded: Number of questions left out because the model was calibrated on them.
         source: Source of the questions, for the record.
         examples: Digests of the worked examples that the prompts show.
-        examples_source: Source of these; empty if there are none.
+        examples_source: Source of the examples; empty if there are none.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Questions(Asked):
 
     Attributes:
         questions: The questions.
-        worked: The question with its worked answer, tokenized; `None` if the model cannot take it
-            whole.
+        worked: The tokens of each question with its worked answer; `None` if they do not fit into
+            the model's context.
         prompts: The text that the model continues, per question; empty if only the loss on the
             worked answers is measured.
         max_new_tokens: Longest answer, in tokens.
@@ -81,7 +81,7 @@ class Questions(Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class Choices(Asked):
-    """The questions of a task with the texts whose likelihoods are compared.
+    """The questions of a task with the continuations whose likelihoods are compared.
 
     Attributes:
         questions: The questions.
@@ -116,14 +116,14 @@ Job = Questions | Choices | Windows
 
 @dataclass(frozen=True)
 class Draw:
-    """Which items are evaluated: a sample of those that the model was not calibrated on.
+    """How items are selected: a sample of those that the model was not calibrated on.
 
     Attributes:
-        seen: Digests of the rows that the model was calibrated on.
+        seen: Digests of the rows the model was calibrated on.
         limit: Number of items per task; `None` takes all.
         seed: Seed of the sample, and of the worked examples.
         num_fewshot: Number of worked examples; `None` is the default of each task.
-        max_new_tokens: Longest answer in tokens; `None` is that of each task.
+        max_new_tokens: Longest answer in tokens; `None` is each task's limit.
     """
 
     seen: frozenset[str]
@@ -135,7 +135,7 @@ class Draw:
     def sample(self, items: Sequence[_T], digests: Sequence[str]) -> list[_T]:
         """Return `limit` of the items, in their order.
 
-        Items are drawn in the order of a hash, so leaving an item out replaces that item only, and
+        Items are drawn in the order of a hash, so excluding an item replaces only that item, and
         two models have as many items in common as possible.
         """
         if self.limit is None or self.limit >= len(items):
@@ -144,12 +144,12 @@ class Draw:
         return [items[index] for index in chosen]
 
     def worked_examples(self, name: str, pool: Sequence[Any], tokenizer: Any) -> list[Any]:
-        """Return the worked examples that the prompts of a task show.
+        """Return the worked examples in the prompts of a task.
 
-        They depend on the seed and the pool alone, so that all models get the same.
+        They depend only on the seed and the pool, so all models get the same ones.
 
         Raises:
-            ValueError: The pool has fewer than are needed.
+            ValueError: The pool has too few.
         """
         count = number_of_examples(name, self.num_fewshot, tokenizer)
         if count > len(pool):
@@ -168,23 +168,23 @@ class Draw:
 
 
 def prepare(name: str, data: TaskItems, tokenizer: Any, length: int, draw: Draw) -> Job:
-    """Draw the items of a task and render what the model is asked.
+    """Draw the items of a task and render the prompts.
 
     Args:
         name: Name of the task.
         data: Its items.
         tokenizer: The tokenizer.
         length: Longest sequence of the model, in tokens.
-        draw: Which items to take.
+        draw: Which items to draw.
 
     Raises:
-        ValueError: No item is left, they do not fit into `length`, there are too few for worked
-            examples, or tokenizer or chat template cannot be used.
+        ValueError: No item is left, items do not fit into `length`, there are too few for worked
+            examples, or the tokenizer or chat template cannot be used.
     """
     items = data.items
     if isinstance(items, Text):
         return _windows(name, items, data.source, tokenizer, min(LONGEST_WINDOW, length), draw)
-    # A worked answer has its loss without examples.
+    # The loss on a worked answer is measured without examples.
     task = task_of(name)
     examples = [] if task.loss_only else draw.worked_examples(name, data.examples, tokenizer)
     shown = {example.digest for example in examples}
@@ -242,7 +242,7 @@ def _longest_answer(
     length: int,
     requested: int | None,
 ) -> int:
-    """Return the limit of the length of answers, which the longest prompt leaves room for.
+    """Return the length limit of answers, for which the longest prompt leaves room.
 
     Raises:
         ValueError: There is no room, or answers would never end.
@@ -307,9 +307,9 @@ def _worked(
 
 
 def _prompt_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenize prompts; a chat template prints the special tokens itself."""
+    """Tokenize prompts; a chat template adds the special tokens itself."""
     if not prompts:
-        return []  # a tokenizer takes no empty list
+        return []  # tokenizers do not accept an empty list
     encoded = tokenizer(prompts, add_special_tokens=not is_chat(tokenizer), verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
@@ -319,12 +319,12 @@ def check_tokens(jobs: Sequence[Job], tokenizer: Any, embeddings: int) -> None:
     """Check the tokens of all tasks before any of them is measured.
 
     Args:
-        jobs: What is asked.
+        jobs: The prepared tasks.
         tokenizer: The tokenizer.
         embeddings: Number of embeddings of the model.
 
     Raises:
-        ValueError: The tokenizer is not that of the model.
+        ValueError: The tokenizer is not the model's.
     """
     sequences: list[Any] = []
     for job in jobs:
@@ -342,7 +342,7 @@ def check_tokens(jobs: Sequence[Job], tokenizer: Any, embeddings: int) -> None:
 def _windows(
     name: str, text: Text, source: dict[str, Any], tokenizer: Any, size: int, draw: Draw
 ) -> Windows:
-    """Split a text into windows of `size` tokens; a shorter rest is dropped, as is usual."""
+    """Split a text into windows of `size` tokens; a shorter last one is dropped, as usual."""
     seen = [(start, stop) for start, stop, digest in text.passages if digest in draw.seen]
     if seen and not tokenizer.is_fast:
         raise ValueError(
@@ -392,5 +392,5 @@ def _documents(name: str, documents: list[Document], tokenizer: Any, size: int) 
 
 
 def tokens_digest(ids: list[int]) -> str:
-    """Return the sha256 of token ids, by which windows of two evaluations are paired."""
+    """Return the sha256 of token ids, which pairs the windows of two evaluations."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Prompts of questions: what a model is told about the form of an answer, and worked examples.
+"""Prompts for questions: instructions on the form of an answer, and worked examples.
 
-A chat is told in words. A base model, whose tokenizer has no chat template, is shown examples.
+Chat models get an instruction. Base models, whose tokenizer has no chat template, get examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from optimum_cap.data import Conversation, render_prompt
 from optimum_cap.evaluation.tasks import ChoiceQuestion, Question, task_of
 
 EXAMPLES_OF_BASE_MODELS = 5  # as in the task gsm8k of lm-evaluation-harness
-_NEXT_QUESTION = "Question:"  # with which a base model continues after its answer
+_NEXT_QUESTION = "Question:"  # how a base model continues after its answer
 
 
 def is_chat(tokenizer: Any) -> bool:
@@ -19,12 +19,12 @@ def is_chat(tokenizer: Any) -> bool:
 
 
 def number_of_examples(name: str, requested: int | None, tokenizer: Any) -> int:
-    """Return how many worked examples the prompts of a task show.
+    """Return the number of worked examples in the prompts of a task.
 
     Args:
         name: Name of the task.
-        requested: The number that is asked for; `None` is the default, which is 5 if the answer
-            needs a form that a model without a chat template cannot be told, else 0.
+        requested: The requested number. `None` is the default: 5 if answers need a form that only
+            worked examples can show to a model without a chat template, else 0.
         tokenizer: The tokenizer.
     """
     if requested is not None:
@@ -33,12 +33,12 @@ def number_of_examples(name: str, requested: int | None, tokenizer: Any) -> int:
 
 
 def may_need_examples(name: str, requested: int | None) -> bool:
-    """Return whether the prompts of a task show worked examples for some tokenizer."""
+    """Return whether the prompts of a task contain worked examples for some tokenizer."""
     return bool(task_of(name).instruction) if requested is None else requested > 0
 
 
 def prompt_of(name: str, question: Question, examples: Sequence[Question], tokenizer: Any) -> str:
-    """Return the text that the model continues with its answer.
+    """Return the prompt of a question, which the model continues with its answer.
 
     Args:
         name: Name of the task.
@@ -69,7 +69,7 @@ def choices_of(
 ) -> list[tuple[str, str]]:
     """Return the context of a question with each of its choices, as lm-evaluation-harness does.
 
-    It has no chat template, so that the numbers are those of the harness by default.
+    It uses no chat template, so the results are the harness's by default.
     """
     shown = [(each.question, each.choices[each.gold]) for each in examples]
     context = _continued_text(shown, question.question)
@@ -77,7 +77,7 @@ def choices_of(
 
 
 def _continued_text(shown: Sequence[tuple[str, str]], question: str) -> str:
-    """Return worked examples, each a question and its answer, and a question without its answer."""
+    """Return worked examples (question and answer each), then a question without its answer."""
     examples = "".join(f"{_NEXT_QUESTION} {asked}\nAnswer: {answer}\n\n" for asked, answer in shown)
     return f"{examples}{_NEXT_QUESTION} {question}\nAnswer:"
 
@@ -87,7 +87,7 @@ def _asked(question: Question) -> str:
 
 
 def _chat(instruction: str, question: Question, examples: Sequence[Question]) -> Conversation:
-    """Return a conversation with the examples as earlier turns, each told the form of an answer."""
+    """Return a conversation with the examples as earlier turns, each with the instruction."""
     conversation = question.conversation
     turns, messages = list(conversation.turns), [dict(each) for each in _messages(conversation)]
     start = 1 if turns[0][0] == "system" and len(turns) > 2 else 0

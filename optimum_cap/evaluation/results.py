@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from optimum_cap.text import aligned
 
 LAYOUT = 2
-"""Version of the JSON file and of what is measured; a file of another version raises an error."""
+"""Version of the JSON file and of the measurements; other versions raise an error."""
 MANY_WITHOUT_ANSWER = 0.5
-"""Share of responses without an answer from which on the accuracy says little."""
+"""Share of responses without an answer from which the accuracy is no longer informative."""
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
-# Two-sided 95 % quantiles of Student's t by degrees of freedom (any table of the distribution).
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (from a standard table).
 _T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -40,7 +40,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
         values: One value per seed or answer, at least one.
 
     Returns:
-        The mean, and the half width; `None` if there is a single value.
+        The mean and the half width; the latter is `None` for a single value.
     """
     if len(values) == 1:
         return values[0], None
@@ -56,7 +56,7 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, fl
     of values below the median. `None` if there are fewer than 6 values.
     """
     count, below = len(values), -1
-    outcomes = 1  # of 2**count: at most `below + 1` of the values are smaller than the median
+    outcomes = 1  # of 2**count, where at most `below + 1` values are smaller than the median
     while 40 * outcomes <= 2**count:
         below += 1
         outcomes += math.comb(count, below + 1)
@@ -81,7 +81,7 @@ class Answer:
         fallback: Whether the answer is right by the task's lenient extraction; `None` if the task
             has none.
         loss: Mean loss over the tokens of the published worked answer, in nats; `None` if it is not
-            finite or the model cannot take the whole answer.
+            finite or the answer does not fit into the model's context.
     """
 
     digest: str
@@ -95,7 +95,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What a model was asked and what it answered.
+    """A question and a model's response.
 
     Attributes:
         digest: `row_digest` of the question and its worked answer.
@@ -161,8 +161,8 @@ class AccuracyResult:
         source: Source of the questions.
         examples: Digests of the worked examples that the prompts show, in their order.
         examples_source: Source of these; empty if there are none.
-        seconds: Time that generating all answers took.
-        transcripts: The first questions with their whole responses, to show what answers look like.
+        seconds: Time for generating all answers.
+        transcripts: The first questions with their whole responses, as samples.
     """
 
     metric: ClassVar[str] = "accuracy"
@@ -196,7 +196,7 @@ class AccuracyResult:
 
     @property
     def hardly_answers(self) -> bool:
-        """Whether so many responses have no answer that the accuracy says little."""
+        """Whether so many responses have no answer that the accuracy is not informative."""
         return self.without_answer >= MANY_WITHOUT_ANSWER * len(self.items)
 
     @property
@@ -224,7 +224,7 @@ class AccuracyResult:
     def answer_loss(self) -> float | None:
         """Mean loss on the worked answers over the questions, in nats per token.
 
-        It is more sensitive to pruning than accuracy. Questions without a loss are left out; `None`
+        It is more sensitive to pruning than accuracy. Questions without a loss are ignored; `None`
         if no question has one.
         """
         losses = [item.loss for item in self.items if item.loss is not None]
@@ -232,7 +232,7 @@ class AccuracyResult:
 
     @property
     def error(self) -> str | None:
-        """Always `None`: every response is right or wrong."""
+        """Always `None`, because every response is right or wrong."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class AccuracyResult:
 
 
 def _length_summary(lengths: Sequence[int]) -> dict[str, Any]:
-    """Return mean and median of the lengths of answers, with their intervals."""
+    """Return mean and median of answer lengths, with their intervals."""
     mean, half = mean_and_interval(lengths)
     middle, interval = median_and_interval(lengths)
     return {
@@ -335,7 +335,7 @@ class ChoiceResult:
 
     @property
     def error(self) -> str | None:
-        """Why choices could not be compared; `None` if all could."""
+        """Why choices could not be compared; `None` if all were."""
         nonfinite = sum(item.chosen is None for item in self.items)
         if not nonfinite:
             return None
@@ -385,10 +385,10 @@ class HarnessMetric:
     """One metric of a task of lm-evaluation-harness.
 
     Attributes:
-        task: Name of the task; one of the parts if a group was asked for.
+        task: Name of the task; for a group, the name of one of its tasks.
         metric: Name of the metric, with its filter, as the harness writes it: `acc,none`.
         value: Its value; `None` if it is not finite.
-        stderr: Its standard error by the harness; `None` if it has none.
+        stderr: Its standard error as computed by the harness; `None` if there is none.
         n: Number of items; `None` for a group.
     """
 
@@ -527,7 +527,8 @@ class LossResult:
     Attributes:
         items: One entry per question.
         excluded: Number of questions left out because the model was calibrated on them.
-        too_long: Number of questions left out because the model cannot take question and answer.
+        too_long: Number of questions left out because question and answer do not fit into the
+            model's context.
         source: Source of the questions.
     """
 
@@ -662,7 +663,7 @@ class Evaluation:
             raise ValueError(f"{path} cannot be read as an evaluation: {error}") from error
 
     def table(self) -> str:
-        """Return tables for the terminal, one line per task and metric, with notes."""
+        """Return the results as tables for the terminal, a line per task and metric, with notes."""
         lengths = self.length_rows()
         lengths_table = ["", aligned(lengths, left=1)] if len(lengths) > 1 else []
         return "\n".join([aligned(self.rows(), left=1), *self.notes(), *lengths_table])
@@ -781,7 +782,7 @@ def _notes(name: str, result: Result) -> list[str]:
 
 
 def hardly_answers_warning(name: str, result: AccuracyResult, who: str = "the model") -> str:
-    """Return a warning that so many responses have no answer that the accuracy says little."""
+    """Return the warning that too few responses have an answer for an informative accuracy."""
     shown = len(result.examples)
     return (
         f"{name}: {who} gives no answer that can be extracted in {result.without_answer} of "

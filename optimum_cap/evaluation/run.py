@@ -70,7 +70,7 @@ def load_task_data(
     Args:
         tasks: Names of tasks or groups, as a list or as comma-separated text.
         data_dir: Folder with the files of the data sets; `None` downloads them from the Hub.
-        num_fewshot: Number of worked examples in prompts; `None` is the default of each task.
+        num_fewshot: Number of worked examples in prompts; `None` is each task's default.
         include_path: Folder with definitions of tasks for lm-evaluation-harness, besides its own.
 
     Returns:
@@ -116,7 +116,7 @@ def check_counts(
 
     Raises:
         ValueError: `limit`, `batch_size` or `max_new_tokens` is not a positive integer, or
-            `num_fewshot` is negative or no integer.
+            `num_fewshot` is negative or not an integer.
     """
     for label, value, least in (
         ("limit", limit, 1),
@@ -152,41 +152,41 @@ def evaluate(
     Questions go through the tokenizer's chat template if it has one, with an instruction on the
     form of the answer; otherwise worked examples show it. Decoding is greedy. Items that a pruned
     model was calibrated on (`model.pruning_record`) are left out. A warning is logged if a model
-    hardly ever gives an answer that can be extracted.
+    rarely gives an answer that can be extracted.
 
     Args:
-        model: A causal language model, or the name of one. It is not changed.
+        model: A causal language model or its name. It is not changed.
         tokenizer: The tokenizer or processor; `None` loads the one saved with the model.
         tasks: Names of tasks or groups, as a list or as comma-separated text.
         data_dir: Folder with the files of the data sets; `None` downloads them from the Hub.
         limit: Number of questions, or windows of text, per task; `None` takes all. The same
-            `seed` draws the same ones for every model, apart from those that are left out. A task
-            of lm-evaluation-harness takes the first ones, as the harness does.
+            `seed` draws the same ones for every model, except those left out. Tasks of
+            lm-evaluation-harness take the first ones, as the harness does.
         batch_size: Questions per batch. Windows are batched up to 2048 tokens.
         seed: Seed for drawing `limit` items and worked examples.
         num_fewshot: Number of worked examples in each prompt. They come from the split `train`, or
             from questions that are then left out. `None` is 5 for generated answers of a model
-            without chat template, else 0, and the own number of a task of lm-evaluation-harness.
-        max_new_tokens: Longest answer in tokens; `None` is that of each task. The model's context
-            may allow less.
+            without a chat template, a lm-evaluation-harness task's own number, and otherwise 0.
+        max_new_tokens: Longest answer in tokens; `None` is each task's limit. The model's context
+            length may lower it.
         include_path: Folder with definitions of tasks for lm-evaluation-harness, besides its own.
-        log_samples: JSON lines file, or folder for a file per task, for prompts, responses,
-            extracted and expected answers, lengths, and log-likelihoods of choices.
-        resume_dir: Folder that stores finished batches, from which an evaluation with the same
-            model and settings continues; `None` stores nothing.
+        log_samples: JSON lines file, or folder for one file per task, to write prompts, responses,
+            extracted and expected answers, lengths, and log-likelihoods of choices to.
+        resume_dir: Folder for finished batches, from which an evaluation with the same model and
+            settings resumes; `None` stores nothing.
         data: The result of `load_task_data`; replaces `tasks`, `data_dir` and `include_path`.
         **load_options: Passed to `from_pretrained` if `model` is a name: `dtype`, `revision`, ...
 
     Returns:
         Accuracies as fractions of 1, losses in nats. A perplexity that is not finite is `None`,
-        with an entry in `errors`; the other tasks keep their results.
+        with an entry in `errors`; other tasks keep their results.
 
     Raises:
-        ValueError: A task is unknown, its data cannot be used or is all in the calibration set, a
-            question leaves no room for an answer, there are too few worked examples, the chat
-            template leaves out the answers, the tokenizer is not the model's, a number is out of
-            range, or `log_samples` cannot be written.
-        TypeError: `tokenizer` is no tokenizer.
+        ValueError: A task is unknown, its data cannot be used or is entirely in the calibration
+            set, a question leaves no room for an answer, there are too few worked examples, the
+            chat template leaves out the answers, the tokenizer is not the model's, a number is out
+            of range, or `log_samples` cannot be written.
+        TypeError: `tokenizer` is not a tokenizer.
         FileNotFoundError: A file does not exist.
         ImportError: lm-evaluation-harness is not installed.
     """
@@ -212,7 +212,7 @@ def evaluate(
             for name, items in data.items()
             if isinstance(items, TaskItems)
         }
-        if jobs:  # others are tasks of the harness, which tokenizes itself
+        if jobs:  # the others are harness tasks; the harness tokenizes itself
             check_tokens(list(jobs.values()), tokenizer, number_of_embeddings(model))
         store = None if resume_dir is None else BatchStore(resume_dir, model, batch_size)
         engine = Engine(model, tokenizer, length, batch_size, limit, num_fewshot, store)

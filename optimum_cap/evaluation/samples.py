@@ -1,4 +1,4 @@
-"""Logs of what a model was asked and what it answered, as JSON lines."""
+"""Logs of questions and a model's answers, as JSON lines."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def check_sample_log(path: str | Path) -> None:
     """Check that samples can be logged to `path`.
 
     Raises:
-        ValueError: It is a file that is no JSON lines file, or its folder is inside a file.
+        ValueError: It is a file but not a JSON lines file, or its folder is inside a file.
         FileNotFoundError: The folder of the file does not exist.
     """
     path = Path(path)
@@ -33,13 +33,13 @@ def check_sample_log(path: str | Path) -> None:
 
 
 class SampleLog:
-    """Writes the samples of one task after the other.
+    """Writes the samples task by task.
 
-    Each file is written atomically. The samples of tasks that are done are there even if the
-    evaluation is interrupted.
+    Files are written atomically. If the evaluation is interrupted, the samples of finished tasks
+    are kept.
 
     Args:
-        path: A file that ends in `.jsonl`, for all tasks, or a folder for a file per task.
+        path: A file that ends in `.jsonl` for all tasks, or a folder for one file per task.
     """
 
     def __init__(self, path: str | Path) -> None:

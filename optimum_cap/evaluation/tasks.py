@@ -1,4 +1,4 @@
-"""The evaluation tasks: where their data is, and how the final answer of a response is extracted.
+"""The evaluation tasks: where their data is, and how final answers are extracted from responses.
 
 Rows are read by `optimum_cap.data`, as for calibration, so that prompts and digests are the same.
 To add a task, add an entry to `TASKS` at the end of this file.
@@ -53,7 +53,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question, and what was said before it."""
+        """The question, with the turns before it."""
         return "\n\n".join(text for _, text in self.conversation.turns[:-1])
 
     @property
@@ -63,7 +63,7 @@ class Question:
 
     @property
     def digest(self) -> str:
-        """`row_digest` of the row, by which calibration identifies it."""
+        """`row_digest` of the row, which identifies it in calibration."""
         return self.conversation.digest
 
 
@@ -75,7 +75,7 @@ class ChoiceQuestion:
         question: The question, without its choices.
         choices: The text of each choice.
         gold: Position of the right choice.
-        digest: `row_digest` of the row, by which calibration identifies it.
+        digest: `row_digest` of the row, which identifies it in calibration.
     """
 
     question: str
@@ -103,7 +103,7 @@ class Document:
 
     Attributes:
         text: The text as published.
-        digest: `row_digest` of the row, by which calibration identifies it.
+        digest: `row_digest` of the row, which identifies it in calibration.
     """
 
     text: str
@@ -122,7 +122,7 @@ class TaskItems:
         items: What the task measures.
         source: Where they come from, for the record.
         examples: Questions from which worked examples are drawn; empty if none can be needed.
-        examples_source: Where these come from.
+        examples_source: Where the examples come from.
     """
 
     items: Items
@@ -137,18 +137,18 @@ class Task:
 
     Attributes:
         files: Possible paths of its file in the data folder; the first that exists is used.
-        preset: Preset of the data set (`PRESETS` in `optimum_cap/data/sources.py`); `None` if its
-            files are read like any data file.
-        embedded: Path of its file in a checkout of this repository, if the repository has it.
+        preset: Preset of the data set (`PRESETS` in `optimum_cap/data/sources.py`); `None` reads
+            its files like any data file.
+        embedded: Path of its file in a checkout of this repository, if it contains the file.
         extract: Extracts the final answer from a response or a worked answer; `None` if nothing is
             generated.
         read_choices: Reads question, choices and position of the right choice from a row, if the
             task compares the likelihood of choices.
-        instruction: Says in the prompt of a chat which form of answer `extract` needs; empty if the
-            task is for models that were trained on this form.
+        instruction: Tells a chat model which form of answer `extract` needs; empty if the task is
+            for models trained on this form.
         documents: Whether each row of texts is a separate document; otherwise the rows are lines
             of one text.
-        fallback: A lenient extraction besides `extract`, reported but not counted.
+        fallback: A lenient extraction in addition to `extract`, reported but not counted.
         kind: Uses only the rows with this `kind`; `None` uses all.
         max_new_tokens: Longest response in tokens.
         until: Texts that end a response, besides the end-of-sequence token.
@@ -171,15 +171,15 @@ class Task:
 
     @property
     def shows_examples(self) -> bool:
-        """Whether the task has questions, which worked examples can precede."""
+        """Whether the task has questions, so that worked examples can precede them."""
         return (self.extract is not None and not self.loss_only) or self.read_choices is not None
 
 
 def resolve_tasks(names: str | Iterable[str]) -> list[str]:
     """Return the names of tasks with groups expanded and duplicates removed.
 
-    Names that begin with `lm_eval:` are those of lm-evaluation-harness, and what follows `loss:`
-    is a file; `load_task_data` looks both up.
+    Names with the prefix `lm_eval:` are tasks of lm-evaluation-harness, and `loss:` precedes a file
+    name; `load_task_data` looks both up.
 
     Args:
         names: Names of tasks or groups, as a list or as comma-separated text.
@@ -224,14 +224,14 @@ def _valid() -> str:
 
 
 def task_of(name: str) -> Task:
-    """Return the task of a name that `resolve_tasks` returned, unless it is one of the harness."""
+    """Return the task for a name from `resolve_tasks`, unless it is a harness task."""
     if name.startswith(LOSS_PREFIX):
         return Task((name.removeprefix(LOSS_PREFIX),), extract=_whole, loss_only=True)
     return TASKS[name]
 
 
 def result_name(name: str) -> str:
-    """Return the name of a task in its results, which show no folder of a file."""
+    """Return the name of a task in results, without the folder of a file."""
     if name.startswith(LOSS_PREFIX):
         return LOSS_PREFIX + Path(name.removeprefix(LOSS_PREFIX)).name
     return name
@@ -259,8 +259,8 @@ def load_items(name: str, data_dir: Path | None) -> tuple[Items, dict[str, Any]]
 def load_examples(name: str, data_dir: Path | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the questions from which worked examples are drawn, and their source.
 
-    They are those of the split `train`, in `data_dir` or on the Hub, and those of the task itself
-    if it has no such split or the folder has no file of it.
+    They come from the split `train`, in `data_dir` or on the Hub; or from the task itself, if it
+    has no such split or the folder has no file for it.
 
     Raises:
         ValueError: The data cannot be used for this task.
@@ -279,7 +279,7 @@ def load_examples(name: str, data_dir: Path | None) -> tuple[tuple[Any, ...], di
 
 
 def _questions(name: str, source: Source) -> tuple[Any, ...]:
-    """Return the questions of a task that are in `source`."""
+    """Return the questions of a task in `source`."""
     read = _read_questions if task_of(name).read_choices is None else _read_choice_questions
     return read(name, source)
 
@@ -365,7 +365,7 @@ def _load_documents(
 def _load_text(name: str, data_dir: Path | None) -> tuple[Text, dict[str, Any]]:
     r"""Return the single text of a task.
 
-    The lines, with their line feeds, are joined by blank lines, as is usual for this metric
+    The lines, with their line feeds, are joined by blank lines, as is standard for this metric
     (`"\n\n".join(dataset["text"])` over the Hub's rows, where blank lines are empty).
     """
     source = _load(name, data_dir)
@@ -414,7 +414,7 @@ def _find(name: str, data_dir: Path | None) -> Path:
         check_folder(data_dir)
         places = [data_dir / file for file in places]
     if task.embedded is not None:
-        # The checkout may also be the current folder.
+        # The current folder may also be a checkout.
         embedded = [root / task.embedded for root in (_ROOT, Path.cwd())]
         places = embedded if data_dir is None else places + embedded
     return first_file(f"task {name}", places)
@@ -440,7 +440,7 @@ def _passage_spans(lines: Sequence[str], passages: Iterable[str]) -> Iterable[tu
 
 
 def _whole(text: str) -> str | None:
-    """Return a whole answer, of which only the loss is measured."""
+    """Return a whole answer; only its loss is measured."""
     return text or None
 
 
@@ -468,7 +468,7 @@ def extract_last_number(text: str) -> str | None:
 def extract_yes_no(text: str) -> str | None:
     """Return `yes` or `no` after the first `####` that one of them follows, else `None`.
 
-    Other markers are headings, which chat models write too.
+    Other `####` are headings, which chat models also write.
     """
     match = re.search(_MARKER + r"\W*(yes|no)\b", text, re.IGNORECASE)
     return match[1].lower() if match else None
@@ -477,7 +477,7 @@ def extract_yes_no(text: str) -> str | None:
 def extract_label(text: str) -> str | None:
     """Return the label of a choice, such as `B` from `#### B`, `#### (B)` or `#### B) a swan`.
 
-    It follows the first `####` that a single letter or digit follows.
+    The label comes after the first `####` followed by a single letter or digit.
     """
     match = re.search(_MARKER + r"\W*([A-Za-z0-9])\b", text)
     return match[1].upper() if match else None
@@ -499,9 +499,9 @@ def _yes_no_choices(row: Any) -> tuple[str, Sequence[str], int]:
     return row["question"], ("yes", "no"), 0 if row["answer"] else 1
 
 
-# As in the task gsm8k of lm-evaluation-harness: a base model continues with the next question.
+# As in the gsm8k task of lm-evaluation-harness: a base model continues with the next question.
 _UNTIL = ("Question:", "</s>", "<|im_end|>")
-# Without an answer as an example: small models copy it as their own answer.
+# Without an example answer: small models would copy it as their own answer.
 _REASON = 'Reason step by step, and end with a line of "#### " followed by the final answer,'
 _STRATEGYQA_FILES = ("strategyqa/test.jsonl", "strategyqa/strategyqa_all_2290.json")
 _ARC_FILES = ("arc_challenge/ARC-Challenge-Test.jsonl", "arc_challenge/test.jsonl")
