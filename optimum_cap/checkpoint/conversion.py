@@ -42,7 +42,7 @@ from optimum_cap.runtime import write_atomically
 from optimum_cap.text import printable
 
 _OTHER_WEIGHTS = ("original/*", "onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pth")
-_MAX_DEPTH = 64  # of JSON values in a record, whose own have fewer than ten levels
+_MAX_DEPTH = 64  # of nested JSON values; valid records have fewer than ten levels
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class CheckpointSummary:
     Attributes:
         record: The pruning record.
         checkpoint_format: `"packed"`, `"coded"` or `"dense"`.
-        format_version: Version of the files.
+        format_version: Version of the file format.
         weight_bytes: Size of all weight files in bytes.
-        dense_bytes: Size in bytes of the tensors when stored dense.
+        dense_bytes: Size of the tensors in bytes when stored dense.
     """
 
     record: PruningRecord
@@ -64,7 +64,7 @@ class CheckpointSummary:
     dense_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts as JSON values, without the record."""
+        """Return all attributes but the record as JSON values."""
         return {
             "checkpoint_format": self.checkpoint_format,
             "format_version": self.format_version,
@@ -85,9 +85,9 @@ def inspect_checkpoint(
     subfolder: str = "",
     verify: bool = False,
 ) -> CheckpointSummary:
-    """Read the record and the sizes of a checkpoint; weights are read only to verify them.
+    """Read the record and the sizes of a checkpoint. Weights are read only to verify them.
 
-    A repository that cannot be reached is read from the cache, as `from_pretrained` does.
+    If a repository cannot be reached, it is read from the cache, as in `from_pretrained`.
 
     Args:
         path_or_repo: Folder, or repository on the Hub.
@@ -95,8 +95,8 @@ def inspect_checkpoint(
         token: Token for the Hub.
         cache_dir: Cache for downloads.
         subfolder: Folder of the checkpoint in the folder or repository.
-        verify: Whether to compare all files with their digests in the record, for which the weights
-            are downloaded.
+        verify: Whether to compare all files with their digests in the record, which downloads the
+            weights.
 
     Raises:
         ValueError: It is not a CAP checkpoint, has a newer version, is damaged, or differs from its
@@ -127,7 +127,7 @@ def inspect_checkpoint(
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a checkpoint is: a folder, or a repository on the Hub.
+    """The location of a checkpoint: a folder, or a repository on the Hub.
 
     Attributes:
         name: Folder or repository.
@@ -149,11 +149,11 @@ class _Source:
 
     @property
     def _download(self) -> dict[str, Any]:
-        """Keywords that huggingface_hub's functions have in common."""
+        """Common keyword arguments of huggingface_hub's functions."""
         return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
 
     def folder(self, ignored: Sequence[str] = ()) -> Path:
-        """Return the folder of the checkpoint, downloaded unless it is local or in the cache.
+        """Return the folder of the checkpoint, downloaded unless it is local or cached.
 
         Args:
             ignored: Patterns of files that are not downloaded.
@@ -167,12 +167,12 @@ class _Source:
             try:
                 root = snapshot_download(self.name, **options)
             except OfflineModeIsEnabled:
-                # huggingface_hub 1.31 asks the Hub about a commit even where it must not.
+                # huggingface_hub 1.31 asks the Hub about a commit even when it must not.
                 root = snapshot_download(self.name, local_files_only=True, **options)
         return Path(root) / self.subfolder
 
     def file(self, name: str) -> Path:
-        """Return one file alone; if there is none, a path where there is no file."""
+        """Return the path of one file, downloaded alone; check that it exists."""
         if self.is_local:
             return self.folder() / name
         _check_repo_id(self.name)
@@ -193,7 +193,7 @@ class _Source:
 def folder_of_model(
     name: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """Return the folder of a model, downloaded unless it is local or in the cache.
+    """Return the folder of a model, downloaded unless it is local or cached.
 
     Args:
         name: Folder, or repository on the Hub.
@@ -209,11 +209,11 @@ def folder_of_model(
 def file_of_checkpoint(
     path_or_repo: str, name: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """Return one file of a checkpoint, downloaded unless it is local or in the cache.
+    """Return one file of a checkpoint, downloaded unless it is local or cached.
 
     Args:
         path_or_repo: Folder, or repository on the Hub.
-        name: Name of the file. If there is none, a path is returned where there is no file.
+        name: Name of the file. If it is missing, the returned path does not exist.
         revision: Branch, tag or commit of the repository.
         token: Token for the Hub.
 
@@ -232,7 +232,7 @@ def read_record(path: Path, name: str) -> tuple[PruningRecord, dict[str, Any]]:
         name: Name of the checkpoint, for the error message.
 
     Returns:
-        The record, and what it says of the files next to it: `checkpoint_format`,
+        The record, and its entries about the files next to it: `checkpoint_format`,
         `format_version`, `dense_bytes` and `digests`.
 
     Raises:
@@ -271,7 +271,7 @@ def _check_depth(value: Any, depth: int = 0) -> None:
 
 
 def _checked_files(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what a record says of the files next to it, after checking its types."""
+    """Return the entries of a record about the files next to it, after checking their types."""
     files = values.get("files")
     if not isinstance(files, dict):
         raise ValueError(f"files must be an object, got {files!r:.80}")
@@ -312,7 +312,7 @@ def convert_checkpoint(
     cache_dir: str | Path | None = None,
     subfolder: str = "",
 ) -> Path:
-    """Write a checkpoint in another format, file by file, with the same weights bit for bit.
+    """Write a checkpoint in another format, file by file, with bit-identical weights.
 
     All weights are compared with their digests first.
 
@@ -388,7 +388,7 @@ def set_base_model(folder: Path, base_model: str) -> None:
 
 
 def _class_name(config_file: Path) -> str:
-    """Return the class of a model as its config names it; empty if it does not."""
+    """Return the class of a model that its config names; empty if it names none."""
     if not config_file.is_file():
         raise ValueError(f"{config_file} is missing: download or copy the checkpoint again")
     names = read_json(config_file).get("architectures")
@@ -396,7 +396,7 @@ def _class_name(config_file: Path) -> str:
 
 
 def _check_repo_id(name: str) -> None:
-    """Raise a `FileNotFoundError` if `name` is not a valid name of a repository on the Hub."""
+    """Raise a `FileNotFoundError` if `name` is not a valid repository name for the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -1,14 +1,14 @@
-"""Digests of the files of a checkpoint, which find files that changed after the model was saved.
+"""Digests of the files of a checkpoint, which detect files changed after saving.
 
-They are in the pruning record, under `files`. Every file has its size and SHA-256. A weight file
-also has a checksum that takes little time, for every load: XXH3-128 of the whole file if it is
-packed or coded; if it is dense, which transformers only maps into memory, XXH3-128 of its header
-and of the first and the last bytes of each tensor.
+They are stored in the pruning record, under `files`. Every file has its size and SHA-256. A weight
+file also has a fast checksum that every load verifies: XXH3-128 of the whole file if it is packed
+or coded; if it is dense, which transformers only maps into memory, XXH3-128 of its header and of
+the first and last bytes of each tensor.
 
-The tensors of a coded file have checksums as well, so that an error names the one that is damaged.
+The tensors of a coded file have checksums as well, so that errors name the damaged tensor.
 
-They protect against damage and mistakes. They do not protect against forgery, because whoever can
-write the weights can also write the record.
+Digests protect against damage and mistakes, not against forgery, because whoever can write the
+weights can also write the record.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def index_files(folder: Path) -> list[Path]:
 
 
 def digests_of(folder: Path, checkpoint_format: str) -> dict[str, dict[str, Any]]:
-    """Return size and digests of the weight files, their index and the settings in `folder`."""
+    """Return sizes and digests of the weight files, their index and the settings in `folder`."""
     form = FORMATS[checkpoint_format]
     whole = form.needs_plugin
     weights = weight_files(folder)
@@ -77,14 +77,14 @@ def digests_of(folder: Path, checkpoint_format: str) -> dict[str, dict[str, Any]
 
 
 def record_digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a pruning record, whatever the order and the layout of its JSON."""
+    """Return the SHA-256 of a pruning record, independent of the order and layout of its JSON."""
     files = {key: value for key, value in values["files"].items() if key != "record_sha256"}
     text = json.dumps({**values, "files": files}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_loaded(files: Iterable[Path], digests: Mapping[str, Any], checkpoint_format: str) -> None:
-    """Check the files of a checkpoint that are loaded, in little time.
+    """Check the files to load from a checkpoint, quickly.
 
     Args:
         files: The weight files to load.
@@ -128,7 +128,7 @@ def check_loaded_folder(
     variant: str | None = None,
     safetensors: bool = True,
 ) -> None:
-    """Check the weight files that transformers loads from `folder`, in little time.
+    """Check the weight files that transformers loads from `folder`, quickly.
 
     Args:
         folder: The checkpoint.
@@ -138,21 +138,21 @@ def check_loaded_folder(
         safetensors: Whether safetensors files may be loaded.
 
     Raises:
-        ValueError: As `check_loaded`.
+        ValueError: As for `check_loaded`.
     """
     infix = f".{variant}" if variant else ""
     names = [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"] * safetensors
     names += [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
     chosen = next((folder / name for name in names if (folder / name).is_file()), None)
     if chosen is None:
-        return  # transformers says that it finds no weights
+        return  # transformers reports the missing weights
     _check_listed(chosen, digests)
     weights = [folder / name for name, digest in digests.items() if "checksum" in digest]
     check_loaded([file for file in weights if file.is_file()], digests, checkpoint_format)
 
 
 def check_settings(folder: Path, digests: Mapping[str, Any]) -> None:
-    """Check that the settings files are as they were saved.
+    """Check that the settings files have not changed since they were saved.
 
     Raises:
         ValueError: A file is missing or has changed.
@@ -164,7 +164,7 @@ def check_settings(folder: Path, digests: Mapping[str, Any]) -> None:
 
 
 def warn_of_changed_settings(folder: Path, digests: Mapping[str, Any]) -> None:
-    """Warn about settings files that were edited, because users may do so on purpose."""
+    """Warn about edited settings files; users may edit them on purpose, so it is no error."""
     for file in _changed_settings(folder, digests):
         if file.is_file():
             logger.warning(
@@ -188,7 +188,7 @@ def check_all_files(folder: Path, digests: Mapping[str, Any], settings: bool = T
     Args:
         folder: The checkpoint.
         digests: Return value of `digests_of` when it was saved.
-        settings: Whether to compare the settings too, not only weights and their index.
+        settings: Whether to compare the settings too, and not only weights and their index.
 
     Raises:
         ValueError: A file is missing, has changed, or is not part of the checkpoint; the message
@@ -226,7 +226,7 @@ def checksum(file: Path, whole: bool) -> str:
 
 
 def _sampled(header: Mapping[str, StoredTensor]) -> list[tuple[int, int]]:
-    """Return the parts of a file that a dense checksum covers: its header, and ends of tensors."""
+    """Return the parts of a file that a dense checksum covers: its header and the tensors' ends."""
     tensors = sorted(header.values(), key=lambda tensor: tensor.start)
     parts = [(0, tensors[0].start if tensors else 0)]
     for tensor in tensors:
@@ -262,7 +262,7 @@ _UNLISTED = f"is not part of the checkpoint that {RECORD_NAME} describes"
 
 
 def _changed_file(file: Path, digest: Mapping[str, Any]) -> str:
-    """Return that a file has changed, and which part of it, if `digest` has its tensors."""
+    """Return the message that a file has changed, with the changed tensors if `digest` has them."""
     if "tensors" not in digest:
         return f"{file} {_CHANGED}"
     try:

@@ -1,4 +1,4 @@
-"""Folders that are replaced atomically: as a whole or not at all."""
+"""Atomic replacement of folders: as a whole or not at all."""
 
 import errno
 import hashlib
@@ -25,8 +25,8 @@ from optimum_cap.checkpoint.digests import (
 )
 from optimum_cap.runtime import sync, was_left_behind, write_atomically
 
-_SWAP_FILE = "swap.json"  # in the folder of a save, while it replaces the files of a mount point
-_LONGEST_SWAP = 60  # seconds; it only renames files
+_SWAP_FILE = "swap.json"  # in a save's folder, while the save replaces the files of a mount point
+_LONGEST_SWAP = 60  # seconds; a swap only renames files
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _LONGEST = 64  # bytes of a name that temporary folders are named after
@@ -36,17 +36,17 @@ _LONGEST = 64  # bytes of a name that temporary folders are named after
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `target` when the context ends without an error.
 
-    Files of `target` that are not part of a checkpoint are kept. On any error, `target` stays as it
-    was, and no other files remain.
+    Files of `target` that are not part of a checkpoint are kept. On any error, `target` does not
+    change and no other files remain.
 
     Args:
         target: The folder to replace or create.
 
     Raises:
-        FileExistsError: As `check_target`.
+        FileExistsError: As for `check_target`.
         OSError: The folder cannot be written, or another process is saving to this mount point.
     """
-    # The target of a link is replaced, not the link: it may be on another disk on purpose.
+    # Replace the target of a link, not the link: it may be on another disk on purpose.
     target = target.resolve()
     name = _short(target.name)
     old = target.with_name(f".{name}.replaced")
@@ -65,7 +65,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(parent, prefix)
-        # Each save has its own folder, so that processes that save to one target do not mix files.
+        # Each save has its own folder, so that processes saving to one target do not mix files.
         new = parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
         new.mkdir()
         yield new
@@ -85,15 +85,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             f"could not save to {target} ({error}), {state}",
         ) from error
     finally:
-        # What could not be put back is left for the next save.
+        # Files that could not be restored are left for the next save.
         if new is not None and not (new / _SWAP_FILE).exists():
             shutil.rmtree(new, ignore_errors=True)
 
 
 def _short(name: str) -> str:
-    """Return a name to which a file system that allows `name` allows to add a prefix and a suffix.
+    """Return a name short enough that a prefix and a suffix can be added, if `name` is valid.
 
-    A long name is cut, and gets a digest of the whole, so that two names stay different.
+    A long name is cut and gets a digest of the whole, so that different names stay different.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONGEST:
@@ -103,7 +103,7 @@ def _short(name: str) -> str:
 
 
 def _swap_folders(new: Path, target: Path, old: Path) -> None:
-    """Replace `target` by `new`; in between, `target` is renamed to `old`."""
+    """Replace `target` with `new`; in between, `target` is renamed to `old`."""
     if not target.exists():
         new.rename(target)
         return
@@ -123,11 +123,10 @@ def _swap_folders(new: Path, target: Path, old: Path) -> None:
 
 
 def _swap_files(new: Path, target: Path) -> None:
-    """Replace the files of `target` by those of `new`, a folder in `target`.
+    """Replace the files of `target` with those of `new`, a folder in `target`.
 
-    The config is removed first and added last, so that a folder in which the process was killed
-    does not load instead of loading a mixture of old and new files. The next save restores the old
-    files.
+    The config is removed first and added last. If the process is killed, the folder therefore
+    cannot be loaded with a mixture of old and new files. The next save restores the old files.
     """
     added = [entry.name for entry in new.iterdir()]
     stale = {entry.name for entry in target.iterdir() if is_of_weights(entry.name)}
@@ -148,7 +147,7 @@ def _swap_files(new: Path, target: Path) -> None:
 
 
 def _moves_of_swap(new: Path, target: Path, swap: dict[str, Any]) -> list[tuple[Path, Path]]:
-    """Return the renames of a swap in order: first the config out of `target`, last the new one."""
+    """Return the renames of a swap in order: the old config first, the new config last."""
     stale, added = (
         sorted(swap[key], key=lambda name: (name == CONFIG_NAME, name))
         for key in ("stale", "added")
@@ -158,14 +157,14 @@ def _moves_of_swap(new: Path, target: Path, swap: dict[str, Any]) -> list[tuple[
 
 
 def _undo(moves: list[tuple[Path, Path]]) -> None:
-    """Undo those renames that were done."""
+    """Undo the renames that were done."""
     for source, destination in reversed(moves):
         if destination.exists() and not source.exists():
             destination.rename(source)
 
 
 def _undo_killed_swaps(target: Path) -> None:
-    """Restore the files of `target` that killed saves have moved away.
+    """Restore the files of `target` that killed saves moved away.
 
     Raises:
         OSError: The files cannot be restored, or a save is replacing them right now.
@@ -180,7 +179,7 @@ def _undo_killed_swaps(target: Path) -> None:
             )
         moves = _moves_of_swap(folder, target, swap)
         try:
-            if any((folder / name).exists() for name in swap["added"]):  # it did not get to the end
+            if any((folder / name).exists() for name in swap["added"]):  # it did not finish
                 _undo(moves)
             file.unlink()
         except OSError as error:
@@ -193,7 +192,7 @@ def _undo_killed_swaps(target: Path) -> None:
 
 
 def _swaps_in(target: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the folders of saves that have begun to replace the files of `target`, and how."""
+    """Yield the folders of saves that began to replace the files of `target`, and their swaps."""
     for file in target.glob(f".*.saving-*/{_SWAP_FILE}"):
         try:
             swap = json.loads(file.read_bytes())
@@ -204,7 +203,7 @@ def _swaps_in(target: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _is_swap(swap: Any) -> bool:
-    """Return whether a file was written by `_swap_files`; only names inside a folder are."""
+    """Return whether a value was written by `_swap_files` and has only names inside a folder."""
     return (
         isinstance(swap, dict)
         and isinstance(swap.get("host"), str)
@@ -222,17 +221,17 @@ def _is_plain_name(name: Any) -> bool:
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove folders of killed saves: those named after a process that no longer runs."""
+    """Remove the folders of killed saves: those named after a process that no longer runs."""
     for folder in parent.iterdir():
         if folder.name.startswith(prefix):
-            # The rest does not match if the name of another host starts with that of this one.
+            # The rest does not match if this host's name is a prefix of another host's.
             process = re.fullmatch(r"(\d+)-[0-9a-f]{8}", folder.name.removeprefix(prefix))
             if process and not psutil.pid_exists(int(process[1])):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
-    """Flush all files of a folder to disk, before the folder replaces another."""
+    """Flush all files of a folder to disk before the folder replaces another."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as stream:
@@ -243,8 +242,8 @@ def check_target(target: Path) -> None:
     """Check that a checkpoint may be saved to `target`, an absolute path.
 
     Raises:
-        FileExistsError: It is a file, contains the current folder, or has weights that are not part
-            of a CAP checkpoint.
+        FileExistsError: It is a file, contains the current folder, or contains weights that are not
+            part of a CAP checkpoint.
     """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose a folder to save to")
@@ -263,26 +262,26 @@ def check_target(target: Path) -> None:
 
 
 def is_weight_file(name: str) -> bool:
-    """Return whether loading a model could read the file as its weights."""
+    """Return whether loading a model could read the file as weights."""
     return name.startswith(("model", "pytorch_model")) and (
         name.endswith((".safetensors", ".bin")) or (".index." in name and name.endswith(".json"))
     )
 
 
 def is_of_weights(name: str) -> bool:
-    """Return whether a file has the weights of a model, or was made from exactly these weights."""
+    """Return whether a file contains a model's weights or was made from exactly these weights."""
     return is_weight_file(name) or name in (RESULTS_NAME, PICTURE_NAME)
 
 
 def is_weights(name: str) -> bool:
-    """Return whether a file has weights, or names files that do, in the format of any library."""
+    """Return whether a file contains weights, or an index of them, in the format of any library."""
     return is_weight_file(name) or name.endswith((*_WEIGHTS, ".index.json"))
 
 
 def copy_other_files(source: Path, target: Path) -> None:
-    """Copy what a checkpoint has besides weights and a record, unless `target` has it already.
+    """Copy the files of a checkpoint other than weights and record that `target` does not have.
 
-    These are the tokenizer, the chat templates, the processor and what else lies there.
+    These are the tokenizer, the chat templates, the processor and any other files.
     """
     for entry in source.iterdir():
         copy = target / entry.name
@@ -297,7 +296,7 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Give a file or folder a second name, or copy it where the file system has no hard links."""
+    """Hard-link a file or the files of a folder, or copy where hard links are not supported."""
 
     def link(a: str, b: str) -> None:
         try:

@@ -32,7 +32,7 @@ def upload(
         **kwargs: As for `HfApi.create_commit`.
 
     Returns:
-        The commit's information.
+        Information about the commit.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -41,13 +41,13 @@ def upload(
     if names is None:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in files]
-    # An outdated model.safetensors would take precedence over new shards when loading, and results
-    # would be those of other weights.
+    # An outdated model.safetensors would take precedence over new shards when loading, and outdated
+    # results would be those of other weights.
     present = api.list_repo_files(repo_id, revision=revision)
     stale = [
         name
         for name in present
-        if "/" not in name and is_of_weights(name) and name not in names  # folders are others'
+        if "/" not in name and is_of_weights(name) and name not in names  # not files in subfolders
     ]
     return api.create_commit(
         repo_id,

@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 ZEROS_IN_FILES = "The zeros make the files smaller."
-"""Begins the limit on the card that holds for the sparse formats only."""
+"""Start of the limitation on the card that applies only to the sparse formats."""
 
 _BEGIN_RESULTS, _END_RESULTS = "<!-- results: begin -->", "<!-- results: end -->"
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|#&]|(?<!\w)_|_(?!\w)|!(?=\[)|://")
@@ -58,11 +58,11 @@ def write_model_card(
 
     Args:
         folder: Folder of the checkpoint.
-        record: As for `model_card`, as are the others.
+        record: As for `model_card`, like the other arguments.
         class_name: Class of the model.
         token: Token for the Hub.
         tags: Additional tags.
-        base_folder: Folder that the model was loaded from.
+        base_folder: Folder the model was loaded from.
     """
     try:
         card = model_card(record, class_name, token, tags, base_folder)
@@ -97,8 +97,8 @@ def model_card(
         class_name: Class of the model, which determines the pipeline tag and how to load it.
         token: Token for reading the card of the base model from the Hub.
         tags: Additional tags.
-        base_folder: Folder that the model was loaded from, whose card names the license; the record
-            has no local paths.
+        base_folder: Folder the model was loaded from, whose card names the license; the record
+            contains no local paths.
     """
     config = record.config
     method = CAPConfig.from_dict(config).method
@@ -194,16 +194,16 @@ def model_card(
 
 
 def with_results(card: str, section: str, results: list[EvalResult], name: str) -> str:
-    """Return the text of a card with other results; what else is written in it stays.
+    """Return the text of a card with its results replaced and the rest unchanged.
 
-    Results of other tasks in the metadata, which someone else has added, stay too.
+    Metadata results of other tasks, which users may have added, are kept too.
 
     Args:
         card: Text of README.md.
-        section: Markdown of the results. It replaces those that are there, or is added at the end
-            of a card that has no place for it.
-        results: The results for the metadata, which replace those of the same tasks.
-        name: Name of the model in the metadata, if that has none.
+        section: Markdown of the results. It replaces the existing section, or is appended to a card
+            without one.
+        results: The results for the metadata, which replace existing ones of the same tasks.
+        name: Name of the model in the metadata, if it has none yet.
 
     Raises:
         ValueError: The metadata of the card cannot be read.
@@ -222,7 +222,7 @@ def with_results(card: str, section: str, results: list[EvalResult], name: str) 
 
 
 def results_in(card: str) -> tuple[str, list[EvalResult], str] | None:
-    """Return section, results and name of `with_results` from a card; `None` if it has none.
+    """Return the section, results and name that `with_results` wrote; `None` if there are none.
 
     Raises:
         ValueError: The metadata of the card cannot be read.
@@ -236,7 +236,7 @@ def results_in(card: str) -> tuple[str, list[EvalResult], str] | None:
 
 
 def with_base_model(card: str, base_model: str) -> str:
-    """Return the text of a card that names the base model by its Hub id.
+    """Return the text of a card with the base model set to a Hub id.
 
     Raises:
         ValueError: The metadata of the card cannot be read.
@@ -270,7 +270,7 @@ def parsed_card(card: str) -> Any:  # a ModelCard, whose metadata has no types
     """
     try:
         return ModelCard(card)
-    except Exception as error:  # YAML and huggingface_hub have many of them
+    except Exception as error:  # YAML and huggingface_hub raise many kinds
         problem = " ".join(str(error).split())
         raise ValueError(
             f"the metadata at the beginning of {CARD_NAME} cannot be read ({problem}): correct it, "
@@ -288,12 +288,12 @@ def _part(record: PruningRecord) -> str:
 
 
 def _recovered(record: PruningRecord) -> str:
-    """Return how the model was trained to predict what the dense one does."""
+    """Return how the model was trained to reproduce the dense model's predictions."""
     return "; then ".join(plain_markdown(describe_recovery(each)) for each in record.recovery)
 
 
 def _compacted(record: PruningRecord) -> str:
-    """Return what was removed later, because it was zero."""
+    """Return what was removed later because it was zero."""
     return "; then ".join(plain_markdown(describe_removal(each)) for each in record.compacted)
 
 
@@ -325,9 +325,9 @@ def _zeros_per_projection(record: PruningRecord) -> list[str]:
 
 
 def _other_zeros(record: PruningRecord) -> str:
-    """Return what else is known about zeros: those before pruning, and those that were filled."""
+    """Return notes on zeros: those before pruning, and those filled since."""
     text = ""
-    if record.zeros_before and not record.compacted:  # it is unknown how many of them are left
+    if record.zeros_before and not record.compacted:  # unknown how many are left after compaction
         text += f"; {record.zeros_before / record.total:.2%} were before pruning"
     if record.lost_zeros:
         text += f"; {(record.zeros_after or 0) / record.total:.2%} were right after pruning"
@@ -372,7 +372,7 @@ def _unsupported(record: PruningRecord) -> dict[str, str]:
 
 
 def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
-    """Sum `(zeros, weights)` over the layers and experts of each projection, in model order."""
+    """Sum `(zeros, weights)` of each projection over layers and experts, in model order."""
     sums: dict[str, tuple[int, int]] = {}
     for (_, name), (zeros, total) in count_zeros(matrices).items():
         projection = name.rpartition(".")[2]
@@ -382,7 +382,7 @@ def by_projection(matrices: list[MatrixSparsity]) -> dict[str, tuple[int, int]]:
 
 
 def _usage(needs_plugin: bool, task: ModelTask | None, is_smaller: bool) -> list[str]:
-    """Return how to install what is needed, load the model and run it."""
+    """Return how to install the requirements, load the model and run it."""
     if needs_plugin:
         lines = [
             "The zeros are not stored, so loading needs the plugin:",
@@ -414,7 +414,7 @@ def _usage(needs_plugin: bool, task: ModelTask | None, is_smaller: bool) -> list
 
 
 def _snippet(task: ModelTask | None) -> list[str]:
-    """Return the lines of Python that load a model with its tokenizer, and run it."""
+    """Return lines of Python that load a model with its tokenizer and run it."""
     auto_class = task.auto_class if task else "AutoModelForCausalLM"
     reads_images = task is not None and task.pipeline == "image-text-to-text"
     reader, name = (
@@ -446,7 +446,7 @@ def _snippet(task: ModelTask | None) -> list[str]:
 
 
 def _limits(record: PruningRecord, sources: str) -> list[str]:
-    """Return sentences about what a user should not expect."""
+    """Return sentences about the limitations of the model."""
     limits = []
     if record.calibration:
         limits.append(
@@ -485,14 +485,14 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _local_name(base: str | None) -> str:
-    # Only the last part of the path, because the rest may be private.
+    # Only the last part of the path; the rest may be private.
     return f"a local folder, {_code(Path(base).name)}" if base else "not recorded"
 
 
 def _license(
     folder: str | os.PathLike[str] | None, base_repo: str | None, token: str | bool | None
 ) -> str | None:
-    """Return the license in the card in `folder`, or in that of the base model on the Hub.
+    """Return the license from the card in `folder`, or from the base model's card on the Hub.
 
     `None` if there is none or it cannot be read.
     """
@@ -518,12 +518,12 @@ def _license(
 
 
 def plain_markdown(text: str) -> str:
-    """Return text so that it stays plain text in Markdown, also in a cell of a table."""
+    """Return text escaped so that Markdown shows it as plain text, also in table cells."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
 
 def _code(text: str) -> str:
-    """Return text from a record as code in a cell of a Markdown table."""
+    """Return text from a record as code for a cell of a Markdown table."""
     plain = printable(text).replace("|", r"\|")
     return f"`{plain}`" if "`" not in plain else plain_markdown(text)
 

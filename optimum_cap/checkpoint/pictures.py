@@ -1,4 +1,4 @@
-"""Pictures of a pruning record as SVG: text that browsers and the Hub draw, without a library."""
+"""Pictures of a pruning record as SVG, which browsers and the Hub show without a library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from optimum_cap.checkpoint.record import MatrixSparsity, count_zeros, short_nam
 from optimum_cap.text import printable
 
 _COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""Colors of the scale from its low end to its high one (viridis, bids.github.io/colormap)."""
-_WIDTH = 720  # of the cells of a row, in pixels, if they are many
+"""Colors of the scale from low to high (viridis, bids.github.io/colormap)."""
+_WIDTH = 720  # of a row with many cells, in pixels
 _WIDEST, _NARROWEST, _HEIGHT = 24, 5, 20  # of a cell, in pixels
 _CHARACTER = 7.2  # width of a character of the labels, in pixels
-_TICKS = 12  # columns with a number, at most
+_TICKS = 12  # most columns with a number
 
 
 def sparsity_picture(matrices: Sequence[MatrixSparsity], inline: bool = False) -> str:
@@ -21,8 +21,8 @@ def sparsity_picture(matrices: Sequence[MatrixSparsity], inline: bool = False) -
 
     Args:
         matrices: The pruned matrices, at least one.
-        inline: Whether the picture becomes part of a page, whose color its text then has; otherwise
-            its text is black on white.
+        inline: Whether the picture becomes part of a page and its text takes the page's color;
+            otherwise its text is black on white.
     """
     counts = count_zeros(matrices)
     projections = list(dict.fromkeys(projection for _, projection in counts))
@@ -53,18 +53,18 @@ def heat_map(
     inline: bool = False,
     logarithmic: bool = False,
 ) -> str:
-    """Return a heat map as SVG, with a scale below it and the value of a cell when pointed at.
+    """Return a heat map as SVG, with a scale below it and cell values as tooltips.
 
     Args:
-        cells: Value by the positions of row and column; the others stay empty.
+        cells: Value by the positions of row and column; other cells stay empty.
         rows: Label of each row.
-        columns: Label of each column, of which as many are shown as have room.
-        title: What it shows.
+        columns: Label of each column; as many are shown as fit.
+        title: Title of the picture.
         form: Format of a value, such as `"{:.1%}"`.
-        column_label: What the columns are.
-        inline: As in `sparsity_picture`.
-        logarithmic: Whether colors follow the logarithm of the values, of which the positive ones
-            set the scale.
+        column_label: Label of the column axis.
+        inline: As for `sparsity_picture`.
+        logarithmic: Whether colors follow the logarithm of the values; the positive ones then
+            determine the scale.
     """
     rows, columns = [printable(row) for row in rows], [printable(each) for each in columns]
     width = max(_NARROWEST, min(_WIDEST, _WIDTH // len(columns)))
@@ -108,7 +108,7 @@ def heat_map(
 
 
 def _scale(left: int, top: int, low: float, high: float, form: str) -> tuple[list[str], str, str]:
-    """Return the scale of the colors with its two labels."""
+    """Return the color scale with its two labels."""
     labels = form.format(low), form.format(high)
     start = left + round(_CHARACTER * len(labels[0])) + 8
     parts = [f'<text x="{left}" y="{top + 14}">{labels[0]}</text>']
@@ -121,7 +121,7 @@ def _scale(left: int, top: int, low: float, high: float, form: str) -> tuple[lis
 
 
 def _position(value: float, low: float, high: float) -> float:
-    """Return the position of a value on the scale, from 0 to 1; the middle if all are the same."""
+    """Return the position of a value on the scale, from 0 to 1; 0.5 if all values are equal."""
     return (value - low) / (high - low) if high > low else 0.5
 
 

@@ -1,4 +1,4 @@
-"""Reading of JSON and safetensors files that may be damaged: every error names the file."""
+"""Reads JSON and safetensors files that may be damaged; every error names the file."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from optimum_cap.text import printable
 
 _AGAIN = "download or copy it again"
 _MAX_HEADER = 100_000_000  # bytes, as in safetensors
-# Bits per element and dtype in torch; only whole bytes can be packed.
+# Bits per element and torch dtype; only whole bytes can be packed.
 _DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
     "BOOL": (8, torch.bool),
     "U8": (8, torch.uint8),
@@ -59,7 +59,7 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
         values = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is damaged (its JSON is nested too deeply): {_AGAIN}") from None
-    except ValueError as error:  # not UTF-8, not JSON, or an integer of thousands of digits
+    except ValueError as error:  # not UTF-8, not JSON, or an integer with thousands of digits
         reason = printable(str(error))
         raise ValueError(f"{path} is damaged (it is not valid JSON: {reason}): {_AGAIN}") from None
     if not isinstance(values, dict):
@@ -71,7 +71,7 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the header of a safetensors file describes it.
+    """A tensor as described in the header of a safetensors file.
 
     Attributes:
         dtype: Its dtype; `None` if torch has none.
@@ -120,7 +120,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _stored_tensor(entry: Any, offset: int) -> StoredTensor | None:
-    """Return an entry of a header, whose positions count from `offset`; `None` if it is wrong."""
+    """Return an entry of a header, with positions relative to `offset`; `None` if invalid."""
     if not isinstance(entry, dict):
         return None
     name, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -158,7 +158,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def validate_shards(files: list[Path]) -> None:
-    """Check that every file matches its header, and coded weights their checksums.
+    """Check that every file matches its header, and that coded weights match their checksums.
 
     Raises:
         ValueError: A file is truncated, damaged or not a safetensors file; the message names it.
@@ -189,7 +189,7 @@ def validate_tensors(file: Path, header: Mapping[str, StoredTensor]) -> None:
 def tensor_checksums(file: Path) -> dict[str, str]:
     """Return the XXH3-64 of each tensor in a file by name, except for coded weights.
 
-    Coded weights hold checksums of their own, which `damaged_tensors` compares as well.
+    Coded weights contain their own checksums, which `damaged_tensors` also verifies.
     """
     with open_tensors(file) as tensors:
         stored = {name: tensors.get_tensor(name) for name in sorted(tensors.keys())}
@@ -201,15 +201,15 @@ def tensor_checksums(file: Path) -> dict[str, str]:
 
 
 def damaged_tensors(file: Path, checksums: Mapping[str, str]) -> list[str]:
-    """Return the names of the tensors in a file that are not as they were saved.
+    """Return the names of the tensors in a file that have changed since it was saved.
 
     Args:
         file: The file.
-        checksums: Return value of `tensor_checksums` when it was saved; tensors that are not in it
-            are compared only if they are coded.
+        checksums: Return value of `tensor_checksums` when the file was saved; other tensors are
+            checked only if they are coded.
 
     Raises:
-        ValueError: The header of the file is damaged; the message names it.
+        ValueError: The header is damaged; the message names the file.
     """
     damaged = []
     with open_tensors(file) as tensors:

@@ -1,4 +1,4 @@
-"""The pruning record, which is saved with a checkpoint."""
+"""The pruning record saved with a checkpoint."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ KINDS = {
     "mlp": "MLP units",
     "expert": "expert units",
 }
-"""Kind of a site -> the name of its units."""
+"""Kind of site -> name of its units."""
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 
 
@@ -25,12 +25,12 @@ class MatrixSparsity:
     """Number of zeros of one matrix.
 
     Attributes:
-        name: Name of the parameter; an expert in a 3-D parameter adds its index, as in
+        name: Name of the parameter; for an expert in a 3-D parameter, with its index, as in
             `model.layers.0.mlp.experts.down_proj[3]`.
         zeros: Number of weights that are exactly zero.
         total: Number of weights.
-        tokens: Number of calibration tokens that its inputs were measured on; `None` if they were
-            not measured.
+        tokens: Number of calibration tokens its inputs were measured on; `None` if they were not
+            measured.
     """
 
     name: str
@@ -48,8 +48,8 @@ class UnitScore:
     """Causal score of one unit.
 
     Attributes:
-        site: Name of the output projection at whose input the unit was masked.
-        unit: Index of the unit in its site: of the head, or of the group of channels.
+        site: Name of the output projection whose input the unit was masked in.
+        unit: Index of the unit in its site: the head, or the group of channels.
         layer: Index of the decoder layer.
         score: Loss with the unit masked minus intact loss, in nats per token. `None` if no masked
             loss was finite.
@@ -76,7 +76,7 @@ class UnitScore:
 
 @dataclass(frozen=True)
 class SiteSensitivity:
-    """Effect of pruning one site alone on the dense model's predictions, and the site's sparsity.
+    """Effect of pruning one site alone on the dense model's predictions, and the site's zeros.
 
     Attributes:
         site: Name of the output projection.
@@ -110,14 +110,14 @@ class SiteSensitivity:
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """A projection of the decoder that stayed dense, in all layers and experts that have it.
+    """A projection of the decoder that stayed dense, over all layers and experts that have it.
 
     LM head, embeddings, norms and routers, which are never pruned, are not listed.
 
     Attributes:
         name: Path in the decoder layer, or in the decoder, such as `mlp.shared_expert.down_proj`.
         weights: Number of its weights.
-        prunable: Whether it could be pruned, but the config leaves it dense; otherwise, CAP cannot
+        prunable: Whether CAP can prune it, but the config leaves it dense; otherwise, CAP cannot
             prune it in this architecture.
     """
 
@@ -138,25 +138,27 @@ class PruningRecord:
         scores: Causal score per unit, in the order of the model.
         calibration: The calibration examples: sources, indices, content hashes.
         versions: Version per library.
-        threshold: Importance up to which weights were pruned; `None` without a global threshold.
+        threshold: Importance up to which weights were pruned; `None` if there was no global
+            threshold.
         intact_loss: Loss of the dense model on the calibration set in nats per scored token.
-        sensitivities: Effect of pruning each site alone, in the order of the model; empty if it did
-            not determine the sparsities.
+        sensitivities: Effect of pruning each site alone, in the order of the model; empty if
+            sensitivities did not determine the sparsities.
         zeros_before: Number of prunable weights that were zero before pruning.
-        zeros_after: Number of prunable weights that were zero right after pruning. The matrices
-            count the zeros of the saved weights, which may have been trained since.
+        zeros_after: Number of prunable weights that were zero right after pruning. `matrices`
+            counts the zeros of the saved weights, which may have been trained since.
         dense: Linear weights of the decoder that stayed dense.
-        removed: What was removed, if parts were: `parts`, for each kind of `part` (a pattern) how
-            many each layer had `before` and `after` (or how many layers there were); the indices
-            of what is `kept` by the name of what it is a part of in the dense model; the number of
-            parameters, `parameters_before` and `parameters_after`; and, of pattern `structured`,
-            the `measured` divergences with some parts of one kind removed, and of the result.
-        compacted: What was removed later without changing a result, because it contributed exactly
-            nothing (`compact`): an entry of the form of `removed` for each time. Names and indices
-            are those of the model before; scores, sensitivities and `dense` are of the model before
-            all of them.
-        recovery: How the model was trained to predict what the dense one does
-            (`optimum_cap.training.recover`): for each time the arguments, and the divergences
+        removed: The removed parts, if any: `parts` lists, for each kind of `part` (a pattern), how
+            many each layer had `before` and `after` (or how many layers there were); `kept` has the
+            indices of the kept parts by the name of their module in the dense model;
+            `parameters_before` and `parameters_after` are the numbers of parameters; and with
+            pattern `structured`, `measured` has the divergences with some parts of one kind
+            removed, and of the result.
+        compacted: Parts removed later without changing results, because they contributed exactly
+            nothing (`compact`): one entry like `removed` for each time. Names and indices are those
+            of the model before that time; scores, sensitivities and `dense` describe the model
+            before all of them.
+        recovery: How the model was trained to reproduce the dense model's predictions
+            (`optimum_cap.training.recover`): for each time, the arguments and the divergences
             before and after.
     """
 
@@ -200,7 +202,7 @@ class PruningRecord:
 
     @property
     def refine(self) -> int:
-        """Number of passes in which the kept weights of each layer were refined; 0 if not."""
+        """Number of passes in which the kept weights of each layer were refined; 0 if none."""
         return CAPConfig.from_dict(self.config).method.refine
 
     @property
@@ -218,7 +220,7 @@ class PruningRecord:
 
     @property
     def lost_zeros(self) -> bool:
-        """Whether at least 1 % of the zeros have been filled since, for example by training."""
+        """Whether at least 1 % of the zeros have been filled since pruning, e.g. by training."""
         return self.zeros_after is not None and self.zeros < 0.99 * self.zeros_after
 
     @property
@@ -227,7 +229,7 @@ class PruningRecord:
         return [weights for weights in self.dense if not weights.prunable]
 
     def share_of(self, dense: list[DenseWeights]) -> float:
-        """Return the share of dense weights in the linear weights of the decoder."""
+        """Return the share of these dense weights among the linear weights of the decoder."""
         everything = self.total + sum(weights.weights for weights in self.dense)
         return sum(weights.weights for weights in dense) / everything if everything else 0.0
 
@@ -253,7 +255,7 @@ class PruningRecord:
             _check_removed(f"compacted[{index}]", step)
         for index, step in enumerate(record.recovery):
             _check_recovery(f"recovery[{index}]", step)
-        # Also fills in fields that configs did not have when the record was written.
+        # Also adds fields that configs did not have when the record was written.
         return dataclasses.replace(record, config=CAPConfig.from_dict(record.config).to_dict())
 
 
@@ -294,7 +296,7 @@ def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_object, value))
 
 
-# Type of a field -> what its value must be.
+# Type of a field -> requirement for its value.
 _CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: (_is_text, "text"),
     int: (is_count, "a count"),
@@ -329,7 +331,7 @@ def _entries(entry_class: Any, name: str, values: Any) -> list[Any]:
 
 
 def _checked(record_class: Any, where: str, values: dict[str, Any]) -> Any:
-    """Return an object of a class with fields, whose values have the types of the fields."""
+    """Return an object of a dataclass, after checking its values against the field types."""
     prefix = f"{where}." if where else ""
     fields = {each.name: each for each in dataclasses.fields(record_class)}
     required = {
@@ -369,7 +371,7 @@ _REMOVED_COUNTS = ("parameters_before", "parameters_after")
 
 
 def _check_removed(where: str, removed: dict[str, Any]) -> None:
-    """Check what a record says of removed parts."""
+    """Check a record's entries about removed parts."""
     for name in _REMOVED_COUNTS:
         if not is_count(removed.get(name)):
             raise ValueError(f"{where}.{name} must be a count, got {removed.get(name)!r:.80}")
@@ -414,7 +416,7 @@ def describe_removal(removed: Mapping[str, Any]) -> str:
 
 
 def _check_recovery(where: str, recovery: dict[str, Any]) -> None:
-    """Check what a record says of a recovery."""
+    """Check a record's entries about a recovery."""
     if not is_count(recovery.get("steps")):
         raise ValueError(f"{where}.steps must be a count, got {recovery.get('steps')!r:.80}")
     for name in ("divergence_before", "divergence_after"):
@@ -427,7 +429,7 @@ def _check_recovery(where: str, recovery: dict[str, Any]) -> None:
 
 
 def describe_recovery(recovery: Mapping[str, Any]) -> str:
-    """Return how a model was trained to predict like the dense one.
+    """Return how a model was trained to reproduce the dense model's predictions.
 
     Args:
         recovery: An entry of `recovery` of a record.
@@ -447,7 +449,7 @@ _ANSWER_NUMBERS = ("temperature", "top_p", "mean_tokens")
 
 
 def _check_answers(answers: Any) -> None:
-    """Check the numbers that say how the model's own answers were made."""
+    """Check the numbers in the record of the model's own answers."""
     if not isinstance(answers, dict):
         raise ValueError(f"calibration.answers must be an object, got {answers!r:.80}")
     for names, is_valid, expected in (
@@ -462,7 +464,7 @@ def _check_answers(answers: Any) -> None:
 
 
 def describe_answers(answers: Mapping[str, Any]) -> str:
-    """Return how many answers of the dense model were used, and what is known about them.
+    """Return how many answers of the dense model were used, and facts about them.
 
     Args:
         answers: The entry `answers` of the calibration record.
@@ -479,7 +481,7 @@ def describe_answers(answers: Mapping[str, Any]) -> str:
 
 
 def describe_refinement(passes: int) -> str:
-    """Return how long the kept weights of each layer were refined."""
+    """Return for how many passes the kept weights of each layer were refined."""
     return f"up to {passes} pass{'es' if passes > 1 else ''} over the calibration set"
 
 
@@ -501,10 +503,10 @@ def count_units(kinds: Iterable[str]) -> str:
 
 
 def count_zeros(matrices: Iterable[MatrixSparsity]) -> dict[tuple[int, str], tuple[int, int]]:
-    """Sum `(zeros, weights)` by layer and projection; the experts of a layer are one projection.
+    """Sum `(zeros, weights)` by layer and projection; a layer's experts count as one projection.
 
     Returns:
-        By `(3, "mlp.experts.down_proj")`, in the order of the model.
+        Sums by layer and projection, such as `(3, "mlp.experts.down_proj")`, in model order.
     """
     sums: dict[tuple[int, str], tuple[int, int]] = {}
     for matrix in matrices:

@@ -1,4 +1,4 @@
-"""The file with results of a checkpoint, which are valid for the weights that were measured."""
+"""The results file of a checkpoint, valid only for the weights that were measured."""
 
 import json
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ def weights_digest(digests: Mapping[str, Any]) -> str:
     """Return a digest of the weight files of a checkpoint.
 
     Args:
-        digests: What its record says of its files.
+        digests: The files in its record, with their digests.
     """
     weights = {name: file["sha256"] for name, file in digests.items() if "checksum" in file}
     return digest_of("weights", sorted(weights.items()))
 
 
 def read_results(folder: Path, digests: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was measured of the weights in a folder, by task; nothing of other weights.
+    """Return the results of the weights in a folder, by task; empty if they are of other weights.
 
     Args:
         folder: The checkpoint.
-        digests: What its record says of its files.
+        digests: The files in its record, with their digests.
 
     Raises:
         ValueError: The file is damaged, or has a newer layout.
@@ -50,11 +50,11 @@ def read_results(folder: Path, digests: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_results(folder: Path, digests: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
-    """Write what was measured of the weights in a folder.
+    """Write the results of the weights in a folder.
 
     Args:
         folder: The checkpoint.
-        digests: What its record says of its files.
+        digests: The files in its record, with their digests.
         tasks: JSON values by task.
     """
     values = {"layout": _LAYOUT, "weights": weights_digest(digests), "tasks": tasks}
@@ -65,17 +65,17 @@ def write_results(folder: Path, digests: Mapping[str, Any], tasks: Mapping[str, 
 def carry_results(
     source: Path, old: Mapping[str, Any], target: Path, new: Mapping[str, Any]
 ) -> None:
-    """Keep the results of a checkpoint for a copy with the same weights in another format.
+    """Copy the results of a checkpoint to a version with the same weights in another format.
 
-    A file that cannot be read is left out, with a warning: it must not fail a conversion.
+    An unreadable file is skipped with a warning, because it must not fail a conversion.
 
     Args:
         source: The checkpoint.
-        old: What its record says of its files.
-        target: The copy, with a new card.
-        new: What the record of the copy says of its files.
+        old: The files in its record, with their digests.
+        target: The new checkpoint, with a new card.
+        new: The files in the new record, with their digests.
     """
-    (target / RESULTS_NAME).unlink(missing_ok=True)  # it names other files
+    (target / RESULTS_NAME).unlink(missing_ok=True)  # it refers to other files
     try:
         if not (tasks := read_results(source, old)):
             return

@@ -1,4 +1,4 @@
-"""Saving of pruned models: `save_pretrained` and `push_to_hub` that write sparse checkpoints."""
+"""Saving of pruned models: `save_pretrained` and `push_to_hub` write sparse checkpoints."""
 
 import dataclasses
 import os
@@ -41,17 +41,17 @@ def attach(
     when_saved: Callable[[], None] | None = None,
     checkpoint: str | None = None,
 ) -> None:
-    """Attach a pruning record to `model`, and make it save itself as a sparse checkpoint.
+    """Attach a pruning record to `model`, and make it save sparse checkpoints.
 
     `save_pretrained` and `push_to_hub` are replaced on the instance only; the class is not changed.
-    `load_state_dict` reads packed and coded weights from then on.
+    From then on, `load_state_dict` also reads packed and coded weights.
 
     Args:
         model: The model.
         record: Its pruning record.
-        when_saved: Called once, after the model has been saved or uploaded for the first time.
-        checkpoint: Folder or repository that the pruned model was loaded from; `None` if it has
-            not been saved.
+        when_saved: Called once, after the model is first saved or uploaded.
+        checkpoint: Folder or repository the pruned model was loaded from; `None` if it has not been
+            saved.
     """
     if not isinstance(model.__dict__.get("save_pretrained"), SavePruned):
         model.register_load_state_dict_pre_hook(_decode_state_dict)
@@ -64,7 +64,7 @@ def attach(
 
 
 def set_checkpoint(model: PreTrainedModel, name: str) -> None:
-    """Say that a model was loaded from a checkpoint, instead of from a copy of its files.
+    """Set the checkpoint a model was loaded from, if it was loaded from a copy of its files.
 
     Args:
         model: A pruned model, or one whose record is missing.
@@ -80,9 +80,9 @@ def set_checkpoint(model: PreTrainedModel, name: str) -> None:
 def _decode_state_dict(
     model: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any
 ) -> None:
-    """Decode packed and coded weights before `load_state_dict` looks at them.
+    """Decode packed and coded weights before `load_state_dict` processes them.
 
-    `Trainer` so reads the files of its checkpoints itself, when it resumes and for
+    `Trainer` reads the files of its checkpoints this way when it resumes, and for
     `load_best_model_at_end`.
 
     Raises:
@@ -104,7 +104,7 @@ def _decode_state_dict(
 
 
 def names_loaded_from(model: PreTrainedModel) -> list[str]:
-    """Return the name of a model, then those that it had before it was pruned and saved."""
+    """Return the name of a model, then its names before it was pruned and saved."""
     saving = model.__dict__.get("save_pretrained")
     before = saving.state.loaded_from if isinstance(saving, SavePruned) else []
     return [name for name in dict.fromkeys([model.name_or_path, *before]) if name]
@@ -113,10 +113,10 @@ def names_loaded_from(model: PreTrainedModel) -> list[str]:
 def name_base_of_adapters(
     model: PreTrainedModel, adapters: Iterable[Any], folder: str | os.PathLike[str]
 ) -> None:
-    """Make adapters record the pruned checkpoint as their base model, or warn if there is none.
+    """Record the pruned checkpoint as the base model of adapters, or warn if there is none.
 
-    PEFT records the name under which the model was loaded. For a model pruned in memory this is the
-    dense model, on which the adapter would be loaded again.
+    PEFT records the name the model was loaded under. For a model pruned in memory, this is the
+    dense model, to which PEFT would then add the adapter.
 
     Args:
         model: The pruned model that the adapters belong to.
@@ -135,16 +135,16 @@ def name_base_of_adapters(
         name = adapter.base_model_name_or_path
         if name in (None, state.dense_name) and name != state.checkpoint:
             adapter.base_model_name_or_path = state.checkpoint
-            adapter.revision = None  # that of the dense model
+            adapter.revision = None  # it was the dense model's
 
 
 def save_smaller(
     model: PreTrainedModel, target: str | os.PathLike[str], source: str | os.PathLike[str]
 ) -> None:
-    """Save a model that was made from a checkpoint, with the other files of the checkpoint.
+    """Save a model made from a checkpoint, with the other files of the checkpoint.
 
-    These are the tokenizer, the chat template, the processor and what else lies there, but no
-    weights. The card of a model without a record is copied too.
+    These are the tokenizer, the chat template, the processor and any other files except weights.
+    The card of a model without a record is copied too.
 
     Args:
         model: The model, with or without a record.
@@ -165,13 +165,13 @@ def save_smaller(
 
 @dataclasses.dataclass
 class _SavedState:
-    """Where a pruned model is saved; `save_pretrained` and `push_to_hub` share it.
+    """Where a pruned model is saved, shared by `save_pretrained` and `push_to_hub`.
 
     Attributes:
         dense_name: Name or path of the model when it was pruned.
         checkpoint: Folder or repository that holds the pruned model, if it was saved or loaded.
-        when_saved: To call once, after the model has been saved for the first time.
-        loaded_from: Names that the model had until it was pruned, the last one first.
+        when_saved: Called once, after the model is first saved.
+        loaded_from: Names of the model before it was pruned, latest first.
     """
 
     dense_name: str
@@ -188,7 +188,7 @@ class _Saving:
         self.state = state
 
     def saved(self, checkpoint: str) -> None:
-        """Remember where the model is saved, also as the name that PEFT records for adapters."""
+        """Remember where the model is saved; PEFT records this name for adapters."""
         self.state.checkpoint = checkpoint
         self.model.name_or_path = checkpoint
         self.model.config.name_or_path = checkpoint
@@ -213,15 +213,16 @@ class SavePruned(_Saving):
     ) -> None:
         """Write the checkpoint, its metadata and its model card, atomically.
 
-        A model that has PEFT adapters, or was quantized after pruning, is saved by transformers'
+        A model that has PEFT adapters or was quantized after pruning is saved with transformers'
         own `save_pretrained`.
 
         Args:
-            save_directory: Folder to write. Files in it that do not belong to a checkpoint, such as
-                a tokenizer, are kept.
-            is_main_process: Whether this is the main process, the only one that writes.
+            save_directory: Folder to write to. Files in it that do not belong to a checkpoint, such
+                as a tokenizer, are kept.
+            is_main_process: Whether this is the main process; only the main process writes.
             state_dict: Weights to save instead of the model's.
-            push_to_hub: Upload the folder afterwards, to `repo_id` or the name of the folder.
+            push_to_hub: Whether to upload the folder afterwards, to `repo_id` or the name of the
+                folder.
             max_shard_size: Maximum size of a weight file before it is encoded. One file at a time
                 is held in memory. `None` is 5GB, or 300MB if the model is offloaded.
             variant: Save the weights as `model.<variant>.safetensors`.
@@ -230,9 +231,9 @@ class SavePruned(_Saving):
                 `push_to_hub`.
 
         Raises:
-            FileExistsError: The folder has the weights of another model.
+            FileExistsError: The folder contains the weights of another model.
             OSError: The folder cannot be written; its content is unchanged.
-            ValueError: PEFT has put adapters into the model.
+            ValueError: PEFT has added adapters to the model.
         """
         model = self.model
         options = {
@@ -248,7 +249,7 @@ class SavePruned(_Saving):
             stock = type(model).save_pretrained
             stock(model, save_directory, is_main_process=is_main_process, **options)
             if is_main_process and not has_adapters(model):
-                # It describes other weights, which these have replaced.
+                # It describes the weights that these replaced.
                 (Path(save_directory) / RECORD_NAME).unlink(missing_ok=True)
             return
         if has_peft_layers(model):
@@ -273,10 +274,10 @@ def _write_checkpoint(
     Args:
         model: A pruned model.
         target: The folder.
-        options: Keywords for transformers' `save_pretrained`.
+        options: Arguments for transformers' `save_pretrained`.
         token: Token for the Hub, to read the card of the base model.
     """
-    options = {**options, "save_original_format": True}  # packed files hold single experts
+    options = {**options, "save_original_format": True}  # packed files store experts separately
     state_dict = options.get("state_dict")
     record = _as_it_is_now(model, state_dict)
     if record.lost_zeros:
@@ -289,7 +290,7 @@ def _write_checkpoint(
     with atomic_folder(target) as folder:
         with _fetching_offloaded_weights(model):
             if state_dict is None and is_offloaded(model):
-                # In the order of a model in memory, so that the files are identical.
+                # In the same order as for a model in memory, so that the files are identical.
                 weights = sorted(model.state_dict().items(), key=_natural_order)
                 options["state_dict"] = dict(weights)
             type(model).save_pretrained(model, folder, **options)
@@ -321,7 +322,7 @@ class PushPruned(_Saving):
             **kwargs: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`.
 
         Returns:
-            The commit's information, as transformers' `push_to_hub`.
+            Information about the commit, as for transformers' `push_to_hub`.
 
         Raises:
             TypeError: An argument is not supported.
@@ -344,7 +345,7 @@ class PushPruned(_Saving):
 
 
 def _is_for_transformers(model: PreTrainedModel, options: dict[str, Any]) -> bool:
-    """Whether transformers' own `save_pretrained` must save, as the files are not float weights."""
+    """Whether transformers' own `save_pretrained` must save, as these are not float weights."""
     return bool(
         has_adapters(model)  # adapters are saved as adapters
         or getattr(model, "hf_quantizer", None) is not None
@@ -362,10 +363,10 @@ def _shard_size(model: PreTrainedModel) -> str:
 
 @contextmanager
 def _fetching_offloaded_weights(model: PreTrainedModel) -> Iterator[None]:
-    """Make transformers fetch offloaded weights while it saves.
+    """Make transformers fetch offloaded weights while saving.
 
-    It checks `hf_device_map`, which accelerate's `disk_offload` and `cpu_offload` do not set. Its
-    warning about files of 50 GB is silenced, because the files written here are smaller.
+    transformers checks `hf_device_map`, which accelerate's `disk_offload` and `cpu_offload` do not
+    set. Its warning about 50 GB files is silenced, because the files written here are smaller.
     """
     device_map = model.__dict__.get("hf_device_map")
     if is_offloaded(model):
@@ -384,9 +385,9 @@ def _fetching_offloaded_weights(model: PreTrainedModel) -> Iterator[None]:
 def _as_it_is_now(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None
 ) -> PruningRecord:
-    """Return the record with zeros counted again, because weights may have changed since pruning.
+    """Return the record with recounted zeros, because weights may have changed since pruning.
 
-    Matrices that the model no longer has are left out, for example after its head was replaced.
+    Matrices that the model no longer has, for example after replacing its head, are left out.
     """
     record: PruningRecord = model.pruning_record
     matrices = []
@@ -403,7 +404,7 @@ def _as_it_is_now(
 
 
 def names_now(model: torch.nn.Module, name: str) -> tuple[str, str]:
-    """Return the names that a weight may have which was called `name` when the model was pruned.
+    """Return the names that a weight called `name` at pruning may have now.
 
     The names of a backbone lack the prefix of the whole model.
     """
@@ -413,7 +414,7 @@ def names_now(model: torch.nn.Module, name: str) -> tuple[str, str]:
 def _find_weight(
     model: PreTrainedModel, name: str, state_dict: dict[str, torch.Tensor] | None
 ) -> torch.Tensor | None:
-    """Return the weight that was called `name` when the model was pruned; `None` if it has none."""
+    """Return the weight that was called `name` at pruning; `None` if the model has none."""
     for candidate in names_now(model, name):
         if state_dict is not None and candidate in state_dict:
             return state_dict[candidate]

@@ -46,7 +46,8 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
     config["pruning_config"] = record.config
     config.pop("quantization_config", None)
     if form.needs_plugin:
-        # Makes transformers load the weights with the plugin, or warn if it is not installed.
+        # Makes transformers load the weights with the plugin, or warn if the plugin is not
+        # installed.
         config["quantization_config"] = {**record.config, "format_version": form.version}
     write_json(folder / CONFIG_NAME, config)
     files = {
@@ -62,7 +63,7 @@ def transcode_folder(folder: Path, record: PruningRecord, checkpoint_format: str
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Add the name of the file to an error about one of its weights."""
+    """Add the file name to errors about its weights."""
     try:
         yield
     except ValueError as error:
