@@ -1,4 +1,4 @@
-"""The dense model's own answers to prompts, as calibration data, and conversations with a model."""
+"""The dense model's own answers as calibration data, and conversations with a model."""
 
 from optimum_cap.generation.answers import (
     AnsweredPrompt,

@@ -1,4 +1,4 @@
-"""Lets the dense model answer the prompts of a data set, and builds a calibration set of it."""
+"""Calibration sets built from the dense model's own answers to the prompts of a data set."""
 
 import dataclasses
 from collections.abc import Callable
@@ -49,8 +49,8 @@ class AnsweredPrompt:
         prompt: The prompt.
         answer: The answer.
         text: Its text, without special tokens.
-        correct: Whether its result is the published one; `None` if that cannot be told.
-        attempts: Number of answers to this prompt, this one included.
+        correct: Whether its result matches the published one; `None` if unknown.
+        attempts: Number of answers to this prompt, including this one.
     """
 
     prompt: Prompt
@@ -60,7 +60,7 @@ class AnsweredPrompt:
     attempts: int
 
     def example(self, scored_tokens: str) -> CalibrationExample:
-        """Return prompt and answer as a calibration example, with the tokens as generated."""
+        """Return prompt and answer as a calibration example with the generated tokens."""
         prompt = self.prompt.example
         answer = torch.tensor(self.answer.ids, dtype=torch.long)
         input_ids = torch.cat([prompt.input_ids, answer])
@@ -71,11 +71,11 @@ class AnsweredPrompt:
 
 @dataclass(frozen=True)
 class AnsweredPrompts:
-    """The answers that were chosen, and the record of how they were made.
+    """The chosen answers, and the record of how they were generated.
 
     Attributes:
-        chosen: For each data set: its answers, in the order in which their prompts were drawn, or
-            the examples of plain texts.
+        chosen: For each data set, its answers in the order in which their prompts were drawn, or
+            its plain texts as examples.
         record: Plain JSON values: settings, counts and a digest.
         limit: Longest example, in tokens.
     """
@@ -92,11 +92,11 @@ class AnsweredPrompts:
 
 @dataclass(frozen=True)
 class FirstPrompts:
-    """The prompts that get an answer, more of which are drawn if some answers are empty.
+    """The prompts to answer; more are drawn if some answers are empty.
 
     Attributes:
-        parts: For each data set: its prompts, with what draws further ones, or the examples of
-            plain texts, which are used as they are.
+        parts: For each data set, its prompts with the source of further ones, or its plain texts as
+            examples, which are used unchanged.
         limit: Longest example with its answer, in tokens.
     """
 
@@ -107,12 +107,12 @@ class FirstPrompts:
 def first_prompts(
     config: CAPConfig, tokenizer: Any, embeddings: int | None, max_length: int | None = None
 ) -> FirstPrompts:
-    """Draw the prompts that get an answer, and check that they are enough and can be tokenized.
+    """Draw the prompts to answer, and check that there are enough and they can be tokenized.
 
     Args:
         config: The settings, with `answers="model"`.
         tokenizer: The model's tokenizer.
-        embeddings: Number of embeddings of the model; `None` if it is not known.
+        embeddings: Number of embeddings of the model; `None` if unknown.
         max_length: Maximum number of tokens of the model.
 
     Raises:
@@ -146,14 +146,14 @@ def answered_calibration_set(
     """Build the calibration set of a config with `answers="model"`.
 
     Args:
-        model: As for `answer_prompts`, as are the others.
+        model: As for `answer_prompts`, like the other arguments.
         tokenizer: The model's tokenizer, or its processor.
         config: The settings.
         process_group: The processes that share the work; all of them get the same set.
         check_prompts: Called with the tokenized prompts before the first answer.
 
     Raises:
-        ValueError: As `answer_prompts`.
+        ValueError: As for `answer_prompts`.
     """
     answered = answer_prompts(model, tokenizer, config, process_group, check_prompts)
     parts = []
@@ -175,20 +175,20 @@ def answer_prompts(
     process_group: ProcessGroup,
     check_prompts: CheckPrompts | None = None,
 ) -> AnsweredPrompts:
-    """Let the model answer as many prompts as the config says, and choose among the answers.
+    """Let the model answer as many prompts as configured, and choose among the answers.
 
     Empty answers are never chosen; another prompt is answered instead.
 
     Args:
-        model: The dense model; it is left unchanged.
+        model: The dense model; it is not changed.
         tokenizer: Its tokenizer, or its processor.
         config: The settings, with `answers="model"`.
         process_group: The processes that share the work; all of them get all answers.
         check_prompts: Called with the tokenized prompts before the first answer.
 
     Raises:
-        ValueError: The data, the tokenizer or the model cannot be used, or the data sets have too
-            few prompts that get an answer.
+        ValueError: The data, the tokenizer or the model cannot be used, or too few prompts of the
+            data sets get an answer.
         ConnectionError: Another process of the launch has stopped.
     """
     if not model.can_generate():
@@ -221,7 +221,7 @@ def answer_prompts(
 
 @dataclass
 class _Answering:
-    """Answers prompts, and counts how often.
+    """Answers prompts and counts the answers.
 
     Attributes:
         prompts: Number of prompts answered.
@@ -244,7 +244,7 @@ class _Answering:
         )
 
     def chosen(self, source: PromptSource, prompts: list[Prompt]) -> list[AnsweredPrompt]:
-        """Answer prompts until there are enough answers that are not empty; choose among them.
+        """Answer prompts until there are enough nonempty answers, and choose among them.
 
         Args:
             source: Where to draw further prompts from.
@@ -294,20 +294,20 @@ class _Answering:
             return None
         if answer.finished:
             correct = is_right(prompt, text)
-        else:  # it has no result, wherever its last number comes from
+        else:  # a cut-off answer has no result, wherever its last number comes from
             correct = False if can_be_checked(prompt) else None
         return AnsweredPrompt(prompt, answer, text, correct, attempts)
 
 
 def _is_better(answered: AnsweredPrompt, other: AnsweredPrompt | None) -> bool:
-    """Return whether a later answer to a prompt takes the place of an earlier one."""
+    """Return whether a later answer to a prompt replaces an earlier one."""
     if other is None or answered.correct:
         return True
     return answered.answer.finished and not other.answer.finished
 
 
 def _wanted(source: PromptSource, config: CAPConfig) -> int:
-    """Return how many prompts of a data set get an answer, of which `source.count` are chosen."""
+    """Return how many prompts of a data set to answer; `source.count` of them are chosen."""
     candidates = config.answer_candidates
     if candidates is None:
         candidates = config.num_samples * (2 if config.answer_selection == "hard" else 1)
@@ -320,7 +320,7 @@ def _select(answered: list[AnsweredPrompt], count: int, how: str) -> list[Answer
     Args:
         answered: The answers.
         count: How many to choose.
-        how: As `CAPConfig.answer_selection`.
+        how: As in `CAPConfig.answer_selection`.
     """
     middle = median(len(each.answer.ids) for each in answered)
 
@@ -341,7 +341,7 @@ def _with_record(
     config: CAPConfig,
     limit: int,
 ) -> AnsweredPrompts:
-    """Record how answers were made, and log the numbers that tell whether they are any good."""
+    """Record how answers were generated, and log statistics on their quality."""
     result = AnsweredPrompts(chosen, {}, limit)
     answers = result.answers
     lengths = [len(each.answer.ids) for each in answers]

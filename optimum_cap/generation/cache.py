@@ -1,4 +1,4 @@
-"""Stores finished answers, so that an interrupted run resumes."""
+"""Storage of finished answers, from which an interrupted run resumes."""
 
 import os
 from pathlib import Path
@@ -9,18 +9,18 @@ from transformers import PreTrainedModel
 from optimum_cap.generation.sampling import Answer, Sampling
 from optimum_cap.runtime import TensorFiles, digest_of, machine, model_digest
 
-_LAYOUT = 1  # of files and keys, and of how answers are sampled
+_LAYOUT = 1  # version of files and keys, and of the sampling
 _NO_TOKEN = -1
 
 
 class AnswerStore:
     """Stores the answers of one model with one set of settings.
 
-    Files are named by a digest of everything that an answer depends on but the rest of its batch,
-    which changes it by rounding only.
+    Files are named by a digest of everything an answer depends on, except the rest of its batch,
+    which affects it only by rounding.
 
     Args:
-        folder: Where to store them; it is created with the first file. Several runs may share it.
+        folder: Where to store them; created with the first file. Several runs may share it.
         model: The model. Its weights are hashed here.
         sampling: The settings.
 

@@ -1,4 +1,4 @@
-"""A conversation with a model, whose answers arrive piece by piece."""
+"""A conversation with a model, with streamed answers."""
 
 import copy
 import time
@@ -21,8 +21,8 @@ class Reply:
     Attributes:
         text: The text, without special tokens.
         tokens: Its length in tokens.
-        seconds: Time that it took.
-        finished: Whether the model ended it, so that it did not stop at the limit.
+        seconds: Time for generating it.
+        finished: Whether the model ended it; otherwise it stopped at the limit.
     """
 
     text: str
@@ -35,14 +35,14 @@ class Chat:
     """A conversation with one model.
 
     Attributes:
-        messages: What was said so far, as chat templates take it.
+        messages: The messages so far, in the form that chat templates take.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer. Without a chat template, the model continues the text of the
             conversation.
         max_new_tokens: Longest answer, in tokens.
-        temperature: Temperature of sampling; 0 takes the most probable token each time.
+        temperature: Sampling temperature; 0 always takes the most probable token.
         seed: Seed of sampling, set before each answer.
         system: System message; `None` for none.
     """
@@ -65,7 +65,7 @@ class Chat:
         self._length = longest_sequence(model)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-        # The model's own settings are those of the tokens alone, so that two models are alike.
+        # Keep only the special tokens of the model's own settings, so that models are comparable.
         names = ("bos_token_id", "pad_token_id", "eos_token_id")
         own = {name: getattr(model.generation_config, name) for name in names}
         own["pad_token_id"] = own["pad_token_id"] or tokenizer.pad_token_id
@@ -74,22 +74,22 @@ class Chat:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Forget the conversation."""
         self.messages = []
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> Reply:
-        """Return the answer to a message; the next message follows both.
+        """Return the answer to a message; both become part of the conversation.
 
-        An interruption leaves the conversation as it was before the message.
+        If interrupted, the conversation is as before the message.
 
         Args:
             text: The message.
             on_text: Called with each piece of the answer.
 
         Raises:
-            ValueError: The chat template refuses the messages, or they leave no room for an answer.
+            ValueError: The chat template rejects the messages, or they leave no room for an answer.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         inputs = self._tokens(messages).to(device_of(self.model))
@@ -133,12 +133,12 @@ class Chat:
         else:
             text = "".join(message["content"] for message in messages)
             inputs = self.tokenizer(text, return_tensors="pt")
-        inputs.pop("token_type_ids", None)  # decoders take none
+        inputs.pop("token_type_ids", None)  # decoders do not accept them
         return inputs
 
 
 class _Pieces(TextStreamer):
-    """Passes on the text of an answer as soon as a word is complete."""
+    """Passes on the text of an answer word by word."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

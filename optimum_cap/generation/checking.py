@@ -1,4 +1,4 @@
-"""Compares answers of a model with published ones."""
+"""Comparison of a model's answers with published ones."""
 
 from optimum_cap.data import Prompt
 from optimum_cap.evaluation import TASKS, extract_marked
@@ -7,8 +7,8 @@ from optimum_cap.evaluation import TASKS, extract_marked
 def is_right(prompt: Prompt, response: str) -> bool | None:
     """Return whether a complete answer has the published result.
 
-    The answers to a preset are read as in evaluation, with the lenient reading where the task has
-    one. Those to other data are compared if the published answer has a line `#### RESULT`.
+    Results of presets are extracted as in evaluation, leniently where the task has a lenient
+    extraction. Answers to other data are compared if the published answer has a line `#### RESULT`.
 
     Args:
         prompt: The prompt, with its published answer.
@@ -30,7 +30,7 @@ def can_be_checked(prompt: Prompt) -> bool:
 
 
 def _results(prompt: Prompt, response: str) -> list[tuple[str | None, str | None]]:
-    """Return the results in the published answer and in the response, for each way to read them."""
+    """Return the results in the published answer and the response, for each way to extract them."""
     tasks = [task for task in TASKS.values() if task.preset is not None and task.extract]
     of_preset = [task for task in tasks if task.preset == prompt.preset]
     readings = [each for task in of_preset for each in (task.extract, task.fallback) if each]

@@ -1,4 +1,4 @@
-"""Samples answers to many prompts: in batches, shared by processes, and stored for resuming."""
+"""Samples answers to many prompts, in batches shared by processes and stored for resuming."""
 
 import functools
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class AnswerSampler:
         seed: Seed of all answers.
         memory_budget: As in `CAPConfig`.
         process_group: The processes that share the prompts.
-        store: Stores finished answers, if anything does.
+        store: Stores finished answers; may be `None`.
     """
 
     model: PreTrainedModel
@@ -65,11 +65,11 @@ class AnswerSampler:
         return cls(model, sampling, config.seed, config.memory_budget, process_group, store)
 
     def sample(self, prompts: list[CalibrationExample], attempt: int) -> list[Answer]:
-        """Return one answer to each prompt, to all processes.
+        """Return one answer to each prompt, on all processes.
 
         Args:
             prompts: The prompts.
-            attempt: Number of answers to these prompts before.
+            attempt: Number of previous answers to these prompts.
         """
         seeds = [_seed(prompt, self.seed, attempt) for prompt in prompts]
         longest = max(len(prompt.input_ids) for prompt in prompts)
@@ -103,9 +103,9 @@ class AnswerSampler:
     def _stored(
         self, batch: Batch, prompts: list[CalibrationExample], seeds: list[int]
     ) -> dict[int, Answer] | None:
-        """Return the answers to a batch by position, if all of them are stored.
+        """Return the answers to a batch by position, if all are stored.
 
-        Otherwise all are sampled again, so that they are the same bits as in an undisturbed run.
+        Otherwise all are sampled again, so that they are bit-identical to an uninterrupted run.
         """
         if self.store is None:
             return None
@@ -137,18 +137,18 @@ class AnswerSampler:
 
 
 def _show_tokens(progress: Any, sampling: Sampling, count: int) -> None:
-    """Show how long the longest answer of a batch is so far."""
+    """Show the length of the longest answer of a batch so far."""
     if count % _TOKENS_SHOWN == 0:
         progress.set_postfix_str(f"token {count} of {sampling.max_new_tokens}")
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the tokens that end an answer: those of the checkpoint and that of the tokenizer."""
+    """Return the tokens that end an answer: the checkpoint's and the tokenizer's."""
     of_model = getattr(model.generation_config, "eos_token_id", None)
     ids = of_model if isinstance(of_model, list | tuple) else [of_model]
     return tuple(sorted({int(each) for each in (*ids, tokenizer.eos_token_id) if each is not None}))
 
 
 def _seed(prompt: CalibrationExample, seed: int, attempt: int) -> int:
-    """Return the seed of an answer, which depends on nothing but its prompt and these numbers."""
+    """Return the seed of an answer, which depends only on its prompt and these numbers."""
     return int(digest_of(seed, attempt, prompt.input_ids)[:15], 16)

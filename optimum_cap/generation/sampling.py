@@ -1,4 +1,4 @@
-"""Samples continuations of prompts, each with random numbers of its own."""
+"""Samples continuations of prompts, each with its own random numbers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ from optimum_cap.data import Batch
 from optimum_cap.models import activation_bytes_per_token, device_of
 from optimum_cap.runtime import budget_bytes
 
-_NUCLEUS = 64  # tokens that are sorted at first; the nucleus seldom has more
-# More rows per batch hardly save time once the weights are no longer what is waited for.
+_NUCLEUS = 64  # tokens sorted at first; the nucleus rarely has more
+# More rows per batch hardly save time once reading the weights is no longer the bottleneck.
 LARGEST_BATCH = {"cpu": 16, "cuda": 64}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers to a prompt.
+    """A model's answer to a prompt.
 
     Attributes:
-        ids: Its tokens, with the one that ends it.
+        ids: Its tokens, including the one that ends it.
         finished: Whether the model ended it; otherwise it was cut off at the token limit.
     """
 
@@ -35,10 +35,10 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits.
-        top_p: Tokens are drawn from the fewest that together have this probability.
+        top_p: Tokens are drawn from the smallest set with this total probability.
         max_new_tokens: Longest answer, in tokens.
         end_tokens: Tokens that end an answer.
-        pad_token: Fills rows of a batch that are shorter; nothing attends to it.
+        pad_token: Pads shorter rows of a batch; nothing attends to it.
     """
 
     temperature: float
@@ -57,8 +57,8 @@ def sample_answers(
 ) -> list[Answer]:
     """Sample one answer to each prompt of a batch.
 
-    An answer depends on its prompt and its seed. The other rows of the batch change the logits by
-    rounding only.
+    An answer depends on its prompt and its seed. The other rows of the batch affect the logits only
+    by rounding.
 
     Args:
         model: The model, in evaluation mode.
@@ -95,9 +95,9 @@ def sample_answers(
 def examples_per_batch(
     model: PreTrainedModel, longest: int, max_new_tokens: int, memory_budget: int | str
 ) -> int:
-    """Return how many prompts are answered at a time.
+    """Return how many prompts to answer at a time.
 
-    The number does not depend on the free memory, so that a run can be repeated to the last bit.
+    The number does not depend on the free memory, so that runs are bit-reproducible.
 
     Args:
         model: The model.
@@ -109,7 +109,8 @@ def examples_per_batch(
     most = LARGEST_BATCH["cuda" if device_of(model).type == "cuda" else "cpu"]
     if memory_budget == "auto":
         return most
-    # Keys and values in float32 of as many heads as queries have, and one layer's while it grows.
+    # Keys and values in float32, for as many heads as queries have, plus one layer's copy as it
+    # grows.
     cache = 8 * (config.num_hidden_layers + 1) * config.hidden_size * (longest + max_new_tokens)
     logits = 4 * 4 * config.vocab_size
     prefill = longest * activation_bytes_per_token(model, longest)
@@ -117,7 +118,7 @@ def examples_per_batch(
 
 
 def _padded_on_the_left(batch: Batch, pad_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and attention mask of a batch with its padding moved before the prompts."""
+    """Return tokens and attention mask of a batch with the padding moved to the left."""
     longest = batch.input_ids.shape[1]
     input_ids = torch.full_like(batch.input_ids, pad_token)
     mask = torch.zeros_like(batch.input_ids)
@@ -133,10 +134,10 @@ def _until_end(ids: list[int], end_tokens: tuple[int, ...]) -> Answer:
 
 
 class _SampledTokens(LogitsProcessor):
-    """Draws the next token of each row, and leaves it as the only one that can be chosen.
+    """Draws the next token of each row, and makes it the only one that can be chosen.
 
-    `generate` itself draws the tokens of all rows from one generator, so that an answer would
-    depend on the others in its batch.
+    `generate` draws the tokens of all rows from one generator, so an answer would depend on the
+    others in its batch.
 
     Args:
         seeds: One seed for each row.
@@ -163,16 +164,17 @@ class _SampledTokens(LogitsProcessor):
             )
         sorted_probabilities, tokens = self._nucleus(probabilities)
         cumulative = sorted_probabilities.double().cumsum(-1)
-        # A token belongs to the nucleus if those before it do not reach its probability.
+        # A token belongs to the nucleus if the tokens before it do not reach the probability
+        # `top_p`.
         inside = cumulative - sorted_probabilities < self._top_p
-        # In the order of the vocabulary: tokens that are equally probable up to rounding would
-        # change places in the order of their probabilities, and with it the token that is drawn.
+        # In vocabulary order: ordered by probability, tokens equally probable up to rounding could
+        # swap places and change which token is drawn.
         tokens, order = tokens.sort(-1)
         cumulative = (sorted_probabilities.double() * inside).gather(1, order).cumsum(-1)
         draws = torch.stack(
             [torch.rand((), generator=each, dtype=torch.float64) for each in self._generators]
         ).to(cumulative.device)
-        # The first token whose cumulative probability exceeds the draw, so one of the nucleus.
+        # The first token whose cumulative probability exceeds the draw, which is in the nucleus.
         places = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
         chosen = tokens.gather(1, places[:, None])
         self._drawn += 1
@@ -180,7 +182,7 @@ class _SampledTokens(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def _nucleus(self, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest probabilities of each row, which hold the nucleus, and their tokens.
+        """Return the largest probabilities of each row, which cover the nucleus, and their tokens.
 
         Sorting the whole vocabulary would take longer than the forward pass of a small model.
         """
@@ -197,7 +199,7 @@ class _SampledTokens(LogitsProcessor):
 def no_other_generation_settings(model: PreTrainedModel) -> Iterator[None]:
     """Ignore the checkpoint's settings for sampling, penalties and lengths.
 
-    `generate` takes from them whatever is not set in the call.
+    `generate` would use them for whatever the call does not set.
     """
     original = model.generation_config
     model.generation_config = GenerationConfig()

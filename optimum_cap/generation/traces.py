@@ -1,4 +1,4 @@
-"""Answers of a model as rows of a data set, which any calibration can read."""
+"""Answers of a model as data set rows that any calibration can read."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def trace_rows(answers: list[AnsweredPrompt]) -> list[dict[str, Any]]:
     """Return prompts and answers as plain JSON values, one row each.
 
     A question becomes `prompt` and `completion`; a longer conversation, or one with tools, becomes
-    `messages`. The other keys say where the prompt is from, and how the answer came about.
+    `messages`. The other keys describe the source of the prompt and how the answer was generated.
 
     Args:
         answers: The answers.
