@@ -1,4 +1,4 @@
-"""Studies: recipes compared over models, sparsities, calibration sets and seeds."""
+"""Studies: comparisons of recipes over models, sparsities, calibration sets and seeds."""
 
 from optimum_cap.study.report import write_report
 from optimum_cap.study.study import Study, read_cells, run_study

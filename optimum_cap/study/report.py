@@ -1,4 +1,4 @@
-"""Reports of a study: tables in markdown, and plots."""
+"""Reports of a study: Markdown tables and plots."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX*"
 _UNITS = {"attention": "head", "mlp": "MLP unit", "expert": "expert unit"}
 _WIDEST = 40  # units per layer up to which a heat map grows in width and has a tick per unit
-_LINES = ("-", "--", ":")  # the next style is used each time the colors repeat
+_LINES = ("-", "--", ":")  # the style changes each time the colors repeat
 
 
 def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path]:
@@ -62,9 +62,9 @@ def write_report(study: Study, rows: list[Row], folder: str | Path) -> list[Path
 
 
 def markdown(rows: list[Row]) -> str:
-    """Return one table per model, calibration set, task and metric: recipes by sparsities.
+    """Return one table (recipes by sparsities) per model, calibration set, task and metric.
 
-    Numbers are means over seeds with 95 % intervals; the last section lists the cells that failed.
+    Numbers are means over seeds with 95 % intervals; the last section lists failed cells.
     """
     lines = ["# Results", ""]
     for (model, calibration, task, metric), group in _groups(rows, _METRICS | _USAGE).items():

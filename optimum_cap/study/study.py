@@ -2,7 +2,7 @@
 
 A study is a YAML file (`docs/study.md`). Each cell is cached under a key of everything that
 determines its result, so an interrupted study resumes, and an extended study measures only the new
-cells. A cell that fails is recorded with its error, and the study continues.
+cells. If a cell fails, its error is recorded and the study continues.
 """
 
 import csv
@@ -68,10 +68,10 @@ from optimum_cap.yaml_files import read_yaml
 logger = logging.get_logger(__name__)
 
 DENSE = "dense"
-_LAYOUT = 2  # version of a cell's file and of the computation of scores; part of the key
+_LAYOUT = 2  # version of cell files and of the score computation; part of the key
 PRUNING = "pruning"
-"""What stands in the column `task` of rows that say what pruning took."""
-# Fields of CAPConfig that are axes of the study, and `scores`, which the study manages itself.
+"""Value of the column `task` in rows with the cost of pruning."""
+# CAPConfig fields that are axes of the study, and `scores`, which the study manages itself.
 _CELL_FIELDS = ("sparsity", "dataset", "seed", "scores")
 _COLUMNS = (
     "model",
@@ -100,20 +100,19 @@ class Study:
         calibration: Label -> data set, as for `CAPConfig.dataset`.
         tasks: Names of evaluation tasks or groups.
         seeds: Seeds for the selection of calibration examples.
-        settings: Fields of `CAPConfig` for all recipes on which they have an effect.
+        settings: Fields of `CAPConfig`, for all recipes on which they have an effect.
         data_dir: Folder with the evaluation data and with the presets among the calibration data;
             `None` downloads them from the Hub.
-        limit: Questions or windows per task; `None` is all. A mapping limits the tasks or groups
-            that it names.
-        num_fewshot: Worked examples in prompts; `None` is the default of each task.
-        max_new_tokens: Longest answer in tokens; `None` is that of each task.
-        include_path: Folder with definitions of tasks for lm-evaluation-harness.
+        limit: Questions or windows per task; `None` is all. A mapping limits only the tasks or
+            groups it names.
+        num_fewshot: Worked examples in prompts; `None` is each task's default.
+        max_new_tokens: Longest answer in tokens; `None` is each task's limit.
+        include_path: Folder with task definitions for lm-evaluation-harness.
         batch_size: Questions per batch.
         dtype: dtype of the weights, as for `from_pretrained`.
         device_map: Placement of the models, as for `from_pretrained`.
-        resume: Whether an interrupted cell resumes where it stopped, instead of starting over. It
-            then takes as much disk space as the model, and the time of a pruning that was
-            interrupted is not recorded.
+        resume: Whether an interrupted cell resumes instead of starting over. It then takes as much
+            disk space as the model, and the time of an interrupted pruning run is not recorded.
     """
 
     models: dict[str, str]
@@ -139,11 +138,11 @@ class Study:
 
         Args:
             path: The file.
-            **changes: Values that replace those of the file, by key.
+            **changes: Values that override those in the file, by key.
 
         Raises:
             ValueError: A key is unknown or missing, or a value cannot be used; the message names
-                it. Every recipe is checked with every sparsity.
+                the key. Every recipe is checked with every sparsity.
             FileNotFoundError: The file does not exist, or the data folder has no file for a preset.
         """
         values = read_yaml(Path(path), "study file")
@@ -198,7 +197,7 @@ class Study:
         """The limit of each task, with groups expanded.
 
         Raises:
-            ValueError: A task is unknown, or `limit` names one that the study does not have.
+            ValueError: A task is unknown, or `limit` names one that is not in the study.
         """
         tasks = [result_name(name) for name in resolve_tasks(self.tasks)]
         if not isinstance(self.limit, dict):
@@ -226,7 +225,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement of a study: a model pruned in one way, or the dense model."""
+    """One measurement of a study: a pruned model, or the dense model."""
 
     label: str
     model: str
@@ -238,7 +237,7 @@ class Cell:
     seed: int | None
 
     def config(self) -> CAPConfig | None:
-        """Return the configuration of the pruner; `None` for the dense model."""
+        """Return the pruning config; `None` for the dense model."""
         if self.recipe == DENSE:
             return None
         try:
@@ -254,18 +253,19 @@ class Cell:
 
 
 def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str, Any]]:
-    """Measure the cells that are missing or failed, and write `results.csv`.
+    """Measure the missing and failed cells, and write `results.csv`.
 
     Args:
         study: The study.
         folder: Folder of the study, with `cells/`, `scores/`, `unfinished/` and `results.csv`;
             created if needed.
         jobs: Number of cells to measure in parallel, each in its own process with its share of the
-            cores. This is faster for small models; another number of threads may change rounding.
+            cores. This is faster for small models; a different number of threads may change
+            rounding.
 
     Returns:
-        The rows of `results.csv`: one per cell, task and metric. What pruning took is in rows of
-        the task `"pruning"`.
+        The rows of `results.csv`: one per cell, task and metric. The cost of pruning is in rows
+        with the task `"pruning"`.
 
     Raises:
         ValueError: `jobs` is not positive, several processes were launched, or the data of a task
@@ -299,7 +299,7 @@ def run_study(study: Study, folder: str | Path, jobs: int = 1) -> list[dict[str,
 def _write_rows(
     folder: Path, files: list[tuple[Cell, Path]], results: dict[Path, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Write the rows of the cells that are measured to `results.csv`, and return them."""
+    """Write the rows of the measured cells to `results.csv`, and return them."""
     rows = [row for cell, file in files if file in results for row in _rows(cell, results[file])]
     lines = [_COLUMNS, *([row[column] for column in _COLUMNS] for row in rows)]
     text = io.StringIO(newline="")
@@ -319,7 +319,7 @@ def _is_missing(result: dict[str, Any] | None) -> bool:
 def _measure_all(
     missing: dict[Path, Cell], study: Study, data: TaskData, jobs: int
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Measure cells and write each to its file when it is done; yield file and result."""
+    """Measure cells and write each to its file when done; yield file and result."""
     if jobs == 1 or len(missing) < 2:
         for file, cell in missing.items():
             yield file, _measured_and_written(cell, file, study, data)
@@ -329,7 +329,7 @@ def _measure_all(
         for file, result in _measured_in_processes(dict(left), study, data, jobs):
             del left[file]
             yield file, result
-        # A process has died: measure the next cells one at a time, to see which one is the cause.
+        # A process died: measure the next cells one at a time, to find the cell that caused it.
         for file, cell in list(left.items())[:jobs]:
             results = dict(_measured_in_processes({file: cell}, study, data, 1))
             if not results:
@@ -344,10 +344,10 @@ def _measure_all(
 def _measured_in_processes(
     cells: dict[Path, Cell], study: Study, data: TaskData, jobs: int
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield cells as they are measured, until all are done or one of the processes has died."""
+    """Yield cells as they are measured, until all are done or a process has died."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # These variables are read when a process starts. The progress bars are disabled because those
-    # of several processes would overwrite each other.
+    # These variables are read when a process starts. Progress bars are disabled because bars of
+    # several processes would overwrite each other.
     with _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"):
         others = multiprocessing.active_children()
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
@@ -361,7 +361,7 @@ def _measured_in_processes(
         except BrokenProcessPool:
             return
         except KeyboardInterrupt:
-            # A terminal sends Ctrl-C to the processes of the pool too, other senders do not.
+            # A terminal also sends Ctrl-C to the processes of the pool; other senders do not.
             for process in set(multiprocessing.active_children()).difference(others):
                 process.terminate()
             raise
@@ -393,7 +393,7 @@ def _measured_and_written(cell: Cell, file: Path, study: Study, data: TaskData) 
 
 
 def _resume_dir(file: Path) -> Path:
-    """Return the folder in which an unfinished cell stores what it has done."""
+    """Return the folder in which an unfinished cell stores its progress."""
     return file.parents[1] / "unfinished" / file.stem
 
 
@@ -402,7 +402,7 @@ def _measured(cell: Cell, study: Study, data: TaskData, file: Path) -> dict[str,
     start = time.monotonic()
     evaluation = record = usage = None
     error = None
-    gc.collect()  # what the cell before has left in reference cycles
+    gc.collect()  # frees reference cycles left by the previous cell
     try:
         model = load_model(cell.model, dtype=study.dtype, device_map=study.device_map)
         check_saved_with_lm_head(model.config, cell.model)
@@ -425,7 +425,7 @@ def _evaluated(
     data: TaskData,
     resume_dir: Path | None,
 ) -> Evaluation:
-    """Evaluate a model on all tasks, those with the same limit together."""
+    """Evaluate a model on all tasks; tasks with the same limit run together."""
     limits = study.limits
     parts = [
         evaluate(
@@ -457,9 +457,10 @@ def _pruned_and_stored(
     study: Study,
     file: Path,
 ) -> Usage | None:
-    """Prune a model; return what that took, if it is known.
+    """Prune a model; return the cost of pruning, if known.
 
-    It is stored for a cell that is interrupted later, and unknown if the pruning was interrupted.
+    The cost is stored in case the cell is interrupted later; it is unknown if pruning was
+    interrupted.
     """
     resume_dir = _resume_dir(file)
     was_interrupted = resume_dir.exists()
@@ -480,7 +481,7 @@ def _pruned_and_stored(
 def _pruned(
     cell: Cell, config: CAPConfig, model: PreTrainedModel, tokenizer: Any, folder: Path
 ) -> Usage | None:
-    """Prune a model; return what that took, with the causal scores that cells share."""
+    """Prune a model; return the cost of pruning, with the causal scores that cells share."""
     losses, scoring = None, None
     if needs_scores := CRITERIA[config.method.criterion].needs_scores:
         losses, scoring = _losses(cell, config, model, tokenizer, folder)
@@ -517,7 +518,7 @@ def _losses(
     """Return the losses with each unit masked, measured once per model and calibration set.
 
     Returns:
-        The losses, and what measuring them took; `None` if that was interrupted.
+        The losses, and the cost of measuring them, which is `None` if measuring was interrupted.
     """
     decisive = {name: getattr(config, name) for name in DECISIVE if name != "dataset"}
     key = {
@@ -571,7 +572,7 @@ def _rows(cell: Cell, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _metrics(scored: Result) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each metric of a task that differ from those of the others."""
+    """Yield, for each metric of a task, the columns specific to that metric."""
     if isinstance(scored, AccuracyResult):
         lengths = scored.to_dict()["tokens"]
         count = len(scored.items)
@@ -611,13 +612,13 @@ def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
     values, dataset = {}, None
     if config is not None:
         values = {**config.to_dict(), "dataset": None, "memory_budget": None}
-        # Fields that change nothing or only rounding; cells from before these fields stay valid.
+        # These fields change at most rounding; cells from before they existed stay valid.
         for name in ("torch_compile", "strict"):
             del values[name]
         if config.method.needs_data:
             dataset = _fingerprint(cell.dataset)
         elif config.method.criterion != "random":
-            values["seed"] = None  # the result is the same for all calibration sets and seeds
+            values["seed"] = None  # all calibration sets and seeds give the same result
     return _digest(
         {
             "layout": _LAYOUT,
@@ -633,7 +634,7 @@ def _key(cell: Cell, evaluated: dict[str, Any]) -> str:
 def _fingerprint(name: Any) -> Any:
     """Return a JSON value that identifies a model, a data set or a list of them.
 
-    Files are identified by their content, other names by themselves.
+    Files are identified by their content, other values by name.
     """
     if isinstance(name, list):
         return [_fingerprint(entry) for entry in name]
@@ -696,7 +697,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def read_cells(study: Study, folder: str | Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yield the measured cells of a study with the content of their files."""
+    """Yield the measured cells of a study, with the content of their files."""
     data = _task_data(study)
     for cell, file in _cell_files(study, data, Path(folder)):
         if (result := _read(file)) is not None:
@@ -728,7 +729,7 @@ def _list(name: str, values: Any) -> list[Any]:
 
 
 def _labelled(name: str, values: Any) -> dict[str, Any]:
-    """Return label -> value; the label of a name without one is its last path component."""
+    """Return label -> value; an unlabelled name gets its last path component as label."""
     if isinstance(values, dict):
         return {str(label): value for label, value in values.items()}
     names = values if isinstance(values, list) else [values]
