@@ -1,4 +1,4 @@
-"""Estimates of what scoring, pruning and evaluating a model cost."""
+"""Estimates of the cost of scoring, pruning and evaluating a model."""
 
 from optimum_cap.estimation.hardware import device_name
 from optimum_cap.estimation.run import Estimate, StudyHours, estimate, lengths_of, study_hours

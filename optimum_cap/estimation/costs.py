@@ -26,20 +26,20 @@ from optimum_cap.pruning import (
 from optimum_cap.runtime import LANES
 
 USABLE = 0.9  # fraction of a device's memory, as accelerate uses for device_map="auto"
-LAUNCHES_PER_LAYER = 60  # small operations in one run of a layer
-# Small operations per column that SparseGPT prunes; on a CPU, views count too.
+LAUNCHES_PER_LAYER = 60  # small operations per layer run
+# Small operations per column pruned by SparseGPT; on a CPU, views count too.
 LAUNCHES_PER_COLUMN = {"cpu": 22, "cuda": 12}
 # Float32 numbers read or written per weight (or per input of a matrix, where noted):
 THRESHOLD_PASSES = 40  # to find a threshold
 RANKING_PASSES = 30  # to rank rows, without the sort
-STEP_PASSES = 25  # in a step of ALPS, without its products
+STEP_PASSES = 25  # in a step of ALPS, without its matrix products
 INPUT_PASSES = 6  # per input of a matrix: selected, squared and summed
 CHECK_PASSES = 12  # per prunable weight: checked, masked, stored, and zeros counted
 ADAM_PASSES = 12  # in a step of the refinement: gradients masked, states and weights updated
-SAVED = 3  # times the activations of a layer that it keeps for its backward pass
+SAVED = 3  # memory that a layer saves for its backward pass, in units of its activations
 MASK_PASSES = 8  # to apply a known threshold: importance, comparison, new weights
 BLOCK = 4096  # block size of the file system in bytes
-HEADER = 200  # bytes of a chunk's file besides its losses
+HEADER = 200  # bytes of a chunk's file in addition to its losses
 CACHE_PASSES = 3  # times that generation moves keys and values: read, and copied to grow
 
 
@@ -50,9 +50,9 @@ class Cost:
     Attributes:
         step: `"score"`, `"prune"` or `"eval"`.
         name: Name of the estimator, the recipe or the tasks.
-        operations: Floating-point operations in products.
-        seconds: Time on as many devices as one copy of the model needs; work that processes share
-            uses all devices if a copy fits on one.
+        operations: Floating-point operations in matrix products.
+        seconds: Time on as many devices as one copy of the model needs; shared work uses all
+            devices if a copy fits on one.
         memory: Bytes for weights and activations of one copy of the model.
         disk: Bytes written to disk.
         devices: Minimum number of devices for one copy of the model.
@@ -68,13 +68,13 @@ class Cost:
 
 
 class CostModel:
-    """Computes the cost of each step from the work of a model and the rates of the hardware.
+    """Computes the cost of each step from a model's work and the hardware's rates.
 
     Args:
         work: The work of the model.
         hardware: The rates.
         value: Bytes per weight and activation.
-        stored: Dtype of the weights on disk; `None` is the usual one of `value` bytes.
+        stored: Dtype of the weights on disk; `None` is the usual dtype of `value` bytes.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class CostModel:
         measurements (`optimum_cap/runtime/distributed.py`); each of them does all other work.
 
         Args:
-            name: The estimator. For `"adaptive"`, the cost is the maximum: all losses measured.
+            name: The estimator. For `"adaptive"`, the cost is the maximum, with all losses
+                measured.
             shape: The calibration set.
             exact_examples: Examples that `"control_variate"` measures exactly.
         """
@@ -118,12 +119,12 @@ class CostModel:
         )
 
     def _chunks(self, name: str, shape: Workload, exact_examples: int) -> float:
-        """Return the bytes of the files of finished chunks."""
+        """Return the file size of finished chunks in bytes."""
         if name not in COMPILING:  # the estimators that measure exactly, in chunks
             return 0.0
         if name == "control_variate":
             shape = replace(shape, examples=min(shape.examples, exact_examples))
-        # With a prefix, a batch has all tokens of a chunk, otherwise a quarter (`batch_sizes.py`).
+        # With a prefix, a batch has all tokens of a chunk; otherwise a quarter (`batch_sizes.py`).
         suffix, parts = shape.tokens - shape.prefix, 1 if shape.prefix else 4
         examples = min(shape.examples, max(1, self.rows // parts // suffix))
         streams = max(1, self.rows // (shape.prefix + examples * suffix))
@@ -139,14 +140,14 @@ class CostModel:
         sparsity: float,
         measured: int | None = None,
     ) -> Cost:
-        """Return the cost of pruning one copy of the model and saving it packed, without scoring.
+        """Return the cost of pruning one copy of the model and saving it packed, excluding scoring.
 
         Args:
             name: Name of the cost.
             method: The pruning method.
             shape: The calibration set.
             sparsity: Sparsity of the checkpoint.
-            measured: Examples that sensitivities are measured on; `None` is the default number.
+            measured: Examples for measuring sensitivities; `None` is the default number.
         """
         parts = [
             PRUNING_COSTS[CRITERIA[method.criterion].cost](self, method, shape),
@@ -166,7 +167,7 @@ class CostModel:
         return self.cost("prune", name, parts, self.weights, disk)
 
     def cost(self, step: str, name: str, parts: "list[Part]", weights: float, disk: float) -> Cost:
-        """Return the cost of a step that consists of parts.
+        """Return the cost of a step made of parts.
 
         Args:
             step: Name of the step.
@@ -191,7 +192,7 @@ class CostModel:
         )
 
     def processes(self, devices: int) -> int:
-        """Return the number of processes that share work if a copy of the model needs `devices`."""
+        """Return the number of processes that share work if a model copy needs `devices`."""
         return self.hardware.count if devices == 1 else 1
 
     def checking(self) -> "Part":
@@ -229,9 +230,9 @@ class CostModel:
         fitted = shape.examples * (1 - 1 / LEFT_OUT)
         steps = method.refine * math.ceil(fitted / EXAMPLES_PER_STEP)
         updates = self.through_memory(ADAM_PASSES * steps * work.prunable)
-        # In float32: the states of Adam of both lanes, the gradient, the weights before the pass,
-        # their sum over the lanes and the best so far. Besides, what a step saves for its backward
-        # pass, and the hidden states of the dense model.
+        # In float32: Adam's states of both lanes, the gradient, the weights before the pass, their
+        # sum over the lanes and the best so far. In addition, the activations saved for the
+        # backward pass, and the hidden states of the dense model.
         hidden = shape.examples * shape.tokens * work.layers[0].hidden * self.value
         rows = EXAMPLES_PER_STEP * shape.tokens
         saved = SAVED * rows * self.per_token
@@ -240,13 +241,13 @@ class CostModel:
         return Part(counted.operations, 0.0, memory, in_lanes=seconds)
 
     def input_statistics(self, shape: Workload) -> float:
-        """Return the seconds for the statistics of all inputs, without the products x_i x_j."""
+        """Return the seconds for the statistics of all inputs, excluding the products x_i x_j."""
         products = (product for layer in self.work.layers for product in layer.distinct_inputs)
         inputs = sum(product.inputs * product.active for product in products)
         return self.through_memory(INPUT_PASSES * shape.examples * shape.tokens * inputs)
 
     def _outliers(self, shape: Workload) -> "Part":
-        """Return the cost of allocation `owl`: one pass through the layers, and all importances."""
+        """Return the cost of allocation `owl`: a pass through the layers, plus all importances."""
         counted = self.work.layerwise_pass(shape, stages=0)
         ranking = self.through_memory(RANKING_PASSES * self.work.prunable)
         return Part(
@@ -254,7 +255,7 @@ class CostModel:
         )
 
     def _sensitivities(self, method: Method, shape: Workload, measured: int | None) -> "Part":
-        """Return the cost of sensitivities: each site pruned alone, or one backward pass."""
+        """Return the cost of sensitivities: pruning each site alone, or one backward pass."""
         work = self.work
         if method.allocation == "fisher":
             count = min(measured or examples_to_estimate(shape.examples), shape.examples)
@@ -284,8 +285,8 @@ class CostModel:
     def _one_layer_backward(self, shape: Workload) -> float:
         """Return the bytes of a backward pass that runs one layer at a time.
 
-        The inputs of all layers are stored in the memory of the CPU. In addition, there are the
-        gradients at the outputs of a layer, its pruned matrices, and what it saves of a batch.
+        The inputs of all layers are stored in CPU memory. In addition, there are the gradients at
+        the outputs of a layer, its pruned matrices, and its saved activations for a batch.
         """
         layers, tokens = self.work.layers, shape.examples * shape.tokens
         hidden = tokens * layers[0].hidden * self.value
@@ -308,12 +309,12 @@ class CostModel:
         )
 
     def answering(self, shape: Workload, longest: int) -> Cost:
-        """Return the cost of one answer of the model to each calibration prompt, if all are long.
+        """Return the cost of one model answer per calibration prompt, if all have maximum length.
 
         Processes share the prompts.
 
         Args:
-            shape: The calibration set with published answers, whose other tokens are the prompts.
+            shape: The calibration set with published answers; its unscored tokens are the prompts.
             longest: Longest answer, in tokens.
         """
         prompt = max(1, shape.tokens - shape.scored)
@@ -340,7 +341,7 @@ class CostModel:
         Args:
             limits: Number of questions, documents or windows of each task; `None` is all.
             batch_size: Questions per batch.
-            num_fewshot: Worked examples in the prompts of tasks with questions.
+            num_fewshot: Worked examples per prompt in tasks with questions.
         """
         task_costs = [
             self._task(name, limit, batch_size, num_fewshot) for name, limit in limits.items()
@@ -361,7 +362,7 @@ class CostModel:
 
         Args:
             work: The work.
-            rows: Tokens of a chunk; `None` is the number that scoring takes.
+            rows: Tokens of a chunk; `None` is the number that scoring uses.
         """
         hardware, rows = self.hardware, rows or self.rows
         computed = work.products / hardware.matmul + work.attention / hardware.attention
@@ -370,7 +371,7 @@ class CostModel:
         return self.together(computed + moved, launched)
 
     def together(self, computed: float, launched: float) -> float:
-        """Return the seconds of both, which overlap on a GPU, but not on a CPU."""
+        """Return the total seconds of both, which overlap on a GPU but not on a CPU."""
         return max(computed, launched) if self.hardware.kind == "cuda" else computed + launched
 
     def through_memory(self, numbers: float) -> float:
@@ -401,13 +402,13 @@ class CostModel:
         return float(self.work.head.outputs * (self.value + 4))
 
     def devices_for(self, memory: float) -> int:
-        """Return the least number of devices that have this many bytes."""
+        """Return the minimum number of devices with this much memory in total."""
         return math.ceil(memory / (USABLE * self.hardware.memory))
 
     def _task(
         self, name: str, limit: int | None, batch_size: int, num_fewshot: int
     ) -> tuple[float, float, float]:
-        """Return operations, seconds, and bytes besides the weights, of one evaluation task."""
+        """Return the operations, seconds, and bytes without weights of an evaluation task."""
         items = min(AMOUNTS[name].items, limit or AMOUNTS[name].items)
         tokens, longest = AMOUNTS[name].tokens, TASKS[name].max_new_tokens
         if TASKS[name].shows_examples:
@@ -424,7 +425,7 @@ class CostModel:
     def _writing(
         self, items: int, tokens: int, longest: int, batch_size: int
     ) -> tuple[float, float, float]:
-        """Return operations, seconds and bytes for keys and values, of answers that are all long.
+        """Return operations, seconds and key/value bytes of answers of maximum length.
 
         Args:
             items: Number of answers.
@@ -445,7 +446,7 @@ class CostModel:
         return written.operations, steps * step, 2 * cache
 
 
-# Estimators: (work that every process does, work that processes share)
+# Estimators: (work of every process, work shared by the processes)
 
 
 def _exact(
@@ -476,7 +477,7 @@ def _control_variate(
 def _adaptive(
     work: ModelWork, shape: Workload, exact_examples: int
 ) -> tuple[OperationCount, OperationCount]:
-    """Return the maximum: every loss of every unit is measured."""
+    """Return the maximum, where every loss of every unit is measured."""
     return work.first_order(shape), work.exact(shape)
 
 
@@ -500,7 +501,7 @@ def _tokens_per_batch(shape: Workload, rows: int) -> int:
 
 
 def _streams(cost_model: CostModel, shape: Workload, rows: int) -> float:
-    """Return the bytes recorded in the intact pass of a batch, plus a chunk of masked streams."""
+    """Return the bytes recorded in a batch's intact pass, plus a chunk of masked streams."""
     batch = _tokens_per_batch(shape, rows)
     layers = cost_model.work.layers
     # Four tensors for attention and its layer, and two for other scored blocks.
@@ -514,7 +515,7 @@ def _one_forward(cost_model: CostModel, shape: Workload, rows: int) -> float:
 
 
 def _all_layers(cost_model: CostModel, shape: Workload, rows: int) -> float:
-    """Return the bytes that all layers save of a batch for the backward pass."""
+    """Return the bytes that all layers save for the backward pass of a batch."""
     saved = len(cost_model.work.layers) * cost_model.per_token
     return _tokens_per_batch(shape, rows) * (saved + cost_model.per_logits)
 
@@ -536,9 +537,9 @@ class Part:
     """A part of the cost of pruning.
 
     Attributes:
-        operations: Floating-point operations in products.
+        operations: Floating-point operations in matrix products.
         seconds: Seconds on one device.
-        memory: Bytes besides the weights.
+        memory: Bytes in addition to the weights.
         shared: Additional seconds of work that processes share.
         in_lanes: Additional seconds of work that at most `LANES` processes share.
     """
@@ -596,16 +597,16 @@ def _alps(cost_model: CostModel, method: Method, shape: Workload) -> Part:
 
 
 def _of_solver(cost_model: CostModel, per_matrix: float) -> float:
-    """Return the bytes of the sums x_i x_j of a layer, and of solving for its widest matrix.
+    """Return the bytes of a layer's sums x_i x_j, and of solving for its widest matrix.
 
     Args:
         cost_model: The cost model.
-        per_matrix: Bytes that take part in solving, without the Hessian and its inverses.
+        per_matrix: Bytes used in solving, without the Hessian and its inverses.
     """
     inputs = cost_model.work.layers[0].distinct_inputs
     sums = float(sum(4 * product.copies * product.inputs**2 for product in inputs))
     solving = per_matrix + 12.0 * _widest(cost_model) ** 2
-    # While they are collected, there are sums for each lane.
+    # While collecting, each lane has its own sums.
     return max(LANES * sums, sums + solving)
 
 
@@ -638,12 +639,12 @@ class Amount:
     tokens: int
 
 
-# Items of the published test sets; rounded token counts of the tokenizers of Llama 2 and 3.
+# Sizes of the published test sets; rounded token counts with the Llama 2 and 3 tokenizers.
 AMOUNTS: dict[str, Amount] = {
     "gsm8k": Amount(1319, 220),
     "strategyqa": Amount(2290, 90),
     "arc_challenge": Amount(1172, 110),
-    # Each choice is read with its question, but the two of one token each are read together.
+    # Each choice is read with its question, but two single-token choices are read together.
     "strategyqa_choices": Amount(2290, 20),
     "arc_challenge_choices": Amount(1172, 160),
     "wikitext2": Amount(166, 2048),

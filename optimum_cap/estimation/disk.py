@@ -1,4 +1,4 @@
-"""Disk space of the weights of a pruned model in each checkpoint format."""
+"""Disk space of a pruned model's weights in each checkpoint format."""
 
 import functools
 from collections.abc import Callable
@@ -14,13 +14,13 @@ _SCALE = 0.02  # their standard deviation
 
 @functools.cache
 def coded_share(sparsity: float, dtype: torch.dtype) -> float:
-    """Return the share of its dense bytes that a pruned matrix takes when it is coded.
+    """Return the size of a coded pruned matrix relative to its dense size.
 
-    A sample of normally distributed weights is pruned by magnitude and coded. Trained weights that
-    CAP has pruned differ little from it (`docs/estimate.md`).
+    It is measured on a sample of normally distributed weights, pruned by magnitude. Trained weights
+    pruned by CAP differ little from it (`docs/estimate.md`).
 
     Args:
-        sparsity: Sparsity of the matrix; 0 for one that is not pruned.
+        sparsity: Sparsity of the matrix; 0 if it is not pruned.
         dtype: Dtype of the weights.
     """
     weights = _SCALE * torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0))
@@ -31,13 +31,13 @@ def coded_share(sparsity: float, dtype: torch.dtype) -> float:
 
 
 def _packed(work: ModelWork, sparsity: float, dtype: torch.dtype) -> float:
-    """Return the bytes of the kept values and of one bit for each prunable weight."""
+    """Return the bytes of the kept values plus one bit per prunable weight."""
     share = 1 - sparsity + 1 / (8 * dtype.itemsize)
     return _with_share(work, min(1.0, share), 1.0, dtype)
 
 
 def _coded(work: ModelWork, sparsity: float, dtype: torch.dtype) -> float:
-    """Return the bytes if matrices that are not pruned, such as embeddings, are coded as well."""
+    """Return the bytes when dense matrices, such as embeddings, are coded as well."""
     return _with_share(work, coded_share(sparsity, dtype), coded_share(0.0, dtype), dtype)
 
 
@@ -55,4 +55,4 @@ SIZES: dict[str, Callable[[ModelWork, float, torch.dtype], float]] = {
     "coded": _coded,
     "dense": _dense,
 }
-"""Bytes of the weights in each of `FORMATS`, by the sparsity and the dtype of the checkpoint."""
+"""Bytes of the weights in each of `FORMATS`, by sparsity and dtype of the checkpoint."""

@@ -10,19 +10,19 @@ import psutil
 import torch
 from torch import nn
 
-# Fractions of the peaks in a data sheet that are reached. Assumed, not measured: 60 % in matrix
-# products of models with billions of parameters, half of that in fused attention over short
-# sequences, 80 % of the bandwidth in element-wise kernels, 20 % of float32 in factorizations.
+# Achieved fractions of the data sheet peaks. Assumed, not measured: 60 % in matrix products of
+# models with billions of parameters, half of that in fused attention over short sequences, 80 % of
+# the bandwidth in element-wise kernels, 20 % of float32 in factorizations.
 MATMUL_UTILISATION = 0.6
 ATTENTION_UTILISATION = 0.3
 BANDWIDTH_UTILISATION = 0.8
 FACTOR_UTILISATION = 0.2
-LAUNCH = 1e-5  # seconds between two kernels launched by Python; assumed
+LAUNCH = 1e-5  # seconds between two kernel launches from Python; assumed
 BYTES_PER_SORTED = 160  # an argsort takes about 10 passes over keys and indices; assumed
 LOADING = 2e9  # bytes per second from a local solid-state disk; assumed
 
 MEASURED = "measured"
-_LARGEST = 4096  # channels; larger matrices take longer to measure, but have the same rates
+_LARGEST = 4096  # channels; larger matrices take longer to measure at the same rates
 _LEAST_SECONDS = 0.15  # per measurement
 ROWS = {"cpu": 2048, "cuda": 65536}
 """Tokens per batch of scoring, by type of device (`optimum_cap/scoring/batch_sizes.py`)."""
@@ -38,15 +38,15 @@ class Hardware:
         name: Name as passed by the user.
         count: Number of devices.
         memory: Bytes per device.
-        matmul: Operations per second in products with weights.
+        matmul: Operations per second in matrix products with weights.
         attention: Operations per second in attention.
-        float32: Operations per second in float32 products.
+        float32: Operations per second in float32 matrix products.
         factor: Operations per second in inverse Cholesky factorizations in float32.
         bandwidth: Bytes per second read from or written to memory.
         ranked: Weights sorted per second.
         launch: Seconds per small operation.
         kind: Type of the torch device.
-        bytes_per_value: Bytes per weight and activation; `None` is the size of the model's dtype.
+        bytes_per_value: Bytes per weight and activation; `None` uses the model's dtype.
         loading: Bytes per second read from disk.
         source: Source of the numbers.
     """
@@ -100,7 +100,7 @@ def find_hardware(name: str, size: "Size") -> Hardware:
     if name == MEASURED:
         return measure(size)
     match = re.fullmatch(r"(.+)x([1-9]\d*)", name.lower())
-    single = name.lower() in DATA_SHEETS  # the name rtx4090 has no count
+    single = name.lower() in DATA_SHEETS  # the digits of rtx4090 are not a count
     device, count = (name.lower(), 1) if single or not match else (match[1], int(match[2]))
     sheet = DATA_SHEETS.get(device)
     if sheet is None:
@@ -133,7 +133,7 @@ def find_hardware(name: str, size: "Size") -> Hardware:
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a model to measure the hardware with, as rates depend on them.
+    """Model sizes to measure the hardware with, because rates depend on them.
 
     Attributes:
         hidden: Channels of the hidden state.
@@ -151,8 +151,8 @@ class Size:
 def measure(size: Size, clock: Callable[[], float] = time.perf_counter) -> Hardware:
     """Measure the rates of this machine: its first CUDA device, else the CPU.
 
-    They are measured in the dtype that models run in: bfloat16 on a GPU, and float32 on the CPU, to
-    which weights in half precision are converted (`float32_on_cpu`, `optimum_cap/models/modes.py`).
+    They are measured in the dtype that models run in: bfloat16 on a GPU, and float32 on the CPU,
+    where half-precision weights are converted (`float32_on_cpu`, `optimum_cap/models/modes.py`).
 
     Args:
         size: Sizes to measure with.
@@ -189,7 +189,7 @@ def measure(size: Size, clock: Callable[[], float] = time.perf_counter) -> Hardw
         torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
     def between_products() -> None:
-        """Run the element-wise operations between the products of a Llama layer once."""
+        """Run the element-wise operations between the matrix products of a Llama layer once."""
         scale = inputs.float().square().mean(dim=-1, keepdim=True).rsqrt().to(dtype)
         torch.add(inputs, inputs * scale * inputs[0])
         torch.mul(nn.functional.silu(wide_inputs), wide_inputs)

@@ -1,7 +1,7 @@
-"""The cost of removing experts, heads, channels or layers, and the size of what is left.
+"""The cost of removing experts, heads, channels or layers, and the resulting model size.
 
-The smaller model is built on the meta device, as pruning builds it. So its size is exact, and what
-pruning refuses because of the shapes of the model or the sparsity is refused here as well.
+The smaller model is built on the meta device just as pruning builds it. Its size is therefore
+exact, and shapes or sparsities that pruning would refuse are refused here as well.
 """
 
 import math
@@ -41,17 +41,17 @@ from optimum_cap.runtime import ALONE, LANES
 # element of the inverse Hessian: errors, and both updates; measured for 1024 to 4096 inputs.
 WEIGHT_PASSES = 5
 INVERSE_PASSES = 6
-FITTED_PASSES = 10  # per weight of a fitted matrix: copied, put in place, and taken back
-COPY_PASSES = 4  # per weight of the smaller model, which is built for a check and for the result
-SLOT_PASSES = 7  # of hidden states, to add up the outputs of an expert of each token
-ERROR_PASSES = 7  # of hidden states, to compare two outputs of a mixture
-INFLUENCE_PASSES = 10  # of hidden states, to compare those before and behind a layer
-LOGIT_COPIES = 5  # of a chunk of logits, in float32, while two predictions are compared
+FITTED_PASSES = 10  # per weight of a fitted matrix: copied, replaced, and restored
+COPY_PASSES = 4  # per weight of the smaller model, built once as a check and once as the result
+SLOT_PASSES = 7  # over hidden states, to add one expert's output for each token
+ERROR_PASSES = 7  # over hidden states, to compare two outputs of a mixture
+INFLUENCE_PASSES = 10  # over hidden states, to compare them before and after a layer
+LOGIT_COPIES = 5  # float32 copies of a chunk of logits while comparing two predictions
 
 
 @dataclass(frozen=True)
 class RemovedParts:
-    """What a model loses, and what is left of it.
+    """The parts a model loses, and the remaining model.
 
     Attributes:
         pattern: `"experts"`, `"heads"`, `"channels"` or `"layers"`.
@@ -61,8 +61,8 @@ class RemovedParts:
         smaller: The work of the smaller model.
         dense_bytes: Bytes of the weights of the dense model on disk.
         stored_bytes: Bytes of the weights of the smaller model on disk.
-        alike: Whether it makes no difference to the size which parts are removed.
-        own_tokens: Whether each expert gets tokens of its own, so that errors are not compared.
+        alike: Whether the size does not depend on which parts are removed.
+        own_tokens: Whether each expert gets its own tokens, so that errors are not compared.
         logit_positions: Positions at which logits are computed at a time, by kind of device.
     """
 
@@ -79,7 +79,7 @@ class RemovedParts:
 
     @classmethod
     def of(cls, model_config: PretrainedConfig, config: CAPConfig) -> "RemovedParts":
-        """Return what a model loses.
+        """Return the parts a model loses.
 
         Args:
             model_config: The config of the dense model, which is built on the meta device.
@@ -132,12 +132,12 @@ class RemovedParts:
 
     @property
     def criteria(self) -> tuple[str, ...]:
-        """The criteria of the recipes `causal` and `causal_fast` that choose these parts."""
+        """The criteria that the recipes `causal` and `causal_fast` choose these parts with."""
         return tuple(dict.fromkeys(method.criterion for method in self.methods.values()))
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The recipes `causal` and `causal_fast`, if their criterion works on these parts."""
+        """The recipes `causal` and `causal_fast`, if their criterion can choose these parts."""
         found = {
             recipe: CAPConfig(0.5, recipe=recipe, pattern=self.pattern).method
             for recipe in ("causal", "causal_fast")
@@ -209,7 +209,7 @@ class RemovalCosts:
         return steps + [self.pruning(name, method, shape) for name, method in methods.items()]
 
     def choosing(self, criterion: str, shape: Workload) -> Cost:
-        """Return the cost of choosing the parts, and of fitting what is left of matrices."""
+        """Return the cost of choosing the parts, and of fitting the kept weights of matrices."""
         part = CHOICES[criterion](self, shape)
         return self.dense.cost("choose", criterion, [part], self.dense.weights, 0.0)
 
@@ -220,7 +220,7 @@ class RemovalCosts:
         return self.dense.cost("refine", f"{passes} passes", [part], weights, disk)
 
     def pruning(self, name: str, method: Method, shape: Workload) -> Cost:
-        """Return the cost of the whole run, without scoring and loading.
+        """Return the cost of the whole run, excluding scoring and loading.
 
         Args:
             name: Name of the cost.
@@ -254,8 +254,8 @@ class RemovalCosts:
     def checks(self, method: Method, shape: Workload) -> Part:
         """Return the cost of the checks before and after, and of building the smaller model.
 
-        The first batch runs twice (`check_first_batch`), and one example through both models: with
-        arbitrary parts removed, and again with those that are chosen unless weights were fitted.
+        The first batch runs twice (`check_first_batch`), and one example runs through both models:
+        with arbitrary parts removed, and again with the chosen ones unless weights were fitted.
         """
         work, smaller = self.parts.dense, self.parts.smaller
         one = replace(shape, examples=1)
@@ -292,7 +292,7 @@ class RemovalCosts:
         return float(tokens * self.parts.dense.layers[0].hidden * self.dense.value)
 
     def seconds(self, work: OperationCount, shape: Workload) -> float:
-        """Return the seconds of work in layer-by-layer passes."""
+        """Return the seconds that work takes in layer-by-layer passes."""
         return self.dense.seconds(work, self.rows(shape))
 
     def layerwise(self, passes: int, shape: Workload) -> Part:
@@ -319,7 +319,7 @@ def _by_columns(costs: RemovalCosts, shape: Workload) -> Part:
         rounds = math.ceil(parts.count / at_once)
         products += 2.0 * tokens * product.active * inputs**2
         products += copies * 2.0 * parts.count * size * (outputs + inputs) * inputs
-        if size > 1:  # a small system of equations for each group
+        if size > 1:  # solve a small system of equations for each group
             each = 2 / 3 * size**3 + 2.0 * size**2 * outputs
             products += copies * rounds * parts.before * each
             launches += copies * rounds * parts.before
@@ -373,13 +373,13 @@ def _few(shape: Workload, pattern: str) -> Workload:
 
 
 def _by_divergence(costs: RemovalCosts, shape: Workload) -> Part:
-    """Return the cost of trying what the model predicts without a part, again and again."""
+    """Return the cost of measuring the model's predictions without each part, repeatedly."""
     few, dense = _few(shape, costs.parts.pattern), costs.dense
     trials = _layer_trials if costs.parts.pattern == "layers" else _expert_trials
     counted, ranking = trials(costs.parts, few), Part(0.0, 0.0)
     if costs.parts.pattern == "experts" and _has_shortlist(costs.parts):
         ranking = _compared_errors(costs, few)
-    # The hidden states before a layer, the first ones, those of a trial, and final ones.
+    # The hidden states before a layer, the initial ones, those of a trial, and the final ones.
     hidden = costs.hidden(few)
     positions = dense.hardware.kind
     logits = min(few.targets, costs.parts.logit_positions[positions]) * dense.work.head.outputs
@@ -392,10 +392,9 @@ def _by_divergence(costs: RemovalCosts, shape: Workload) -> Part:
 
 
 def _layer_trials(parts: RemovedParts, few: Workload) -> OperationCount:
-    """Return the work of removing layers: all are tried first, then the best ones again.
+    """Return the work of removing layers: all are tried first, then the best candidates again.
 
-    A trial runs the layers behind the one that is left out; beside the trials, the model passes all
-    layers once.
+    A trial runs the layers after the removed one; in addition, the model runs all layers once.
     """
     work, layers = parts.dense, len(parts.dense.layers)
     one_pass, rows_and_pairs = work.layer_passes(few), apart(few)
@@ -410,12 +409,12 @@ def _layer_trials(parts: RemovedParts, few: Workload) -> OperationCount:
 
 
 def _has_shortlist(parts: RemovedParts) -> bool:
-    """Whether errors of experts decide which of them are tried."""
+    """Whether the errors of experts determine which of them are tried."""
     return parts.before > CANDIDATES and not parts.own_tokens
 
 
 def _rounds(parts: RemovedParts) -> list[tuple[int, int]]:
-    """Return the experts that are left before each round, and how many it removes."""
+    """Return the number of experts before each round, and how many the round removes."""
     at_once = math.ceil(parts.count / MOST_ROUNDS)
     return [
         (parts.before - gone, min(at_once, parts.count - gone))
@@ -426,7 +425,7 @@ def _rounds(parts: RemovedParts) -> list[tuple[int, int]]:
 def _expert_trials(parts: RemovedParts, few: Workload) -> OperationCount:
     """Return the work of removing experts from the first layer to the last.
 
-    A trial runs the layers from that of the expert on.
+    A trial runs the expert's layer and all later ones.
     """
     work, rows_and_pairs = parts.dense, apart(few)
     of_layer = sum(
@@ -444,7 +443,7 @@ def _expert_trials(parts: RemovedParts, few: Workload) -> OperationCount:
 
 
 def _compared_errors(costs: RemovalCosts, shape: Workload) -> Part:
-    """Return the cost of comparing what each mixture returns without each of its experts."""
+    """Return the cost of comparing each mixture's output without each of its experts."""
     parts, dense = costs.parts, costs.dense
     hidden = parts.dense.layers[0].hidden
     batch = costs.rows(shape)
@@ -489,12 +488,12 @@ def _by_routed_error(costs: RemovalCosts, shape: Workload) -> Part:
 
 
 def _by_routes(costs: RemovalCosts, shape: Workload) -> Part:
-    """Return the cost of seeing where tokens are sent, before the layer runs again."""
+    """Return the cost of recording the routing of tokens, before the layer runs again."""
     return costs.layerwise(2, shape)
 
 
 def _by_weighted_outputs(costs: RemovalCosts, shape: Workload) -> Part:
-    """Return the cost of running the active experts once more, one by one."""
+    """Return the cost of running the active experts again, one by one."""
     passes = costs.layerwise(2, shape)
     counted = OperationCount()
     for layer in costs.parts.dense.layers:
@@ -516,7 +515,7 @@ def _by_influence(costs: RemovalCosts, shape: Workload) -> Part:
 
 
 def _free(costs: RemovalCosts, shape: Workload) -> Part:
-    """Return no cost: parts are drawn, or ranked by scores that are there."""
+    """Return no cost: parts are drawn at random, or ranked by existing scores."""
     return Part(0.0, 0.0)
 
 

@@ -59,11 +59,11 @@ class Estimate:
         weight_bytes: Bytes of the weights in the dtype of the computation.
         shape: Lengths of the calibration set.
         hardware: The rates.
-        costs: One entry per estimator, recipe and evaluation; or per step of removing parts.
-        sparsity: Sparsity of the checkpoint, or the fraction of the parts that is asked for.
-        checkpoint: Bytes of the weights on disk in each format; what is left of a model that loses
-            parts is always dense.
-        smaller: What is left of a model that loses parts; `None` if it keeps them.
+        costs: One entry per estimator, recipe and evaluation, or per step of removing parts.
+        sparsity: Sparsity of the checkpoint, or the requested fraction of removed parts.
+        checkpoint: Bytes of the weights on disk in each format; a model that loses parts is always
+            saved dense.
+        smaller: The size of a model that loses parts; `None` if it keeps them.
     """
 
     model: str
@@ -119,7 +119,7 @@ class Estimate:
         return "\n".join([labelled(facts.items()), "", table, *notes])
 
     def _units(self) -> dict[str, str]:
-        """Return what the table says of the units and of the checkpoint."""
+        """Return the table rows about the units and the checkpoint."""
         units = {"heads": self.heads, "MLP units": self.mlp_groups, "experts": self.experts}
         sizes = {name: format_size(int(size)) for name, size in self.checkpoint.items()}
         return {
@@ -185,8 +185,9 @@ def estimate(
 ) -> Estimate:
     """Estimate the cost of scoring, pruning and evaluating a model, from its configuration alone.
 
-    With a pattern that removes parts, the estimate is of choosing and refining, and of what is
-    left. Options of scoring, evaluation and own answers then have no effect.
+    With a pattern that removes parts, the estimate covers choosing and refining the parts, and the
+    resulting model. Options for scoring, evaluation and the model's own answers then have no
+    effect.
 
     Args:
         model: A folder, a Hub id, a configuration file, or a configuration.
@@ -194,7 +195,7 @@ def estimate(
         examples: Number of calibration examples.
         tokens: Tokens per example.
         scored: Scored tokens per example; `None` is half of the tokens after the prefix.
-        prefix: Tokens at the start that all examples share and that exact scoring computes once.
+        prefix: Tokens at the start shared by all examples, which exact scoring computes once.
         sparsity: Sparsity of the pruned checkpoint, which determines its size on disk; or the
             fraction of the parts that are removed (with `"structured"`, of the parameters).
         limit: Questions or windows per evaluation task; `None` is all.
@@ -208,14 +209,14 @@ def estimate(
         **load_options: Passed to `AutoConfig.from_pretrained`: `revision`, `token`, ...
 
     Raises:
-        ValueError: A count, the hardware or the architecture cannot be used, or the model cannot
-            lose these parts.
+        ValueError: A count, the hardware or the architecture cannot be used, or these parts cannot
+            be removed from the model.
         FileNotFoundError: The model does not exist.
     """
     shape = _workload(examples, tokens, scored, prefix)
     check_counts(limit, batch_size, num_fewshot, max_new_tokens)
     _check_pattern(pattern)
-    # Checks the values.
+    # Check the values.
     CAPConfig(sparsity=sparsity, recipe="paper", scored_units=scored_units)
     config = load_config(model, **load_options)
     work = work_of(config, mlp_unit_size, scored_units)
@@ -255,10 +256,10 @@ def estimate(
 
 
 def _check_pattern(pattern: str) -> None:
-    """Check that there is an estimate for a pattern.
+    """Check that estimates support a pattern.
 
     Raises:
-        ValueError: There is none.
+        ValueError: They do not.
     """
     if pattern not in ("unstructured", *SMALLER_PATTERNS):
         raise ValueError(
@@ -320,7 +321,7 @@ def _config_in(path: Path, **load_options: Any) -> PretrainedConfig:
 def work_of(
     config: PretrainedConfig, mlp_unit_size: int | None = None, scored_units: str = "heads"
 ) -> ModelWork:
-    """Count the work of a model, which is built from its configuration on the meta device."""
+    """Count the work of a model built from its configuration on the meta device."""
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     return count_work(model, find_sites(model, mlp_unit_size), scored_units)
@@ -336,8 +337,8 @@ def size_of(work: ModelWork, tokens: int) -> Size:
 def lengths_of(config: CAPConfig, tokenizer: Any) -> dict[str, int]:
     """Return the mean `tokens` and `scored` tokens of calibration examples, and their `prefix`.
 
-    The means are rounded up. The prefix is the one that exact scoring computes once for all
-    examples; it is 0 if that would not save time.
+    The means are rounded up. The prefix is what exact scoring computes once for all examples; it is
+    0 if that would not save time.
 
     Args:
         config: The data set and the number of examples.
@@ -363,7 +364,7 @@ def lengths_of(config: CAPConfig, tokenizer: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StudyHours:
-    """Device hours of a study: hours times the number of devices that the model needs.
+    """Device hours of a study: hours times the number of devices the model needs.
 
     Attributes:
         hardware: The rates.
@@ -412,17 +413,17 @@ def study_hours(
     tokens: int = TOKENS,
     **load_options: Any,
 ) -> StudyHours:
-    """Estimate the device hours of a study of which no cell is measured yet.
+    """Estimate the device hours of a study, assuming that no cell has been measured yet.
 
-    Every cell loads its model, prunes it and evaluates it. Losses with masked units are measured
-    once for all cells that agree in the fields that they depend on (`DECISIVE` in
+    Every cell loads, prunes and evaluates its model. Losses with masked units are measured once for
+    all cells that agree in the fields the losses depend on (`DECISIVE` in
     `optimum_cap/scoring/score_file.py`). Cells that need no data are measured once for all
-    calibration sets. Estimator `"adaptive"` is assumed to measure every loss.
+    calibration sets. The estimator `"adaptive"` is assumed to measure every loss.
 
     Args:
-        study: A study, or its file.
-        hardware: As for `estimate`. Uses one device, or as many as the model needs, whatever the
-            count.
+        study: A study or its file.
+        hardware: As for `estimate`. Regardless of the count, one device is used, or as many as the
+            model needs.
         tokens: Tokens per calibration example, half of them scored.
         **load_options: As for `estimate`.
 
@@ -458,14 +459,14 @@ def study_hours(
 
 
 def _distinct(study: Study, label: str) -> list[CAPConfig]:
-    """Return the configurations of the cells of a model that the study measures separately."""
+    """Return the configs of a model's cells that the study measures separately."""
     distinct = {}
     for cell in study.cells():
         config = cell.config()
         if cell.label != label or config is None:
             continue
-        key = {**config.to_dict(), "dataset": config.dataset}  # with the folders of files
-        # As in the keys of a study: these fields change only rounding.
+        key = {**config.to_dict(), "dataset": config.dataset}  # including the folders of files
+        # As in the keys of a study, these fields change only rounding.
         del key["memory_budget"], key["torch_compile"]
         if not config.method.needs_data:
             del key["dataset"]
@@ -478,7 +479,7 @@ def _distinct(study: Study, label: str) -> list[CAPConfig]:
 def _scoring(
     cost_model: CostModel, model: PretrainedConfig, configs: list[CAPConfig], tokens: int
 ) -> list[float]:
-    """Return device seconds per set of losses with masked units, which cells may share."""
+    """Return the device seconds per set of losses with masked units, which cells may share."""
     measured = {
         str([getattr(config, name) for name in DECISIVE]): config
         for config in configs
@@ -500,7 +501,7 @@ def _scoring(
 def _pruning(
     cost_model: CostModel, model: PretrainedConfig, config: CAPConfig, tokens: int
 ) -> float:
-    """Return the device seconds of pruning, without scoring; with the model's own answers."""
+    """Return the device seconds of pruning, excluding scoring but including own answers."""
     shape = _workload(config.num_samples, tokens)
     name, method = config.recipe, config.method
     if config.pattern in SMALLER_PATTERNS:

@@ -1,9 +1,9 @@
-"""The work of a model, counted from the shapes of its weights, which are not read or allocated.
+"""The work of a model, counted from the shapes of its weights without allocating them.
 
 Products with weights and the two products of attention are counted exactly, as in
-`torch.utils.flop_counter`: 2 m k n for `[m, k] @ [k, n]`, and attention over all pairs of tokens,
-even if a kernel skips some. In a mixture of experts, only active experts count. Element-wise
-operations (norms, activations, residuals) are counted in elements read from or written to memory.
+`torch.utils.flop_counter`: 2 m k n for `[m, k] @ [k, n]`, and attention over all token pairs, even
+if a kernel skips some. In a mixture of experts, only active experts count. Element-wise operations
+(norms, activations, residuals) are counted in elements read from or written to memory.
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ _PER_OUTPUT = 4
 _PER_LOGIT = 2
 _PER_LOSS = 10  # per logit of a scored token: cast, exponentiated, summed
 
-_STREAMS = 4  # per chunk, for a batch of the size that `batch_sizes.py` prefers
+_STREAMS = 4  # per chunk, at the batch size that `batch_sizes.py` prefers
 
 
 SEQUENTIAL_STAGES = 4  # inputs and output of the attention, then inputs and output of the MLP
@@ -44,10 +44,10 @@ class OperationCount:
     """An amount of work; supports addition, and multiplication by a number.
 
     Attributes:
-        products: Operations in products with weights.
+        products: Operations in matrix products with weights.
         attention: Operations in products of queries and keys, and of attention weights and values.
         moved: Elements of activations read or written by element-wise operations.
-        passed: Number of tokens times the number of layers that they pass through.
+        passed: Number of tokens times the number of layers they pass through.
     """
 
     products: float = 0.0
@@ -122,10 +122,11 @@ class LayerWork:
         groups: Number of units of its MLP; 0 if it has only experts.
         experts: Number of experts.
         others: Number of scored units of its MLP and experts.
-        masking: Work per token to compute the outputs of MLP and experts with each of these masked.
-        queries: The projection of queries; `None` if it is fused with that of keys.
-        window: Tokens that a token attends to, including itself; `None` is all before it.
-        stages: Number of `stages_by_layer`, before each of which inputs are measured.
+        masking: Work per token to compute the outputs of MLP and experts with each of these units
+            masked.
+        queries: The query projection; `None` if it is fused with the key projection.
+        window: Number of tokens a token attends to, including itself; `None` is all preceding ones.
+        stages: Number of stages in `stages_by_layer`; inputs are measured before each.
     """
 
     input_projs: tuple[Product, ...]
@@ -165,7 +166,7 @@ class LayerWork:
 
     @property
     def cached(self) -> int:
-        """Number of elements of the keys and values of a token."""
+        """Number of elements in the keys and values of a token."""
         return sum(product.outputs for product in self.input_projs) - self.width
 
     @property
@@ -185,7 +186,7 @@ class LayerWork:
 
     @property
     def experts_again(self) -> OperationCount:
-        """Work for one token to compute the inputs of the experts' output projections again."""
+        """Work for one token to recompute the inputs of the experts' output projections."""
         return _per_token(tuple(p for p in self.rest if p.copies > 1 and p not in self.closing))
 
     def attention(self, tokens: float, pairs: float) -> OperationCount:
@@ -209,27 +210,27 @@ class LayerWork:
         return (shape.rows - querying) * keys + self.attention(querying, pairs)
 
     def remainder(self, tokens: float) -> OperationCount:
-        """Return the work of everything but the attention."""
+        """Return the work of everything except the attention."""
         return tokens * (_per_token(self.rest) + self.norms)
 
     def starting(self, tokens: float) -> OperationCount:
-        """Return the work of the start of all streams whose unit is in the MLP or in an expert."""
+        """Return the work of starting all streams whose unit is in the MLP or an expert."""
         return tokens * (self.masking + self.others * (_per_token(self.routers) + self.norms))
 
     def forward(self, tokens: float, pairs: float) -> OperationCount:
-        """Return the work of the layer for a number of tokens and of pairs of query and key."""
+        """Return the work of the layer for a number of tokens and of query-key pairs."""
         return self.attention(tokens, pairs) + self.remainder(tokens)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A calibration set of examples with the same length.
+    """A calibration set of examples of the same length.
 
     Attributes:
         examples: Number of examples.
         tokens: Tokens per example.
         scored: Scored tokens per example.
-        prefix: Tokens at the start that all examples share and that are computed once.
+        prefix: Tokens at the start shared by all examples, which are computed once.
     """
 
     examples: int
@@ -244,7 +245,7 @@ class Workload:
 
     @property
     def pairs(self) -> float:
-        """Number of pairs of query and key."""
+        """Number of query-key pairs."""
         after_prefix = self.examples * (self.tokens - self.prefix) * self.tokens
         return float(self.prefix**2 + after_prefix)
 
@@ -252,8 +253,8 @@ class Workload:
     def querying(self) -> float:
         """Number of tokens with queries in the last layer: those from the first scored position on.
 
-        The scored tokens are assumed to be the last ones. If few tokens precede them, all tokens
-        after the prefix have queries.
+        The scored tokens are assumed to come last. If few tokens precede them, all tokens after the
+        prefix have queries.
         """
         suffix = self.tokens - self.prefix
         last = min(self.scored + 1, suffix)
@@ -272,7 +273,7 @@ class ModelWork:
 
     Attributes:
         layers: The decoder layers.
-        stem: Products outside of the layers that are computed for every token.
+        stem: Products outside the layers that are computed for every token.
         head: The product that computes logits.
         parameters: Number of parameters; tied ones count once.
     """
@@ -289,7 +290,7 @@ class ModelWork:
 
     @property
     def multiplied(self) -> int:
-        """Number of weights that multiply a token; of experts, those that are active."""
+        """Number of weights that multiply a token; among experts, only the active ones count."""
         products = (*self.stem, self.head, *(p for layer in self.layers for p in layer.products))
         return sum(product.inputs * product.outputs * product.active for product in products)
 
@@ -304,13 +305,13 @@ class ModelWork:
         return self.heads + sum(layer.others for layer in self.layers)
 
     def logits(self, positions: float) -> OperationCount:
-        """Return the work of the logits at a number of positions."""
+        """Return the work of computing logits at a number of positions."""
         return positions * OperationCount(
             self.head.per_token.products, moved=_PER_LOGIT * self.head.outputs
         )
 
     def losses(self, shape: Workload) -> OperationCount:
-        """Return the work of the cross-entropies of the scored tokens, without their logits."""
+        """Return the work of the cross-entropies of the scored tokens, excluding the logits."""
         return OperationCount(moved=_PER_LOSS * self.head.outputs * shape.targets)
 
     def forward(self, shape: Workload, logits: float | None = None) -> OperationCount:
@@ -326,14 +327,14 @@ class ModelWork:
         return work + self.logits(shape.rows if logits is None else logits)
 
     def plain(self, shape: Workload) -> OperationCount:
-        """Return the work of `plain_losses`: an intact forward pass, and one per scored unit."""
+        """Return the work of `plain_losses`: an intact forward pass, plus one per scored unit."""
         whole = Workload(shape.examples, shape.tokens, shape.scored)
         return (1 + self.scored) * (self.forward(whole) + self.losses(whole))
 
     def exact(self, shape: Workload) -> OperationCount:
-        """Return the work of `exact_losses`: each masked stream runs from the masked unit on.
+        """Return the work of `exact_losses`, where each masked stream starts at the masked unit.
 
-        In the last layer, everything after the attention runs at scored positions only, and the
+        In the last layer, everything after the attention runs only at scored positions, and the
         attention has queries from the first scored position on.
         """
         work = self.forward(shape, logits=shape.examples)
@@ -344,7 +345,7 @@ class ModelWork:
             work += layer.starting(shape.rows)
             streams += layer.heads + layer.others
         last = self.layers[-1]
-        # Two more streams, and the tokens up to the first layer, to verify the last attention.
+        # Two more streams, plus the tokens up to the first layer, to verify the last attention.
         work += (streams + 2) * last.last_attention(shape)
         entering = tuple(p for p in self.stem if p.outputs == last.hidden)
         work += (shape.rows - shape.prefix) * _per_token(entering)
@@ -352,15 +353,15 @@ class ModelWork:
         streams += last.heads
         work += streams * last.remainder(shape.targets) + last.starting(shape.targets)
         streams += last.others
-        # Logits are computed by the model with its layers bypassed, so the stem runs again.
+        # The model computes logits with its layers bypassed, so the stem runs again.
         scored = shape.targets * _per_token(self.stem) + self.logits(shape.targets)
         return work + (1 + streams) * (scored + self.losses(shape))
 
     def first_order(self, shape: Workload) -> OperationCount:
         """Return the work of one forward and one backward pass.
 
-        The weights are frozen, so the gradient of a product with weights is one product; that of a
-        product of attention is two. Scored experts are computed once more, one by one.
+        The weights are frozen, so the gradient of a product with weights takes one product; that of
+        a product in attention takes two. Scored experts are computed again, one by one.
         """
         whole = Workload(shape.examples, shape.tokens, shape.scored)
         work = self.forward(whole, logits=whole.targets) + self.losses(whole)
@@ -371,11 +372,11 @@ class ModelWork:
         return work + backward
 
     def layerwise_pass(self, shape: Workload, stages: int | None = 1) -> OperationCount:
-        """Return the work of layer-by-layer passes: a run before each stage, and a final one.
+        """Return the work of layer-by-layer passes: a run before each stage, plus a final one.
 
         Args:
             shape: The calibration set.
-            stages: Stages of each layer; `None` takes those of `stages_by_layer`.
+            stages: Number of stages of each layer; `None` uses `stages_by_layer`.
         """
         work = (1 + (stages or 0)) * self.layer_passes(shape) + self.experts_again(shape)
         if stages is None:
@@ -384,15 +385,15 @@ class ModelWork:
         return work
 
     def refinement(self, shape: Workload, passes: int, left_out: float) -> OperationCount:
-        """Return the work of refining all layers, without the steps of the optimizer.
+        """Return the work of refining all layers, excluding the optimizer steps.
 
-        The dense model runs once. A step runs a layer forward and backward, where a product has a
-        gradient for its inputs and one for its weights.
+        The dense model runs once. A step runs a layer forward and backward, with gradients of each
+        product for both inputs and weights.
 
         Args:
             shape: The calibration set.
-            passes: Passes over the examples that are fitted.
-            left_out: Fraction of the examples that is left out, and measured before each pass.
+            passes: Passes over the fitted examples.
+            left_out: Fraction of held-out examples, which are measured before each pass.
         """
         forward = self.layer_passes(shape)
         backward = OperationCount(
@@ -402,7 +403,7 @@ class ModelWork:
         return (1 + fitted + (passes + 1) * left_out) * forward + fitted * backward
 
     def dense_reference_pass(self, shape: Workload, by_projection: bool) -> OperationCount:
-        """Return the work of a `DenseReferencePass`: both models run, as far as needed."""
+        """Return the work of a `DenseReferencePass`, where both models run as far as needed."""
         rows, pairs = apart(shape)
         work = 3 * self.layer_passes(shape) + self.experts_again(shape)
         for layer in self.layers:
@@ -411,7 +412,7 @@ class ModelWork:
                 work += 2 * layer.attention(rows, pairs)
             elif by_projection:
                 work += 4 * layer.attention(rows, pairs) + -2 * rows * layer.output_proj.per_token
-                # A run ends at the last of the matrices whose inputs it measures.
+                # A run ends at the last matrix whose inputs it measures.
                 entering = (p for p in layer.rest if p.pruned and p not in layer.closing)
                 single = tuple(product for product in entering if product.copies == 1)
                 ran = (*layer.input_projs[:-1], *layer.routers, *single[:-1])
@@ -419,19 +420,19 @@ class ModelWork:
         return work
 
     def measured_sensitivities(self, shape: Workload, measured: int) -> OperationCount:
-        """Return the work of `measure_sensitivities`, without the pruning.
+        """Return the work of `measure_sensitivities`, excluding pruning.
 
-        It is a layer-by-layer pass, and a run of each site from its layer on.
+        It consists of a layer-by-layer pass, and a run for each site from its layer on.
 
         Args:
             shape: The calibration set.
-            measured: Number of examples that the predictions are compared on.
+            measured: Number of examples for comparing predictions.
         """
         few = replace(shape, examples=measured)
         rows, pairs = apart(few)
         work = self.sensitivity_passes(shape, measured)
         for index, layer in enumerate(self.layers):
-            # All sites up to this layer, and the dense model, except in the last layer.
+            # All sites up to this layer, plus the dense model except in the last layer.
             passing = sum(before.sites for before in self.layers[: index + 1])
             dense = index + 1 < len(self.layers)
             work += (passing + dense) * layer.forward(rows, pairs)
@@ -439,24 +440,24 @@ class ModelWork:
         return work + sites * self.divergence(few)
 
     def divergence(self, shape: Workload) -> OperationCount:
-        """Return the work of comparing the predictions of two models, from their last layers on."""
+        """Return the work of comparing two models' predictions, after their last layers."""
         targets = shape.targets
         return 2 * (targets * _per_token(self.stem) + self.logits(targets) + self.losses(shape))
 
     def sensitivity_passes(self, shape: Workload, measured: int) -> OperationCount:
-        """Return the part of `measured_sensitivities` that does not grow with the sites."""
+        """Return the part of `measured_sensitivities` independent of the number of sites."""
         few = replace(shape, examples=measured)
         return self.layer_passes(shape) + self.experts_again(shape) + self.layer_passes(few)
 
     def estimated_sensitivities(self, shape: Workload, measured: int) -> OperationCount:
-        """Return the work of `estimate_sensitivities`, without the pruning.
+        """Return the work of `estimate_sensitivities`, excluding pruning.
 
-        Each block runs once more. Experts run twice, one by one, on the tokens that reach them:
-        dense, and pruned.
+        Each block runs once more. Experts run twice (dense and pruned), one by one, on the tokens
+        that reach them.
 
         Args:
             shape: The calibration set.
-            measured: Number of examples that sensitivities are estimated on.
+            measured: Number of examples for estimating sensitivities.
         """
         few = replace(shape, examples=measured)
         rows, pairs = apart(few)
@@ -471,19 +472,19 @@ class ModelWork:
         return sum((layer.forward(rows, pairs) for layer in self.layers), OperationCount())
 
     def experts_again(self, shape: Workload) -> OperationCount:
-        """Return the work of computing the inputs of all experts' output projections again."""
+        """Return the work of recomputing the inputs of all experts' output projections."""
         rows, _ = apart(shape)
         return sum((rows * layer.experts_again for layer in self.layers), OperationCount())
 
     @property
     def compared(self) -> float:
-        """Float32 operations per token of output errors: the outputs, and products with inputs."""
+        """Float32 operations per token for output errors: the outputs, and products with inputs."""
         pruned = (p for layer in self.layers for p in layer.products if p.pruned)
         return sum(2 * product.per_token.products for product in pruned)
 
 
 def apart(shape: Workload) -> tuple[float, float]:
-    """Return the number of tokens and of pairs of query and key without a shared prefix."""
+    """Return the number of tokens and of query-key pairs without a shared prefix."""
     rows = shape.examples * shape.tokens
     return rows, rows * shape.tokens
 
@@ -497,7 +498,7 @@ class SparseGPTWork:
         factors: Operations of the inverse Cholesky factors, 4/3 n^3 each.
         updates: Operations of the updates of the columns after a block.
         moved: Elements read or written inside the blocks.
-        columns: Number of columns, which are pruned one after the other.
+        columns: Number of columns, which are pruned sequentially.
     """
 
     grams: float
@@ -515,7 +516,7 @@ class SparseGPTWork:
             grams=sum(2.0 * tokens * product.active * product.inputs**2 for product in inputs),
             factors=sum(4 / 3 * product.copies * product.inputs**3 for product in pruned),
             updates=sum(float(product.weights) * product.inputs for product in pruned),
-            # A column updates half of its block on average: products are written and read, weights
+            # On average, a column updates half of its block: products are written and read, weights
             # are read and written.
             moved=sum(4 * SPARSEGPT_BLOCK / 2 * product.weights for product in pruned),
             columns=sum(product.copies * product.inputs for product in pruned),
@@ -524,7 +525,7 @@ class SparseGPTWork:
 
 @dataclass(frozen=True)
 class AlpsWork:
-    """The work of ALPS (`alps`), without the statistics, all in float32.
+    """The work of ALPS (`alps`), excluding the statistics, all in float32.
 
     Attributes:
         products: Operations in products of both phases.
@@ -608,11 +609,11 @@ def count_work(model: PreTrainedModel, sites: list[Site], scored_units: str = "h
 
 
 def _masking(products: dict[str, Product], others: list[Site]) -> dict[str, Any]:
-    """Return number and work of the masked MLPs and experts of a layer, as in `Wavefront`.
+    """Return the number and work of the masked MLPs and experts of a layer, as in `Wavefront`.
 
-    Each chunk of streams computes the MLP again, for the input of its output projection. For tokens
-    that reach an expert, the block is computed without this expert, and the output of the expert
-    with a unit masked is added for each of its units.
+    Each chunk of streams recomputes the MLP, for the input of its output projection. For tokens
+    that reach an expert, the block is computed without this expert, and for each of the expert's
+    units the output of the expert with that unit masked is added.
 
     Args:
         products: The products of the layer, by path.
@@ -633,7 +634,7 @@ def _masking(products: dict[str, Product], others: list[Site]) -> dict[str, Any]
             chunks, input_projs = max(1.0, units / _STREAMS), tuple(inside)
             if site.output_module != site.block:
                 # Only the output of the projection is replaced, so the other products of the block
-                # run for each of the streams.
+                # run for every stream.
                 siblings = (
                     p for path, p in products.items() if path.rpartition(".")[0] == site.block
                 )
@@ -644,9 +645,9 @@ def _masking(products: dict[str, Product], others: list[Site]) -> dict[str, Any]
 
 
 def _products(model: PreTrainedModel, active_experts: int, pruned: set[str]) -> dict[str, Product]:
-    """Return every product of the model by path: all parameters that are matrices.
+    """Return all products of the model by path, one for each parameter that is a matrix.
 
-    Embeddings do not count, because they are looked up; an output head tied to one does.
+    Embeddings do not count, because they are looked up, but an output head tied to one does.
     """
     products = {}
     for path, module in model.named_modules():
