@@ -1,8 +1,8 @@
-"""Forms of weights on disk: pure functions from tensors to tensors.
+"""Formats of weights on disk, as pure functions from tensors to tensors.
 
-In the packed and the coded form, a tensor of one dimension is named `x.weight` on purpose: without
-this plugin, transformers raises an error about its size, instead of finding no `x.weight` and
-initialising it at random.
+Packed and coded weights store a one-dimensional tensor under the name `x.weight` on purpose:
+without this plugin, transformers then raises an error about its size, instead of finding no
+`x.weight` and initialising it at random.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,21 +36,21 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
-"""Newest version of the files on disk that is read. Files of a newer one raise an error."""
+"""Newest version of the file format that can be read. Newer files raise an error."""
 
 
 def is_packable(name: str, weight: torch.Tensor) -> bool:
-    """Whether a tensor is a weight matrix, which may be stored packed or coded."""
+    """Whether a tensor is a weight matrix that may be stored packed or coded."""
     return name.endswith(".weight") and weight.ndim >= 2 and weight.is_floating_point()
 
 
 def is_coded_weight(name: str, stored: Stored) -> bool:
-    """Whether what a file stores under a name is a coded weight."""
+    """Whether the tensor stored under a name is a coded weight."""
     return name.endswith(".weight") and is_coded(stored)
 
 
 def encode_packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors to store for `name`: packed if that is smaller, else unchanged."""
+    """Return the tensors to store for `name`, packed if that is smaller, else unchanged."""
     if is_packable(name, weight):
         parts = pack(weight)
         if sum(part.nbytes for part in parts.values()) < weight.nbytes:
@@ -60,7 +60,7 @@ def encode_packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def encode_coded(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensor to store for `name`: coded if that is smaller, else unchanged."""
+    """Return the tensor to store for `name`, coded if that is smaller, else unchanged."""
     if is_packable(name, weight) and coded.can_be_coded(weight.dtype):
         stream = coded.encode(weight)
         if stream.nbytes < weight.nbytes:
@@ -99,10 +99,10 @@ def decode(
 
 
 def decode_state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with its packed and coded weights decoded, and all else as it was.
+    """Return a state dict with its packed and coded weights decoded, and the rest unchanged.
 
     Args:
-        tensors: Values by name. A weight is packed if its mask and its shape are there too.
+        tensors: Values by name. A weight is packed if its mask and its shape are present too.
 
     Raises:
         ValueError: A packed or coded weight is damaged.
@@ -129,8 +129,8 @@ def check_parts(stored: Mapping[str, Stored], read: Callable[[str], torch.Tensor
 
     Raises:
         ValueError: A part is missing (transformers would initialise the weight at random), a weight
-            with a mask is not a list of float values, mask and shape are inconsistent, or the head
-            of a coded weight is damaged.
+            with a mask is not a one-dimensional float tensor, mask and shape are inconsistent, or
+            the head of a coded weight is damaged.
     """
     for name in sorted({name.rpartition("_")[0] for name in stored if name.endswith(COMPANIONS)}):
         parts = (name, f"{name}_mask", f"{name}_shape")
@@ -149,7 +149,7 @@ def check_parts(stored: Mapping[str, Stored], read: Callable[[str], torch.Tensor
 
 
 def check_format_version(version: Any, name: str) -> None:
-    """Raise a `ValueError` if checkpoint `name` has a version that this package cannot read."""
+    """Raise a `ValueError` if this package cannot read the version of checkpoint `name`."""
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
             f"{name} has checkpoint format version {version!r}, but this optimum-cap "
@@ -159,13 +159,13 @@ def check_format_version(version: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Format:
-    """A form of weights on disk.
+    """A format of weights on disk.
 
     Attributes:
-        encode: Takes the name and the value of a tensor, and returns the tensors to store by name.
+        encode: Takes the name and the value of a tensor; returns the tensors to store, by name.
         needs_plugin: Whether transformers needs this plugin to load it.
         version: Version of its files.
-        checks_tensors: Whether an error names the tensor that is damaged.
+        checks_tensors: Whether errors name the damaged tensor.
     """
 
     encode: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]

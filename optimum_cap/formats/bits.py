@@ -1,4 +1,4 @@
-"""The bits of weights: what the packed and the coded form have in common."""
+"""Operations on the bits of weights, shared by the packed and the coded format."""
 
 import os
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 CHUNK = 1 << 17
-"""Weights at a time, so that index arrays fit in the CPU cache; a multiple of 8."""
+"""Weights processed at a time, so that index arrays fit in the CPU cache; a multiple of 8."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Stored(Protocol):
-    """A tensor, or what the header of a file says of one."""
+    """A tensor, or its entry in the header of a file."""
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -47,7 +47,7 @@ def kept_positions(mask: np.ndarray, count: int) -> np.ndarray:
 
 @cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """Return a cached thread pool: starting threads for each of hundreds of matrices is slow."""
+    """Return a cached thread pool, because starting threads for hundreds of matrices is slow."""
     return ThreadPoolExecutor(threads, thread_name_prefix="optimum-cap")
 
 

@@ -1,4 +1,4 @@
-"""The coded form of a weight: exponents, masks and mantissas, each compressed where that pays.
+"""The coded format: exponents, masks and mantissas, each compressed where that saves space.
 
 After pruning, sign and mantissa of the kept values are noise, but their exponents are not: few of
 them are frequent. The bits of each kept value are therefore rotated left by one, which moves the
@@ -55,8 +55,8 @@ _MOSTLY_KEPT = 0.55
 
 # ZSTD_c_literalCompressionMode, for which the module has no name, set to ZSTD_ps_enable
 # (https://github.com/facebook/zstd/blob/v1.5.7/lib/zstd.h). With a step as long as a block, the
-# encoder looks for no repetitions, of which the streams have none, and only codes single bytes by
-# their frequency (Huffman coding). That is smaller and ten times as fast as any compression level.
+# encoder does not search for repetitions (the streams have none) and only codes single bytes by
+# frequency (Huffman coding). The result is smaller and ten times as fast as any compression level.
 _LITERAL_COMPRESSION_MODE = 1002
 _HUFFMAN_ONLY = {
     zstd.CompressionParameter.strategy: zstd.Strategy.fast,
@@ -70,8 +70,7 @@ _HUFFMAN_ONLY = {
 def encode(weight: torch.Tensor) -> torch.Tensor:
     """Code a weight.
 
-    The same weight gives the same bytes on any number of threads, but not with every version of
-    libzstd.
+    The bytes do not depend on the number of threads, but may depend on the version of libzstd.
 
     Args:
         weight: Floating-point tensor of any shape.
@@ -125,10 +124,10 @@ def decode(stream: torch.Tensor, name: str = "weight") -> torch.Tensor:
 
 
 class _Chunk(NamedTuple):
-    """A chunk of a coded weight, with what the table says of it.
+    """A chunk of a coded weight, with its entry in the table.
 
     Attributes:
-        number: Its place in the weight, from 0.
+        number: Its position in the weight, from 0.
         data: Its bytes.
         checksum: XXH3-64 of its bytes.
         kept: Number of kept weights.
@@ -142,19 +141,19 @@ class _Chunk(NamedTuple):
     sizes: list[int]
 
     def is_intact(self) -> bool:
-        """Whether the bytes agree with the checksum."""
+        """Whether the bytes match the checksum."""
         return bool(xxhash.xxh3_64_intdigest(self.data.data) == self.checksum)
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the start of a coded weight says.
+    """The head of a coded weight.
 
     Attributes:
         dtype: Dtype of the weight.
         shape: Shape of the weight.
-        chunk: Number of weights in each chunk but the last.
-        table: For each chunk its `checksum`, how many weights are `kept`, and the bytes of its
+        chunk: Number of weights in each chunk except the last.
+        table: For each chunk, its `checksum`, the number of weights `kept`, and the bytes of its
             `mask` and `planes`.
         start: Position of the first chunk.
     """
@@ -178,14 +177,14 @@ class Head:
 
 
 def read_head(stream: torch.Tensor, name: str = "weight") -> Head:
-    """Read the start of a coded weight, after checking it.
+    """Read and check the head of a coded weight.
 
     Args:
-        stream: uint8 `[bytes]`; only its start is read.
+        stream: uint8 `[bytes]`; only the head is read.
         name: Name of the weight, for the error message.
 
     Raises:
-        ValueError: It is damaged, or it is no coded weight.
+        ValueError: It is damaged or not a coded weight.
     """
     data = stream.cpu().numpy()
     start = data[: _START.itemsize].tobytes()
@@ -221,7 +220,7 @@ def read_head(stream: torch.Tensor, name: str = "weight") -> Head:
 
 
 def is_intact(stream: torch.Tensor) -> bool:
-    """Whether a coded weight agrees with its checksums, which takes less time than to decode it."""
+    """Whether a coded weight matches its checksums; faster than decoding it."""
     try:
         head = read_head(stream)
     except ValueError:
@@ -230,28 +229,28 @@ def is_intact(stream: torch.Tensor) -> bool:
 
 
 def is_coded(stored: Stored) -> bool:
-    """Whether what is stored under the name of a weight is a coded one."""
+    """Whether a tensor stored under the name of a weight is coded."""
     return stored.dtype == torch.uint8 and len(stored.shape) == 1
 
 
 def can_be_coded(dtype: torch.dtype) -> bool:
-    """Whether weights of a dtype have a coded form."""
+    """Whether weights of a dtype can be coded."""
     return dtype in _NAMES
 
 
 def _table_dtype(planes: int) -> np.dtype:
-    """Return the row of a chunk in the head of a weight of `planes` bytes."""
+    """Return the dtype of a chunk's table row, for weights of `planes` bytes."""
     sizes = [("kept", "<u4"), ("mask", "<u4"), ("planes", "<u4", (planes,))]
     return np.dtype([("checksum", "<u8"), *sizes])
 
 
 def _chunk_bytes(table: np.ndarray) -> np.ndarray:
-    """Return the bytes of each chunk of a table, or of a row of it."""
+    """Return the bytes of each chunk of a table, or of one row of it."""
     return table["mask"] + table["planes"].sum(axis=-1, dtype=np.int64)
 
 
 def _encode_chunk(bits: np.ndarray) -> tuple[int, list[bytes]]:
-    """Return the number of kept weights, and the streams of a chunk: mask, then planes."""
+    """Return the number of kept weights and the streams of a chunk: mask, then planes."""
     keep = bits != 0
     positions = np.flatnonzero(keep)
     values = bits if len(positions) == len(bits) else bits.take(positions)  # faster than an index
@@ -270,7 +269,7 @@ def _encode_chunk(bits: np.ndarray) -> tuple[int, list[bytes]]:
 
 
 def _decode_chunk(chunk: _Chunk, weights: np.ndarray) -> None:
-    """Write the weights of a chunk to `weights`, which are zero."""
+    """Write the weights of a chunk to `weights`, which must be zero before."""
     kept, start = chunk.kept, 0
     streams = []
     for size in chunk.sizes:
@@ -304,9 +303,9 @@ def _decode_chunk(chunk: _Chunk, weights: np.ndarray) -> None:
 
 
 def _compress(values: np.ndarray) -> bytes:
-    """Return a stream of bytes as a Zstandard frame, or as it is if that is not larger.
+    """Return a stream of bytes as a Zstandard frame, or unchanged if that is not larger.
 
-    The start of a long stream is tried first, because most streams of mantissas are noise.
+    A long stream is first tried on its start, because most mantissa streams are noise.
     """
     for part in (values[:_SAMPLE], values) if len(values) > 4 * _SAMPLE else (values,):
         compressor = zstd.ZstdCompressor(options=_HUFFMAN_ONLY)
@@ -317,7 +316,7 @@ def _compress(values: np.ndarray) -> bytes:
 
 
 def _decompress(stream: np.ndarray, size: int) -> np.ndarray:
-    """Return a stream of `size` bytes as it was before `_compress`."""
+    """Return the original stream of `size` bytes passed to `_compress`."""
     if len(stream) == size:
         return stream
     decompressor = zstd.ZstdDecompressor()

@@ -1,6 +1,6 @@
-"""The packed form of a weight: kept values and a bit mask.
+"""The packed format: kept values and a bit mask.
 
-The packed form of `x.weight` is three ordinary tensors: `x.weight` holds the kept values in row
+A packed `x.weight` consists of three ordinary tensors: `x.weight` contains the kept values in row
 order (one dimension), `x.weight_mask` one bit per weight (1 = kept, first weight in the least
 significant bit of the first byte) and `x.weight_shape` the shape. Every weight whose bits are not
 all zero is kept, so decoding restores any tensor bit for bit, including negative zeros and NaNs.
@@ -18,7 +18,7 @@ COMPANIONS = (".weight_mask", ".weight_shape")
 
 
 def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Split a weight into kept values, bit mask and shape.
+    """Split a weight into its kept values, bit mask and shape.
 
     Args:
         weight: Tensor of any shape and dtype.
@@ -60,7 +60,7 @@ def unpack(
         The weight of shape `shape`, on the device and in the dtype of `values`.
 
     Raises:
-        ValueError: `values`, `mask` and `shape` are inconsistent, so the file is damaged.
+        ValueError: `values`, `mask` and `shape` are inconsistent, which means the file is damaged.
     """
     size = check_layout(mask, shape, name)
     count = prod(size)
