@@ -1,4 +1,4 @@
-"""Pruning methods as functions of single matrices: masks, criteria, solvers that update weights."""
+"""Pruning methods for single matrices: masks, criteria, and solvers that update weights."""
 
 from optimum_cap.methods.allocations import ALLOCATIONS
 from optimum_cap.methods.columns import COLUMN_ROUNDS, remove_columns

@@ -1,6 +1,6 @@
-"""Allocations: how zeros are divided among the matrices of a model.
+"""Allocations: how zeros are distributed over the matrices of a model.
 
-This module says what each allocation needs. The functions that compute them are in
+This module lists what each allocation needs. The functions that compute them are in
 `optimum_cap/pruning/allocation.py`.
 """
 
@@ -12,13 +12,13 @@ class Allocation:
     """The properties of an allocation.
 
     Attributes:
-        title: What the model card adds to the title of the criterion.
+        title: Text that the model card adds to the title of the criterion.
         needs_data: Whether it measures anything on calibration data.
         by_sensitivity: Whether it is computed from the sensitivities of the sites.
-        per_matrix: Whether it decides the number of zeros of each matrix before they are pruned;
+        per_matrix: Whether it determines the number of zeros of each matrix before pruning;
             otherwise a threshold over all weights does.
-        fields: The fields of `CAPConfig` that it uses, besides those of the calibration data. They
-            are refused where nothing uses them.
+        fields: The fields of `CAPConfig` that it uses, in addition to those of the calibration
+            data. They are refused where nothing uses them.
     """
 
     title: str = ""

@@ -1,4 +1,4 @@
-"""Removal of whole columns of a matrix, with a least squares fit of those that are left."""
+"""Removal of whole columns of a matrix, with a least squares fit of the remaining ones."""
 
 import torch
 
@@ -6,7 +6,7 @@ from optimum_cap.methods.reconstruction import factor_hessian
 from optimum_cap.methods.statistics import InputStatistics
 
 _DAMPING = 0.01  # fraction of the mean of the diagonal of the Hessian
-COLUMN_ROUNDS = 128  # at most; in each, the errors of all groups are computed again
+COLUMN_ROUNDS = 128  # at most; each recomputes the errors of all groups
 
 
 def remove_columns(
@@ -16,12 +16,12 @@ def remove_columns(
     count: int,
     name: str = "matrix",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove groups of columns one after the other, each time those that are missed least.
+    """Remove groups of columns one by one, each time the group with the smallest error.
 
-    A group is missed by the squared error of the outputs that is left once all other columns are
-    fitted to make up for it. Removing a group and fitting the others is one step of Gaussian
-    elimination on the inverse of the Hessian, so that the result is the least squares solution for
-    the columns that are kept.
+    The error of a group is the squared error of the outputs that remains after fitting all other
+    columns to compensate for its removal. Removing a group and fitting the others is one step of
+    Gaussian elimination on the inverse of the Hessian, so the result is the least squares solution
+    for the kept columns.
 
     Sources: Optimal Brain Surgeon (Hassibi and Stork 1992) on groups of columns, as in ZipLM
     (Kurtic et al. 2023, arXiv 2302.04089, Eq. 3 and 4) and SlimGPT (Ling et al. 2024, arXiv
@@ -29,14 +29,13 @@ def remove_columns(
 
     Args:
         weight: `[out, in]`; it is not changed.
-        inputs: Statistics of its inputs, with `gram`. Without any tokens, all columns have the same
-            weight.
+        inputs: Statistics of its inputs, with `gram`. Without any tokens, all inputs count equally.
         groups: The columns of each group, int64 `[groups, size]`.
         count: Number of groups to remove.
         name: Name of the matrix, for messages.
 
     Returns:
-        Which columns are kept, bool `[in]`; and the new weights, float32 `[out, in]`, zero in the
+        The mask of kept columns, bool `[in]`; and the new weights, float32 `[out, in]`, zero in the
         removed columns.
 
     Raises:
@@ -55,7 +54,7 @@ def remove_columns(
         coupling = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
         new -= new[:, columns] @ coupling
         inverse -= inverse[:, columns] @ coupling
-        # Exactly zero, and no longer coupled to the others.
+        # Exactly zero, and no longer coupled to the other columns.
         new[:, columns] = 0
         inverse[columns] = 0
         inverse[:, columns] = 0
@@ -68,7 +67,7 @@ def remove_columns(
 
 
 def _errors(weight: torch.Tensor, inverse: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Return the squared error that removing each group alone leaves, `[groups]`."""
+    """Return the squared error that remains after removing each group alone, `[groups]`."""
     if groups.shape[1] == 1:
         columns = groups[:, 0]
         return weight.square().sum(dim=0)[columns] / inverse.diagonal()[columns]

@@ -19,12 +19,12 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 @dataclass(frozen=True)
 class CriterionInputs:
-    """Inputs of a criterion besides the weights of the matrix.
+    """Inputs of a criterion other than the weights of the matrix.
 
     Attributes:
         name: Name of the matrix.
         seed: Seed for random numbers.
-        regions: Importance of the unit that each weight belongs to; broadcasts against `[out, in]`.
+        regions: Importance of each weight's unit; broadcasts against `[out, in]`.
         statistics: Statistics of the inputs of the matrix.
     """
 
@@ -41,7 +41,7 @@ with higher importances are kept."""
 
 @dataclass(frozen=True)
 class Criterion:
-    """A pruning criterion: it ranks weights by `importance`, or solves for them by `solve`.
+    """A pruning criterion, which ranks weights with `importance` or solves for them with `solve`.
 
     Attributes:
         title: Its name in the model card.
@@ -52,12 +52,12 @@ class Criterion:
         needs_inputs: Whether it needs statistics of the inputs of a matrix, so that each layer is
             pruned before the inputs of the next one are measured.
         needs_examples: Whether it measures parts of the dense model on calibration examples.
-        needs_predictions: Whether it measures predictions of tokens on them.
-        removes_columns: Whether it removes channels by `remove_columns`, which fits the others.
+        needs_predictions: Whether it measures predictions of tokens on these examples.
+        removes_columns: Whether it removes channels with `remove_columns`, which fits the others.
         parts: The patterns of `SMALLER_PATTERNS` for which it can choose parts.
         cost: Its cost model in `cap estimate`: `"threshold"`, `"rows"`, `"sparsegpt"` or `"alps"`
             (`PRUNING_COSTS` in `optimum_cap/estimation/costs.py`).
-        fields: The fields of `CAPConfig` that it uses, besides those that `needs_scores`,
+        fields: The fields of `CAPConfig` that it uses, in addition to those that `needs_scores`,
             `needs_inputs` and `solve` imply. They are refused where nothing uses them.
     """
 
@@ -85,19 +85,19 @@ class Criterion:
 
     @property
     def updates_weights(self) -> bool:
-        """Whether it also changes the weights that it keeps."""
+        """Whether it also changes the kept weights."""
         return self.solve is not None or self.removes_columns
 
     @property
     def ranks_weights(self) -> bool:
-        """Whether it chooses single weights, and not only parts."""
+        """Whether it can choose individual weights, not only parts."""
         return self.importance is not None or self.solve is not None
 
 
 def magnitude_times_importance(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
     """Return |W| * I (paper, Eq. 4)."""
     assert inputs.regions is not None
-    # abs() makes a copy, so the following operations may work in place.
+    # abs() makes a copy, so the following operations can work in place.
     return weight.detach().abs().float().mul_(inputs.regions.to(weight.device))
 
 
@@ -107,7 +107,7 @@ def magnitude(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
 
 
 def random(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
-    """Return uniform random numbers that depend on seed and name only, not on the device."""
+    """Return uniform random numbers that depend only on seed and name, not on the device."""
     generator = torch.Generator().manual_seed(zlib.crc32(inputs.name.encode()) + inputs.seed)
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
@@ -115,8 +115,8 @@ def random(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
 def wanda(weight: torch.Tensor, inputs: CriterionInputs) -> torch.Tensor:
     """Return |W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Eq. 1).
 
-    The norm of a channel is its root mean square over tokens, which gives the same ranking. An
-    expert's matrix that no token reached is ranked by magnitude.
+    The norm of a channel is its root mean square over tokens, which gives the same ranking. The
+    matrix of an expert that no token reached is ranked by magnitude.
     """
     assert inputs.statistics is not None
     importance = magnitude(weight, inputs)

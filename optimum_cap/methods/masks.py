@@ -1,4 +1,4 @@
-"""Masks: exact thresholds over any number of weights, and the sparsity patterns of a matrix.
+"""Masks: exact thresholds over any number of weights, and sparsity patterns of a matrix.
 
 A mask is True where the weight is kept.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 
 REMOVED_PARTS = ("experts", "heads", "channels", "layers")
-"""The patterns that remove parts of one kind, an equal number of every layer."""
+"""The patterns that remove parts of one kind, the same number from every layer."""
 
 SMALLER_PATTERNS = (*REMOVED_PARTS, "structured")
 """The patterns that make the model smaller."""
 
-_CHUNK = 1 << 22  # weights per step, which bounds the extra memory to a few times 16 MB
+_CHUNK = 1 << 22  # weights per step, which limits the extra memory to a few times 16 MB
 _BINS = 1 << 16
-_INFINITY = 0x7F800000  # bit pattern of infinity; only those of NaNs are larger
+_INFINITY = 0x7F800000  # bit pattern of infinity; only NaNs have larger ones
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Threshold:
     """The k-th smallest importance, and the number of ties to prune.
 
     Attributes:
-        value: Weights with a lower importance are pruned, with a higher one are kept.
-        ties: Number of weights with exactly this importance to prune, the first ones by position.
+        value: Weights with a lower importance are pruned, weights with a higher one are kept.
+        ties: Number of weights with exactly this importance to prune, starting with the first by
+            position.
     """
 
     value: float
@@ -36,13 +37,13 @@ class Threshold:
 def kth_smallest(importances: Callable[[], Iterable[torch.Tensor]], k: int) -> Threshold:
     """Return the threshold that prunes exactly `k` weights.
 
-    The bit patterns of non-negative floats have the order of integers, so two passes with a
-    histogram over the upper, then the lower 16 bits give the exact value, without sorting or
-    copying the importances.
+    The bit patterns of non-negative floats are ordered like integers, so two passes with a
+    histogram of the upper, then the lower 16 bits give the exact value without sorting or copying
+    the importances.
 
     Args:
-        importances: Called once per pass; yields float32 tensors of any shape, the same ones each
-            time. Weights with higher importances are kept.
+        importances: Called once per pass; yields float32 tensors of any shape, the same each time.
+            Weights with higher importances are kept.
         k: Number of weights to prune, at least 1.
 
     Raises:
@@ -140,10 +141,10 @@ def n_of_m_mask(importance: torch.Tensor, kept: int, of: int) -> torch.Tensor:
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Return `(N, M)` of a pattern "N:M", which keeps N of every M weights; `None` for the others.
+    """Return `(N, M)` for a pattern "N:M", which keeps N of every M weights; `None` for others.
 
     Raises:
-        ValueError: `pattern` is no pattern.
+        ValueError: `pattern` is not a pattern.
     """
     if pattern in ("unstructured", *SMALLER_PATTERNS):
         return None

@@ -1,4 +1,4 @@
-"""Solvers that choose the weights to prune and update the others to preserve a layer's outputs."""
+"""Solvers that choose the weights to prune and update the rest to preserve a layer's outputs."""
 
 from collections.abc import Callable
 
@@ -40,13 +40,13 @@ def sparsegpt(
     Source: SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, Algorithm 1;
     https://github.com/IST-DASLab/sparsegpt, `sparsegpt.py`). The mask of a block of 128 columns is
     chosen after the updates of all columns before it; the Hessian is damped by 1 % of the mean of
-    its diagonal. Unlike the reference code, a channel whose input is always zero does not count in
-    that mean, and it is pruned first, but not beyond `zeros`.
+    its diagonal. Unlike in the reference code, channels whose input is always zero do not count in
+    that mean; they are pruned first, but not beyond `zeros`.
 
     Args:
         weight: `[out, in]`; it is not changed.
-        inputs: Statistics of its inputs, with `gram`. Without any tokens, all channels have the
-            same weight.
+        inputs: Statistics of its inputs, with `gram`. Without any tokens, all channels count
+            equally.
         zeros: Number of weights to prune, spread evenly over the blocks of columns.
         pattern: `(N, M)`, which keeps N of every M weights; `zeros` is then ignored.
         name: Name of the matrix, for log and error messages.
@@ -102,11 +102,11 @@ def alps(
     squares solution.
 
     Differences from the paper: the Hessian is damped by 5 % of the mean of its diagonal instead of
-    1 %, because calibration sets have few tokens for each input; the inputs are scaled to the same
-    norm, so that the projection ranks weights as Wanda does; all weights of the matrix are ranked
+    1 %, because calibration sets have few tokens per input; the inputs are scaled to the same norm,
+    so that the projection ranks weights as Wanda does; all weights of the matrix are ranked
     together; and the penalty grows by a fixed factor after every fourth of 12 steps. On matrices of
     SmolLM2-135M, 80 steps with 20 inverses lower the output error by 6 to 12 %, but take four times
-    as long; the inverses of wide matrices cost the most. Computing one inverse per penalty is much
+    as long, mostly for the inverses of wide matrices. Computing one inverse per penalty is much
     faster on a GPU than an eigendecomposition.
 
     Args, returns and raises: as for `sparsegpt`.
@@ -134,7 +134,7 @@ def alps(
     if dense.numel() <= _SAMPLE:
         drawn = torch.arange(dense.numel())
     else:
-        # Drawn at random: weights at equal distances would belong to only a few channels.
+        # Drawn at random, because evenly spaced weights would belong to only a few channels.
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(dense.numel(), (_SAMPLE,), generator=generator)
     drawn = drawn.to(dense.device)
@@ -150,7 +150,7 @@ def alps(
 
     target = dense @ hessian
     # The steps work in place where possible, and `dense` is recomputed later, because these
-    # matrices and the Hessian determine the peak memory. Row-major, even if `weight` is not.
+    # matrices and the Hessian determine peak memory. Row-major, even if `weight` is not.
     sparse = (dense * approximate_mask(dense)).contiguous()
     last, dual, penalty = torch.empty_like(target), torch.zeros_like(target), _PENALTY
     del dense
@@ -161,7 +161,7 @@ def alps(
             torch.mm(sparse, inverse, out=last).add_(dual)
             torch.mul(last, approximate_mask(last), out=sparse)
             torch.sub(last, sparse, out=dual)
-        del inverse  # before the next one is allocated
+        del inverse  # before allocating the next one
         dual /= _PENALTY_GROWTH
         penalty *= _PENALTY_GROWTH
     del target, sparse, dual
@@ -172,7 +172,7 @@ def alps(
 
 def _inverse(hessian: torch.Tensor, penalty: float) -> torch.Tensor:
     """Return the inverse of the Hessian with `penalty` added to its diagonal."""
-    # Column-major, as LAPACK expects, so neither step makes a copy on CPU.
+    # Column-major, as LAPACK expects, so that neither step makes a copy on the CPU.
     work = torch.empty_like(hessian).mT.copy_(hessian)
     work.diagonal().add_(penalty)
     torch.linalg.cholesky(work, out=work)
@@ -193,7 +193,7 @@ def _least_squares_(
     for _ in range(FITTING_STEPS):
         along = (direction @ hessian).mul_(keep)
         curvature = (direction * along).sum(dim=1, keepdim=True)
-        # Rows without kept weights, or already solved, do not change.
+        # Rows that have no kept weights or are already solved do not change.
         step = (square / curvature).where(curvature > 0, 0)
         weight += step * direction
         residual -= step * along
@@ -208,9 +208,8 @@ def correct_toward_dense(
     """Return a dense matrix whose outputs in the pruned model are closer to the dense model's.
 
     Error compensation as in GPTAQ (Li et al. 2025, arXiv 2504.02692): a damped regression of the
-    dense model's outputs on the inputs that the matrix receives in the pruned model. Only 75 % of
-    the correction is applied, because the inputs are noisy and a full correction would fit the
-    noise.
+    dense model's outputs on the inputs of the matrix in the pruned model. Only 75 % of the
+    correction is applied, because the inputs are noisy and a full correction would fit the noise.
 
     Args:
         weight: `[out, in]`; it is not changed.
@@ -246,7 +245,7 @@ def factor_hessian(
             is the identity.
         columns: Number of inputs.
         name: Name of the matrix, for messages.
-        damping: Fraction of the mean of the diagonal that is added to it.
+        damping: Fraction of the mean of the diagonal to add to the diagonal.
 
     Raises:
         ValueError: `inputs` has no `gram`, or the Hessian cannot be inverted.
@@ -303,7 +302,7 @@ def _damped(
 
 
 def _factor_of_inverse(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the upper Cholesky factor of the inverse, and a non-zero value if it failed."""
+    """Return the upper Cholesky factor of the inverse, and a nonzero value if that failed."""
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         return lower, failed

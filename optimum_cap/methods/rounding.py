@@ -1,4 +1,4 @@
-"""Rounding of weights to a grid of integers, with compensation of the errors."""
+"""Rounding of weights to an integer grid, with error compensation."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ import torch
 from optimum_cap.methods.reconstruction import BLOCK, factor_inverse_hessian
 from optimum_cap.methods.statistics import InputStatistics
 
-LEVELS = 7  # integers of 4 bits, from -7 to 7, so that the grid is symmetric
+LEVELS = 7  # 4-bit integers from -7 to 7, so that the grid is symmetric
 
 
 @dataclass(frozen=True)
 class RoundedMatrix:
-    """A matrix of integers, with a scale for each group of inputs of each output.
+    """A matrix of integers with a scale per output and group of inputs.
 
     Attributes:
         codes: Integers from -7 to 7, int8 `[out, in]`.
-        scales: What they are multiplied by, `[out, in / group]`.
+        scales: Their scales, `[out, in / group]`.
     """
 
     codes: torch.Tensor
@@ -24,7 +24,7 @@ class RoundedMatrix:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights that they stand for, in the dtype of the scales, `[out, in]`."""
+        """The dequantized weights, `[out, in]`, in the dtype of the scales."""
         group = self.codes.shape[1] // self.scales.shape[1]
         scales = self.scales.repeat_interleave(group, dim=1)
         return self.codes.to(scales.dtype) * scales
@@ -37,23 +37,23 @@ def round_columns(
     dtype: torch.dtype = torch.float32,
     name: str = "matrix",
 ) -> RoundedMatrix:
-    """Round a matrix to 4 bits column by column, updating the columns that follow; zeros stay.
+    """Round a matrix to 4 bits column by column, updating later columns and keeping zeros.
 
     Source: GPTQ (Frantar et al. 2022, arXiv 2210.17323, Algorithm 1), with the mask kept as in
-    SparseGPT (arXiv 2301.00774, section 3.4): what the updates add to a weight that is zero is
-    moved on to later columns. The largest kept weight of a group, after the updates of all groups
-    before it, gets the largest integer.
+    SparseGPT (arXiv 2301.00774, section 3.4): updates of zero weights are passed on to later
+    columns. The largest kept weight of a group, after the updates from all earlier groups, gets the
+    largest integer.
 
     Args:
         weight: `[out, in]`; it is not changed.
         inputs: Statistics of its inputs, with `gram`.
-        group: Number of neighbouring inputs that share a scale, a divisor of 128.
-        dtype: Dtype of the scales, to which they are rounded first.
+        group: Number of consecutive inputs that share a scale, a divisor of 128.
+        dtype: Dtype of the scales, which are rounded to it first.
         name: Name of the matrix, for log and error messages.
 
     Raises:
-        ValueError: The number of inputs is no multiple of `group`, `inputs` has no `gram`, or the
-            Hessian cannot be inverted.
+        ValueError: The number of inputs is not a multiple of `group`, `inputs` has no `gram`, or
+            the Hessian cannot be inverted.
     """
     new = weight.detach().float().clone()
     rows, columns = new.shape

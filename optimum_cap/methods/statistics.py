@@ -9,8 +9,8 @@ import torch
 class InputStatistics:
     """Second moments of the input of a matrix, summed over the calibration tokens that reach it.
 
-    Padding does not count. In a mixture of experts, only tokens routed to an expert count for its
-    matrices. Tokens may have weights.
+    Padding is excluded. In a mixture of experts, only tokens routed to an expert count for its
+    matrices. Tokens may be weighted.
 
     Attributes:
         tokens: Number of tokens, regardless of their weights.
@@ -36,12 +36,12 @@ class InputStatistics:
 
     @property
     def sums(self) -> list[torch.Tensor]:
-        """The sums that the statistics consist of; after they change, call `update_`."""
+        """The sums that make up the statistics; call `update_` after changing them."""
         sums = [self.squares if self.gram is None else self.gram, self.output_error_moment]
         return [each for each in sums if each is not None]
 
     def update_(self) -> None:
-        """Take the squares from the sum of products, if there is one."""
+        """Recompute the squares from the sum of products, if there is one."""
         if self.gram is not None:
             self.squares = self.gram.diagonal().clone()
 
@@ -53,7 +53,7 @@ class InputStatistics:
         self.update_()
 
     def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add inputs, `[tokens, in]`, with token weights, `[tokens]`; `None` weights all by 1."""
+        """Add inputs, `[tokens, in]`, with token weights, `[tokens]`; `None` gives all weight 1."""
         inputs = inputs.float()
         weighted = inputs if weights is None else inputs * weights.unsqueeze(1)
         self.tokens += len(inputs)
