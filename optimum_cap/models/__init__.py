@@ -1,4 +1,4 @@
-"""What CAP knows about transformers models: architectures, and how to run and change them."""
+"""Everything about transformers models: their architecture, and how to run and change them."""
 
 from optimum_cap.models.agreement import rows_not_finite, share_that_differs, tolerance
 from optimum_cap.models.architectures import (

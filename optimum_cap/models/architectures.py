@@ -1,8 +1,8 @@
-"""Finds the sites, units and regions of a model, by observing its decoder layers.
+"""Finds the sites, units and regions of a model by observing its decoder layers.
 
-What `observation` sees becomes sites: a projection that writes to the residual stream is the output
-projection of a site, and so is that of every expert. The projections that feed it, directly or
-through others, are its input projections.
+Sites are derived from what `observation` finds: a projection that writes to the residual stream is
+the output projection of a site, and so is the output projection of every expert. The projections
+that feed it, directly or through others, are its input projections.
 """
 
 import re
@@ -41,7 +41,7 @@ from optimum_cap.models.sites import Matrix, Range, Site, Unit, WeightSlice, is_
 
 @dataclass(frozen=True)
 class _Found:
-    """What was observed in one kind of decoder layer, for the sites of all layers of this kind."""
+    """Observations in one kind of decoder layer, for the sites of all layers of this kind."""
 
     observer: LayerObserver
     sites: tuple["_FoundSite", ...]
@@ -53,10 +53,10 @@ class _FoundSite:
 
     Attributes:
         output_proj: Name of the output projection, or of the experts module.
-        inputs: The projections that feed it, and those that feed these, in the order of the calls.
+        inputs: The projections that feed it directly or indirectly, in call order.
         level: As for `Site`.
-        depths: Depth of each of them and of the output projection, by name; of experts, that of
-            the input projections.
+        depths: Depth of each input projection and of the output projection, by name; for experts,
+            the depth of the input projections.
     """
 
     output_proj: str
@@ -66,13 +66,13 @@ class _FoundSite:
 
 
 def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list[Site]:
-    """Find every site of `model`, layer by layer, in the order in which they depend on each other.
+    """Find every site of `model`, layer by layer, in order of dependence.
 
-    Of those that run side by side, the ones that mix tokens come first.
+    Among sites that run in parallel, those that mix tokens come first.
 
     Args:
         model: A decoder-only model with a head: a causal language model, a classifier or a reward
-            model. It is left unchanged; its weights are not read.
+            model. It is not changed, and its weights are not read.
         mlp_unit_size: Channels per unit of sites without heads (the last unit may have fewer);
             `None` makes each of these sites one unit.
 
@@ -84,7 +84,7 @@ def find_sites(model: PreTrainedModel, mlp_unit_size: int | None = None) -> list
     layers = {name: model.get_submodule(name) for name in names}
     _check_modules_of_their_own(model, layers)
     shared = _in_several_layers(layers)
-    # Layers that share parameters may run other parts of the modules that hold them.
+    # Layers that share parameters may run different parts of the modules that own them.
     kinds = {
         name: (_kind_of(layer), name if any(each.startswith(f"{name}.") for each in shared) else "")
         for name, layer in layers.items()
@@ -142,7 +142,7 @@ def _observed(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> dict[s
 
 
 def _sites_of(observer: LayerObserver) -> Iterator[_FoundSite]:
-    """Yield the sites of an observed layer, in the order of the calls of their projections."""
+    """Yield the sites of an observed layer, in the call order of their projections."""
     seen = observer.observed
     order = list(seen.projections)
     experts = {name for name, each in seen.projections.items() if each.experts is not None}
@@ -158,17 +158,17 @@ def _sites_of(observer: LayerObserver) -> Iterator[_FoundSite]:
     for name in order:
         if name not in writers | experts:
             continue
-        # What reaches the output of the layer by itself without being a writer scales it: a gate,
+        # A projection that reaches the output of the layer without being a writer scales it: a gate
         # or a router.
         barriers = seen.writers | experts | routers
         new = _ancestors(name, seen.feeders, barriers) - taken
         taken |= new
         inputs = tuple(sorted(new, key=order.index))
-        if name in experts:  # what all tokens pass before them (Nemotron-H) are sites too
+        if name in experts:  # what all tokens pass before them (Nemotron-H) is a site too
             found |= dict.fromkeys(inputs, ())
             inputs = ()
         found[name] = inputs
-    # Experts are two projections, one after the other.
+    # Experts are two projections in sequence.
     depths = _longest_chains(seen.feeders, order, lambda name: 1 + (name in experts))
     levels = _longest_chains(seen.feeders, order, lambda name: int(name in found))
     for name, inputs in found.items():
@@ -176,7 +176,7 @@ def _sites_of(observer: LayerObserver) -> Iterator[_FoundSite]:
 
 
 def _ancestors(name: str, feeders: Mapping[str, set[str]], barriers: set[str]) -> set[str]:
-    """Return what feeds a projection, directly or through others, but not through `barriers`."""
+    """Return the direct and indirect feeders of a projection, except through `barriers`."""
     found: set[str] = set()
     new = feeders[name] - barriers
     while new:
@@ -191,7 +191,7 @@ def _longest_chains(
     """Return the length of the longest chain of projections that each projection depends on.
 
     Args:
-        feeders: What feeds each projection.
+        feeders: The projections that feed each projection.
         order: The projections.
         links: How much a projection adds to a chain.
     """
@@ -199,7 +199,7 @@ def _longest_chains(
 
     def length(name: str) -> int:
         if name not in lengths:
-            lengths[name] = 0  # of a projection that is called twice and feeds itself
+            lengths[name] = 0  # for a projection that is called twice and feeds itself
             lengths[name] = max((length(each) + links(each) for each in feeders[name]), default=0)
         return lengths[name]
 
@@ -207,13 +207,13 @@ def _longest_chains(
 
 
 class _Units:
-    """Makes the sites of every layer from those of the observed layers.
+    """Builds the sites of every layer from those of the observed layers.
 
     Args:
         model: The model.
-        found: What was observed, by the name of the layer.
+        found: The observations, by layer name.
         mlp_unit_size: As for `find_sites`.
-        shared: The first name of parameters that several layers have, by each of their names.
+        shared: The first name of each parameter shared by several layers, by each of its names.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class _Units:
         self._rows: dict[tuple[str, str], tuple[str, list[Range], dict[str, list[Rows]]]] = {}
 
     def sites(self, layer: int, name: str, observed: str) -> Iterator[Site]:
-        """Yield the sites of layer `name` by those of the layer `observed`, of the same kind."""
+        """Yield the sites of layer `name`, based on layer `observed` of the same kind."""
         for site in self._found[observed].sites:
             key = observed, site.output_proj
             if key not in self._rows:
@@ -240,7 +240,7 @@ class _Units:
     def _units_of(
         self, observed: str, site: _FoundSite
     ) -> tuple[str, list[Range], dict[str, list[Rows]]]:
-        """Return the kind of a site, the channels of its units, and rows of its direct feeders."""
+        """Return the kind of a site, the channels of its units, and its direct feeders' rows."""
         observer = self._found[observed].observer
         seen, name = observer.observed, site.output_proj
         projection = seen.projections[name]
@@ -268,7 +268,7 @@ class _Units:
         output_module = path if layout else f"{name}.{seen.output_modules[site.output_proj]}"
         projection = f"{path}.{OUTPUT}" if layout else path
         output = f"{projection}.weight" if layout is None else projection
-        # Of what layers share, each may call another part, such as an adapter of its own.
+        # Each layer may call a different part of shared modules, such as its own adapter.
         skipped = {each for each in seen.uncalled if f"{name}.{each}.weight" in self._shared}
         if site.output_proj in skipped:
             return
@@ -287,7 +287,7 @@ class _Units:
         depths = {self._shared.get(each, each): depth for each, depth in depths.items()}
         output = self._shared.get(output, output)
         dim = 1 - self._transposed(output, layout)
-        # Of each unit: parameter, dimension and rows of each part of its region.
+        # For each unit: parameter, dimension and rows of each part of its region.
         pieces: list[list[tuple[str, int, Rows]]] = [
             [(output, dim, Rows(*channels, (index,), True))]
             for index, channels in enumerate(bounds)
@@ -327,7 +327,7 @@ class _Units:
             )
 
     def _all_rows(self, projection: Projection, layout: ExpertsLayout | None, units: int) -> Rows:
-        """Return all rows of a projection, as rows of all units."""
+        """Return all rows of a projection, assigned to all units."""
         count = projection.rows if layout is None else layout.rows
         return Rows(0, count, tuple(range(units)), separable=units == 1)
 
@@ -336,7 +336,7 @@ class _Units:
 
 
 def _kind_of(layer: nn.Module) -> Any:
-    """Return what two layers have in common if they run the same code on matrices of one shape."""
+    """Return a key shared by layers that run the same code on matrices of the same shape."""
     parts = []
     for name, module in layer.named_modules():
         plain = {
@@ -352,10 +352,10 @@ def _kind_of(layer: nn.Module) -> Any:
 
 
 def _check_modules_of_their_own(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
-    """Check that no module with parameters is in two layers: a hook on it would see both.
+    """Check that no module with parameters is in two layers, where a hook on it would see both.
 
     Raises:
-        ValueError: One is.
+        ValueError: A module is.
     """
     owners: dict[int, str] = {}
     for layer, module in layers.items():
@@ -370,7 +370,7 @@ def _check_modules_of_their_own(model: PreTrainedModel, layers: Mapping[str, nn.
 
 
 def _in_several_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the first name of parameters that several layers have (Zamba), by all their names."""
+    """Return the first name of parameters shared by several layers (Zamba), by all their names."""
     names: dict[int, list[str]] = {}
     for layer, module in layers.items():
         for name, parameter in module.named_parameters():
@@ -419,24 +419,24 @@ def _registered_layers(model: PreTrainedModel, path: str) -> list[str]:
 
 
 def activation_bytes_per_token(model: PreTrainedModel, longest: int) -> int:
-    """Return how many bytes a token takes while a decoder layer runs in float32.
+    """Return the number of bytes per token while a decoder layer runs in float32.
 
     Args:
         model: The model.
         longest: Number of tokens of the longest sequence.
     """
     config = model.config.get_text_config(decoder=True)
-    # Attention that is not fused keeps its probabilities and a float32 copy of them.
+    # Unfused attention keeps its probabilities and a float32 copy of them.
     attention = 8 * (getattr(config, "num_attention_heads", None) or 0) * longest
     widths = 7 * config.hidden_size + layer_input_width(model) + 4 * mlp_width(model)
     return int(4 * widths + attention)
 
 
 def layer_input_width(model: PreTrainedModel) -> int:
-    """Return how many values a decoder layer receives for each token.
+    """Return the number of values a decoder layer receives per token.
 
-    Gemma 3n and DeepSeek V4 have several hidden states for each token, and Gemma 3n and 4 have
-    inputs per layer.
+    Gemma 3n and DeepSeek V4 have several hidden states per token, and Gemma 3n and 4 have per-layer
+    inputs.
     """
     config = model.config.get_text_config(decoder=True)
     hidden_states = getattr(config, "altup_num_inputs", None) or getattr(config, "hc_mult", 1)
@@ -445,7 +445,7 @@ def layer_input_width(model: PreTrainedModel) -> int:
 
 
 def mlp_width(model: PreTrainedModel) -> int:
-    """Return the number of channels of an MLP, the largest if layers differ."""
+    """Return the number of channels of an MLP, or the largest one if layers differ."""
     config = model.config.get_text_config(decoder=True)
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     width = max(width) if isinstance(width, Sequence) else width
@@ -478,7 +478,7 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 
 def _is_decoder(config: PretrainedConfig) -> bool:
-    """Return whether a config is of a decoder alone; `True` if its code is not in transformers."""
+    """Return whether a config is for a decoder only; `True` if its code is not in transformers."""
     if not type(config).__module__.startswith("transformers."):
         return True
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder

@@ -1,8 +1,8 @@
 """Runs decoder layers with `torch.compile`, which fuses the operations between matrix products.
 
 Layers of the same structure share one program, which takes their weights as inputs. It is compiled
-once, not per layer, and takes any number of rows and tokens (a single row needs another program).
-A layer that cannot be compiled without a graph break raises an error.
+once rather than per layer, and accepts any number of rows and tokens (a single row needs another
+program). A layer that cannot be compiled without a graph break raises an error.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from optimum_cap.models.internals import accelerate_hook
 LayerCall = Callable[[nn.Module, torch.Tensor, Any, dict[str, Any]], Any]
 
 OLDEST_TORCH = "2.7"  # the first version with all features used here
-_MOST_PROGRAMS = 64  # for all models of the process; the default of torch is 8
+_MOST_PROGRAMS = 64  # for all models of the process; torch's default is 8
 
 
 def call_layer(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -30,7 +30,7 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dict[s
 
 
 def call_compiled(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return the same as `call_layer`, with a program of `torch.compile`.
+    """Return the same as `call_layer`, using a compiled program.
 
     Raises:
         ValueError: The layer cannot be compiled, or this machine cannot compile.
@@ -54,27 +54,28 @@ def call_compiled(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: dic
 
 @cache
 def _program() -> LayerCall:
-    # Round where the layer itself rounds.
+    # Round in the same places as the layer itself.
     options: dict[str, Any] = {"emulate_precision_casts": True}
     return torch.compile(call_layer, dynamic=True, fullgraph=True, options=options)
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Apply the settings of torch for a run with compiled layers."""
+    """Apply the torch settings for a run with compiled layers."""
     import torch._dynamo
 
     with (
         torch._dynamo.config.patch(recompile_limit=_MOST_PROGRAMS),
         warnings.catch_warnings(),
     ):
-        # This warning advises TF32 on a GPU, which would cost float32 scores most of their digits.
+        # This warning recommends TF32 on a GPU, which would cost float32 scores most of their
+        # digits.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         yield
 
 
 def check_compilable(model: PreTrainedModel) -> None:
-    """Check, before anything is compiled, that layers of a model can be.
+    """Check, before anything is compiled, that the layers of a model can be compiled.
 
     Raises:
         ValueError: torch is too old, or accelerate moves weights or inputs of the model.

@@ -1,10 +1,10 @@
-"""The computation of an experts module, expert by expert.
+"""Computes an experts module expert by expert.
 
 An experts module (`experts` in the mixture models of transformers) holds the weights of all experts
-in parameters with three dimensions. It takes tokens `[tokens, hidden]`, the experts that each is
-routed to, int64 `[tokens, k]`, and their routing weights, `[tokens, k]`, and returns the weighted
-sum of the outputs of these experts. That of Llama 4 takes the tokens of all experts one after the
-other, `[experts * tokens, hidden]`, zero where a token is not routed to the expert.
+in three-dimensional parameters. It takes tokens `[tokens, hidden]`, the experts that each is routed
+to, int64 `[tokens, k]`, and their routing weights, `[tokens, k]`, and returns the weighted sum of
+the outputs of these experts. The module of Llama 4 takes the tokens of all experts concatenated,
+`[experts * tokens, hidden]`, zero where a token is not routed to the expert.
 """
 
 import functools
@@ -27,13 +27,13 @@ class ExpertsLayout:
     """How an experts module stores and runs its experts.
 
     Attributes:
-        input_proj: Name of the parameter that tokens are multiplied by first.
+        input_proj: Name of the parameter that multiplies the tokens first.
         count: Number of experts.
         hidden: Width of the tokens.
         width: Number of inputs of each output projection.
         rows: Number of outputs of each input projection.
         transposed: Whether the matrices are stored as `[in, out]`.
-        all_tokens: Whether the module takes the tokens of all experts one after the other.
+        all_tokens: Whether the module takes the concatenated tokens of all experts.
     """
 
     input_proj: str
@@ -51,7 +51,7 @@ def _signature(kind: Any) -> inspect.Signature:
 
 
 def experts_layout(module: nn.Module) -> ExpertsLayout | None:
-    """Return how an experts module stores its experts; `None` if it is no such module."""
+    """Return how an experts module stores its experts; `None` if it is not an experts module."""
     output = getattr(module, OUTPUT, None)
     input_proj = next((name for name in _INPUTS if getattr(module, name, None) is not None), "")
     weight = getattr(module, input_proj, None) if input_proj else None
@@ -62,8 +62,8 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
         return None
     assert isinstance(output, nn.Parameter)
     assert isinstance(weight, nn.Parameter)
-    # Neither is square in both orientations: gated inputs have twice as many outputs as the output
-    # projection has inputs.
+    # They are not square in both orientations: gated input projections have twice as many outputs
+    # as the output projection has inputs.
     factor = 2 if input_proj == "gate_up_proj" else 1
     fits = [
         weight.shape[2 if transposed else 1] == factor * output.shape[1 if transposed else 2]
@@ -92,10 +92,10 @@ class ExpertsCall:
 
     Attributes:
         hidden: The tokens, `[tokens, hidden]`, or `[experts, tokens, hidden]` if each expert has
-            tokens of its own.
+            its own tokens.
         chosen: Experts that each token is routed to, int64 `[tokens, k]`; the number of experts
-            where there is none.
-        weights: Their routing weights, `[tokens, k]`; 1 if the tokens are weighted already.
+            stands for none.
+        weights: Their routing weights, `[tokens, k]`; 1 if the tokens are already weighted.
     """
 
     hidden: torch.Tensor
@@ -103,7 +103,7 @@ class ExpertsCall:
     weights: torch.Tensor
 
     def inputs(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Return what an expert receives for tokens, `[tokens, hidden]`."""
+        """Return the inputs of an expert for some tokens, `[tokens, hidden]`."""
         return (self.hidden if self.hidden.ndim == 2 else self.hidden[expert])[tokens]
 
 
@@ -114,7 +114,7 @@ def experts_call(
 
     Args:
         module: The experts module.
-        path: Its path, for the error.
+        path: Its path, for the error message.
         args: The positional arguments.
         kwargs: The keyword arguments.
 
@@ -150,9 +150,10 @@ def experts_call(
 
 
 def gate(module: Any, projected: torch.Tensor) -> torch.Tensor:
-    """Return the inputs of output projections, from the outputs of input projections."""
+    """Return the inputs of output projections from the outputs of input projections."""
     if getattr(module, "has_gate", True) and hasattr(module, "_apply_gate"):
-        # Private: the activation differs between architectures, and no public method applies it.
+        # Private method: the activation differs between architectures, and no public method applies
+        # it.
         activated: torch.Tensor = module._apply_gate(projected)
         return activated
     if not hasattr(module, "gate_up_proj"):
@@ -204,9 +205,9 @@ def _product(
 
 
 def computes_experts(module: nn.Module) -> bool:
-    """Return whether an experts module gives what `gated` and `expert_output` give.
+    """Return whether an experts module computes the same as `gated` and `expert_output`.
 
-    One of its experts runs on a few tokens.
+    The check runs one of its experts on a few tokens.
     """
     layout = experts_layout(module)
     assert layout is not None
@@ -214,27 +215,27 @@ def computes_experts(module: nn.Module) -> bool:
     count = layout.count * _TRIED_TOKENS if layout.all_tokens else _TRIED_TOKENS
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, layout.hidden, generator=generator).to(weight)
-    # The others that are chosen have no weight.
+    # The other chosen experts have zero weight.
     chosen = torch.arange(min(2, layout.count), device=weight.device).expand(count, -1)
     weights = (chosen == 0).to(weight.dtype)
     with torch.no_grad():
         found = module(hidden) if layout.all_tokens else module(hidden, chosen, weights)
-        hidden = hidden[:_TRIED_TOKENS]  # of the first expert
+        hidden = hidden[:_TRIED_TOKENS]  # those of the first expert
         expected = expert_output(module, 0, gated(module, 0, hidden))
     difference = float((found[:_TRIED_TOKENS] - expected).float().norm())
     scale = float(expected.float().norm())
-    # Rounding of three products: some 0.5 % in bfloat16.
+    # Rounding errors of three products, about 0.5 % in bfloat16.
     tolerated = max(4 * torch.finfo(weight.dtype).eps, 64 * torch.finfo(torch.float32).eps)
     return difference <= tolerated * scale
 
 
 def have_own_tokens(module: nn.Module) -> bool:
-    """Return whether an experts module takes the tokens of all experts one after the other."""
+    """Return whether an experts module takes the concatenated tokens of all experts."""
     layout = experts_layout(module)
     return layout is not None and layout.all_tokens
 
 
 def routed(chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which tokens are routed to an expert, and its position in `[tokens, k]` of each."""
+    """Return the tokens routed to an expert, and its position among each token's `k` choices."""
     tokens, slots = (chosen == expert).nonzero(as_tuple=True)
     return tokens, slots

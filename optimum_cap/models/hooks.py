@@ -1,4 +1,4 @@
-"""Context managers that record, mask or replace parts of a forward pass, and undo it on exit."""
+"""Context managers that record, mask or replace parts of a forward pass, undone on exit."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ from optimum_cap.models.sites import Site, Unit
 def masked_unit(model: PreTrainedModel, site: Site, unit: Unit) -> Iterator[None]:
     """Mask one unit: set its slice of the output projection's input to zero (paper, step 2).
 
-    A projection that is a module gets a forward pre-hook. An expert of a 3-D parameter has no
+    If the projection is a module, it gets a forward pre-hook. An expert in a 3-D parameter has no
     module to hook, so the columns that multiply the slice are zeroed instead, which gives the same
     product. They are restored exactly.
 
@@ -62,14 +62,14 @@ channels]`. transformers passes them to the layers in a `UserDict`, and nothing 
 
 
 def shared_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SharedStates | None:
-    """Return the shared keys and values among the arguments of a layer; `None` without them."""
+    """Return the shared keys and values among a layer's arguments; `None` if there are none."""
     return next((each for each in (*args, *kwargs.values()) if isinstance(each, UserDict)), None)
 
 
 def with_shared_states(
     args: tuple[Any, ...], kwargs: dict[str, Any], shared: SharedStates | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a layer with other shared keys and values."""
+    """Return the arguments of a layer with its shared keys and values replaced."""
 
     def replaced(value: Any) -> Any:
         return shared if isinstance(value, UserDict) else value
@@ -85,9 +85,9 @@ class RecordedCall:
         hidden: The first tensor argument.
         args: The other positional arguments.
         kwargs: The keyword arguments, without `hidden_states`.
-        output: The output of the module, with `None` for everything but the hidden states
+        output: The output of the module, with `None` for everything except the hidden states
             (attention weights would take more memory than all other tensors together).
-        shared: What `shared_states` of the arguments held after the call.
+        shared: The `shared_states` of the arguments after the call.
     """
 
     hidden: torch.Tensor
@@ -99,7 +99,7 @@ class RecordedCall:
 
 @contextmanager
 def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, RecordedCall]]:
-    """Record the calls of `modules`; yield a dictionary of them by the same names."""
+    """Record the calls of `modules`; yield a dictionary of the calls by module name."""
     calls: dict[str, RecordedCall] = {}
 
     def before(name: str) -> Callable[..., None]:
@@ -129,7 +129,7 @@ def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Recorded
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return the first argument of a call, whatever its name: what a projection multiplies."""
+    """Return the first argument of a call, whatever its name; for projections, the input."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -152,20 +152,20 @@ def hidden_states_of(output: Any) -> torch.Tensor:
 
 
 def repack_output(output: Any, hidden: torch.Tensor) -> Any:
-    """Return `hidden` as `output` has it: alone, or first in a tuple or list of the same length."""
+    """Return `hidden` in the form of `output`: alone, or first in a tuple or list of its length."""
     if not isinstance(output, tuple | list):
         return hidden
     return type(output)([hidden, *[None] * (len(output) - 1)])
 
 
 def streams_first(hidden: torch.Tensor, template: Any) -> torch.Tensor:
-    """Return hidden states with their streams, if there are several per token, in front.
+    """Return hidden states with the dimension of streams, if any, in front.
 
     Args:
-        hidden: As the layers of the model take and return them: `[rows, tokens, hidden]`,
+        hidden: Hidden states in the layout of the model's layers: `[rows, tokens, hidden]`,
             `[streams, rows, tokens, hidden]` (Gemma 3n) or `[rows, tokens, streams, hidden]`
             (DeepSeek V4).
-        template: An output of a layer for a single token, which shows which of these it is.
+        template: A layer output for a single token, which shows the layout.
 
     Returns:
         `[..., rows, tokens, hidden]`.
@@ -179,12 +179,12 @@ def as_layers_take(hidden: torch.Tensor, template: Any) -> torch.Tensor:
 
 
 def _has_streams_last(template: Any) -> bool:
-    shape = hidden_states_of(template).shape  # of one row of one token
+    shape = hidden_states_of(template).shape  # for one row of one token
     return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] > 1
 
 
 def has_lm_head(model: PreTrainedModel) -> bool:
-    """Return whether `model` predicts tokens, as classifiers and reward models do not."""
+    """Return whether `model` predicts tokens, unlike classifiers and reward models."""
     return bool(model.can_generate())
 
 
@@ -195,8 +195,8 @@ def call_model(
 ) -> Any:
     """Run `model` on tokens, without a cache.
 
-    Of a model without an LM head, only the base model runs: classifiers refuse batches if they
-    have no padding token, and return nothing for each token.
+    For a model without an LM head, only the base model runs: classifiers refuse batches if they
+    have no padding token, and return no values per token.
 
     Args:
         model: The model.
@@ -204,7 +204,7 @@ def call_model(
         inputs: Its other inputs, such as `pixel_values`.
 
     Returns:
-        The output of the model, or that of its base model.
+        The output of the model, or of its base model.
     """
     module = model if has_lm_head(model) else model.base_model
     others = {
@@ -216,10 +216,10 @@ def call_model(
 
 @contextmanager
 def without_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Make the LM head of the model return its input, so that no logits are computed.
+    """Make the LM head return its input, so that no logits are computed.
 
-    Unlike the argument `logits_to_keep`, this leaves the arguments of the layers alone: Gemma 4
-    runs the layers without keys and values of their own on the kept positions only.
+    Unlike the argument `logits_to_keep`, this does not affect the arguments of the layers: Gemma 4
+    runs layers without their own keys and values only on the kept positions.
     """
     if not has_lm_head(model):
         yield  # `call_model` does not run its head
@@ -229,16 +229,17 @@ def without_logits(model: PreTrainedModel) -> Iterator[None]:
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """Return `cache` by the name of the argument of `model`, which transformers 5.24 renamed."""
+    """Return `cache` under the argument name of `model`, which transformers 5.24 renamed."""
     renamed = "cache" in inspect.signature(model.forward).parameters
     return {"cache" if renamed else "past_key_values": cache}
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Make `module` run `forward` in this context.
+    """Make `module` run `forward` within this context.
 
-    A forward that was already replaced on the instance, as accelerate does, is restored.
+    If the forward had already been replaced on the instance, as accelerate does, that one is
+    restored.
     """
     was_replaced = "forward" in module.__dict__
     original_forward = module.forward
@@ -254,7 +255,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def zero_embeddings(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Make the model use zeros instead of embeddings, whose weights are not read."""
+    """Make the model use zeros instead of embeddings, without reading the embedding weights."""
     embeddings = model.get_input_embeddings()
 
     def zeros(input_ids: torch.Tensor) -> torch.Tensor:
@@ -271,7 +272,7 @@ def bypass_layers(layers: Iterable[nn.Module], output_template: Any) -> Iterator
 
     Args:
         layers: Decoder layers.
-        output_template: An output of one of them, which shows how they return hidden states.
+        output_template: An output of one of them, which shows how hidden states are returned.
     """
 
     def skip(*args: Any, **kwargs: Any) -> Any:
@@ -295,7 +296,7 @@ class StopForwardError(Exception):
 
 
 def run_until(block: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Return the output of `block` when `layer` runs on these arguments, and run nothing after it.
+    """Return the output of `block` when `layer` runs on these arguments, and stop there.
 
     Raises:
         RuntimeError: The layer does not run the block.

@@ -1,7 +1,8 @@
 """Private attributes of torch, transformers and accelerate, read in one place.
 
-Each function says which public API is missing. Other modules that may do the same: `experts` and
-`compilation` here, `plugin/quantizer.py`, `plugin/registration.py` and `evaluation/harness.py`.
+Each function says which public API is missing. Other modules that may use private attributes:
+`experts` and `compilation` here, `plugin/quantizer.py`, `plugin/registration.py` and
+`evaluation/harness.py`.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 
 def accelerate_hook(module: nn.Module) -> Any:
-    """Return the hook that accelerate has put on `module`, or `None`.
+    """Return accelerate's hook on `module`, or `None`.
 
     accelerate adds and removes hooks publicly (`add_hook_to_module`), but has no getter.
     """
@@ -22,28 +23,28 @@ def accelerate_hook(module: nn.Module) -> Any:
 
 
 def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """Return the hook that loads the weights of `module` itself, or `None` if not offloaded."""
+    """Return the hook that loads the weights of `module` itself; `None` if not offloaded."""
     hook = accelerate_hook(module)
     return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
 
 def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the parameters and the buffers of `module` itself, as dictionaries to change.
+    """Return the parameters and the buffers of `module` itself, as mutable dictionaries.
 
-    torch lists them publicly, but replaces none that has another device or type.
+    torch lists them publicly, but cannot replace them with tensors of another device or type.
     """
     return module._parameters, module._buffers
 
 
 def replace_content(module: nn.Module, other: nn.Module, keep: Iterable[str]) -> None:
-    """Give a module the parameters, buffers, submodules and public attributes of another one.
+    """Replace the parameters, buffers, submodules and public attributes of a module by another's.
 
-    torch changes them publicly one by one, but not all of them, and not those of the module itself.
+    torch has no public way to replace all of them, in particular those of the module itself.
 
     Args:
         module: The module, which is changed.
         other: A module of the same class.
-        keep: Attributes of `module` that stay.
+        keep: Attributes of `module` to keep.
     """
     inner = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
     for name, value in vars(other).items():
@@ -52,7 +53,7 @@ def replace_content(module: nn.Module, other: nn.Module, keep: Iterable[str]) ->
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """Return the hooks of `module` that run before its forward, then those that run after it.
+    """Return the forward pre-hooks of `module`, then its forward hooks.
 
     torch registers and removes hooks publicly, but does not list them.
     """
@@ -60,7 +61,7 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def implementations(model: PreTrainedModel) -> dict[str, str | None]:
-    """Return the implementations of attention and of experts that `model` runs.
+    """Return the attention and experts implementations that `model` uses.
 
     transformers sets them publicly (`set_attn_implementation`), but has no getter.
     """
@@ -71,7 +72,7 @@ def implementations(model: PreTrainedModel) -> dict[str, str | None]:
 
 
 def module_before_compilation(module: Any) -> Any:
-    """Return the module that `torch.compile` has wrapped, or `module` itself.
+    """Return the module that `torch.compile` wrapped, or `module` itself.
 
     torch has no public way back from an `OptimizedModule`, and no public name of that class.
     """
@@ -80,7 +81,7 @@ def module_before_compilation(module: Any) -> Any:
 
 
 def wrapped_layers(model: nn.Module) -> list[str]:
-    """Return the names of layers inside `model` that `torch.compile` has wrapped.
+    """Return the names of layers inside `model` that `torch.compile` wrapped.
 
     Such a layer changes the names of its parameters: `layers.0._orig_mod.mlp...`.
     """
@@ -92,8 +93,8 @@ def wrapped_layers(model: nn.Module) -> list[str]:
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether `add_adapter` or `load_adapter` has put adapters on `model`.
+    """Whether `add_adapter` or `load_adapter` added adapters to `model`.
 
-    `active_adapters` raises where there are none, and where peft is not installed.
+    `active_adapters` raises an error if there are none or if peft is not installed.
     """
     return bool(getattr(model, "_hf_peft_config_loaded", False))

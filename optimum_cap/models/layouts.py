@@ -1,4 +1,4 @@
-"""What users know about models that cannot be observed (`register_layout`)."""
+"""Layouts of models that users register because they cannot be observed (`register_layout`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layout:
-    """What a user has said about the decoder layers of one type of model.
+    """A registered description of the decoder layers of one model type.
 
     Attributes:
         layers: Path of the list of decoder layers in the model.
@@ -31,22 +31,23 @@ def register_layout(
     heads: Mapping[str, int] | None = None,
     linear: tuple[type[nn.Module], ...] = (),
 ) -> None:
-    """Tell CAP about the decoder layers of a type of model, where it cannot see something itself.
+    """Describe the decoder layers of a model type where CAP cannot detect something itself.
 
-    Nothing is taken on trust: when a model of this type is pruned, each class of `linear` must
-    compute a product on a small weight, and each number of heads must fit what is observed.
+    The description is verified: when a model of this type is pruned, each class of `linear` must
+    compute a product on a small weight, and each number of heads must match what is observed.
 
     Args:
         model_type: The `model_type` of the (text) config. A second call replaces the first.
         layers: Path of the list of decoder layers in the model, such as `"transformer.blocks"`.
-        heads: Number of heads by the path of an output projection in its layer, such as
-            `{"mixer.out": 16}`.
+        heads: Number of heads by path of an output projection in its layer, such as `{"mixer.out":
+            16}`.
         linear: Classes of modules that are not subclasses of `nn.Linear`, but have a `weight`
             `[out, in]` and compute `x @ weight.T`, plus a `bias` `[out]` if they have one. They are
-            built like `nn.Linear`, from `in_features` and `out_features`. They count in all models.
+            constructed like `nn.Linear`, from `in_features` and `out_features`, and apply to all
+            models.
 
     Raises:
-        ValueError: An argument is not what it should be.
+        ValueError: An argument is invalid.
 
     Example:
         ```python
@@ -67,10 +68,10 @@ def register_layout(
 
 
 def layout_of(model_type: str) -> Layout:
-    """Return what is registered for a `model_type`; an empty layout if nothing is."""
+    """Return the layout registered for a `model_type`, or an empty one."""
     return _LAYOUTS.get(model_type, Layout())
 
 
 def registered_linear() -> tuple[type[nn.Module], ...]:
-    """Return all classes that are registered as computing products."""
+    """Return all classes registered as linear."""
     return tuple(kind for layout in _LAYOUTS.values() for kind in layout.linear)

@@ -1,4 +1,4 @@
-"""Finds the linear weights of a decoder that a pruning leaves dense."""
+"""Finds the linear weights of a decoder that pruning leaves dense."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from optimum_cap.models.layouts import registered_linear
 from optimum_cap.models.sites import Matrix
 from optimum_cap.models.view import ModelView
 
-# Routers decide which experts run: they are small, and left dense on purpose.
+# Routers choose which experts run; they are small, and left dense on purpose.
 _ROUTERS = re.compile(r"(^|\.)(gate|router|modality_router|shared_expert_gate)(\.|$)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -24,7 +24,7 @@ class DenseProjection:
     Attributes:
         name: Path in the decoder layer, or in the decoder, without the indices of experts.
         weights: Number of its weights.
-        prunable: Whether it could be pruned, but the config leaves it dense.
+        prunable: Whether CAP can prune it, but the config leaves it dense.
     """
 
     name: str
@@ -35,7 +35,7 @@ class DenseProjection:
 def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[DenseProjection]:
     """Return the linear weights of the decoder that are not pruned, summed per projection.
 
-    LM head, embeddings, norms, convolutions and routers, which stay dense on purpose, do not count.
+    LM head, embeddings, norms, convolutions and routers stay dense on purpose and do not count.
 
     Args:
         view: The model.
@@ -48,11 +48,11 @@ def projections_left_dense(view: ModelView, pruned: Iterable[Matrix]) -> list[De
     head = view.model.get_output_embeddings()
     weights: dict[tuple[str, bool], int] = {}
     linear = (nn.Linear, Conv1D, *registered_linear())
-    # Some models have a parameter in several layers, which is named by the first of them.
+    # Some models have a parameter in several layers; the first one gives it its name.
     names = {id(parameter): name for name, parameter in view.model.named_parameters()}
     counted: set[int] = set()
     for path, module in decoder.named_modules():
-        if module is head:  # Llama 4 with images has it in its decoder
+        if module is head:  # part of the decoder in Llama 4 with images
             continue
         full_path = ".".join(filter(None, (decoder_name, path)))
         for name, parameter in module.named_parameters(recurse=False):

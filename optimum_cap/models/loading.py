@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-# Keywords of `from_pretrained` that say where a config is and whether its code may run.
+# Arguments of `from_pretrained` that locate a config and control whether its code may run.
 _OF_THE_CONFIG = (
     "cache_dir",
     "code_revision",
@@ -32,13 +32,13 @@ _OF_THE_CONFIG = (
 def auto_class(config: PreTrainedConfig, trust_remote_code: bool | None = False) -> Any:
     """Return the Auto class that loads all parts of a language model.
 
-    This is `AutoModelForCausalLM`, unless the model also sees images and that class does not know
-    it, or would load its language part alone (Qwen3.5, Llama 4). Then it is
+    This is `AutoModelForCausalLM`, unless the model also sees images and that class does not
+    support it or would load only its language part (Qwen3.5, Llama 4). Then it is
     `AutoModelForImageTextToText`.
 
     Args:
         config: The config of the checkpoint.
-        trust_remote_code: Whether classes of the repository, named in `auto_map`, come first.
+        trust_remote_code: Whether classes of the repository, named in `auto_map`, take precedence.
     """
     auto_map = (trust_remote_code and getattr(config, "auto_map", None)) or {}
     for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
@@ -61,7 +61,7 @@ def is_language_model(config: PreTrainedConfig) -> bool:
 
 
 def sees_images(class_name: str) -> bool:
-    """Return whether a class, by its name, is one that `AutoModelForImageTextToText` loads."""
+    """Return whether `AutoModelForImageTextToText` loads the class with this name."""
     names: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
     return any(class_name in _as_tuple(each) for each in names)
 
@@ -71,11 +71,11 @@ def load_model(name: Any, **options: Any) -> PreTrainedModel:
 
     Args:
         name: Hub id or folder.
-        **options: Keywords of `from_pretrained`.
+        **options: Arguments of `from_pretrained`.
 
     Raises:
-        OSError: There is no such model, or a file of it cannot be read.
-        ValueError: It is no language model.
+        OSError: There is no such model, or one of its files cannot be read.
+        ValueError: It is not a language model.
     """
     config = options.get("config")
     where = {key: options[key] for key in _OF_THE_CONFIG if key in options}
@@ -83,7 +83,8 @@ def load_model(name: Any, **options: Any) -> PreTrainedModel:
         if not isinstance(config, PreTrainedConfig):
             config = AutoConfig.from_pretrained(config or name, **where)
     except (OSError, ValueError):
-        # An adapter, whose base model has the config, or a mistake: the Auto class knows which.
+        # Either an adapter, whose base model has the config, or a mistake: leave it to the Auto
+        # class.
         kind: Any = AutoModelForCausalLM
     else:
         kind = auto_class(config, options.get("trust_remote_code"))
@@ -92,12 +93,12 @@ def load_model(name: Any, **options: Any) -> PreTrainedModel:
 
 
 def _classes(mapping: Mapping[Any, Any], config: PreTrainedConfig) -> set[str]:
-    """Return the names of the classes that a mapping of transformers has for a config."""
+    """Return the names of the classes for a config in a mapping of transformers."""
     if type(config) not in mapping:
         return set()
     return {each.__name__ for each in _as_tuple(mapping[type(config)])}
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return an entry of a mapping of transformers, which is one class or several, as a tuple."""
+    """Return an entry of a mapping of transformers (one or several classes) as a tuple."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)

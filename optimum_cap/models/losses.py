@@ -1,4 +1,4 @@
-"""Losses of scored tokens, from the output of the last layer at the positions before them."""
+"""Losses of scored tokens, computed from the last layer's output at the preceding positions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from optimum_cap.models.hooks import (
 )
 from optimum_cap.models.offload import device_of
 
-# On a GPU, 0.7 GB with a float32 copy and its log-probabilities, whatever the memory budget is.
+# On a GPU, 0.7 GB including a float32 copy and its log-probabilities, for any memory budget.
 _LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
@@ -62,7 +62,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
-    """Return at how many positions logits are computed at a time, which bounds their memory."""
+    """Return the number of positions for which to compute logits at a time, to limit memory."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     return max(1, _LOGITS_PER_CHUNK["cuda" if device.type == "cuda" else "cpu"] // vocabulary)
 
@@ -70,12 +70,12 @@ def positions_per_chunk(model: PreTrainedModel, device: torch.device) -> int:
 def logits_of(
     model: PreTrainedModel, layers: list[nn.Module], output_template: Any, hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Return the logits of sequences of one token, without embeddings and decoder layers.
+    """Return the logits of one-token sequences, without running embeddings and decoder layers.
 
     Args:
         model: The model.
         layers: Its decoder layers.
-        output_template: An output of a layer, which shows how it returns its hidden states.
+        output_template: An output of a layer, which shows how hidden states are returned.
         hidden: Output of the last layer, `[..., positions, 1, hidden]`.
 
     Returns:

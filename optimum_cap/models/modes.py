@@ -25,7 +25,7 @@ def without_parameter_grads(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float32_on_cpu(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
-    """Compute in float32 on the CPU: convert half-precision weights, and convert them back on exit.
+    """Compute in float32 on the CPU: convert half-precision weights on entry, and back on exit.
 
     Many CPUs multiply bfloat16 matrices hundreds of times slower than float32 ones. The conversion
     is lossless, so the weights are restored bit for bit. Offloaded weights are converted each time
@@ -41,7 +41,7 @@ def float32_on_cpu(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
             tensor.data = tensor.data.float()
         yield stored_dtypes
     finally:
-        # By name: accelerate creates new tensors for offloaded weights each time.
+        # By name, because accelerate creates new tensors for offloaded weights each time.
         for name, dtype in stored_dtypes.items():
             tensor = attrgetter(name)(model)
             tensor.data = tensor.data.to(dtype)

@@ -1,10 +1,10 @@
-"""Observes what the projections of a decoder layer feed, and which of their rows reach which head.
+"""Observes which projections of a decoder layer feed which, and which rows reach which head.
 
-A model runs once on a short batch in which nothing is multiplied: every projection returns random
-values instead of a product. One layer of each kind then runs again, with these values as the
-leaves of a graph. Where a gradient is exactly zero, nothing flows. So the layout of a layer is seen
-in what its code does, whatever its modules are called. Weights are never read: they may be on disk
-or on the meta device.
+A model runs once on a short batch without any matrix products: every projection returns random
+values instead. One layer of each kind then runs again, with these values as the leaves of a graph.
+Where a gradient is exactly zero, no data flows. The layout of a layer is thus derived from what its
+code does, regardless of module names. Weights are never read, so they may be on disk or on the meta
+device.
 """
 
 import functools
@@ -36,20 +36,20 @@ from optimum_cap.models.internals import offloading_hook, own_tensors
 from optimum_cap.models.layouts import registered_linear
 from optimum_cap.models.sites import Range
 
-_BATCH, _TOKENS = 3, 11  # no numbers of heads
-_DRAWS = 3  # random inputs that rows are observed with: a rectifier stops half of the values
+_BATCH, _TOKENS = 3, 11  # unlikely as numbers of heads
+_DRAWS = 3  # random inputs to observe rows with, because a ReLU blocks half of the values
 _FEW_VALUES = 1 << 16
-_UNITS = 64  # of experts, observed at a time
+_UNITS = 64  # units of experts observed at a time
 _LINEAR = (nn.Linear, Conv1D)
 
 
 class LayoutError(ValueError):
-    """What a user asked for does not fit the layers of the model; the message says what to do."""
+    """A user's settings do not fit the layers of the model; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A module of a decoder layer that multiplies its input by a matrix, or by those of experts.
+    """A module of a decoder layer that multiplies its input by a matrix, or by experts' matrices.
 
     Attributes:
         name: Path in the layer.
@@ -72,8 +72,8 @@ class Rows:
         start: First row.
         stop: One past the last row.
         units: The units, in order.
-        separable: Whether the rows reach one unit and nothing else, not even through the statistics
-            of a norm, nor in later layers.
+        separable: Whether the rows reach one unit and nothing else, neither through the statistics
+            of a norm nor in later layers.
     """
 
     start: int
@@ -84,19 +84,20 @@ class Rows:
 
 @dataclass
 class ObservedLayer:
-    """What was observed in a decoder layer.
+    """The observations in a decoder layer.
 
     Attributes:
-        projections: The projections that it calls, by name, in the order of the first call.
-        uncalled: Those that were not called, but stand in a list beside one that was.
-        feeders: For each, those whose outputs reach its input without passing another projection.
-        writers: Those whose outputs reach the output of the layer in this way.
-        routing: Those whose outputs reach the choice of experts in this way.
-        mixing: Those whose input at a token depends on projections of other tokens.
-        looking_ahead: Those whose input at a token depends on projections of later tokens.
-        kept: Those whose outputs the layer leaves for later layers (shared keys and values).
-        output_modules: For each, the path of the module around it that returns its output
-            unchanged; its own path if there is none.
+        projections: The called projections by name, in the order of their first calls.
+        uncalled: Projections that were not called, but are in a list with one that was.
+        feeders: For each projection, those whose outputs reach its input without passing through
+            another projection.
+        writers: Projections whose outputs reach the output of the layer in this way.
+        routing: Projections whose outputs reach the choice of experts in this way.
+        mixing: Projections whose input at a token depends on projections of other tokens.
+        looking_ahead: Projections whose input at a token depends on projections of later tokens.
+        kept: Projections whose outputs the layer passes to later layers (shared keys and values).
+        output_modules: For each projection, the path of the module around it that returns its
+            output unchanged; its own path if there is none.
     """
 
     projections: dict[str, Projection] = field(default_factory=dict)
@@ -111,10 +112,10 @@ class ObservedLayer:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Return whether a module computes exactly a product with its weight, plus a bias.
+    """Return whether a module computes exactly the product with its weight, plus a bias.
 
-    A subclass of `nn.Linear` with a forward of its own is tried on a small weight: that of Falcon
-    does, that of BitNet quantizes its weight first.
+    A subclass of `nn.Linear` with its own forward is tested on a small weight: Falcon's passes,
+    BitNet's quantizes its weight first.
     """
     kind: Any = type(module)
     if not isinstance(module, (*_LINEAR, *registered_linear())):
@@ -147,7 +148,7 @@ def _computes_a_product(kind: Any) -> bool:
             expected = nn.functional.linear(
                 hidden, stand_in.weight, getattr(stand_in, "bias", None)
             )
-    except Exception:  # it needs more than a weight and a bias, so it is no mere product
+    except Exception:  # it needs more than a weight and a bias, so it is not a mere product
         return False
     return isinstance(found, torch.Tensor) and bool(
         found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
@@ -155,7 +156,7 @@ def _computes_a_product(kind: Any) -> bool:
 
 
 def projections_in(layer: nn.Module) -> dict[str, Projection]:
-    """Return the projections of a layer by name, called or not."""
+    """Return all projections of a layer by name, called or not."""
     found = {}
     for name, module in layer.named_modules():
         if is_projection(module):
@@ -169,19 +170,19 @@ def projections_in(layer: nn.Module) -> dict[str, Projection]:
 
 
 class LayerObserver:
-    """Runs one decoder layer without products, and sees what flows.
+    """Runs one decoder layer without matrix products, and observes the data flow.
 
     Args:
         layer: The layer.
         call: A call of it.
-        head_counts: Numbers that may be the number of heads, or of channels per head.
+        head_counts: Candidates for the number of heads or of channels per head.
 
     Attributes:
         width: Width of the hidden states.
-        observed: What was observed.
+        observed: The observations.
 
     Raises:
-        RuntimeError: The layer cannot run in this way, or gives values that are not finite.
+        RuntimeError: The layer cannot run in this way, or returns values that are not finite.
     """
 
     def __init__(
@@ -225,7 +226,7 @@ class LayerObserver:
         self._add_siblings()
 
     def _add_siblings(self) -> None:
-        """Treat modules of a list alike if one was called: experts that no token reached."""
+        """Treat modules of a list like one that was called, for experts that no token reached."""
         seen = self.observed
         for name, projection in self._projections.items():
             if name in seen.projections:
@@ -264,30 +265,30 @@ class LayerObserver:
         return self._reach(earlier, inputs[:, -1]) or self._run.depends_on_shared(inputs)
 
     def _reach(self, tokens: slice, outputs: torch.Tensor) -> bool:
-        """Return whether what projections return at some tokens reaches outputs."""
+        """Return whether the outputs of projections at some tokens reach the given outputs."""
         gradients = itertools.chain.from_iterable(self._run.gradients(outputs).values())
         by_token = (self._run.split_tokens(gradient) for gradient in gradients)
         return any(each is not None and bool((each[:, tokens] != 0).any()) for each in by_token)
 
     def sees_all_tokens(self, name: str) -> bool:
-        """Return whether a projection runs once, on all tokens: its rows can be observed."""
+        """Return whether a projection runs once on all tokens, so that its rows can be observed."""
         return self._run.by_batch(name) is not None
 
     def find_heads(self, site: str, known: int | None = None) -> int | None:
         """Return the number of channels per head of the input of a mixing projection.
 
-        A number of heads is accepted if, for every head, there are rows of feeders that reach its
-        first and its last channel and no other head: queries, or the time steps of a state space.
+        A number of heads is accepted if every head has rows of feeders that reach its first and
+        last channel and no other head: queries, or the time steps of a state space.
 
         Args:
             site: Name of the projection.
-            known: The number of heads that a user has registered.
+            known: The number of heads registered by the user.
 
         Returns:
-            The number; `None` if there are no heads, or none that were found.
+            The number; `None` if there are no heads or none were found.
 
         Raises:
-            ValueError: There are not as many heads as `known`.
+            ValueError: The number of heads is not `known`.
         """
         width = self._projections[site].columns
         if known is not None:
@@ -310,7 +311,7 @@ class LayerObserver:
         size = self._projections[site].columns // count
         if size == 1:
             return False
-        # The first two heads show whether this is their size. Most numbers fail here.
+        # The first two heads show whether this is the head size. Most candidates fail here.
         probes = [0, size, size - 1, 2 * size - 1, 1]
         channels = [(probe, probe + 1) for probe in probes]
         reached = self._reached(site, channels, statistics=False, draws=1)
@@ -319,8 +320,8 @@ class LayerObserver:
             for of in reached.values()
         ):
             return False
-        # Rows that reach some channels of a head but not all show that it is several heads; keys
-        # that a group of heads shares reach all of the group.
+        # If rows reach some but not all channels of a head, it is really several heads; keys shared
+        # by a group of heads reach the whole group.
         if size > 2 and any(bool((of[0] & of[4] & ~of[2]).any()) for of in reached.values()):
             return False
         bounds = [(head * size, (head + 1) * size) for head in range(count)]
@@ -330,7 +331,7 @@ class LayerObserver:
         )
 
     def rows(self, site: str, bounds: Sequence[Range]) -> dict[str, list[Rows]]:
-        """Return which rows of the feeders of a projection reach which units.
+        """Return which rows of a projection's feeders reach which units.
 
         Args:
             site: Name of the projection.
@@ -344,9 +345,10 @@ class LayerObserver:
                 continue
             of_rows = direct[name].clone()
             nowhere = ~of_rows.any(dim=0)
-            of_rows[:, nowhere] = True  # rows that were not seen to reach a unit belong to all
+            of_rows[:, nowhere] = True  # rows that reach no unit here belong to all
             others = (of_rows | with_statistics[name]).sum(dim=0) > 1
-            # Other projections spread what they get, as that of B and C in a state space does.
+            # Other projections spread their input, such as the projection of B and C in a state
+            # space.
             fed = [other for other, of in self.observed.feeders.items() if name in of]
             alone = name not in self.observed.kept and fed == [site]
             separable = ~others & ~nowhere & torch.tensor(alone)
@@ -361,8 +363,8 @@ class LayerObserver:
         Args:
             site: Name of the projection that receives the channels.
             bounds: Ranges of channels.
-            statistics: Whether to follow what passes through the statistics of norms.
-            draws: Most random inputs to try until every row was seen to reach something.
+            statistics: Whether to follow the flow through the statistics of norms.
+            draws: Maximum number of random inputs to try until every row reaches something.
         """
         key = site, tuple(bounds), statistics
         if key in self._reached_before:
@@ -381,7 +383,7 @@ class LayerObserver:
                 some = bounds[first : first + len(inputs)]
                 picked = torch.stack(
                     [
-                        # Of random signs and sizes, so that nothing cancels.
+                        # With random signs and sizes, so that nothing cancels.
                         (
                             inputs[i, ..., slice(*each)] * run.noise(inputs[i, ..., slice(*each)])
                         ).sum()
@@ -395,12 +397,12 @@ class LayerObserver:
                         hit = (gradient[: len(some)] != 0).flatten(1, 2).any(dim=1).cpu()
                         found[name][first : first + len(some)] |= hit
             if all(bool(of.any(dim=0).all()) for of in found.values()):
-                break  # every row was seen to reach something
+                break  # every row reaches something
         return found
 
 
 def rows_of_experts(module: nn.Module, bounds: Sequence[Range]) -> list[Rows]:
-    """Return which rows of an expert's input projection reach which units of its output projection.
+    """Return which rows of an expert's input projection reach which units of its output.
 
     Args:
         module: The experts module.
@@ -425,7 +427,7 @@ def rows_of_experts(module: nn.Module, bounds: Sequence[Range]) -> list[Rows]:
 
 
 def _runs(reached: torch.Tensor, separable: torch.Tensor) -> list[Rows]:
-    """Return runs of rows that reach the same units, from bool `[units, rows]` and `[rows]`."""
+    """Return runs of rows that reach the same units, given bool `[units, rows]` and `[rows]`."""
     codes = torch.cat([reached.T, separable.unsqueeze(1)], dim=1)
     changes = (codes[1:] != codes[:-1]).any(dim=1).nonzero().flatten() + 1
     starts = [0, *changes.tolist(), len(codes)]
@@ -441,13 +443,13 @@ def _runs(reached: torch.Tensor, separable: torch.Tensor) -> list[Rows]:
 
 
 class _Run:
-    """One run of a layer in which projections return random leaves of the graph.
+    """One run of a layer in which projections return random graph leaves.
 
     Attributes:
-        inputs: What each projection received, call by call.
-        leaves: What it returned.
-        routing: Weights of experts.
-        left_for_later: What the layer left for later ones.
+        inputs: The inputs of each projection, call by call.
+        leaves: The returned leaves of each projection.
+        routing: Routing weights of experts.
+        left_for_later: The values that the layer passed to later ones.
         output: Hidden states that the layer returned.
     """
 
@@ -493,7 +495,7 @@ class _Run:
             values = torch.randn(*hidden.shape[:-1], projection.rows, generator=self._generator)
             leaf = values.to(hidden).requires_grad_()
             self.leaves.setdefault(projection.name, []).append(leaf)
-            return leaf.clone()  # models change outputs of projections in place
+            return leaf.clone()  # models may change outputs of projections in place
 
         return forward
 
@@ -506,13 +508,13 @@ class _Run:
         return hook
 
     def noise(self, like: torch.Tensor) -> torch.Tensor:
-        """Return random values of a shape."""
+        """Return random values of the same shape."""
         return torch.randn(like.shape, generator=self._generator).to(like)
 
     def gradients(
         self, outputs: torch.Tensor, names: Iterable[str] | None = None
     ) -> dict[str, list[torch.Tensor]]:
-        """Return the gradients of a random combination of outputs at what projections returned."""
+        """Return the gradients of a random combination of outputs with respect to the leaves."""
         names = list(self.leaves if names is None else names)
         leaves = [leaf for name in names for leaf in self.leaves[name]]
         found: dict[str, list[torch.Tensor]] = {}
@@ -543,10 +545,10 @@ class _Run:
         }
 
     def split_tokens(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return hidden states as `[batch, tokens, streams, width]`; `None` if they are others.
+        """Return hidden states as `[batch, tokens, streams, width]`; `None` for other tensors.
 
         Some modules see all tokens of a batch as one list. Some models have several hidden states
-        for each token, before (Gemma 3n) or after (DeepSeek V4) the batch and the tokens.
+        per token, in a dimension before (Gemma 3n) or after (DeepSeek V4) batch and tokens.
         """
         batch, tokens = _BATCH, _TOKENS
         if hidden.ndim == 2 and len(hidden) == batch * tokens:
@@ -564,13 +566,13 @@ class _Run:
     def by_batch(self, name: str) -> torch.Tensor | None:
         """Return the input of a projection, `[batch, tokens, streams, width]`.
 
-        `None` if it was called several times, or for some tokens only.
+        `None` if it was called several times, or only for some tokens.
         """
         called = [self.split_tokens(hidden) for hidden in self.inputs.get(name, [])]
         return called[0] if len(called) == 1 else None
 
     def depends_on_shared(self, outputs: torch.Tensor) -> bool:
-        """Return whether outputs depend on what earlier layers have left."""
+        """Return whether outputs depend on values passed on by earlier layers."""
         gradients = self._gradients_at(self.shared, outputs)
         return any(each is not None and bool((each != 0).any()) for each in gradients)
 
@@ -586,7 +588,7 @@ class _Run:
 
 
 def _differing_index(first: str, second: str) -> tuple[str, str] | None:
-    """Return the beginnings of two names up to the one index in which they differ, if they do."""
+    """Return the prefixes of two names up to their only differing index, if there is one."""
     parts, others = first.split("."), second.split(".")
     differing = [i for i, pair in enumerate(zip(parts, others, strict=False)) if len(set(pair)) > 1]
     if len(parts) != len(others) or len(differing) != 1:
@@ -602,14 +604,14 @@ def _parent(name: str) -> str:
 
 
 def _is_state(value: Any) -> bool:
-    """Return whether an argument of a layer holds what layers leave for each other."""
+    """Return whether a layer argument holds values that layers pass to each other."""
     return isinstance(value, UserDict)
 
 
 def _copied(value: Any) -> Any:
-    """Copy containers, so that a layer can leave something in them without a trace.
+    """Copy containers, so that a layer can change them without side effects.
 
-    What earlier layers have left becomes leaves of the graph.
+    Values from earlier layers become leaves of the graph.
     """
     if isinstance(value, tuple | list):
         return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
@@ -645,7 +647,7 @@ _STATISTICS = (
 
 
 class _ConstantStatistics(TorchFunctionMode):
-    """Treats the statistics of norms as constants, so that they pass each channel on by itself."""
+    """Treats norm statistics as constants, so that norms pass on each channel independently."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -661,7 +663,7 @@ class _ConstantStatistics(TorchFunctionMode):
 
 
 def _with_constant_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the output of a norm, whose gradient passes each channel on by itself."""
+    """Return the output of a norm whose gradient passes on each channel independently."""
     hidden, *rest = args if args else (kwargs.pop("input"),)
     with torch.no_grad():
         output = func(hidden, *rest, **kwargs)
@@ -673,7 +675,7 @@ def _with_constant_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str
 def recorded_layer_calls(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], device: torch.device
 ) -> dict[str, RecordedCall]:
-    """Run a model without products, and return the calls of some of its layers.
+    """Run a model without matrix products, and return the calls of some of its layers.
 
     Args:
         model: A causal language model.
@@ -710,7 +712,7 @@ def recorded_layer_calls(
             hidden, args, kwargs = split_hidden(args, kwargs)
             calls.setdefault(name, RecordedCall(hidden, _copied(args), _copied(kwargs)))
             if len(calls) == len(layers):
-                raise StopForwardError  # the layers after it show nothing new
+                raise StopForwardError  # later layers show nothing new
 
         return hook
 
@@ -718,7 +720,7 @@ def recorded_layer_calls(
         stack.enter_context(torch.no_grad())
         for name, projection in projections_in(model).items():
             module = model.get_submodule(name)
-            rows = 1 if module is head else projection.rows  # nobody reads the logits
+            rows = 1 if module is head else projection.rows  # the logits are not used
             stack.enter_context(replaced_forward(module, product(rows)))
         stack.enter_context(replaced_forward(embeddings, embedded))
         for name, layer in layers.items():
@@ -739,7 +741,7 @@ def recorded_layer_calls(
 
 
 def _needed_besides_tokens(model: PreTrainedModel) -> list[str]:
-    """Return the arguments, besides the token ids, without which a model does not run."""
+    """Return the arguments other than token ids that a model needs to run."""
     return [
         name
         for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -751,9 +753,9 @@ def _needed_besides_tokens(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def with_values(model: nn.Module) -> Iterator[None]:
-    """Give parameters and buffers on the meta device values, which take hardly any memory.
+    """Give parameters and buffers on the meta device values that take hardly any memory.
 
-    Those of modules whose weights are offloaded stay as they are: accelerate loads them.
+    Modules with offloaded weights are unaffected, because accelerate loads their weights.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -776,7 +778,7 @@ def _constant(value: torch.Tensor) -> torch.Tensor:
 
 
 def head_counts(*sources: Any) -> set[int]:
-    """Return numbers in configs and modules that may be numbers of heads or of their channels."""
+    """Return numbers in configs and modules that may be head counts or head sizes."""
     found: set[int] = set()
     for source in sources:
         values = source.to_dict() if hasattr(source, "to_dict") else vars(source)

@@ -1,8 +1,8 @@
 """Loads and changes weights that accelerate has offloaded to the CPU or to disk.
 
-If a model is larger than its devices (`device_map="auto"`), an offloaded parameter is on the meta
-device, and the `AlignDevicesHook` of its module has a map of names to values. Nothing here changes
-a model that is in memory.
+If a model is larger than its devices (`device_map="auto"`), offloaded parameters are on the meta
+device, and the `AlignDevicesHook` of their module has a map of names to values. Nothing here
+changes a model that is in memory.
 """
 
 import ctypes
@@ -44,11 +44,11 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def onloaded(module: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Keep offloaded weights in memory, so that each is loaded once however often it is used.
+    """Keep offloaded weights in memory, so that each is loaded only once.
 
     Args:
         module: The module whose weights to load.
-        besides: Modules in it whose weights stay offloaded.
+        besides: Modules inside it whose weights stay offloaded.
     """
     left_out = {child for other in besides for child in other.modules()}
     with ExitStack() as stack:
@@ -70,14 +70,14 @@ def _offload_again(module: nn.Module, hook: AlignDevicesHook) -> None:
 def _return_freed_memory() -> None:
     """Return freed memory to the system, if the C library (glibc) supports it.
 
-    By itself it keeps blocks of up to 32 MB, and every layer would leave some megabytes more.
+    By default it keeps blocks of up to 32 MB, so every layer would leave some more megabytes.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
 
 def stored_parameter(model: nn.Module, name: str) -> torch.Tensor:
-    """Return the values of a parameter, read-only; loaded if it is offloaded.
+    """Return the read-only values of a parameter, loaded if it is offloaded.
 
     Args:
         model: The model.
@@ -91,7 +91,7 @@ def stored_parameter(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def weights(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
-    """Return the weights of a matrix as `[out, in]`, read-only; loaded if they are offloaded."""
+    """Return the read-only weights of a matrix, `[out, in]`, loaded if they are offloaded."""
     weight = matrix.of(stored_parameter(model, matrix.parameter))
     return weight.T if is_transposed(model, matrix) else weight
 
@@ -100,7 +100,7 @@ def writable_weights(model: PreTrainedModel, matrix: Matrix) -> torch.Tensor:
     """Return the weights of a matrix as a view `[out, in]` to change in place.
 
     For weights on disk, this is a memory-mapped view of a copy, which the model uses from then on.
-    The copy is deleted with the model. The files that the model was loaded from are never changed.
+    The copy is deleted with the model. The files the model was loaded from are never changed.
 
     Raises:
         OSError: There is not enough disk space for the copy.
@@ -164,7 +164,7 @@ def check_in_memory(model: PreTrainedModel, alternative: str) -> None:
 
     Args:
         model: The model.
-        alternative: A setting that needs one layer at a time, for the error.
+        alternative: A setting that needs only one layer at a time, for the error message.
 
     Raises:
         ValueError: Weights of the model are offloaded.

@@ -1,4 +1,4 @@
-"""Checks that a model is a plain transformers model: not wrapped, no adapters, not quantized."""
+"""Checks that a model is a plain transformers model: not wrapped or quantized, no adapters."""
 
 import os
 from typing import Any
@@ -19,13 +19,13 @@ def plain_model(model: Any, taker: str = "CAPPruner") -> PreTrainedModel:
     """Return the transformers model whose own weights are pruned and saved.
 
     Args:
-        model: A transformers model, or one that `torch.compile` has wrapped, which shares the
-            weights of the model inside it.
-        taker: What takes the model, for the errors.
+        model: A transformers model, possibly wrapped by `torch.compile`, which shares the weights
+            of the model inside it.
+        taker: Name of the function or class that takes the model, for error messages.
 
     Raises:
-        TypeError: It is not a transformers model, but for example a name, a `PeftModel` or a
-            `DistributedDataParallel`.
+        TypeError: It is not a transformers model (for example a name, a `PeftModel` or a
+            `DistributedDataParallel`).
         ValueError: It has PEFT adapters, is quantized, or computes weights on every forward.
     """
     if isinstance(model, str | os.PathLike):
@@ -77,12 +77,12 @@ def plain_model(model: Any, taker: str = "CAPPruner") -> PreTrainedModel:
 
 
 def has_peft_layers(model: nn.Module) -> bool:
-    """Return whether PEFT has replaced modules of `model` by modules of its own."""
+    """Return whether PEFT has replaced modules of `model` with its own."""
     return any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules())
 
 
 def _computes_weights(module: nn.Module) -> bool:
-    """Return whether the weight of a linear layer is no parameter of its own."""
+    """Return whether the weight of a linear layer is computed rather than a parameter."""
     if parametrize.is_parametrized(module):
         return True
     own = dict(module.named_parameters(recurse=False))
@@ -90,7 +90,7 @@ def _computes_weights(module: nn.Module) -> bool:
 
 
 def check_configs_can_be_saved(model: PreTrainedModel) -> None:
-    """Check what `save_pretrained` would refuse, before hours of pruning instead of after.
+    """Check for configs that `save_pretrained` would refuse, before hours of pruning.
 
     Raises:
         ValueError: The config or the generation config cannot be saved.

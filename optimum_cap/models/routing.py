@@ -1,4 +1,4 @@
-"""Routers: which experts tokens are sent to once some experts are gone."""
+"""Routers: which experts tokens are routed to after some experts are removed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +23,11 @@ class Router:
         block: Path of the experts module.
 
     Attributes:
-        parent: Path of the module that holds the experts and the router.
+        parent: Path of the module that contains the experts and the router.
         experts: The experts module.
 
     Raises:
-        ValueError: No matrix beside the experts has a row for each of them.
+        ValueError: No matrix next to the experts has a row for each of them.
     """
 
     def __init__(self, model: nn.Module, block: str) -> None:
@@ -60,7 +60,7 @@ class Router:
 
     @contextmanager
     def without(self, removed: torch.Tensor) -> Iterator[None]:
-        """Send no token to the removed experts in this context.
+        """Route no token to the removed experts within this context.
 
         Args:
             removed: The removed experts, int64.
@@ -78,7 +78,7 @@ class Router:
             if bias is not None and bias.shape == (self.count,)
         }
         try:
-            for name, bias in biases.items():  # added to the scores that experts are chosen by
+            for name, bias in biases.items():  # added to the scores that select experts
                 buffers[name] = bias.index_fill(0, removed.to(bias.device), -torch.inf)
             with replaced_forward(self._router, forward):
                 yield
@@ -86,11 +86,11 @@ class Router:
             buffers.update(biases)
 
     def route(self, call: RecordedCall, removed: torch.Tensor) -> ExpertsCall:
-        """Return what the experts module is given once some experts are removed.
+        """Return the arguments of the experts module after some experts are removed.
 
         Args:
             call: The call of the module at `parent` in the intact model.
-            removed: The removed experts, int64; their numbers are not used any more.
+            removed: The removed experts, int64; their indices no longer occur.
         """
 
         def stop(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ class Router:
 
 
 class _WithoutLogits(TorchFunctionMode):
-    """Makes the logits of removed experts minus infinity."""
+    """Sets the logits of removed experts to minus infinity."""
 
     def __init__(self, shape: torch.Size, removed: torch.Tensor) -> None:
         super().__init__()

@@ -50,10 +50,11 @@ class Unit:
         index: Position among the units of the site.
         channels: Range of the inputs of the site's output projection.
         region: The weights that the unit uses. Under grouped-query attention, several units share
-            key and value rows; projections before the last ones of latent attention belong to all.
-        separable: The part of the region that can be zeroed without affecting another unit. Rows
-            that are normalised over all heads at once (OLMoE) are not part of it, and neither are
-            keys and values that later layers read (Gemma 3n, Gemma 4).
+            key and value rows; in latent attention, all projections before the last ones belong to
+            all units.
+        separable: The part of the region that can be zeroed without affecting another unit. It
+            excludes rows that are normalised over all heads at once (OLMoE), and keys and values
+            that later layers read (Gemma 3n, Gemma 4).
     """
 
     index: int
@@ -64,28 +65,29 @@ class Unit:
 
 @dataclass(frozen=True)
 class Site:
-    """A mixer of tokens (attention, a state space, a convolution), an MLP or one expert.
+    """A token mixer (attention, state space or convolution), an MLP or one expert.
 
     Its units write to the residual stream through one output projection.
 
     Attributes:
-        name: Path of the output projection; an expert adds its index, as in `...down_proj[3]`.
+        name: Path of the output projection; for an expert, with its index, as in `...down_proj[3]`.
         kind: `"attention"` if it mixes tokens and its units are heads, `"mixer"` if it mixes
             tokens and has no heads, `"mlp"` or `"expert"`.
         layer: Index of the decoder layer.
         layer_name: Path of the decoder layer.
-        block: Path of the module that contains the projection; that of the layer if there is none.
+        block: Path of the module that contains the projection; the path of the layer if there is
+            none.
         width: Number of inputs of the output projection.
         units: The units, in the order of their channels; together they cover all channels.
         expert: Index of the expert, otherwise `None`.
         output_module: Path of the module that returns the output of the projection unchanged, or
             the sum over experts.
-        level: Number of sites of the layer, one after the other, whose outputs it depends on.
+        level: Length of the longest chain of sites in the layer whose outputs it depends on.
         looks_ahead: Whether its output at a token depends on later tokens.
-        depths: For each matrix by name of the parameter, the number of prunable matrices of the
-            layer, one after the other, that its input depends on.
-        aliases: Names in this layer of parameters that an earlier layer has too and that are called
-            by their name there (the transformer blocks of Zamba).
+        depths: For each matrix, by parameter name, the length of the longest chain of prunable
+            matrices in the layer that its input depends on.
+        aliases: Names in this layer of parameters that it shares with an earlier layer and that are
+            known by their name there (the transformer blocks of Zamba).
     """
 
     name: str
@@ -125,7 +127,7 @@ class Site:
 
 
 class SiteUnit(NamedTuple):
-    """A unit and the site that it belongs to."""
+    """A unit and its site."""
 
     site: Site
     unit: Unit
@@ -154,7 +156,7 @@ class Matrix:
 
 
 def prunable_matrices(sites: Iterable[Site]) -> list[Matrix]:
-    """Return the matrices that the regions of `sites` cover, in the order of the model."""
+    """Return the matrices covered by the regions of `sites`, in the order of the model."""
     slices = (piece for site in sites for unit in site.units for piece in unit.region)
     return list(dict.fromkeys(Matrix(piece.parameter, piece.expert) for piece in slices))
 
@@ -165,7 +167,7 @@ def heads(sites: Iterable[Site]) -> list[SiteUnit]:
 
 
 def mixer_units(sites: Iterable[Site]) -> list[SiteUnit]:
-    """Return the units of sites that mix tokens: heads, and whole mixers without heads."""
+    """Return the units of sites that mix tokens: heads, and whole mixers that have no heads."""
     return all_units(site for site in sites if site.mixes_tokens)
 
 
@@ -175,7 +177,7 @@ def all_units(sites: Iterable[Site]) -> list[SiteUnit]:
 
 
 def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
-    """Return the prunable matrices of each decoder layer; one of several layers is of the first."""
+    """Return the prunable matrices of each decoder layer; shared ones belong to the first."""
     sites = list(sites)
     layers: dict[int, list[Matrix]] = {layer: [] for layer in sorted({s.layer for s in sites})}
     seen: set[Matrix] = set()
@@ -187,7 +189,7 @@ def matrices_by_layer(sites: Iterable[Site]) -> dict[int, list[Matrix]]:
 
 
 def names_in_layers(sites: Iterable[Site]) -> dict[int, dict[str, str]]:
-    """Return, for each layer, the names there of parameters that an earlier layer has too."""
+    """Return, for each layer, its names of parameters that it shares with an earlier layer."""
     names: dict[int, dict[str, str]] = {}
     for site in sites:
         if site.aliases:
@@ -196,7 +198,7 @@ def names_in_layers(sites: Iterable[Site]) -> dict[int, dict[str, str]]:
 
 
 def layers_of_shared(sites: Iterable[Site]) -> dict[Matrix, list[int]]:
-    """Return the layers of each matrix that runs in several of them, in order."""
+    """Return the layers of each matrix that is used in several, in order."""
     layers: dict[Matrix, list[int]] = {}
     for site in sites:
         for matrix in prunable_matrices([site]):

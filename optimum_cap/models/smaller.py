@@ -1,12 +1,12 @@
-"""Smaller models: parts of a model are removed, and what is left is an ordinary model.
+"""Smaller models: ordinary models that remain after removing parts of a model.
 
 A part is an expert with its rows of the router, a channel of an MLP or of experts, a key/value head
-with its query heads, or a decoder layer. A config of transformers has one number for all layers, so
+with its query heads, or a decoder layer. A transformers config has one number for all layers, so
 every layer loses the same number of experts, channels or heads.
 
-Nothing here knows the names of an architecture. Configs with other numbers are tried on models
-without weights until the shapes are those that are wanted; and which rows and columns belong to a
-part was observed in the layers. A tensor that becomes smaller in any other way is refused.
+Nothing here depends on the names of an architecture. Configs with other numbers are tried on models
+without weights until the shapes are as expected, and the rows and columns of a part were observed
+in the layers. A tensor that shrinks in any other way is refused.
 """
 
 import copy
@@ -30,29 +30,29 @@ _QUERY_HEADS = re.compile(r"^(num_attention_heads|n_heads?|num_heads)$")
 _KEY_VALUE_HEADS = re.compile(
     r"^(num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num)$"
 )
-_FIELDS_TOGETHER = 2  # config fields that may hold one number
+_FIELDS_TOGETHER = 2  # most config fields that may hold the same number
 
 Shapes = dict[str, torch.Size]
 
 
 class CannotRemoveError(ValueError):
-    """A model cannot lose these parts; the message says why and what to do."""
+    """These parts cannot be removed from a model; the message says why and what to do."""
 
     @property
     def reason(self) -> str:
-        """The message without what to do, which follows the last colon."""
+        """The message without the advice after the last colon."""
         return str(self).rpartition(": ")[0]
 
 
 @dataclass(frozen=True)
 class KeptParts:
-    """What is kept of a model. Everything that is not mentioned is kept.
+    """The kept parts of a model. Everything that is not mentioned is kept.
 
     Attributes:
-        layers: Indices of the decoder layers that are kept, in order; `None` for all.
-        experts: Indices of the experts that are kept, in order, by the path of the experts module.
-        channels: Which inputs of the output projection of a site are kept, bool `[width]`; whole
-            heads of an attention.
+        layers: Indices of the kept decoder layers, in order; `None` for all.
+        experts: Indices of the kept experts, in order, by path of the experts module.
+        channels: Mask of kept inputs of a site's output projection, bool `[width]`; for attention,
+            whole heads.
     """
 
     layers: Sequence[int] | None = None
@@ -61,15 +61,15 @@ class KeptParts:
 
 
 def smaller_config(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -> PretrainedConfig:
-    """Return a config of what is kept of a model.
+    """Return a config for the kept parts of a model.
 
     Args:
         model: The model; its weights are not read.
         sites: All of its sites.
-        kept: What is kept.
+        kept: The kept parts.
 
     Raises:
-        CannotRemoveError: No config describes what is kept.
+        CannotRemoveError: No config describes the kept parts.
     """
     expected = _expected_shapes(model, sites, kept)
     name_before = names_before(model, kept.layers)
@@ -79,10 +79,10 @@ def smaller_config(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -
             if kept.layers is not None:
                 _keep_layers(config.get_text_config(decoder=True), kept.layers)
             shapes = _shapes(model, config)
-        except Exception:  # a field means something else, or the numbers do not fit each other
+        except Exception:  # a field means something else, or the numbers are inconsistent
             continue
         if kept.layers is not None and _layers_among(model, shapes) != len(kept.layers):
-            continue  # this config has another field for their number
+            continue  # this config has a different field for their number
         renamed = {name: name_before(name) for name in shapes}
         if {renamed[n]: shapes[n] for n in shapes if renamed[n] in expected} == expected:
             return config
@@ -93,7 +93,7 @@ def smaller_config(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -
 
 
 def _expected_shapes(model: PreTrainedModel, sites: list[Site], kept: KeptParts) -> Shapes:
-    """Return the shapes that the output projections of all sites are to have."""
+    """Return the expected shapes of the output projections of all sites."""
     layers = set(range(len(decoder_layer_names(model))) if kept.layers is None else kept.layers)
     expected = {}
     for site in sites:
@@ -104,7 +104,7 @@ def _expected_shapes(model: PreTrainedModel, sites: list[Site], kept: KeptParts)
         if site.block in kept.experts and site.expert is not None:
             shape[0] = len(kept.experts[site.block])
         if (mask := kept.channels.get(site)) is not None:
-            inputs = site.units[0].region[0].dim  # of the matrix, without the dimension of experts
+            inputs = site.units[0].region[0].dim  # of the matrix, without the expert dimension
             shape[inputs + len(shape) - 2] = int(mask.sum())
         expected[name] = torch.Size(shape)
     return expected
@@ -113,7 +113,7 @@ def _expected_shapes(model: PreTrainedModel, sites: list[Site], kept: KeptParts)
 def _candidates(
     model: PreTrainedModel, sites: list[Site], kept: KeptParts
 ) -> Iterator[dict[str, Any]]:
-    """Yield values for fields of the text config that may describe what is kept."""
+    """Yield values for fields of the text config that may describe the kept parts."""
     fields = model.config.get_text_config(decoder=True).to_dict()
     if kept.experts:
         block, experts = next(iter(kept.experts.items()))
@@ -160,7 +160,7 @@ def _numbers_of_heads(
     for name, count in groups.items():
         if count > 1:
             numbers[name] = count * after // before
-    # The size of a head would otherwise be the hidden size divided by the number of heads.
+    # Otherwise the head size would be the hidden size divided by the number of heads.
     with_size = {**numbers, "head_dim": size}
     yield from (with_size, numbers) if fields.get("head_dim") is None else (numbers,)
 
@@ -182,7 +182,7 @@ def _with_numbers(config: PretrainedConfig, numbers: Mapping[str, Any]) -> Pretr
 
 
 def _keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
-    """Change the fields of a text config that say something of each layer."""
+    """Change the per-layer fields of a text config."""
     count = config.num_hidden_layers
     for name, value in config.to_dict().items():
         if name.endswith(("token_id", "token_ids")):
@@ -199,7 +199,7 @@ def _keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
 
 
 def kinds_of_layers(model: PreTrainedModel) -> list[tuple[str, ...]]:
-    """Return of what kind each decoder layer is, by the texts that its config has for each."""
+    """Return the kind of each decoder layer, from the per-layer strings in the config."""
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lists = [
@@ -213,7 +213,7 @@ def kinds_of_layers(model: PreTrainedModel) -> list[tuple[str, ...]]:
 
 
 def empty_model(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """Return a model of the class of `model` with another config, on the meta device."""
+    """Return a model of the same class with another config, on the meta device."""
     with torch.device("meta"):
         smaller: PreTrainedModel = type(model)(config)
     return smaller.eval()
@@ -225,7 +225,7 @@ def _shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:
 
 
 def _layers_among(model: PreTrainedModel, names: Iterable[str]) -> int:
-    """Return the number of decoder layers that tensors of these names belong to."""
+    """Return the number of decoder layers that tensors with these names belong to."""
     prefix = decoder_layer_names(model)[0].removesuffix("0")
     layers = {
         name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)
@@ -234,11 +234,11 @@ def _layers_among(model: PreTrainedModel, names: Iterable[str]) -> int:
 
 
 def names_before(model: PreTrainedModel, layers: Sequence[int] | None) -> Callable[[str], str]:
-    """Return a function from names of tensors of the smaller model to those in `model`.
+    """Return a function from tensor names of the smaller model to those in `model`.
 
     Args:
         model: The model.
-        layers: Indices of the layers that the smaller model has, in order; `None` for all.
+        layers: Indices of the layers in the smaller model, in order; `None` for all.
     """
     prefix = decoder_layer_names(model)[0].removesuffix("0")
 
@@ -254,16 +254,16 @@ def names_before(model: PreTrainedModel, layers: Sequence[int] | None) -> Callab
 def smaller_model(
     model: PreTrainedModel, sites: list[Site], kept: KeptParts, config: PretrainedConfig
 ) -> PreTrainedModel:
-    """Return a model of what is kept of `model`, with copies of the weights that are kept.
+    """Return a model of the kept parts of `model`, with copies of the kept weights.
 
     Args:
-        model: The model, in memory; it is left unchanged.
+        model: The model, in memory; it is not changed.
         sites: All of its sites; units of MLPs have at most half of the channels.
-        kept: What is kept.
+        kept: The kept parts.
         config: From `smaller_config`.
 
     Raises:
-        CannotRemoveError: It is unknown which rows or columns of a tensor belong to what is kept.
+        CannotRemoveError: It is unknown which rows or columns of a tensor belong to the kept parts.
     """
     empty = empty_model(model, config)
     old = model.state_dict(keep_vars=True)
@@ -303,10 +303,10 @@ def smaller_model(
 def _check_all_used(
     model: PreTrainedModel, old: Iterable[str], used: set[str], kept: KeptParts
 ) -> None:
-    """Check that the smaller model has every tensor, but for those of removed layers.
+    """Check that the smaller model has every tensor, except those of removed layers.
 
     Raises:
-        CannotRemoveError: It lacks one: a layer has it only in its old place.
+        CannotRemoveError: It lacks one, because a layer has it only in its old position.
     """
     names = decoder_layer_names(model)
     removed = set(range(len(names))).difference(
@@ -322,20 +322,20 @@ def _check_all_used(
 
 
 class _Selection:
-    """Selects what is kept of each tensor.
+    """Selects the kept part of each tensor.
 
     Args:
         model: The model.
         sites: Its sites.
-        kept: What is kept.
+        kept: The kept parts.
     """
 
     def __init__(self, model: PreTrainedModel, sites: list[Site], kept: KeptParts) -> None:
         self._model = model
         self._experts = kept.experts
-        # For each parameter and expert: the dimension, and which of its rows or columns are kept.
+        # For each parameter and expert: the dimension, and the kept rows or columns.
         self._rows: dict[str, dict[int | None, tuple[int, torch.Tensor]]] = {}
-        self._heads: dict[str, torch.Tensor] = {}  # by layer, of each query head
+        self._heads: dict[str, torch.Tensor] = {}  # of each query head, by layer
         for site, mask in kept.channels.items():
             self._add(site, mask)
 
@@ -357,7 +357,7 @@ class _Selection:
                 count = piece.stop - piece.start
                 if channels.all() or not channels.any():
                     of_piece = channels[:1].expand(count)
-                elif count % len(channels) == 0:  # of each channel, the same number of rows
+                elif count % len(channels) == 0:  # the same number of rows for each channel
                     of_piece = channels.repeat_interleave(count // len(channels))
                 else:
                     raise CannotRemoveError(
@@ -367,12 +367,12 @@ class _Selection:
                 rows[piece.start : piece.stop] |= of_piece
 
     def __call__(self, name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Return a copy of what is kept of a tensor.
+        """Return a copy of the kept part of a tensor.
 
         Args:
             name: Its name.
             tensor: The tensor.
-            shape: The shape of what is kept.
+            shape: The shape of the kept part.
         """
         if tensor.shape == shape:
             return tensor.clone()
@@ -405,7 +405,7 @@ class _Selection:
         rows: Mapping[int | None, tuple[int, torch.Tensor]],
         shape: torch.Size,
     ) -> torch.Tensor:
-        """Return what is kept of a tensor of all experts, of each by its own rows or columns."""
+        """Return the kept part of a tensor of all experts, by each expert's rows or columns."""
         selected = [
             self._selected(name, of_expert, *rows[expert], shape[1:])
             for expert, of_expert in enumerate(tensor)
@@ -431,11 +431,11 @@ class _Selection:
 
 
 def _is_part_of(name: str, block: str) -> bool:
-    """Whether a tensor is in an experts module or beside it, where the router is."""
+    """Whether a tensor is in an experts module or next to it, where the router is."""
     return name.startswith(f"{block.rpartition('.')[0]}.")
 
 
 def replace_by_smaller(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Make `model` the smaller one, in place; modules of it that others hold stay as they were."""
+    """Turn `model` into the smaller one in place; modules referenced elsewhere do not change."""
     replace_content(model, smaller, keep=("generation_config", "name_or_path"))
     model.train(model.training)

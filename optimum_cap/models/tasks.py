@@ -1,4 +1,4 @@
-"""What a model is for, by the name of its class: how to load it, and what its head is called."""
+"""Tasks of models by class name: how to load them, and the names of their heads."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,12 @@ _DECODERS = {
 
 @dataclass(frozen=True)
 class ModelTask:
-    """What models whose class names share an ending are for.
+    """The task of models whose class names share an ending.
 
     Attributes:
-        auto_class: The class of transformers that loads them.
+        auto_class: The Auto class of transformers that loads them.
         pipeline: Their pipeline tag on the Hub.
-        head: What their head is called.
+        head: Name of their head.
     """
 
     auto_class: str
@@ -44,11 +44,11 @@ MODEL_TASKS = {
         "AutoModelForTokenClassification", "token-classification", "classification head"
     ),
 }
-"""Ending of the name of a model class -> what its models are for."""
+"""Ending of a model class name -> task of its models."""
 
 
 def model_task(class_name: str) -> ModelTask | None:
-    """Return what a model is for by the name of its class; `None` if that does not say it."""
+    """Return the task of a model from its class name; `None` if unknown."""
     if sees_images(class_name):
         return _IMAGES
     tasks = (task for ending, task in MODEL_TASKS.items() if class_name.endswith(ending))
@@ -56,9 +56,9 @@ def model_task(class_name: str) -> ModelTask | None:
 
 
 def classifier_class(config: Any) -> str | None:
-    """Return the class that the config of a saved model names, if it is a classifier.
+    """Return the class named in the config of a saved model, if it is a classifier.
 
-    Any other Auto class loads the weights of its decoder with a new head of random weights.
+    Any other Auto class would load its decoder with a new, randomly initialised head.
     """
     names = getattr(config, "architectures", None) or []
     tasks = {name: model_task(name) for name in names}
@@ -68,14 +68,14 @@ def classifier_class(config: Any) -> str | None:
 
 
 def check_saved_with_head(config: Any, name: str) -> None:
-    """Check by its config that a saved model has a head, which it would get with random weights.
+    """Check by its config that a saved model has a head, which would otherwise be random.
 
     Args:
         config: The config.
         name: Name of the model, for the error.
 
     Raises:
-        ValueError: The config names the class of a decoder alone, such as an embedding model.
+        ValueError: The config names a class without a head, such as an embedding model.
     """
     with_head = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for class_name in getattr(config, "architectures", None) or []:
@@ -87,7 +87,7 @@ def check_saved_with_head(config: Any, name: str) -> None:
 
 
 def check_saved_with_lm_head(config: Any, name: str) -> None:
-    """Check by its config that a saved model predicts tokens, as classifiers do not.
+    """Check by its config that a saved model predicts tokens, unlike classifiers.
 
     Args:
         config: The config.

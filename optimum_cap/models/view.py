@@ -1,4 +1,4 @@
-"""`ModelView`: a model and its sites, the input of scoring and pruning."""
+"""`ModelView`: a model and its sites, used for scoring and pruning."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -32,28 +32,28 @@ from optimum_cap.models.sites import (
 
 
 def number_of_embeddings(model: PreTrainedModel) -> int:
-    """Return the number of tokens that `model` has an embedding and, if it has any, a logit for."""
+    """Return the number of tokens for which `model` has an embedding and, if any, a logit."""
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     return min(int(module.weight.shape[0]) for module in embeddings if module is not None)
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that `model` has positions for; `None` if its config says nothing."""
+    """Return the maximum number of positions of `model`; `None` if its config does not say."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return longest if longest is not None and longest > 0 else None  # -1 in XLNet
 
 
 def check_experts(view: "ModelView", matrices: Iterable[Matrix]) -> None:
-    """Check, with their own weights, that experts compute what CAP takes them to compute.
+    """Check that experts, with their own weights, compute what CAP assumes.
 
-    One expert of each kind of experts module runs on a few tokens, in the module and by itself.
+    One expert of each kind of experts module runs on a few tokens, in the module and separately.
 
     Args:
         view: The model.
-        matrices: The matrices whose inputs matter.
+        matrices: The matrices whose inputs are needed.
 
     Raises:
-        ValueError: It gives something else.
+        ValueError: The results differ.
     """
     seen, modules = set(), {matrix.module for matrix in matrices}
     for site in view.sites:
@@ -80,7 +80,7 @@ class ModelView:
 
     Attributes:
         model: The model.
-        sites: Its sites, layer by layer, in the order in which they depend on each other.
+        sites: Its sites, layer by layer, in order of dependence.
     """
 
     model: PreTrainedModel
@@ -106,7 +106,7 @@ class ModelView:
 
     @property
     def has_lm_head(self) -> bool:
-        """Whether the model predicts tokens, as classifiers and reward models do not."""
+        """Whether the model predicts tokens, unlike classifiers and reward models."""
         return has_lm_head(self.model)
 
     @cached_property
@@ -116,7 +116,7 @@ class ModelView:
 
     @cached_property
     def output_templates(self) -> list[Any]:
-        """An output of each decoder layer, which shows how it returns its hidden states."""
+        """An output of each decoder layer, which shows how hidden states are returned."""
         named = {str(index): layer for index, layer in enumerate(self.layers)}
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)  # one token is enough
         with recorded_calls(named) as calls:
@@ -135,12 +135,12 @@ class ModelView:
 
     @cached_property
     def names_in_layers(self) -> dict[int, dict[str, str]]:
-        """For each layer, the names there of parameters that an earlier layer has too."""
+        """For each layer, its names of parameters that it shares with an earlier layer."""
         return names_in_layers(self.sites)
 
     @cached_property
     def layers_of_shared(self) -> dict[Matrix, list[int]]:
-        """The layers of each matrix that runs in several of them, in order."""
+        """The layers of each matrix that is used in several, in order."""
         return layers_of_shared(self.sites)
 
     @property
@@ -154,7 +154,7 @@ class ModelView:
         return device_of(self.model)
 
     def units(self, which: str = "all") -> list[SiteUnit]:
-        """Return the units to score: `"all"`, or `"heads"` (and mixers that have none)."""
+        """Return the units to score: `"all"`, or `"heads"` (and mixers without heads)."""
         return all_units(self.sites) if which == "all" else mixer_units(self.sites)
 
     @property
@@ -167,7 +167,7 @@ class ModelView:
         return is_transposed(self.model, matrix)
 
     def in_orientation(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
-        """Transpose values per weight from `[out, in]` to how the matrix is stored, or back."""
+        """Transpose per-weight values from `[out, in]` to the matrix's storage order, or back."""
         return values.T if self.is_transposed(matrix) else values
 
     def oriented(self, matrix: Matrix) -> torch.Tensor:
@@ -175,7 +175,7 @@ class ModelView:
         return oriented(self.model, matrix)
 
     def weights(self, matrix: Matrix) -> torch.Tensor:
-        """Return the weights of a matrix, `[out, in]`, read-only; loaded if offloaded."""
+        """Return the read-only weights of a matrix, `[out, in]`, loaded if offloaded."""
         return weights(self.model, matrix)
 
     def writable_weights(self, matrix: Matrix) -> torch.Tensor:

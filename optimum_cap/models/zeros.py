@@ -1,9 +1,9 @@
-"""Channels that contribute exactly nothing, whatever a model is given.
+"""Channels that contribute exactly nothing for any input.
 
-A channel of an MLP or an expert is dead if its column of the output projection is zero, or if what
-reaches this column is always zero: one of its inputs (gate or up, with their biases) has only
-zeros, and the activation makes zero of that. Which inputs have this effect is tried on random
-values of all other inputs.
+A channel of an MLP or an expert is dead if its column of the output projection is zero, or if the
+input of this column is always zero: the weights and bias of one of its input projections (gate or
+up) are zero, and the activation maps that to zero. Which input projections have this effect is
+determined by trying random values for all others.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,11 +19,11 @@ from optimum_cap.models.sites import Matrix, Site, Unit, WeightSlice
 from optimum_cap.models.view import ModelView, check_experts, longest_sequence
 
 _TRIED_TOKENS = 64
-_SCALE = 4.0  # of the random values; activations saturate far below it
+_SCALE = 4.0  # of the random values; activations saturate well below it
 
 
 def zero_columns(view: ModelView, matrix: Matrix) -> torch.Tensor:
-    """Return which inputs of a matrix in memory are multiplied by zeros alone, bool `[in]`."""
+    """Return which inputs of a matrix in memory are multiplied only by zeros, bool `[in]`."""
     return (view.weights(matrix) == 0).all(dim=0).cpu()
 
 
@@ -37,7 +37,7 @@ def adds_nothing(view: ModelView, site: Site) -> bool:
 def dead_channels(view: ModelView, sites: Iterable[Site]) -> dict[Site, torch.Tensor]:
     """Return which channels of MLPs and experts contribute exactly nothing, bool `[width]`.
 
-    A channel is dead only if that is certain: it may be missed, but none is dead by mistake.
+    A channel counts as dead only if that is certain: some may be missed, but none is wrong.
 
     Args:
         view: The model in memory, in evaluation mode, with at least two units in each site.
@@ -57,7 +57,7 @@ def dead_channels(view: ModelView, sites: Iterable[Site]) -> dict[Site, torch.Te
 
 
 def _zero_inputs(model: PreTrainedModel, site: Site) -> list[torch.Tensor]:
-    """Return for each input of the channels (gate, up) in which channels it is zero, `[width]`."""
+    """Return for each input projection (gate, up) in which channels it is zero, `[width]`."""
     count = min((len(unit.region) for unit in site.units), default=1) - 1
     zeros = [torch.zeros(site.width, dtype=torch.bool) for _ in range(count)]
     for place, of_place in enumerate(zeros):
@@ -76,7 +76,7 @@ def _zero_inputs(model: PreTrainedModel, site: Site) -> list[torch.Tensor]:
 
 
 def _bias(model: PreTrainedModel, parameter: str, expert: int | None) -> torch.Tensor | None:
-    """Return the bias that belongs to a matrix, `[out]`; `None` if it has none."""
+    """Return the bias of a matrix, `[out]`; `None` if it has none."""
     path, _, name = parameter.rpartition(".")
     module = model.get_submodule(path)
     if expert is None:
@@ -86,20 +86,20 @@ def _bias(model: PreTrainedModel, parameter: str, expert: int | None) -> torch.T
 
 
 def _makes_zero(view: ModelView, sites: list[Site], place: int) -> dict[Site, torch.Tensor]:
-    """Return in which channels zero at one input makes zero, whatever the other inputs are.
+    """Return the channels in which zero at one input gives zero, for any other inputs.
 
     Args:
         view: The model.
         sites: MLPs and experts.
-        place: The input, as a place in the regions of the units, from 0.
+        place: The input, as a position in the regions of the units, from 0.
 
     Returns:
-        bool `[width]` of those sites where that was seen.
+        bool `[width]` for the sites where this was observed.
     """
     found = {}
     generator = torch.Generator().manual_seed(0)
     of_experts = [site for site in sites if site.expert is not None]
-    with suppress(ValueError):  # they are no gates between two products, so nothing is claimed
+    with suppress(ValueError):  # these are not gates between two products: conclude nothing
         check_experts(view, [site.output_proj for site in of_experts])
         for site in of_experts:
             found[site] = _makes_zero_in_expert(view.model, site, place, generator)
@@ -124,7 +124,7 @@ def _makes_zero_in_expert(
 def _makes_zero_in_mlps(
     view: ModelView, sites: list[Site], place: int, generator: torch.Generator
 ) -> dict[Site, torch.Tensor]:
-    """Return the same of MLPs: a run of the model, in which their input projections are random."""
+    """Return the same for MLPs, from a run of the model with random input projections."""
     found: dict[Site, torch.Tensor] = {}
     zeroed: dict[str, list[WeightSlice]] = {}
     for site in sites:
@@ -172,7 +172,7 @@ def _makes_zero_in_mlps(
 
 
 def _pieces(site: Site, place: int) -> list[WeightSlice]:
-    """Return the rows of one input of all channels, where there is a row for each channel."""
+    """Return the rows of one input projection, where there is a row for each channel."""
     return [
         piece
         for unit in site.units
