@@ -1,9 +1,9 @@
 """Statistics of the inputs of prunable matrices on the calibration set, layer by layer.
 
 `LayerwisePass` runs the calibration set through the model one decoder layer at a time, so that a
-layer can be pruned before the next one sees its outputs, as the reference codes of Wanda and
-SparseGPT do (https://github.com/locuslab/wanda, `lib/prune.py`). It keeps only the hidden states
-between two layers.
+layer can be pruned before the next one gets its outputs, as in the reference implementations of
+Wanda and SparseGPT (https://github.com/locuslab/wanda, `lib/prune.py`). It stores only the hidden
+states between two layers.
 """
 
 import copy
@@ -51,17 +51,17 @@ class LayerwisePass:
     Args:
         view: The model, in evaluation mode and without gradients.
         examples: The calibration examples.
-        answer_weight: Added to the weight 1 of every token that is scored or predicts a scored one.
+        answer_weight: Weight, in addition to 1, of tokens that are scored or predict a scored one.
         memory_budget: Bytes for the activations of a batch, as a number or as text such as
             `"4GB"`; `"auto"` runs 2048 tokens at a time on a CPU and 16384 on a GPU.
-        most_examples: Most examples per batch; `None` for as many as fit the budget.
+        most_examples: Maximum number of examples per batch; `None` for as many as fit the budget.
         process_group: The processes that share the batches.
 
     Attributes:
         layers: The decoder layers.
-        output_templates: An output of each layer, which shows how it returns its hidden states.
+        output_templates: An output of each layer, which shows how hidden states are returned.
         planned: All batches.
-        batches: Those of this process, each with the hidden states between two layers.
+        batches: The batches of this process, each with the hidden states between two layers.
         process_group: The processes that share them.
     """
 
@@ -104,14 +104,14 @@ class LayerwisePass:
     def statistics(
         self, index: int, matrices: Iterable[Matrix], gram: bool = False, advance: bool = False
     ) -> dict[Matrix, InputStatistics]:
-        """Run layer `index` as it is now and return the statistics of its matrices' inputs.
+        """Run layer `index` in its current state and return the statistics of its matrices' inputs.
 
         Args:
             index: The layer; `advance` must have been called for all layers before it.
             matrices: Prunable matrices of this layer. Matrices with the same input share their
                 statistics.
             gram: Whether to sum x_i x_j too.
-            advance: Whether to advance past the layer as well, as `advance` does.
+            advance: Whether to also advance past the layer, as `advance` does.
 
         Raises:
             ValueError: The inputs of a matrix cannot be collected, or are not finite.
@@ -137,7 +137,7 @@ class LayerwisePass:
         return of_matrices
 
     def collector(self, index: int, matrices: Iterable[Matrix]) -> InputCollector:
-        """Return what collects the inputs of matrices while layer `index` runs."""
+        """Return a collector for the inputs of matrices while layer `index` runs."""
         return InputCollector(self.model, matrices, self.view.names_in_layers.get(index))
 
     def _merged(
@@ -150,7 +150,7 @@ class LayerwisePass:
         """Add up the statistics of all lanes, in this process and the others.
 
         Args:
-            of_lanes: The statistics of each lane, empty if it is of another process; changed.
+            of_lanes: The statistics of each lane, empty for lanes of other processes; modified.
             leaders: The matrices that have statistics.
             matrices: The matrices of the layer, which give the order.
             gram: Whether the statistics have sums of products.
@@ -177,7 +177,7 @@ class LayerwisePass:
         return merged
 
     def advance(self, index: int) -> None:
-        """Run layer `index` as it is now; its outputs become the inputs of the next one.
+        """Run layer `index` in its current state; its outputs become the inputs of the next one.
 
         Raises:
             ValueError: They are not finite.
@@ -203,8 +203,8 @@ class LayerwisePass:
             index: The layer.
             batch: The batch.
             hidden: Input of the layer.
-            shared: Keys and values that earlier layers have left; the layer may add its own. `None`
-                takes those of the batch.
+            shared: Keys and values from earlier layers; the layer may add its own. `None` uses
+                those of the batch.
         """
         args, kwargs = with_shared_states(
             *batch.arguments[index], batch.shared if shared is None else shared
@@ -219,10 +219,11 @@ class LayerwisePass:
 def shared_statistics(
     layerwise: LayerwisePass, matrices: Iterable[Matrix], gram: bool
 ) -> dict[Matrix, InputStatistics]:
-    """Return the statistics of matrices that several layers share, over all of these layers.
+    """Return the statistics of matrices shared by several layers, over all of these layers.
 
     Args:
-        layerwise: A pass over the model that has not begun; it ends behind the last of the layers.
+        layerwise: A pass over the model that has not started; it ends after the last of these
+            layers.
         matrices: The matrices.
         gram: As for `LayerwisePass.statistics`.
     """
@@ -267,7 +268,7 @@ def check_statistics(statistics: Mapping[Matrix, InputStatistics]) -> None:
     """Check that the statistics of the inputs of matrices are finite.
 
     Raises:
-        ValueError: They are not; the message names the matrix.
+        ValueError: They are not finite; the message names the matrix.
     """
     for matrix, of_matrix in statistics.items():
         if not of_matrix.squares.isfinite().all():
@@ -281,7 +282,7 @@ def check_statistics(statistics: Mapping[Matrix, InputStatistics]) -> None:
 def examples_per_batch(
     model: PreTrainedModel, examples: list[CalibrationExample], memory_budget: int | str
 ) -> int:
-    """Return how many examples run through a layer at a time, so that activations fit the budget.
+    """Return how many examples to run through a layer at a time so that activations fit the budget.
 
     Args:
         model: The model.
@@ -299,16 +300,16 @@ def examples_per_batch(
 def check_finite(
     hidden: torch.Tensor, batch: Batch, examples: list[CalibrationExample], module: str
 ) -> None:
-    """Check that hidden states are finite, besides those of padding.
+    """Check that hidden states are finite, except those of padding.
 
     Args:
         hidden: `[..., examples, tokens, hidden]`.
-        batch: The batch that they are of.
+        batch: Their batch.
         examples: The examples that the positions of the batch refer to.
-        module: What returned them, for the error.
+        module: Name of the module that returned them, for the error message.
 
     Raises:
-        ValueError: They are not; the message names the module and the first such example.
+        ValueError: They are not finite; the message names the module and the first such example.
     """
     if rows := rows_not_finite(hidden, batch.real):
         example = examples[batch.positions[rows[0]]]
@@ -339,16 +340,16 @@ def _first_input(
     SharedStates | None,
     dict[int, torch.Tensor],
 ]:
-    """Return the input of the first layer and the other arguments of every layer; no layer runs.
+    """Return the input of the first layer and the other arguments of all layers, running no layer.
 
-    The third value holds the keys and values that layers share, none of which is computed yet. The
-    last one holds what the model adds to the hidden states before each layer to which it adds
-    anything: they are known because the layers before return what they receive.
+    The third value holds the keys and values that layers share, which are not computed yet. The
+    last one holds what the model adds to the hidden states before layers (if anything), which is
+    known because the layers before return their input.
 
     Args:
         model: The model.
         layers: Its decoder layers.
-        output_templates: An output of each layer, which shows how it returns its hidden states.
+        output_templates: An output of each layer, which shows how hidden states are returned.
         batch: The examples.
     """
     inputs: list[torch.Tensor] = []

@@ -16,8 +16,8 @@ from optimum_cap.models import (
 from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.sensitivity import Sensitivity
 
-_GROWTH = 10.0  # of the logarithm of a divergence, per unit of sparsity
-_SMALLEST = 1e-3  # of the median: smaller divergences are hard to tell from rounding errors
+_GROWTH = 10.0  # growth of the log divergence per unit of sparsity
+_SMALLEST = 1e-3  # of the median; smaller divergences are hard to distinguish from rounding
 _BISECTIONS = 60
 
 Layers = Mapping[int, list[Matrix]]
@@ -58,14 +58,14 @@ def owl(
     """Prune layers with many outliers less (OWL, Yin et al. 2023, arXiv 2310.05175, Eq. 3).
 
     A weight is an outlier if its Wanda importance in the dense model exceeds `owl_outlier_ratio`
-    times the mean of its layer. The shares of outliers are mapped linearly to densities whose range
-    is twice `owl_bound` (https://github.com/luuyin/OWL, `lib/prune_all.py`). Unlike there, layers
-    weigh by their size, so that the total is exact, and the range shrinks if the sparsity of a
+    times the mean of its layer. The outlier shares are mapped linearly to densities whose range is
+    twice `owl_bound` (https://github.com/luuyin/OWL, `lib/prune_all.py`). Unlike there, layers are
+    weighted by their size, so that the total is exact, and the range shrinks if the sparsity of a
     layer would otherwise fall below 0 or exceed 1.
 
     Args and returns: as for `uniform`.
     """
-    layers = {index: own for index, own in layers.items() if own}  # the others stay dense
+    layers = {index: own for index, own in layers.items() if own}  # other layers stay dense
     outliers = _outlier_shares(view, layers, examples, config)
     sizes = torch.tensor(
         [
@@ -124,23 +124,23 @@ def _outlier_shares(
 
 
 def interventional(sensitivities: list[Sensitivity], zeros: int, bound: float) -> dict[Matrix, int]:
-    """Move sparsity from sites whose pruning changes the predictions to sites where it does not.
+    """Move sparsity from sites whose pruning changes the predictions to other sites.
 
     The divergence of a site pruned alone grows about exponentially with its sparsity (it doubles
-    every 0.07 on the models of `docs/quality.md`). Then the sum of the divergences is smallest when
+    every 0.07 on the models of `docs/quality.md`). The sum of the divergences is then minimal when
     one more zero costs the same everywhere: a site whose divergence per weight is e times that of
-    the others gets a sparsity that is lower by 1 / `_GROWTH`. Because sites interact and
-    measurements are noisy, `bound` limits how far the sparsity of a site moves.
+    the others gets a sparsity lower by 1 / `_GROWTH`. Because sites interact and measurements are
+    noisy, `bound` limits how far the sparsity of a site moves.
 
-    A site that breaks the model when it is pruned (its divergence is not finite) counts as if it
-    had the largest finite divergence per weight. If no site has a positive divergence, all other
-    sites get the same sparsity.
+    A site that breaks the model when pruned (its divergence is not finite) is treated as if it had
+    the largest finite divergence per weight. If no site has a positive divergence, all other sites
+    get the same sparsity.
 
     Args:
-        sensitivities: The sensitivities of all sites that are to be pruned.
+        sensitivities: The sensitivities of all sites to prune.
         zeros: Number of zeros in all.
-        bound: Largest difference between the sparsity of a site and that of the whole; smaller near
-            0 and 1, so that no site is left dense or emptied.
+        bound: Largest difference between the sparsity of a site and the overall sparsity; smaller
+            near 0 and 1, so that no site stays dense or becomes empty.
 
     Returns:
         Number of zeros per matrix; they add up to `zeros`. Matrices of a site have its sparsity.
@@ -165,7 +165,7 @@ def interventional(sensitivities: list[Sensitivity], zeros: int, bound: float) -
     def sparsities(level: float) -> torch.Tensor:
         return (level - cost).clamp(low, high)
 
-    # The total rises with the level, so bisection finds the level.
+    # The total increases with the level, so bisection finds the level.
     below, above = low + float(cost.min()), high + float(cost.max())
     for _ in range(_BISECTIONS):
         level = (below + above) / 2
@@ -195,6 +195,6 @@ Allocator = Callable[
 ALLOCATORS: dict[str, Allocator] = {"uniform": uniform, "owl": owl}
 """The allocations that need only the dense model and the data.
 
-`"global"` has no entry, because one threshold over all weights decides; nor have `"interventional"`
-and `"fisher"`, which need sensitivities.
+`"global"` has no entry, because it uses one threshold over all weights; neither have
+`"interventional"` and `"fisher"`, which need sensitivities.
 """

@@ -1,4 +1,4 @@
-"""Stores sensitivities and pruned layers, so that an interrupted pruning run resumes."""
+"""Storage of sensitivities and pruned layers, from which an interrupted pruning run resumes."""
 
 import functools
 import os
@@ -26,17 +26,17 @@ from optimum_cap.runtime import (
 
 logger = logging.get_logger(__name__)
 
-_LAYOUT = 4  # of files and keys, and of how sensitivities and weights are computed
+_LAYOUT = 4  # version of files and keys, and of the computation of sensitivities and weights
 
 
 class PruningCache:
     """Stores results of pruning runs for one model and one calibration set.
 
-    Files are named by a digest of everything that their content depends on, so that no run reads
-    results of other inputs.
+    Files are named by a digest of everything their content depends on, so that no run reads results
+    of other inputs.
 
     Args:
-        folder: Where to store them; it is created with the first file. Several runs may share it.
+        folder: Where to store them; created with the first file. Several runs may share it.
         model: The dense model. Its weights are hashed once, here.
         examples: The calibration examples.
         process_group: The processes that prune the model; the first one stores the layers.
@@ -62,12 +62,12 @@ class PruningCache:
     def choice(
         self, settings: Mapping[str, Any], shape: tuple[int, ...], parts: int
     ) -> torch.Tensor | None:
-        """Return which parts a run with these settings chose to remove, if that is stored.
+        """Return the parts that a run with these settings chose to remove, if stored.
 
         Args:
             settings: The settings.
             shape: Shape of the choice.
-            parts: Number of parts, whose indices the choice holds.
+            parts: Number of parts to which the indices refer.
 
         Returns:
             Indices of parts, int64 of this shape, or `None`.
@@ -80,17 +80,17 @@ class PruningCache:
         return self._files.read(self._choice_key(settings), shape, torch.int64, problem)
 
     def put_choice(self, settings: Mapping[str, Any], choice: torch.Tensor) -> None:
-        """Store which parts a run with these settings chose to remove, int64."""
+        """Store the parts that a run with these settings chose to remove, int64."""
         if self._is_first:
             self._files.write(self._choice_key(settings), choice)
 
     def divergence(self, settings: Mapping[str, Any]) -> float | None:
-        """Return the divergence of the model that a run with these settings left, if stored."""
+        """Return the divergence of the model after a run with these settings, if stored."""
         stored = self._files.read(self._divergence_key(settings), (), torch.float64)
         return None if stored is None else float(stored)
 
     def put_divergence(self, settings: Mapping[str, Any], divergence: float) -> None:
-        """Store the divergence of the model that a run with these settings left."""
+        """Store the divergence of the model after a run with these settings."""
         if self._is_first:
             tensor = torch.tensor(divergence, dtype=torch.float64)
             self._files.write(self._divergence_key(settings), tensor)
@@ -102,13 +102,13 @@ class PruningCache:
         return f"{self._subject}/choices/{_name(dict(settings))}"
 
     def layers(self, settings: Mapping[str, Any], size: int) -> "LayerStore":
-        """Return the store for layers pruned with these settings, `size` bytes in all."""
+        """Return the store for layers pruned with these settings, `size` bytes in total."""
         prefix = f"{self._subject}/layers/{_name(dict(settings))}"
         return LayerStore(self._files, prefix, size, self._is_first)
 
 
 class SensitivityStore:
-    """Stores divergences of sites pruned alone; they are small and are never deleted.
+    """Stores divergences of sites pruned alone, which are small and never deleted.
 
     Args:
         files: Where to store them.
@@ -120,7 +120,7 @@ class SensitivityStore:
         self._prefix = prefix
 
     def get_measured(self, site: Site, examples: int) -> torch.Tensor | None:
-        """Return the divergences of a site on the first `examples` examples, if they are stored.
+        """Return the divergences of a site on the first `examples` examples, if stored.
 
         Returns:
             float64 `[examples]`, or `None`.
@@ -159,12 +159,12 @@ class SensitivityStore:
 
 
 class ExpectedWeights(NamedTuple):
-    """What the pruned weights of a matrix have to be like.
+    """Requirements for the pruned weights of a matrix.
 
     Attributes:
         shape: Their shape, `[out, in]`.
         dtype: Their dtype.
-        zeros: Number of zeros among them, at least.
+        zeros: Minimum number of zeros among them.
     """
 
     shape: tuple[int, ...]
@@ -178,7 +178,7 @@ class StoredLayer:
 
     Attributes:
         weights: The pruned matrices, `[out, in]`, mapped into memory from their files.
-        tokens: Number of tokens that each matrix was pruned by.
+        tokens: Number of calibration tokens for each matrix.
     """
 
     weights: dict[Matrix, torch.Tensor]
@@ -188,15 +188,15 @@ class StoredLayer:
 class LayerStore:
     """Stores pruned layers, which take as much disk space as the model until `clear` is called.
 
-    If the disk does not have enough space for them and the checkpoint, nothing is stored and a
+    If the disk has too little space for the layers and the checkpoint, nothing is stored and a
     warning is logged.
 
     Args:
         files: Where to store them.
         prefix: Prefix of their keys.
-        size: Bytes that all of them take.
-        writes: Whether this process stores layers: only the first of several does, and hands those
-            that it finds to the others.
+        size: Total size of the layers in bytes.
+        writes: Whether this process stores layers: only the first of several does, and sends stored
+            layers to the others.
     """
 
     def __init__(self, files: TensorFiles, prefix: str, size: int, writes: bool) -> None:
@@ -208,17 +208,17 @@ class LayerStore:
 
     @property
     def complete(self) -> bool:
-        """Whether everything so far could be stored."""
+        """Whether everything so far has been stored."""
         return self._writes and not self._files.failed
 
     def get(self, index: int, expected: Mapping[Matrix, ExpectedWeights]) -> StoredLayer | None:
-        """Return a layer, or `None` unless all of it is stored.
+        """Return a layer, or `None` unless it is stored completely.
 
-        It stays whole if another run deletes its files.
+        The layer stays valid if another run deletes its files.
 
         Args:
             index: The layer.
-            expected: Its matrices, in the order in which they were committed.
+            expected: The requirements for its matrices, in the order in which they were committed.
         """
         counts = self._files.read(
             self._layer_key(index), (2, len(expected)), torch.int64, _problem_of_counts
@@ -246,7 +246,7 @@ class LayerStore:
 
         Args:
             index: The layer.
-            tokens: Number of tokens that each of its matrices was pruned by.
+            tokens: Number of calibration tokens for each of its matrices.
         """
         if self._writes:
             zeros = [self._zeros.pop(matrix) for matrix in tokens]
@@ -277,7 +277,7 @@ def _problem_of_counts(counts: torch.Tensor) -> str | None:
 
 
 def _problem_of_weights(weight: torch.Tensor, zeros: int, least: int) -> str | None:
-    """Return what is wrong with the values of a pruned matrix that has to have so many zeros."""
+    """Return what is wrong with a pruned matrix that must have a minimum number of zeros."""
     if not weight.isfinite().all():
         return "it holds NaN or infinite weights"
     if (count := _zeros_of(weight)) != zeros:
@@ -288,7 +288,7 @@ def _problem_of_weights(weight: torch.Tensor, zeros: int, least: int) -> str | N
 
 
 def _size_of(folder: Path) -> int:
-    """Return the bytes of the files in a folder, which another run may be deleting."""
+    """Return the size of the files in a folder, which another run may be deleting."""
     names: list[str] = []
     size = 0
     with suppress(OSError):

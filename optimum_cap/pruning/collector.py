@@ -28,19 +28,19 @@ _INPUT_CRITERIA = ", ".join(name for name, entry in CRITERIA.items() if entry.ne
 
 @dataclass
 class LayerBatch:
-    """One calibration batch between two decoder layers.
+    """A calibration batch between two decoder layers.
 
     Attributes:
         number: Number of the batch among all batches of the calibration set.
         batch: The examples.
         weights: Weight of each real position, float32 `[positions]`; `None` if all are 1.
-        hidden: Hidden states, `[..., examples, tokens, hidden]`; some models have several for each
-            token (Gemma 3n).
+        hidden: Hidden states, `[..., examples, tokens, hidden]`; some models have several per token
+            (Gemma 3n).
         arguments: The other arguments of every layer.
-        shared: Keys and values that earlier layers have left for later ones; `None` if the layers
-            of the model share none.
-        added: What the model adds to the hidden states before a layer, by the index of the layer,
-            as Qwen3-VL adds features of images.
+        shared: Keys and values that earlier layers share with later ones; `None` if layers share
+            none.
+        added: Values that the model adds to the hidden states before a layer, by layer index (image
+            features in Qwen3-VL).
     """
 
     number: int
@@ -60,14 +60,14 @@ class LayerBatch:
         """Return the rows of `[examples, tokens, width]` that are not padding.
 
         Args:
-            hidden: What a module receives or returns.
-            name: Name of the module or matrix, for the error.
+            hidden: Input or output of a module.
+            name: Name of the module or matrix, for the error message.
 
         Returns:
             The rows, `[positions, width]`.
 
         Raises:
-            ValueError: `hidden` has another number of tokens than the batch.
+            ValueError: `hidden` has a different number of tokens than the batch.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
         real = self.batch.real.flatten().to(hidden.device)
@@ -91,9 +91,9 @@ class Route:
     Attributes:
         tokens: Their positions among the real tokens, int64 `[tokens]`; `None` for all of them.
         token_weights: Weight of each of these tokens, float32 `[tokens]`; `None` if all are 1.
-        routing_weights: Weight that the router gave the expert for each, float32 `[tokens]`; `None`
-            outside experts.
-        routing_total: Sum of the routing weights of all experts of each token, float32 `[tokens]`;
+        routing_weights: The router's weight for the expert at each token, float32 `[tokens]`;
+            `None` outside experts.
+        routing_total: Sum of the routing weights of all experts at each token, float32 `[tokens]`;
             `None` outside experts.
     """
 
@@ -104,7 +104,7 @@ class Route:
 
     @property
     def error_weights(self) -> torch.Tensor | None:
-        """How much a squared error at each token counts, float32 `[tokens]`; `None` if all are 1.
+        """Weight of a squared error at each token, float32 `[tokens]`; `None` if all are 1.
 
         Errors of an expert are scaled by its routing weight in the sum over experts.
         """
@@ -114,14 +114,14 @@ class Route:
         return squares if self.token_weights is None else squares * self.token_weights
 
     def share_of(self, error: torch.Tensor) -> torch.Tensor:
-        """Return which part of an error in the residual stream the matrix is to compensate.
+        """Return the part of an error in the residual stream that the matrix should compensate.
 
         Args:
             error: The error at every real token, `[real tokens, hidden]`.
 
         Returns:
-            The share at the tokens of the route, float32 `[tokens, hidden]`. Experts divide an
-            error by the sum of their routing weights, so that their weighted outputs add up to it.
+            The part at the tokens of the route, float32 `[tokens, hidden]`. Experts divide an error
+            by the sum of their routing weights, so that their weighted outputs add up to it.
         """
         if self.tokens is None or self.routing_total is None:
             return error.float()
@@ -132,16 +132,16 @@ class Route:
 
 
 Receive = Callable[[Matrix, torch.Tensor, Route], None]
-"""Takes the inputs of a matrix, `[tokens, in]`, and the tokens that they belong to."""
+"""Takes the inputs of a matrix, `[tokens, in]`, and their tokens."""
 
 
 class InputCollector:
-    """Passes on the inputs of matrices of one layer while the layer runs.
+    """Passes on the inputs of a layer's matrices while the layer runs.
 
     Args:
         model: The model.
         matrices: Prunable matrices of one decoder layer.
-        names: Names in this layer of parameters that an earlier layer has too.
+        names: Names in this layer of parameters that it shares with an earlier layer.
 
     Attributes:
         leaders: For each matrix that has run, the first matrix with the same input.
@@ -168,13 +168,13 @@ class InputCollector:
         routes: Mapping[Matrix, Route] | None = None,
         stop_early: bool = False,
     ) -> Iterator[None]:
-        """Pass on what the matrices receive of a batch in this context.
+        """Pass on the matrices' inputs for a batch within this context.
 
         Args:
             batch: The batch that the layer runs on.
-            receive: Called for the first of the matrices that share an input; `leaders` says which
-                one that is.
-            routes: Routes to use for experts instead of those of this run.
+            receive: Called for the first of the matrices that share an input, as given by
+                `leaders`.
+            routes: Routes to use for experts instead of this run's.
             stop_early: Whether to end the forward pass, with `StopForwardError`, once every matrix
                 has received its input.
         """

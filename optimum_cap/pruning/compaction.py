@@ -1,8 +1,8 @@
-"""Compaction: removes what contributes exactly nothing, because an earlier run has zeroed it.
+"""Compaction: removes parts that contribute exactly nothing because an earlier run zeroed them.
 
 Channels of MLPs and experts, key/value heads with their query heads, and decoder layers are removed
-one after the other; each step builds a smaller model from the last one and compares the two.
-Experts stay: one that returns zeros still takes tokens and routing weights from the others.
+in this order; each step builds a smaller model from the previous one and compares the two. Experts
+stay, because one that returns zeros still takes tokens and routing weights from the others.
 """
 
 import copy
@@ -52,28 +52,27 @@ from optimum_cap.pruning.parts import (
     with_divided_mlps,
 )
 
-_LARGEST_DIFFERENCE = 1e-3  # of the logits of a token; rounding adds up over the layers
+_LARGEST_DIFFERENCE = 1e-3  # of a token's logits; rounding errors add up over the layers
 _SCALES = (1.0, 30.0)  # of random hidden states
 _MLPS = {"expert": "experts", "mlp": "MLPs"}
-"""Kind of a site -> what its channels are called."""
+"""Kind of site -> name of its channels."""
 
 
 @dataclass(frozen=True)
 class CompactedParts:
-    """What was found and removed of one kind of parts.
+    """The parts of one kind that were found and removed.
 
     Attributes:
         part: `"channels"`, `"heads"` or `"layers"`.
-        of: What they are parts of, such as `"experts"`; empty for layers.
+        of: The modules they belong to, such as `"experts"`; empty for layers.
         before: Number of parts of each layer, or of layers.
-        dead: The smallest and the largest number of parts of a layer that contribute nothing; of
-            layers, their number, given twice.
-        removed: How many of each layer were removed, or how many layers.
-        reason: Why no more of them were, if some stay that contribute nothing, or all.
-        kept: Indices of what is kept, by the name of what it is a part of; empty if nothing was
-            removed.
+        dead: The smallest and the largest number of parts in a layer that contribute nothing; for
+            layers, their number twice.
+        removed: Number of parts removed from each layer, or number of layers removed.
+        reason: Why no more were removed, if some or all of those that contribute nothing stay.
+        kept: Indices of the kept parts, by name of their module; empty if nothing was removed.
         parameters_before: Number of parameters of the model before this step.
-        parameters_after: Number of parameters behind it.
+        parameters_after: Number of parameters after it.
     """
 
     part: str
@@ -93,9 +92,9 @@ class Compaction:
 
     Attributes:
         model: The smaller model.
-        parts: What was found and removed, in the order of the steps.
-        silent_experts: Number of experts that return zeros, and stay.
-        difference: Largest difference of the logits of a token on a few made-up tokens, relative to
+        parts: The parts found and removed, in the order of the steps.
+        silent_experts: Number of experts that return zeros but stay.
+        difference: Largest difference of a token's logits on a few made-up tokens, relative to
             their norm.
     """
 
@@ -125,25 +124,25 @@ class _Found:
 
 
 def compact(model: PreTrainedModel) -> Compaction:
-    """Remove what contributes exactly nothing from a model that an earlier run has zeroed.
+    """Remove parts that contribute exactly nothing because their weights are zero.
 
     These are channels of MLPs and experts that are multiplied by zeros, key/value heads whose query
     heads are, and decoder layers that add nothing to the hidden states. A config has one number for
-    all layers, so every layer loses the same number of channels and of heads.
+    all layers, so every layer loses the same number of channels and heads.
 
     Args:
-        model: A decoder-only model in memory, whoever has zeroed its weights; it is left unchanged.
+        model: A decoder-only model in memory, pruned by any tool; it is not changed.
 
     Returns:
-        The smaller model, an ordinary one of the same class, with what was removed. If `model` has
-        a `pruning_record`, the smaller one has it too, with what was removed in its `compacted`,
-        and is saved dense.
+        The smaller model, an ordinary one of the same class, and the removed parts. If `model` has
+        a `pruning_record`, the smaller one has it too, with the removed parts in `compacted`, and
+        is saved dense.
 
     Raises:
-        CannotRemoveError: Nothing can be removed, or the smaller model computes something else; the
-            message says why.
+        CannotRemoveError: Nothing can be removed, or the smaller model computes something
+            different; the message says why.
         ValueError: The model is offloaded, quantized, has adapters, or is not decoder-only.
-        TypeError: `model` is no transformers model.
+        TypeError: `model` is not a transformers model.
 
     Example:
         ```python
@@ -184,10 +183,10 @@ def compact(model: PreTrainedModel) -> Compaction:
 
 
 def _without_channels(view: ModelView) -> tuple[ModelView, list[CompactedParts]]:
-    """Return a model without dead channels, and what was found of each kind of MLPs.
+    """Return a model without dead channels, and the findings for each kind of MLP.
 
-    Those with the most channels come first. Where the experts and the MLPs beside them have one
-    number in the config, they lose their channels together.
+    MLPs with the most channels come first. If experts and the MLPs next to them share one number in
+    the config, they lose channels together.
     """
     last, parts = view, []
     groups = mlps_by_width(view.sites)
@@ -208,7 +207,7 @@ def _without_channels(view: ModelView) -> tuple[ModelView, list[CompactedParts]]
 def _step(
     view: ModelView, part: str, of: str, find: Callable[[ModelView], _Found]
 ) -> tuple[ModelView, CompactedParts]:
-    """Return a model without the parts of one kind that contribute nothing, if it loses any."""
+    """Return a model without the parts of one kind that contribute nothing, if there are any."""
     model = view.model
     found, smaller, reason = _Found(0, (0, 0)), model, ""
     try:
@@ -261,11 +260,11 @@ def _equal_numbers(
     columns: Mapping[Site, torch.Tensor],
     step: int,
 ) -> _Found:
-    """Choose the first dead parts of each site, as many in each; some of them stay.
+    """Choose the first dead parts of each site, the same number in each; others stay.
 
     Args:
-        name: What a part is called.
-        dead: Which parts are dead, bool `[parts]`.
+        name: Name of a part.
+        dead: Mask of dead parts, bool `[parts]`.
         columns: The columns of each part, `[parts, size]`.
         step: The number of removed parts is a multiple of this.
     """
@@ -315,10 +314,10 @@ def _find_layers(view: ModelView) -> _Found:
 
 
 def _silent_layers(view: ModelView) -> list[int]:
-    """Return the layers that return the hidden states that they receive.
+    """Return the layers that return their input hidden states unchanged.
 
-    All of their output projections are zero, with their biases, and so is what else they could add:
-    on hidden states of the model and on random ones they return the same bits.
+    All of their output projections are zero, with their biases, and they add nothing else: on the
+    model's hidden states and on random ones, their output is bit-identical to their input.
     """
     candidates = []
     for layer in range(len(view.layers)):
@@ -340,7 +339,7 @@ def _silent_layers(view: ModelView) -> list[int]:
 
 
 def _difference_of_logits(model: PreTrainedModel, smaller: PreTrainedModel) -> float:
-    """Return the largest relative difference of the logits, or hidden states, of a made-up token.
+    """Return the largest relative difference of a made-up token's logits, or hidden states.
 
     Raises:
         CannotRemoveError: It is more than rounding.
@@ -354,7 +353,7 @@ def _difference_of_logits(model: PreTrainedModel, smaller: PreTrainedModel) -> f
     expected, found = values
     scale = expected.norm(dim=-1).clamp_min(torch.finfo(expected.dtype).tiny)
     difference = float(((found - expected).norm(dim=-1) / scale).max())
-    if not difference <= _LARGEST_DIFFERENCE:  # not the other way round, so that NaN is refused
+    if not difference <= _LARGEST_DIFFERENCE:  # negated, so that NaN is refused
         raise CannotRemoveError(
             f"the {type(model).__name__} without what is zero would compute something else (a "
             f"relative difference of the logits of {difference:.2g}): use it as it is"
@@ -368,13 +367,13 @@ def _record_of_compacted(
     smaller: PreTrainedModel,
     parts: list[CompactedParts],
 ) -> PruningRecord:
-    """Return the record of the model before, with what was removed and the zeros that are left.
+    """Return the record of the model before, with the removed parts and the remaining zeros.
 
     Args:
         record: The record.
         dense: The model before.
         smaller: The smaller model.
-        parts: What was removed.
+        parts: The removed parts.
     """
     layers = next((each.kept["layers"] for each in parts if "layers" in each.kept), None)
     name_before = names_before(dense.model, layers)
@@ -404,10 +403,10 @@ def _record_of_compacted(
 
 
 def _recorded(parts: list[CompactedParts]) -> dict[str, Any]:
-    """Return what a record says of removed parts.
+    """Return a record's entry about removed parts.
 
-    No two steps remove something of one module, nor do indices of layers change before the last
-    step, so that all names and indices are those of the model before.
+    No two steps remove parts of the same module, and layer indices change only in the last step, so
+    all names and indices are those of the model before.
     """
     return {
         "parts": [

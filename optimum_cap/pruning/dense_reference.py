@@ -1,11 +1,11 @@
 """Runs the calibration set through the pruned model and the dense one, side by side.
 
 Later matrices can compensate for the errors of pruned ones. For that, `DenseReferencePass` adds to
-the statistics of the inputs of a matrix the error of its outputs relative to the dense model and,
-where a projection joins the residual stream, the error of the stream up to there.
+the input statistics of a matrix the error of its outputs relative to the dense model and, where a
+projection joins the residual stream, the error of the stream up to that point.
 
-No second copy of the model is needed: the dense weights of the current layer are kept until both
-models have passed it.
+No second copy of the model is needed: only the dense weights of the current layer are kept until
+both models have passed it.
 """
 
 import copy
@@ -42,7 +42,7 @@ class DenseReferencePass(LayerwisePass):
     """A `LayerwisePass` that also runs the dense model, as a reference.
 
     Call `begin` before anything in a layer is pruned, `statistics` for matrices that are still
-    dense (matrices before them may be pruned), and `advance` when the layer is finished.
+    dense (earlier matrices may be pruned), and `advance` when the layer is finished.
 
     Args:
         view: The model, in evaluation mode and without gradients.
@@ -79,11 +79,11 @@ class DenseReferencePass(LayerwisePass):
             self._dense_weights = {
                 name: self.model.get_parameter(name).data.clone() for name in names
             }
-            # Decided here, so that a resumed run decides by the same layer of each kind.
+            # Decided here, so that a resumed run bases the decision on the same layer of each kind.
             self.joining_modules(index)
 
     def advance(self, index: int) -> None:
-        """Run layer `index` as it is now, and with its dense weights."""
+        """Run layer `index` in its current state, and with its dense weights."""
         with onloaded(self.layers[index]):
             super().advance(index)
             if not self._dense_outputs:
@@ -102,16 +102,16 @@ class DenseReferencePass(LayerwisePass):
     ) -> dict[Matrix, InputStatistics]:
         """Return the statistics of the inputs of matrices, with the errors of their outputs.
 
-        The tokens of an expert are those that the pruned model routes to it. They are weighted by
-        the square of their routing weight, as their errors are in the sum over experts.
+        The tokens of an expert are those the pruned model routes to it. They are weighted by the
+        square of their routing weight, like their errors in the sum over experts.
 
-        Args and raises: as `LayerwisePass.statistics`.
+        Args and raises: as for `LayerwisePass.statistics`.
         """
         matrices = list(matrices)
         collector = self.collector(index, matrices)
         sites = (self._site_of_output_proj.get(matrix) for matrix in matrices)
-        # After the last output projections (of an MLP, mostly), little of the layer is left to
-        # compute: the dense model finishes it here.
+        # After the last output projections (usually of an MLP), little of the layer remains to
+        # compute, so the dense model finishes it here.
         last = max(site.level for site in self._sites[index])
         to_the_end = any(site is not None and site.level == last for site in sites)
         statistics: dict[Matrix, InputStatistics] = {}
@@ -159,8 +159,8 @@ class DenseReferencePass(LayerwisePass):
     def joining_modules(self, index: int) -> set[str]:
         """Return the output modules of a layer whose output joins the residual stream unchanged.
 
-        In other layers, a norm, a factor or a gate follows the module. One batch decides for all
-        layers with the same modules.
+        In other layers, a norm, a factor or a gate follows the module. One batch determines this
+        for all layers with the same modules.
         """
         prefix = self._sites[index][0].layer_name
         names = tuple(
@@ -179,7 +179,7 @@ class DenseReferencePass(LayerwisePass):
 
     @contextmanager
     def _dense(self, index: int) -> Iterator[None]:
-        """Give layer `index` its dense weights in this context."""
+        """Give layer `index` its dense weights within this context."""
         with onloaded(self.layers[index]):
             parameters = {name: self.model.get_parameter(name) for name in self._dense_weights}
             pruned_weights = {name: parameter.data for name, parameter in parameters.items()}
@@ -208,13 +208,13 @@ class DenseReferencePass(LayerwisePass):
             collector: Collects the inputs.
             batch: The batch.
             hidden: The input of the layer.
-            shared: Keys and values that earlier layers have left.
-            routes: Routes to use for experts instead of those of this run.
+            shared: Keys and values from earlier layers.
+            routes: Routes to use for experts instead of this run's.
             to_the_end: Whether to run the whole layer.
 
         Returns:
             The inputs, float32 `[tokens, in]`, and the routes of the leading matrices; the calls of
-            attention; and the output of the layer, if it ran to the end.
+            output modules; and the output of the layer, if it ran to the end.
         """
         inputs: dict[Matrix, torch.Tensor] = {}
         used_routes: dict[Matrix, Route] = {}
@@ -263,7 +263,7 @@ class DenseReferencePass(LayerwisePass):
                 errors[path] = batch.real_rows(error, path) / len(paths)
             known = all(path in calls and calls[path].output is not None for path in levels[level])
             if not known or not levels[level] <= joining:
-                break  # what the stream is after this level is not known
+                break  # the stream after this level is unknown
             for path in levels[level]:
                 dense_output = hidden_states_of(dense_calls[path].output)
                 change = dense_output - hidden_states_of(calls[path].output)

@@ -1,8 +1,8 @@
 """Checks on one batch, before any weight changes, that the model can be calibrated.
 
-Statistics and sensitivities are measured by running one decoder layer after the other on recorded
-arguments (`LayerwisePass`). For this to be the model, a layer must depend on nothing else. Rather
-than knowing for which architectures that holds, every run compares the two.
+Statistics and sensitivities are measured by running decoder layers one by one on recorded arguments
+(`LayerwisePass`). This equals running the model only if layers depend on nothing else. Instead of
+listing the architectures for which that holds, every run compares the two.
 """
 
 import copy
@@ -32,10 +32,10 @@ from optimum_cap.models import (
 from optimum_cap.pruning.activations import LayerwisePass, check_finite, examples_per_batch
 from optimum_cap.runtime import is_out_of_memory
 
-# On a GPU, the experts of a mixture may add up their outputs in another order in each run. The
-# rounding can send tokens that are torn between two experts to another one.
+# On a GPU, the outputs of experts may be added in a different order in each run. Rounding can then
+# route tokens that are close between two experts to the other one.
 MOST_TOKENS_ROUTED_OTHERWISE = 0.01
-_FEW_TOKENS = 8  # on which layers are differentiated
+_FEW_TOKENS = 8  # tokens to differentiate layers on
 
 
 def check_first_batch(
@@ -45,13 +45,13 @@ def check_first_batch(
     memory_budget: int | str = "auto",
     differentiate: bool = False,
 ) -> None:
-    """Check that the dense model computes finite values, and the same one layer at a time.
+    """Check that the dense model computes finite values, and the same values layer by layer.
 
-    This costs a forward pass of one batch, and a second one layer by layer. Each layer runs in both
-    while its weights are in memory, so that offloaded weights are loaded once.
+    This costs a forward pass of one batch, plus a second one layer by layer. Each layer runs in
+    both while its weights are in memory, so that offloaded weights are loaded once.
 
     Args:
-        view: The dense model; it is left unchanged.
+        view: The dense model; it is not changed.
         examples: The calibration examples.
         layer_by_layer: Whether the run uses `LayerwisePass`. Otherwise, only one example runs.
         memory_budget: As for `LayerwisePass`.
@@ -65,7 +65,8 @@ def check_first_batch(
         raise _looks_ahead(view)
     size = examples_per_batch(view.model, examples, memory_budget) if layer_by_layer else 1
     planned = batches(examples, size)
-    # With images, the model computes something else: the first batch with and without are checked.
+    # With images, the model computes something different, so check the first batch with and
+    # without.
     for first in {bool(batch.inputs): batch for batch in reversed(planned)}.values():
         chosen = [examples[position] for position in first.positions]
         with evaluation_mode(view.model), float32_on_cpu(view.model):
@@ -83,10 +84,10 @@ def check_first_batch(
 
 
 def _check_shares(view: ModelView, shares: list[float]) -> None:
-    """Check that the hidden states of few tokens differ, from the shares of each layer.
+    """Check that the hidden states of only few tokens differ, given the shares of each layer.
 
     Raises:
-        ValueError: More of them do.
+        ValueError: Too many differ.
     """
     routes = any(parameter.ndim == 3 for layer in view.layers for parameter in layer.parameters())
     allowed = MOST_TOKENS_ROUTED_OTHERWISE if routes else 0.0
@@ -101,10 +102,10 @@ def _check_shares(view: ModelView, shares: list[float]) -> None:
 
 @contextmanager
 def _explaining_layers(view: ModelView) -> Iterator[None]:
-    """Say what to choose instead if a layer does not run by itself."""
+    """Explain the alternatives if a layer does not run by itself."""
     try:
         yield
-    except OSError:  # of weights that are offloaded
+    except OSError:  # from offloaded weights
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -130,14 +131,14 @@ def _run_beside(
     layerwise: LayerwisePass | None,
     short: LayerwisePass | None = None,
 ) -> list[float]:
-    """Run the model on a batch, and each layer a second time as `LayerwisePass` does.
+    """Run the model on a batch, and run each layer a second time as `LayerwisePass` does.
 
     Args:
         view: The model.
         batch: The batch.
         examples: Its examples.
-        layerwise: A pass with this batch alone; `None` runs the model only.
-        short: A pass on which every layer is differentiated, if given.
+        layerwise: A pass with only this batch; `None` runs only the model.
+        short: A pass in which every layer is differentiated, if given.
 
     Returns:
         The share of tokens whose hidden states differ, after each layer; empty without a pass.
@@ -147,7 +148,7 @@ def _run_beside(
     """
     shares: list[float] = []
     calls = [0] * len(view.layers)
-    templates = view.output_templates  # found by running the model, so before layers are replaced
+    templates = view.output_templates  # runs the model, so must precede replacing layers
 
     def beside(index: int, layer: nn.Module) -> Callable[..., Any]:
         original_forward, is_second = layer.forward, False
@@ -217,19 +218,19 @@ def _run_beside(
 def _check_does_not_look_ahead(view: ModelView, example: CalibrationExample) -> None:
     """Check that the hidden states of tokens do not change with a later token.
 
-    Classifiers may be made from encoders, or from decoders with attention in both directions.
+    Classifiers may be based on encoders, or on decoders with bidirectional attention.
 
     Raises:
-        ValueError: They change, so they also depend on the padding of a batch.
+        ValueError: They change, and therefore also depend on the padding of a batch.
     """
     ids = _beginning(example).input_ids
     if len(ids) < 2:
-        return  # the longest example of its batch, which has no padding
+        return  # it is the longest example of its batch and has no padding
     changed = ids.clone()
     changed[-1] = (ids[-1] + 1) % number_of_embeddings(view.model)
     output = call_model(view.model, torch.stack([ids, changed]).to(view.device))
     hidden, other = output.last_hidden_state[:, :-1]
-    # Values that are not finite are reported with the layer that they come from.
+    # Non-finite values are reported elsewhere, with the layer they come from.
     if hidden.isfinite().all() and share_that_differs(other, hidden):
         raise _looks_ahead(view)
 

@@ -1,4 +1,4 @@
-"""Estimates of sensitivities with one backward pass for all sites, one layer at a time."""
+"""Estimates the sensitivities of all sites with one backward pass, one layer at a time."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -47,7 +47,7 @@ from optimum_cap.pruning.sensitivity import (
 )
 from optimum_cap.runtime import ALONE, LANES, ProcessGroup, check_same_inputs
 
-_SAVED = 3  # times the activations of a forward pass that a layer keeps for its backward pass
+_SAVED = 3  # memory that a layer saves for its backward pass, in units of its activations
 
 Group = tuple[Site, list[Matrix]]
 """A site, and its matrices to prune."""
@@ -55,12 +55,12 @@ Group = tuple[Site, list[Matrix]]
 
 @dataclass(frozen=True)
 class FisherEstimate:
-    """What one backward pass tells about a model.
+    """The results of one backward pass.
 
     Attributes:
         sensitivities: The sensitivities of all sites, as `measure_sensitivities` returns them.
         output_weights: For each matrix outside experts, the mean square of the gradients at each
-            of its outputs, float32 `[out]`: how much a squared error there counts.
+            of its outputs, float32 `[out]`: the weight of a squared error there.
     """
 
     sensitivities: list[Sensitivity]
@@ -86,18 +86,18 @@ def estimate_sensitivities(
     of (g d)^2, where g is the gradient of a random combination of the logits whose coefficients
     have the covariance diag(p) - p p^T of the likelihood's gradient. Labels drawn from p would give
     the same covariance, but a confident model nearly always draws the same label. The change d is
-    that of the block's output when its site is pruned by Wanda, the fastest criterion that uses
-    inputs.
+    the change of the block's output when its site is pruned with Wanda, the fastest criterion that
+    uses inputs.
 
-    The backward pass runs one layer after the other, from the last to the first, each from its
-    stored input. So only one layer has to be in memory, with the activations of one batch.
+    The backward pass runs layer by layer, from the last to the first, each from its stored input,
+    so only one layer has to be in memory, with the activations of one batch.
 
     Args:
         view: The dense model; it is left unchanged.
         layers: The matrices to prune, by decoder layer.
         examples: The calibration examples, in random order; the first ones are used.
         zeros_per_matrix: Number of zeros of each matrix.
-        count: Number of examples to use; `None` takes `examples_to_estimate`.
+        count: Number of examples to use; `None` uses `examples_to_estimate`.
         seed: Seed of the random combinations.
         answer_weight: As for `measure_sensitivities`.
         memory_budget: Bytes for the activations of a batch, text such as `"4GB"`, or `"auto"` for
@@ -125,7 +125,7 @@ def estimate_sensitivities(
     }
     outputs = sum(sizes.values())
     estimates = store.get_estimated(len(groups), len(chosen), outputs, seed) if store else None
-    # The others may not see the folder of the first process.
+    # Other processes may not have access to the first one's folder.
     estimates = process_group.broadcast(estimates)
     if estimates is None:
         settings = _Settings(zeros_per_matrix, seed, answer_weight, memory_budget, process_group)
@@ -195,7 +195,7 @@ def _estimate(
             approximation.fit(layerwise.statistics(layer, matrices, advance=True))
             progress.update()
         backward.begin()
-        products: dict[tuple[str, int], torch.Tensor] = {}  # of sites of earlier layers
+        products: dict[tuple[str, int], torch.Tensor] = {}  # for sites of earlier layers
         for layer in reversed(range(count)):
             groups = by_layer.get(layer, [])
             again = _uses_of_earlier(view, by_layer, layer)
@@ -232,9 +232,9 @@ def _estimate(
 def _uses_of_earlier(
     view: ModelView, by_layer: Mapping[int, list[Group]], layer: int
 ) -> list[tuple[Site, Group]]:
-    """Return the sites of a layer whose output projection is that of a site of an earlier one.
+    """Return the sites of a layer that share their output projection with an earlier layer's site.
 
-    Each comes with that site and its matrices to prune.
+    Each comes with the earlier site and its matrices to prune.
     """
     by_output = {
         site.output_proj: (site, matrices)
@@ -247,7 +247,7 @@ def _uses_of_earlier(
 
 
 def _positions_of(by_layer: Mapping[int, list[Group]]) -> dict[str, int]:
-    """Return the position of each site in the list of all."""
+    """Return the position of each site in the list of all sites."""
     names = [site.name for groups in by_layer.values() for site, _ in groups]
     return {name: position for position, name in enumerate(names)}
 
@@ -276,7 +276,7 @@ class BackwardPass:
         self._layer: _LayerRun
 
     def record(self, index: int) -> None:
-        """Store the inputs of layer `index`, in the memory of the CPU."""
+        """Store the inputs of layer `index` in CPU memory."""
         self._inputs[index] = [batch.hidden.cpu() for batch in self._layerwise.batches]
 
     def begin(self) -> None:
@@ -287,8 +287,8 @@ class BackwardPass:
     def _gradient_of_draw(self, batch: LayerBatch) -> torch.Tensor:
         """Return the gradient of a random combination of the logits of each example.
 
-        It is divided by the square root of the number of scored tokens of the example, so that
-        squares are means over these tokens. Logits are computed for a few positions at a time.
+        It is divided by the square root of the example's number of scored tokens, so that squares
+        are means over these tokens. Logits are computed for a few positions at a time.
         """
         view, targets = self._view, Targets.of(batch.batch)
         hidden = batch.hidden
@@ -301,7 +301,7 @@ class BackwardPass:
             for chunk in columns.split(size):
                 chosen = hidden[..., row, chunk, :].unsqueeze(-2).requires_grad_()
                 with torch.enable_grad():
-                    # A copy, because the model may change what it takes for the output of a layer.
+                    # A copy, because the model may change the assumed output of a layer in place.
                     logits = logits_of(view.model, view.layers, template, chosen.clone())
                 draw = fisher_draw(logits.detach().float().softmax(dim=-1), generator)
                 draw *= len(columns) ** -0.5
@@ -321,9 +321,9 @@ class BackwardPass:
         Args:
             index: The layer, in memory.
             position: Position of the batch.
-            groups: Sites of the layer with the matrices to prune.
-            output_weights: The squares of the gradients at the outputs of these matrices are added
-                to these sums.
+            groups: Sites of the layer with their matrices to prune.
+            output_weights: Sums to which the squared gradients at the outputs of these matrices are
+                added.
         """
         layerwise = self._layerwise
         batch = layerwise.batches[position]
@@ -363,10 +363,10 @@ class BackwardPass:
     def product_with_change(
         self, site: Site, pruned: Mapping[Matrix, torch.Tensor], position: int
     ) -> torch.Tensor:
-        """Return the product of the gradient and the change of the output of a pruned site.
+        """Return the product of the gradient and the change of a pruned site's output.
 
-        The output is that of the output module of the site or, where no module around the site can
-        run alone, that of the layer. An expert runs on the tokens that are routed to it.
+        The output is that of the site's output module or, where no module around the site can run
+        alone, that of the layer. An expert runs on the tokens routed to it.
 
         Args:
             site: A site of the layer and batch of the last `run`.
@@ -402,7 +402,7 @@ class BackwardPass:
         change = -output()
         with temporary_weights(model, pruned):
             change += output()
-        # Of the tokens of this expert, if each expert has tokens of its own.
+        # For the tokens of this expert, if each expert has its own tokens.
         gradient = gradient.reshape(-1, len(routes.chosen), gradient.shape[-1])
         at_tokens = gradient[site.expert if len(gradient) > 1 else 0, tokens]
         weighted = at_tokens.float() * routes.weights[tokens, slots, None].float()
@@ -424,7 +424,7 @@ class _LayerRun:
 def _sums(gradient: torch.Tensor, change: torch.Tensor, examples: int) -> torch.Tensor:
     """Return the dot products of each example, float64 `[examples]`."""
     products = gradient.float() * change.float()
-    if products.ndim < 3 or products.shape[-3] != examples:  # tokens of all examples in a row
+    if products.ndim < 3 or products.shape[-3] != examples:  # concatenated tokens of all examples
         return products.reshape(examples, -1).sum(dim=1).double().cpu()
     return (
         products.sum(dim=[d for d in range(products.ndim) if d != products.ndim - 3]).double().cpu()
@@ -432,10 +432,10 @@ def _sums(gradient: torch.Tensor, change: torch.Tensor, examples: int) -> torch.
 
 
 class _Leaves:
-    """Keys and values that layers share, as leaves of the graph of one layer.
+    """Keys and values that layers share, as leaves of one layer's graph.
 
     Args:
-        shared: All of them; a layer reads some and may replace others by its own.
+        shared: All of them; a layer reads some and may replace others with its own.
     """
 
     def __init__(self, shared: SharedStates) -> None:
@@ -448,16 +448,16 @@ class _Leaves:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """All of them, as they were given to the layer."""
+        """All of them, as passed to the layer."""
         return [tensor for tensors in self._given.values() for tensor in tensors]
 
     def produced(
         self, gradients: dict[Any, list[torch.Tensor]]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the tensors that the layer has replaced and that have gradients, with these.
+        """Return the tensors that the layer replaced and that have gradients, with their gradients.
 
         Args:
-            gradients: The gradients that later layers have left; those returned are removed.
+            gradients: The gradients from later layers; those returned are removed.
         """
         pairs = []
         for key, tensors in self.states.items():
@@ -471,7 +471,7 @@ class _Leaves:
         gradients: dict[Any, list[torch.Tensor]],
         found: Iterable[torch.Tensor | None],
     ) -> None:
-        """Add the gradients of the leaves to those of other layers."""
+        """Add the gradients of the leaves to those from other layers."""
         remaining = iter(found)
         for key, tensors in self._given.items():
             of_key = [next(remaining) for _ in tensors]
@@ -485,7 +485,7 @@ class _Leaves:
 
 
 def _offsets(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Add zeros with gradients to the outputs of modules; return those of the modules that run."""
+    """Add zeros with gradients to the outputs of modules; return them for the modules that run."""
     offsets: dict[str, torch.Tensor] = {}
 
     def offset(path: str) -> Callable[..., Any]:
@@ -510,7 +510,7 @@ def _sum_squares(
     groups: Iterable[Group],
     sums: dict[Matrix, torch.Tensor],
 ) -> None:
-    """Add the squares of the gradients at the outputs of matrices to `sums`, float32 `[out]`."""
+    """Add the squared gradients at the outputs of matrices to `sums`, float32 `[out]`."""
 
     def hook_of(matrix: Matrix) -> Callable[..., None]:
         def add(gradient: torch.Tensor) -> None:
@@ -532,7 +532,7 @@ def _sum_squares(
 
 
 class WandaApproximation:
-    """Prunes by Wanda, with one threshold and the input statistics of each matrix.
+    """Prunes with Wanda, storing one threshold and the input statistics per matrix.
 
     Args:
         view: The model.
@@ -555,7 +555,7 @@ class WandaApproximation:
         return kth_smallest(lambda: (self._importance(matrix),), zeros).value if zeros else -inf
 
     def pruned(self, matrix: Matrix) -> torch.Tensor:
-        """Return a pruned matrix, `[out, in]`, without all weights up to the threshold."""
+        """Return a pruned matrix, `[out, in]`, with all weights up to the threshold set to zero."""
         pruned = self._importance(matrix) <= self._thresholds[matrix]
         return self._view.weights(matrix).masked_fill(pruned, 0)
 
@@ -580,7 +580,7 @@ def fisher_draw(probabilities: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def _generator(seed: int, position: int) -> torch.Generator:
-    """Return the generator of an example, which does not depend on its batch."""
+    """Return the random generator of an example, independent of its batch."""
     example_seed = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
     return torch.Generator().manual_seed(example_seed)
 

@@ -1,4 +1,4 @@
-"""Pruning layer by layer: each layer is calibrated on the outputs of the already pruned ones."""
+"""Layer-by-layer pruning: each layer is calibrated on the outputs of the pruned ones before it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +24,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class _SharedMatrices:
-    """Matrices that several layers share. They are pruned in the first of them.
+    """Matrices shared by several layers, which are pruned in the first of them.
 
     Attributes:
-        dense: Their dense weights, `[out, in]`, which later layers need for what the dense model
-            computes.
+        dense: Their dense weights, `[out, in]`, which later layers need to compute the dense model.
         statistics: The statistics of their inputs in all of these layers of the dense model.
     """
 
@@ -37,7 +36,7 @@ class _SharedMatrices:
 
 
 class LayerByLayerPruning:
-    """Prunes each layer by the inputs that it receives once all layers before it are pruned.
+    """Prunes each layer based on the inputs it receives after all layers before it are pruned.
 
     Args:
         view: The model, which is changed.
@@ -47,12 +46,12 @@ class LayerByLayerPruning:
         config: Target, order, answer weight and memory budget.
         pruner: Prunes one matrix.
         store: Stores finished layers, and returns those of an interrupted run.
-        process_group: The processes that share the batches and the matrices; each of them ends with
-            the whole pruned model. Only the store of the first one is used.
+        process_group: The processes that share the batches and the matrices; each ends up with the
+            whole pruned model. Only the first one's store is used.
 
     Attributes:
-        tokens: Number of calibration tokens that each matrix was pruned by; complete after `run_`.
-        refinements: What was refined in each layer; without layers of an interrupted run.
+        tokens: Number of calibration tokens for each matrix; complete after `run_`.
+        refinements: The refinement of each layer, except layers restored from an interrupted run.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class LayerByLayerPruning:
         return self.tokens
 
     def _shared(self) -> "_SharedMatrices":
-        """Return what pruning matrices that several layers share needs; the model is dense."""
+        """Return the data for pruning matrices shared by several layers, from the dense model."""
         chosen = {matrix for matrices in self.layers.values() for matrix in matrices}
         shared = [matrix for matrix in self.view.layers_of_shared if matrix in chosen]
         if not shared:
@@ -174,7 +173,7 @@ class LayerByLayerPruning:
                     self.process_group.broadcast_(weight, owner)
 
     def _owners(self, matrices: list[Matrix]) -> dict[Matrix, int]:
-        """Return which process prunes which matrix; empty if each of them prunes all."""
+        """Return which process prunes which matrix; empty if every process prunes all."""
         if self.process_group.size == 1 or self.pruner.criterion.solve is None:
             return {}
         shapes = (self.view.oriented(matrix).shape for matrix in matrices)
@@ -210,7 +209,7 @@ class LayerByLayerPruning:
         self, refiner: LayerRefiner, index: int, stored_dtypes: Mapping[str, torch.dtype]
     ) -> None:
         """Refine a pruned layer, and round its weights to their stored dtype."""
-        # What later layers share with this one is not fitted to this layer alone.
+        # Weights shared with later layers are not fitted to this layer alone.
         own = [m for m in self.layers[index] if m not in self.view.layers_of_shared]
         if not own:
             return
@@ -229,10 +228,10 @@ class LayerByLayerPruning:
         self.store.commit(index, {matrix: self.tokens[matrix] for matrix in self.layers[index]})
 
     def _restore_layer_(self, index: int, stored_dtypes: Mapping[str, torch.dtype]) -> bool:
-        """Load the weights of a layer that an interrupted run stored; return whether it has any."""
+        """Load a layer's weights stored by an interrupted run; return whether there are any."""
         layer_matrices = self.layers[index]
         stored = self._stored_layer(index, stored_dtypes)
-        # The first process decides for all: the others may not see its folder.
+        # The first process decides for all, because the others may not have access to its folder.
         tokens = self.process_group.broadcast(
             None if stored is None else [stored.tokens[matrix] for matrix in layer_matrices]
         )
@@ -249,7 +248,7 @@ class LayerByLayerPruning:
     def _stored_layer(
         self, index: int, stored_dtypes: Mapping[str, torch.dtype]
     ) -> StoredLayer | None:
-        """Return a layer of an interrupted run; `None` if there is none, or in other processes."""
+        """Return a layer of an interrupted run; `None` if there is none and in other processes."""
         if self.store is None or self.process_group.rank != 0:
             return None
         expected = {}
@@ -274,7 +273,7 @@ class LayerByLayerPruning:
             )
 
     def _report_refinement(self) -> None:
-        """Log how much refinement has gained, and warn if that is nothing in most layers."""
+        """Log the gain from refinement, and warn if there is none in most layers."""
         if not (results := list(self.refinements.values())):
             return
         before = sum(result.error_before for result in results) / len(results)

@@ -1,4 +1,4 @@
-"""`MatrixPruner`: prunes one matrix by a criterion and a pattern."""
+"""`MatrixPruner`: prunes one matrix with a criterion and a pattern."""
 
 from collections.abc import Mapping
 
@@ -22,16 +22,16 @@ _SCALE_EXPONENT = 0.25
 
 
 class MatrixPruner:
-    """Prunes matrices of a model one at a time, by the criterion and the pattern of a config.
+    """Prunes matrices of a model one at a time, with the criterion and the pattern of a config.
 
     Args:
         view: The model.
-        config: Gives the criterion, the pattern and the seed.
+        config: Defines the criterion, the pattern and the seed.
 
     Attributes:
-        activity: What it does, for a progress bar.
-        regions: Importance of the units that the weights of a matrix belong to, broadcastable to
-            `[out, in]`, for criteria that need causal scores.
+        activity: Name of the activity, for a progress bar.
+        regions: Importance of the units of a matrix's weights, broadcastable to `[out, in]`, for
+            criteria that need causal scores.
     """
 
     activity = "Pruning"
@@ -45,14 +45,14 @@ class MatrixPruner:
         self._row_scales: dict[Matrix, torch.Tensor] = {}
 
     def weight_outputs(self, output_weights: Mapping[Matrix, torch.Tensor]) -> None:
-        """Let solvers rank the weights of a matrix by how much errors of its outputs count.
+        """Make solvers take into account the weights of output errors when ranking weights.
 
-        Solvers fit each row of a matrix by itself, so this only changes which weights are pruned.
+        Solvers fit each row of a matrix separately, so this only changes which weights are pruned.
 
         Args:
-            output_weights: Weight of a squared error of each output, `[out]`; only ratios count.
-                The scale of a row is its fourth root, not its square root: weights are estimated
-                from few examples and for a model that is still dense.
+            output_weights: Weight of a squared error of each output, `[out]`; only ratios matter.
+                The scale of a row is the fourth root, not the square root, because the weights are
+                estimated from few examples and for a model that is still dense.
         """
         for matrix, weights in output_weights.items():
             mean = float(weights.mean())
@@ -70,7 +70,7 @@ class MatrixPruner:
         return self.criterion.importance(self._view.weights(matrix), inputs)
 
     def pruned(self, matrix: Matrix, statistics: InputStatistics, zeros: int) -> torch.Tensor:
-        """Return the pruned weights of a matrix, `[out, in]`; the matrix itself is not changed."""
+        """Return the pruned weights of a matrix, `[out, in]`, without changing the matrix."""
         weight = self._view.weights(matrix)
         solve = self.criterion.solve
         if solve is None:

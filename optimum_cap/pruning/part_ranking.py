@@ -1,4 +1,4 @@
-"""Chooses the experts and the layers that are removed (`pattern="experts"`, `pattern="layers"`).
+"""Chooses the experts and layers to remove (`pattern="experts"`, `pattern="layers"`).
 
 Every function takes the dense model and returns what to remove from it.
 """
@@ -32,21 +32,21 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.pruning.collector import LayerBatch
 from optimum_cap.pruning.sensitivity import FEWEST_EXAMPLES, DivergenceEvaluator
 
-MEASURED_EXAMPLES = 2 * FEWEST_EXAMPLES  # on which divergences without experts are measured
+MEASURED_EXAMPLES = 2 * FEWEST_EXAMPLES  # for measuring divergences without experts
 MEASURED_EXAMPLES_FOR_LAYERS = FEWEST_EXAMPLES  # each trial runs half of the model
-COMPARED_TOKENS = 4096  # on which errors of experts are compared: as many batches as it takes
-COMPARED_BYTES = 1 << 29  # of what all experts return for them, about
-CANDIDATES = 8  # experts or layers that are measured for each one that is removed
-MOST_ROUNDS = 16  # in which the experts of a layer are removed, at most
+COMPARED_TOKENS = 4096  # for comparing errors of experts, in as many batches as needed
+COMPARED_BYTES = 1 << 29  # approximate size of all experts' outputs for these tokens
+CANDIDATES = 8  # experts or layers measured for each removed one
+MOST_ROUNDS = 16  # maximum number of rounds in which the experts of a layer are removed
 
 
 @dataclass(frozen=True)
 class _RoutedTokens:
-    """Some tokens of a mixture of experts, and what all of its experts return for them.
+    """Some tokens of a mixture of experts, and the outputs of all experts for them.
 
     Attributes:
         router: The router.
-        calls: The calls of the module that holds router and experts, one for each batch.
+        calls: The calls of the module with router and experts, one per batch.
         batches: The batches.
         outputs: Outputs of the experts, `[experts, tokens, hidden]`.
         scale: Square of the hidden state after the layer at each token, float32 `[tokens]`.
@@ -81,7 +81,7 @@ class _RoutedTokens:
 
 @dataclass(frozen=True)
 class _Quota:
-    """How many experts of a layer are removed.
+    """The number of experts to remove from a layer.
 
     Attributes:
         experts: Number of experts.
@@ -100,7 +100,7 @@ class _Quota:
         return [e for e in range(self.experts) if e not in gone and lost[e // size] < most]
 
     def take(self, ranked: Iterable[int], gone: list[int], number: int) -> list[int]:
-        """Return the first `number` experts of a ranking that may be removed."""
+        """Return the first `number` removable experts of a ranking."""
         taken: list[int] = []
         for expert in ranked:
             if len(taken) < number and expert in self.left([*gone, *taken]):
@@ -108,7 +108,7 @@ class _Quota:
         return taken
 
     def at_once(self, gone: list[int]) -> int:
-        """Return how many experts to remove before the others are ranked again."""
+        """Return how many experts to remove before ranking the rest again."""
         return min(self.count - len(gone), -(-self.count // MOST_ROUNDS))
 
 
@@ -120,22 +120,22 @@ def experts_to_remove(
     groups: int,
     config: CAPConfig,
 ) -> dict[int, list[int]]:
-    """Choose experts of each layer that has any.
+    """Choose the experts to remove from each layer that has any.
 
     Args:
         view: The dense model; it is left unchanged.
         routers: The router of each layer with experts.
         examples: The calibration examples, in random order.
-        count: Number of experts of each layer to remove.
-        groups: Number of groups of consecutive experts that the router knows; each loses the same
-            number of experts.
+        count: Number of experts to remove from each layer.
+        groups: The router's number of groups of consecutive experts; each loses the same number of
+            experts.
         config: Gives criterion, memory budget and seed.
 
     Returns:
-        The experts to remove from each layer, those first that are missed the least.
+        The experts to remove from each layer, least important first.
 
     Raises:
-        ValueError: The criterion does not work on these experts.
+        ValueError: The criterion does not support these experts.
     """
     quotas = {layer: _Quota(router.count, count, groups) for layer, router in routers.items()}
     criterion = config.method.criterion
@@ -170,7 +170,7 @@ def _permutation(count: int, generator: torch.Generator) -> list[int]:
 def _calls(
     layerwise: LayerwisePass, layer: int, router: Router, batch: LayerBatch
 ) -> tuple[RecordedCall, torch.Tensor]:
-    """Return the call of the module that holds the experts, and the output of the layer."""
+    """Return the calls of the module with the experts, and the outputs of the layer."""
     parent = layerwise.model.get_submodule(router.parent)
     with recorded_calls({"": parent}) as calls:
         output = layerwise.run(layer, batch, batch.hidden)
@@ -178,7 +178,7 @@ def _calls(
 
 
 def _real(batch: LayerBatch, call: ExpertsCall, block: str) -> ExpertsCall:
-    """Return the rows of a call of experts that are not padding."""
+    """Return a call of experts without the rows of padding."""
     hidden = call.hidden
     if hidden.ndim == 2:
         hidden = batch.real_rows(hidden, block)
@@ -189,10 +189,10 @@ def _real(batch: LayerBatch, call: ExpertsCall, block: str) -> ExpertsCall:
 
 
 def _routed_tokens(layerwise: LayerwisePass, layer: int, router: Router) -> _RoutedTokens:
-    """Return some tokens of a layer, with what every expert returns for them.
+    """Return some tokens of a layer, with the outputs of every expert for them.
 
     Raises:
-        ValueError: The router scales what experts receive (Llama 4).
+        ValueError: The router scales the inputs of experts (Llama 4).
     """
     if have_own_tokens(router.experts):
         raise ValueError(
@@ -230,9 +230,9 @@ _NONE = torch.zeros(0, dtype=torch.long)
 
 
 def _by_error(tokens: _RoutedTokens, quota: _Quota) -> list[int]:
-    """Remove experts one after the other, each time the one whose absence changes the least.
+    """Remove experts one by one, each time the one whose removal changes the output least.
 
-    What changes is the output of the mixture: the tokens of the expert go to others.
+    The output is that of the mixture, where the expert's tokens are routed to others.
     """
     intact, gone = tokens.output([]), list[int]()
     while len(gone) < quota.count:
@@ -244,7 +244,7 @@ def _by_error(tokens: _RoutedTokens, quota: _Quota) -> list[int]:
 def _ranked_by_error(
     tokens: _RoutedTokens, gone: list[int], candidates: list[int], intact: torch.Tensor
 ) -> list[int]:
-    """Return candidates, those first whose absence changes the output of the mixture the least."""
+    """Return candidates, in order of how little their removal changes the mixture's output."""
     errors = {candidate: tokens.error([*gone, candidate], intact) for candidate in candidates}
     return sorted(candidates, key=errors.__getitem__)
 
@@ -256,12 +256,12 @@ def _by_divergence(
     examples: list[CalibrationExample],
     config: CAPConfig,
 ) -> dict[int, list[int]]:
-    """Remove experts by what their absence does to the predictions of the model.
+    """Remove experts by how their removal changes the model's predictions.
 
-    From the first layer to the last, each after those before it have lost their experts. In a
-    layer, experts are removed one after the other (a few at once if there are many). The candidates
-    are those whose absence changes the output of the mixture the least; the one whose absence
-    changes the predictions the least is removed.
+    Layers are processed in order, each after the earlier ones have lost their experts. In a layer,
+    experts are removed one by one (a few at once if there are many). The candidates are those whose
+    removal changes the output of the mixture the least; among them, the one whose removal changes
+    the predictions the least is removed.
     """
     evaluator = DivergenceEvaluator(view, examples[:MEASURED_EXAMPLES], config.memory_budget)
     removed = {}
@@ -307,7 +307,7 @@ def first_experts(ranked: list[int], experts: int, count: int, groups: int) -> l
 def _shortlist(
     layerwise: LayerwisePass, layer: int, router: Router, quota: _Quota
 ) -> Callable[[list[int]], list[int]]:
-    """Return a function from the experts that are gone to the candidates for the next ones."""
+    """Return a function from the removed experts to the candidates for the next ones."""
     if router.count <= CANDIDATES or have_own_tokens(router.experts):
         return quota.left
     tokens = _routed_tokens(layerwise, layer, router)
@@ -328,7 +328,7 @@ def _routes(layerwise: LayerwisePass, layer: int, router: Router) -> Iterator[Ex
 
 
 def _frequency(layerwise: LayerwisePass, layer: int, router: Router) -> torch.Tensor:
-    """Return how many tokens each expert receives."""
+    """Return the number of tokens each expert receives."""
     counts = torch.zeros(router.count, dtype=torch.float64)
     for call in _routes(layerwise, layer, router):
         chosen = call.chosen[call.chosen < router.count]
@@ -345,10 +345,10 @@ def _routing_weight(layerwise: LayerwisePass, layer: int, router: Router) -> tor
 
 
 def _reap(layerwise: LayerwisePass, layer: int, router: Router) -> torch.Tensor:
-    """Return the mean norm of what each expert adds to the output, over the tokens it receives.
+    """Return the mean norm of each expert's contribution to the output, over its tokens.
 
-    Router-weighted expert activation pruning (Lasby et al. 2025, ICLR 2026, arXiv 2510.13999,
-    Eq. 9). An expert that receives no token has 0.
+    Router-weighted expert activation pruning (Lasby et al. 2025, ICLR 2026, arXiv 2510.13999, Eq.
+    9). An expert that receives no token gets 0.
     """
     sums = torch.zeros(router.count, dtype=torch.float64)
     counts = torch.zeros(router.count, dtype=torch.float64)
@@ -367,7 +367,7 @@ EXPERT_SCORES: dict[str, Callable[[LayerwisePass, int, Router], torch.Tensor]] =
     "frequency": _frequency,
     "routing_weight": _routing_weight,
 }
-"""Scores of the experts of a layer; those with the lowest ones are removed."""
+"""Scores of the experts of a layer; those with the lowest scores are removed."""
 
 
 def layers_to_remove(
@@ -382,8 +382,8 @@ def layers_to_remove(
         config: Gives criterion, memory budget and seed.
 
     Returns:
-        Their indices, those first that are missed the least. One layer of each kind stays: without
-        attention, a hybrid does not generate.
+        Their indices, least important first. One layer of each kind stays, because a hybrid model
+        cannot generate without attention.
     """
     criterion, layers = config.method.criterion, len(view.layers)
     kinds = kinds_of_layers(view.model)
@@ -402,12 +402,12 @@ def layers_to_remove(
 
 
 def first_layers(ranked: Iterable[int], kinds: Sequence[tuple[str, ...]], count: int) -> list[int]:
-    """Return the first layers of a ranking that may be removed.
+    """Return the first removable layers of a ranking.
 
     Args:
         ranked: Indices of all layers.
         kinds: The kind of each layer; one layer of each kind stays.
-        count: How many to return, if as many may be removed.
+        count: Number of layers to return, if that many may be removed.
     """
     taken: list[int] = []
     for layer in ranked:
@@ -417,15 +417,15 @@ def first_layers(ranked: Iterable[int], kinds: Sequence[tuple[str, ...]], count:
 
 
 def _removable_layers(kinds: Sequence[tuple[str, ...]], gone: list[int]) -> list[int]:
-    """Return the layers that may be removed after others: no kind loses its last layer."""
+    """Return the layers that may still be removed: no kind may lose its last layer."""
     left = Counter(kind for layer, kind in enumerate(kinds) if layer not in gone)
     return [layer for layer, kind in enumerate(kinds) if layer not in gone and left[kind] > 1]
 
 
 def _block_influence(layerwise: LayerwisePass, layer: int) -> float:
-    """Advance past a layer; return 1 minus the mean cosine of its input and its output.
+    """Advance past a layer; return 1 minus the mean cosine similarity of its input and output.
 
-    Block influence of ShortGPT (Men et al. 2024, arXiv 2403.03853, Eq. 1).
+    This is the block influence of ShortGPT (Men et al. 2024, arXiv 2403.03853, Eq. 1).
     """
     total = tokens = 0.0
     befores = [batch.hidden for batch in layerwise.batches]
@@ -447,16 +447,16 @@ def _layers_by_divergence(
     count: int,
     config: CAPConfig,
 ) -> list[int]:
-    """Remove layers one after the other, each time the one whose absence changes least.
+    """Remove layers one by one, each time the one whose removal changes predictions least.
 
-    What changes is what the model predicts. After each removal, the layers that changed it the
-    least when they were last measured are measured again.
+    After each removal, the layers with the smallest change at their last measurement are measured
+    again.
     """
     evaluator = DivergenceEvaluator(
         view, examples[:MEASURED_EXAMPLES_FOR_LAYERS], config.memory_budget
     )
     layers, gone = view.layers, list[int]()
-    divergences: dict[int, float] = {}  # with each layer missing, when it was last measured
+    divergences: dict[int, float] = {}  # the last measurement without each layer
     candidates = _removable_layers(kinds, gone)
     trials = len(layers) + sum(min(CANDIDATES, len(layers) - n) for n in range(1, count))
     with progress_bar(total=trials, desc="Measuring layers", unit="layer") as progress:

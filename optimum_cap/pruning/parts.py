@@ -1,4 +1,4 @@
-"""The parts that a model can lose, and whether a smaller model computes what the model does."""
+"""The parts that can be removed from a model, and checks of the smaller model."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,9 +22,9 @@ from optimum_cap.models import (
 )
 from optimum_cap.pruning.activations import LayerwisePass
 
-_CHANNELS = 8  # kernels want a number of channels that is a multiple of this, if the model has one
+_CHANNELS = 8  # keep the number of channels a multiple of this, for kernels, if it is one already
 _TRIED_TOKENS = 16
-_PERIODS = (  # config fields that say which layers are of another kind
+_PERIODS = (  # config fields that determine which layers are of another kind
     "decoder_sparse_step",
     "attn_layer_period",
     "expert_layer_period",
@@ -36,14 +36,14 @@ _PERIODS = (  # config fields that say which layers are of another kind
 def with_divided_mlps(model: PreTrainedModel) -> ModelView:
     """Return a view of a model with at least two units in every MLP and expert.
 
-    Only then are the rows that belong to a channel seen.
+    Only then can the rows of a channel be observed.
     """
     widths = [site.width for site in ModelView.of(model).sites if not site.mixes_tokens]
     return ModelView.of(model, max(1, min(widths, default=2) // 2))
 
 
 def step_of_channels(width: int) -> int:
-    """Return the number that the number of removed channels is a multiple of."""
+    """Return the step by which the number of removed channels can vary."""
     return gcd(width, _CHANNELS)
 
 
@@ -60,8 +60,8 @@ def groups_of_heads(view: ModelView) -> dict[Site, torch.Tensor]:
     """Return the columns of the query heads of each key/value head, int64 `[groups, columns]`.
 
     Raises:
-        CannotRemoveError: The model has no heads, not as many in every layer, or something is
-            computed of all heads together.
+        CannotRemoveError: The model has no heads, a different number in some layers, or operations
+            over all heads together.
     """
     kind = type(view.model).__name__
     groups: dict[Site, torch.Tensor] = {}
@@ -93,7 +93,7 @@ def groups_of_heads(view: ModelView) -> dict[Site, torch.Tensor]:
 
 
 def _can_lose_heads(site: Site) -> bool:
-    """Whether the rows of a projection that are of one head affect no other head.
+    """Whether the rows of one head affect no other head.
 
     They do if the queries of all heads are normalised together (OLMoE).
     """
@@ -104,7 +104,7 @@ def _can_lose_heads(site: Site) -> bool:
 
 
 def _groups_that_share(site: Site) -> list[list[int]]:
-    """Return the units of an attention by the rows of keys and values that they share.
+    """Return the units of an attention site, grouped by shared rows of keys and values.
 
     Rows that all units share, as with a single key/value head, stay.
     """
@@ -120,14 +120,14 @@ def _groups_that_share(site: Site) -> list[list[int]]:
 
 
 def mask_of_columns(columns: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-    """Return which columns are kept, bool `[in]`, by the columns of each part, `[parts, size]`."""
+    """Return the mask of kept columns, bool `[in]`, given the columns of parts, `[parts, size]`."""
     mask = torch.zeros(columns.numel(), dtype=torch.bool)
     mask[columns[parts].flatten()] = True
     return mask
 
 
 def kept_indices(kept: KeptParts) -> dict[str, list[int]]:
-    """Return the indices of what is kept by the name of what it is a part of, for the record."""
+    """Return the indices of kept parts by the name of their module, for the record."""
     if kept.layers is not None:
         return {"layers": list(kept.layers)}
     if kept.experts:
@@ -136,7 +136,7 @@ def kept_indices(kept: KeptParts) -> dict[str, list[int]]:
 
 
 def check_not_shared(view: ModelView, sites: Iterable[Site]) -> None:
-    """Check that no layers share the matrices that become smaller.
+    """Check that layers do not share the matrices that shrink.
 
     Raises:
         CannotRemoveError: Several layers share one.
@@ -150,7 +150,7 @@ def check_not_shared(view: ModelView, sites: Iterable[Site]) -> None:
 
 
 def check_layers_have_no_number(model: PreTrainedModel) -> None:
-    """Check that nothing refers to layers by their distance or by their number.
+    """Check that nothing refers to layers by distance or number.
 
     Raises:
         CannotRemoveError: The config describes layers by their distance, or the decoder adds
@@ -188,19 +188,19 @@ def check_agrees(
     without_parts: Callable[[int], AbstractContextManager[Any]],
     tolerated: float = 0.0,
 ) -> None:
-    """Check that a smaller model computes what the dense model does without parts.
+    """Check that a smaller model computes the same as the dense model without the parts.
 
     Args:
-        dense: The dense model, as the smaller one in evaluation mode.
+        dense: The dense model; both models are in evaluation mode.
         smaller: The smaller model.
-        kept: What it keeps.
-        example: What both run on.
-        part: What is removed, for the error.
-        without_parts: Lets a layer of the dense model compute without what is removed.
+        kept: The parts it keeps.
+        example: The example to run both on.
+        part: Name of the removed parts, for the error message.
+        without_parts: Makes a layer of the dense model compute without the removed parts.
         tolerated: Share of hidden states that may differ.
 
     Raises:
-        CannotRemoveError: It computes something else, or does not run.
+        CannotRemoveError: It computes something different, or does not run.
     """
     kind = type(smaller).__name__
     try:
@@ -226,7 +226,7 @@ def _share_that_differs(
 ) -> float:
     """Return the share of hidden states that differ after any layer of the smaller model.
 
-    Each of its layers receives what the layers of the dense model before it return.
+    Each of its layers receives the outputs of the preceding layers of the dense model.
 
     Raises:
         CannotRemoveError: Heads are removed, and layers share keys and values.

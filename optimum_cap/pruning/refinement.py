@@ -1,10 +1,10 @@
 """Refinement: fits the kept weights of a whole pruned layer to the dense model's hidden states.
 
 Solvers such as ALPS fit one matrix at a time to the outputs of that matrix. What matters is the
-output of the layer, which depends on all its matrices together, and on nonlinearities between them.
-After a layer is pruned, `LayerRefiner` fits all its kept weights at once: by a few passes of Adam
-over the calibration set, with the masks fixed. No labels are used, and only one layer has gradients
-and optimizer states at a time.
+output of the layer, which depends on all its matrices and on the nonlinearities between them. After
+a layer is pruned, `LayerRefiner` fits all its kept weights jointly, with a few passes of Adam over
+the calibration set and fixed masks. No labels are used, and only one layer has gradients and
+optimizer states at a time.
 """
 
 import copy
@@ -20,20 +20,20 @@ from optimum_cap.pruning.activations import LayerwisePass
 from optimum_cap.runtime import ALONE, LANES, ProcessGroup, lane_of
 
 EXAMPLES_PER_STEP = 1
-LEFT_OUT = 8  # one pair of examples of so many is left out, and decides when to stop
-_BETAS, _EPSILON = (0.9, 0.95), 1e-12  # of Adam; gradients of relative errors are small
+LEFT_OUT = 8  # one in this many pairs of examples is held out to decide when to stop
+_BETAS, _EPSILON = (0.9, 0.95), 1e-12  # for Adam; gradients of relative errors are small
 _WARM_UP = 0.1  # fraction of the steps
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What the refinement of a layer has done.
+    """The result of refining a layer.
 
     Attributes:
         error_before: Error of the hidden states after the layer relative to those of the dense
-            model, on the batches that are left out, before the first step.
+            model, on the held-out batches, before the first step.
         error_after: The same with the refined weights.
-        passes: Number of passes whose weights are used; 0 if none was better than the start.
+        passes: Number of passes after which the used weights were taken; 0 if none improved.
     """
 
     error_before: float
@@ -48,12 +48,12 @@ class LayerRefiner:
     the dense model's, averaged over the tokens. The layer receives the hidden states of the pruned
     model, so it also compensates for errors of the layers before it.
 
-    Every pass starts from one set of weights in each lane of the calibration set (`LANES`). Each
-    lane takes its own steps with its own optimizer, one example at a time; then their weights are
-    averaged. So several processes share the work and exchange weights once per pass. This is local
-    SGD (Stich 2019, ICLR, arXiv 1805.09767); the average has less noise than the lanes.
+    Every pass starts from the same weights in each lane of the calibration set (`LANES`). Each lane
+    takes its own steps with its own optimizer, one example at a time; then their weights are
+    averaged. This lets several processes share the work and exchange weights once per pass. It is
+    local SGD (Stich 2019, ICLR, arXiv 1805.09767); the average has less noise than the lanes.
 
-    Call `begin` while a layer is dense, and `refine_` once it is pruned, before the pass over the
+    Call `begin` while a layer is dense, and `refine_` after pruning it, before the pass over the
     pruned model advances.
 
     Sources: layer-wise reconstruction with a fixed mask as in BRECQ (Li et al. 2021, arXiv
@@ -85,7 +85,7 @@ class LayerRefiner:
         self._learning_rate = learning_rate
         self._seed = seed
         self._process_group = process_group
-        # By the number of the batch; those of the lanes of other processes are missing.
+        # By batch number; batches of other processes' lanes are missing.
         self._batches = {
             batch.number: batch
             for batch in layerwise.batches
@@ -95,18 +95,17 @@ class LayerRefiner:
         self._dense_shared = {
             number: copy.copy(batch.shared) for number, batch in self._batches.items()
         }
-        # Batches are sorted by length: pairs at equal distances, so that all lengths and lanes are
-        # left out.
+        # Batches are sorted by length, so evenly spaced pairs cover all lengths and lanes.
         count = len(layerwise.planned)
         middle = min(LEFT_OUT, -(-count // LANES)) // 2
         self._left_out = [n for n in range(count) if n // LANES % LEFT_OUT == middle]
         fitted = [n for n in range(count) if n not in self._left_out]
-        fitted = fitted or self._left_out  # one or two batches
+        fitted = fitted or self._left_out  # if there are only one or two batches
         lanes = [[n for n in fitted if lane_of(n) == lane] for lane in range(LANES)]
         self._lanes = [lane for lane in lanes if lane]
 
     def begin(self, index: int) -> None:
-        """Compute the outputs of layer `index` in the dense model, which are the target."""
+        """Compute the target: the outputs of layer `index` in the dense model."""
         with onloaded(self._view.layers[index]):
             self._dense_hidden = {
                 number: self._layerwise.run(
@@ -116,21 +115,21 @@ class LayerRefiner:
             }
 
     def take_target(self, hidden: Mapping[int, torch.Tensor]) -> None:
-        """Take the hidden states that the next layer to be refined is fitted to.
+        """Set the hidden states to which the next layer is fitted.
 
-        In the place of `begin`, where the dense model is another one.
+        Replaces `begin` if the dense model is a separate model.
 
         Args:
-            hidden: `[..., examples, tokens, hidden]`, by the number of the batch.
+            hidden: `[..., examples, tokens, hidden]`, by batch number.
         """
         self._dense_hidden = {number: hidden[number] for number in self._batches}
 
     def refine_(self, index: int, matrices: Iterable[Matrix]) -> Refinement:
-        """Refine the weights of layer `index` that are not zero, in place.
+        """Refine the nonzero weights of layer `index` in place.
 
         Args:
             index: The layer, with its pruned weights.
-            matrices: Its pruned matrices. All other parameters stay as they are.
+            matrices: Its pruned matrices. Other parameters do not change.
 
         Returns:
             The errors before and after.
@@ -140,7 +139,7 @@ class LayerRefiner:
         with onloaded(layer), without_parameter_grads(layer):
             weights = _TrainableWeights(self._view, matrices, self._learning_rate)
             refinement, values = self._best(index, weights)
-        # Only now, because weights that are offloaded are stored elsewhere.
+        # Only now, because offloaded weights are stored elsewhere.
         for matrix in matrices:
             refined = self._view.in_orientation(matrix, matrix.of(values[matrix.parameter]))
             self._view.writable_weights(matrix).copy_(refined)
@@ -166,11 +165,11 @@ class LayerRefiner:
     def _pass_(
         self, index: int, weights: "_TrainableWeights", number: int, order: np.random.Generator
     ) -> None:
-        """Take the steps of pass `number` in every lane, and average the weights."""
+        """Run the steps of pass `number` in every lane, and average the weights."""
         start, total = weights.copy(), weights.zeros()
         for lane, fitted in enumerate(self._lanes):
             permutation = order.permutation(fitted).tolist()
-            if fitted[0] not in self._batches:  # the lane of another process
+            if fitted[0] not in self._batches:  # another process's lane
                 continue
             weights.load_(start)
             done, steps = number * len(fitted), self._passes * len(fitted)
@@ -185,7 +184,7 @@ class LayerRefiner:
         weights.load_(total)
 
     def _error(self, index: int) -> float:
-        """Return the error on the batches that are left out."""
+        """Return the error on the held-out batches."""
         own = {n: self._errors(index, n).cpu() for n in self._left_out if n in self._batches}
         all_errors: dict[int, torch.Tensor] = {}
         for errors in self._process_group.all_gather(own):
@@ -195,7 +194,7 @@ class LayerRefiner:
     def _errors(self, index: int, number: int) -> torch.Tensor:
         """Return the relative error of each real token of a batch, float32 `[positions]`."""
         batch = self._batches[number]
-        # The layer may add keys and values for later layers, which must not stay.
+        # The layer may add keys and values for later layers, which must not persist.
         output = self._layerwise.run(index, batch, batch.hidden, copy.copy(batch.shared))
         target = self._dense_hidden[number]
         real = batch.batch.real.to(output.device)
@@ -207,7 +206,7 @@ def relative_errors(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Args:
         hidden: Hidden states, `[..., tokens, hidden]`.
-        target: Those of the dense model.
+        target: Hidden states of the dense model.
 
     Returns:
         float32 `[tokens]`.
@@ -220,7 +219,7 @@ def relative_errors(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class _TrainableWeights:
-    """The weights of matrices that are not zero, with gradients and optimizer states.
+    """The nonzero weights of matrices, with gradients and optimizer states.
 
     Args:
         view: The model, with the layer of the matrices in memory.
@@ -238,7 +237,7 @@ class _TrainableWeights:
         for matrix in matrices:
             mask, parameter = self._masks[matrix.parameter], self._parameters[matrix.parameter]
             matrix.of(mask).copy_(matrix.of(parameter.data) != 0)
-        # float32, even if the layer computes in half precision; shared with the parameter if not.
+        # float32 even if the layer computes in half precision; otherwise shared with the parameter.
         self._masters = {
             name: parameter.data.float() for name, parameter in self._parameters.items()
         }
@@ -262,7 +261,7 @@ class _TrainableWeights:
         parameters = list(self._parameters.values())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for (name, master), gradient in zip(self._masters.items(), gradients, strict=True):
-            # Weights whose gradients are always 0 do not move, so zeros stay zeros.
+            # Weights whose gradients are always 0 do not change, so zeros stay zero.
             master.grad = None if gradient is None else gradient.float().mul_(self._masks[name])
         for group, of_group in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * of_group
@@ -282,7 +281,7 @@ class _TrainableWeights:
             parameter.data.copy_(self._masters[name])
 
     def load_(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Take values of the parameters, float32."""
+        """Load values of the parameters, float32."""
         for name, master in self._masters.items():
             master.copy_(values[name])
         self._update_parameters()
@@ -301,7 +300,7 @@ class _TrainableWeights:
             total[name] += master
 
     def disable_gradients(self) -> None:
-        """Treat the parameters like all others again."""
+        """Make the parameters ordinary ones again."""
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
 
@@ -312,5 +311,5 @@ def _root_mean_square(values: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Return the fraction of the learning rate of a step: it rises quickly and falls to 0."""
+    """Return the fraction of the learning rate at a step: a quick rise, then a decay to 0."""
     return min(1.0, (step + 1) / max(1.0, _WARM_UP * steps)) * (1 - step / steps)

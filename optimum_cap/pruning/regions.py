@@ -1,4 +1,4 @@
-"""Turns scores of units into importances of the weights that belong to them."""
+"""Converts scores of units into importances of their weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -15,12 +15,12 @@ def scaled_importances(scores: torch.Tensor) -> torch.Tensor:
     """Map scores linearly to importances in [1, 10] over all scored units (paper, Eq. 3).
 
     In the paper these are the heads. If MLPs and experts are scored too, one map covers units of
-    all kinds and sizes: a score is the increase of the loss without the whole unit, so units with
-    more weights tend to get higher scores. Units with about as many weights as a head compare best
-    (`mlp_unit_size`).
+    all kinds and sizes. A score is the increase of the loss without the whole unit, so units with
+    more weights tend to get higher scores. Units with about as many weights as a head are most
+    comparable (`mlp_unit_size`).
 
-    A unit without a finite masked loss on any example (score NaN) breaks the model when it is
-    masked, so it gets 10.
+    A unit without a finite masked loss on any example (score NaN) breaks the model when masked, so
+    it gets 10.
 
     Args:
         scores: Causal scores, `[units]`.
@@ -44,12 +44,12 @@ def unit_importances(
     """Return the importance of every unit: its own, or the mean of the heads of its layer.
 
     The paper uses this mean for MLPs (step 5) and names it as its main weakness; experts are
-    treated like MLPs. A mixer without heads counts as one head. A layer that mixes no tokens
-    (Nemotron-H) takes the mean of the nearest layer before it that does, or else after it.
+    treated like MLPs. A mixer without heads counts as one head. A layer that does not mix tokens
+    (Nemotron-H) takes the mean of the nearest preceding layer that does, or else of the next one.
 
     Args:
         sites: All sites of the model.
-        scored: Importances of the units that were scored, all heads among them.
+        scored: Importances of the scored units, including all heads.
     """
     sites = list(sites)
     of_heads: dict[int, list[float]] = {}
@@ -75,7 +75,8 @@ def region_importances(
     Args:
         sites: All sites of the model.
         importances: Importance per unit.
-        kv_combination: How a key/value row combines the units that share it: `"mean"` or `"max"`.
+        kv_combination: How a key/value row combines the importances of the units that share it:
+            `"mean"` or `"max"`.
 
     Returns:
         For each matrix of shape `[a, b]`, a float32 tensor that broadcasts against it: `[a, 1]` or

@@ -1,7 +1,8 @@
 """Removes parts of a model: experts, heads, channels or decoder layers.
 
-The dense model decides what is removed, a smaller model takes over what is kept, and its layers are
-fitted to the hidden states of the dense one. The model that was passed in changes in the last step.
+The parts to remove are chosen with the dense model, a smaller model takes over the kept parts, and
+its layers are fitted to the hidden states of the dense one. The given model changes only in the
+last step.
 """
 
 import copy
@@ -68,22 +69,22 @@ from optimum_cap.runtime import ProcessGroup
 from optimum_cap.scoring import UnitLosses
 from optimum_cap.text import public_name
 
-_LEAST_OF_GROUP = 2  # experts by which routers with groups (DeepSeek V3) compare the groups
+_LEAST_OF_GROUP = 2  # experts by which routers with groups (DeepSeek V3) compare groups
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What remains of a model.
+    """The result of removing parts of a model.
 
     Attributes:
         model: The smaller model.
-        parts: How many parts each layer, or the model, has `before` and `after`, by the kind of
+        parts: Number of parts of each layer, or of the model, `before` and `after`, by kind of
             `part`.
-        kept: Indices of the parts that are kept, by the name of what they are parts of.
+        kept: Indices of the kept parts, by name of their module.
         layer_store: Stores refined layers, if there is a resume folder.
         scores: Causal scores, if the criterion needs them, for the record.
         intact_loss: Loss of the dense model, if the criterion needs causal scores.
-        measured: The divergences that decided how much of each kind is removed.
+        measured: The divergences that determined how much of each kind was removed.
     """
 
     model: PreTrainedModel
@@ -96,14 +97,14 @@ class Removal:
 
 
 class PartRemoval:
-    """Removes experts, heads, channels or layers, an equal number in every layer.
+    """Removes experts, heads, channels or layers, the same number from every layer.
 
     Args:
         model: The dense model; it is left unchanged.
         config: What to remove and how.
         process_group: The processes that share the refinement.
-        fewest: Remove as few parts as can be removed, instead of the config's sparsity.
-        view: The result of `with_divided_mlps`, if it is known.
+        fewest: Remove the smallest possible number of parts, instead of the config's sparsity.
+        view: The result of `with_divided_mlps`, if already computed.
 
     Attributes:
         view: The model, with at least two units in every MLP and expert.
@@ -112,8 +113,8 @@ class PartRemoval:
         count: How many of them are removed.
 
     Raises:
-        CannotRemoveError: The model has no such parts, or not as many in every layer; or the
-            sparsity rounds to none or all of them, or leaves fewer experts than the router takes.
+        CannotRemoveError: The model has no such parts, or a different number in some layers; or the
+            sparsity rounds to none or all of them, or leaves fewer experts than the router selects.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class PartRemoval:
         self._process_group = process_group
         self._kind = type(model).__name__
         self._routers: dict[int, Router] = {}
-        self._columns: dict[Site, torch.Tensor] = {}  # of each part, `[parts, columns]`
+        self._columns: dict[Site, torch.Tensor] = {}  # columns of each part, `[parts, columns]`
         self.before = self._parts()
         self.step = 1
         if config.pattern == "channels":
@@ -163,7 +164,7 @@ class PartRemoval:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the choice of the parts depends on, beside the model and the data."""
+        """The settings that the choice of parts depends on, other than model and data."""
         return {
             "pattern": self._config.pattern,
             "criterion": self._config.method.criterion,
@@ -174,7 +175,7 @@ class PartRemoval:
 
     @property
     def most(self) -> int:
-        """The most parts that can be removed."""
+        """The maximum number of parts that can be removed."""
         fewest_left = self._fewest_experts if self._config.pattern == "experts" else 1
         if self._config.pattern == "layers":
             fewest_left = len(set(self._kinds_of_layers))
@@ -196,7 +197,7 @@ class PartRemoval:
         return int(empty_model(model, config).num_parameters())
 
     def _parts(self) -> int:
-        """Find the parts, and return their number in each layer, or that of layers."""
+        """Find the parts, and return their number per layer, or the number of layers."""
         pattern, sites = self._config.pattern, self.view.sites
         if pattern == "layers":
             return len(self.view.layers)
@@ -228,7 +229,7 @@ class PartRemoval:
                 f"{self._kind} has no MLP that CAP knows, so no channel can be removed: choose "
                 "pattern 'layers'"
             )
-        # One number of the config: that of the widest part of the model.
+        # The config has one number, which is that of the widest part of the model.
         (_, width), sites = max(groups.items(), key=lambda item: item[0][1] * len(item[1]))
         self._columns = {site: torch.arange(width).unsqueeze(1) for site in sites}
         check_not_shared(self.view, sites)
@@ -243,13 +244,13 @@ class PartRemoval:
             examples: The calibration examples; without any, some tokens are made up.
 
         Raises:
-            CannotRemoveError: It does not, or there is no smaller model of this architecture.
+            CannotRemoveError: It does not, or this architecture has no smaller model.
         """
         with evaluation_mode(self.view.model), float32_on_cpu(self.view.model):
             self.check_agrees(self._first_parts(), self.sample(), examples)
 
     def sample(self) -> PreTrainedModel:
-        """Return a smaller model without arbitrary parts, on the meta device if the dense one is.
+        """Return a model without some arbitrary parts, on the meta device if the dense one is.
 
         Raises:
             CannotRemoveError: There is no smaller model of this architecture.
@@ -300,7 +301,7 @@ class PartRemoval:
 
     @property
     def _number_of_groups(self) -> int:
-        """Number of groups of experts, of one size each, that the router knows."""
+        """The router's number of groups of experts, all of the same size."""
         return self._router_field("n_group")
 
     @property
@@ -320,7 +321,7 @@ class PartRemoval:
 
     @property
     def _fewest_experts(self) -> int:
-        """The fewest experts of a layer that the router can choose from."""
+        """The minimum number of experts per layer that the router can choose from."""
         text = self.view.model.config.get_text_config(decoder=True)
         least = _LEAST_OF_GROUP if getattr(text, "n_group", None) else 1
         least = max(least, -(-self._per_token // self._chosen_groups))
@@ -330,7 +331,7 @@ class PartRemoval:
         """Check that the router has enough experts to choose from, in each of its groups.
 
         Raises:
-            CannotRemoveError: It has not.
+            CannotRemoveError: There are too few.
         """
         groups, per_token = self._number_of_groups, self._per_token
         sparsity, after = self._config.sparsity, self.before - self.count
@@ -364,7 +365,7 @@ class PartRemoval:
         )
 
     def _kept(self, removed: Any) -> KeptParts:
-        """Return what is kept.
+        """Return the kept parts.
 
         Args:
             removed: The removed layers; the removed experts by layer; or the kept channels by site.
@@ -402,7 +403,7 @@ class PartRemoval:
         return list(range(len(self.view.layers)) if layers is None else layers)
 
     def _without_parts(self, layer: int, kept: KeptParts) -> AbstractContextManager[Any]:
-        """Let a layer of the dense model compute without the parts that are not kept."""
+        """Make a layer of the dense model compute with only the kept parts."""
         if self._config.pattern == "experts" and layer in self._routers:
             router = self._routers[layer]
             experts = set(range(router.count)) - set(kept.experts[router.block])
@@ -419,8 +420,8 @@ class PartRemoval:
 
         Args:
             examples: The calibration examples; none if the config needs no data.
-            losses: Losses of the units, if the criterion needs causal scores and they are measured
-                already.
+            losses: Losses of the units, if the criterion needs causal scores and they are already
+                measured.
         """
         model, config = self.view.model, self._config
         cache = None
@@ -432,7 +433,7 @@ class PartRemoval:
         with evaluation_mode(model), float32_on_cpu(model) as stored_dtypes:
             removed, fitted = self.choose(examples, scoring.importances, cache)
             smaller = self.without(removed, fitted)
-            if not self._columns:  # the weights of columns were fitted
+            if not self._columns:  # otherwise the weights of columns were fitted
                 self.check_agrees(removed, smaller, examples)
             description = self.description(removed)
             refinement = SmallerModelRefinement(
@@ -449,7 +450,7 @@ class PartRemoval:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return how many parts there are before and after, for the record."""
+        """Return the number of parts before and after, for the record."""
         return {
             "part": self._config.pattern,
             "before": self.before,
@@ -462,7 +463,7 @@ class PartRemoval:
         importances: Mapping[UnitKey, float],
         cache: PruningCache | None,
     ) -> tuple[Any, dict[Matrix, torch.Tensor]]:
-        """Choose what is removed.
+        """Choose the parts to remove.
 
         Args:
             examples: The calibration examples.
@@ -470,9 +471,9 @@ class PartRemoval:
             cache: Stores chosen experts and layers.
 
         Returns:
-            The removed layers, or the removed experts of each layer, those first that are missed
-            the least; or which channels of each site are kept, bool `[width]`. And new weights of
-            matrices of the dense model, `[out, in]`.
+            The removed layers, or the removed experts of each layer, least important first; or the
+            mask of kept channels of each site, bool `[width]`. And new weights of matrices of the
+            dense model, `[out, in]`.
         """
         config = self._config
         if self._columns:
@@ -496,10 +497,10 @@ class PartRemoval:
         return dict(zip(layers, stored.tolist(), strict=True)), {}
 
     def first(self, removed: Any) -> Any:
-        """Return as many experts or layers as this removal takes, of those chosen for a larger one.
+        """Return this removal's number of experts or layers from those chosen for a larger removal.
 
         Args:
-            removed: What `choose` of the larger removal returned.
+            removed: The result of `choose` for the larger removal.
         """
         if self._config.pattern == "layers":
             return removed[: self.count]
@@ -511,7 +512,7 @@ class PartRemoval:
     def _choose_columns(
         self, examples: list[CalibrationExample], importances: Mapping[UnitKey, float]
     ) -> tuple[dict[Site, torch.Tensor], dict[Matrix, torch.Tensor]]:
-        """Choose heads or channels; each layer receives what the thinned ones before it return."""
+        """Choose heads or channels; each layer receives the outputs of the thinned ones before."""
         model, config, criterion = self.view.model, self._config, self._criterion
         kept: dict[Site, torch.Tensor] = {}
         fitted: dict[Matrix, torch.Tensor] = {}
@@ -541,7 +542,7 @@ class PartRemoval:
         statistics: InputStatistics | None,
         importances: Mapping[UnitKey, float],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which inputs of an output projection are kept, and its new weights.
+        """Return the kept inputs of an output projection, and its new weights.
 
         Args:
             site: The site.
@@ -576,7 +577,7 @@ class PartRemoval:
         return CRITERIA[self._config.method.criterion]
 
     def description(self, removed: Any) -> dict[str, list[int]]:
-        """Return the indices of what is kept, for the record.
+        """Return the indices of the kept parts, for the record.
 
         Args:
             removed: What is removed, as `choose` returns it.
@@ -591,11 +592,11 @@ def removal_record(
     calibration: CalibrationSet | None,
     zeros_before: int,
 ) -> PruningRecord:
-    """Return the record of a run that has removed parts.
+    """Return the record of a run that removed parts.
 
     Args:
         model: The dense model.
-        removal: What remains of it.
+        removal: The result of the removal.
         config: The config of the run.
         calibration: The calibration set, if the config needs data.
         zeros_before: Number of weights of the dense model that were zero.

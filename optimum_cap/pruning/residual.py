@@ -18,16 +18,16 @@ def modules_that_join(
 ) -> set[str]:
     """Return which modules of a layer add their output to the residual stream unchanged.
 
-    A known change is added to the input of the layer and then to the output of each module: where
-    the output of the layer changes by the same, nothing is between the module and the stream.
+    A known change is added to the input of the layer and then to the output of each module. If the
+    output of the layer changes by the same amount, nothing lies between the module and the stream.
 
     Args:
-        modules: The modules that return what may be added, by name.
+        modules: The candidate modules, by name.
         hidden: Input of the layer, `[examples, tokens, hidden]`.
         run: Runs the layer.
 
     Returns:
-        Their names; none if the layer does not add its input to its output either.
+        Their names; empty if the layer does not add its input to its output.
     """
     with recorded_calls(dict(modules)) as calls:
         output = run(hidden)

@@ -91,7 +91,7 @@ class PruningRun:
         """Check that the model can be calibrated on its examples; see `check_first_batch`.
 
         Args:
-            losses: The losses of the units, if they are measured already.
+            losses: The losses of the units, if already measured.
         """
         method = self.config.method
         layer_by_layer = method.layer_by_layer or ALLOCATIONS[method.allocation].needs_data
@@ -102,10 +102,10 @@ class PruningRun:
             check_first_batch(self.view, self.examples, layer_by_layer, budget, differentiate)
 
     def score_units(self, losses: UnitLosses | None) -> None:
-        """Compute the causal scores, and the importances of units and their weights.
+        """Compute the causal scores, and the importances of units and of their weights.
 
         Args:
-            losses: The losses of the units; `None` reads the scores file of the config, or measures
+            losses: The losses of the units; `None` reads the config's scores file, or measures
                 them.
         """
         config = self.config
@@ -124,7 +124,7 @@ class PruningRun:
 
     @property
     def unit_scores(self) -> list[UnitScore]:
-        """The causal scores, for the record; none if there are none."""
+        """The causal scores, for the record; empty if there are none."""
         return _unit_scores(self.scores, self.importances) if self.scores else []
 
     @property
@@ -144,7 +144,7 @@ class PruningRun:
         self.threshold = threshold.value
 
     def allocate(self, zeros: int) -> dict[Matrix, int]:
-        """Return how many zeros each matrix gets."""
+        """Return the number of zeros of each matrix."""
         config, method = self.config, self.config.method
         if not method.by_sensitivity:
             allocate = ALLOCATORS[method.allocation]
@@ -191,7 +191,7 @@ class PruningRun:
             self.pruner.mask_(matrix, count)
 
     def prune_layer_by_layer_(self, zeros: Mapping[Matrix, int]) -> None:
-        """Prune each layer by the inputs that it receives once all layers before it are pruned."""
+        """Prune each layer based on the inputs it receives after pruning all layers before it."""
         if self._cache is not None:
             views = (self.view.oriented(matrix) for matrix in self.matrices)
             size = sum(view.numel() * view.element_size() for view in views)
@@ -215,14 +215,14 @@ class PruningRun:
 
     @functools.cached_property
     def _cache(self) -> PruningCache | None:
-        """Results of interrupted runs; created from the dense model, whose weights it hashes."""
+        """The store of interrupted runs' results, which hashes the weights of the dense model."""
         folder = self.config.resume_dir
         if folder is None:
             return None
         return PruningCache(folder, self.view.model, self.examples, self.process_group)
 
     def _settings(self, zeros: Mapping[Matrix, int]) -> dict[str, Any]:
-        """Return what pruned weights depend on besides the method, the model and the data."""
+        """Return the settings pruned weights depend on other than method, model and data."""
         config = self.config
         return {
             "criterion": config.method.criterion,
@@ -235,7 +235,7 @@ class PruningRun:
         }
 
     def record(self, calibration: CalibrationSet | None) -> PruningRecord:
-        """Return the record of the run, once the model is pruned."""
+        """Return the record of the run, after the model is pruned."""
         zeros = {matrix: int((self.view.weights(matrix) == 0).sum()) for matrix in self.matrices}
         return PruningRecord(
             config=self.config.to_dict(),
@@ -277,7 +277,7 @@ class PruningRun:
 def _check_losses(
     losses: UnitLosses, units: list[SiteUnit], examples: list[CalibrationExample]
 ) -> None:
-    """Check that losses are of the units to score, and of as many examples."""
+    """Check that losses match the units to score and the number of examples."""
     expected, measured = (
         [(site.name, unit.channels) for site, unit in each] for each in (units, losses.units)
     )

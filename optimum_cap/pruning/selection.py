@@ -8,7 +8,7 @@ from optimum_cap.config import PATTERN_PREFIX, CAPConfig
 from optimum_cap.models import Matrix, ModelView, projections_left_dense
 from optimum_cap.text import did_you_mean
 
-_LM_HEAD = "lm_head"  # what users call it, whatever its name in the model
+_LM_HEAD = "lm_head"  # the name users give it, regardless of its name in the model
 _SUGGESTED = 3
 _NOTABLE_SHARE = 0.02  # of the linear weights of the decoder
 
@@ -46,7 +46,7 @@ def matrices_to_prune(view: ModelView, config: CAPConfig) -> list[Matrix]:
 
 
 def _all_names(view: ModelView) -> dict[str, list[str]]:
-    """Return all names of parameters that several layers have, by the first of them."""
+    """Return all names of parameters shared by several layers, by their first name."""
     names: dict[str, list[str]] = {}
     for of_layer in view.names_in_layers.values():
         for first, name in of_layer.items():
@@ -58,7 +58,7 @@ def _names(entry: str, parameter: str) -> bool:
     """Return whether an entry of `modules_to_leave_dense` names the module of a parameter.
 
     Args:
-        entry: Consecutive parts of a name; or `"re:"` and a regular expression, which matches the
+        entry: Consecutive parts of a name; or `"re:"` and a regular expression that matches the
             beginning of the module's name, as in llm-compressor.
         parameter: Name of the parameter, or of a module.
     """
@@ -69,7 +69,7 @@ def _names(entry: str, parameter: str) -> bool:
 
 
 def _check_entries(view: ModelView, entries: list[str]) -> None:
-    """Check that every entry names something in the model, be it prunable or not."""
+    """Check that every entry names something in the model, prunable or not."""
     if not entries:
         return
     names = {_LM_HEAD, *(name for name, _ in view.model.named_modules())}
@@ -87,9 +87,9 @@ def _check_entries(view: ModelView, entries: list[str]) -> None:
 
 
 def _near(entry: str, names: set[str]) -> str:
-    """Return a suggestion of parts of module names near an entry."""
+    """Return a suggestion of parts of module names similar to an entry."""
     literal = entry.removeprefix(PATTERN_PREFIX)
-    if literal != entry:  # of a pattern, the longest word
+    if literal != entry:  # for a pattern, use the longest word
         literal = max(re.findall(r"\w+", literal), key=len, default="")
     length = literal.count(".") + 1
     parts: set[str] = set()
@@ -101,7 +101,7 @@ def _near(entry: str, names: set[str]) -> str:
 
 
 def report_unsupported(view: ModelView, matrices: list[Matrix], strict: bool = False) -> None:
-    """Log which linear weights of the decoder CAP cannot prune: as a warning if they are many.
+    """Log which linear weights of the decoder CAP cannot prune, as a warning if there are many.
 
     Args:
         view: The model.

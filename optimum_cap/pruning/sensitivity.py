@@ -1,6 +1,6 @@
-"""Measures sensitivities: how the predictions change when a site is pruned alone.
+"""Measures sensitivities: how much the predictions change when a site is pruned alone.
 
-Causal scores come from masking a unit; sensitivities from pruning a site.
+Causal scores come from masking a unit, sensitivities from pruning a site.
 """
 
 import copy
@@ -38,7 +38,7 @@ from optimum_cap.runtime import ALONE, ProcessGroup, check_same_inputs, resume_h
 
 _PASSES = 1.0  # cost of measuring, in passes over the calibration set
 FEWEST_EXAMPLES = 16
-_SETS_AT_A_TIME = 8  # of pruned matrices, if layers are offloaded and must be loaded for each set
+_SETS_AT_A_TIME = 8  # sets of pruned matrices, if layers are offloaded and loaded for each group
 
 logger = logging.get_logger(__name__)
 
@@ -55,8 +55,8 @@ class Sensitivity:
         matrices: Its matrices to prune.
         sizes: Number of weights of each.
         divergence: Kullback-Leibler divergence of the predictions with the site pruned from those
-            of the dense model: nats per scored token, mean over examples. Not finite if the
-            pruned site breaks the model.
+            of the dense model, in nats per scored token, averaged over examples. Not finite if
+            pruning the site breaks the model.
         standard_error: Standard error of that mean; NaN for a single example.
     """
 
@@ -84,19 +84,19 @@ def measure_sensitivities(
     memory_budget: int | str = "auto",
     process_group: ProcessGroup = ALONE,
 ) -> list[Sensitivity]:
-    """Prune each site alone and measure how the predictions of scored tokens change.
+    """Prune each site alone and measure how much the predictions of scored tokens change.
 
     The divergence from the dense model's predictions is the expected increase of the loss on
-    answers drawn from the dense model. Unlike the increase on the answers of the data, it is never
-    negative, and a few examples suffice to measure it.
+    answers drawn from the dense model. Unlike the increase on the answers in the data, it is never
+    negative and can be measured on a few examples.
 
     Args:
         view: The dense model; it is left unchanged.
         layers: The matrices to prune, by decoder layer.
-        examples: The calibration examples, in random order: all are used for the statistics of the
-            inputs, the first ones to measure.
+        examples: The calibration examples, in random order: all are used for the input statistics,
+            the first ones for measuring.
         prune: Prunes a matrix.
-        count: Number of examples to measure on; `None` takes `examples_to_measure`.
+        count: Number of examples to measure on; `None` uses `examples_to_measure`.
         gram: Whether `prune` needs x_i x_j of the inputs.
         answer_weight: As for `LayerwisePass`, in these statistics.
         store: Stores divergences, so that an interrupted run resumes.
@@ -123,7 +123,7 @@ def measure_sensitivities(
                 divergences[site] = stored
     check_same_inputs(process_group, view.model, examples, count)
     to_measure = {
-        # Shifted by layer, because an attention takes less time than the MLP after it.
+        # Shifted by layer, because attention takes less time than the MLP after it.
         layer: [
             group
             for group in layer_groups[
@@ -139,7 +139,7 @@ def measure_sensitivities(
         return f"measuring sensitivities was stopped after {done}"
 
     with resume_hint_on_stop(status, store):
-        # Closed even on an interrupt, so that the model is restored.
+        # Closed even on interruption, so that the model is restored.
         with closing(
             _measure_divergences(
                 view, to_measure, examples, prune, count, gram, answer_weight, memory_budget
@@ -237,9 +237,9 @@ def sensitivity_of(
 
 
 def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
-    """Return on how many examples measuring all sites costs about one pass over all examples.
+    """Return the number of examples for which measuring all sites costs about one pass over all.
 
-    Measuring a site of layer l costs a pass through the layers from l on.
+    Measuring a site of layer l costs a pass through layer l and all later ones.
     """
     layers = len(sites_per_layer)
     passed = sum(count * (layers - layer) for layer, count in enumerate(sites_per_layer))
@@ -249,7 +249,7 @@ def examples_to_measure(sites_per_layer: list[int], examples: int) -> int:
 
 @dataclass
 class _LayerInput:
-    """What a decoder layer receives of a batch from the layers before it.
+    """The input of a decoder layer for a batch.
 
     Attributes:
         hidden: Hidden states, `[..., examples, tokens, hidden]`.
@@ -261,7 +261,7 @@ class _LayerInput:
 
 
 class DivergenceEvaluator:
-    """Measures how far pruned matrices move the predictions from those of the dense model.
+    """Measures how far pruned matrices move the predictions away from the dense model's.
 
     Args:
         view: The dense model, in evaluation mode.
@@ -291,7 +291,7 @@ class DivergenceEvaluator:
         self.next_layer = 0
 
     def advance(self) -> None:
-        """Run the next layer as it is now; its outputs become the inputs of the one after it."""
+        """Run the next layer in its current state; its outputs become the next one's inputs."""
         self.layerwise.advance(self.next_layer)
         self.next_layer += 1
 
@@ -300,7 +300,7 @@ class DivergenceEvaluator:
     ) -> Iterator[torch.Tensor]:
         """Yield the divergences, `[examples]`, with the next layer run in each context in turn.
 
-        All other layers run as they are now.
+        All other layers run in their current state.
         """
         for context in contexts:
             outputs = self._inputs()
@@ -315,7 +315,7 @@ class DivergenceEvaluator:
         """Yield the divergences, `[examples]`, with each set of pruned matrices in turn.
 
         Args:
-            layer: The layer; at least that of the call before.
+            layer: The layer; not before that of the previous call.
             pruned: Sets of pruned matrices of this layer, `[out, in]`.
         """
         while self.next_layer < layer:
@@ -324,7 +324,8 @@ class DivergenceEvaluator:
         sets = iter(pruned)
         while chosen := list(islice(sets, self.sets_at_a_time)):
             outputs = list(self._layer_outputs(layer, chosen))
-            # Weights that later layers share are pruned there, too; one set at a time has any.
+            # Weights shared with later layers are pruned there too; such sets are processed one at
+            # a time.
             shared = {
                 matrix: weight
                 for weights in chosen
@@ -341,8 +342,8 @@ class DivergenceEvaluator:
         """Return the divergences, `[examples]`, of another model from the dense one.
 
         Args:
-            view: A model with the embeddings, final norm and LM head of the dense one, and in all
-                that is not larger.
+            view: A model with the dense one's embeddings, final norm and LM head that is not
+                larger.
         """
         dense = self.layerwise
         most = max(len(batch.batch.positions) for batch in dense.batches)
@@ -374,7 +375,7 @@ class DivergenceEvaluator:
             yield outputs
 
     def _run(self, layer: int, carried: list[_LayerInput]) -> None:
-        """Replace the inputs of a layer, for all batches, by those of the next one."""
+        """Replace the inputs of a layer, for all batches, with those of the next one."""
         for each, batch in zip(carried, self.layerwise.batches, strict=True):
             each.hidden = self.layerwise.run(layer, batch, each.hidden, each.shared)
 
@@ -425,7 +426,7 @@ class DivergenceEvaluator:
 def temporary_weights(
     model: PreTrainedModel, pruned: Mapping[Matrix, torch.Tensor]
 ) -> Iterator[None]:
-    """Replace the weights of matrices that are in memory, `[out, in]`, in this context."""
+    """Replace the weights of matrices in memory, `[out, in]`, within this context."""
     views = {matrix: oriented(model, matrix) for matrix in pruned}
     original = {matrix: view.clone() for matrix, view in views.items()}
     try:

@@ -1,4 +1,4 @@
-"""Fits the layers of a model that has lost parts to the hidden states of the dense model."""
+"""Refines a model that has lost parts, by fitting its layers to the dense hidden states."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from optimum_cap.runtime import ProcessGroup
 
 
 class SmallerModelRefinement:
-    """Refines a smaller model, and gives its weights the dtypes of the dense one.
+    """Refines a smaller model, and casts its weights to the dtypes of the dense one.
 
     Args:
         dense: The dense model, in evaluation mode and, on CPUs, in float32.
@@ -54,12 +54,13 @@ class SmallerModelRefinement:
 
         Args:
             examples: The calibration examples.
-            kept: What is kept of the dense model, as the record says it.
-            stored_dtypes: Dtypes of the weights of the dense model that were converted to float32.
-            cache: Stores layers that are finished.
+            kept: The kept parts of the dense model, in the form of the record.
+            stored_dtypes: Original dtypes of the dense model's weights that were converted to
+                float32.
+            cache: Stores finished layers.
 
         Returns:
-            What stores them.
+            The store of finished layers.
         """
         name_before = names_before(self._dense.model, self._layers)
         dtypes = {
@@ -101,7 +102,7 @@ class SmallerModelRefinement:
     ) -> None:
         """Fit each layer of the smaller model to the hidden states of the dense one.
 
-        Where layers are removed, the layer before them is fitted to what they return.
+        Where layers are removed, the layer before them is fitted to their outputs.
         """
         config, process_group = self._config, self._process_group
         dense, pruned = (
@@ -129,7 +130,7 @@ class SmallerModelRefinement:
                 dense.advance(done)
                 done += 1
             refiner.take_target({batch.number: batch.hidden for batch in dense.batches})
-            # What several layers share is not fitted to one of them.
+            # Weights shared by several layers are not fitted to one of them.
             matrices = [
                 matrix
                 for matrix in view.matrices_by_layer.get(new, [])
@@ -152,7 +153,7 @@ def _restored_(
     dtypes: Mapping[str, torch.dtype],
     process_group: ProcessGroup,
 ) -> bool:
-    """Load the weights of a layer that an interrupted run has stored; return whether it has any."""
+    """Load the weights of a layer that an interrupted run stored; return whether there are any."""
     expected = {
         matrix: ExpectedWeights(tuple(view.oriented(matrix).shape), dtypes[matrix.parameter], 0)
         for matrix in matrices

@@ -1,8 +1,8 @@
-"""Removes parts of several kinds (`pattern="structured"`), in the amounts that cost the least.
+"""Removes parts of several kinds (`pattern="structured"`), in the amounts that cost least.
 
-Each kind is first removed alone, in a few amounts, and what that does to the predictions is
-measured. The amounts that are expected to change them the least, for the number of parameters that
-go, are then removed one kind after the other.
+Each kind is first removed alone, in a few amounts, and the change of the predictions is measured.
+The amounts expected to change them the least for the requested number of parameters are then
+removed, one kind after the other.
 """
 
 from bisect import bisect_left
@@ -39,12 +39,12 @@ from optimum_cap.text import enumeration
 logger = logging.get_logger(__name__)
 
 _KINDS = ("layers", "experts", "heads", "channels")  # in the order in which they are removed
-_FILLER = "channels"  # the finest parts make up the number of parameters
-_SHARES = (1 / 3, 2 / 3, 1)  # of the amount that would do alone; they are measured
-_TOLERANCE = 0.1  # of the number of parameters that are to go
+_FILLER = "channels"  # the smallest parts, used to reach the exact number of parameters
+_SHARES = (1 / 3, 2 / 3, 1)  # measured shares of the amount that would suffice alone
+_TOLERANCE = 0.1  # of the number of parameters to remove
 
 Counts = dict[str, int]
-"""How many parts of each kind are removed: of each layer, or how many layers."""
+"""Number of removed parts of each kind: per layer, or the number of layers."""
 
 
 @dataclass
@@ -52,9 +52,9 @@ class _Kind:
     """A kind of parts.
 
     Attributes:
-        removal: Removes as few of them as can be removed.
-        gone: Number of parameters that go with the first 0, 1, 2, ... of them, in all layers.
-        divergences: The measured divergence, by how many are removed.
+        removal: Removes the smallest possible number of them.
+        gone: Number of parameters removed with the first 0, 1, 2, ... of them, in all layers.
+        divergences: The measured divergence, by number of removed parts.
     """
 
     removal: PartRemoval
@@ -63,18 +63,18 @@ class _Kind:
 
     @property
     def most(self) -> int:
-        """The most of them that can be removed, in the order that is known."""
+        """The maximum number of them that can be removed, in the known order."""
         step = self.removal.step
         return min(self.removal.most, (len(self.gone) - 1) // step * step)
 
     def count_for(self, parameters: float) -> int:
-        """Return how many of them have this number of parameters, or the most."""
+        """Return how many of them have this number of parameters, or the maximum."""
         step = self.removal.step
         enough = bisect_left(self.gone, parameters)
         return min(self.most, max(step, -(-enough // step) * step))
 
     def divergence(self, count: int) -> float:
-        """Return the divergence with this many removed, between two that were measured."""
+        """Return the divergence with this many removed, interpolated between measured ones."""
         points = sorted({0: 0.0, **self.divergences}.items())
         for (below, low), (above, high) in pairwise(points):
             if count <= above:
@@ -88,10 +88,9 @@ class _Smaller:
 
     Attributes:
         model: The model.
-        layers: Indices in the dense model of the layers that are kept.
-        parts: How many parts of each kind there were before and after.
-        kept: Indices of the parts that are kept, by the name in the dense model of what they are
-            parts of.
+        layers: Indices of the kept layers in the dense model.
+        parts: Number of parts of each kind before and after.
+        kept: Indices of the kept parts, by name of their module in the dense model.
     """
 
     model: PreTrainedModel
@@ -105,7 +104,7 @@ class _Smaller:
 
 
 class StructuredRemoval:
-    """Removes experts, heads, channels and layers until a fraction of the parameters is gone.
+    """Removes experts, heads, channels and layers until a fraction of the parameters is removed.
 
     Args:
         model: The dense model; it is left unchanged.
@@ -116,7 +115,7 @@ class StructuredRemoval:
         view: The model, with at least two units in every MLP and expert.
 
     Raises:
-        CannotRemoveError: The model has no parts of any kind, or not as many parameters in them.
+        CannotRemoveError: The model has no parts of any kind, or too few parameters in them.
     """
 
     def __init__(
@@ -134,12 +133,12 @@ class StructuredRemoval:
             try:
                 removal = self._removal(self.view, name)
                 self._kinds[name] = _Kind(removal, self._gone_with(name, removal))
-            except ValueError as error:  # also from routers that are not known
+            except ValueError as error:  # also from unknown routers
                 self._keep(name, error)
         self._check_enough()
 
     def _removal(self, view: ModelView, kind: str) -> PartRemoval:
-        """Return a removal of as few parts of a kind as can be removed."""
+        """Return a removal of the smallest possible number of parts of a kind."""
         values = {**vars(self._config), "answer_weight": self._config.method.answer_weight}
         config = CAPConfig(**effective(values, {"pattern": kind, "criterion": None}))
         return PartRemoval(view.model, config, self._process_group, fewest=True, view=view)
@@ -148,9 +147,9 @@ class StructuredRemoval:
         return (removal.view.model.num_parameters() - removal.parameters()) / removal.count
 
     def _gone_with(self, kind: str, removal: PartRemoval) -> list[float]:
-        """Return how many parameters go with the first 0, 1, 2, ... parts of a kind.
+        """Return how many parameters are removed with the first 0, 1, 2, ... parts of a kind.
 
-        Until it is known which layers go first, each has the median size.
+        Until the order of layers is known, each counts with the median size.
         """
         if kind == "layers":
             each = float(median(map(self._size_of_layer, range(removal.before))))
@@ -162,7 +161,7 @@ class StructuredRemoval:
         return sum(parameter.numel() for parameter in self.view.layers[layer].parameters())
 
     def _check_enough(self) -> None:
-        """Check that what can be removed has as many parameters as are to go."""
+        """Check that the removable parts have enough parameters."""
         if not self._kinds:
             reasons = "; ".join(dict.fromkeys(self._refused.values()))
             raise CannotRemoveError(
@@ -199,7 +198,7 @@ class StructuredRemoval:
             examples: The calibration examples; without any, some tokens are made up.
 
         Raises:
-            CannotRemoveError: None can, or those that can have too few parameters.
+            CannotRemoveError: None can be removed, or those that can have too few parameters.
         """
         for name, kind in list(self._kinds.items()):
             try:
@@ -209,7 +208,7 @@ class StructuredRemoval:
         self._check_enough()
 
     def _keep(self, name: str, reason: ValueError) -> None:
-        """Leave all parts of a kind as they are."""
+        """Keep all parts of a kind."""
         self._refused[name] = str(reason)
         self._kinds.pop(name, None)
         logger.info(f"All {name} are kept: {reason}")
@@ -252,7 +251,7 @@ class StructuredRemoval:
         return Removal(mixture.model, mixture.parts, mixture.kept, store, measured=measured)
 
     def _report_parameters(self, smaller: _Smaller) -> None:
-        """Warn if another number of parameters is gone than was asked for."""
+        """Warn if the number of removed parameters differs from the requested number."""
         gone = self._before - smaller.model.num_parameters()
         if abs(gone - self._target) > _TOLERANCE * self._target:
             logger.warning(
@@ -269,7 +268,7 @@ class StructuredRemoval:
         """Measure the divergences with some parts of one kind removed.
 
         Returns:
-            The layers, or the experts of each layer, that are removed first.
+            The layers, or the experts of each layer, in order of removal.
         """
         chosen = {}
         for name, kind in list(self._kinds.items()):
@@ -313,7 +312,7 @@ class StructuredRemoval:
             logger.info(f"Divergence without {count} of {kind.removal.before} {name}: {stored:.4f}")
 
     def _counts_to_measure(self, kind: _Kind) -> list[int]:
-        """Return how many parts to remove, up to as many as would do alone, in order."""
+        """Return the numbers of parts to measure, up to the one that would suffice alone."""
         return sorted({kind.count_for(share * self._target) for share in _SHARES})
 
     def _cheapest(self) -> Counts:
@@ -336,7 +335,7 @@ class StructuredRemoval:
         return min(found, key=lambda each: each[1], default=({}, inf))
 
     def _possible(self) -> Iterator[Counts]:
-        """Yield all counts with which as many parameters go as are to."""
+        """Yield all counts that remove the requested number of parameters."""
         others = [name for name in self._kinds if name != _FILLER]
         filler = self._kinds.get(_FILLER)
         most = {name: self._counts_to_measure(kind)[-1] for name, kind in self._kinds.items()}
@@ -354,9 +353,9 @@ class StructuredRemoval:
                     yield {**counts, _FILLER: count}
 
     def _gone(self, counts: Mapping[str, int]) -> float:
-        """Return about how many parameters go with these parts.
+        """Return about how many parameters are removed with these parts.
 
-        Parts of layers that are removed go with them, and so do channels of removed experts.
+        Parts of removed layers are removed with them, and so are channels of removed experts.
         """
 
         def left(name: str) -> float:
@@ -380,9 +379,10 @@ class StructuredRemoval:
 
         Args:
             examples: The calibration examples.
-            chosen: The layers, or the experts of each layer, that are removed first.
+            chosen: The layers, or the experts of each layer, in order of removal.
             counts: How many parts of each kind to remove.
-            fill: Remove as many channels as parameters are still to go, not as many as given.
+            fill: Remove as many channels as the remaining parameters require, instead of the given
+                count.
         """
         dense = self._model
         smaller = _Smaller(dense, list(range(len(self.view.layers))))
@@ -419,7 +419,7 @@ class StructuredRemoval:
         return smaller
 
     def _channels_to_remove(self, removal: PartRemoval, least: int) -> int:
-        """Return how many channels of a smaller model to remove, given its parameters."""
+        """Return how many channels to remove from a smaller model, given its parameters."""
         missing = self._target - (self._before - removal.view.model.num_parameters())
         count = removal.step * round(missing / self._each(removal) / removal.step)
         return max(least, min(count, removal.most))
