@@ -1,4 +1,4 @@
-"""How many tokens, examples and masked streams are computed at a time."""
+"""The number of tokens, examples and masked streams to compute at a time."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,10 @@ from optimum_cap.models import Site, activation_bytes_per_token, device_of, laye
 
 
 def tokens_per_chunk(model: PreTrainedModel) -> int:
-    """Return how many tokens run through a layer at a time.
+    """Return the number of tokens to run through a layer at a time.
 
-    More would use memory without saving time. On a CPU, larger tensors even cost time: the
-    allocator returns those above 32 MB to the system, which pages the next one in again.
+    More tokens would use memory without saving time. On a CPU, larger tensors even cost time: the
+    allocator returns those above 32 MB to the system, and the next one is paged in again.
     """
     if device_of(model).type == "cuda":
         return 65536
@@ -22,13 +22,13 @@ def tokens_per_chunk(model: PreTrainedModel) -> int:
 def tokens_per_batch(
     model: PreTrainedModel, budget: int, prefix: int = 0, sites: Iterable[Site] = ()
 ) -> int:
-    """Return how many tokens of a batch the recorded intact pass can hold in half of the budget.
+    """Return how many tokens per batch make the recorded intact pass fit half of the budget.
 
     Args:
         model: The model.
         budget: Bytes.
-        prefix: Tokens of the shared prefix, which is computed once for all examples; they do not
-            count towards the result.
+        prefix: Tokens of the shared prefix, which is computed once for all examples; not included
+            in the result.
         sites: The sites whose blocks are recorded in addition to attention.
     """
     config = model.config.get_text_config(decoder=True)
@@ -38,18 +38,18 @@ def tokens_per_batch(
     for site in one_site_per_block(sites):
         input_width = site.width if site.output_module == site.projection else config.hidden_size
         per_token += (input_width + config.hidden_size) * 4
-    # Each batch computes the prefix again, so a few large batches are faster.
+    # Each batch recomputes the prefix, so a few large batches are faster.
     most = tokens_per_chunk(model) // (1 if prefix else 4)
     return max(1, min(most, budget // 2 // per_token - prefix))
 
 
 def streams_per_chunk(model: PreTrainedModel, batch: Batch, budget: int) -> int:
-    """Return how many streams run at a time, so that their activations take half of the budget."""
+    """Return the number of streams to run at a time so that activations take half of the budget."""
     config = model.config.get_text_config(decoder=True)
     count, longest = batch.input_ids.shape
     tokens = batch.prefix + count * (longest - batch.prefix)
     per_token = activation_bytes_per_token(model, longest)
-    # Each example reads the keys and values of the prefix, twice under grouped-query attention.
+    # Each example reads the prefix's keys and values, twice under grouped-query attention.
     prefix_reads = count * batch.prefix * 4 * 4 * config.hidden_size
     most = tokens_per_chunk(model) // tokens
     return max(1, min(most, budget // 2 // (tokens * per_token + prefix_reads)))

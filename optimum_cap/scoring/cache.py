@@ -1,8 +1,8 @@
-"""Losses of finished chunks on disk, so that an interrupted scoring run resumes.
+"""Losses of finished chunks on disk, from which an interrupted scoring run resumes.
 
-A file is named by a digest of everything that its losses depend on: weights and config of the
-model, batch, units, versions and machine. Files are never compared or updated: a changed input has
-another name, and two runs that share a folder write the same bytes.
+Files are named by a digest of everything their losses depend on: weights and config of the model,
+batch, units, versions and machine. Files are never compared or updated: a changed input gives a
+different name, and two runs that share a folder write the same bytes.
 """
 
 import os
@@ -17,16 +17,17 @@ from optimum_cap.data import Batch, CalibrationExample
 from optimum_cap.models import SiteUnit
 from optimum_cap.runtime import TensorFiles, digest_of, examples_digest, machine, model_digest
 
-_LAYOUT = 2  # of files and keys, and of how losses are computed
+_LAYOUT = 2  # version of files and keys, and of the computation of losses
 
 
 class ScoreCache:
     """Stores the losses of finished chunks of one model.
 
     Args:
-        folder: Where to store them; it is created with the first file. Several models and several
-            processes may share it.
-        model: The model. Its weights are hashed once, here: create a new cache if they change.
+        folder: Where to store them; created with the first file. Several models and processes may
+            share it.
+        model: The model. Its weights are hashed once, at creation; create a new cache if they
+            change.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
@@ -38,7 +39,7 @@ class ScoreCache:
     ) -> torch.Tensor | None:
         """Return the losses of a batch with each unit masked, or intact if `units` is empty.
 
-        Losses of compiled layers, which differ in the last bits, are stored separately.
+        Losses from compiled layers differ in the last bits and are stored separately.
 
         Returns:
             The losses, float64 `[units, examples]` or `[examples]`; `None` if none are stored.
@@ -64,13 +65,13 @@ class ScoreCache:
         units: list[SiteUnit],
         measure: Callable[[], int],
     ) -> int:
-        """Return a number that the first run with these examples and units measured and stored.
+        """Return a number stored by the first run with these examples and units, or measure it.
 
         Args:
             name: Name of the quantity.
             examples: The calibration examples.
             units: The units.
-            measure: Measures it if no run has stored it yet.
+            measure: Measures it if no run has stored it.
         """
         key = self._key(name, unit_names(units), examples_digest(examples))
         stored = self._number(key)
@@ -78,7 +79,7 @@ class ScoreCache:
             return stored
         measured = measure()
         self.files.write(key, torch.tensor(measured), replace=False)
-        stored = self._number(key)  # another process may have been first
+        stored = self._number(key)  # another process may have been faster
         return measured if stored is None else stored
 
     def _number(self, key: str) -> int | None:
@@ -99,5 +100,5 @@ class ScoreCache:
 
 
 def unit_names(units: list[SiteUnit]) -> list[str]:
-    """Return names that tell units apart: their sites and channels."""
+    """Return unique names of units: their sites and channels."""
     return [f"{site.name} {unit.channels}" for site, unit in units]

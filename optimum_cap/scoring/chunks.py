@@ -1,4 +1,4 @@
-"""Chunks of exact scoring: one batch of examples, with some of the units masked one by one."""
+"""Chunks of exact scoring: a batch of examples, with some of the units masked one by one."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ def cost_of(chunk: Chunk, units: list[SiteUnit], layers: int) -> int:
 
 
 def out_of_memory_at_smallest_step(tokens: int) -> MemoryError:
-    """Return the error for a single example of so many tokens with a single masked unit."""
+    """Return the error for a single example of this length with a single masked unit."""
     return MemoryError(
         f"memory ran out with a single example of {tokens} tokens and a single masked unit, the "
         "smallest step that a memory_budget can lead to: free memory, or lower max_length"
@@ -55,16 +55,16 @@ def out_of_memory_at_smallest_step(tokens: int) -> MemoryError:
 
 
 class ChunkMeasurer:
-    """Measures chunks, in smaller parts once memory runs out.
+    """Measures chunks, splitting them into smaller parts when memory runs out.
 
-    It first halves the number of streams at a time, then the number of examples. The parts stay
+    First the number of streams at a time is halved, then the number of examples. The parts stay
     small for the rest of the run.
 
     Args:
         view: The model, in evaluation mode.
         units: The units that chunks refer to.
         torch_compile: Compile the layers in which no stream starts.
-        memory_limit: The limit that an earlier run over the same model found; `None` if there was
+        memory_limit: The limit found by an earlier run over the same model; `None` if there was
             none.
     """
 
@@ -104,7 +104,8 @@ class ChunkMeasurer:
                     raise
                 if not splits:
                     raise out_of_memory_at_smallest_step(tokens) from error
-            # After the handler: until it ends, the error keeps the recorded tensors in memory.
+            # After the handler, because the error keeps the recorded tensors in memory until it
+            # ends.
             self._halve_limit(tokens)
         for half in halves(batch):
             if missing := without_cached([replace(chunk, batch=half) for chunk in left]):
@@ -144,7 +145,7 @@ class ChunkMeasurer:
             self._halve_limit(streams * tokens)
 
     def _halve_limit(self, tokens: int) -> None:
-        """Limit a step to half of the tokens that memory ran out with."""
+        """Limit steps to half of the tokens at which memory ran out."""
         if self._memory_limit.tokens is None:
             logger.warning(
                 f"memory ran out with {tokens} tokens in masked passes at a time: continuing with "

@@ -1,4 +1,4 @@
-"""The estimators of masked losses, from which causal scores are computed.
+"""The estimators of the masked losses from which causal scores are computed.
 
 `exact` and `plain` measure every masked loss. `first_order` estimates all of them with one backward
 pass. `control_variate` corrects these estimates with exact losses of some examples, and `adaptive`
@@ -34,7 +34,7 @@ class Estimator:
         function: Takes a model, examples, units and `ScoringSettings`, and returns the losses.
         fields: The fields of `CAPConfig` that its losses depend on; they are passed to `function`
             as keyword arguments.
-        resumes: Whether it uses a cache, for finished chunks or only for the memory budget.
+        resumes: Whether it uses a cache for finished chunks or for the memory budget.
         differentiates: Whether it runs a backward pass, which needs all weights in memory.
         compiles: Whether it can compile the decoder layers.
     """
@@ -52,16 +52,16 @@ class Estimator:
         config: CAPConfig,
         process_group: ProcessGroup,
     ) -> UnitLosses:
-        """Measure or estimate the losses of the units that `config` selects.
+        """Measure or estimate the losses of the units selected by `config`.
 
         Args:
             view: The model.
             examples: The calibration examples.
-            config: Selects the units, the memory budget and the resume folder, and has the
-                estimator's fields.
+            config: Defines the units, the memory budget, the resume folder and the estimator's
+                fields.
             process_group: The processes that share the work.
         """
-        # Checked first, because a cache hashes all weights.
+        # Check first, because creating a cache hashes all weights.
         if self.differentiates:
             check_in_memory(view.model, alternative="estimator 'exact'")
         torch_compile = self.compiles and config.torch_compile

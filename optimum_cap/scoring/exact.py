@@ -1,4 +1,4 @@
-"""Exact losses with each unit masked, measured in chunks that are cached and shared."""
+"""Exact losses with each unit masked, measured in cached chunks shared by processes."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -46,11 +46,11 @@ def exact_losses(
 ) -> UnitLosses:
     """Measure the loss with each unit masked.
 
-    Masked streams start at their unit, and share everything before it. Where a model does not allow
-    that (layers with several mixers of tokens, or none), whole passes measure the same losses.
+    Masked streams start at their unit and share everything before it. If a model does not allow
+    this (layers with several token mixers, or none), the losses are measured with whole passes.
 
     Args:
-        view: A causal language model; it is left unchanged.
+        view: A causal language model; it is not changed.
         examples: The calibration examples.
         units: The units to mask, in the order of the model; `None` masks all units of the sites.
         settings: Memory, cache, compilation and processes.
@@ -59,8 +59,8 @@ def exact_losses(
         The losses, in the order of the units and of the examples.
 
     Raises:
-        ValueError: The layers cannot be compiled, the units are in another order, or the processes
-            of the group were given different inputs.
+        ValueError: The layers cannot be compiled, the units are not in order, or the processes of
+            the group were given different inputs.
         MemoryError: Memory runs out with a single example and a single unit.
         ConnectionError: Another process of the group has stopped.
     """
@@ -76,7 +76,7 @@ def exact_losses(
         settings.process_group, view.model, examples, unit_names(units), settings.memory_budget
     )
     with evaluation_mode(view.model), float32_on_cpu(view.model):
-        # Measured after the weights are widened, which takes memory.
+        # Measured after converting the weights to float32, which takes memory.
         budget = agreed_budget(view, examples, units, settings)
         prefix = agree_once(
             "prefix", lambda: prefix_to_share(view, examples), examples, units, settings
@@ -120,7 +120,7 @@ def why_not_by_layers(view: ModelView) -> str | None:
 
 
 def why_not_on(examples: list[CalibrationExample]) -> str | None:
-    """Return why masked streams cannot be measured on examples; `None` if they can."""
+    """Return why masked streams cannot be measured on these examples; `None` if they can."""
     if any(example.inputs for example in examples):
         return "the calibration examples have images"
     return None
@@ -141,7 +141,7 @@ def _by_whole_passes(
 
 
 def _check_order(units: list[SiteUnit]) -> None:
-    """Check that units come in the order in which their streams start."""
+    """Check that units are in the order in which their streams start."""
     places = [(site.layer, not site.mixes_tokens) for site, _ in units]
     for place, following, (site, unit) in zip(places, places[1:], units[1:], strict=False):
         if following < place:
@@ -157,7 +157,7 @@ def agreed_budget(
     units: list[SiteUnit],
     settings: ScoringSettings,
 ) -> int:
-    """Return the bytes that activations may take, the same for all processes and later runs."""
+    """Return the memory budget in bytes, the same for all processes and later runs."""
     if settings.memory_budget != "auto":
         return budget_bytes(settings.memory_budget, view.model)
     return agree_once("budget", lambda: budget_bytes("auto", view.model), examples, units, settings)
@@ -170,9 +170,10 @@ def agree_once(
     units: list[SiteUnit],
     settings: ScoringSettings,
 ) -> int:
-    """Return one measurement to all processes: that of the first one, or of an interrupted run.
+    """Return the same measurement on all processes: the first one's, or an interrupted run's.
 
-    The last bits of losses depend on the batch size, and free memory differs between runs.
+    This matters because the last bits of losses depend on the batch size, and free memory differs
+    between runs.
 
     Args:
         name: Name of the quantity.
@@ -233,7 +234,7 @@ class ExactScorer:
             measured_here = [missing[place] for place in own_share]
             done = self._cost(chunks) - self._cost([chunks[index] for index in missing])
             self._measure_missing([chunks[index] for index in measured_here], done)
-            # Processes without a common folder may have different chunks in their caches.
+            # Processes without a shared folder may have different chunks in their caches.
             everywhere = cached_by_rank[0].intersection(*cached_by_rank)
             to_share = [*measured_here, *cached.difference(everywhere)]
             for results in process_group.all_gather(
@@ -272,7 +273,7 @@ class ExactScorer:
             progress.update(self._cost([chunk]))
 
     def _recall(self, chunk: Chunk) -> bool:
-        """Fill in the losses of a chunk from the cache; return whether it has them."""
+        """Fill in the losses of a chunk from the cache; return whether they were there."""
         cache = self._settings.cache
         if cache is None:
             return False

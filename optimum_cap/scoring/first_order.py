@@ -51,18 +51,18 @@ def first_order_losses(
     """Estimate the masked losses to first order, with one backward pass for all units.
 
     Every channel of a site is multiplied by a gate of value 1. Masking a unit sets its gates to 0,
-    which to first order subtracts the sum of their gradients from the loss (Michel et al. 2019,
+    which, to first order, subtracts the sum of their gradients from the loss (Michel et al. 2019,
     arXiv 1905.10650, Eq. 2, with the sign kept; attribution patching with zeros,
     https://www.neelnanda.io/mechanistic-interpretability/attribution-patching). Examples do not
     interact, so the gates of each example get the gradients of its own loss. The gradients of an
     expert follow from the gradient of the sum over experts; routing is as in the intact pass.
 
     Args:
-        view: A causal language model with all weights in memory; it is left unchanged.
+        view: A causal language model with all weights in memory; it is not changed.
         examples: The calibration examples.
         units: The units to mask, in the order of the model; `None` masks all units of the sites.
-        settings: Memory and processes, all of which compute everything. The cache stores only the
-            memory budget, so that a resumed run has the same batches.
+        settings: Memory, and processes, which all compute everything. The cache stores only the
+            memory budget, so that a resumed run uses the same batches.
 
     Returns:
         The losses, in the order of the units and of the examples; intact losses are measured.
@@ -90,7 +90,7 @@ def first_order_losses(
         for batch, losses in each_in_memory(parts, lambda batch: _first_order(view, units, batch)):
             intact[batch.positions], masked[:, batch.positions] = losses
             progress.update(len(batch.positions))
-    # Every process has computed all losses; share one set, so that all continue with the same.
+    # Every process has computed all losses; share one set, so that all continue with the same one.
     intact, masked = settings.process_group.broadcast((intact, masked))
     return UnitLosses(units, intact, masked)
 
@@ -184,7 +184,7 @@ def _recorded_experts(
         The calls, by the path of the module. The forward pass fills this dictionary.
 
     Raises:
-        ValueError: The model calls its experts in another way, or normalises what each returns.
+        ValueError: The model calls its experts differently, or normalises the output of each.
     """
     calls: dict[str, _RecordedExperts] = {}
 
@@ -230,7 +230,7 @@ def _expert_gradients(
         site: The site of the expert.
         call: The call of its module.
         gradient: Gradient of the output of the module, `[tokens, hidden]`, or
-            `[experts * tokens, hidden]` if each expert has tokens of its own.
+            `[experts * tokens, hidden]` if each expert has its own tokens.
         examples: Number of examples, all with the same number of tokens.
     """
     assert site.expert is not None
@@ -242,7 +242,7 @@ def _expert_gradients(
     weights = call.weights.detach()[tokens, slots, None]
     of_tokens = activated * (at_tokens @ view.oriented(site.output_proj)) * weights
     example = tokens // (len(call.chosen) // examples)
-    # A product with ones and zeros sums in a deterministic order, on a GPU too.
+    # A product with ones and zeros sums in a deterministic order, even on a GPU.
     return nn.functional.one_hot(example, examples).T.float() @ of_tokens.float()
 
 
@@ -255,12 +255,12 @@ def _scored_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def examples_per_pass(
     model: PreTrainedModel, examples: list[CalibrationExample], budget: int
 ) -> int:
-    """Return how many examples a batch may have so that its saved activations fit the budget."""
+    """Return the number of examples per batch for which saved activations fit the budget."""
     config = model.config.get_text_config(decoder=True)
     longest = max(len(example.input_ids) for example in examples)
     widths = 15 * config.hidden_size + layer_input_width(model) + 6 * mlp_width(model)
     per_layer = 4 * widths
-    # Attention that is not fused keeps its probabilities and a float32 copy of them.
+    # Unfused attention keeps its probabilities and a float32 copy of them.
     per_layer += 8 * (getattr(config, "num_attention_heads", None) or 0) * longest
     per_token = config.num_hidden_layers * per_layer + 12 * config.vocab_size
     most = _TOKENS_PER_BACKWARD.get(device_of(model).type, 512) // longest

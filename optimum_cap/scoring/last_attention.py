@@ -1,9 +1,10 @@
-"""The attention of the last layer, computed only for positions from the first scored one on.
+"""The attention of the last layer, computed only from the first scored position on.
 
 Earlier tokens matter only through their keys and values. For these tokens, the layer runs until its
 attention has computed keys and values, without queries. For the remaining tokens, it runs as in
-generation with a cache: the arguments with which the model then calls its last layer are recorded,
-while all layers are skipped. Whether this gives the same output is checked on the intact pass.
+generation with a cache, with the arguments that the model passes to its last layer in that case,
+recorded while all layers are skipped. The intact pass is used to check that this gives the same
+output.
 """
 
 import copy
@@ -41,7 +42,7 @@ from optimum_cap.scoring.prefix import (
 
 logger = logging.get_logger(__name__)
 
-_QUERIES = "q_proj"  # name of the query projection, where queries have one of their own
+_QUERIES = "q_proj"  # name of the query projection, where it is separate
 
 
 class _Keys(DynamicCache):
@@ -69,7 +70,7 @@ class _Keys(DynamicCache):
         if self.collecting:
             self.parts.append((key_states, value_states))
             raise StopForwardError
-        # As many as the sliding-window cache of transformers keeps.
+        # As many as transformers' sliding-window cache keeps.
         window = getattr(self.layers[layer_idx], "sliding_window", None)
         count = None if window is None else window - 1
         keys = _last_tokens([key for key, _ in self.parts], count)
@@ -96,7 +97,7 @@ class LastAttention:
         model: The model.
         layer: Its last decoder layer.
         site: The attention site of this layer.
-        leading: Segments of which only keys and values are needed.
+        leading: Segments for which only keys and values are needed.
         tail: The segment after them.
         start: Position at which the tail starts in the last segment of the intact pass.
     """
@@ -137,7 +138,7 @@ class LastAttention:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            # A model may handle caches differently, and need not support continuing after tokens.
+            # A model may handle caches differently or not support continuing after tokens.
             logger.debug(
                 f"the last attention of {type(model).__name__} runs on all tokens: {error!r}"
             )
@@ -153,7 +154,7 @@ class LastAttention:
     ) -> "LastAttention | None":
         """Return the cut attention, or `None` if its output differs on the intact pass."""
         calls = [segment.calls[self._name] for segment in segments]
-        # Two streams, because arguments have to fit any number of them.
+        # Two streams, because the arguments must fit any number of streams.
         copies = 1 if any(call.shared is not None for call in calls) else 2
         intact_inputs = [
             Streams(repeat_rows(call.hidden, copies), copy.copy(call.shared)) for call in calls
@@ -235,7 +236,7 @@ class LastAttention:
 
     @contextmanager
     def _no_queries(self) -> Iterator[None]:
-        """Make the query projection return zeros, if queries have a projection of their own."""
+        """Make the query projection return zeros, if queries have a separate projection."""
         projection = getattr(self.model.get_submodule(self.site.block), _QUERIES, None)
         if not isinstance(projection, nn.Linear):
             yield
@@ -253,13 +254,13 @@ def _last_layer_call(
     input_ids: torch.Tensor,
     before: int,
 ) -> Segment:
-    """Record how the model calls its last layer for tokens that follow others; no layer runs.
+    """Record how the model calls its last layer for tokens that follow others, running no layer.
 
     Args:
         model: The model.
         layers: Its decoder layers.
         name: Name of the recorded call.
-        output_template: An output of a layer, which shows how layers return hidden states.
+        output_template: An output of a layer, which shows how hidden states are returned.
         input_ids: The tokens, int64 `[rows, tokens]`.
         before: Number of tokens before them in each row.
     """

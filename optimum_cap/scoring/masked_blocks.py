@@ -1,7 +1,7 @@
-"""What attention, MLPs and experts return with one of their units masked.
+"""Outputs of attention, MLPs and experts with one of their units masked.
 
-The inputs are those that the intact pass recorded, so that a masked stream does not recompute the
-blocks before its unit's.
+The inputs are those recorded in the intact pass, so that a masked stream does not recompute the
+blocks before its unit's block.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ class MaskedBlocks:
         view: The model, in evaluation mode.
 
     Attributes:
-        attention: The site of each layer that mixes tokens, an attention in most models.
+        attention: The site of each layer that mixes tokens, which is attention in most models.
     """
 
     def __init__(self, view: ModelView) -> None:
@@ -52,7 +52,7 @@ class MaskedBlocks:
             self._others.setdefault(site.layer, []).append(site.output_module)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the modules whose calls the intact pass records, by the names of the calls."""
+        """Return the modules whose calls the intact pass records, by call name."""
         modules = {}
         for layer, site in self.attention.items():
             modules[f"attention {layer}"] = self._model.get_submodule(site.output_module)
@@ -69,7 +69,7 @@ class MaskedBlocks:
         Args:
             segment: The intact pass.
             layer: The layer.
-            units: Units of this layer, those of the attention first.
+            units: Units of this layer, attention units first.
             select: Selects the positions to return.
 
         Returns:
@@ -94,12 +94,12 @@ class MaskedBlocks:
         units: list[SiteUnit],
         select: Select,
     ) -> Iterator[None]:
-        """Let the blocks of a layer return, for their last rows, the output with a unit masked.
+        """Make the blocks of a layer return, for their last rows, the output with a unit masked.
 
         Args:
             segment: The intact pass.
             layer: The layer.
-            attention: What the attention returns, as from `attention_outputs`.
+            attention: Outputs of the attention, as from `attention_outputs`.
             units: As for `attention_outputs`.
             select: As for `attention_outputs`.
         """
@@ -117,7 +117,7 @@ class MaskedBlocks:
     def _outputs(
         self, segment: Segment, path: str, units: list[SiteUnit], select: Select
     ) -> torch.Tensor:
-        """Return the output of an MLP or of experts with each unit of such blocks masked."""
+        """Return the output of an MLP or of experts with each unit of the block masked."""
         call = segment.calls[path]
 
         def at_selected(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ class MaskedBlocks:
         return torch.cat(outputs)
 
     def _projection_input(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the input of an MLP's output projection, from the input of the MLP.
+        """Return the input of an MLP's output projection, given the input of the MLP.
 
         Raises:
             ValueError: The MLP changes the output of the projection.
@@ -179,11 +179,11 @@ class MaskedBlocks:
         weights: torch.Tensor,
         intact: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the output of the experts with each unit of one masked.
+        """Return the output of the experts with each unit of one expert masked.
 
         Only the tokens that reach the expert change. For these, the other experts run again and the
-        masked output of this one is added. Subtracting from the intact output would be cheaper, but
-        the difference of two large numbers loses precision.
+        masked output of this expert is added. Subtracting from the intact output would be cheaper,
+        but the difference of two large numbers loses precision.
 
         Args:
             site: The site of the expert.
@@ -220,11 +220,11 @@ class MaskedBlocks:
 def _returning_last_rows(
     module: nn.Module, output_template: Any, outputs: torch.Tensor
 ) -> AbstractContextManager[None]:
-    """Let a module return these outputs for its last rows, and compute only the others.
+    """Make a module return given outputs for its last rows, and compute only the others.
 
     Args:
         module: An attention, an MLP, its projection, or experts.
-        output_template: An output of it, which shows how it returns its hidden states.
+        output_template: An output of it, which shows how hidden states are returned.
         outputs: Its outputs for the last rows, `[rows, tokens, hidden]`.
     """
     original_forward = module.forward
@@ -238,7 +238,7 @@ def _returning_last_rows(
             return repack_output(output_template, last)
 
         def of_computed(value: Any) -> Any:
-            """Cut the routing of experts, and arguments of attention that differ between rows."""
+            """Cut the routing of experts and the attention arguments that differ between rows."""
             if isinstance(value, tuple):
                 return tuple(map(of_computed, value))
             if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == len(hidden):

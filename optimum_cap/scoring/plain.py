@@ -1,6 +1,6 @@
 """Masked losses as defined in the paper, with one hooked forward pass per unit.
 
-The reference for tests.
+This is the reference for tests.
 """
 
 import torch
@@ -33,7 +33,7 @@ def plain_losses(
 ) -> UnitLosses:
     """Measure the same losses as `exact_losses`, with one hooked forward pass per unit.
 
-    This is step 2 of the paper, taken literally. Of the settings, only the memory budget has an
+    This follows step 2 of the paper literally. Only the memory budget of the settings has an
     effect. Every process measures everything.
     """
     settings = settings or ScoringSettings()

@@ -1,6 +1,6 @@
-"""Segments of the intact pass: consecutive tokens, which attend to keys and values of earlier ones.
+"""Segments of the intact pass: consecutive tokens that attend to keys and values of earlier ones.
 
-The recorded arguments of a layer are used to call it again with other hidden states.
+The recorded arguments of a layer are used to call it again with different hidden states.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from optimum_cap.models import (
 )
 
 WORTHWHILE_SHARE = 1 / 8
-"""Smallest share of the tokens that is worth a segment of its own.
+"""Smallest share of the tokens that is worth a separate segment.
 
-Masks and copies of keys take time as well: with a prefix of 1/16 of the tokens, a run was slower.
+Masks and copies of keys also take time: with a prefix of 1/16 of the tokens, a run was slower.
 """
 
 
@@ -43,7 +43,7 @@ class Segment:
     def arguments(
         self, layer: str, rows: int, cache: Cache | None, shared: SharedStates | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the recorded arguments of a layer after its input, for other rows.
+        """Return the recorded arguments of a layer after its input, for a different number of rows.
 
         Args:
             layer: Name of the call.
@@ -65,8 +65,8 @@ class Streams:
 
     Attributes:
         hidden: Their hidden states, `[..., streams * rows, tokens, hidden]`.
-        shared: Keys and values that earlier layers have left for later ones, of the same rows;
-            `None` if the layers of the model share none.
+        shared: Keys and values that earlier layers share with later ones, for the same rows; `None`
+            if the layers of the model share none.
     """
 
     hidden: torch.Tensor
@@ -82,7 +82,7 @@ class Streams:
 
         Args:
             intact: Keys and values of the intact pass up to here.
-            count: Number of streams that follow those whose keys and values are known.
+            count: Number of streams to add after those with known keys and values.
         """
         if self.shared is None or intact is None:
             return
@@ -130,8 +130,8 @@ def record(
 class PrefixCache(DynamicCache):
     """Keys and values of a prefix, stored in the first call of each layer.
 
-    Later calls are for rows that follow the prefix, one or more for each of its rows. They get the
-    keys and values of the prefix followed by their own, which are not stored.
+    Later calls are for rows that continue the prefix, one or more for each of its rows. They get
+    the prefix's keys and values followed by their own, which are not stored.
 
     Args:
         config: The config of the model.
@@ -141,7 +141,7 @@ class PrefixCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, layer: int | None = None) -> None:
         super().__init__(config=config)
-        # Layers that read the keys and values of others have no place of their own in the cache.
+        # Layers that read the keys and values of others have no entry of their own in the cache.
         has_place = layer is not None and layer < len(self.layers)
         self._only_layer = self.layers[layer] if has_place else None
 

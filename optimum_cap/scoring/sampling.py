@@ -1,4 +1,4 @@
-"""First-order losses, corrected by exact losses of a sample of the examples."""
+"""First-order losses corrected by exact losses of a sample of the examples."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from optimum_cap.scoring.settings import ScoringSettings
 
 _WITHIN = 1.96  # standard errors on either side of a 95 % interval
 _BY_EFFECTS = 0.25  # part of an example's probability that is proportional to its effects
-_ROUNDING = 1e-9  # a probability that is closer to 1 than this counts as 1
+_ROUNDING = 1e-9  # probabilities closer to 1 than this count as 1
 
 
 def control_variate_losses(
@@ -32,10 +32,10 @@ def control_variate_losses(
 
     This is the difference estimator of double sampling (Cochran 1977, Sampling Techniques, chapter
     12). The estimate for an example is its first-order loss; if the example was drawn, the exact
-    minus the first-order loss is added, divided by the probability that it is drawn. Over the draw,
+    minus the first-order loss is added, divided by the probability of drawing it. Over the draw,
     every masked loss is unbiased, and so is every mean of them. The coefficient of the control
-    variate is 1, because one fitted to the same sample would bias the estimate. Examples on which
-    masking has large first-order effects are drawn more often (`chances_of_drawing`).
+    variate is 1, because a coefficient fitted to the same sample would bias the estimate. Examples
+    on which masking has large first-order effects are drawn more often (`chances_of_drawing`).
 
     Args:
         view: As for `first_order_losses`.
@@ -62,12 +62,12 @@ def chances_of_drawing(first_order: UnitLosses, count: int) -> torch.Tensor:
     """Return the probability that each example is among `count` drawn ones, float64 `[examples]`.
 
     Three quarters of the probability are the same for all examples. One quarter is proportional to
-    the first-order effects of masking on the example: its share of the absolute effects of a unit
-    on all examples, averaged over the units. Where an effect is large, its error tends to be large
-    too. The equal part bounds the weight 1 / probability of an example by 4/3 of the weight under
-    equal probabilities, however wrong the first-order effects are (a defensive mixture, Hesterberg
-    1995, Technometrics 37). An example whose probability would exceed 1 is certain to be drawn; the
-    others share the rest.
+    the first-order effects of masking on the example: its share of a unit's absolute effects on all
+    examples, averaged over the units. Large effects tend to have large errors. The equal part
+    limits the weight 1 / probability of an example to 4/3 of the weight under equal probabilities,
+    however wrong the first-order effects are (a defensive mixture, Hesterberg 1995, Technometrics
+    37). An example whose probability would exceed 1 is certain to be drawn; the others share the
+    rest.
     """
     effects = _finite(first_order.masked - first_order.intact).abs().nan_to_num()
     effects = effects[effects.sum(dim=1) > 0]
@@ -86,12 +86,12 @@ def chances_of_drawing(first_order: UnitLosses, count: int) -> torch.Tensor:
 
 
 def draw_examples(chances: torch.Tensor, start: float) -> list[int]:
-    """Draw positions of examples with given probabilities, as many as these add up to.
+    """Draw positions of examples with given probabilities, whose sum is the number drawn.
 
     Systematic sampling (Madow 1949, Annals of Mathematical Statistics 20): the probabilities are
     intervals laid end to end, and an example is drawn if one of the points `start`, `start` + 1,
-    `start` + 2, ... falls into its interval. So each run of consecutive examples, such as a subset
-    of the calibration set, gets its share.
+    `start` + 2, ... falls into its interval. Each run of consecutive examples, such as a subset of
+    the calibration set, therefore gets its share.
 
     Args:
         chances: Probability of each example, `[examples]`, as from `chances_of_drawing`.
@@ -101,7 +101,7 @@ def draw_examples(chances: torch.Tensor, start: float) -> list[int]:
     ends = chances[rest].cumsum(dim=0)
     count = round(float(chances[rest].sum()))
     points = start + torch.arange(count, dtype=torch.float64)
-    # Without the last end, rounding cannot place a point beyond it.
+    # Omit the last end, so that rounding cannot place a point beyond it.
     drawn = rest[torch.searchsorted(ends[:-1], points, right=True)]
     return sorted([*certain.tolist(), *drawn.tolist()])
 
@@ -134,8 +134,8 @@ def adaptive_losses(
     The estimate is that of `control_variate_losses`. Each round draws one more example from each
     block, without replacement, and measures the units whose interval is still wide. An interval is
     narrow when 1.96 standard errors over the draw are at most `precision` times the range of the
-    scores of all units, to which importances are relative (Eq. 3). A unit whose interval is wide
-    after the last round has been measured exactly.
+    scores of all units, to which importances are relative (Eq. 3). Units whose interval is still
+    wide after the last round have been measured exactly.
 
     Args:
         view: As for `first_order_losses`.
@@ -152,7 +152,7 @@ def adaptive_losses(
     blocks = draw_blocks(len(examples), exact_examples, seed)
     sampled = SampledLosses(first_order_losses(view, examples, units, settings))
     wide = list(range(len(sampled.units)))
-    # A memory limit found in one round holds for the next ones.
+    # A memory limit found in one round applies to the next ones.
     settings = replace(settings or ScoringSettings(), memory_limit=MemoryLimit())
     for turn in range(max(map(len, blocks))):
         drawn = [block[turn] for block in blocks if turn < len(block)]
@@ -211,7 +211,7 @@ class SampledLosses:
         return UnitLosses(self.units, self.first_order.intact, self._estimates(), standard_errors)
 
     def narrow(self, precision: float) -> torch.Tensor:
-        """Return which units have an importance of this precision, bool `[units]`."""
+        """Return which units have reached this precision of their importance, bool `[units]`."""
         scores = _finite(self._estimates() - self.first_order.intact).nanmean(dim=1)
         scores = scores[scores.isfinite()]
         allowed = precision * float(scores.max() - scores.min()) if len(scores) else 0.0
@@ -224,19 +224,19 @@ class SampledLosses:
         return (masked + corrections).where(self.chances < 1, self.exact)
 
     def _variance_of_examples(self) -> torch.Tensor:
-        """Return the variance of a unit's mean effect over choices of examples, `[units]`."""
+        """Return the variance of each unit's mean effect over choices of examples, `[units]`."""
         effects = _finite(self.exact - self.first_order.intact)
         return nanvar(effects, 1 / self.chances) / effects.shape[1]
 
     def _variance_of_draw(self) -> torch.Tensor:
-        """Return the variance over the draw of the mean of a unit's estimates, `[units]`.
+        """Return the variance over the draw of the mean of each unit's estimates, `[units]`.
 
         The estimator is that of Hájek 1964 (Annals of Mathematical Statistics 35) with the factor
         of Deville 1999 (Survey Methodology 25), which needs only the probabilities of single
         examples. It ignores that the draw is spread evenly over the positions, because the examples
         come in random order. With equal probabilities it is the variance of drawing n of N without
         replacement, s^2 (1/n - 1/N). It is 0 where all drawn examples were certain to be drawn, and
-        NaN where exactly one of them was not.
+        NaN where exactly one was not.
         """
         weighted = _finite((self.exact - self.first_order.masked) / self.chances)
         open_share = (1 - self.chances).where(~weighted.isnan(), 0)

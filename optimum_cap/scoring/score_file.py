@@ -1,9 +1,9 @@
-"""Scores files: losses from which causal scores are computed, reusable at any sparsity.
+"""Scores files: losses for computing causal scores, reusable at any sparsity.
 
-A scores file is a safetensors file. It holds the losses as tensors; its metadata says what was
-measured (model, calibration examples, units, estimator) and has a checksum of the whole. The losses
-serve any sparsity, number of subsets and aggregation; reading refuses them for another model, data
-set or seed.
+A scores file is a safetensors file. It contains the losses as tensors; its metadata describes what
+was measured (model, calibration examples, units, estimator) and has a checksum of the whole. The
+losses can be used with any sparsity, number of subsets and aggregation, but not with another model,
+data set or seed.
 """
 
 import importlib.metadata
@@ -69,7 +69,7 @@ class SavedScores:
     Attributes:
         path: The file.
         tensors: `intact`, `masked` and, for some estimators, `standard_errors` of `UnitLosses`.
-        metadata: What was measured, as plain JSON values.
+        metadata: Description of the measurement, as plain JSON values.
     """
 
     path: Path
@@ -88,10 +88,10 @@ class SavedScores:
         examples: list[CalibrationExample],
         config: CAPConfig,
     ) -> UnitLosses:
-        """Return the losses, after checking that they fit the model, the examples and the config.
+        """Return the losses, after checking that they match the model, the examples and the config.
 
         Raises:
-            ValueError: The losses are of another model, other calibration examples, other units or
+            ValueError: The losses are for another model, other calibration examples, other units or
                 another estimator.
         """
         settings = self.settings
@@ -119,7 +119,7 @@ class SavedScores:
 
     def _check_settings(self, names: Iterable[str], config: CAPConfig) -> None:
         for name in names:
-            # Older files, which have scores of heads only, do not store every field.
+            # Older files, which only have scores of heads, do not store every field.
             stored = self.settings.get(name, getattr(CAPConfig, name))
             if stored != getattr(config, name):
                 raise ValueError(
@@ -169,8 +169,8 @@ def read_scores(path: str | os.PathLike[str]) -> SavedScores:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a scores file, has another layout, or is damaged; the message says
-            which file.
+        ValueError: It is not a scores file, has a different layout, or is damaged; the message
+            names the file.
     """
     file = Path(path)
     if not file.is_file():
@@ -211,7 +211,7 @@ def _damaged(file: Path, problem: str) -> ValueError:
 
 
 def _problem_of_names(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Return what is wrong with the names or dtypes of the tensors of a file, if anything is."""
+    """Return what is wrong with the names or dtypes of a file's tensors, if anything."""
     if not {"intact", "masked"} <= tensors.keys() <= {"intact", "masked", "standard_errors"}:
         return f"it holds the tensors {sorted(tensors)}, not 'intact' and 'masked'"
     for name, tensor in tensors.items():
@@ -221,7 +221,7 @@ def _problem_of_names(tensors: dict[str, torch.Tensor]) -> str | None:
 
 
 def _problem_of_metadata(metadata: dict[str, Any]) -> str | None:
-    """Return what is wrong with the metadata of a file, if anything is."""
+    """Return what is wrong with the metadata of a file, if anything."""
 
     def are_digests(values: Any) -> bool:
         return isinstance(values, list) and all(isinstance(value, str) for value in values)
@@ -259,7 +259,7 @@ def _problem_of_metadata(metadata: dict[str, Any]) -> str | None:
 
 
 def _problem_of_values(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str | None:
-    """Return what is wrong with the shapes or values of the tensors of a file, if anything is."""
+    """Return what is wrong with the shapes or values of a file's tensors, if anything."""
     units, examples = len(metadata["units"]), len(metadata["rows"])
     shapes = {"intact": [examples], "masked": [units, examples], "standard_errors": [units]}
     for name, tensor in tensors.items():
@@ -306,7 +306,7 @@ _ALWAYS_SET = ("dataset", "num_samples", "seed", "scored_tokens", "estimator")
 
 
 def tensors_of(losses: UnitLosses) -> dict[str, torch.Tensor]:
-    """Return the tensors of losses by name; standard errors only if there are any."""
+    """Return the tensors of losses by name, with standard errors if there are any."""
     tensors = {"intact": losses.intact, "masked": losses.masked}
     if losses.standard_errors is not None:
         tensors["standard_errors"] = losses.standard_errors

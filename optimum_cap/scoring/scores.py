@@ -1,8 +1,8 @@
 """Causal scores: the increase of the loss on the calibration set when a unit is masked.
 
 `exact_losses` measures every unit at about half the cost of one forward pass per unit
-(`wavefront.py`). `plain_losses` is the definition, one hooked forward pass per unit, and the
-reference that tests and benchmarks compare with.
+(`wavefront.py`). `plain_losses` implements the definition, one hooked forward pass per unit, and is
+the reference for tests and benchmarks.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class UnitLosses:
         masked: The same with each unit masked, float64 `[units, examples]`; measured or estimated
             (`estimators.py`).
         standard_errors: Standard error of the mean of masked minus intact, nats, `[units]`, if it
-            cannot be computed from `masked` because these are estimates.
+            cannot be computed from `masked` because that is an estimate.
     """
 
     units: list[SiteUnit]
@@ -43,8 +43,8 @@ class CausalScores:
         units: The units, each with its site.
         scores: Score of each unit (Eq. 1-2), float64 `[units]`; NaN where no masked loss is finite.
         standard_errors: Standard error of the mean paired difference over examples, `[units]`.
-        nonfinite: Number of examples whose masked loss is not finite, int64 `[units]`. They do not
-            count in the score of the unit, nor do their intact losses.
+        nonfinite: Number of examples whose masked loss is not finite, int64 `[units]`. They are
+            excluded from the score of the unit, as are their intact losses.
         intact_loss: Mean over subsets of the intact loss.
     """
 
@@ -60,9 +60,9 @@ def causal_scores(
 ) -> CausalScores:
     """Reduce losses to scores (paper, Eq. 2).
 
-    The examples, which come in random order, are cut into `subsets` consecutive parts. A score is
+    The examples, which are in random order, are split into `subsets` consecutive parts. A score is
     the median (or mean) over subsets of the mean masked loss, minus the mean over subsets of the
-    mean intact loss of the same examples: those whose masked loss is finite.
+    mean intact loss, both over the examples whose masked loss is finite.
 
     Args:
         losses: Losses per unit and example.
@@ -114,10 +114,10 @@ def causal_scores(
 
 
 def nanvar(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the weighted variance of each row over its values that are not NaN, `[rows]`.
+    """Return the weighted variance of each row, ignoring NaNs, `[rows]`.
 
-    With equal weights it is the sample variance. It is NaN for a row without values or with a
-    single positive weight, and 0 for a row with values but without a positive weight.
+    With equal weights it is the sample variance. It is NaN for rows without values or with a single
+    positive weight, and 0 for rows with values but no positive weight.
     """
     valid = ~values.isnan()
     weights = weights.where(valid, 0)

@@ -1,4 +1,4 @@
-"""Decides whether the prefix that all examples share can be computed once."""
+"""Decides whether a prefix shared by all examples can be computed once."""
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -14,12 +14,11 @@ logger = logging.get_logger(__name__)
 
 
 def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
-    """Return how many tokens to compute once for all examples.
+    """Return the number of tokens to compute once for all examples.
 
-    That is the length of their shared prefix if sharing it saves time and does not change the
-    losses of the longest examples, otherwise 0. The losses of some models change: those that change
-    their position encoding for long sequences, ignore cached keys and values, or keep recurrent
-    states.
+    This is the length of their shared prefix if sharing it saves time and does not change the
+    losses of the longest examples, otherwise 0. Losses change for models that change their position
+    encoding for long sequences, ignore cached keys and values, or keep recurrent states.
     """
     prefix = shared_prefix(examples)
     longest = max(len(example.input_ids) for example in examples)
@@ -30,7 +29,8 @@ def prefix_to_share(view: ModelView, examples: list[CalibrationExample]) -> int:
         same = _gives_the_same_losses(view, examples, prefix)
     except Exception as error:
         if is_out_of_memory(error):
-            # Cleared after the handler: until it ends, the error keeps recorded tensors in memory.
+            # Cleared after the handler, because the error keeps recorded tensors in memory until it
+            # ends.
             same = None
         else:  # caches of recurrent states may not continue after a prefix
             same, reason = False, f" ({error!r})"
@@ -56,7 +56,7 @@ def _gives_the_same_losses(
         _intact_and_masked(Wavefront(view, batches(examples, 2, length)[0]), unit)
         for length in (prefix, 0)
     )
-    # Losses near zero, of answers that the model is certain of, differ by rounding in the logits.
+    # Losses near zero, for answers the model is certain of, differ by rounding of the logits.
     rounding = 16 * torch.finfo(torch.float32).eps
     return torch.allclose(
         once, for_each, rtol=tolerance(view.model.dtype), atol=rounding, equal_nan=True

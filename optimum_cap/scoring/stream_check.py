@@ -1,4 +1,4 @@
-"""Checks that masked streams compute what the model computes, on the longest examples."""
+"""Checks on the longest examples that masked streams compute the same as the model."""
 
 from dataclasses import replace
 
@@ -24,12 +24,12 @@ logger = logging.get_logger(__name__)
 
 
 def check_streams(view: ModelView, examples: list[CalibrationExample], prefix: int) -> int:
-    """Return 1 if streams in which nothing is masked have the losses of the model, otherwise 0.
+    """Return 1 if streams in which nothing is masked have the model's losses, otherwise 0.
 
-    A stream starts in the middle of the model, with recorded arguments, and its logits are computed
-    position by position. For this to be the model, its layers must depend on nothing else, which
-    every run checks: for streams that start in the first and in the last layer, one in each block,
-    on two examples, one of them padded.
+    A stream starts in the middle of the model with recorded arguments, and its logits are computed
+    position by position. This is equivalent to the model only if its layers depend on nothing else.
+    Every run checks this for streams that start in each block of the first and last layer, on two
+    examples, one of them padded.
 
     Args:
         view: The model, in evaluation mode.
@@ -44,7 +44,7 @@ def check_streams(view: ModelView, examples: list[CalibrationExample], prefix: i
             return int(_same(view, examples, prefix, count))
         except Exception as error:
             if not is_out_of_memory(error):
-                # A model may need arguments in the middle that are unknown there.
+                # A model may need arguments that are unknown in the middle.
                 logger.warning(
                     f"{type(view.model).__name__} does not run from the middle: {error!r}"
                 )
@@ -80,7 +80,7 @@ def _same(view: ModelView, examples: list[CalibrationExample], prefix: int, coun
 
 
 def _units_of_nothing(view: ModelView) -> list[SiteUnit]:
-    """Return units without channels, one of each output module in the first and last layer."""
+    """Return units without channels, one per output module in the first and last layer."""
     ends = {view.sites[0].layer, view.sites[-1].layer}
     sites = {site.output_module: site for site in reversed(view.sites) if site.layer in ends}
     nothing = Unit(index=0, channels=(0, 0), region=())
@@ -88,7 +88,7 @@ def _units_of_nothing(view: ModelView) -> list[SiteUnit]:
 
 
 def _with_fewer_scored(example: CalibrationExample, most: int) -> CalibrationExample:
-    """Score only the last scored tokens of an example: the logits of all would take memory."""
+    """Score only the last scored tokens of an example, to save memory for logits."""
     scored = torch.zeros_like(example.scored)
     scored[example.scored.nonzero()[-most:, 0]] = True
     return replace(example, scored=scored)
@@ -102,9 +102,9 @@ def _loss_of_model(view: ModelView, example: CalibrationExample) -> torch.Tensor
 
 
 def _tolerated(dtype: torch.dtype) -> float:
-    """Return by how many nats, and by which part, losses may differ: 0.001 in float32.
+    """Return the absolute (nats) and relative tolerance of losses: 0.001 in float32.
 
-    In half precision, other batch sizes round otherwise: logits around 20 have steps of 1/8 in
-    bfloat16. There, only gross errors are found (0.35, and 0.12 in float16).
+    In half precision, rounding differs between batch sizes: logits around 20 have steps of 1/8 in
+    bfloat16. There, only gross errors are detected (0.35, and 0.12 in float16).
     """
     return float(4 * torch.finfo(dtype).eps ** 0.5)

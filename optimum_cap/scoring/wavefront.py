@@ -1,13 +1,13 @@
-"""Runs the masked streams of a batch, each from the layer of its masked unit on.
+"""Runs the masked streams of a batch, each starting at the layer of its masked unit.
 
 A *stream* is the hidden states of one masked pass. Masking a unit of layer l changes nothing before
-its site. So a stream starts from the recorded intact input of layer l, and the streams of many
+its site, so a stream starts from the recorded intact input of layer l, and the streams of many
 units run through the later layers as rows of one batch. In its first layer, a stream does not
-compute the blocks up to that of the masked unit: it gets their outputs. Logits are computed at
-scored positions only.
+compute the blocks up to that of the masked unit but gets their outputs. Logits are computed only at
+scored positions.
 
 The shared prefix of the examples is computed once per stream, as a single row whose keys and values
-the rows of the examples read.
+are read by the rows of the examples.
 """
 
 import copy
@@ -64,7 +64,7 @@ class Wavefront:
         self._prefix = batch.prefix
         if batch.prefix:
             prefix, suffix = batch.split
-            # Nothing is predicted from the last token.
+            # The last token predicts nothing.
             inputs = [prefix.input_ids, suffix.input_ids[:, :-1]]
         else:
             suffix, inputs = batch, [batch.input_ids]
@@ -88,7 +88,7 @@ class Wavefront:
         """Return the losses with each unit masked, float64 `[units, examples]`.
 
         Args:
-            units: The units in the order of the model: by layer, those of the attention first.
+            units: The units in the order of the model: by layer, attention units first.
         """
         first, last = units[0].site.layer, len(self.layers) - 1
         streams = [_no_streams(segment.calls[f"layer {first}"]) for segment in self.segments]
@@ -132,9 +132,9 @@ class Wavefront:
         return Streams(hidden_states_of(output), carried.shared)
 
     def _through_last_layer(self, streams: list[Streams], starting: list[SiteUnit]) -> torch.Tensor:
-        """Run streams through the last layer, whose output matters at scored positions only.
+        """Run streams through the last layer, whose output matters only at scored positions.
 
-        Everything after the attention is position-wise. So only the attention runs on sequences;
+        Everything after the attention is position-wise, so only the attention runs on sequences;
         the rest of the layer runs on scored positions, each as a sequence of one token.
 
         Returns:
@@ -158,7 +158,7 @@ class Wavefront:
         tokens, times = intact.shape[-2], rows.shape[-3] // len(self.targets.ids)
 
         def at_scored(value: Any) -> Any:
-            """Select from an argument that has values for each token (Gemma 3n, Gemma 4)."""
+            """Select positions from arguments with values per token (Gemma 3n, Gemma 4)."""
             is_tensor = isinstance(value, torch.Tensor) and value.ndim == 3
             if not is_tensor or value.shape[:2] != (self.suffix.rows, tokens):
                 return value
@@ -181,7 +181,7 @@ class Wavefront:
         )
 
     def _at_scored(self, hidden: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Select the positions whose logits are scored, from hidden states that begin at `start`.
+        """Select the positions whose logits are scored from hidden states that begin at `start`.
 
         Returns:
             `[..., streams * scored, 1, hidden]`.
@@ -220,7 +220,7 @@ class Wavefront:
 
 
 def _no_streams(call: RecordedCall) -> Streams:
-    """Return no streams before a layer whose intact call was recorded."""
+    """Return zero streams for a layer whose intact call was recorded."""
     shared = copy.copy(call.shared)
     if shared is not None:
         shared.clear()
