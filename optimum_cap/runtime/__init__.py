@@ -1,4 +1,4 @@
-"""Several processes, memory limits, resuming of interrupted runs, digests and atomic files."""
+"""Multiple processes, memory limits, resuming interrupted runs, digests and atomic files."""
 
 from optimum_cap.runtime.digests import VERSIONED, digest_of, examples_digest, machine, model_digest
 from optimum_cap.runtime.distributed import (

@@ -18,7 +18,7 @@ from optimum_cap.models import accelerate_hook, device_of, forward_hooks, implem
 from optimum_cap.progress import progress_bar
 
 _VERSIONED_CODE = ("torch", "transformers")
-# Entries of config.json that describe files, not the computation, or repeat what parameters show.
+# Entries of config.json that describe files rather than the computation, or duplicate parameters.
 _NOT_COMPUTED = (
     "_name_or_path",
     "architectures",
@@ -31,7 +31,7 @@ VERSIONED = ("optimum-cap", "torch", "transformers")
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Return a digest of what a model computes: its class, config and stored weights."""
+    """Return a digest of everything a model's results depend on: class, config, stored weights."""
     config = model.config.to_dict()
     computed = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
     return digest_of(type(model).__name__, computed, weights_digest(model))
@@ -54,7 +54,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def sample_digest(model: PreTrainedModel) -> str:
-    """Return a digest of a few values of each parameter, which is fast and tells models apart."""
+    """Return a digest of a few values of each parameter, a fast way to distinguish models."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         _update(digest, name, list(parameter.shape))
@@ -67,7 +67,7 @@ def code_digest(model: PreTrainedModel) -> str:
     """Return a digest of the code of a model: classes, hooks and replaced forwards of its modules.
 
     Versions identify the code of torch and transformers. For other classes, the digest includes the
-    source of their file, if there is one, so that remote code of another revision has another
+    source of their file, if there is one, so that another revision of remote code has a different
     digest.
     """
     digest = hashlib.sha256()
@@ -88,7 +88,7 @@ def code_digest(model: PreTrainedModel) -> str:
 
 
 def _is_versioned(code: Any) -> bool:
-    """Return whether torch or transformers defines it; their hooks only record."""
+    """Return whether torch or transformers defines the code; their hooks only record."""
     return str(getattr(code, "__module__", "")).partition(".")[0] in _VERSIONED_CODE
 
 
@@ -123,7 +123,7 @@ def _update(digest: Any, name: str, value: Any) -> None:
 
 
 def examples_digest(examples: list[CalibrationExample]) -> str:
-    """Return a digest of the tokens of examples, which are scored, and the other inputs."""
+    """Return a digest of the examples' tokens, scored positions and other inputs."""
     return digest_of(
         [
             [example.input_ids, example.scored, *([dict(example.inputs)] if example.inputs else [])]
@@ -133,7 +133,7 @@ def examples_digest(examples: list[CalibrationExample]) -> str:
 
 
 def machine(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what measurements depend on besides the config, the weights and the tokens."""
+    """Return what measurements depend on other than the config, the weights and the tokens."""
     device = device_of(model)
     return {
         "code": code_digest(model),
@@ -143,7 +143,7 @@ def machine(model: PreTrainedModel) -> dict[str, Any]:
         "machine": (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            # The order of summation in matrix products depends on instruction set and threads.
+            # The summation order in matrix products depends on instruction set and threads.
             else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
         ),
         "precision": torch.get_float32_matmul_precision(),

@@ -1,4 +1,4 @@
-"""Several processes share one run: each measures a share, and all of them get all results.
+"""Multiple processes share one run: each measures a share, and all get all results.
 
 `accelerate launch` or `torchrun` starts them. accelerate sets up torch.distributed, with gloo on
 CPUs and nccl on GPUs, and exchanges objects. Every process holds the whole model.
@@ -29,8 +29,8 @@ from optimum_cap.runtime.digests import digest_of, examples_digest, sample_diges
 
 T = TypeVar("T")
 
-# The others wait for a process whose share takes longer; a process that dies breaks the connection
-# at once.
+# Other processes wait for one whose share takes longer; a process that dies breaks the connection
+# immediately.
 _PATIENCE = timedelta(hours=6)
 # Set by torchrun and accelerate launch, and by MPI launchers.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -53,7 +53,7 @@ class ProcessGroup:
         """Return the processes that were launched together, or this process alone.
 
         Raises:
-            RuntimeError: The program has set up accelerate for another number of processes.
+            RuntimeError: The program has set up accelerate for a different number of processes.
         """
         launched = get_int_from_env(_WORLD_SIZES, 1)
         if launched == 1:
@@ -69,7 +69,7 @@ class ProcessGroup:
         return cls(state.process_index, state.num_processes)
 
     def broadcast(self, value: T) -> T:
-        """Return the value of the first process to all.
+        """Return the first process's value on all processes.
 
         Raises:
             ConnectionError: As `all_gather`.
@@ -79,7 +79,7 @@ class ProcessGroup:
         return self._together(lambda: broadcast_object_list([value])[0])
 
     def all_gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank, to all.
+        """Return the values of all processes, by rank, on all processes.
 
         Raises:
             ConnectionError: Another process has stopped, or cannot be reached.
@@ -89,10 +89,10 @@ class ProcessGroup:
         return self._together(lambda: gather_object([value]))
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Add up the tensors of all processes, in place, in every one of them.
+        """Add up the tensors of all processes, in place on every process.
 
-        The sum does not depend on the order, so that it has the same bytes however many processes
-        there are, if at most two of them have values other than zero.
+        If at most two processes have nonzero values, the sum does not depend on the order and has
+        the same bytes for any number of processes.
 
         Raises:
             ConnectionError: As `all_gather`.
@@ -100,7 +100,7 @@ class ProcessGroup:
         self._in_place(tensor, dist.all_reduce)
 
     def broadcast_(self, tensor: torch.Tensor, source: int) -> None:
-        """Replace the values of a tensor by those of process `source`, in every other process.
+        """Replace the values of a tensor with those of process `source` on every other process.
 
         Raises:
             ConnectionError: As `all_gather`.
@@ -113,10 +113,10 @@ class ProcessGroup:
         return lane * min(self.size, LANES) // LANES == self.rank
 
     def deal(self, costs: Sequence[float]) -> list[int]:
-        """Return the rank of the process that takes each item: the one with the least work so far.
+        """Return the rank for each item: the process with the least work so far takes it.
 
         Args:
-            costs: Cost of each item; the most expensive ones are dealt out first.
+            costs: Cost of each item; the most expensive ones are assigned first.
         """
         loads = [0.0] * self.size
         ranks = [0] * len(costs)
@@ -130,7 +130,7 @@ class ProcessGroup:
 
         Args:
             digest: Computes a digest of the inputs; not called for a single process.
-            what: Name of the inputs, for the error.
+            what: Name of the inputs, for the error message.
 
         Raises:
             ValueError: The digests differ.
@@ -147,7 +147,7 @@ class ProcessGroup:
             )
 
     def share(self, costs: list[int]) -> list[int]:
-        """Return the indices of the items that this process takes: consecutive ones.
+        """Return the indices of the consecutive items that this process takes.
 
         An item goes to the process whose part of the total cost contains the middle of the item.
 
@@ -162,11 +162,11 @@ class ProcessGroup:
         return [index for index, rank in enumerate(ranks) if rank == self.rank]
 
     def placement(self, device_map: Any) -> Any:
-        """Return the device map for the model: each of several processes has its own device."""
+        """Return the device map for the model; each of several processes uses its own device."""
         return PartialState().device if self.size > 1 and device_map == "auto" else device_map
 
     def silence_other_ranks(self) -> None:
-        """Disable logs and progress bars except in the first process."""
+        """Disable logs and progress bars on all processes except the first."""
         if self.rank:
             logging.set_verbosity_error()
             logging.disable_progress_bar()
@@ -200,24 +200,24 @@ class ProcessGroup:
 
 
 LANES = 2
-"""Parts of a calibration set whose results are added up, whichever processes compute them.
+"""Number of parts of a calibration set whose results are added up across processes.
 
-The sum of two numbers does not depend on their order, so a run gives the same bytes in one process
-as in several. With more parts, it would depend on which ones a process adds up first.
+The sum of two numbers does not depend on their order, so a run gives the same bytes with one
+process as with several. With more parts, it would depend on which ones a process adds first.
 """
 
 
 def lane_of(number: int) -> int:
-    """Return the lane of a batch, given its number among all batches; neighbours differ."""
+    """Return the lane of a batch, given its number among all batches; consecutive ones differ."""
     return number % LANES
 
 
 ALONE = ProcessGroup()
-"""A group of this process alone."""
+"""The group that contains only this process."""
 
 
 def processes_here() -> int:
-    """Return the number of processes of this run on this machine, which share its memory."""
+    """Return the number of processes of this run that share this machine's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -231,9 +231,9 @@ def check_same_inputs(
 
     Args:
         process_group: The processes.
-        model: The model, of which a few values are compared.
+        model: The model; only a few of its values are compared.
         examples: The calibration examples.
-        *others: Plain values that decide what is measured.
+        *others: Plain values that determine what is measured.
 
     Raises:
         ValueError: The processes were given different inputs.

@@ -1,4 +1,4 @@
-"""Files that are written atomically: as a whole or not at all."""
+"""Atomic writing of files: as a whole or not at all."""
 
 import functools
 import json
@@ -24,13 +24,13 @@ from optimum_cap.runtime.digests import digest_of
 logger = logging.get_logger(__name__)
 
 _DAY = 86_400  # seconds
-_CLOCK_ERROR = 2  # seconds by which the start of a process and the time of a file may be wrong
+_CLOCK_ERROR = 2  # possible error, in seconds, of process start times and file times
 _T = TypeVar("_T")
-_LONGEST_STEM = 100  # bytes of a file's name that its unfinished version has in its own name
+_LONGEST_STEM = 100  # bytes of a file's name that are used in the name of its unfinished version
 
 
 def write_atomically(file: Path, data: bytes, replace: bool = True, mode: int = 0o666) -> None:
-    """Write a file to disk completely, or leave it as it was.
+    """Write a file to disk completely, or leave it unchanged.
 
     Unfinished files that killed processes left in the same folder are removed.
 
@@ -38,7 +38,7 @@ def write_atomically(file: Path, data: bytes, replace: bool = True, mode: int = 
         file: The file.
         data: Its content.
         replace: Whether to replace an existing file; otherwise it is kept.
-        mode: Permissions of the file, of which the umask takes some away.
+        mode: Permissions of the file before applying the umask.
 
     Raises:
         OSError: The file cannot be written.
@@ -60,9 +60,9 @@ def write_atomically(file: Path, data: bytes, replace: bool = True, mode: int = 
         unfinished.unlink(missing_ok=True)
 
 
-@functools.cache  # once per folder: before this process has unfinished files of its own in it
+@functools.cache  # once per folder, before this process has unfinished files in it
 def _remove_unfinished(folder: Path) -> None:
-    """Remove unfinished files of killed processes; those of other hosts once they are a day old."""
+    """Remove unfinished files of killed processes; those of other hosts if they are a day old."""
     with suppress(OSError):
         for file in folder.glob("*.tmp"):
             owner = re.fullmatch(r".*\.(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp", file.name, re.DOTALL)
@@ -75,14 +75,14 @@ def was_left_behind(file: Path, host: str, process: int, patience: float = _DAY)
 
     Args:
         file: The file.
-        host: Name of the process's host. Whether a process of another host runs is unknown.
-        process: Its id. A younger process with this id is another one.
-        patience: Age in seconds from which on a file of another host counts as left behind.
+        host: Host of the process. It is unknown whether a process on another host still runs.
+        process: Its id. A process with this id that is younger than the file is a different one.
+        patience: Age in seconds from which a file of another host counts as left behind.
     """
     try:
         modified = file.stat().st_mtime
     except OSError:
-        return False  # somebody has removed it
+        return False  # already removed
     if host != platform.node():
         return modified < time.time() - patience
     try:
@@ -94,7 +94,7 @@ def was_left_behind(file: Path, host: str, process: int, patience: float = _DAY)
 
 
 def _link_unless_taken(file: Path, name: Path) -> None:
-    """Give a file a second name atomically, unless another file has that name."""
+    """Hard-link a file to a second name atomically, unless that name is taken."""
     try:
         os.link(file, name)
     except FileExistsError:
@@ -122,10 +122,10 @@ def sync_folder(folder: Path) -> None:
 
 
 class PrivateFiles:
-    """Stores values in a folder that only its owner can read, one file with a checksum each.
+    """Stores values in a folder that only its owner can read, each in a file with a checksum.
 
-    Checksums detect damage, not intent: whoever may write to the folder may change what is read. A
-    warning is logged if other users may.
+    Checksums detect damage, not tampering: whoever can write to the folder can change what is read.
+    A warning is logged if other users can.
 
     Args:
         folder: Created with the first file. Several processes may share it.
@@ -150,11 +150,11 @@ class PrivateFiles:
         self._warn_of_other_writers(folder)
 
     def _read(self, key: str, load: Callable[[Path], tuple[_T, str | None]]) -> _T | None:
-        """Return what is stored under `key`, or `None` if there is nothing or it is damaged.
+        """Return the value stored under `key`, or `None` if it is missing or damaged.
 
         Args:
             key: Path of the file in the folder, without suffix.
-            load: Returns the value and what is wrong with it, if anything is.
+            load: Returns the value and what is wrong with it, if anything.
         """
         file = self._file(key)
         try:
@@ -204,7 +204,7 @@ class PrivateFiles:
         write_atomically(file, data, replace, mode=0o600)
 
     def _folders_of(self, file: Path) -> list[Path]:
-        """Return the folders that a file is in, from `folder` inward."""
+        """Return the folders that contain a file, from `folder` inward."""
         inside = file.parent.relative_to(self.folder)
         return [self.folder / part for part in (*reversed(inside.parents), inside)]
 
@@ -213,7 +213,7 @@ class PrivateFiles:
         if self._has_warned_of_others or (writers := _other_writers(folder)) is None:
             return
         self._has_warned_of_others = True
-        # Once for the stores of losses and of layers too, which share the folder.
+        # Only once for the stores of losses and layers together, because they share the folder.
         logger.warning_once(
             f"{folder} {writers}: whoever can write to it can change what a resumed run computes; "
             "remove their permission, or choose another resume_dir"
@@ -235,16 +235,16 @@ class TensorFiles(PrivateFiles):
         dtype: torch.dtype,
         check: Callable[[torch.Tensor], str | None] = lambda tensor: None,
     ) -> torch.Tensor | None:
-        """Return the tensor stored under `key`, or `None` if there is none or it is damaged.
+        """Return the tensor stored under `key`, or `None` if it is missing or damaged.
 
-        A file that is damaged, or holds something else than expected, is deleted, and a warning is
-        logged. The tensor is mapped into memory, and stays whole if its file is deleted.
+        A file that is damaged or has unexpected content is deleted, and a warning is logged. The
+        tensor is mapped into memory, and stays valid if its file is deleted.
 
         Args:
             key: Path of the file in the folder, without suffix.
             shape: Shape of the tensor.
             dtype: Its dtype.
-            check: Returns what is wrong with the values of the tensor, if anything is.
+            check: Returns what is wrong with the values of the tensor, if anything.
         """
 
         def load(file: Path) -> tuple[torch.Tensor, str | None]:
@@ -277,7 +277,7 @@ class JsonFiles(PrivateFiles):
     suffix = ".json"
 
     def read(self, key: str) -> Any:
-        """Return the value stored under `key`, or `None` if there is none or it is damaged."""
+        """Return the value stored under `key`, or `None` if it is missing or damaged."""
 
         def load(file: Path) -> tuple[Any, str | None]:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -289,7 +289,7 @@ class JsonFiles(PrivateFiles):
         return self._read(key, load)
 
     def write(self, key: str, value: Any) -> None:
-        """Store a JSON value other than `None` under `key`, atomically, as `TensorFiles.write`."""
+        """Store a JSON value other than `None` under `key` atomically, like `TensorFiles.write`."""
         content = {"sha256": digest_of(key, value), "value": value}
         self._write(key, json.dumps(content, allow_nan=False).encode(), replace=True)
 
@@ -301,14 +301,14 @@ def _load(file: Path) -> tuple[torch.Tensor, str | None]:
 
 
 def _difference(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Return how a tensor differs from the expected shape and dtype, if it does."""
+    """Return how a tensor differs from the expected shape and dtype, if at all."""
     if (tuple(tensor.shape), tensor.dtype) == (tuple(shape), dtype):
         return None
     return f"it holds {list(tensor.shape)} {tensor.dtype}, not {list(shape)} {dtype}"
 
 
 def _other_writers(folder: Path) -> str | None:
-    """Return why users other than this one and root may change the files of a folder, if so."""
+    """Return why users other than this one and root can change the files of a folder, if so."""
     if os.name != "posix":
         return None
     try:
@@ -325,11 +325,11 @@ def _other_writers(folder: Path) -> str | None:
 
 
 def _is_private_group(group: int) -> bool:
-    """Return whether a group is that of this user alone: named after them, without other members.
+    """Return whether a group belongs to this user alone: same name, no other members.
 
-    Where groups are set up like this, folders that their group may write to are the default.
+    Where groups are set up like this, folders are group-writable by default.
     """
-    import grp  # these exist on POSIX systems only
+    import grp  # these exist only on POSIX systems
     import pwd
 
     try:

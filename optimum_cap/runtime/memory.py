@@ -1,4 +1,4 @@
-"""Measures free memory, and continues with smaller batches once it runs out."""
+"""Measures free memory, and continues with smaller batches when it runs out."""
 
 import math
 from collections import deque
@@ -22,7 +22,7 @@ from optimum_cap.runtime.distributed import processes_here
 logger = logging.get_logger(__name__)
 
 _Result = TypeVar("_Result")
-# By controller: folder, file of the limit, file of the usage, name of the part that can be freed.
+# By controller: folder, limit file, usage file, name of the reclaimable part.
 _CONTROL_GROUPS = {
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": (
@@ -33,12 +33,12 @@ _CONTROL_GROUPS = {
     ),
 }
 _LARGEST_KEPT = 32 * 2**20 - 2**16  # leaves space for the header of the block
-# Errors that accelerate does not recognise: CUDA and cuBLAS outside torch's allocator, and C++.
+# Errors that accelerate does not recognise, from CUDA and cuBLAS outside torch's allocator and C++.
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
 
 
 def budget_bytes(memory_budget: int | str, model: PreTrainedModel) -> int:
-    """Return how many bytes activations may take; `"auto"` is half of the free memory.
+    """Return the memory budget for activations in bytes; `"auto"` is half of the free memory.
 
     For a model on several GPUs, the one with the least free memory counts.
     """
@@ -52,7 +52,7 @@ def budget_bytes(memory_budget: int | str, model: PreTrainedModel) -> int:
 
 
 def _free_on(device: torch.device) -> int:
-    """Return the free bytes of a GPU, with those that torch has reserved for new tensors."""
+    """Return the free bytes of a GPU, including those that torch has reserved for new tensors."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 
@@ -60,7 +60,7 @@ def _free_on(device: torch.device) -> int:
 def left_to_this_group(
     groups: Path = Path("/sys/fs/cgroup"), memberships: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """Return how many bytes the control groups of this process (of a container or job) leave.
+    """Return the bytes left by the control groups of this process (its container or job).
 
     See https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files, and for version 1
     https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
@@ -82,7 +82,7 @@ def left_to_this_group(
         folder = root / name.strip("/")
         for group in (folder, *folder.parents):
             if group.is_relative_to(root):
-                # Not all systems have all files, and without them only a limit is missed.
+                # Not all systems have all files; without them, only a limit is missed.
                 with suppress(OSError, KeyError, ValueError):
                     left = min(left, _left_to(group, limit, used, inactive))
     return left
@@ -100,7 +100,7 @@ def _left_to(group: Path, limit: str, used: str, inactive: str) -> float:
 
 @dataclass
 class MemoryLimit:
-    """How much fits into memory, as found by running out of it.
+    """How much fits into memory, determined by running out of it.
 
     Attributes:
         tokens: Number of tokens of masked streams per step; `None` until memory runs out.
@@ -112,7 +112,7 @@ class MemoryLimit:
 def each_in_memory(
     batches: Iterable[Batch], compute: Callable[[Batch], _Result]
 ) -> Iterator[tuple[Batch, _Result]]:
-    """Yield batches with their results; halve the remaining batches when memory runs out."""
+    """Yield batches with their results, halving the remaining batches when memory runs out."""
     remaining = deque(batches)
     while remaining:
         batch = remaining.popleft()
@@ -124,7 +124,8 @@ def each_in_memory(
         else:
             yield batch, result
             continue
-        # After the handler: until it ends, the error keeps the tensors of the attempt in memory.
+        # After the handler, because the error keeps the tensors of the attempt in memory until it
+        # ends.
         logger.warning_once("memory ran out: continuing with smaller batches")
         clear_device_cache(garbage_collection=True)
         remaining = deque(half for large in (batch, *remaining) for half in halves(large))
@@ -149,15 +150,15 @@ def halves(batch: Batch) -> list[Batch]:
 def keep_freed_memory() -> None:
     """Make the C library (glibc) keep freed blocks of up to 32 MB for new tensors.
 
-    Blocks above a threshold are returned to the system when they are freed, and new ones are paged
-    in, which took 4 % of the time of a scoring run. The threshold is the largest block below 32 MB
-    that the process has freed so far (mallopt(3), M_MMAP_THRESHOLD); it never falls.
+    Blocks above a threshold are returned to the system when freed, and new ones are paged in, which
+    took 4 % of the time of a scoring run. The threshold is the largest block below 32 MB that the
+    process has freed so far (mallopt(3), M_MMAP_THRESHOLD); it never decreases.
     """
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory ran out, on the CPU or on a GPU."""
+    """Return whether an error means that CPU or GPU memory ran out."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     recognised = any(message in str(error) for message in _OUT_OF_MEMORY)

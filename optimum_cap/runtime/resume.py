@@ -1,4 +1,4 @@
-"""What an interrupted run tells the user: where finished results are stored, and how to resume."""
+"""Messages for interrupted runs: where finished results are stored, and how to resume."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 def default_folder() -> Path:
     """Return the resume folder of the command line: `optimum_cap/resume` in the Hugging Face home.
 
-    It holds finished chunks of scoring, sensitivities, answers of evaluations and, until the model
-    is saved, pruned layers.
+    It contains finished chunks of scoring, sensitivities, answers of evaluations and, until the
+    model is saved, pruned layers.
     """
     return Path(constants.HF_HOME) / "optimum_cap" / "resume"
 
@@ -34,7 +34,7 @@ class Resumable(Protocol):
 
 
 def resume_hint(store: Resumable | None) -> str:
-    """Return a message that says which results of an interrupted run are stored, and how to resume.
+    """Return a message about the stored results of an interrupted run and how to resume.
 
     Args:
         store: Stores finished results, if anything does.
@@ -47,10 +47,10 @@ def resume_hint(store: Resumable | None) -> str:
 
 @contextmanager
 def resume_hint_on_stop(status: Callable[[], str], store: Resumable | None) -> Iterator[None]:
-    """Add `resume_hint` if the run is interrupted or loses another process.
+    """Add `resume_hint` to the error if the run is interrupted or loses another process.
 
     Args:
-        status: Returns which step was stopped, and after how much of it.
+        status: Returns the interrupted step and its progress.
         store: Stores finished results, if anything does.
     """
     try:

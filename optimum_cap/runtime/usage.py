@@ -1,4 +1,4 @@
-"""What a piece of work takes: wall-clock time, CPU time, and peak memory."""
+"""Resource usage: wall-clock time, CPU time, and peak memory."""
 
 import time
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ _RESET = Path("/proc/self/clear_refs")
 
 @dataclass
 class Usage:
-    """What a piece of work took.
+    """The resource usage of a piece of work.
 
     Attributes:
         seconds: Wall-clock time.
         cpu_seconds: CPU time of all threads of this process.
-        peak_memory: Most resident memory of this process in bytes, whatever is in it; `None` where
-            the system cannot tell (it must be Linux).
-        peak_gpu_memory: Most bytes that torch has allocated on any one GPU; `None` without a GPU.
+        peak_memory: Peak resident memory of this process in bytes, for any use; `None` on systems
+            other than Linux.
+        peak_gpu_memory: Most bytes that torch has allocated on a single GPU; `None` without a GPU.
     """
 
     seconds: float = 0.0
@@ -30,7 +30,7 @@ class Usage:
     peak_gpu_memory: int | None = None
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Return the usage of two pieces of work, one after the other."""
+        """Return the usage of two pieces of work in sequence."""
         return Usage(
             self.seconds + other.seconds,
             self.cpu_seconds + other.cpu_seconds,
@@ -45,7 +45,7 @@ def _larger(first: int | None, second: int | None) -> int | None:
 
 @contextmanager
 def usage_of_block() -> Iterator[Usage]:
-    """Measure what a block takes; the yielded object has the values when the block ends."""
+    """Measure the usage of a block; the yielded object has the values after the block ends."""
     usage = Usage()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     for gpu in gpus:
@@ -64,7 +64,7 @@ def usage_of_block() -> Iterator[Usage]:
 
 
 def _reset_peak() -> bool:
-    """Let the peak of resident memory count from here on; return whether the system can.
+    """Reset the peak of resident memory; return whether the system supports it.
 
     See `clear_refs` in https://docs.kernel.org/filesystems/proc.html.
     """
