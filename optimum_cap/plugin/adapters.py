@@ -1,6 +1,6 @@
-"""PEFT adapters and pruning: adapters record a pruned base model, and are never lost beside one.
+"""PEFT adapters and pruning: adapters record a pruned base model, and are not lost with one.
 
-This module is imported when `peft` has been loaded, and must not import it before.
+This module is imported after `peft` has been loaded, and must not import it earlier.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Wrap what saves and loads adapters of PEFT. Idempotent."""
+    """Wrap the functions of PEFT that save and load adapters. Idempotent."""
     from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
     from peft.config import PeftConfigMixin
     from peft.tuners.lora import LoraLayer
@@ -34,7 +34,7 @@ def register() -> None:
 
 
 def wrap_save_pretrained(stock: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `PeftModel.save_pretrained`; models that were not pruned are saved as before."""
+    """Wrap `PeftModel.save_pretrained`; models that are not pruned are saved as usual."""
 
     @functools.wraps(stock)
     def save_pretrained(
@@ -51,9 +51,9 @@ def wrap_save_pretrained(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def wrap_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `from_pretrained` of PEFT's Auto classes, which would prune the base model alone.
+    """Wrap `from_pretrained` of PEFT's Auto classes, which would prune only the base model.
 
-    Saving would then write the adapter only, to be loaded on the dense base model.
+    Saving would then write only the adapter, which would be loaded on the dense base model.
     """
 
     @functools.wraps(stock)
@@ -70,9 +70,9 @@ def wrap_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_from_peft_type(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `from_peft_type`, which makes configs of saved adapters, for `SparseLoraConfig`s.
+    """Wrap `from_peft_type`, which creates configs of saved adapters, for `SparseLoraConfig`s.
 
-    Its adapters are saved with `peft_type` LORA, as whose config PEFT would read them.
+    Sparse adapters are saved with `peft_type` LORA, so PEFT would create a LoRA config.
     """
 
     @functools.wraps(stock)
@@ -91,7 +91,7 @@ def wrap_from_peft_type(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_resolve_lora_variant(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `LoraLayer.resolve_lora_variant`, which chooses how the adapters of a layer compute.
+    """Wrap `LoraLayer.resolve_lora_variant`, which chooses the variant of a layer's adapters.
 
     A layer may have adapters with and without a mask.
     """

@@ -1,4 +1,4 @@
-"""Dense copies of packed and coded checkpoints, for what cannot read those while it loads them.
+"""Dense copies of packed and coded checkpoints, where these cannot be decoded while loading.
 
 Quantizers of transformers read the weights of a checkpoint themselves, and so does tensor
 parallelism. A packed or coded checkpoint is therefore decoded to a temporary folder first, which is
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Keywords of from_pretrained that say where in a repository the files are; a folder has no such.
+# Arguments of from_pretrained that locate files in a repository; they do not apply to folders.
 _PLACES = ("revision", "subfolder", "code_revision", "_commit_hash")
 
 
 def is_to_be_quantized(name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> bool:
-    """Return whether a packed or coded checkpoint is to be quantized while it is loaded.
+    """Return whether a packed or coded checkpoint should be quantized while loading.
 
     Args:
         name: Name or path of the checkpoint.
@@ -56,7 +56,7 @@ def _method(quantization: Any) -> str | None:
 
 
 class DenseCopyNeeded(Exception):  # noqa: N818 - no error, but a way out of `from_pretrained`
-    """Raised while a packed or coded checkpoint is loaded whose matrices are to be split."""
+    """Raised while loading a packed or coded checkpoint whose matrices should be split."""
 
 
 def load_dense_copy(
@@ -64,17 +64,17 @@ def load_dense_copy(
 ) -> Any:
     """Decode a packed or coded checkpoint to a temporary folder, and load that.
 
-    Where several processes load it together (`torch.distributed` is initialised), one on each
+    If several processes load it together (`torch.distributed` is initialised), one process per
     machine decodes it.
 
     Args:
-        load: `from_pretrained` of the class, which takes the folder and `kwargs`.
+        load: The class's `from_pretrained`, which takes the folder and `kwargs`.
         name: Name or path of the checkpoint.
         hub: Keywords that select the files on the Hub.
-        kwargs: Other keywords of `from_pretrained`.
+        kwargs: Other arguments of `from_pretrained`.
 
     Returns:
-        What `load` returns. The model has the name of the checkpoint, not of the folder.
+        The result of `load`. The model has the name of the checkpoint, not of the folder.
 
     Raises:
         OSError: There is not enough space for the copy.
@@ -112,7 +112,7 @@ def load_dense_copy(
             shutil.rmtree(parent, ignore_errors=True)
         raise
     if any(parameter.is_meta for parameter in model.parameters()) and parent is not None:
-        # Offloaded weights are read from the copy whenever they are used.
+        # Offloaded weights are read from the copy every time they are used.
         weakref.finalize(model, shutil.rmtree, parent, ignore_errors=True)
     elif parent is not None:
         shutil.rmtree(parent, ignore_errors=True)
@@ -143,7 +143,7 @@ def _decode(name: str, hub: dict[str, Any], parent: str) -> None:
 
 
 def _folder_of_machine(parent: str | None, error: Exception | None) -> str:
-    """Return the folder that a process on this machine has decoded to, or raise what it raised."""
+    """Return the folder that a process on this machine decoded to, or raise its error."""
     results: list[Any] = [None] * torch.distributed.get_world_size()
     problem = None if error is None else f"{type(error).__name__}: {error}"
     torch.distributed.all_gather_object(results, (socket.gethostname(), parent, problem))

@@ -1,4 +1,4 @@
-"""The keyword `pruning_config` of `from_pretrained`, and the pruning records of loaded models."""
+"""The argument `pruning_config` of `from_pretrained`, and pruning records of loaded models."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ from optimum_cap.plugin.quantizer import (
     read_saved_record,
 )
 
-# Keywords of from_pretrained that select the files to load; they also apply to the tokenizer and
+# Arguments of from_pretrained that select the files to load; they also apply to the tokenizer and
 # the pruning record.
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -34,7 +34,7 @@ _PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh"
 
 
 def register() -> None:
-    """Add the keyword `pruning_config` to `from_pretrained`. Idempotent."""
+    """Add the argument `pruning_config` to `from_pretrained`. Idempotent."""
     if hasattr(PreTrainedModel.from_pretrained, "__wrapped__"):
         return
     for owner, wrap in (
@@ -126,14 +126,14 @@ def _explain(
     """Raise a `ValueError` if damage to the files of a CAP checkpoint explains `error`.
 
     Args:
-        error: What loading raised.
+        error: The error raised while loading.
         name: Name or path of the checkpoint.
         hub: Keywords that select the files on the Hub.
-        variant: The keyword `variant`, and whether safetensors files may be loaded.
+        variant: The argument `variant`, and whether safetensors files may be loaded.
     """
     if name is None:
         return
-    # From the cache only: `error` may be that the network cannot be reached.
+    # Only from the cache, because `error` may mean that the network is unreachable.
     offline = {**hub, "local_files_only": True}
     damage = _damage(name, offline, variant)
     if damage is not None and str(damage) != str(error):
@@ -141,7 +141,7 @@ def _explain(
 
 
 def _damage(name: Any, hub: dict[str, Any], variant: tuple[str | None, bool]) -> ValueError | None:
-    """Return what is wrong with the files of a CAP checkpoint, if anything is."""
+    """Return what is wrong with the files of a CAP checkpoint, if anything."""
     from optimum_cap.checkpoint import check_loaded_folder, check_settings, read_record
 
     try:
@@ -163,9 +163,9 @@ def _damage(name: Any, hub: dict[str, Any], variant: tuple[str | None, bool]) ->
 def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `AutoConfig.from_pretrained`, which would consume `pruning_config`.
 
-    It sets every keyword that is a key of `config.json`, and the `config.json` of a pruned model
-    has the key `pruning_config`. The Auto classes and `pipeline` call it, whatever the order in
-    which they and this package were imported.
+    It consumes every argument that is a key of `config.json`, and the `config.json` of a pruned
+    model has the key `pruning_config`. The Auto classes and `pipeline` call it, regardless of the
+    order in which they and this package were imported.
     """
 
     @functools.wraps(stock)
@@ -178,7 +178,7 @@ def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]
             hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
             _explain(error, name, hub)
             raise
-        if pruning_config is not None and isinstance(loaded, tuple):  # (config, model keywords)
+        if pruning_config is not None and isinstance(loaded, tuple):  # (config, model arguments)
             loaded[1]["pruning_config"] = pruning_config
         return loaded
 
@@ -186,7 +186,7 @@ def wrap_config_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _route_pruning_config(kwargs: dict[str, Any]) -> None:
-    """Replace `pruning_config` by `quantization_config`, the keyword that transformers supports."""
+    """Replace `pruning_config` with `quantization_config`, which transformers supports."""
     pruning_config = kwargs.pop("pruning_config", None)
     if pruning_config is None:
         return
@@ -214,7 +214,7 @@ def _route_pruning_config(kwargs: dict[str, Any]) -> None:
 def _check_no_adapter(name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Check that no PEFT adapter would be loaded onto the pruned model.
 
-    Saving would then write the adapter alone, to be loaded on the dense base model.
+    Saving would then write only the adapter, which would be loaded on the dense base model.
 
     Args:
         name: Name or path of the checkpoint.
@@ -224,7 +224,7 @@ def _check_no_adapter(name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) ->
     Raises:
         ValueError: `name` is or contains an adapter.
     """
-    if name is None or not is_peft_available():  # transformers then loads no adapter either
+    if name is None or not is_peft_available():  # then transformers loads no adapter either
         return
     adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # from AutoModel
     if adapter is None and find_adapter_config_file(name, **hub) is not None:
@@ -240,10 +240,10 @@ def _check_no_adapter(name: Any, hub: dict[str, Any], kwargs: dict[str, Any]) ->
 def _check_not_pruned(
     name: Any, hub: dict[str, Any], kwargs: dict[str, Any], by_keyword: bool
 ) -> None:
-    """Check that the checkpoint is dense if it is to be pruned.
+    """Check that the checkpoint is dense if pruning is requested.
 
     Programs such as lm-eval read `quantization_config` from `config.json` and pass it back. This
-    is not a request to prune, so a config equal to that of the checkpoint is dropped.
+    is not a request to prune, so a config equal to the checkpoint's is dropped.
 
     Args:
         name: Name or path of the checkpoint.

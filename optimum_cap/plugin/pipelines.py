@@ -1,6 +1,6 @@
-"""The keyword `pruning_config` of transformers' `pipeline`.
+"""The argument `pruning_config` of transformers' `pipeline`.
 
-This module is imported once `transformers.pipelines` is loaded, and must not import it before.
+This module is imported after `transformers.pipelines` is loaded, and must not import it earlier.
 """
 
 import functools
@@ -12,14 +12,14 @@ import transformers
 
 
 def register() -> None:
-    """Add the keyword `pruning_config` to `pipeline`. Idempotent."""
+    """Add the argument `pruning_config` to `pipeline`. Idempotent."""
     from transformers import pipelines
 
     stock = pipelines.pipeline
     if hasattr(stock, "__wrapped__"):
         return
     pipelines.pipeline = wrap_pipeline(stock)
-    if transformers.__dict__.get("pipeline") is stock:  # it was imported from there before
+    if transformers.__dict__.get("pipeline") is stock:  # it was already imported from there
         transformers.pipeline = pipelines.pipeline
     pipelines.Pipeline.__init__ = wrap_init(pipelines.Pipeline.__init__)
 
@@ -27,7 +27,7 @@ def register() -> None:
 def wrap_pipeline(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `pipeline`, which would drop `pruning_config` and run the dense model.
 
-    The wrapper moves it to `model_kwargs`, the keywords of `from_pretrained`.
+    The wrapper moves it to `model_kwargs`, the arguments of `from_pretrained`.
     """
 
     @functools.wraps(stock)

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
-"""Keywords of the running `from_pretrained` that select files, also for tokenizer and record."""
+"""Arguments of the current `from_pretrained` that select files, also for tokenizer and record."""
 parallel_arguments: ContextVar[list[str]] = ContextVar("parallel_arguments")
-"""Names of the keywords of the running `from_pretrained` that split matrices over devices."""
+"""Names of the arguments of the current `from_pretrained` that split matrices over devices."""
 
 _SPLITS_PACKED = "5.23"  # the first release with ConversionOps.supports_many_to_many
 _PARAMETER_NAMES = (".weight", ".bias")
@@ -53,7 +53,7 @@ def register() -> None:
 
 @contextmanager
 def _explaining_newer_transformers() -> Iterator[None]:
-    """Explain errors that may come from a newer transformers than this package is tested with."""
+    """Explain errors that may be due to a newer transformers than this package is tested with."""
     try:
         yield
     except (AttributeError, ImportError, KeyError, TypeError) as error:
@@ -118,13 +118,13 @@ class CAPQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: "PreTrainedModel"
     ) -> list[Any]:
-        """Make weight converters that match whole modules apply to packed weights too.
+        """Make weight converters that match whole modules also apply to packed weights.
 
         transformers adds the unpacking to converters that match `...weight`. A converter that
-        matches a module, such as `query_key_value` (the fused projection of sarvam_moe), stands for
-        its weight and its bias, so a copy of it that matches the weight only is inserted before it.
-        A renaming of a weight to a parameter with another name (the experts of Granite) becomes a
-        converter, because only these unpack.
+        matches a module, such as `query_key_value` (the fused projection of sarvam_moe), applies to
+        its weight and bias, so a copy that matches only the weight is inserted before it. A
+        renaming of a weight to a parameter with another name (the experts of Granite) becomes a
+        converter, because only converters can unpack.
         """
         if not self.pre_quantized:
             return super().update_weight_conversions(weight_conversions, model)
@@ -166,7 +166,7 @@ class CAPQuantizer(HfQuantizer):
         """Detach from the model, then prune it or attach its record."""
         if self.errors:
             raise ValueError("; ".join(self.errors))
-        # Private, because no public attribute holds the conversions that loading used, which saving
+        # Private attribute, because no public one has the conversions used in loading, which saving
         # reverts. Since 5.24 they are removed together with the quantizer.
         conversions = getattr(model, "_weight_conversions", None)
         self.remove_quantization_config(model)
@@ -209,11 +209,11 @@ class CAPQuantizer(HfQuantizer):
 
 
 def _check_head(model: "PreTrainedModel", config: CAPConfig) -> None:
-    """Check before weights are loaded that the model can predict tokens if the config needs it.
+    """Check before loading weights that the model can predict tokens if the config needs it.
 
     Raises:
-        ValueError: It has no LM head, or one of random weights because a classifier was saved; or
-            it is not decoder-only.
+        ValueError: It has no LM head, or a randomly initialised one because a classifier was saved;
+            or it is not decoder-only.
     """
     from optimum_cap.models import classifier_class, decoder_layer_names, has_lm_head, model_task
 
@@ -234,10 +234,10 @@ def _check_head(model: "PreTrainedModel", config: CAPConfig) -> None:
 
 
 def _converter_of_weights(conversion: Any) -> list[Any]:
-    """Return a copy that matches weights only of a converter that matches modules, else nothing."""
+    """Return a copy, matching only weights, of a converter that matches modules, else nothing."""
     if not isinstance(conversion, WeightConverter):
         return []
-    # Private: the public patterns are already processed, and `copy` would process them again.
+    # Private attributes: the public patterns are already processed and would be processed again.
     sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
     names_modules = all(
         re.search(r"\w$", name) and not name.endswith(_PARAMETER_NAMES)
@@ -255,7 +255,7 @@ def _converter_of_weights(conversion: Any) -> list[Any]:
 
 
 def _unpacking_renaming(conversion: Any, quantizer: CAPQuantizer) -> Any:
-    """Return a converter that unpacks what a renaming of weights renames; `None` for others."""
+    """Return a converter that unpacks the weights of a renaming; `None` for other conversions."""
     if not isinstance(conversion, WeightRenaming):
         return None
     sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
@@ -269,10 +269,11 @@ class Unpack(ConversionOps):
     """Loading step that unpacks or decodes weights, before experts are merged.
 
     Attributes:
-        dtype: Dtype of decoded weights; `None` is that in which they were stored.
+        dtype: Dtype of decoded weights; `None` keeps the stored dtype.
     """
 
-    # One packed weight is three tensors, and the next step may split it into several weights.
+    # A packed weight consists of three tensors, and the next step may split it into several
+    # weights.
     supports_many_to_many = True
 
     def __init__(self, hf_quantizer: CAPQuantizer) -> None:
@@ -288,9 +289,9 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         """Unpack the weights of every source pattern.
 
-        A list holds one tensor per expert, sorted by name; some experts may be dense and have no
+        A list contains one tensor per expert, sorted by name; some experts may be dense and have no
         mask. `check_parts` has checked by name that a weight has a mask only if it has one
-        dimension, so masks and shapes, sorted by name as well, belong to these weights in turn.
+        dimension, so masks and shapes, also sorted by name, correspond to these weights in order.
         """
         unpacked: dict[str, Any] = {}
         for pattern, weights in input_dict.items():
@@ -309,7 +310,7 @@ class Unpack(ConversionOps):
         shapes: list[torch.Tensor],
         name: str,
     ) -> list[torch.Tensor]:
-        """Return the weights, those decoded that are coded, or packed (of one dimension)."""
+        """Return the weights, decoding those that are coded or packed (one-dimensional)."""
         weights = [self._decode(each, name) if is_coded(each) else each for each in weights]
         if not masks:
             return weights
@@ -347,7 +348,7 @@ class Unpack(ConversionOps):
 
 
 class UnpackRenamed(Unpack):
-    """Loading step that unpacks a weight whose parameter has another name."""
+    """Loading step that unpacks a weight whose parameter has a different name."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "UnpackRenamed":
         return UnpackRenamed(self.hf_quantizer)
@@ -361,7 +362,7 @@ class UnpackRenamed(Unpack):
 
 
 def _without_unpacking(conversions: list[Any]) -> list[Any]:
-    """Remove the unpacking from the conversions that saving reverts, as it saves dense tensors."""
+    """Remove unpacking from the conversions that saving reverts, since it saves dense tensors."""
     remaining = []
     for conversion in conversions:
         operations = getattr(conversion, "operations", None)
@@ -389,7 +390,7 @@ def find_record(name: str, **changes: Any) -> Path | None:
 
     Args:
         name: Folder or repository of the checkpoint.
-        **changes: Keywords of `cached_file`, instead of those of the running `from_pretrained`.
+        **changes: Arguments of `cached_file` that override those of the current `from_pretrained`.
     """
     from optimum_cap.checkpoint import RECORD_NAME
 
@@ -400,7 +401,7 @@ def find_record(name: str, **changes: Any) -> Path | None:
 
 
 class SavedRecord(NamedTuple):
-    """The pruning record of a checkpoint that is being loaded, and where it is."""
+    """The pruning record of a checkpoint that is being loaded, and its location."""
 
     folder: Path
     record: "PruningRecord"
@@ -442,7 +443,7 @@ def check_before_loading(name: str, files: list[Path], saved: SavedRecord | None
     if saved is not None:
         check_loaded(files, saved.digests, saved.checkpoint_format)
         return
-    # A packed or coded checkpoint is complete in itself.
+    # A packed or coded checkpoint is self-contained.
     logger.warning(
         f"{name} has no {RECORD_NAME}, so the weights cannot be checked and the model has no "
         "pruning record: download or copy the checkpoint again, unless it was removed on purpose"
@@ -451,7 +452,7 @@ def check_before_loading(name: str, files: list[Path], saved: SavedRecord | None
 
 
 def attach_saved_record(model: "PreTrainedModel", saved: SavedRecord) -> None:
-    """Attach the record of the checkpoint that `model` was loaded from, so that saving keeps it."""
+    """Attach the record of the checkpoint `model` was loaded from, so that saving keeps it."""
     from optimum_cap.checkpoint import attach, warn_of_changed_settings
 
     warn_of_changed_settings(saved.folder, saved.digests)
@@ -459,13 +460,13 @@ def attach_saved_record(model: "PreTrainedModel", saved: SavedRecord) -> None:
 
 
 def _load_tokenizer(name: str, class_name: str, of_model: bool) -> Any:
-    """Load the tokenizer of the model that is being loaded, or another one by its name."""
+    """Load the tokenizer of the model that is being loaded, or another one by name."""
     from optimum_cap.data import load_tokenizer_of
     from optimum_cap.models import sees_images
 
     hub = dict(hub_arguments.get({}))
     if not of_model:
-        # They say where the model's files are.
+        # They locate the model's files.
         hub.pop("revision", None)
         hub.pop("subfolder", None)
     return load_tokenizer_of(name, sees_images(class_name), **hub)

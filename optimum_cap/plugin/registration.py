@@ -3,7 +3,7 @@
 Importing `optimum_cap` calls `register_with_transformers`, and so does torch: at the end of
 `import torch` it loads every entry point of the group `torch.backends`
 (https://docs.pytorch.org/docs/stable/notes/autoload.html; `TORCH_DEVICE_BACKEND_AUTOLOAD=0`
-disables this). transformers has no entry points, so torch's makes packed checkpoints load if
+disables this). transformers has no entry points; through torch's, packed checkpoints load even if
 `optimum-cap` is installed but not imported.
 
 This module imports only the standard library, and it never triggers the import of transformers.
@@ -18,7 +18,7 @@ from types import ModuleType
 
 
 def register_with_transformers() -> None:
-    """Register with the modules of transformers that are loaded, and with others once they are.
+    """Register with the loaded modules of transformers, and with others once they are loaded.
 
     Idempotent: a second call changes nothing.
     """
@@ -29,7 +29,8 @@ def register_with_transformers() -> None:
             waiting[name] = register
         elif getattr(module.__spec__, "_initializing", False):
             # This module is importing torch, which called this function: wait until it is loaded.
-            # Private, because importlib has no public way to see that a module is still loading.
+            # Private attribute, because importlib has no public way to check that a module is still
+            # loading.
             _register_at_first_use(module, register)
         else:
             register()
@@ -68,7 +69,7 @@ def _register_adapters() -> None:
 
 
 _AFTER_LOADING: dict[str, Callable[[], None]] = {
-    # Has the registry of quantization methods.
+    # Contains the registry of quantization methods.
     "transformers.quantizers.auto": _register_quantization_method,
     # Defines PreTrainedModel, which every from_pretrained needs, but `--help` does not.
     "transformers.modeling_utils": _register_keyword,
@@ -100,7 +101,7 @@ class _RegisteringFinder(importlib.abc.MetaPathFinder):
         return spec
 
     def _loaded(self, fullname: str) -> None:
-        # Not when its spec is found, because many only ask whether a module is installed.
+        # Not when its spec is found, because callers may only check whether a module is installed.
         register = self._waiting.pop(fullname, None)
         if not self._waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -114,7 +115,7 @@ class _LoaderThenRegister(importlib.abc.Loader):
         self._register = register
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._loader, name)  # for those who ask for a spec without importing
+        return getattr(self._loader, name)  # for callers that request a spec without importing
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)

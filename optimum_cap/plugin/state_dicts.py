@@ -1,6 +1,6 @@
-"""accelerate's `load_checkpoint_in_model` and `load_checkpoint_and_dispatch` on pruned checkpoints.
+"""Support for accelerate's `load_checkpoint_in_model` and `load_checkpoint_and_dispatch`.
 
-This module is imported when `accelerate.utils.modeling` has been loaded.
+This module is imported after `accelerate.utils.modeling` has been loaded.
 """
 
 import functools
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Wrap accelerate's reading of a weight file. Idempotent."""
+    """Wrap accelerate's function for reading a weight file. Idempotent."""
     from accelerate.utils import modeling
 
     if not hasattr(modeling.load_state_dict, "__wrapped__"):
