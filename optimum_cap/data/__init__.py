@@ -1,4 +1,4 @@
-"""Calibration data: rows of a data set -> tokenized examples -> batches."""
+"""Calibration data: from rows of a data set to tokenized examples to batches."""
 
 from optimum_cap.data.batches import Batch, batches, shared_prefix
 from optimum_cap.data.calibration import (

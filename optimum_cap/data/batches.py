@@ -19,9 +19,8 @@ class Batch:
         input_ids: int64 `[examples, tokens]`.
         real: bool `[examples, tokens]`, False for padding.
         scored: bool `[examples, tokens]`, True if the token is a target of the loss.
-        prefix: Number of tokens at the start that all examples share and that are computed once.
-        inputs: What the model is given besides the tokens, if it is given anything: a batch of one
-            example.
+        prefix: Number of tokens at the start shared by all examples, which are computed once.
+        inputs: Inputs of the model other than tokens, if any; the batch then has one example.
     """
 
     positions: list[int]
@@ -49,11 +48,11 @@ class Batch:
 
 
 def shared_prefix(examples: list[CalibrationExample]) -> int:
-    """Return the number of leading tokens that all examples share and that predict no scored token.
+    """Return the number of leading tokens shared by all examples that predict no scored token.
 
-    A few-shot block, a system prompt or a first special token is such a prefix. It ends before the
+    Such a prefix may be a few-shot block, a system prompt or a special token. It ends before the
     token that predicts the first scored one, so at least these two follow it in each example.
-    Examples with images share none: equal tokens may stand for other images.
+    Examples with images share none, because equal tokens may represent different images.
     """
     if any(example.inputs for example in examples):
         return 0
@@ -68,10 +67,10 @@ def shared_prefix(examples: list[CalibrationExample]) -> int:
 def batches(
     examples: list[CalibrationExample], size: int, prefix: int = 0, tokens: int | None = None
 ) -> list[Batch]:
-    """Group examples by length, longest first, so that memory runs out at the start if at all.
+    """Group examples by length, longest first, so that memory runs out at the start, if at all.
 
-    Examples with images come first, each a batch of its own: models take the images of a batch in
-    many forms.
+    Examples with images come first, each in its own batch, because models expect the images of a
+    batch in various forms.
 
     Args:
         examples: The examples.

@@ -1,7 +1,7 @@
 """Calibration sets: a seeded selection of rows, tokenized, with their scored tokens marked.
 
 Every row is a conversation or a plain text. Answers are scored, prompts are not. The selected rows
-are recorded by index and by a hash of their content, so that an evaluation can leave them out.
+are recorded by index and content hash, so that an evaluation can leave them out.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ class CalibrationExample:
     Attributes:
         input_ids: int64 `[tokens]`.
         scored: bool `[tokens]`, True if the token is a target of the loss; always False for the
-            first token, which no token predicts.
+            first token, which nothing predicts.
         source: Name of the data set.
         index: Row in that data set.
         digest: `row_digest` of the row, with its images if it has any.
-        inputs: What the model is given besides the tokens, such as the `pixel_values` of images, as
-            the processor returns it for a batch of this example alone.
+        inputs: Inputs of the model other than tokens, such as the `pixel_values` of images, as the
+            processor returns them for a batch of only this example.
     """
 
     input_ids: torch.Tensor
@@ -71,17 +71,17 @@ def build_calibration_set(
     Args:
         config: The data set, the number of examples, the seed and the scored tokens.
         tokenizer: The model's tokenizer, or its processor. Its chat template is used if it has one;
-            it needs no padding token. Rows with images need a processor, or what loads it
+            it needs no padding token. Rows with images need a processor, or an object that loads it
             (`load_tokenizer_of`).
         max_length: Maximum number of tokens of the model.
         dataset: Data that replaces `config.dataset`.
-        unscored: Whether to use rows without a token to score too, such as prompts without an
-            answer, as models without an LM head do.
+        unscored: Whether to also use rows without scored tokens, such as prompts without an answer,
+            which suffice for models without an LM head.
 
     Raises:
         ValueError: `tokenizer` is `None` or has no vocabulary, the data set is unknown, a file has
-            no rows or lacks the columns, the chat template leaves out every answer, or there are
-            fewer usable rows than requested; or the model has to answer the prompts.
+            no rows or lacks columns, the chat template leaves out every answer, there are fewer
+            usable rows than requested, or the model has to answer the prompts.
         FileNotFoundError: A file does not exist.
         TypeError: The tokenizer or the data has the wrong type.
         ImportError: The data set needs the package `datasets`, which is not installed.
@@ -118,7 +118,7 @@ class Share:
 
     Attributes:
         source: The data set.
-        order: Its row indices in the order in which they are drawn.
+        order: Its row indices in drawing order.
         count: Number of examples to take.
     """
 
@@ -129,12 +129,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Part:
-    """The examples of one data set, in the order in which they were drawn.
+    """The examples of one data set, in drawing order.
 
     Attributes:
         source: The data set.
         examples: The examples.
-        counts: How many rows were left out or changed, for the record.
+        counts: Number of rows left out or changed, for the record.
     """
 
     source: Source
@@ -143,7 +143,7 @@ class Part:
 
 
 def shares_of_sources(config: CAPConfig, dataset: Any) -> list[Share]:
-    """Load data sets that are mixed evenly, and return what to draw from each.
+    """Load data sets to mix evenly, and return what to draw from each.
 
     Raises:
         ValueError: A data set cannot be used, or there are more of them than examples.
@@ -205,7 +205,7 @@ def describe_example(example: CalibrationExample, tokenizer: Any) -> str:
 
     Args:
         example: The example.
-        tokenizer: The tokenizer, or the processor, that it was made with.
+        tokenizer: The tokenizer or processor it was made with.
     """
     decode = usable_tokenizer(tokenizer).decode
     ids, scored = example.input_ids, example.scored.tolist()
@@ -213,7 +213,7 @@ def describe_example(example: CalibrationExample, tokenizer: Any) -> str:
     shown += f"{sum(scored)} scored (between ⟦ and ⟧)\n"
     for end in range(1, len(ids) + 1):
         if end == len(ids) or scored[end] != scored[end - 1]:
-            # Not each part by itself: tokenizers strip the space that a text begins with.
+            # Not each part separately, because tokenizers strip leading spaces.
             whole = decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             part, text = whole[len(text) :], whole
             shown += f"⟦{part}⟧" if scored[end - 1] else part
@@ -230,7 +230,7 @@ def take_examples(
     image_encoder: ImageEncoder | None = None,
     may_load: bool = False,
 ) -> Part:
-    """Tokenize rows in their order until enough are usable.
+    """Tokenize rows in order until enough are usable.
 
     Args:
         share: What to draw.
@@ -239,16 +239,16 @@ def take_examples(
         config: The settings.
         progress: A progress bar to update once per example.
         unscored: As for `build_calibration_set`.
-        image_encoder: Tokenizes rows with images; without it, they are refused.
-        may_load: Whether it can be loaded once it is needed.
+        image_encoder: Tokenizes rows with images, which are refused without it.
+        may_load: Whether it can be loaded when needed.
 
     Returns:
         The examples, with the number of rows skipped because they are too long, and the number of
-        answers in the others of which the chat template leaves out something.
+        answers in other rows that the chat template does not render completely.
 
     Raises:
         ValueError: There are fewer usable rows.
-        ImagesFoundError: A row has images, and what tokenizes them is to be loaded.
+        ImagesFoundError: A row has images, and the image encoder must be loaded.
     """
     source, order, count = share.source, share.order, share.count
     examples: list[CalibrationExample] = []
@@ -299,7 +299,7 @@ def take_examples(
 
 
 def effective_length(config: CAPConfig, tokenizer: Any, max_length: int | None) -> int:
-    """Return the most tokens of an example, which config, tokenizer and model may all limit."""
+    """Return the longest example in tokens, which config, tokenizer and model may limit."""
     # Tokenizers without a limit report an extremely large one, which min() ignores.
     limits = [config.max_length or _DEFAULT_MAX_LENGTH, max_length]
     limits.append(getattr(tokenizer, "model_max_length", None))

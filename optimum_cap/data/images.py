@@ -1,7 +1,7 @@
-"""Examples with images: the tokens and other inputs that the processor of a model makes of them.
+"""Examples with images: the tokens and other inputs from a model's processor.
 
-A processor replaces the placeholder of each image in the text by as many tokens as the image has.
-Answers are found in the text before that, and then in the tokens after it.
+A processor replaces the placeholder of each image in the text with as many tokens as the image has.
+Answers are found in the text before that, and then located in the tokens after it.
 """
 
 import copy
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import ProcessorMixin
 
-# What examples have themselves: they are not padded.
+# Part of the examples themselves, which are not padded.
 _OWN_INPUTS = ("input_ids", "attention_mask")
 
 
@@ -35,9 +35,9 @@ class EncodedImages:
     """A tokenized conversation with images.
 
     Attributes:
-        encoded: Its tokens, with those of the images.
+        encoded: Its tokens, including image tokens.
         inputs: The other inputs of the model, such as `pixel_values`.
-        digest: The digest of the conversation with that of its images.
+        digest: The digest of the conversation and its images.
     """
 
     encoded: Encoded
@@ -51,14 +51,14 @@ class ImagesFoundError(Exception):
 
 @dataclass
 class TokenizerWithProcessor:
-    """The tokenizer of a model that sees images; its processor is loaded once a row has images.
+    """The tokenizer of a model that sees images; its processor is loaded when a row has images.
 
     Image processors need packages that text does not need.
 
     Attributes:
         tokenizer: The tokenizer.
         name: Hub id or folder of the processor.
-        options: Keywords of `AutoProcessor.from_pretrained`.
+        options: Arguments of `AutoProcessor.from_pretrained`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,11 +69,11 @@ class TokenizerWithProcessor:
         """Return the processor.
 
         Raises:
-            ValueError: It cannot be loaded, or it is a tokenizer alone.
+            ValueError: It cannot be loaded, or is only a tokenizer.
         """
         try:
             processor = AutoProcessor.from_pretrained(self.name, **self.options)
-        # As for tokenizers; image processors also miss packages.
+        # As for tokenizers; image processors may also lack packages.
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "")
             raise self._no_processor(
@@ -93,7 +93,7 @@ class TokenizerWithProcessor:
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """Tokenizes conversations with images as the processor of a model does.
+    """Tokenizes conversations with images like the model's processor.
 
     Attributes:
         processor: The processor.
@@ -122,11 +122,11 @@ class ImageEncoder:
         Args:
             conversation: The conversation, with images.
             source: Its data set.
-            every_token: Whether to mark all tokens besides those of images.
+            every_token: Whether to mark all tokens except image tokens.
 
         Raises:
             ValueError: An image cannot be read, there is no chat template or it does not support
-                the conversation, or the processor does not take it.
+                the conversation, or the processor does not accept it.
             ImportError: Pillow is not installed.
         """
         if not getattr(self.tokenizer, "chat_template", None):
@@ -179,7 +179,7 @@ class ImageEncoder:
             inputs = self.processor(
                 text=[text], images=[images], return_tensors="pt", add_special_tokens=False
             )
-        # Processors check little, and raise anything.
+        # Processors check little, and may raise any error.
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(
@@ -190,11 +190,11 @@ class ImageEncoder:
         return dict(inputs)
 
     def _image_tokens(self, plain: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Return the tokens that stand for images or come with them, int64 `[tokens]`.
+        """Return the tokens that represent or accompany images, int64 `[tokens]`.
 
         Args:
-            plain: The tokens with a placeholder for each image.
-            ids: Those that the processor has made of them.
+            plain: The tokens with a placeholder per image.
+            ids: The tokens after processing.
         """
         counts = Counter(ids.tolist())
         counts.subtract(Counter(plain.tolist()))
@@ -205,15 +205,15 @@ class ImageEncoder:
 
 
 def load_tokenizer_of(name: str, sees_images: bool, **options: Any) -> Any:
-    """Load the tokenizer of a model; its processor follows once calibration data has images.
+    """Load the tokenizer of a model; its processor is loaded when calibration data has images.
 
     Args:
         name: Hub id or folder.
         sees_images: Whether the model sees images.
-        **options: Keywords of `from_pretrained`.
+        **options: Arguments of `from_pretrained`.
 
     Returns:
-        The tokenizer, or a `TokenizerWithProcessor` of a model that sees images.
+        The tokenizer, or a `TokenizerWithProcessor` for a model that sees images.
 
     Raises:
         ValueError: There is no tokenizer, or it has no vocabulary.
@@ -232,7 +232,7 @@ def _has_images_in_answers(conversation: Conversation) -> bool:
 
 
 def _without_parts(conversation: Conversation) -> Conversation:
-    """Return a conversation without the parts that stand for its images."""
+    """Return a conversation without its image parts."""
     messages = []
     for message in conversation.messages:
         content = message.get("content")
@@ -243,13 +243,13 @@ def _without_parts(conversation: Conversation) -> Conversation:
 
 
 def _found_again(plain: Encoded, ids: torch.Tensor, processor: str) -> torch.Tensor:
-    """Mark in `ids` the tokens that are scored in `plain`, which has one placeholder per image.
+    """Mark in `ids` the tokens scored in `plain`, which has one placeholder per image.
 
-    Each run of scored tokens is found by its number among the equal runs, of which there must be
-    as many in both.
+    Each run of scored tokens is found by its position among equal runs, whose number must be the
+    same in both.
 
     Raises:
-        ValueError: There are more or fewer.
+        ValueError: The numbers differ.
     """
     before, after = plain.input_ids.tolist(), ids.tolist()
     scored = torch.zeros(len(after), dtype=torch.bool)
@@ -296,7 +296,7 @@ def _loaded(image: Any, source: Source) -> "Image":
 
     tried = ""
     try:
-        if isinstance(image, Mapping):  # an image of the package datasets that is not decoded
+        if isinstance(image, Mapping):  # an undecoded image of the package datasets
             data, path = image.get("bytes"), image.get("path") or image.get("url")
             image = path if data is None else Image.open(io.BytesIO(data))
         if isinstance(image, str | Path):
@@ -308,7 +308,7 @@ def _loaded(image: Any, source: Source) -> "Image":
                 tried = f", no file in {' or '.join(folders)}"
             image = found or str(image)
         return load_image(image).convert("RGB")
-    # Image readers raise anything.
+    # Image readers may raise any error.
     except Exception as error:
         shown = image if isinstance(image, str) else type(image).__name__
         reason = next(iter(str(error).splitlines()), "")

@@ -1,4 +1,4 @@
-"""Prompts of data sets for the model to answer, drawn and formatted as calibration examples are."""
+"""Prompts for the model to answer, drawn and formatted like calibration examples."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Prompt:
     Attributes:
         example: The prompt without an answer; all tokens but the first are marked as scored.
         conversation: The row; its last turn is the published answer, if it has one.
-        preset: The preset of its data set, if it is one.
+        preset: The preset of its data set, if any.
     """
 
     example: CalibrationExample
@@ -43,13 +43,13 @@ class Prompt:
 
 @dataclass
 class PromptSource:
-    """Draws the prompts of a data set, one after the other.
+    """Draws the prompts of a data set in order.
 
     Attributes:
         source: The data set.
-        count: Number of examples to take of it.
+        count: Number of examples to take from it.
         longest: Longest prompt, in tokens.
-        too_long: Number of prompts skipped so far because they are longer.
+        too_long: Number of longer prompts skipped so far.
     """
 
     source: Source
@@ -61,14 +61,14 @@ class PromptSource:
 
     @classmethod
     def of(cls, share: Share, tokenizer: Any, longest: int) -> "PromptSource":
-        """Return what draws the prompts of a share."""
+        """Return the source that draws the prompts of a share."""
         prompts = cls(share.source, share.count, longest)
         prompts._check = RenderingCheck(share.source.name, tokenizer)
         prompts._prompts = prompts._draw(share, tokenizer)
         return prompts
 
     def take(self, count: int) -> list[Prompt]:
-        """Return the next prompts: fewer than `count` if the data set has no more."""
+        """Return the next `count` prompts, or fewer if the data set has no more."""
         taken = [prompt for _, prompt in zip(range(count), self._prompts, strict=False)]
         self._check.report()
         self._check = RenderingCheck(self._check.name, self._check.tokenizer)
@@ -78,7 +78,7 @@ class PromptSource:
         for index in share.order:
             conversation = share.source.read(share.source.rows[index])
             if conversation.turns[0][0] == "text":
-                continue  # a row that is missing, or text among chats
+                continue  # a missing row, or a text among chats
             encoded = encode_prompt(conversation, tokenizer)
             tokens = len(encoded.input_ids)
             if tokens > self.longest:
@@ -94,11 +94,11 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class PromptDraw:
-    """What a calibration set with the model's own answers is made of.
+    """The sources of a calibration set with the model's own answers.
 
     Attributes:
-        sources: In the order of the data sets: prompts to answer, or examples of plain texts, which
-            are used as they are.
+        sources: For each data set, in order: prompts to answer, or plain texts as examples, which
+            are used unchanged.
         limit: Longest example with its answer, in tokens.
     """
 
@@ -109,7 +109,7 @@ class PromptDraw:
 def draw_prompts(
     config: CAPConfig, tokenizer: Any, *, max_length: int | None = None, dataset: Any = None
 ) -> PromptDraw:
-    """Prepare drawing the prompts of `config.dataset`, in the order of `build_calibration_set`.
+    """Prepare to draw the prompts of `config.dataset`, in the order of `build_calibration_set`.
 
     Args:
         config: The data set, the number of examples, the seed and the longest answer.
@@ -118,8 +118,8 @@ def draw_prompts(
         dataset: Data that replaces `config.dataset`.
 
     Raises:
-        ValueError: As `build_calibration_set`; or no data set has prompts, or the longest answer
-            leaves no room for one.
+        ValueError: As for `build_calibration_set`; or no data set has prompts, or the longest
+            answer leaves no room for one.
         FileNotFoundError: A file does not exist.
         TypeError: The tokenizer or the data has the wrong type.
         ImportError: The data set needs the package `datasets`, which is not installed.
@@ -158,7 +158,7 @@ def draw_prompts(
 
 
 def has_prompts(source: Source) -> bool:
-    """Return whether the first row that is not empty is a conversation."""
+    """Return whether the first nonempty row is a conversation."""
     for row in source.rows:
         conversation = source.read(row)
         if conversation.turns[0][0] != "text":

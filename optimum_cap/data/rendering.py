@@ -1,7 +1,7 @@
-"""Conversations as text and tokens: with the chat template, and with the answers marked.
+"""Conversations as text and tokens, with chat template and marked answers.
 
-What the model is calibrated and evaluated on must be what the row says. A chat template decides
-alone what it prints of a message, so every rendering is compared with the row.
+The model must be calibrated and evaluated on the full content of a row. A chat template may omit
+parts of a message, so every rendering is compared with the row.
 """
 
 import json
@@ -29,10 +29,10 @@ logger = logging.get_logger(__name__)
 # The empty output at the end preserves a line feed at the start of the template.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 SEPARATOR = "\n"  # between prompt and answer if the tokenizer has no chat template
-_MARK = "\ue000here\ue001"  # of private use, so that no text holds it
-# A shorter text may be part of what the template prints itself, such as "d" of "<|im_end|>".
+_MARK = "\ue000here\ue001"  # private use characters, so that no text contains it
+# A shorter text may be part of the template's own text, such as "d" in "<|im_end|>".
 _SHORT = 16
-# What a template prints of a typed part if it takes it for a text.
+# What a template prints for a typed part if it treats it as text.
 _PRINTED_PARTS = ("'type': 'text'", '"type": "text"')
 
 
@@ -43,12 +43,12 @@ class Encoded:
     Attributes:
         input_ids: int64 `[tokens]`.
         scored: bool `[tokens]`, True for tokens of answers.
-        answers: Number of answers: turns of the assistant that are not empty.
-        whole: Number of answers with all of their text and tool calls among the scored tokens.
-        cut: Number of answers of which text, tool calls or reasoning are left out.
-        lost_messages: Number of other messages whose text is left out, by role.
-        lost_variables: Which of `tools` and `documents` are left out.
-        text: What the chat template printed; empty without one.
+        answers: Number of answers: nonempty turns of the assistant.
+        whole: Number of answers whose text and tool calls are all among the scored tokens.
+        cut: Number of answers with omitted text, tool calls or reasoning.
+        lost_messages: Number of other messages with omitted text, by role.
+        lost_variables: Which of `tools` and `documents` are omitted.
+        text: Output of the chat template; empty without one.
     """
 
     input_ids: torch.Tensor
@@ -66,7 +66,7 @@ def encode(
 ) -> Encoded:
     """Tokenize a conversation and mark its answers.
 
-    A plain text is truncated to `limit` tokens, a conversation is not.
+    Plain texts are truncated to `limit` tokens, conversations are not.
 
     Args:
         conversation: The conversation.
@@ -112,15 +112,15 @@ def encode(
 
 
 def encode_prompt(conversation: Conversation, tokenizer: Any) -> Encoded:
-    """Tokenize what a model continues with the next answer, formatted as in calibration.
+    """Tokenize the prompt for the next answer of a model, formatted as in calibration.
 
     Args:
-        conversation: The conversation. If its last turn is the assistant's, the model answers in
-            its place, so it is left out.
+        conversation: The conversation. If its last turn is the assistant's, it is left out, and the
+            model answers in its place.
         tokenizer: The tokenizer; its chat template is used if it has one.
 
     Returns:
-        The tokens, none of them scored. There are none if nothing stands before the answer.
+        The tokens, none of them scored; empty if nothing precedes the answer.
 
     Raises:
         ValueError: The chat template does not support the conversation.
@@ -132,7 +132,7 @@ def encode_prompt(conversation: Conversation, tokenizer: Any) -> Encoded:
     elif not getattr(tokenizer, "chat_template", None):
         ids = _tokens(tokenizer, "".join(text + SEPARATOR for _, text in before.turns))
         if ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
-            ids.pop()  # some tokenizers end every text with it
+            ids.pop()  # some tokenizers append it to every text
     else:
         messages = before.messages and (*before.messages, {"role": "assistant", "content": ""})
         answered = replace(before, turns=(*before.turns, ("assistant", "")), messages=messages)
@@ -158,7 +158,7 @@ def _before_answer(conversation: Conversation) -> Conversation:
 
 
 def render_prompt(conversation: Conversation, tokenizer: Any) -> str:
-    """Return the text that a model continues with the last turn, formatted as in calibration.
+    """Return the prompt for the last turn of a conversation, formatted as in calibration.
 
     Raises:
         ValueError: The chat template does not support the conversation.
@@ -170,14 +170,14 @@ def render_prompt(conversation: Conversation, tokenizer: Any) -> str:
 
 
 def chat_template(tokenizer: Any, tools: Any = None) -> str:
-    """Return the chat template of a tokenizer that has one, with today's date made constant.
+    """Return the chat template of a tokenizer that has one, with a fixed date.
 
-    Some templates (Llama 3) include the date, which would make calibration and evaluation change
-    from day to day. It is replaced by the date that these templates use as their default.
+    Some templates (Llama 3) include today's date, so calibration and evaluation would change from
+    day to day. It is replaced by the default date of these templates.
 
     Args:
         tokenizer: The tokenizer.
-        tools: The tools of the conversation, for which some tokenizers have another template.
+        tools: The tools of the conversation, for which some tokenizers have a separate template.
     """
     template: str = tokenizer.get_chat_template(tools=tools)
     return _FIXED_DATE + template if "strftime_now" in template else template
@@ -185,7 +185,7 @@ def chat_template(tokenizer: Any, tools: Any = None) -> str:
 
 @dataclass
 class RenderingCheck:
-    """Counts what chat templates leave out of the conversations of a data set.
+    """Counts what chat templates omit from the conversations of a data set.
 
     Attributes:
         name: Name of the data set, for messages.
@@ -215,10 +215,10 @@ class RenderingCheck:
             self._first = index
 
     def report(self) -> None:
-        """Log a warning if something was left out.
+        """Log a warning if something was omitted.
 
         Raises:
-            ValueError: No answer is whole.
+            ValueError: No answer is complete.
         """
         if self._first is None:
             return
@@ -249,14 +249,14 @@ class RenderingCheck:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A turn of the assistant, where it is, and what it lost.
+    """A turn of the assistant, with its position and what is missing.
 
     Attributes:
         turn: Its position in the conversation.
         start: Its first token.
         stop: The token after its last one.
         expected: Whether it has any text, tool call or reasoning.
-        whole: Whether all text and tool calls are there.
+        whole: Whether all text and tool calls are present.
         cut: Whether text, tool calls or reasoning are missing.
     """
 
@@ -277,14 +277,14 @@ class ChatTemplateError(ValueError):
 
 @dataclass(frozen=True)
 class _Chat:
-    """The messages of a conversation in the form that is passed to the chat template.
+    """The messages of a conversation in the form passed to the chat template.
 
     Attributes:
         conversation: The conversation.
         tokenizer: The tokenizer.
         typed: Whether contents are lists of typed parts, as templates of multimodal models expect,
             instead of texts.
-        sparse: Whether only contents with images are.
+        sparse: Whether only contents with images are lists of typed parts.
     """
 
     conversation: Conversation
@@ -295,7 +295,7 @@ class _Chat:
     _places: dict[int, tuple[int, int] | None] = field(default_factory=dict)
 
     def changed(self, **changes: Any) -> "_Chat":
-        """Return the chat with other fields."""
+        """Return the chat with some fields replaced."""
         return replace(self, **changes, _texts={}, _places={})
 
     def text(
@@ -328,7 +328,7 @@ class _Chat:
                 tokenize=False,
                 **variables,
             )
-        # A template is a program, which may raise anything.
+        # A template is a program, which may raise any error.
         except Exception as error:
             cause = next(iter(str(error).splitlines()), "")
             if not isinstance(error, jinja2.TemplateError):
@@ -396,9 +396,9 @@ class _Chat:
             return True
 
     def place(self, turn: int) -> tuple[int, int] | None:
-        """Return the characters that the content of `turn` becomes.
+        """Return the span of characters rendered from the content of `turn`.
 
-        `None` if the template does not print it, or not in one place.
+        `None` if the template does not print it in exactly one place.
         """
         if turn not in self._places:
             self._places[turn] = self._place(turn)
@@ -417,12 +417,12 @@ class _Chat:
         return start, max(start, len(text) - _common_prefix(text[::-1], tail[::-1]))
 
     def holds_others(self, turn: int, start: int, stop: int) -> bool:
-        """Whether the characters `start` to `stop` hold any content of other turns than `turn`."""
+        """Whether the characters `start` to `stop` contain content of turns other than `turn`."""
         for other, (_, content) in enumerate(self.conversation.turns):
             place = self.place(other) if other != turn and content.strip() else None
             if place is None:
                 continue
-            # Longer: the content changes what the template prints elsewhere.
+            # Longer, because the content changes what the template prints elsewhere.
             longest = max(map(len, _forms(content)))
             if len(_squashed(self.text()[slice(*place)])) <= longest:
                 shared = slice(max(start, place[0]), min(stop, place[1]))
@@ -431,10 +431,11 @@ class _Chat:
         return False
 
     def holds(self, turn: int, piece: str, start: int = 0, stop: int | None = None) -> bool:
-        """Whether the characters `start` to `stop` hold `piece` of the content of `turn`.
+        """Whether the characters `start` to `stop` contain `piece` of the content of `turn`.
 
         White space is ignored, because templates strip and insert it. The piece may begin before
-        `start`: what a template ends the prompt with (such as `<think>`) may begin the answer.
+        `start`, because the end of the prompt in a template (such as `<think>`) may be the
+        beginning of the answer.
         """
         text = self.text()
         first, last = len(_squashed(text[:start])), len(_squashed(text[:stop]))
@@ -445,7 +446,7 @@ class _Chat:
         return False
 
     def lost_messages(self) -> Counter[str]:
-        """Return the number of messages whose text is left out, by role, without the answers."""
+        """Return the number of messages other than answers with omitted text, by role."""
         return Counter(
             role
             for turn, (role, _) in enumerate(self.conversation.turns)
@@ -454,7 +455,7 @@ class _Chat:
         )
 
     def prints_parts(self) -> bool:
-        """Whether the template prints typed parts themselves, instead of their texts."""
+        """Whether the template prints typed parts literally, instead of their texts."""
         texts = [text for _, text in self.conversation.turns]
         return (
             self.typed
@@ -464,12 +465,12 @@ class _Chat:
 
 
 def _fitting_chat(conversation: Conversation, tokenizer: Any) -> _Chat:
-    """Return the messages as texts or as typed parts, as the chat template wants them.
+    """Return the messages as texts or as typed parts, as the chat template expects.
 
     Raises:
         ValueError: The chat template supports neither.
     """
-    # Images are parts, so a template that also takes texts must be given parts.
+    # Images are parts, so even a template that accepts texts must get parts.
     if conversation.images:
         forms = [(True, False), (True, True)]
     else:
@@ -493,10 +494,10 @@ def _fitting_chat(conversation: Conversation, tokenizer: Any) -> _Chat:
 
 
 def _wants_parts(conversation: Conversation, tokenizer: Any) -> bool:
-    """Whether the chat template prints more contents if they are lists of typed parts.
+    """Whether the chat template prints more of the contents if they are lists of typed parts.
 
-    A question and answer are tried; only if the template prints neither, the roles of the
-    conversation. Their contents do not matter, so that rows alike get the same form.
+    A question and answer are tried first, and the roles of the conversation only if the template
+    prints neither. The contents do not matter, so that similar rows get the same form.
     """
     pair = Conversation((("user", ""), ("assistant", "")), variables=conversation.variables)
     for probe in (pair, conversation):
@@ -520,7 +521,7 @@ def _wants_parts(conversation: Conversation, tokenizer: Any) -> bool:
 
 
 def _encode_chat(chat: _Chat) -> tuple[list[int], list[_Answer]]:
-    """Tokenize the rendered conversation; the answers include the tokens that end them."""
+    """Tokenize the rendered conversation; the answers include their end tokens."""
     ids = _tokens(chat.tokenizer, chat.text(), special=False)
     roles = [role for role, _ in chat.conversation.turns]
     return ids, [_answer(chat, turn, ids) for turn, role in enumerate(roles) if role == "assistant"]
@@ -547,7 +548,8 @@ def _answer(chat: _Chat, turn: int, ids: list[int]) -> _Answer:
         has_thoughts = [any(form in area for form in _forms(each)) for each in thoughts]
         if (
             all(chat.holds(turn, piece, start, stop) for piece in texts)
-            # Only contents can be replaced, so nothing tells a short name from other text.
+            # Only contents can be replaced, so a short name cannot be distinguished from other
+            # text.
             and all(any(form in area for form in _forms(name)) for name in names)
             and _holds_arguments(chat, turn, area)
             and (texts or names or any(has_thoughts))
@@ -559,7 +561,7 @@ def _answer(chat: _Chat, turn: int, ids: list[int]) -> _Answer:
 
 
 def _holds_arguments(chat: _Chat, turn: int, area: str) -> bool:
-    """Whether `area`, without white space, holds the arguments of the tool calls of a turn."""
+    """Whether `area`, without white space, contains the arguments of a turn's tool calls."""
     _, message = _messages(chat.conversation)[turn]
     calls = [each for each in tool_arguments(message) if leaf_values(each)]
     return all(_holds_values(each, area) for each in calls) and (
@@ -568,7 +570,7 @@ def _holds_arguments(chat: _Chat, turn: int, area: str) -> bool:
 
 
 def _holds_values(arguments: Any, area: str) -> bool:
-    """Whether `area` holds arguments, which are a mapping or its JSON text."""
+    """Whether `area` contains arguments, which are a mapping or its JSON text."""
     if isinstance(arguments, str) and any(form in area for form in _forms(arguments)):
         return True
     return all(
@@ -579,11 +581,11 @@ def _holds_values(arguments: Any, area: str) -> bool:
 def _candidates(
     chat: _Chat, turn: int, ids: list[int]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yield where a turn of the assistant may be, as `(characters, tokens)`.
+    """Yield the possible spans of a turn of the assistant, as `(characters, tokens)`.
 
-    First what follows the prompt, up to where the next message begins: right unless the template
-    prints earlier messages in another way once later ones follow (as those that drop the reasoning
-    of earlier turns do). Then what stands in the place of the turn's content, with its end token.
+    The first one follows the prompt, up to the next message. It is right unless the template prints
+    earlier messages differently when later ones follow (as templates that drop the reasoning of
+    earlier turns do). The second is the place of the turn's content, with its end token.
     """
     text, tokenizer = chat.text(), chat.tokenizer
     try:
@@ -634,7 +636,7 @@ def _place_of_calls(chat: _Chat, turn: int) -> tuple[int, int] | None:
 
 
 def _place_of_content(chat: _Chat, turn: int) -> tuple[int, int] | None:
-    """Return the characters that the content of a turn becomes, with the token that ends the turn.
+    """Return the span of characters rendered from a turn's content, with its end token.
 
     `None` if the template does not print the content as it is.
     """
@@ -648,10 +650,10 @@ def _place_of_content(chat: _Chat, turn: int) -> tuple[int, int] | None:
     start, stop = place
     rest, ending = text[stop:], last.rpartition(_MARK)[2]
     if not text[start:stop].strip():
-        # What follows an empty content, such as a tool call, may stand after less white space.
+        # Text after an empty content, such as a tool call, may follow less white space.
         stop, rest, ending = len(text) - len(rest.lstrip()), rest.lstrip(), ending.lstrip()
     end = stop + _common_prefix(rest, ending)
-    # Where the turn is not printed last, the next one follows instead of the end of the text.
+    # If the turn is not printed last, the next turn follows instead of the end of the text.
     return start, stop if chat.holds_others(turn, stop, end) else end
 
 
@@ -659,7 +661,7 @@ def _place_of_content(chat: _Chat, turn: int) -> tuple[int, int] | None:
 
 
 def _encode_plain(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[_Answer]]:
-    """Join the turns by line feeds and append the end-of-sequence token, if there is one."""
+    """Join the turns with line feeds and append the end-of-sequence token, if there is one."""
     text, spans = "", []
     for turn, (role, content) in enumerate(conversation.turns):
         before = text + SEPARATOR if text else ""
@@ -724,7 +726,7 @@ def _messages(
 
 
 def _pieces(conversation: Conversation, turn: int) -> list[str]:
-    """Return the texts of a turn that must be in its rendering."""
+    """Return the texts of a turn that its rendering must contain."""
     (_, text), message = _messages(conversation)[turn]
     content = message.get("content", text)
     parts = [text] if isinstance(content, str) else content
@@ -733,7 +735,7 @@ def _pieces(conversation: Conversation, turn: int) -> list[str]:
 
 
 def _forms(text: str) -> list[str]:
-    """Return how a template may print a text, without white space: as it is, or as JSON."""
+    """Return how a template may print a text, without white space: unchanged, or as JSON."""
     encoded = (json.dumps(text, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
     return list(dict.fromkeys(map(_squashed, (text, *encoded))))
 
@@ -754,7 +756,7 @@ def _squashed(text: str) -> str:
 
 
 def _tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    # verbose=False: no warning per row that is too long; the caller counts them.
+    # verbose=False avoids a warning for every row that is too long; the caller counts them.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 

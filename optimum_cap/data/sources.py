@@ -13,8 +13,8 @@ from optimum_cap.config import is_dataset_name
 from optimum_cap.version import install_command
 
 ROW_DIGEST, FINISHED = "row_digest", "finished"
-"""Columns of the rows that `cap generate` writes, besides prompt and answer: the digest of the row
-that the prompt is from, and whether the model ended its answer before the token limit."""
+"""Columns of the rows that `cap generate` writes, other than prompt and answer: the digest of the
+prompt's row, and whether the model ended its answer before the token limit."""
 
 _PASSAGE_CHARACTERS = 4000
 _SHOWN = 200  # characters of a value that an error shows
@@ -26,15 +26,15 @@ class Conversation:
 
     Attributes:
         turns: `(role, text)` of each message; a plain text is one turn with the role `"text"`.
-        messages: The messages with all their keys, as chat templates take them; empty if they have
-            a role and a text only. `content` is a text or a list of parts
-            `{"type": "text", "text": ...}`.
-        variables: What the row gives to the chat template besides: `tools`, `documents`, and the
+        messages: The messages with all their keys, in the form for chat templates; empty if they
+            only have a role and a text. `content` is a text or a list of parts `{"type": "text",
+            "text": ...}`.
+        variables: The row's other inputs for the chat template: `tools`, `documents`, and the
             entries of `chat_template_kwargs`.
-        finished: Whether the last turn is complete. The end of one that was cut off is not marked.
-        replaced_digest: The digest of the row whose answer was replaced by the last turn, if one
-            was.
-        images: Its images in the order of the parts `{"type": "image"}` of the messages: PIL
+        finished: Whether the last turn is complete. If it was cut off, its end is not marked.
+        replaced_digest: The digest of the original row, if its answer was replaced by the last
+            turn.
+        images: Its images in the order of the parts `{"type": "image"}` in the messages: PIL
             images, paths, URLs, or mappings with `bytes` or `path`.
     """
 
@@ -53,7 +53,7 @@ class Conversation:
 
     @property
     def digest(self) -> str:
-        """`row_digest` of the row, or of the row that it was before its answer was replaced."""
+        """`row_digest` of the row, or of the original row if its answer was replaced."""
         if self.replaced_digest is not None:
             return self.replaced_digest
         *before, (_, answer) = self.turns
@@ -73,7 +73,7 @@ def tool_arguments(message: Mapping[str, Any]) -> list[Any]:
 
 
 def without_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose tool calls have empty arguments, of the type that they have."""
+    """Return a message whose tool calls have empty arguments of the same type."""
     calls: list[Mapping[str, Any]] = []
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
@@ -84,9 +84,9 @@ def without_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaf_values(value: Any) -> list[Any]:
-    """Return the values in mappings and lists, or in their JSON text, except None and empty ones.
+    """Return the nonempty values in mappings and lists, or in their JSON text.
 
-    A text that is not JSON is a value itself.
+    A text that is not JSON is itself a value.
     """
     if isinstance(value, str):
         try:
@@ -97,7 +97,7 @@ def leaf_values(value: Any) -> list[Any]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    # Not recursive, because JSON may be nested more deeply than calls may.
+    # Not recursive, because JSON may be nested more deeply than the call stack allows.
     stack = [value]
     while stack:
         value = stack.pop()
@@ -136,8 +136,8 @@ class Source:
         convert: Converts a row to a conversation, which may have images.
         details: Further values for the record, such as Hub id and revision.
         published: The rows of a preset as published, before `Preset.prepare`; empty for other data.
-        preset: Name of the preset, if it is one.
-        folder: Where relative paths of images start; `None` for the current folder.
+        preset: Name of the preset, if any.
+        folder: Base folder of relative image paths; `None` for the current folder.
     """
 
     name: str
@@ -170,7 +170,7 @@ class Source:
 
 
 def local_presets(dataset: Any, folder: Path) -> Any:
-    """Replace the names of presets by `preset=FILE` with files in `folder`; keep other data.
+    """Replace names of presets with `preset=FILE` for files in `folder`; keep other data.
 
     Raises:
         FileNotFoundError: The folder does not exist or has no file for a preset.
@@ -206,10 +206,10 @@ def first_file(what: str, places: Sequence[Path]) -> Path:
 
 
 def find_data_files(dataset: Any, scores: Path) -> Any:
-    """Return the data set that a scores file names, with the folders of its files.
+    """Return the data set named in a scores file, with the folders of its files.
 
-    Scores files hold only the names of data files. They are looked for in the current folder, then
-    beside the scores file.
+    Scores files contain only the names of data files. They are searched in the current folder, then
+    next to the scores file.
 
     Raises:
         FileNotFoundError: A file is in neither folder.
@@ -324,7 +324,7 @@ def _named(entry: Any) -> Source:
 
 
 def _split_preset(name: str) -> tuple[str | None, str]:
-    """Split `preset=FILE`; other names, which may have a "=" as well, have no preset."""
+    """Split `preset=FILE`; other names, which may also contain "=", have no preset."""
     preset, equals, path = name.partition("=")
     return (preset, path) if equals and preset in PRESETS else (None, name)
 
@@ -371,7 +371,8 @@ def _load_from_hub(
         ) from error
     try:
         rows = datasets.load_dataset(hub_id, config_name, split=split, revision=revision)
-    # A wrong id, name or split, no network, or a data set script: the errors share no base class.
+    # A wrong id, name or split, no network, or a data set script: errors without a common base
+    # class.
     except Exception as error:
         cause = next(iter(str(error).splitlines()), "")
         problem = (
@@ -398,7 +399,7 @@ def _read_file(path: Path) -> Sequence[Any]:
         rows = _READERS[path.suffix](path)
     except (ImportError, MemoryError):
         raise
-    # Damaged Parquet, JSON nested too deeply, too long a number: the errors share no base class.
+    # Damaged Parquet, JSON nested too deeply, numbers too long: errors without a common base class.
     except Exception as error:
         if isinstance(error, OSError) and error.filename:
             raise
@@ -464,7 +465,7 @@ def _read_txt(path: Path) -> list[str]:
 def _reader(
     name: str, rows: Sequence[Any], options: Mapping[str, Any]
 ) -> Callable[[Any], Conversation]:
-    """Return a function that reads rows of the same type and columns as the first one."""
+    """Return a function that reads rows with the type and columns of the first one."""
     first = next((row for row in rows if row is not None), "")
     if isinstance(first, str):
         return _checked(name, _text_row)
@@ -482,7 +483,7 @@ def _reader(
         read = _trace_reader(read)
     if not hasattr(rows, "column_names"):
         return _checked(name, read)
-    # Arrow gives every message and tool the keys of all others, with None where it has none.
+    # Arrow gives every message and tool the keys of all others, with None for missing values.
     return _checked(name, lambda row: read({key: _without_none(row[key]) for key in row}))
 
 
@@ -531,7 +532,7 @@ def _column_reader(
 
 
 def _media_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
-    """Return a function that adds the images in columns, and refuses rows with videos or sounds."""
+    """Return a function that adds images from columns, and refuses rows with video or audio."""
 
     def read_media(row: Any) -> Conversation:
         for column in _UNREAD_COLUMNS:
@@ -550,7 +551,7 @@ def _media_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conver
 
 
 def _decoded_list(value: Any) -> Any:
-    """Return a list that a column holds as JSON text, or the value as it is."""
+    """Return a list that a column stores as JSON text, or the value unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -564,7 +565,7 @@ def _is_given(value: Any) -> bool:
 
 
 def _with_images(conversation: Conversation, images: list[Any]) -> Conversation:
-    """Give images to the parts of messages that lack one, or put them before the first prompt.
+    """Add images to the message parts that lack one, or put them before the first prompt.
 
     Raises:
         ValueError: There are more or fewer images than such parts, or no prompt.
@@ -609,13 +610,13 @@ def _with_images(conversation: Conversation, images: list[Any]) -> Conversation:
 
 @dataclass(frozen=True)
 class _Missing:
-    """An image that a column of the row holds: that of a number, or else the next one."""
+    """An image stored in a column of the row, with a given number or else the next one."""
 
     number: Any
 
 
 def _trace_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
-    """Return a function that reads rows as `cap generate` writes them, with their metadata."""
+    """Return a function that reads rows written by `cap generate`, with their metadata."""
 
     def read_trace(row: Any) -> Conversation:
         digest, finished = row.get(ROW_DIGEST), row.get(FINISHED, True)
@@ -632,7 +633,7 @@ def _trace_reader(read: Callable[[Any], Conversation]) -> Callable[[Any], Conver
 
 
 def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], Conversation]:
-    """Wrap `read` so that errors in a row name the data set, and a missing row is an empty text."""
+    """Wrap `read` so that errors name the data set, and missing rows become empty texts."""
 
     def checked(row: Any) -> Conversation:
         try:
@@ -668,7 +669,7 @@ def _checked(name: str, read: Callable[[Any], Conversation]) -> Callable[[Any], 
 
 
 def _not_unicode(conversation: Conversation) -> str | None:
-    """Return a text of a conversation that has no UTF-8, if there is one."""
+    """Return a text of a conversation that cannot be encoded as UTF-8, if there is one."""
     for value in _leaves([conversation.turns, conversation.messages, conversation.variables]):
         if isinstance(value, str) and not value.isascii():
             try:
@@ -695,7 +696,7 @@ def _pair(prompt: Any, answer: Any) -> Conversation:
 def _chat(
     messages: Iterable[Mapping[str, Any]] | None, variables: Mapping[str, Any] | None = None
 ) -> Conversation:
-    """Read messages; one that only calls tools or only has reasoning needs no content."""
+    """Read messages; those with only tool calls or only reasoning need no content."""
     if messages is None:
         return _text_row(None)
     turns, whole, images = [], [], []
@@ -713,7 +714,7 @@ def _chat(
         optional = tool_names(others) or reasoning(others)
         content = message.get("content") if optional else message["content"]
         turns.append((message["role"], _as_text(content)))
-        # Templates that join strings fail on None.
+        # Templates that concatenate strings fail on None.
         content = "" if content is None else content
         if isinstance(content, list | tuple):
             images += [_image_of(part) for part in content if _is_image(part)]
@@ -727,7 +728,7 @@ def _is_image(part: Any) -> bool:
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
-    """Return the image of a part of a message, or `_Missing` if it only says where one belongs."""
+    """Return the image of a message part, or `_Missing` if it is only a placeholder."""
     keys = _IMAGE_KEYS[part["type"]]
     missing = _Missing(part.get("index"))
     image = next((part[key] for key in keys if part.get(key) is not None), missing)
@@ -735,10 +736,10 @@ def _image_of(part: Mapping[str, Any]) -> Any:
 
 
 def _message_list(value: Any, column: str) -> Any:
-    """Return the messages in a column, which may hold them as JSON text.
+    """Return the messages in a column, which may store them as JSON text.
 
     Raises:
-        ValueError: The column holds another text.
+        ValueError: The column contains another text.
     """
     if not isinstance(value, str):
         return value
@@ -757,7 +758,7 @@ def _message_list(value: Any, column: str) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """Return None as an empty text, and a list of parts as their texts joined.
+    """Return None as an empty text, and a list of parts as their joined texts.
 
     Raises:
         ValueError: A part is neither a text nor an image.
@@ -778,7 +779,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a row with messages gives to the chat template besides them.
+    """Return a row's inputs for the chat template other than the messages.
 
     Raises:
         ValueError: `tools`, `documents` or `chat_template_kwargs` has the wrong type.
@@ -793,7 +794,7 @@ def _template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(row: Mapping[str, Any], name: str, kind: type, noun: str) -> Any:
-    """Return a column that may hold JSON, as data sets on the Hub often do for tools."""
+    """Return a column that may contain JSON, as is common for tools in data sets on the Hub."""
     value = row.get(name)
     if isinstance(value, str) and value.strip():
         try:
@@ -808,7 +809,7 @@ def _decoded(row: Mapping[str, Any], name: str, kind: type, noun: str) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Return a value without the keys of mappings, at any depth, whose value is None."""
+    """Return a value without mapping keys, at any depth, whose value is None."""
     if isinstance(value, Mapping):
         return {key: _without_none(each) for key, each in value.items() if each is not None}
     return [_without_none(each) for each in value] if isinstance(value, list) else value
@@ -818,7 +819,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Conversation:
-    # The calculator annotations `<<48/2=24>>` are kept, as published and as models are trained.
+    # The calculator annotations `<<48/2=24>>` are kept, as published and as used in training.
     return _pair(row["question"], row["answer"])
 
 
@@ -828,9 +829,9 @@ def _strategyqa(row: Mapping[str, Any]) -> Conversation:
 
 
 def multiple_choice_parts(row: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], str]:
-    """Return the question, the choices as `(label, text)` and the right label of a row of ARC.
+    """Return the question, the choices as `(label, text)` and the right label of an ARC row.
 
-    The row has the published layout (`question.stem`) or that of the Hub (parallel lists).
+    The row has the published layout (`question.stem`) or the Hub's (parallel lists).
     """
     if isinstance(row["question"], Mapping):
         stem = row["question"]["stem"]
@@ -852,7 +853,7 @@ def _as_is(rows: Sequence[Any]) -> Sequence[Any]:
 
 
 def _passages(rows: Sequence[Any]) -> list[str]:
-    """Join consecutive lines to passages that are long enough to fill an example."""
+    """Join consecutive lines into passages long enough to fill an example."""
     passages, current, size = [], [], 0
     for row in rows:
         line = (row["text"] if isinstance(row, Mapping) else row).strip()
@@ -867,7 +868,7 @@ def _passages(rows: Sequence[Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Preset:
-    """A data set that can be named by a short name.
+    """A data set with a short name.
 
     Attributes:
         hub_id: Repository on the Hub.
@@ -899,7 +900,7 @@ _RESERVED = {
 _IMAGE_COLUMNS = ("image", "images")
 _UNREAD_COLUMNS = ("video", "videos", "audio", "audios")
 IMAGE_PART = {"type": "image"}
-# The keys under which a part of a message may hold its image, by its type.
+# The keys under which a message part may store its image, by its type.
 _IMAGE_KEYS = {
     "image": ("image", "url", "path", "base64"),
     "image_url": ("image_url",),

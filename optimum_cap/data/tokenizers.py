@@ -1,4 +1,4 @@
-"""Tokenizers: loading one by name, and checks that it fits the texts and the model."""
+"""Tokenizers: loading them by name, and checking that they fit the texts and the model."""
 
 import copy
 from collections import Counter
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_TOO_MANY_UNKNOWN = 0.5  # share of the tokens of texts
+_TOO_MANY_UNKNOWN = 0.5  # share of text tokens
 _MANY_UNKNOWN = 0.1
 _FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json")
 _ADVICE = "pass the model's own tokenizer (tokenizer=..., --tokenizer)"
@@ -23,14 +23,14 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
     Args:
         name: Hub id or folder.
-        **options: Keywords of `AutoTokenizer.from_pretrained`.
+        **options: Arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
         ValueError: There is none, or it has no vocabulary.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    # Damaged files make transformers and tokenizers raise anything, such as a KeyError.
+    # Damaged files can make transformers and tokenizers raise any error, such as a KeyError.
     except Exception as error:
         folder = Path(name) / (options.get("subfolder") or "")
         raise ValueError(
@@ -46,7 +46,7 @@ def _cause(error: Exception, folder: Path) -> str:
         return "the folder has no tokenizer files"
     lines = (line.strip() for line in str(error).splitlines())
     cause = next(filter(None, lines), "").rstrip(" :")
-    if cause.endswith("from one of"):  # a list follows of what transformers would have taken
+    if cause.endswith("from one of"):  # followed by a list of what transformers would accept
         return "transformers finds no tokenizer files there that it can read"
     if isinstance(error, OSError | ValueError):
         return cause
@@ -76,19 +76,19 @@ def usable_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
 def check_token_ids(
     tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], embeddings: int
 ) -> None:
-    """Check token ids before a model takes them.
+    """Check token ids before passing them to a model.
 
-    Logs a warning if a tenth of the tokens of the texts or more are the unknown token. Special
-    tokens are not counted, nor is an unknown token that also begins or ends texts (as in GPT-2).
+    Logs a warning if at least a tenth of the text tokens are the unknown token. Special tokens are
+    not counted, nor is an unknown token that also begins or ends texts (as in GPT-2).
 
     Args:
-        tokenizer: The tokenizer that they come from.
+        tokenizer: The tokenizer they come from.
         sequences: The ids of each text: lists or int64 tensors `[tokens]`.
         embeddings: Number of embeddings of the model.
 
     Raises:
-        ValueError: An id has no embedding, no text has a token of the vocabulary, or half of the
-            tokens of the texts or more are the unknown token.
+        ValueError: An id has no embedding, no text has a token of the vocabulary, or at least half
+            of the text tokens are the unknown token.
     """
     ids: Counter[int] = Counter()
     for sequence in sequences:
@@ -109,7 +109,7 @@ def check_token_ids(
 
 
 def _check_unknown_tokens(tokenizer: PreTrainedTokenizerBase, ids: Mapping[int, int]) -> None:
-    """Check how often the unknown token is among the tokens of texts, given as `{id: number}`."""
+    """Check the share of the unknown token among text tokens, given as `{id: count}`."""
     unknown = tokenizer.unk_token_id
     edges = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     if unknown is None or unknown in edges:
@@ -142,7 +142,7 @@ def _tokenizer_of_processor(processor: Any) -> PreTrainedTokenizerBase:
 
 
 def _added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids of special and added tokens, which no ordinary text consists of."""
+    """Return the ids of special and added tokens, which do not occur in ordinary text."""
     added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
     return {*tokenizer.all_special_ids, *added.values()}
 
