@@ -1,4 +1,4 @@
-"""Shared by the commands: errors in one line, output, common flags, and checks of paths."""
+"""Common code of the commands: one-line errors, output, common flags, and path checks."""
 
 import json
 import math
@@ -28,27 +28,27 @@ EXIT_BAD_ARGUMENTS = 2  # what argparse uses
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_TERMINATED = 143  # 128 + SIGTERM
 
-# This package and its dependencies raise these deliberately, with a message for the user. Any other
-# exception is reported as a bug.
+# This package and its dependencies raise these deliberately, with a message for the user. All other
+# exceptions are reported as bugs.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
-# Read by huggingface_hub, and by transformers with it, and by datasets when they are imported.
+# Read on import by huggingface_hub (and through it by transformers) and by datasets.
 _OTHER_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, sent by a job scheduler, or by torchrun when another process has died.
+    """SIGTERM, sent by a job scheduler, or by torchrun after another process died.
 
-    A subclass of `KeyboardInterrupt`, so that everything that handles Ctrl-C (cleanup, the hint on
-    how to resume) handles SIGTERM too.
+    A subclass of `KeyboardInterrupt`, so that code that handles Ctrl-C (cleanup, the hint on how to
+    resume) also handles SIGTERM.
     """
 
 
 @contextmanager
 def _sigterm_as_exception() -> Iterator[None]:
-    """Raise `Terminated` on the first SIGTERM; a second one ends the process at once."""
+    """Raise `Terminated` on the first SIGTERM; a second one ends the process immediately."""
     on_main_thread = threading.current_thread() is threading.main_thread()
     if not on_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield  # the calling program handles SIGTERM itself
@@ -66,10 +66,10 @@ def _sigterm_as_exception() -> Iterator[None]:
 
 
 class IncompleteError(RuntimeError):
-    """A part of the work failed, after other parts gave results.
+    """A part of the work failed after other parts gave results.
 
     Attributes:
-        values: Those that `--json` prints nevertheless.
+        values: The results, which `--json` still prints.
     """
 
     def __init__(self, message: str, values: dict[str, Any]) -> None:
@@ -80,55 +80,56 @@ class IncompleteError(RuntimeError):
 class CAPSubcommand(BaseOptimumCLICommand):
     """Base class of the subcommands: checks the arguments, then does the work.
 
-    A subclass implements `prepare` and `execute`. Errors are reported in one line, without a
-    traceback: a bad value or a missing file found by `prepare` exits with status 2, any other error
-    with 1, Ctrl-C with 130, SIGTERM with 143. `--debug` or `OPTIMUM_CAP_DEBUG=1` shows the
-    traceback instead.
+    Subclasses implement `prepare` and `execute`. Errors are reported in one line, without a
+    traceback: a bad value or missing file found by `prepare` exits with status 2, other errors with
+    1, Ctrl-C with 130, SIGTERM with 143. `--debug` or `OPTIMUM_CAP_DEBUG=1` shows the traceback
+    instead.
 
     Results go to stdout. Everything else goes to stderr: what the command is about to do, progress,
     warnings and errors.
 
     Attributes:
-        KEEPS_RESULTS: Whether an interrupted command continues when it is run again.
+        KEEPS_RESULTS: Whether an interrupted command resumes when run again.
     """
 
     KEEPS_RESULTS: ClassVar[bool] = False
 
     def opening(self) -> list[str]:
-        """Return lines that say what the command is about to do, from its arguments alone.
+        """Return lines that announce what the command will do, based only on its arguments.
 
-        They are shown before the imports, which take seconds.
+        They are shown before the slow imports.
         """
         return []
 
     def announce(self) -> None:
-        """Show the opening lines, in the first of several processes, unless `--quiet` is set."""
+        """Show the opening lines, only in the first process, unless `--quiet` is set."""
         if not self._is_set("quiet") and os.environ.get("RANK", "0") == "0":
             for line in self.opening():
                 print(printable(line), file=sys.stderr, flush=True)
 
     @abstractmethod
     def prepare(self) -> Any:
-        """Check everything that can be checked before the work; return what `execute` needs."""
+        """Check everything that can be checked in advance; return the input of `execute`."""
 
     @abstractmethod
     def execute(self, prepared: Any) -> dict[str, Any] | None:
-        """Do the work, and show the result by `say` and `answer`.
+        """Do the work, and show the result with `say` and `answer`.
 
         Returns:
-            The values that `--json` prints. What was written is `"saved"`, which `--quiet` prints.
+            The values that `--json` prints. `"saved"` is the path that was written, which `--quiet`
+            prints.
 
         Raises:
             IncompleteError: A part of the work failed.
         """
 
     def say(self, text: str = "") -> None:
-        """Print text that `--quiet` and `--json` leave out."""
+        """Print text, unless `--quiet` or `--json` is set."""
         if not (self._is_set("quiet") or self._is_set("json")):
             print(text)
 
     def answer(self, text: str) -> None:
-        """Print a result, which only `--json` leaves out, as it prints it in its own form."""
+        """Print a result, unless `--json` is set, which prints results in its own form."""
         if not self._is_set("json"):
             print(text)
 
@@ -138,7 +139,7 @@ class CAPSubcommand(BaseOptimumCLICommand):
         try:
             with _sigterm_as_exception(), _progress_as_set(self._is_set("quiet")):
                 self.announce()
-                # With --json, what other packages print must not mix with the values.
+                # With --json, output of other packages must not mix with the values.
                 with redirect_stdout(sys.stderr) if self._is_set("json") else nullcontext():
                     prepared = self.prepare()
                     preparing = False
@@ -154,8 +155,8 @@ class CAPSubcommand(BaseOptimumCLICommand):
                 self._exit(f"terminated: {advice}", EXIT_TERMINATED)
             self._exit(f"interrupted: {advice}", EXIT_INTERRUPTED)
         except BrokenPipeError:
-            # The reader (`| head`) has closed the pipe. Without this, Python reports the error
-            # again when it flushes stdout at exit.
+            # The reader (`| head`) has closed the pipe. Without this, Python would report the error
+            # again when flushing stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_FAILURE)
         except Exception as error:
@@ -186,8 +187,8 @@ class CAPSubcommand(BaseOptimumCLICommand):
 def _progress_as_set(quiet: bool) -> Iterator[None]:
     """Show bars in a terminal, lines in a log, and nothing if `quiet`.
 
-    The bars of other packages, for loading and downloads, are shown in a terminal only: in a log,
-    each of their updates would be a line.
+    The loading and download bars of other packages are shown only in a terminal, because in a log
+    each update would be a line.
     """
     chosen = progress_mode()
     if (sys.stderr.isatty() or chosen == "bars") and not quiet:
@@ -197,7 +198,7 @@ def _progress_as_set(quiet: bool) -> Iterator[None]:
     changed = dict.fromkeys(_OTHER_BARS, "1") | {PROGRESS: shown}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
-    # Imported already if the command runs inside another program.
+    # Already imported if the command runs inside another program.
     logging = sys.modules.get("transformers.utils.logging")
     had_bars = logging is not None and logging.is_progress_bar_enabled()
     if logging is not None and had_bars:
@@ -215,14 +216,14 @@ def _progress_as_set(quiet: bool) -> Iterator[None]:
 
 
 def add_hub_flags(parser: CommandParser) -> None:
-    """Add the flags that say how the Hub is read."""
+    """Add the flags for reading from the Hub."""
     add = parser.group(HUB)
     add("--revision", help="branch, tag or commit on the Hub (default: main)")
     add("--token", help="Hub access token (default: that of `hf auth login`)")
 
 
 def add_general_flags(parser: CommandParser) -> None:
-    """Add the flags that every command has."""
+    """Add the flags of all commands."""
     add = parser.group(GENERAL)
     add("-h", "--help", action="help", help="show this help, and exit")
     add("--json", action="store_true", help="print the result as JSON (default: as text)")
@@ -267,7 +268,7 @@ def add_loading_flags(parser: CommandParser) -> None:
 
 
 def add_trust_remote_code(parser: CommandParser) -> None:
-    """Add the flag that allows code of the model's repository."""
+    """Add the flag that allows code from the model's repository."""
     parser.group(LOADING)(
         "--trust-remote-code",
         action="store_true",
@@ -325,7 +326,7 @@ def _check_device(name: str) -> None:
         ) from error
     if device.type == "meta":
         raise ValueError("--device-map meta loads no weights: choose auto, cpu or cuda:0")
-    # Each kind of device has a module of its own in torch, such as torch.cuda.
+    # Each kind of device has its own module in torch, such as torch.cuda.
     backend: Any = getattr(torch, device.type, None)
     if device.type == "cpu" or not hasattr(backend, "device_count"):
         return
@@ -350,7 +351,7 @@ def check_model(name: str, args: Namespace) -> Any:
 
     Raises:
         FileNotFoundError: The folder does not exist.
-        ValueError: The name is that of a file, or of a folder that holds no model.
+        ValueError: The name is that of a file, or of a folder without a model.
         OSError: The configuration cannot be read from the Hub.
     """
     _check_local_model(name)
@@ -373,14 +374,14 @@ def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> A
     Args:
         name: Hub id or folder.
         args: The arguments of the command.
-        may_be_pruned: Whether the model may be pruned already.
+        may_be_pruned: Whether the model may already be pruned.
 
     Returns:
         The configuration.
 
     Raises:
-        ValueError: As `check_model`; or the model is quantized, pruned already, or no decoder-only
-            language model.
+        ValueError: As for `check_model`; or the model is quantized, already pruned, or not a
+            decoder-only language model.
         OSError: As `check_model`.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
@@ -416,12 +417,12 @@ def check_prunable(name: str, args: Namespace, may_be_pruned: bool = False) -> A
 
 
 def auto_class_name(config: Any, name: str, trust_remote_code: bool) -> str:
-    """Return the Auto class that loads a model with the head that it was saved with.
+    """Return the Auto class that loads a model with the head it was saved with.
 
     Args:
         config: The configuration of the model.
-        name: Hub id or folder, for the error.
-        trust_remote_code: Whether classes of the repository come first.
+        name: Hub id or folder, for the error message.
+        trust_remote_code: Whether classes of the repository take precedence.
 
     Raises:
         ValueError: The model was saved without a head.
@@ -435,14 +436,14 @@ def auto_class_name(config: Any, name: str, trust_remote_code: bool) -> str:
 
 
 def check_has_lm_head(name: str, args: Namespace) -> None:
-    """Check by its configuration that a model predicts tokens, as classifiers do not.
+    """Check by its configuration that a model predicts tokens, unlike classifiers.
 
     Args:
         name: Hub id or folder.
         args: The arguments of the command.
 
     Raises:
-        ValueError: As `check_model`; or the model is a classifier.
+        ValueError: As for `check_model`; or the model is a classifier.
         OSError: As `check_model`.
     """
     from optimum_cap.models import check_saved_with_lm_head
@@ -474,7 +475,7 @@ def _check_local_model(name: str) -> None:
 
 
 def _hub_error(name: str, revision: str | None, error: OSError) -> OSError:
-    """Return an error in one sentence for one of transformers while it read from the Hub."""
+    """Return a one-sentence error for an error of transformers while reading from the Hub."""
     from huggingface_hub import errors
 
     cause = error.__cause__ or error.__context__
@@ -522,12 +523,12 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
 
     Args:
         output: The folder.
-        source: Name of the model that is read.
-        overwrite: Whether `output` may hold files; `None` if the command has no `--overwrite`.
+        source: Name of the source model.
+        overwrite: Whether `output` may contain files; `None` if the command has no `--overwrite`.
 
     Raises:
-        ValueError: `output` is a file, a mount point or the folder of the source model, or it holds
-            files and `overwrite` is not true.
+        ValueError: `output` is a file, a mount point or the folder of the source model, or it
+            contains files and `overwrite` is not true.
         OSError: The folder is not writable.
     """
     _check_length(output)
@@ -553,7 +554,7 @@ def check_output_folder(output: Path, source: str, overwrite: bool | None = None
     if output.resolve().is_mount():
         # A checkpoint is written next to the output folder and then renamed to it.
         raise ValueError(f"the output {output} is a mount point: name a folder in it")
-    # Creating a folder is the only reliable test: permission bits do not apply to root, nor do they
+    # Creating a folder is the only reliable test: permission bits do not apply to root and do not
     # reveal a full disk.
     parent = next(path for path in output.absolute().parents if path.exists())
     try:
@@ -579,7 +580,7 @@ def _check_length(output: Path) -> None:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a part of it is too long
+    except OSError:  # a part of the path is too long
         return False
 
 
@@ -587,7 +588,7 @@ def check_resume_folder(folder: str | None) -> None:
     """Check that a resume folder can be written to, without leaving files behind.
 
     Args:
-        folder: The folder; `None` if it is not given.
+        folder: The folder; `None` if not given.
 
     Raises:
         OSError: It cannot be written to.
@@ -609,7 +610,7 @@ def check_hub_access(repo: str, token: str | None) -> None:
 
     Raises:
         OSError: The token is not valid, or the Hub cannot be reached.
-        ValueError: The name is not that of a repository.
+        ValueError: The name is not a valid repository name.
     """
     from huggingface_hub import HfApi
 
@@ -643,7 +644,7 @@ def check_output_file(path: Path) -> None:
 
 
 def _without_nan(values: Any) -> Any:
-    """Return values with `None` for numbers that JSON does not have."""
+    """Return values with `None` in place of numbers that JSON does not support."""
     if isinstance(values, dict):
         return {key: _without_nan(value) for key, value in values.items()}
     if isinstance(values, list | tuple):

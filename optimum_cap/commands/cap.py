@@ -51,8 +51,8 @@ class CAPCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Make this parser, and those of the subcommands, report errors in one line."""
-        # optimum creates the parser, without a way to choose its class.
+        """Make this parser and those of the subcommands report errors in one line."""
+        # optimum creates the parser and does not allow choosing its class.
         parser.__class__ = CommandParser
         parser.add_argument(
             "--version", action=_ShowVersions, nargs=0, help="show the versions, and exit"
@@ -60,7 +60,7 @@ class CAPCommand(BaseOptimumCLICommand):
 
 
 class _ShowVersions(Action):
-    """Prints the versions that a report of an error needs."""
+    """Prints the versions to include in a bug report."""
 
     def __call__(self, parser: ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
         for name in ("optimum-cap", "optimum", "transformers", "torch", "huggingface_hub"):

@@ -26,7 +26,7 @@ _HELP = "Ctrl-D ends the conversation, Ctrl-C an answer, and /clear starts a new
 
 
 class ChatCommand(CAPSubcommand):
-    """Loads the models, then answers one prompt or those typed in a terminal."""
+    """Loads the models, then answers one prompt or prompts typed in a terminal."""
 
     @staticmethod
     def parse_args(parser: CommandParser) -> None:
@@ -68,7 +68,7 @@ class ChatCommand(CAPSubcommand):
         add_general_flags(parser)
 
     def prepare(self) -> list[str]:
-        """Check the numbers, and by their configs the models; return their names."""
+        """Check the numbers, and the models by their configs; return the models' names."""
         args = self.args
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
@@ -133,7 +133,7 @@ class ChatCommand(CAPSubcommand):
 
 
 def _converse(chats: "dict[str, Chat]", in_terminal: bool) -> None:
-    """Answer the messages that are typed, until there are no more."""
+    """Answer typed messages until there are no more."""
     print(_HELP)
     while True:
         try:
@@ -151,14 +151,14 @@ def _converse(chats: "dict[str, Chat]", in_terminal: bool) -> None:
                 raise
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
-            except ValueError as error:  # about this message, so the conversation goes on
+            except ValueError as error:  # concerns only this message, so the conversation continues
                 print(printable(str(error)), file=sys.stderr)
 
 
 def _answer(chats: "dict[str, Chat]", message: str, in_terminal: bool) -> None:
     """Print the answer of each model: side by side in a terminal, else one after the other.
 
-    If one does not come to its end, all conversations are as before the message.
+    If one is interrupted, all conversations are as before the message.
     """
     before = {name: chat.messages for name, chat in chats.items()}
     try:
@@ -191,7 +191,7 @@ def _answer_side_by_side(chats: "dict[str, Chat]", message: str) -> None:
         return _panels([(name, texts[name], summaries[name]) for name in chats])
 
     try:
-        # What is taller than the terminal cannot be drawn again, so the end of it is cut off here.
+        # Output taller than the terminal cannot be redrawn, so its end is cut off here.
         with Live(panels(), console=console, refresh_per_second=8, transient=True) as live:
             for name, chat in chats.items():
 

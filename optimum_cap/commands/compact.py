@@ -108,7 +108,7 @@ def _name(parts: "CompactedParts") -> str:
 
 def _zeros(parts: "CompactedParts") -> str:
     least, most = parts.dead
-    if not parts.before:  # it was not looked for them
+    if not parts.before:  # there was no search for them
         return "-"
     if parts.part == "layers":
         return f"{most:,}"

@@ -39,7 +39,7 @@ class _Prepared:
 
 
 class CompareCommand(CAPSubcommand):
-    """Compares models, which it evaluates first, and files written by `eval -o`."""
+    """Compares models, which are evaluated first, and files written by `eval -o`."""
 
     KEEPS_RESULTS: ClassVar[bool] = True
 
@@ -153,7 +153,7 @@ _NOTES = textwrap.fill(
 
 
 def _check_files_of(tasks: list[str]) -> None:
-    """Check that the files of tasks in results, which do not store folders, are found.
+    """Check that the files of tasks in results, which do not store folders, can be found.
 
     Raises:
         FileNotFoundError: A file is not in the current folder.
@@ -170,7 +170,7 @@ def _check_files_of(tasks: list[str]) -> None:
 
 
 def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:
-    """Set what is not given to the values of the files, for the same items and prompts.
+    """Set missing flags to the values in the files, to use the same items and prompts.
 
     Raises:
         ValueError: The files have different ones.
@@ -190,7 +190,7 @@ def _take_draw(args: Namespace, saved: "dict[str, Evaluation]") -> None:
 
 
 def _sample_folders(args: Namespace) -> dict[str, Path]:
-    """Return the folder for the samples of each model, named by the end of the model's name."""
+    """Return the samples folder of each model, named after the end of the model's name."""
     if args.log_samples is None:
         return {}
     folders: dict[str, Path] = {}

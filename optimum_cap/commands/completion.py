@@ -9,7 +9,7 @@ _SHELLS = ("bash", "zsh", "tcsh")
 
 
 class CompletionCommand(CAPSubcommand):
-    """Prints the script that shtab makes of the parsers, those of optimum's own commands too."""
+    """Prints the script that shtab generates for all parsers, including optimum's own commands."""
 
     @staticmethod
     def parse_args(parser: CommandParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from optimum_cap.commands.parser import DATA, OUTPUT, RUN, CommandParser
 from optimum_cap.text import enumeration
 
-# Titles of groups of flags that are those of CAPConfig.
+# Titles of the groups of flags for CAPConfig.
 RECIPE = "recipe"
 METHOD = "parts of the recipe (advanced)"
 ANSWERS = "the model's own answers"
@@ -16,7 +16,7 @@ SCORES = "causal scores, for the recipe paper"
 
 
 def _or_text(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a conversion that leaves what it cannot convert to the checks of `CAPConfig`."""
+    """Return a conversion that passes on invalid values, which `CAPConfig` checks."""
 
     def convert(text: str) -> Any:
         try:
@@ -32,7 +32,7 @@ def _size(text: str) -> int | str:
 
 
 # Flag, field of CAPConfig, type (None for a switch), help. Only flags that were set are passed on,
-# so CAPConfig alone defines the defaults; a test compares those in the help texts with it.
+# so only CAPConfig defines the defaults; a test compares the help texts with them.
 _Flags = tuple[tuple[str, str, Any, str], ...]
 _RECIPE_FLAGS: _Flags = (
     (
@@ -283,7 +283,7 @@ _CONFIG_FLAGS = {
 }
 _FIELDS = [field for flags in _CONFIG_FLAGS.values() for _, field, _, _ in flags]
 
-# Column of the data set -> what is in it.
+# Column of the data set -> its content.
 _COLUMN_FLAGS = {
     "prompt": "the prompts",
     "answer": "the answers",
@@ -368,7 +368,7 @@ def dataset_value(text: str) -> str | dict[str, Any]:
 
 
 def _with_columns(dataset: Any, columns: dict[str, str]) -> dict[str, Any]:
-    """Return the specification of a data set with the columns that flags name."""
+    """Return the specification of a data set with the columns given by flags."""
     flags = enumeration([f"--{name.replace('_', '-')}" for name in columns])
     need = "needs" if len(columns) == 1 else "need"
     if dataset is None:

@@ -27,12 +27,12 @@ _MODEL_FLAGS: dict[str, Any] = {
     "num_fewshot": 0,
     "max_new_tokens": 512,
 }
-# Those that also apply where parts are removed.
+# Flags that also apply where parts are removed.
 _PART_FLAGS = ("num_samples", "scored", "dataset", "tokenizer", "sparsity", "pattern")
 
 
 class EstimateCommand(CAPSubcommand):
-    """Builds the model on the meta device, so it takes about a second whatever the size."""
+    """Builds the model on the meta device, which takes about a second for any size."""
 
     @staticmethod
     def parse_args(parser: CommandParser) -> None:

@@ -102,8 +102,8 @@ def add_evaluation_flags(parser: CommandParser, of_the_files: bool = False) -> N
 
     Args:
         parser: The parser.
-        of_the_files: Whether limit and seed are those of saved evaluations by default; the default
-            of both is then `None`.
+        of_the_files: Whether limit and seed default to those of saved evaluations; the default of
+            both flags is then `None`.
     """
     add = parser.group(TASKS)
     files = "those of the files, else " if of_the_files else ""
@@ -172,7 +172,7 @@ def add_to_card_flag(parser: CommandParser, what: str) -> None:
 
     Args:
         parser: The parser.
-        what: The models whose cards they are.
+        what: Description of the models.
     """
     parser.group(OUTPUT)(
         "--add-to-card",
@@ -201,7 +201,7 @@ def check_cards(models: Iterable[str]) -> None:
 
 
 def add_to_card(model: str, evaluation: "Evaluation", dense: "Evaluation | None" = None) -> str:
-    """Add results to the card of a model, apart from those that are not finite; say where."""
+    """Add the finite results to the card of a model; return a message that says where."""
     from optimum_cap.checkpoint import CARD_NAME
     from optimum_cap.publishing import add_results
 

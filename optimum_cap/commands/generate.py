@@ -41,11 +41,11 @@ _FIELDS = (
     "resume_dir",
     "seed",
 )
-_SUFFIXES = (".jsonl", ".json")  # by which a data file is read
+_SUFFIXES = (".jsonl", ".json")  # suffixes of readable data files
 
 
 class GenerateCommand(CAPSubcommand):
-    """Writes the data that `cap prune --answers model` would make, for `--dataset`."""
+    """Writes the data that `cap prune --answers model` would generate, for `--dataset`."""
 
     KEEPS_RESULTS = True
 
@@ -97,7 +97,7 @@ class GenerateCommand(CAPSubcommand):
         process_group = ProcessGroup.current()
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
-        # Answers do not depend on how a model is pruned, which CAPConfig requires.
+        # CAPConfig requires pruning settings, on which answers do not depend.
         fields = {"sparsity": 0.5, "answers": "model", **config_values(vars(args))}
         config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
         check_resume_folder(fields.get("resume_dir"))

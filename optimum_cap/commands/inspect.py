@@ -1,4 +1,4 @@
-"""`optimum-cli cap inspect`: what was pruned in a checkpoint and how."""
+"""`optimum-cli cap inspect`: what was pruned in a checkpoint, and how."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from optimum_cap.text import labelled, printable_values
 
 
 class InspectCommand(CAPSubcommand):
-    """Reads the pruning record; the weights only to verify them."""
+    """Reads the pruning record; weights are read only to verify them."""
 
     @staticmethod
     def parse_args(parser: CommandParser) -> None:
@@ -45,7 +45,7 @@ class InspectCommand(CAPSubcommand):
             prepared, revision=args.revision, token=args.token, verify=args.verify
         )
         unescaped = summary.record
-        # The record may come from anywhere, and a terminal obeys control characters.
+        # The record is untrusted, and a terminal obeys control characters.
         record = PruningRecord.from_dict(printable_values(summary.record.to_dict()))
         summary = dataclasses.replace(summary, record=record)
         revision = f" at {record.base_revision}" if record.base_revision else ""
@@ -65,9 +65,9 @@ class InspectCommand(CAPSubcommand):
 
 
 def _settings_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the recipe with all that it implies, and the settings that differ from it.
+    """Return the recipe with everything it implies, and the settings that differ from it.
 
-    The settings of a newer version are shown as they are.
+    Settings of a newer version are shown unchanged.
     """
     from optimum_cap.config import CAPConfig
 

@@ -1,4 +1,4 @@
-"""What a command is about to do, said before the imports, which take seconds."""
+"""Announcements of what a command will do, shown before the slow imports."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from optimum_cap.text import format_size
 
-# Shown where a flag is not set; a test compares them with the defaults of CAPConfig.
+# Shown if a flag is not set; a test compares them with the defaults of CAPConfig.
 DEFAULTS = {"recipe": "causal", "dataset": ["gsm8k"], "num_samples": 128, "seed": 0}
 # Recipes and criteria; a test compares them with the recipes of CAPConfig.
 WITHOUT_DATA = ("magnitude", "magnitude_global", "random")
@@ -20,12 +20,12 @@ _WEIGHTS = (".safetensors", ".bin")
 def opening_lines(
     args: Namespace, doing: str, aim: str | None = None, **defaults: object
 ) -> list[str]:
-    """Return three lines: the model and what is done to it, the data, and where it runs.
+    """Return three lines: the model and the action, the data, and the device.
 
     Args:
         args: The flags, which nothing has checked yet.
         doing: What the command does, such as `"pruning"`.
-        aim: To what end (default: recipe and sparsity).
+        aim: Its aim (default: recipe and sparsity).
         **defaults: Values of flags that are not set.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
@@ -54,12 +54,12 @@ def opening_lines(
 
 
 def evaluation_lines(args: Namespace, models: Sequence[str], with_files: bool = False) -> list[str]:
-    """Return three lines: the models that are evaluated, the tasks, and where it runs.
+    """Return three lines: the models to evaluate, the tasks, and the device.
 
     Args:
         args: The flags, which nothing has checked yet.
-        models: The models that are evaluated.
-        with_files: Whether they are compared with results in files, whose settings are the
+        models: The models to evaluate.
+        with_files: Whether they are compared with results in files, whose settings are then the
             defaults.
     """
     tasks = args.tasks or ("those of the files" if with_files else "the default ones")
@@ -75,7 +75,7 @@ def evaluation_lines(args: Namespace, models: Sequence[str], with_files: bool = 
 
 
 def _settings(file: Path | None) -> dict[str, Any]:
-    """Return the settings in the file of `--config`; none if it cannot be read."""
+    """Return the settings in the file of `--config`; empty if it cannot be read."""
     if file is None:
         return {}
     from optimum_cap.yaml_files import read_yaml
@@ -87,7 +87,7 @@ def _settings(file: Path | None) -> dict[str, Any]:
 
 
 def _size_of(name: str) -> str:
-    """Return the size of the weights, if they are on this machine."""
+    """Return the size of the weights if they are stored locally."""
     folder = Path(name)
     with suppress(OSError, ValueError):
         if not folder.is_dir():
@@ -105,7 +105,7 @@ def _kind(folder: Path) -> str:
 
 
 def _cached(name: str) -> Path:
-    """Return the newest snapshot of a model in the cache of the Hub; importing its client is slow.
+    """Return the newest snapshot of a model in the Hub cache, without importing the slow client.
 
     The layout is documented: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
     """

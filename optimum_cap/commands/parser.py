@@ -1,4 +1,4 @@
-"""The argument parser of the commands: grouped help, and errors in one line without the usage."""
+"""The argument parser of the commands: grouped help, and one-line errors without the usage."""
 
 import textwrap
 from argparse import (
@@ -16,7 +16,7 @@ from optimum_cap.text import did_you_mean
 
 DOCUMENTATION = "https://optimum-cap.github.io/optimum-cap/"
 
-# Titles of the groups of flags, which all commands share.
+# Titles of the groups of flags, shared by all commands.
 REQUIRED = "required"
 DATA = "data"
 OUTPUT = "output"
@@ -33,26 +33,26 @@ AddArgument = Callable[..., Action]
 
 
 class CommandParser(ArgumentParser):
-    """Reports errors in one line, and suggests the nearest flag for an unknown one.
+    """Reports errors in one line, and suggests the closest flag for an unknown one.
 
-    A flag that is required or that takes several values may be given once; of other flags, the last
+    Flags that are required or take several values may be given only once; for other flags, the last
     one counts, as usual. The model may be the first argument or the value of `-m`.
     """
 
-    # The destination of each flag; `None` for the parent command, which has none of its own.
+    # The destination of each flag; `None` for the parent command, which has no flags of its own.
     flags: dict[str, str] | None = None
     takes_model = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.flags = {}
         self._groups: dict[str, Any] = {}
-        # --help stands last, with the other general flags.
+        # --help comes last, with the other general flags.
         kwargs |= {"add_help": False, "formatter_class": RawDescriptionHelpFormatter}
         super().__init__(*args, **kwargs)
         self.register("action", None, _StoreOnce)
 
     def group(self, title: str) -> AddArgument:
-        """Return the function that adds arguments to a group, which `--help` shows together."""
+        """Return the function that adds arguments to a group that `--help` shows together."""
         if title not in self._groups:
             self._groups[title] = self.add_argument_group(title)
         group = self._groups[title]
@@ -66,13 +66,13 @@ class CommandParser(ArgumentParser):
         return add
 
     def describe(self, arguments: str, description: str, *examples: str, page: str = "") -> None:
-        """Set what `--help` shows before and after the flags.
+        """Set the text that `--help` shows before and after the flags.
 
         Args:
             arguments: The required arguments, such as `"MODEL -o DIR"`.
             description: What the command does.
-            *examples: Arguments of commands that are shown as examples.
-            page: Page of the documentation about the command, such as `"evaluation"`.
+            *examples: Arguments of example commands.
+            page: Documentation page about the command, such as `"evaluation"`.
         """
         self.usage = f"%(prog)s {arguments} [options]".replace("  ", " ")
         self.description = textwrap.fill(description, _WIDTH)
@@ -81,7 +81,7 @@ class CommandParser(ArgumentParser):
         self.epilog = "\n".join([*(lines if examples else []), f"documentation: {address}"])
 
     def add_model(self, help: str, dest: str = "model") -> None:
-        """Add the model as the first argument, which may be given with `-m` instead."""
+        """Add the model as the first argument, which `-m` can replace."""
         self.takes_model = True
         self.group(REQUIRED)(dest, metavar="MODEL", help=f"{help}; or -m MODEL")
 
@@ -114,10 +114,10 @@ class CommandParser(ArgumentParser):
         return known, rest
 
     def _take_model(self, args: list[str]) -> tuple[str | None, list[str]]:
-        """Return the value of `-m`, and the arguments with it at their front instead.
+        """Return the value of `-m`, and the arguments with this value moved to the front.
 
-        A positional argument that may be left out does not work: argparse takes it as left out
-        where flags come before it.
+        An optional positional argument does not work, because argparse treats it as missing if
+        flags come before it.
         """
         end = args.index("--") if "--" in args else len(args)
         model, rest = None, []
@@ -164,7 +164,7 @@ class CommandParser(ArgumentParser):
         if self.takes_model:
             flags["--model"] = "model"
         destination = name.lstrip("-").replace("-", "_")
-        for flag, dest in flags.items():  # a field of CAPConfig whose flag has another name
+        for flag, dest in flags.items():  # a field of CAPConfig whose flag has a different name
             if dest == destination:
                 return f"unknown flag {name} (did you mean {flag!r}?)"
         return f"unknown flag {name}{did_you_mean('--' + name.lstrip('-'), flags)}"
@@ -186,7 +186,7 @@ class CommandParser(ArgumentParser):
 
 
 class _StoreOnce(Action):
-    """Store the value of a flag; refuse to replace one that the user meant to be used."""
+    """Store the value of a flag; refuse a second value that would silently replace the first."""
 
     def __call__(
         self,

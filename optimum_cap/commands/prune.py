@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` of `cap prune` and `cap score` hands to `execute`.
+    """The values that `prepare` of `cap prune` and `cap score` passes to `execute`.
 
     Attributes:
         config: The config.
@@ -49,10 +49,10 @@ class Prepared:
         process_group: The processes launched together.
         processor_files: Files of the model's image, audio or video processor, to copy.
         shown: An example to print instead of pruning.
-        examples: Number of calibration examples; 0 if the model is yet to answer.
-        tokens: Number of their tokens.
-        auto_class: The class of transformers that loads the model.
-        quantized: Folder for the quantized model, if there is to be one.
+        examples: Number of calibration examples; 0 if the model has yet to answer.
+        tokens: Total number of their tokens.
+        auto_class: The Auto class of transformers that loads the model.
+        quantized: Folder for the quantized model, if requested.
     """
 
     config: "CAPConfig"
@@ -67,7 +67,7 @@ class Prepared:
 
 
 class PruneCommand(CAPSubcommand):
-    """Checks all it can before it loads the model, so that a long job does not fail at its end."""
+    """Checks as much as possible before loading the model, so that long jobs do not fail late."""
 
     KEEPS_RESULTS = True
 
@@ -160,7 +160,7 @@ class PruneCommand(CAPSubcommand):
             raise ValueError(
                 "--dry-run and --show-example both prune nothing: leave one of them out"
             )
-        if not args.show_example:  # which writes nothing
+        if not args.show_example:  # this writes nothing
             check_output_folder(args.output, args.model, args.overwrite)
         if args.private and not args.push_to_hub:
             raise ValueError("--private needs --push-to-hub: add it, or leave --private out")
@@ -231,7 +231,7 @@ class PruneCommand(CAPSubcommand):
             )
             prepared.process_group.shutdown()
             if prepared.process_group.rank:
-                return None  # the model is the same in every process, and rank 0 saves it
+                return None  # the model is the same on every process, and rank 0 saves it
             before = _file_stamps(args.output)
             size = args.max_shard_size
             limit = {"max_shard_size": parse_size(size)} if size else {}
@@ -245,7 +245,7 @@ class PruneCommand(CAPSubcommand):
         self.say(labelled(rows))
         values = {"saved": str(args.output), **dataclasses.asdict(usage), **summary.to_dict()}
         if args.push_to_hub:
-            # Files that were in the folder before are not published.
+            # Files that were already in the folder are not published.
             written = [
                 name
                 for name, stamp in _file_stamps(args.output).items()
@@ -278,7 +278,7 @@ class PruneCommand(CAPSubcommand):
 
 
 def _config(args: Namespace) -> "CAPConfig":
-    """Return the config that the flags describe, with the settings of `--scores`, if it is set.
+    """Return the config described by the flags, with the settings of `--scores` if it is set.
 
     Raises:
         ValueError: The settings are not valid, or the scores were measured on data in memory.
@@ -381,7 +381,7 @@ _PLANNED = (
 
 
 def _auto_class(config: "CAPConfig", model_config: Any, args: Namespace) -> str:
-    """Return the class of transformers that loads the model with the head that it was saved with.
+    """Return the Auto class that loads the model with the head it was saved with.
 
     Raises:
         ValueError: It is a classifier, and the config measures predictions of tokens.
@@ -400,10 +400,10 @@ def _quantized_folder(
     """Return the folder of `--then-quantize`, next to the output; `None` without this flag.
 
     Raises:
-        ValueError: There is no such scheme, it leaves most weights of the model as they are, or it
-            cannot be calibrated.
+        ValueError: The scheme is unknown, leaves most weights of the model unquantized, or cannot
+            be calibrated.
         ImportError: The package of the scheme is not installed.
-        OSError: The folder has files already, or cannot be written.
+        OSError: The folder already contains files, or cannot be written.
     """
     if args.then_quantize is None:
         return None
@@ -421,7 +421,7 @@ def _quantized_folder(
 
 
 def _quantize(args: Namespace, prepared: Prepared, folder: Path) -> None:
-    """Quantize the sparse checkpoint, and say where the result is."""
+    """Quantize the sparse checkpoint, and report where the result is."""
     from optimum_cap.quantization import quantize_checkpoint
 
     try:
@@ -441,7 +441,7 @@ def _quantize(args: Namespace, prepared: Prepared, folder: Path) -> None:
             f"the pruned model is saved in {args.output}, but not quantized to "
             f"{args.then_quantize}: optimum_cap.quantization.quantize_checkpoint does that alone"
         )
-        if not isinstance(error, Exception):  # an interrupt
+        if not isinstance(error, Exception):  # an interruption
             print(f"\n{state}", file=sys.stderr)
             raise
         raise OSError(f"{state} ({error})") from error
@@ -450,7 +450,7 @@ def _quantize(args: Namespace, prepared: Prepared, folder: Path) -> None:
 def _prepared_example(
     config: "CAPConfig", args: Namespace, process_group: "ProcessGroup"
 ) -> Prepared:
-    """Return what `--show-example` prints: the first calibration example.
+    """Return the first calibration example, for `--show-example`.
 
     Raises:
         ValueError: The config needs no data, or the data or the tokenizer cannot be used.
@@ -475,7 +475,7 @@ def _prepared_example(
 
 
 def load_tokenizer(args: Namespace) -> Any:
-    """Load the tokenizer named by `--tokenizer`, or the model's, as `load_tokenizer_of` does.
+    """Load the tokenizer named by `--tokenizer`, or the model's, like `load_tokenizer_of`.
 
     Raises:
         ValueError: There is none, or it has no vocabulary.
@@ -497,15 +497,15 @@ def load_tokenizer(args: Namespace) -> Any:
 def calibration_examples(
     config: "CAPConfig", tokenizer: Any, args: Namespace
 ) -> "list[CalibrationExample]":
-    """Build the calibration set before the model is loaded, to report what cannot be used.
+    """Build the calibration set before loading the model, to report unusable data early.
 
     Pruning builds it again.
 
     Returns:
-        The examples; none if the model has to answer their prompts.
+        The examples; empty if the model has to answer their prompts.
 
     Raises:
-        ValueError: The data cannot be used, or the tokenizer is not that of the model.
+        ValueError: The data cannot be used, or the tokenizer is not the model's.
     """
     from optimum_cap.data import build_calibration_set, check_token_ids, usable_tokenizer
     from optimum_cap.models import classifier_class
@@ -528,7 +528,7 @@ def calibration_examples(
 
 
 def _processor_files(args: Namespace) -> tuple[Path, ...]:
-    """Return the files of the model's image, audio or video processor, downloaded if need be."""
+    """Return the files of the model's image, audio or video processor, downloaded if needed."""
     from transformers.utils import (
         AUDIO_TOKENIZER_NAME,
         IMAGE_PROCESSOR_NAME,
@@ -583,10 +583,10 @@ def _file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _check_base_model(args: Namespace) -> None:
-    """Check that `--base-model` is the name of a repository and adds to what is known.
+    """Check that `--base-model` is a valid repository name and not redundant.
 
     Raises:
-        ValueError: It is no such name, or the model comes from the Hub itself.
+        ValueError: The name is invalid, or the model itself comes from the Hub.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -605,7 +605,7 @@ def _check_base_model(args: Namespace) -> None:
 
 
 def _quantized_repo(args: Namespace) -> str:
-    """Return the repository of the quantized checkpoint, which is named as its folder is."""
+    """Return the repository of the quantized checkpoint, named like its folder."""
     return f"{args.push_to_hub}-{args.then_quantize}"
 
 
@@ -638,7 +638,7 @@ def _how_to_load(name: str, checkpoint_format: str, auto_class: str) -> str:
 
 
 def _what_next(args: Namespace, auto_class: str) -> str:
-    """Return commands to go on with; those that compare answers are for models with an LM head."""
+    """Return suggested next commands; those that compare answers need an LM head."""
     dense, pruned = shlex.quote(args.model), shlex.quote(str(args.output))
     steps = {
         "see what it has lost": f"compare {dense} {pruned} --tasks gsm8k_loss --limit 64",

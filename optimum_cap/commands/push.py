@@ -1,4 +1,4 @@
-"""`optimum-cli cap push`: upload a checkpoint that was saved earlier."""
+"""`optimum-cli cap push`: upload a saved checkpoint."""
 
 import shlex
 import sys
@@ -12,7 +12,7 @@ _NOT_ON_THE_HUB = "none"
 
 
 class PushCommand(CAPSubcommand):
-    """Checks the folder, the base model and the access to the Hub before it uploads anything."""
+    """Checks the folder, the base model and Hub access before uploading anything."""
 
     @staticmethod
     def parse_args(parser: CommandParser) -> None:
@@ -47,7 +47,7 @@ class PushCommand(CAPSubcommand):
         add_general_flags(parser)
 
     def prepare(self) -> str | None:
-        """Check the folder and the access, and find out the base model; return it if it is new."""
+        """Check folder and access, and determine the base model; return it if it is new."""
         from optimum_cap.checkpoint import inspect_checkpoint
         from optimum_cap.publishing import check_base_model
 
@@ -95,7 +95,7 @@ def _ask(checkpoint: str, local_name: str | None) -> str:
     """Ask for the base model in a terminal.
 
     Raises:
-        ValueError: There is nobody to ask.
+        ValueError: There is no terminal to ask in.
     """
     what = f"the record of {checkpoint} does not say which model on the Hub was pruned"
     if local_name:
@@ -105,7 +105,7 @@ def _ask(checkpoint: str, local_name: str | None) -> str:
             f"{what}: pass --base-model ID, or --base-model {_NOT_ON_THE_HUB} if it is not on the "
             "Hub"
         )
-    # Not on stdout, which has the result alone.
+    # Not on stdout, which is reserved for the result.
     print(f"{what[0].upper()}{what[1:]}.", file=sys.stderr)
     question = "Hub id of the base model (empty if it is not on the Hub): "
     print(question, end="", file=sys.stderr, flush=True)

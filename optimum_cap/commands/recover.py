@@ -1,4 +1,4 @@
-"""`optimum-cli cap recover`: train a pruned model to predict what the dense one predicts."""
+"""`optimum-cli cap recover`: train a pruned model to reproduce the dense model's predictions."""
 
 import time
 from argparse import Namespace
@@ -33,13 +33,13 @@ _FIELDS = ("scored_tokens", "max_length", "resume_dir", "seed")
 
 @dataclass(frozen=True)
 class PreparedRecovery:
-    """What `prepare` hands to `execute`.
+    """The values that `prepare` passes to `execute`.
 
     Attributes:
-        folder: Folder of the pruned model, downloaded if need be.
+        folder: Folder of the pruned model, downloaded if needed.
         dense: Name of the dense model, and its revision on the Hub, if known.
         tokenizer: The tokenizer.
-        options: Keywords of `recover`.
+        options: Arguments of `recover`.
     """
 
     folder: Path
@@ -153,7 +153,7 @@ class RecoverCommand(CAPSubcommand):
         return PreparedRecovery(Path(folder), dense, tokenizer, options)
 
     def execute(self, prepared: PreparedRecovery) -> dict[str, Any]:
-        """Train, save, and print what was gained."""
+        """Train, save, and print the improvement."""
         from optimum_cap.checkpoint import inspect_checkpoint, save_smaller
         from optimum_cap.commands.summary import summary_rows
         from optimum_cap.models import load_model
@@ -194,13 +194,13 @@ class RecoverCommand(CAPSubcommand):
 
 
 def _dense_model(args: Namespace) -> tuple[str, str | None]:
-    """Return name and revision of the dense model, which is the given one or that of the record.
+    """Return name and revision of the dense model, as given or from the record.
 
     Raises:
-        ValueError: The record names no model of the Hub.
+        ValueError: The record names no model on the Hub.
     """
     if args.dense is not None:
-        # --revision is that of the pruned model.
+        # --revision refers to the pruned model.
         check_prunable(args.dense, Namespace(**{**vars(args), "revision": None}))
         return str(args.dense), None
 

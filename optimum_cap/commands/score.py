@@ -55,7 +55,7 @@ _FIELDS = (
 )
 
 
-_ROWS = 20_000  # printed at most: enough for the heads of any model, not for single channels
+_ROWS = 20_000  # most rows to print: enough for the heads of any model, not for single channels
 
 
 class ScoreCommand(CAPSubcommand):
@@ -101,7 +101,7 @@ class ScoreCommand(CAPSubcommand):
         process_group = ProcessGroup.current()
         process_group.silence_other_ranks()
         check_loading_flags(args, process_group.size)
-        # Scores do not depend on the sparsity, which CAPConfig requires; recipe "paper" uses them.
+        # CAPConfig requires a sparsity, on which scores do not depend; recipe "paper" uses scores.
         fields = {"sparsity": 0.5, "recipe": "paper", **config_values(vars(args))}
         config = CAPConfig(**effective({"resume_dir": default_folder()}, fields))
         check_resume_folder(fields.get("resume_dir"))

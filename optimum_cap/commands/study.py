@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class StudyCommand(CAPSubcommand):
-    """Checks the whole study first; a cell that then fails is recorded, and the study continues."""
+    """Checks the whole study first; cells that fail later are recorded, and the study continues."""
 
     KEEPS_RESULTS = True
 

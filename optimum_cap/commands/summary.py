@@ -1,4 +1,4 @@
-"""Summaries and tables of a checkpoint, as the commands print them."""
+"""Summaries and tables of a checkpoint that the commands print."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ _SITES_SHOWN = 10
 
 
 def summary_rows(summary: "CheckpointSummary") -> list[tuple[str, str]]:
-    """Return a label and a value per fact: units, weights, sparsity, threshold, size."""
+    """Return rows of label and value: units, weights, sparsity, threshold, size."""
     from optimum_cap.checkpoint import (
         describe_answers,
         describe_recovery,
@@ -67,7 +67,7 @@ def usage_rows(usage: "Usage") -> list[tuple[str, str]]:
 
 
 def scored_row(units: "list[tuple[str, int]]") -> tuple[str, str]:
-    """Return a row with the number of scored units, from the kind and the layer of each."""
+    """Return a row with the number of scored units, given the kind and layer of each."""
     from optimum_cap.checkpoint import count_units
 
     layers = len({layer for _, layer in units})
@@ -79,8 +79,8 @@ def scored_row(units: "list[tuple[str, int]]") -> tuple[str, str]:
 def sparsity_table(matrices: "list[MatrixSparsity]") -> str:
     """Return a table of the sparsity per layer (rows) and projection (columns).
 
-    The experts of a layer share one cell; `-` marks a projection that a layer does not have or that
-    was left dense.
+    The experts of a layer share one cell; `-` marks projections that a layer does not have or that
+    were left dense.
     """
     from optimum_cap.checkpoint import count_zeros, short_names
 
