@@ -85,7 +85,7 @@ class _Quota:
 
     Attributes:
         experts: Number of experts.
-        count: How many of them to remove.
+        count: Number of experts to remove.
         groups: Number of groups of consecutive experts; each loses the same number.
     """
 
@@ -170,7 +170,7 @@ def _permutation(count: int, generator: torch.Generator) -> list[int]:
 def _calls(
     layerwise: LayerwisePass, layer: int, router: Router, batch: LayerBatch
 ) -> tuple[RecordedCall, torch.Tensor]:
-    """Return the calls of the module with the experts, and the outputs of the layer."""
+    """Return the call of the module with router and experts, and the output of the layer."""
     parent = layerwise.model.get_submodule(router.parent)
     with recorded_calls({"": parent}) as calls:
         output = layerwise.run(layer, batch, batch.hidden)
@@ -298,7 +298,7 @@ def first_experts(ranked: list[int], experts: int, count: int, groups: int) -> l
     Args:
         ranked: These experts.
         experts: Number of experts of the layer.
-        count: How many of them to remove.
+        count: Number of experts to remove.
         groups: As for `experts_to_remove`.
     """
     return _Quota(experts, count, groups).take(ranked, [], count)

@@ -38,7 +38,7 @@ from optimum_cap.runtime import ALONE, ProcessGroup, check_same_inputs, resume_h
 
 _PASSES = 1.0  # cost of measuring, in passes over the calibration set
 FEWEST_EXAMPLES = 16
-_SETS_AT_A_TIME = 8  # sets of pruned matrices, if layers are offloaded and loaded for each group
+_SETS_AT_A_TIME = 8  # sets of pruned matrices per load of a layer, if layers are offloaded
 
 logger = logging.get_logger(__name__)
 
