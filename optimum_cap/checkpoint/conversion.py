@@ -172,7 +172,7 @@ class _Source:
         return Path(root) / self.subfolder
 
     def file(self, name: str) -> Path:
-        """Return the path of one file, downloaded alone; check that it exists."""
+        """Return the path of one file, downloaded alone; the path may not exist."""
         if self.is_local:
             return self.folder() / name
         _check_repo_id(self.name)
