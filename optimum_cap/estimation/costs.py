@@ -48,7 +48,7 @@ class Cost:
     """The cost of one step.
 
     Attributes:
-        step: `"score"`, `"prune"` or `"eval"`.
+        step: `"score"`, `"prune"`, `"answer"`, `"eval"`, `"choose"` or `"refine"`.
         name: Name of the estimator, the recipe or the tasks.
         operations: Floating-point operations in matrix products.
         seconds: Time on as many devices as one copy of the model needs; shared work uses all
