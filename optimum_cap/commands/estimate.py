@@ -89,8 +89,8 @@ class EstimateCommand(CAPSubcommand):
         )
         add(
             "--pattern",
-            help="experts, heads, channels, layers or structured: what removing these costs, and "
-            "what is left; or unstructured (default: unstructured)",
+            help="experts, heads, channels, layers or structured: parts to remove; or unstructured "
+            "(default: unstructured)",
         )
         add(
             "--units",

@@ -13,6 +13,7 @@ from optimum_cap.data.images import load_tokenizer_of
 from optimum_cap.data.prompts import Prompt, PromptDraw, PromptSource, draw_prompts, has_prompts
 from optimum_cap.data.rendering import RenderingCheck, encode, render_prompt
 from optimum_cap.data.sources import (
+    PRESETS,
     FINISHED,
     ROW_DIGEST,
     Conversation,
@@ -29,6 +30,7 @@ from optimum_cap.data.tokenizers import check_token_ids, load_tokenizer, usable_
 
 __all__ = [
     "FINISHED",
+    "PRESETS",
     "ROW_DIGEST",
     "Batch",
     "CalibrationExample",

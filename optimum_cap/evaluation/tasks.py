@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from optimum_cap.data import (
+    PRESETS,
     Conversation,
     Source,
     check_folder,
@@ -22,7 +23,6 @@ from optimum_cap.data import (
     multiple_choice_parts,
     row_digest,
 )
-from optimum_cap.data.sources import PRESETS
 from optimum_cap.text import did_you_mean
 
 Extract = Callable[[str], str | None]
