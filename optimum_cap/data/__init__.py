@@ -13,8 +13,8 @@ from optimum_cap.data.images import load_tokenizer_of
 from optimum_cap.data.prompts import Prompt, PromptDraw, PromptSource, draw_prompts, has_prompts
 from optimum_cap.data.rendering import RenderingCheck, encode, render_prompt
 from optimum_cap.data.sources import (
-    PRESETS,
     FINISHED,
+    PRESETS,
     ROW_DIGEST,
     Conversation,
     Source,
