@@ -6,7 +6,6 @@ It is an experiment, not part of the library: one vector at a time, x86 processo
 
 import ctypes
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ KINDS = ("dense_float32", "sparse_float32", "dense_bfloat16", "sparse_bfloat16")
 """The products: the layout of the weights, and their dtype."""
 
 
-@cache
 def kernel(folder: Path) -> ctypes.CDLL:
     """Compile the kernel into a folder.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_cap.config import CAPConfig, Method
 from optimum_cap.estimation.costs import RANKING_PASSES, Cost, CostModel, Part
@@ -47,6 +47,20 @@ SLOT_PASSES = 7  # over hidden states, to add one expert's output for each token
 ERROR_PASSES = 7  # over hidden states, to compare two outputs of a mixture
 INFLUENCE_PASSES = 10  # over hidden states, to compare them before and after a layer
 LOGIT_COPIES = 5  # float32 copies of a chunk of logits while comparing two predictions
+
+
+def model_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model from its config on the meta device."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
+def methods_of(pattern: str) -> dict[str, Method]:
+    """Return the recipes `causal` and `causal_fast` with a pattern that removes parts."""
+    return {
+        recipe: CAPConfig(0.5, recipe=recipe, pattern=pattern).method
+        for recipe in ("causal", "causal_fast")
+    }
 
 
 @dataclass(frozen=True)
@@ -89,9 +103,7 @@ class RemovedParts:
             CannotRemoveError: The model has no such parts or no smaller model, or the sparsity
                 rounds to none or all of them.
         """
-        with torch.device("meta"):
-            model = auto_class(model_config).from_config(model_config)
-        return cls.by(PartRemoval(model, config, ALONE), config.pattern)
+        return cls.by(PartRemoval(model_on_meta(model_config), config, ALONE), config.pattern)
 
     @classmethod
     def by(cls, removal: PartRemoval, pattern: str) -> "RemovedParts":
@@ -138,13 +150,9 @@ class RemovedParts:
     @property
     def methods(self) -> dict[str, Method]:
         """The recipes `causal` and `causal_fast`, if their criterion can choose these parts."""
-        found = {
-            recipe: CAPConfig(0.5, recipe=recipe, pattern=self.pattern).method
-            for recipe in ("causal", "causal_fast")
-        }
         return {
             recipe: method
-            for recipe, method in found.items()
+            for recipe, method in methods_of(self.pattern).items()
             if not (self.own_tokens and method.criterion == "routed_error")
         }
 

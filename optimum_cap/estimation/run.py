@@ -19,7 +19,7 @@ from optimum_cap.data import build_calibration_set, shared_prefix
 from optimum_cap.estimation.costs import ESTIMATOR_COSTS, Cost, CostModel
 from optimum_cap.estimation.disk import SIZES
 from optimum_cap.estimation.hardware import Hardware, Size, find_hardware
-from optimum_cap.estimation.parts import RemovalCosts, RemovedParts, Smaller
+from optimum_cap.estimation.parts import RemovalCosts, RemovedParts, Smaller, model_on_meta
 from optimum_cap.estimation.structured import PATTERN, MeasuredParts, StructuredCosts
 from optimum_cap.estimation.work import ModelWork, Workload, count_work
 from optimum_cap.evaluation import (
@@ -30,7 +30,7 @@ from optimum_cap.evaluation import (
     resolve_tasks,
 )
 from optimum_cap.methods import CRITERIA, SMALLER_PATTERNS
-from optimum_cap.models import auto_class, find_sites
+from optimum_cap.models import find_sites
 from optimum_cap.scoring import DECISIVE, WORTHWHILE_SHARE
 from optimum_cap.study import Study
 from optimum_cap.text import aligned, format_duration, format_size, labelled
@@ -322,8 +322,7 @@ def work_of(
     config: PretrainedConfig, mlp_unit_size: int | None = None, scored_units: str = "heads"
 ) -> ModelWork:
     """Count the work of a model built from its configuration on the meta device."""
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+    model = model_on_meta(config)
     return count_work(model, find_sites(model, mlp_unit_size), scored_units)
 
 

@@ -6,14 +6,20 @@ the finest parts are removed, and the size of the smaller model is about the req
 
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import PretrainedConfig
 
 from optimum_cap.config import CAPConfig, Method
 from optimum_cap.estimation.costs import Cost, CostModel, Part
-from optimum_cap.estimation.parts import CHOICES, COPY_PASSES, RemovalCosts, RemovedParts, Smaller
+from optimum_cap.estimation.parts import (
+    CHOICES,
+    COPY_PASSES,
+    RemovalCosts,
+    RemovedParts,
+    Smaller,
+    methods_of,
+    model_on_meta,
+)
 from optimum_cap.estimation.work import Workload
-from optimum_cap.models import auto_class
 from optimum_cap.pruning import MEASURED_EXAMPLES, StructuredRemoval
 from optimum_cap.runtime import ALONE
 
@@ -47,9 +53,7 @@ class MeasuredParts:
         Raises:
             CannotRemoveError: The model has no such parts, or not as many parameters in them.
         """
-        with torch.device("meta"):
-            model = auto_class(model_config).from_config(model_config)
-        removal = StructuredRemoval(model, config, ALONE)
+        removal = StructuredRemoval(model_on_meta(model_config), config, ALONE)
         kinds = {
             name: [RemovedParts.by(each, name) for each in removals]
             for name, removals in removal.to_measure().items()
@@ -60,14 +64,6 @@ class MeasuredParts:
     def finest(self) -> RemovedParts:
         """The parts that would be enough alone, of the last kind, which has the finest ones."""
         return list(self.kinds.values())[-1][-1]
-
-    @property
-    def methods(self) -> dict[str, Method]:
-        """The recipes that this pattern supports."""
-        return {
-            recipe: CAPConfig(self.sparsity, recipe=recipe, pattern=PATTERN).method
-            for recipe in ("causal", "causal_fast")
-        }
 
 
 class StructuredCosts:
@@ -99,7 +95,7 @@ class StructuredCosts:
 
     def all(self, shape: Workload) -> list[Cost]:
         """Return the cost of measuring each kind, and of the recipes `causal` and `causal_fast`."""
-        methods = self.parts.methods
+        methods = methods_of(PATTERN)
         steps = [
             self.dense.cost("measure", name, [part], self._models, 0.0)
             for name, part in self._kinds("causal", shape).items()

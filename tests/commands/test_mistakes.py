@@ -118,6 +118,7 @@ MISTAKES = {
     HALF + "-m other": "argument -m/--model: given twice: give it once",
     HALF + "--dataset gsm8k": "argument --dataset: given twice: give it once with all its values",
     HALF + "--sparsity": "argument --sparsity: expected one argument",
+    "prune -o out --sparsity 0.5": "the following arguments are required: MODEL",
     "prune --dataset sums.jsonl model -o out": r"required: MODEL \(name it first, or with -m: a",
     "prune model -o out -m model": "unexpected argument 'model': the model is given by -m already",
     "prun -m model": r"unknown command 'prun' \(did you mean 'prune'\?\): choose from prune,",
